@@ -1,0 +1,57 @@
+"""Gradients of products with frozen matrices: to the input only, since the weights never change."""
+
+from __future__ import annotations
+
+from forward.activations import activation, check_shape, extent_of
+from forward.adapter import LoraFactors
+from forward.matmul import record_product
+from forward.weights import FrozenMatrix
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+
+def matmul_backward(
+    program: Program,
+    d_y: Tensor,
+    matrix: FrozenMatrix,
+    *,
+    lora: LoraFactors | None = None,
+    d_z: Tensor | None = None,
+    out: Tensor | None = None,
+    label: str = "matmul_backward",
+) -> Tensor:  # [rows, in_features]
+    """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
+
+    Args:
+        d_y: [rows, out_features].
+        matrix: W [out_features, in_features].
+        lora: the factors of the adapted members of W, or None.
+        d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
+        out: where to write; a new tensor by default.
+    """
+    extent = extent_of(d_y)
+    check_shape("matmul_backward input", d_y, None, matrix.out_features)
+    d_x = out if out is not None else activation(program, extent, matrix.in_features)
+    check_shape("matmul_backward output", d_x, d_y.shape[0], matrix.in_features)
+    low_rank = [{"low_start": i * lora.rank} for i in range(lora.n_members)] if lora else []
+    for index, part in enumerate(matrix.parts):
+        record_product(
+            program,
+            extent,
+            d_y,
+            part,
+            d_x,
+            transposed=True,
+            contraction=part.n_rows,
+            x_column=part.first_row,
+            out_column=0,
+            members=low_rank if index == 0 else [],
+            low=d_z,
+            factor=lora.a if lora else None,
+            rank=lora.rank if lora else 0,
+            scale=1.0,
+            residual=None,
+            epilogue="write" if index == 0 else "accumulate",
+            label=label,
+        )
+    return d_x

@@ -1,0 +1,215 @@
+"""The device: choice of adapter, buffers, uploads, reads and compiled pipelines."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+
+# wgpu's Vulkan loader warns on every start where this is unset (containers, services).
+if "XDG_RUNTIME_DIR" not in os.environ and os.name == "posix":
+    os.environ["XDG_RUNTIME_DIR"] = tempfile.gettempdir()
+
+import wgpu
+
+from shaders.errors import InputError
+from shaders.templates import render
+from shaders.tensor import Extent, Tensor
+
+ALIGNMENT = 256  # the largest offset alignment that WebGPU may ask of a binding
+UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a few of these
+
+_WANTED_FEATURES = ("timestamp-query", "shader-f16", "subgroup")
+_WANTED_LIMITS = (
+    "max-buffer-size",
+    "max-storage-buffer-binding-size",
+    "max-compute-workgroup-storage-size",
+    "max-compute-invocations-per-workgroup",
+    "max-compute-workgroup-size-x",
+    "max-compute-workgroup-size-y",
+    "max-storage-buffers-per-shader-stage",
+)
+_COMPUTE_BACKENDS = ("Vulkan", "Metal", "D3D12")
+
+
+def list_adapters() -> list[wgpu.GPUAdapter]:
+    """The adapters that can compute, in wgpu's order (OpenGL ones repeat these and are left out)."""
+    adapters = wgpu.gpu.enumerate_adapters_sync()
+    return [a for a in adapters if a.info["backend_type"] in _COMPUTE_BACKENDS]
+
+
+def choose_adapter(wanted: str | int = "auto") -> wgpu.GPUAdapter:
+    """The adapter named by the config's `device:` key.
+
+    Args:
+        wanted: "auto" (a discrete GPU before an integrated one before a software adapter), an index
+            into `list_adapters()`, or part of a name, in any case.
+
+    Raises:
+        InputError: no adapter at all, or none that fits.
+    """
+    adapters = list_adapters()
+    if not adapters:
+        raise InputError(
+            "WebGPU found no adapter on this machine. Install a Vulkan driver "
+            "(Debian: apt-get install mesa-vulkan-drivers) and see `lora devices`."
+        )
+    listing = ", ".join(f"{i}: {a.info['device']}" for i, a in enumerate(adapters))
+    text = str(wanted)
+    if text == "auto":
+        order = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 2}
+        return min(adapters, key=lambda a: order.get(a.info["adapter_type"], 3))
+    if text.isdigit():
+        if int(text) < len(adapters):
+            return adapters[int(text)]
+        raise InputError(f"device: {text}: there is no adapter of that index; there are {listing}.")
+    for adapter in adapters:
+        if text.lower() in adapter.info["device"].lower():
+            return adapter
+    raise InputError(f"device: {text!r}: no adapter has that in its name; there are {listing}.")
+
+
+class Device:
+    """One WebGPU device with its queue, the memory taken from it, and its compiled pipelines.
+
+    Args:
+        wanted: see `choose_adapter`.
+        limits: limits to request in place of the adapter's own (tests ask for WebGPU's defaults).
+    """
+
+    def __init__(self, wanted: str | int = "auto", limits: dict[str, int] | None = None) -> None:
+        adapter = choose_adapter(wanted)
+        self.info: dict[str, Any] = dict(adapter.info)
+        self.name: str = adapter.info["device"]
+        self.is_cpu = adapter.info["adapter_type"] == "CPU"
+        self.features = {f for f in _WANTED_FEATURES if f in adapter.features}
+        if limits is None:
+            limits = {k: adapter.limits[k] for k in _WANTED_LIMITS if k in adapter.limits}
+        self.wgpu: wgpu.GPUDevice = adapter.request_device_sync(
+            required_features=sorted(self.features), required_limits=limits
+        )
+        self.queue: wgpu.GPUQueue = self.wgpu.queue
+        self.max_binding = int(
+            min(
+                self.wgpu.limits["max-storage-buffer-binding-size"],
+                self.wgpu.limits["max-buffer-size"],
+            )
+        )
+        self.allocated: Counter[str] = Counter()  # bytes by purpose
+        self._pipelines: dict[tuple[str, str], wgpu.GPUComputePipeline] = {}
+
+    # -- memory ---------------------------------------------------------------------------------
+
+    def empty(
+        self,
+        shape: tuple[int, ...],
+        dtype: str = "f32",
+        *,
+        purpose: str = "activations",
+        extent: Extent | None = None,
+    ) -> Tensor:
+        """A new tensor, zero-filled (WebGPU zeroes every new buffer).
+
+        Args:
+            shape: row-major sizes.
+            dtype: "f32" or "u32".
+            purpose: what the memory is counted under in `allocated`.
+            extent: for activations, which of the rows are in use.
+
+        Raises:
+            InputError: larger than one buffer can be on this device.
+        """
+        n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
+        padded = max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
+        if n_bytes > self.max_binding:
+            raise InputError(
+                f"A tensor of shape {shape} ({n_bytes / 2**20:.0f} MiB) is larger than the "
+                f"{self.max_binding / 2**20:.0f} MiB that {self.name} can bind; "
+                "lower data.max_length or train.batch_size."
+            )
+        usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+        buffer = self.wgpu.create_buffer(size=padded, usage=usage)
+        self.allocated[purpose] += padded
+        return Tensor(buffer, 0, tuple(shape), dtype, extent)
+
+    def upload(self, array: np.ndarray, *, purpose: str = "weights") -> Tensor:
+        """A new tensor with the array's contents (float → f32, integer → u32)."""
+        floating = np.issubdtype(array.dtype, np.floating)
+        tensor = self.empty(array.shape, "f32" if floating else "u32", purpose=purpose)
+        self.write(tensor, array)
+        return tensor
+
+    def write(self, tensor: Tensor, array: np.ndarray) -> None:
+        """Copies an array of the tensor's shape to the device, in pieces."""
+        if array.shape != tensor.shape:
+            raise ValueError(f"{array.shape} does not fit {tensor.shape}")
+        self._write_bytes(tensor.buffer, tensor.offset, array, tensor.numpy_dtype)
+
+    def write_rows(self, tensor: Tensor, first_row: int, array: np.ndarray) -> None:
+        """Copies some whole rows (first dimension) of a tensor to the device."""
+        row_bytes = tensor.n_bytes // tensor.shape[0]
+        if array.shape[1:] != tensor.shape[1:] or first_row + len(array) > tensor.shape[0]:
+            raise ValueError(f"{array.shape} from row {first_row} does not fit {tensor.shape}")
+        offset = tensor.offset + first_row * row_bytes
+        self._write_bytes(tensor.buffer, offset, array, tensor.numpy_dtype)
+
+    def _write_bytes(
+        self, buffer: wgpu.GPUBuffer, offset: int, array: np.ndarray, dtype: type[np.generic]
+    ) -> None:
+        flat = np.ascontiguousarray(array).astype(dtype, copy=False).reshape(-1)
+        data = flat.view(np.uint8)
+        for start in range(0, data.size, UPLOAD_PIECE):
+            piece = data[start : start + UPLOAD_PIECE]
+            self.queue.write_buffer(buffer, offset + start, piece)
+            if data.size > UPLOAD_PIECE:
+                # An empty submission makes wgpu hand back the staging memory of the writes so far.
+                self.queue.submit([])
+
+    def read(self, tensor: Tensor) -> np.ndarray:
+        """The tensor's contents; waits for all work submitted before."""
+        data = self.queue.read_buffer(tensor.buffer, tensor.offset, tensor.n_bytes)
+        return np.frombuffer(data, tensor.numpy_dtype).reshape(tensor.shape).copy()
+
+    def uniform(self, n_values: int = 4) -> Tensor:
+        """A small u32 buffer for values that change from step to step, bound as a uniform."""
+        usage = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
+        buffer = self.wgpu.create_buffer(size=ALIGNMENT, usage=usage)
+        return Tensor(buffer, 0, (n_values,), "u32")
+
+    def extent(self, maximum: int) -> Extent:
+        """An extent of `maximum` rows, all of them in use until `set_rows` says otherwise."""
+        extent = Extent(maximum, self.uniform())
+        self.set_rows(extent, maximum)
+        return extent
+
+    def set_rows(self, extent: Extent, rows: int) -> None:
+        """Sets how many rows are in use in what is submitted from now on."""
+        if not 0 <= rows <= extent.maximum:
+            raise ValueError(f"{rows} rows do not fit an extent of {extent.maximum}")
+        self.write(extent.uniform, np.array([rows, 0, 0, 0], np.uint32))
+
+    # -- pipelines ------------------------------------------------------------------------------
+
+    def pipeline(self, template: str, constants: dict[str, Any]) -> wgpu.GPUComputePipeline:
+        """The compiled kernel of a WGSL template under its constants, compiled once."""
+        key = (template, repr(sorted(constants.items())))
+        if key not in self._pipelines:
+            code = render(template, constants)
+            module = self.wgpu.create_shader_module(label=template, code=code)
+            self._pipelines[key] = self.wgpu.create_compute_pipeline(
+                label=template, layout="auto", compute={"module": module, "entry_point": "main"}
+            )
+        return self._pipelines[key]
+
+    def bind_group(
+        self, pipeline: wgpu.GPUComputePipeline, tensors: Iterable[Tensor]
+    ) -> wgpu.GPUBindGroup:
+        """Binds tensors to @group(0), in the order of their @binding numbers."""
+        return self.wgpu.create_bind_group(
+            layout=pipeline.get_bind_group_layout(0),
+            entries=[{"binding": i, "resource": t.binding()} for i, t in enumerate(tensors)],
+        )

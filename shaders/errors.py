@@ -1,0 +1,9 @@
+"""The errors of this project: sentences that say what is wrong, where, and how to mend it."""
+
+
+class LoraError(Exception):
+    """Something failed while running. The message is one or two sentences for the user."""
+
+
+class InputError(LoraError):
+    """What the user gave is wrong: a config, a file, a device name. Exit status 2."""

@@ -1,0 +1,274 @@
+"""A step as a program: dispatches recorded once, replayed every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import wgpu
+
+from shaders.device import Device
+from shaders.tensor import Tensor
+
+MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
+_QUERIES = 4096  # timestamps in one query set, WebGPU's largest
+
+
+@dataclass(frozen=True)
+class Dispatch:
+    """One kernel launch: plain data, ready to be encoded."""
+
+    label: str
+    template: str
+    pipeline: wgpu.GPUComputePipeline
+    bind_group: wgpu.GPUBindGroup
+    workgroups: tuple[int, int, int]
+    flops: int = 0  # multiply-adds count two; for tables of achieved TFLOP/s
+    tensors: tuple[Tensor, ...] = ()
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy between device buffers, or (source None) a fill with zeros."""
+
+    label: str
+    source: Tensor | None
+    destination: Tensor
+
+
+@dataclass(frozen=True)
+class KernelTime:
+    """What one dispatch took on the device."""
+
+    label: str
+    template: str
+    seconds: float
+    flops: int
+
+
+def fold(n_workgroups: int) -> tuple[int, int, int]:
+    """A one-dimensional grid folded into x and y.
+
+    Kernels launched so find their place as `group.x + group.y * groups.x` (builtins workgroup_id
+    and num_workgroups) and return when it is past the end: the fold may launch a few too many.
+    """
+    if n_workgroups <= MAX_WORKGROUPS:
+        return max(1, n_workgroups), 1, 1
+    y = -(-n_workgroups // MAX_WORKGROUPS)
+    return -(-n_workgroups // y), y, 1
+
+
+class Program:
+    """A list of dispatches and copies, built once and replayed.
+
+    `forward/`, `backward/` and `optim/` append to it; nothing runs until `run`. Bind groups are
+    made while recording, so that a replay allocates nothing.
+    """
+
+    def __init__(self, device: Device) -> None:
+        self.device = device
+        self.commands: list[Dispatch | Copy] = []
+        self._scope: list[str] = []
+
+    # -- recording ------------------------------------------------------------------------------
+
+    def scope(self, name: str) -> _Scope:
+        """A context manager that puts `name.` before the labels recorded inside it."""
+        return _Scope(self, name)
+
+    def dispatch(
+        self,
+        template: str,
+        constants: dict[str, Any],
+        tensors: Sequence[Tensor],
+        workgroups: int | tuple[int, int, int],
+        *,
+        label: str = "",
+        flops: int = 0,
+    ) -> None:
+        """Appends one kernel launch.
+
+        Args:
+            template: name of the WGSL template, without its ending.
+            constants: what the template needs to be rendered.
+            tensors: bound to @group(0) in the order of their @binding numbers.
+            workgroups: grid (x, y, z), or a number of workgroups that `fold` lays out.
+            label: what it is called in listings; the template's name by default.
+            flops: floating-point operations of one launch at full extent.
+        """
+        grid = fold(workgroups) if isinstance(workgroups, int) else workgroups
+        if max(grid) > MAX_WORKGROUPS:
+            raise ValueError(f"{template}: a grid of {grid} passes {MAX_WORKGROUPS} workgroups")
+        for tensor in tensors:
+            if tensor.n_bytes > self.device.max_binding:
+                raise ValueError(
+                    f"{template}: {tensor.shape} ({tensor.n_bytes} bytes) is larger than the "
+                    f"device's largest binding, {self.device.max_binding}"
+                )
+        pipeline = self.device.pipeline(template, constants)
+        bind_group = self.device.bind_group(pipeline, tensors)
+        name = ".".join([*self._scope, label or template])
+        self.commands.append(
+            Dispatch(name, template, pipeline, bind_group, grid, flops, tuple(tensors))
+        )
+
+    def copy(self, source: Tensor, destination: Tensor, *, label: str = "copy") -> None:
+        """Appends a copy of a whole tensor."""
+        if source.n_bytes != destination.n_bytes:
+            raise ValueError(f"cannot copy {source.shape} into {destination.shape}")
+        self.commands.append(Copy(".".join([*self._scope, label]), source, destination))
+
+    def clear(self, tensor: Tensor, *, label: str = "clear") -> None:
+        """Appends a fill with zeros."""
+        self.commands.append(Copy(".".join([*self._scope, label]), None, tensor))
+
+    # -- running --------------------------------------------------------------------------------
+
+    def run(self) -> None:
+        """Encodes and submits the program; does not wait for it."""
+        encoder = self.device.wgpu.create_command_encoder()
+        self.encode(encoder)
+        self.device.queue.submit([encoder.finish()])
+
+    def encode(self, encoder: wgpu.GPUCommandEncoder) -> None:
+        """Appends the program to a command encoder."""
+        compute_pass = None
+        pipeline = None
+        for command in self.commands:
+            if isinstance(command, Copy):
+                if compute_pass is not None:
+                    compute_pass.end()
+                    compute_pass = pipeline = None
+                _encode_copy(encoder, command)
+                continue
+            if compute_pass is None:
+                compute_pass = encoder.begin_compute_pass()
+            if command.pipeline is not pipeline:
+                pipeline = command.pipeline
+                compute_pass.set_pipeline(pipeline)
+            compute_pass.set_bind_group(0, command.bind_group)
+            compute_pass.dispatch_workgroups(*command.workgroups)
+        if compute_pass is not None:
+            compute_pass.end()
+
+    def time(self) -> list[KernelTime]:
+        """Runs the program with a timestamp before and after every dispatch; waits for it.
+
+        Needs the feature timestamp-query. Every dispatch gets a pass of its own, so that the sum
+        lies somewhat above the time of `run`.
+        """
+        times: list[KernelTime] = []
+        dispatches = [c for c in self.commands if isinstance(c, Dispatch)]
+        for start in range(0, len(dispatches), _QUERIES // 2):
+            times += self._time_some(dispatches[start : start + _QUERIES // 2])
+        return times
+
+    def _time_some(self, dispatches: list[Dispatch]) -> list[KernelTime]:
+        count = 2 * len(dispatches)
+        queries = self.device.wgpu.create_query_set(type="timestamp", count=count)
+        resolved = self.device.wgpu.create_buffer(
+            size=8 * count,
+            usage=wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC,
+        )
+        # Copies lie between the dispatches of this stretch: replay them in their order.
+        first = self.commands.index(dispatches[0])
+        last = self.commands.index(dispatches[-1])
+        encoder = self.device.wgpu.create_command_encoder()
+        index = 0
+        for command in self.commands[first : last + 1]:
+            if isinstance(command, Copy):
+                _encode_copy(encoder, command)
+                continue
+            compute_pass = encoder.begin_compute_pass(
+                timestamp_writes={
+                    "query_set": queries,
+                    "beginning_of_pass_write_index": 2 * index,
+                    "end_of_pass_write_index": 2 * index + 1,
+                }
+            )
+            compute_pass.set_pipeline(command.pipeline)
+            compute_pass.set_bind_group(0, command.bind_group)
+            compute_pass.dispatch_workgroups(*command.workgroups)
+            compute_pass.end()
+            index += 1
+        encoder.resolve_query_set(queries, 0, count, resolved, 0)
+        self.device.queue.submit([encoder.finish()])
+        stamps = np.frombuffer(self.device.queue.read_buffer(resolved), np.uint64).reshape(-1, 2)
+        # wgpu gives ticks; one tick is one nanosecond on every adapter seen (NVIDIA, llvmpipe).
+        return [
+            KernelTime(d.label, d.template, float(end - begin) * 1e-9, d.flops)
+            for d, (begin, end) in zip(dispatches, stamps, strict=True)
+        ]
+
+
+class _Scope:
+    def __init__(self, program: Program, name: str) -> None:
+        self._program = program
+        self._name = name
+
+    def __enter__(self) -> None:
+        self._program._scope.append(self._name)
+
+    def __exit__(self, *_: object) -> None:
+        self._program._scope.pop()
+
+
+def _encode_copy(encoder: wgpu.GPUCommandEncoder, command: Copy) -> None:
+    to = command.destination
+    if command.source is None:
+        encoder.clear_buffer(to.buffer, to.offset, to.n_bytes)
+    else:
+        source = command.source
+        encoder.copy_buffer_to_buffer(
+            source.buffer, source.offset, to.buffer, to.offset, to.n_bytes
+        )
+
+
+class ReadbackRing:
+    """Small results read back a few steps late, so that no step waits for the device.
+
+    Each `push` copies a tensor into a free staging buffer and asks for it to be mapped; `ready`
+    hands out those that have arrived, in order. A push waits only when every slot is in flight.
+    """
+
+    def __init__(self, device: Device, n_bytes: int, slots: int = 8) -> None:
+        self._device = device
+        usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
+        self._free = [
+            device.wgpu.create_buffer(size=n_bytes, usage=usage) for _ in range(slots)
+        ]
+        self._n_bytes = n_bytes
+        self._in_flight: list[tuple[wgpu.GPUBuffer, Any, Callable[[np.ndarray], Any]]] = []
+        self._arrived: list[Any] = []
+
+    def push(self, tensor: Tensor, convert: Callable[[np.ndarray], Any]) -> None:
+        """Reads `tensor` as it is after the work submitted so far; `convert` gets its f32s."""
+        if not self._free:
+            self._take_first(wait=True)
+        buffer = self._free.pop()
+        encoder = self._device.wgpu.create_command_encoder()
+        encoder.copy_buffer_to_buffer(tensor.buffer, tensor.offset, buffer, 0, self._n_bytes)
+        self._device.queue.submit([encoder.finish()])
+        self._in_flight.append((buffer, buffer.map_async("READ"), convert))
+
+    def _take_first(self, *, wait: bool) -> bool:
+        buffer, promise, convert = self._in_flight[0]
+        if wait:
+            promise.sync_wait()
+        elif buffer.map_state != "mapped":
+            return False
+        self._in_flight.pop(0)
+        values = np.frombuffer(buffer.read_mapped(), np.float32).copy()
+        buffer.unmap()
+        self._free.append(buffer)
+        self._arrived.append(convert(values))
+        return True
+
+    def ready(self, *, wait: bool = False) -> list[Any]:
+        """What has arrived since the last call; with `wait`, all that was pushed."""
+        while self._in_flight and self._take_first(wait=wait):
+            pass
+        arrived, self._arrived = self._arrived, []
+        return arrived

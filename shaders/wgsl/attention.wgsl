@@ -1,0 +1,142 @@
+// out[i] = Σ_j p[i, j] v[j],   p[i, :] = softmax_j s[i, j],   lse[i] = log Σ_j exp s[i, j],
+// s[i, j] = scale · q[i]·k[j], capped as cap · tanh(s / cap) where the model has a cap,
+// over the rows j of i's example with j <= i and, where there is a window, i - j < window.
+//
+// Bindings: qkv [rows, (n_heads + 2 n_kv_heads) head_size], segments [rows, 2] (first row and end
+// of the row's example), out [rows, n_heads head_size], lse [rows, n_heads].
+// One workgroup a head and {{ 8 * per_lane }} query rows, with a running maximum and sum (Milakov &
+// Gimelshein 2018; Dao 2022). Keys ascend in blocks of 32 counted from the example's first row, so
+// that the running maximum moves at the same keys wherever the example lies. Examples that begin
+// inside the workgroup's rows (at most 32) have all keys seen among them: one block for them all.
+// Sums run over the keys one by one; a key that a row does not see leaves them bit for bit.
+
+{% import "attention_tiles.wgsl" as tiles with context %}
+struct Extent { rows: u32 }
+
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> segments: array<vec2<u32>>;
+@group(0) @binding(3) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> lse: array<f32>;
+
+{{ tiles.declare_tiles() }}
+var<workgroup> maxima: array<f32, {{ 64 * per_lane }}>; // [row of a][tx]
+
+const lowest = -3.0e38; // below every score, and its own difference is 0 where -inf's is NaN
+
+@compute @workgroup_size(lanes)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = group.x + group.y * groups.x;
+    let head = index % {{ n_heads }}u;
+    let blocks = (extent.rows + block - 1u) / block;
+    if (index / {{ n_heads }}u >= blocks) { return; }
+    // The last rows see the most keys: they go first, so that none of them is left to the end.
+    let first = (blocks - 1u - index / {{ n_heads }}u) * block;
+    let last = min(first + block, extent.rows);
+    let ty = lane / 8u % 8u; // % 8: the compiler sees that tile indices stay in range
+    let tx = lane % 8u;
+    let q_column = head * {{ tiles.head }}u;
+    let k_column = ({{ n_heads }}u + head / {{ n_heads // n_kv_heads }}u) * {{ tiles.head }}u;
+    let v_column = k_column + {{ n_kv_heads * tiles.head }}u;
+
+    {% for i in range(per_lane) %}
+    let row{{ i }} = first + ty + {{ 8 * i }}u;
+    var from{{ i }} = 0xffffffffu; // the first key that the row sees
+    if (row{{ i }} < last) {
+        from{{ i }} = segments[row{{ i }}].x;
+    {% if window %}
+        if (row{{ i }} >= {{ window }}u) {
+            from{{ i }} = max(from{{ i }}, row{{ i }} - {{ window - 1 }}u);
+        }
+    {% endif %}
+    }
+    var max{{ i }} = lowest;
+    var sum{{ i }} = 0.0;
+    {% for n in range(tiles.groups) %}
+    var o{{ n }}_{{ i }} = vec4<f32>();
+    {% endfor %}
+    {% endfor %}
+
+    {% if tiles.chunks == 1 %}
+    {{ tiles.load_a("qkv", "first", "last", stride, "q_column", "0u") }}
+    {% endif %}
+    var part = first; // the rows before it are done
+    while (part < last) {
+        let segment = segments[part];
+        var stop = last;
+        if (segment.x < part) { stop = clamp(segment.y, part + 1u, last); }
+        var key = segment.x;
+    {% if window %}
+        if (part + 1u > key + {{ window }}u) {
+            key += (part + 1u - {{ window }}u - key) / 32u * 32u;
+        }
+    {% endif %}
+        for (; key < stop; key += 32u) {
+    {% for i in range(per_lane) %}
+            var s{{ i }} = vec4<f32>();
+    {% endfor %}
+            for (var column = 0u; column < {{ tiles.head }}u; column += {{ chunk }}u) {
+                workgroupBarrier();
+    {% if tiles.chunks > 1 %}
+    {{ tiles.load_a("qkv", "first", "last", stride, "q_column", "column") }}
+    {% endif %}
+    {{ tiles.load_b_transposed("qkv", "key", "stop", stride, "k_column", "column") }}
+                workgroupBarrier();
+    {{ tiles.add_products("s") }}
+            }
+    {{ tiles.scale_scores("s") }}
+            // Past `stop` begins the next example, whose rows may lie in this block too.
+            let keys = vec4<u32>(key + 4u * tx) + vec4<u32>(0u, 1u, 2u, 3u);
+    {% for i in range(per_lane) %}
+            let to{{ i }} = min(row{{ i }}, stop - 1u);
+            let seen{{ i }} = (keys >= vec4<u32>(from{{ i }})) & (keys <= vec4<u32>(to{{ i }}));
+            s{{ i }} = select(vec4<f32>(lowest), s{{ i }}, seen{{ i }});
+            maxima[(ty + {{ 8 * i }}u) * 8u + tx] =
+                max(max(s{{ i }}.x, s{{ i }}.y), max(s{{ i }}.z, s{{ i }}.w));
+    {% endfor %}
+            workgroupBarrier();
+    {% for i in range(per_lane) %}
+            {
+                var highest = max{{ i }};
+                let at = (ty + {{ 8 * i }}u) * 8u;
+    {% for x in range(8) %}
+                highest = max(highest, maxima[at + {{ x }}u]);
+    {% endfor %}
+                let shrink = exp(max{{ i }} - highest);
+                let p = select(vec4<f32>(), exp(s{{ i }} - vec4<f32>(highest)), seen{{ i }});
+                weights[at + tx] = p;
+                max{{ i }} = highest;
+                sum{{ i }} *= shrink;
+    {% for n in range(tiles.groups) %}
+                o{{ n }}_{{ i }} *= shrink;
+    {% endfor %}
+            }
+    {% endfor %}
+    {% for k in range(tiles.chunks) %}
+    {% if k > 0 %}
+            workgroupBarrier();
+    {% endif %}
+    {{ tiles.load_b("qkv", "key", "stop", stride, "v_column", (k * chunk) ~ "u") }}
+            workgroupBarrier();
+    {{ tiles.add_weighted("o", k, "sum" if k == 0 else "") }}
+    {% endfor %}
+        }
+        part = stop;
+    }
+
+    {% for i in range(per_lane) %}
+    if (row{{ i }} < last) {
+        let to = row{{ i }} * {{ n_heads * tiles.head }}u + q_column + tx;
+    {% for n in range(tiles.groups) %}
+        if (tx < {{ tiles.head - 8 * n }}u) {
+            out[to + {{ 8 * n }}u] = o{{ n }}_{{ i }} / sum{{ i }};
+        }
+    {% endfor %}
+        if (tx == 0u) { lse[row{{ i }} * {{ n_heads }}u + head] = max{{ i }} + log(sum{{ i }}); }
+    }
+    {% endfor %}
+}

@@ -1,0 +1,105 @@
+// The body without workgroup memory, for adapters that run on the CPU (see matmul_tiled.wgsl for
+// the formula and the bindings). A lane holds {{ lane_rows }} rows × 8 columns of the output in
+// named accumulators; the contraction runs in order, the low-rank part first, then the weight.
+
+{% include "matmul_bindings.wgsl" %}
+
+const lane_rows = {{ lane_rows }}u;
+const row_blocks = {{ (maximum_rows + lane_rows - 1) // lane_rows }}u;
+const column_blocks = {{ (n_columns + 7) // 8 }}u;
+
+@compute @workgroup_size({{ lanes }})
+fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+    // Neighbouring lanes share rows and differ in columns.
+    let first_row = id.y * lane_rows;
+    let column = id.x * 8u;
+    if (first_row >= extent.rows || column >= n_columns) { return; }
+    let last_row = extent.rows - 1u;
+{% for i in range(lane_rows) %}
+    let row_{{ i }} = min(first_row + {{ i }}u, last_row);
+    var a_{{ i }} = vec4<f32>();
+    var b_{{ i }} = vec4<f32>();
+{% endfor %}
+
+{% for member in members %}
+{% if transposed %}
+    // + d_z · A
+    for (var k = 0u; k < {{ rank }}u; k += 4u) {
+{% for i in range(lane_rows) %}
+        let v_{{ i }} = low[(row_{{ i }} * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u];
+{% endfor %}
+{% for q in range(4) %}
+        {
+            let at = (({{ member.low_start }}u + k + {{ q }}u) * n_columns + column) / 4u;
+            let wa = factor[at];
+            let wb = factor[at + 1u];
+{% for i in range(lane_rows) %}
+            a_{{ i }} += v_{{ i }}[{{ q }}] * wa;
+            b_{{ i }} += v_{{ i }}[{{ q }}] * wb;
+{% endfor %}
+        }
+{% endfor %}
+    }
+{% else %}
+    // + scale · z · Bᵀ
+{% for half, name in ((0, "a"), (4, "b")) %}
+    if (column + {{ half }}u >= {{ member.start }}u && column + {{ half }}u < {{ member.stop }}u) {
+        let at = (column + {{ half }}u - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank // 4 }}u;
+        for (var k = 0u; k < {{ rank // 4 }}u; k += 1u) {
+{% for j in range(4) %}
+            let w_{{ j }} = {{ scale }} * factor[at + {{ j * rank // 4 }}u + k];
+{% endfor %}
+{% for i in range(lane_rows) %}
+            let v_{{ i }} = low[row_{{ i }} * {{ low_stride // 4 }}u + {{ member.low_start // 4 }}u + k];
+            {{ name }}_{{ i }} += vec4(dot(v_{{ i }}, w_0), dot(v_{{ i }}, w_1), dot(v_{{ i }}, w_2), dot(v_{{ i }}, w_3));
+{% endfor %}
+        }
+    }
+{% endfor %}
+{% endif %}
+{% endfor %}
+
+{% if transposed %}
+    for (var k = 0u; k < contraction; k += 4u) {
+{% for i in range(lane_rows) %}
+        let v_{{ i }} = x[(row_{{ i }} * x_stride + x_column + k) / 4u];
+{% endfor %}
+{% for q in range(4) %}
+        {
+            let w = decode8(k + {{ q }}u, column);
+{% for i in range(lane_rows) %}
+            a_{{ i }} += v_{{ i }}[{{ q }}] * w.a;
+            b_{{ i }} += v_{{ i }}[{{ q }}] * w.b;
+{% endfor %}
+        }
+{% endfor %}
+    }
+{% else %}
+    for (var k = 0u; k < contraction; k += 8u) {
+{% for i in range(lane_rows) %}
+        let at_{{ i }} = (row_{{ i }} * x_stride + x_column + k) / 4u;
+        let va_{{ i }} = x[at_{{ i }}];
+{% if contraction % 8 %}
+        let vb_{{ i }} = select(vec4<f32>(), x[at_{{ i }} + 1u], k + 4u < contraction);
+{% else %}
+        let vb_{{ i }} = x[at_{{ i }} + 1u];
+{% endif %}
+{% endfor %}
+{% for j in range(8) %}
+        {
+            let w = decode8(min(column + {{ j }}u, n_columns - 1u), k);
+{% for i in range(lane_rows) %}
+            {{ "a" if j < 4 else "b" }}_{{ i }}[{{ j % 4 }}] += dot(va_{{ i }}, w.a) + dot(vb_{{ i }}, w.b);
+{% endfor %}
+        }
+{% endfor %}
+    }
+{% endif %}
+
+{% for i in range(lane_rows) %}
+    if (first_row + {{ i }}u <= last_row) {
+        store(row_{{ i }}, column, a_{{ i }});
+        if (column + 4u < n_columns) { store(row_{{ i }}, column + 4u, b_{{ i }}); }
+    }
+{% endfor %}
+}

@@ -1,0 +1,159 @@
+"""The gradient of attention against float64 numpy, and that against central differences."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from backward.attention import attention_backward
+from forward.attention import attention
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_attention import (
+    CASES,
+    Shape,
+    activation_of,
+    attention_reference,
+    choose_rows_per_lane,
+    normal,
+    sees,
+    segments_of,
+    segments_on,
+    split_heads,
+)
+
+
+def attention_backward_reference(
+    qkv: np.ndarray, d_out: np.ndarray, segments: np.ndarray, shape: Shape
+) -> np.ndarray:
+    q, k, v = split_heads(qkv.astype(np.float64), shape)
+    d_y = d_out.astype(np.float64).reshape(len(qkv), shape.n_heads, shape.head_size)
+    seen = sees(segments, shape)
+    d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+    for h in range(shape.n_heads):
+        kv = h // (shape.n_heads // shape.n_kv_heads)
+        s = shape.scale * q[h] @ k[kv].T
+        slope = np.ones_like(s)
+        if shape.softcap is not None:
+            slope = 1 - np.tanh(s / shape.softcap) ** 2
+            s = shape.softcap * np.tanh(s / shape.softcap)
+        s = np.where(seen, s, -np.inf)
+        p = np.exp(s - s.max(axis=1, keepdims=True))
+        p /= p.sum(axis=1, keepdims=True)
+        d_p = d_y[:, h] @ v[kv].T
+        d_s = p * (d_p - (p * d_p).sum(axis=1, keepdims=True)) * slope
+        d_q[h] = shape.scale * d_s @ k[kv]
+        d_k[kv] += shape.scale * d_s.T @ q[h]
+        d_v[kv] += p.T @ d_y[:, h]
+    return np.concatenate([d_q, d_k, d_v]).swapaxes(0, 1).reshape(len(qkv), -1)
+
+
+def run_backward(
+    device: Device,
+    qkv: np.ndarray,
+    d_out: np.ndarray,
+    segments: np.ndarray,
+    shape: Shape,
+    spare: int = 0,
+) -> np.ndarray:
+    """d_qkv of all recorded rows, over a fill of -7."""
+    extent = device.extent(len(qkv) + spare)
+    device.set_rows(extent, len(qkv))
+    x = activation_of(device, extent, qkv)
+    rows = segments_on(device, extent, segments)
+    d_y = activation_of(device, extent, d_out)
+    program = Program(device)
+    out, lse = attention(program, x, rows, **shape.options)
+    d_qkv = attention_backward(program, x, out, lse, d_y, rows, **shape.options)
+    for tensor in (out, lse):
+        device.write(tensor, np.full(tensor.shape, np.nan))
+    device.write(d_qkv, np.full(d_qkv.shape, -7.0))
+    program.run()
+    return device.read(d_qkv)
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [
+        Shape(2, 1, 4, 0.5),
+        Shape(3, 3, 4, 0.9, window=2),
+        Shape(4, 2, 4, 0.7, softcap=1.5, window=3),
+    ],
+)
+def test_reference_against_central_differences(shape: Shape) -> None:
+    segments = segments_of([5, 1, 3])
+    qkv = normal(1, 9, shape.width).astype(np.float64)
+    d_out = normal(2, 9, shape.n_heads * shape.head_size).astype(np.float64)
+    d_qkv = attention_backward_reference(qkv, d_out, segments, shape)
+    step = 1e-5
+    for index in np.ndindex(qkv.shape):
+        moved = [qkv.copy(), qkv.copy()]
+        moved[0][index] += step
+        moved[1][index] -= step
+        above, below = ((d_out * attention_reference(x, segments, shape)[0]).sum() for x in moved)
+        # The differences miss by step² times a third derivative of order 1, and by 2^-53 / step.
+        assert abs((above - below) / (2 * step) - d_qkv[index]) < 1e-8
+
+
+@pytest.mark.parametrize(("lengths", "shape", "per_lane"), CASES)
+def test_attention_backward(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    shape: Shape,
+    per_lane: int,
+) -> None:
+    rows, spare = sum(lengths), 9
+    choose_rows_per_lane(monkeypatch, per_lane, rows, shape.n_kv_heads)
+    qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
+    d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size)
+    d_qkv = run_backward(device, qkv, d_out, segments, shape, spare)
+    expected = attention_backward_reference(qkv, d_out, segments, shape)
+    # As in the forward, p is off by some 1e-6 of itself, and so are d_p and dots, sums of head_size
+    # products. A gradient is a sum of their products with q, k or d_out, whose errors are
+    # independent: relative to the largest gradient it is off by no more than they are.
+    steepness = max(1.0, shape.scale * np.sqrt(shape.head_size))
+    np.testing.assert_allclose(
+        d_qkv[:rows], expected, rtol=0, atol=5e-6 * steepness * np.abs(expected).max()
+    )
+    assert (d_qkv[rows:] == -7.0).all()  # rows that are not in use stay untouched
+
+
+def test_two_runs_agree_bit_for_bit(device: Device) -> None:
+    shape = Shape(9, 3, 64, 0.125, window=37)
+    qkv, d_out = normal(1, 130, shape.width), normal(2, 130, 9 * 64)
+    first, second = (
+        run_backward(device, qkv, d_out, segments_of([65, 65]), shape) for _ in range(2)
+    )
+    assert first.tobytes() == second.tobytes()
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_an_example_gives_the_same_bits_wherever_it_lies(
+    device: Device, window: int | None
+) -> None:
+    shape = Shape(9, 3, 64, 0.125, window=window)
+    qkv, d_out = normal(1, 130, shape.width), normal(2, 130, 9 * 64)
+    among = run_backward(device, qkv, d_out, segments_of([45, 65, 20]), shape)
+    here = slice(45, 110)
+    alone = run_backward(device, qkv[here], d_out[here], segments_of([65]), shape)
+    assert alone.tobytes() == among[here].tobytes()
+
+
+def test_large_scores_and_padding_rows_give_no_nan(device: Device) -> None:
+    shape = Shape(9, 3, 64, 0.125)
+    lengths = [45, *[1] * 25]  # padding rows are examples of one row
+    qkv, d_out = 100.0 * normal(1, 70, shape.width), normal(2, 70, 9 * 64)
+    d_qkv = run_backward(device, qkv, d_out, segments_of(lengths), shape)
+    assert np.isfinite(d_qkv).all()
+
+
+def test_a_d_out_of_another_shape_is_refused(device: Device) -> None:
+    shape = Shape(9, 3, 64, 0.125)
+    extent = device.extent(4)
+    qkv = device.empty((4, shape.width), extent=extent)
+    segments = device.upload(segments_of([4]))
+    program = Program(device)
+    out, lse = attention(program, qkv, segments, **shape.options)
+    with pytest.raises(ValueError, match="d_out has shape"):
+        attention_backward(program, qkv, out, lse, qkv, segments, **shape.options)

@@ -1,0 +1,34 @@
+"""RMSNorm against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from forward.rmsnorm import rmsnorm
+from shaders.device import Device
+from shaders.program import Program
+
+
+def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon) * weight.astype(np.float64)
+
+
+@pytest.mark.parametrize(("rows", "in_use", "width"), [(1, 1, 4), (5, 3, 100), (70, 70, 576)])
+def test_rmsnorm(device: Device, rows: int, in_use: int, width: int) -> None:
+    rng = np.random.default_rng(width)
+    x = rng.normal(size=(rows, width)).astype(np.float32)
+    weight = rng.normal(size=width).astype(np.float32)
+    extent = device.extent(rows)
+    device.set_rows(extent, in_use)
+    tensor = device.empty((rows, width), extent=extent)
+    device.write(tensor, x)
+    program = Program(device)
+    y = rmsnorm(program, tensor, device.upload(weight), 1e-5)
+    device.write(y, np.full((rows, width), -7.0))
+    program.run()
+    result = device.read(y)
+    # A sum of `width` squares in f32: a relative error of a few 2^-24 a term, in a tree.
+    np.testing.assert_allclose(
+        result[:in_use], rmsnorm_reference(x, weight, 1e-5)[:in_use], rtol=2e-6, atol=1e-7
+    )
+    assert (result[in_use:] == -7.0).all()  # rows that are not in use stay untouched
