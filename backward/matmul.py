@@ -44,13 +44,10 @@ def matmul_backward(
             transposed=True,
             contraction=part.n_rows,
             x_column=part.first_row,
-            out_column=0,
             members=low_rank if index == 0 else [],
             low=d_z,
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
-            scale=1.0,
-            residual=None,
             epilogue="write" if index == 0 else "accumulate",
             label=label,
         )

@@ -1,10 +1,32 @@
-"""The low-rank factors as the kernels see them."""
+"""The low-rank factors: how they lie in flat buffers, and as the kernels see them.
+
+All A and B lie in one flat f32 array, their gradients and the two moments of AdamW in others of the
+same layout: clipping and AdamW are one dispatch each over it, and a checkpoint is a few arrays.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
+from forward.architecture import (
+    ADAPTABLE_MATRICES,
+    Architecture,
+    permute_rows_to_gguf,
+    permute_rows_to_hf,
+)
 from shaders.tensor import Tensor
+
+# Matrices that share an input are adapted together, in the order in which they are stacked.
+GROUPS: dict[str, tuple[str, ...]] = {
+    "qkv": ("q_proj", "k_proj", "v_proj"),
+    "attn_output": ("o_proj",),
+    "gate_up": ("gate_proj", "up_proj"),
+    "down": ("down_proj",),
+}
+_ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 
 
 @dataclass(frozen=True)
@@ -34,3 +56,150 @@ class LoraFactors:
     def n_members(self) -> int:
         """How many matrices it adapts."""
         return len(self.ranges)
+
+    def first_row(self, member: int) -> int:
+        """The row of the stacked B where a member's begins."""
+        return sum(stop - start for start, stop in self.ranges[:member])
+
+
+@dataclass(frozen=True)
+class AdaptedGroup:
+    """Where the factors of one group of one layer lie in the flat arrays."""
+
+    layer: int
+    group: str  # a key of GROUPS
+    members: tuple[str, ...]  # the adapted ones, by PEFT's names
+    ranges: tuple[tuple[int, int], ...]
+    in_features: int
+    a_start: int
+    b_start: int
+
+
+class AdapterLayout:
+    """Which matrices are adapted, and where each A and B lies in a flat f32 array.
+
+    Args:
+        architecture: of the base model.
+        layers: numbers of the adapted layers.
+        targets: PEFT names of the adapted matrices.
+        rank: of every matrix, as the user asked for it.
+        scale: what B · A is multiplied by.
+    """
+
+    def __init__(
+        self,
+        architecture: Architecture,
+        layers: Sequence[int],
+        targets: Iterable[str],
+        rank: int,
+        scale: float,
+    ) -> None:
+        self.architecture = architecture
+        self.layers = sorted(layers)
+        self.targets = frozenset(targets)
+        self.rank = rank
+        self.padded_rank = -(-rank // 4) * 4
+        self.scale = scale
+        self.groups: list[AdaptedGroup] = []
+        self.n_trainable = 0  # parameters, padding not counted
+        end = 0
+        for layer in self.layers:
+            for name, modules in GROUPS.items():
+                group = self._place(layer, name, modules, end)
+                if group is not None:
+                    self.groups.append(group)
+                    rows = sum(stop - start for start, stop in group.ranges)
+                    end = _aligned(group.b_start + rows * self.padded_rank)
+                    self.n_trainable += rank * (rows + len(group.members) * group.in_features)
+        self.size = max(end, _ALIGNMENT)  # elements of a flat array
+
+    def _place(
+        self, layer: int, name: str, modules: tuple[str, ...], start: int
+    ) -> AdaptedGroup | None:
+        members, ranges, column = [], [], 0
+        for module in modules:
+            matrix = ADAPTABLE_MATRICES[module]
+            out_features = matrix.out_size(self.architecture)
+            if module in self.targets:
+                members.append(module)
+                ranges.append((column, column + out_features))
+            column += out_features
+        if not members:
+            return None
+        in_features = ADAPTABLE_MATRICES[modules[0]].in_size(self.architecture)
+        b_start = _aligned(start + len(members) * self.padded_rank * in_features)
+        return AdaptedGroup(
+            layer, name, tuple(members), tuple(ranges), in_features, start, b_start
+        )
+
+    @property
+    def lowest_layer(self) -> int:
+        """The lowest adapted layer: the backward ends there, and all below it is a fixed prefix."""
+        return self.layers[0]
+
+    def factors(self, flat: Tensor) -> dict[tuple[int, str], LoraFactors]:
+        """The factors inside a flat tensor [size], by (layer, group)."""
+        found = {}
+        for group in self.groups:
+            a_shape = (len(group.members) * self.padded_rank, group.in_features)
+            b_shape = (sum(stop - start for start, stop in group.ranges), self.padded_rank)
+            a = flat.rows(group.a_start, group.a_start + a_shape[0] * a_shape[1])
+            b = flat.rows(group.b_start, group.b_start + b_shape[0] * b_shape[1])
+            found[group.layer, group.group] = LoraFactors(
+                a.reshape(*a_shape), b.reshape(*b_shape), self.padded_rank, self.scale, group.ranges
+            )
+        return found
+
+    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
+        """(module, PEFT path, A [padded rank, in], B [out, padded rank]), views of a flat array."""
+        for group in self.groups:
+            a_row = group.a_start
+            b_row = group.b_start
+            for module, (start, stop) in zip(group.members, group.ranges, strict=True):
+                n_a = self.padded_rank * group.in_features
+                n_b = (stop - start) * self.padded_rank
+                path = ADAPTABLE_MATRICES[module].peft_path(group.layer)
+                yield (
+                    module,
+                    path,
+                    flat[a_row : a_row + n_a].reshape(self.padded_rank, group.in_features),
+                    flat[b_row : b_row + n_b].reshape(stop - start, self.padded_rank),
+                )
+                a_row += n_a
+                b_row += n_b
+
+    def to_modules(self, flat: np.ndarray) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """A [rank, in] and B [out, rank] by PEFT's module path, rows in Hugging Face's order.
+
+        Args:
+            flat: f32 [size], in the layout of the device.
+        """
+        modules = {}
+        for module, path, a, b in self._views(flat):
+            heads = ADAPTABLE_MATRICES[module].permuted_heads(self.architecture)
+            rows = b if heads is None else permute_rows_to_hf(b, heads)
+            modules[path] = (a[: self.rank].copy(), np.ascontiguousarray(rows[:, : self.rank]))
+        return modules
+
+    def from_modules(self, modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+        """The inverse of `to_modules`: f32 [size], padding zero. Every module must be there."""
+        flat = np.zeros(self.size, np.float32)
+        for module, path, a, b in self._views(flat):
+            given_a, given_b = modules[path]
+            heads = ADAPTABLE_MATRICES[module].permuted_heads(self.architecture)
+            a[: self.rank] = given_a
+            b[:, : self.rank] = given_b if heads is None else permute_rows_to_gguf(given_b, heads)
+        return flat
+
+    def initial(self, seed: int) -> np.ndarray:
+        """A new adapter, f32 [size]: A uniform in ±1/sqrt(in) as PEFT's, B zero."""
+        rng = np.random.default_rng(seed)
+        flat = np.zeros(self.size, np.float32)
+        for _, _, a, _ in self._views(flat):
+            bound = 1.0 / np.sqrt(a.shape[1])
+            a[: self.rank] = rng.uniform(-bound, bound, (self.rank, a.shape[1]))
+        return flat
+
+
+def _aligned(n: int) -> int:
+    return -(-n // _ALIGNMENT) * _ALIGNMENT

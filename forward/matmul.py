@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
@@ -10,8 +12,43 @@ from forward.weights import FrozenMatrix, MatrixPart
 from shaders.program import Program
 from shaders.tensor import Extent, Tensor
 
-WIDE_ROWS = 12  # rows a lane of matmul_wide holds; see docs/log.md for what was measured
+BODIES = ("wide", "tiled")  # for adapters on the CPU; for GPUs
+
+# What matmul_wide's lanes hold, measured on llvmpipe (docs/log.md).
+WIDE_ROWS = 12
 WIDE_LANES = 32
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tunables of matmul_tiled: outputs of a workgroup, depth of a step, outputs of a lane."""
+
+    tile_rows: int
+    tile_columns: int
+    depth: int
+    lane_rows: int
+    lane_columns: int
+
+
+# Each fits 16 KiB of workgroup memory and 256 lanes, WebGPU's defaults. Largest first.
+_TILES = (
+    (240, Tile(128, 128, 16, 8, 8)),
+    (240, Tile(128, 64, 16, 8, 8)),
+    (100, Tile(64, 64, 32, 8, 4)),
+    (0, Tile(32, 32, 32, 4, 4)),
+)
+_NARROW = Tile(32, 16, 32, 4, 4)  # for the few columns of z
+
+
+def choose_tile(rows: int, columns: int) -> Tile:
+    """The largest tile that still gives the device enough workgroups (docs/log.md)."""
+    if columns <= 64:
+        return _NARROW
+    return next(
+        tile
+        for wanted, tile in _TILES
+        if -(-rows // tile.tile_rows) * -(-columns // tile.tile_columns) >= wanted
+    )
 
 
 def matmul(
@@ -50,7 +87,6 @@ def matmul(
             y,
             transposed=False,
             contraction=matrix.in_features,
-            x_column=0,
             out_column=part.first_row,
             members=_members(lora, part),
             low=z,
@@ -66,9 +102,10 @@ def matmul(
 
 def _members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str, int]]:
     """The adapted ranges inside a part: columns of the part, columns of z, rows of B."""
-    members = []
-    factor_row = 0
-    for index, (start, stop) in enumerate(lora.ranges if lora else ()):
+    members: list[dict[str, int]] = []
+    if lora is None:
+        return members
+    for index, (start, stop) in enumerate(lora.ranges):
         first = max(start, part.first_row)
         last = min(stop, part.first_row + part.n_rows)
         if first < last:
@@ -76,11 +113,10 @@ def _members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str, int]]
                 {
                     "start": first - part.first_row,
                     "stop": last - part.first_row,
-                    "low_start": index * lora.rank if lora else 0,
-                    "factor_start": factor_row + first - start,
+                    "low_start": index * lora.rank,
+                    "factor_start": lora.first_row(index) + first - start,
                 }
             )
-        factor_row += stop - start
     return members
 
 
@@ -93,23 +129,35 @@ def record_product(
     *,
     transposed: bool,
     contraction: int,
-    x_column: int,
-    out_column: int,
-    members: list[dict[str, int]],
-    low: Tensor | None,
-    factor: Tensor | None,
-    rank: int,
-    scale: float,
-    residual: Tensor | None,
-    epilogue: str,
+    first_weight_row: int = 0,
+    x_column: int = 0,
+    n_columns: int | None = None,
+    out_column: int = 0,
+    members: Sequence[dict[str, int]] = (),
+    low: Tensor | None = None,
+    factor: Tensor | None = None,
+    rank: int = 0,
+    scale: float = 1.0,
+    residual: Tensor | None = None,
+    epilogue: str = "write",
+    out_scale: float = 1.0,
     label: str,
 ) -> None:
-    """Appends the dispatch for one part; `backward/matmul.py` uses it with transposed=True.
+    """Appends the dispatch for one part: what `matmul`, its backward and the adapters share.
 
     transposed=False: out[m, n] = Σ_k x[m, k] · W[n, k] + scale · Σ_r low[m, r] · factor[n, r].
     transposed=True:  out[m, k] = Σ_n x[m, n] · W[n, k] + Σ_r low[m, r] · factor[r, k].
+
+    Args:
+        contraction: length of the sum over k (or n); `first_weight_row` is where n begins.
+        x_column, out_column: where the columns begin in x and out.
+        n_columns: columns of the output; all of the part's rows (or of out) by default.
+        members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
+        epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
+        out_scale: multiplies the whole sum.
     """
-    n_columns = part.n_rows if not transposed else out.shape[1]
+    if n_columns is None:
+        n_columns = out.shape[1] if transposed else part.n_rows
     if contraction % 4 or n_columns % 4 or x.shape[1] % 4 or rank % 4:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {out.shape}, {rank}")
     constants: dict[str, Any] = {
@@ -122,7 +170,10 @@ def record_product(
         "x_column": x_column,
         "out_stride": out.shape[1],
         "out_column": out_column,
-        "members": members,
+        "first_weight_row": first_weight_row,
+        "weight_columns": n_columns if transposed else contraction,
+        "out_scale": out_scale,
+        "members": list(members),
         "rank": rank,
         "low_stride": low.shape[1] if members and low is not None else 0,
         "scale": scale,
@@ -135,7 +186,14 @@ def record_product(
         tensors += [low, factor]
     if residual is not None:
         tensors.append(residual)
-    constants |= {"lane_rows": WIDE_ROWS, "lanes": WIDE_LANES, "maximum_rows": extent.maximum}
-    grid = (-(-n_columns // (8 * WIDE_LANES)), -(-extent.maximum // WIDE_ROWS), 1)
     flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
-    program.dispatch("matmul_wide", constants, tensors, grid, label=label, flops=flops)
+    body = program.device.matmul_body or ("wide" if program.device.is_cpu else "tiled")
+    grid: int | tuple[int, int, int]
+    if body == "wide":
+        constants |= {"lane_rows": WIDE_ROWS, "lanes": WIDE_LANES}
+        grid = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
+    else:
+        tile = choose_tile(extent.maximum, n_columns)
+        constants |= asdict(tile)
+        grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), 1)
+    program.dispatch(f"matmul_{body}", constants, tensors, grid, label=label, flops=flops)

@@ -69,7 +69,7 @@ class ModelConfig(_Section):
 
     path: Text = Field(description="the path of a GGUF file")
     tokenizer: Text | None = Field(
-        None, description="null, a tokenizer.json, or a directory that holds one"
+        default=None, description="null, a tokenizer.json, or a directory that holds one"
     )
 
     @field_validator("path")
@@ -87,19 +87,19 @@ class ModelConfig(_Section):
 class AdapterConfig(_Section):
     """`adapter:`, what is trained."""
 
-    rank: Count = Field(16, description="a whole number of at least 1")
-    alpha: Number = Field(32.0, gt=0, description="a number above 0")
-    dropout: Number = Field(0.0, description="0")
+    rank: Count = Field(default=16, description="a whole number of at least 1")
+    alpha: Number = Field(default=32.0, gt=0, description="a number above 0")
+    dropout: Number = Field(default=0.0, description="0")
     targets: Literal["all-linear"] | list[str] = Field(
-        "all-linear", description=f"all-linear, or a list of {', '.join(TARGETS)}"
+        default="all-linear", description=f"all-linear, or a list of {', '.join(TARGETS)}"
     )
     layers: Literal["all"] | LastLayers | list[Annotated[int, Field(ge=0)]] = Field(
-        "all",
+        default="all",
         description="all, {last: N} with N at least 1, or a list of layer numbers (the first is 0)",
     )
-    variant: Literal["lora", "rslora", "dora"] = Field("lora", description="lora or rslora")
+    variant: Literal["lora", "rslora", "dora"] = Field(default="lora", description="lora or rslora")
     init_from: Text | None = Field(
-        None, description="null, or a PEFT adapter directory to continue from"
+        default=None, description="null, or a PEFT adapter directory to continue from"
     )
 
     @field_validator("dropout")
@@ -194,54 +194,61 @@ class DataConfig(_Section):
 
     train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description=_SOURCE)
     eval: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
-        None, description=f"null, {_SOURCE}"
+        default=None, description=f"null, {_SOURCE}"
     )
     format: Literal["auto", "chat", "completion", "instruct", "text"] = Field(
-        "auto", description="auto, chat, completion, instruct or text"
+        default="auto", description="auto, chat, completion, instruct or text"
     )
-    max_length: int = Field(512, ge=2, description="a whole number of tokens, at least 2")
-    packing: bool = Field(False, description="true or false")
-    train_on: Literal["completion", "all"] = Field("completion", description="completion or all")
-    append_eos: Switch = Field("auto", description="auto, on or off")
-    shuffle: bool = Field(True, description="true or false")
+    max_length: int = Field(default=512, ge=2, description="a whole number of tokens, at least 2")
+    packing: bool = Field(default=False, description="true or false")
+    train_on: Literal["completion", "all"] = Field(
+        default="completion", description="completion or all"
+    )
+    append_eos: Switch = Field(default="auto", description="auto, on or off")
+    shuffle: bool = Field(default=True, description="true or false")
 
 
 class TrainConfig(_Section):
     """`train:`, how the adapter is fitted."""
 
-    epochs: Number = Field(1.0, gt=0, description="a number above 0")
-    steps: Count | None = Field(None, description="null, or a whole number of at least 1")
-    batch_size: Count = Field(4, description="a whole number of at least 1")
-    gradient_accumulation: Count = Field(1, description="a whole number of at least 1")
-    learning_rate: Number = Field(2.0e-4, gt=0, description="a number above 0")
+    epochs: Number = Field(default=1.0, gt=0, description="a number above 0")
+    steps: Count | None = Field(default=None, description="null, or a whole number of at least 1")
+    batch_size: Count = Field(default=4, description="a whole number of at least 1")
+    gradient_accumulation: Count = Field(default=1, description="a whole number of at least 1")
+    learning_rate: Number = Field(default=2.0e-4, gt=0, description="a number above 0")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="constant, linear or cosine"
+        default="cosine", description="constant, linear or cosine"
     )
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
-        0.03, description="a number from 0 to below 1, the share of all steps"
+        default=0.03, description="a number from 0 to below 1, the share of all steps"
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="null, or a whole number of at least 0"
+        default=None, description="null, or a whole number of at least 0"
     )
-    weight_decay: Number = Field(0.0, ge=0, description="a number of at least 0")
+    weight_decay: Number = Field(default=0.0, ge=0, description="a number of at least 0")
     betas: list[Annotated[Number, Field(ge=0, lt=1)]] = Field(
-        [0.9, 0.999], min_length=2, max_length=2, description="two numbers from 0 to below 1"
+        default=[0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="two numbers from 0 to below 1",
     )
-    epsilon: Number = Field(1.0e-8, gt=0, description="a number above 0")
+    epsilon: Number = Field(default=1.0e-8, gt=0, description="a number above 0")
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = Field(
-        1.0, description="a number above 0, or null for no clipping"
+        default=1.0, description="a number above 0, or null for no clipping"
     )
-    precision: Literal["f32", "f16"] = Field("f32", description="f32")
-    recompute: Switch = Field("auto", description="auto, on or off")
-    reuse_frozen_prefix: Switch = Field("auto", description="auto, on or off")
-    seed: int = Field(0, ge=0, le=2**32 - 1, description="a whole number from 0 to 4294967295")
+    precision: Literal["f32", "f16"] = Field(default="f32", description="f32")
+    recompute: Switch = Field(default="auto", description="auto, on or off")
+    reuse_frozen_prefix: Switch = Field(default="auto", description="auto, on or off")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="a whole number from 0 to 4294967295"
+    )
     eval_every: Count | None = Field(
-        None, description="null, or a whole number of steps, at least 1"
+        default=None, description="null, or a whole number of steps, at least 1"
     )
     save_every: Count | None = Field(
-        None, description="null, or a whole number of steps, at least 1"
+        default=None, description="null, or a whole number of steps, at least 1"
     )
-    keep_checkpoints: Count = Field(3, description="a whole number of at least 1")
+    keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
 
     @field_validator("precision")
     @classmethod
@@ -278,7 +285,7 @@ class Config(_Section):
     data: DataConfig = Field(description="the data")
     train: Annotated[TrainConfig, BeforeValidator(_section_from_nothing)] = TrainConfig()
     device: Text | Annotated[int, Field(ge=0)] = Field(
-        "auto", description="auto, an adapter's index, or part of its name"
+        default="auto", description="auto, an adapter's index, or part of its name"
     )
     output: Text = Field(description="the directory that the run writes to")
 

@@ -85,12 +85,14 @@ class _MarkedText:
         text: all of it.
         spans: the stretches to train on, ascending.
         rendered: it comes out of a chat template, which writes BOS and ends of turns itself.
+        turns: the spans are assistant turns, each to be trained through its end-of-turn token.
         may_end: EOS may follow: the text ends with something that the model is to say.
     """
 
     text: str
     spans: list[Span]
     rendered: bool
+    turns: bool
     may_end: bool
 
 
@@ -195,7 +197,7 @@ def _mark(
     else:
         prompt, text = "", columns["text"]
     start = 0 if train_on == "all" else len(prompt)
-    return _MarkedText(text, [(start, len(text))], rendered=False, may_end=True)
+    return _MarkedText(text, [(start, len(text))], rendered=False, turns=False, may_end=True)
 
 
 def _instruction_parts(columns: dict[str, Any]) -> list[str]:
@@ -229,7 +231,7 @@ def _mark_chat(
     text = render(len(messages))
     may_end = messages[-1]["role"] == "assistant"
     if train_on == "all":
-        return _MarkedText(text, [(0, len(text))], rendered=True, may_end=may_end)
+        return _MarkedText(text, [(0, len(text))], rendered=True, turns=False, may_end=may_end)
     spans = []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
@@ -246,7 +248,7 @@ def _mark_chat(
                 "added, so what it said cannot be told apart; set data.train_on: all."
             )
         spans.append((len(before), len(through)))
-    return _MarkedText(text, spans, rendered=True, may_end=may_end)
+    return _MarkedText(text, spans, rendered=True, turns=True, may_end=may_end)
 
 
 def _turn_length(marked: _MarkedText, ids: list[int], tokenizer: TextTokenizer) -> int:
@@ -254,7 +256,7 @@ def _turn_length(marked: _MarkedText, ids: list[int], tokenizer: TextTokenizer) 
 
     ChatML has a line break after <|im_end|>: generation stops before it, so it isn't trained.
     """
-    if not marked.rendered:
+    if not marked.turns:
         return len(ids)
     end = _end_of_turn(ids, tokenizer)
     return len(ids) if end is None else end + 1

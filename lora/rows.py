@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,7 +95,7 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
 def _read_data_set(name: str, split: str) -> Iterator[tuple[Any, str]]:
     """Rows of a Hugging Face data set, with the empty fields that Arrow puts in left out."""
     # Imported here: it takes a second, and training from a file has no need of it.
-    import datasets
+    import datasets  # type: ignore[import-untyped]
 
     try:
         splits = datasets.load_dataset(name)
@@ -147,7 +147,6 @@ def _check_row(values: Any, place: str, data_format: str) -> Row:
     columns = {}
     for column in (*required, *_OPTIONAL_COLUMNS.get(data_format, ())):
         if column in required or values.get(column) is not None:
-            check: Callable[[Any, str], None]
             check = _check_messages if column == "messages" else _check_text
             check(values[column], f"{place}: {column}")
             columns[column] = values[column]

@@ -99,6 +99,7 @@ class Device:
                 self.wgpu.limits["max-buffer-size"],
             )
         )
+        self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self._pipelines: dict[tuple[str, str], wgpu.GPUComputePipeline] = {}
 
@@ -124,13 +125,23 @@ class Device:
             InputError: larger than one buffer can be on this device.
         """
         n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
-        padded = max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
         if n_bytes > self.max_binding:
             raise InputError(
                 f"A tensor of shape {shape} ({n_bytes / 2**20:.0f} MiB) is larger than the "
                 f"{self.max_binding / 2**20:.0f} MiB that {self.name} can bind; "
                 "lower data.max_length or train.batch_size."
             )
+        return self._create(shape, dtype, purpose, extent)
+
+    def empty_flat(self, n: int, *, purpose: str) -> Tensor:
+        """A zero-filled f32 tensor [n] that may be larger than one binding: bind its ranges."""
+        return self._create((n,), "f32", purpose, None)
+
+    def _create(
+        self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None
+    ) -> Tensor:
+        n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
+        padded = max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
         usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
         buffer = self.wgpu.create_buffer(size=padded, usage=usage)
         self.allocated[purpose] += padded

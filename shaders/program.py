@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -266,9 +266,7 @@ class ReadbackRing:
         self._arrived.append(convert(values))
         return True
 
-    def ready(self, *, wait: bool = False) -> list[Any]:
-        """What has arrived since the last call; with `wait`, all that was pushed."""
-        while self._in_flight and self._take_first(wait=wait):
-            pass
-        arrived, self._arrived = self._arrived, []
-        return arrived
+    def ready(self, *, wait: bool = False) -> Iterator[Any]:
+        """Hands out what has arrived since the last call; with `wait`, all that was pushed."""
+        while self._arrived or (self._in_flight and self._take_first(wait=wait)):
+            yield self._arrived.pop(0)

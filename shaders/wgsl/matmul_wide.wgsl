@@ -5,15 +5,19 @@
 {% include "matmul_bindings.wgsl" %}
 
 const lane_rows = {{ lane_rows }}u;
-const row_blocks = {{ (maximum_rows + lane_rows - 1) // lane_rows }}u;
 const column_blocks = {{ (n_columns + 7) // 8 }}u;
 
 @compute @workgroup_size({{ lanes }})
-fn main(@builtin(global_invocation_id) id: vec3<u32>) {
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
     // Neighbouring lanes share rows and differ in columns.
-    let first_row = id.y * lane_rows;
-    let column = id.x * 8u;
-    if (first_row >= extent.rows || column >= n_columns) { return; }
+    let index = (group.x + group.y * groups.x) * {{ lanes }}u + lane;
+    let first_row = index / column_blocks * lane_rows;
+    let column = index % column_blocks * 8u;
+    if (first_row >= extent.rows) { return; }
     let last_row = extent.rows - 1u;
 {% for i in range(lane_rows) %}
     let row_{{ i }} = min(first_row + {{ i }}u, last_row);
@@ -66,7 +70,7 @@ fn main(@builtin(global_invocation_id) id: vec3<u32>) {
 {% endfor %}
 {% for q in range(4) %}
         {
-            let w = decode8(k + {{ q }}u, column);
+            let w = decode8(first_weight_row + k + {{ q }}u, column);
 {% for i in range(lane_rows) %}
             a_{{ i }} += v_{{ i }}[{{ q }}] * w.a;
             b_{{ i }} += v_{{ i }}[{{ q }}] * w.b;

@@ -1,0 +1,218 @@
+"""The decoder's backward pass, recorded from the head down to the lowest adapted layer."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from backward.attention import attention_backward
+from backward.lora import lora_gradients, lora_project_gradient
+from backward.matmul import matmul_backward
+from backward.rmsnorm import rmsnorm_backward
+from backward.rope import rope_backward
+from backward.swiglu import swiglu_backward
+from forward.adapter import LoraFactors
+from forward.decoder import Factors, LayerActivations
+from forward.gather import gather_rows
+from forward.head import (
+    HeadActivations,
+    chunk_of,
+    record_chunk_loss,
+    record_head_input,
+    record_totals,
+)
+from forward.inputs import Inputs
+from forward.model import Model
+from forward.weights import FrozenMatrix
+from shaders.device import Device
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Gradients of activations, shared by all layers."""
+
+    d_x: Tensor  # [rows, hidden_size], the gradient to the residual stream, carried downwards
+    d_normed: Tensor  # [rows, hidden_size]
+    d_gated: Tensor  # [rows, intermediate_size]
+    d_attended: Tensor  # [rows, query_size]
+    d_qkv: Tensor  # [rows, query_size + 2 · kv_size]
+    dots: Tensor  # [rows, n_heads], D of the attention's backward
+    d_z: Mapping[int, Tensor]  # [rows, width], by width
+    d_head_normed: Tensor  # [targets, hidden_size]
+    d_picked: Tensor  # [targets, hidden_size]
+
+    @classmethod
+    def allocate(cls, device: Device, model: Model, inputs: Inputs, factors: Factors) -> Scratch:
+        """Tensors for the backward pass."""
+        a = model.architecture
+
+        def tensor(width: int) -> Tensor:
+            return device.empty((inputs.rows.maximum, width), extent=inputs.rows)
+
+        def over_targets() -> Tensor:
+            shape = (inputs.targets.maximum, a.hidden_size)
+            return device.empty(shape, extent=inputs.targets)
+
+        return cls(
+            d_x=tensor(a.hidden_size),
+            d_normed=tensor(a.hidden_size),
+            d_gated=tensor(a.intermediate_size),
+            d_attended=tensor(a.query_size),
+            d_qkv=tensor(a.query_size + 2 * a.kv_size),
+            dots=tensor(a.n_heads),
+            d_z={w: tensor(w) for w in {f.n_members * f.rank for f in factors.values()}},
+            d_head_normed=over_targets(),
+            d_picked=over_targets(),
+        )
+
+
+def record_head_backward(
+    program: Program,
+    model: Model,
+    inputs: Inputs,
+    act: HeadActivations,
+    scratch: Scratch,
+    x: Tensor,
+    step: Tensor,
+    totals: Tensor,
+) -> None:
+    """Appends the head, its loss, and the gradient to x (into scratch.d_x), chunk by chunk.
+
+    The logits of a chunk become their own gradient, and that the gradient to the chunk's input,
+    at once: nothing of size targets × vocab_size is stored (as in Liger-Kernel's fused linear
+    cross-entropy).
+
+    Args:
+        x: [rows, hidden_size], the output of the last layer.
+        step: the uniform whose first word is the f32 weight of one loss.
+        totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
+    """
+    with program.scope("head"):
+        record_head_input(program, model, inputs, act, x)
+        for index in range(len(inputs.chunks)):
+            d_logits = record_chunk_loss(program, model, inputs, act, index, step)
+            matmul_backward(
+                program, d_logits, model.head,
+                out=chunk_of(scratch.d_head_normed, inputs, index), label="head_backward",
+            )  # fmt: skip
+        record_totals(program, inputs, act, totals)
+        rmsnorm_backward(
+            program,
+            act.picked,
+            model.output_norm,
+            model.architecture.norm_epsilon,
+            scratch.d_head_normed,
+            out=scratch.d_picked,
+        )
+        gather_rows(
+            program, scratch.d_picked, inputs.target_slots, inputs.rows, out=scratch.d_x,
+            label="gather_backward",
+        )  # fmt: skip
+
+
+def record_layer_backward(
+    program: Program,
+    model: Model,
+    layer: int,
+    inputs: Inputs,
+    factors: Factors,
+    gradients: Gradients,
+    act: LayerActivations,
+    scratch: Scratch,
+    x: Tensor,
+    *,
+    lowest: bool,
+) -> None:
+    """Appends one layer's backward: scratch.d_x goes from its output to its input.
+
+    Gradients of A and B are added to `gradients`. act.gate_up is overwritten.
+
+    Args:
+        act: the layer's activations, just computed or kept.
+        x: [rows, hidden_size], the layer's input.
+        lowest: nothing below is adapted: stop after the layer's last adapted matrix.
+    """
+    a, weights = model.architecture, model.layers[layer]
+
+    def through(
+        group: str, matrix: FrozenMatrix, source: Tensor, z: Tensor | None, d_y: Tensor,
+        out: Tensor | None,
+    ) -> None:
+        """The gradients of a group's factors, and of its input (None: not wanted)."""
+        lora = factors.get((layer, group))
+        d_z = None
+        if lora is not None and z is not None:
+            d_z = scratch.d_z[lora.n_members * lora.rank]
+            lora_project_gradient(program, d_y, lora, out=d_z)
+            lora_gradients(program, source, z, d_y, d_z, lora, gradients[layer, group])
+        if out is not None:
+            matmul_backward(
+                program, d_y, matrix, lora=lora, d_z=d_z, out=out, label=f"{group}_backward"
+            )
+
+    # Where this is the lowest adapted layer, what lies below its lowest adapted group is not run.
+    adapted = [group for group in ("qkv", "attn_output", "gate_up", "down")
+               if (layer, group) in factors]  # fmt: skip
+    last = adapted[0] if lowest else ""
+    d_x = scratch.d_x
+    with program.scope(f"layers.{layer}"):
+        through(
+            "down", weights.down, act.gated, act.z_down, d_x,
+            None if last == "down" else scratch.d_gated,
+        )  # fmt: skip
+        if last == "down":
+            return
+        d_gate_up = swiglu_backward(program, act.gate_up, scratch.d_gated, out=act.gate_up)
+        through(
+            "gate_up", weights.gate_up, act.middle_normed, act.z_gate_up, d_gate_up,
+            None if last == "gate_up" else scratch.d_normed,
+        )  # fmt: skip
+        if last == "gate_up":
+            return
+        rmsnorm_backward(
+            program, act.middle, weights.ffn_norm, a.norm_epsilon, scratch.d_normed,
+            residual=d_x, out=d_x,
+        )  # fmt: skip
+        through(
+            "attn_output", weights.attn_output, act.attended, act.z_attn_output, d_x,
+            None if last == "attn_output" else scratch.d_attended,
+        )  # fmt: skip
+        if last == "attn_output":
+            return
+        attention_backward(
+            program,
+            act.qkv,
+            act.attended,
+            act.lse,
+            scratch.d_attended,
+            inputs.segments,
+            n_heads=a.n_heads,
+            n_kv_heads=a.n_kv_heads,
+            head_size=a.head_size,
+            scale=a.head_size**-0.5,
+            d_qkv=scratch.d_qkv,
+            dots=scratch.dots,
+        )
+        rope_backward(
+            program,
+            scratch.d_qkv,
+            inputs.positions,
+            model.rope,
+            n_rotated_heads=a.n_heads + a.n_kv_heads,
+            head_size=a.head_size,
+            interleaved=a.rope_interleaved,
+        )
+        through(
+            "qkv", weights.qkv, act.normed, act.z_qkv, scratch.d_qkv,
+            None if last == "qkv" else scratch.d_normed,
+        )  # fmt: skip
+        if last == "qkv":
+            return
+        rmsnorm_backward(
+            program, x, weights.attn_norm, a.norm_epsilon, scratch.d_normed,
+            residual=d_x, out=d_x,
+        )  # fmt: skip

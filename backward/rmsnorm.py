@@ -1,0 +1,45 @@
+"""Gradient of RMSNorm to its input (its weight is frozen)."""
+
+from __future__ import annotations
+
+from forward.activations import activation, check_shape, extent_of
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+
+def rmsnorm_backward(
+    program: Program,
+    x: Tensor,
+    weight: Tensor,
+    epsilon: float,
+    d_y: Tensor,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+) -> Tensor:  # [rows, width]
+    """Appends d_x = (gradient through the norm) + residual.
+
+    Args:
+        x: [rows, width], what the norm was given.
+        weight: [width].
+        epsilon: as in the forward.
+        d_y: [rows, width], the gradient to the norm's output.
+        residual: [rows, width], the gradient that flows past the norm; may be `out` itself.
+        out: where to write; a new tensor by default.
+    """
+    width = x.shape[1]
+    check_shape("rmsnorm_backward weight", weight, width)
+    check_shape("rmsnorm_backward d_y", d_y, x.shape[0], width)
+    extent = extent_of(x)
+    d_x = out if out is not None else activation(program, extent, width)
+    check_shape("rmsnorm_backward output", d_x, x.shape[0], width)
+    tensors = [extent.uniform, x, weight, d_y, d_x]
+    kind = "none"
+    if residual is not None:
+        check_shape("rmsnorm_backward residual", residual, x.shape[0], width)
+        kind = "in place" if residual.buffer is d_x.buffer else "separate"
+        if kind == "separate":
+            tensors.append(residual)
+    constants = {"width": width, "epsilon": epsilon, "residual": kind}
+    program.dispatch("rmsnorm_backward", constants, tensors, extent.maximum)
+    return d_x

@@ -1,0 +1,31 @@
+"""Gradient of the rotary embedding: the inverse rotation (a rotation's transpose is its inverse)."""
+
+from __future__ import annotations
+
+from forward.rope import rope
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+
+def rope_backward(
+    program: Program,
+    d_qkv: Tensor,
+    positions: Tensor,
+    tables: Tensor,
+    *,
+    n_rotated_heads: int,
+    head_size: int,
+    interleaved: bool,
+) -> None:
+    """Appends the inverse rotation of the first heads of `d_qkv`, in place; see `forward.rope`."""
+    rope(
+        program,
+        d_qkv,
+        positions,
+        tables,
+        n_rotated_heads=n_rotated_heads,
+        head_size=head_size,
+        interleaved=interleaved,
+        inverse=True,
+        label="rope_backward",
+    )

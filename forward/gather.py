@@ -1,0 +1,45 @@
+"""Rows picked by index: the head works on the rows that have a target only."""
+
+from __future__ import annotations
+
+from forward.activations import activation, check_shape
+from shaders.program import Program
+from shaders.tensor import Extent, Tensor
+
+NO_ROW = 0xFFFFFFFF  # an index that stands for a row of zeros
+
+
+def gather_rows(
+    program: Program,
+    x: Tensor,
+    indices: Tensor,
+    extent: Extent,
+    *,
+    out: Tensor | None = None,
+    label: str = "gather",
+) -> Tensor:  # [extent.maximum, width]
+    """Appends y[s] = x[indices[s]], or zeros where indices[s] is NO_ROW.
+
+    Its own gradient too: with the inverse index (for each row its place, or NO_ROW) it carries
+    the gradient of the picked rows back, since no row is picked twice.
+
+    Args:
+        x: [any rows, width].
+        indices: u32 [extent.maximum].
+        extent: how many rows of the output are in use.
+        out: where to write; a new tensor by default.
+    """
+    width = x.shape[1]
+    check_shape("gather indices", indices, extent.maximum)
+    if width % 4:
+        raise ValueError(f"gather: width {width} is no multiple of 4")
+    y = out if out is not None else activation(program, extent, width)
+    check_shape("gather output", y, extent.maximum, width)
+    program.dispatch(
+        "gather",
+        {"width": width},
+        [extent.uniform, x, indices, y],
+        -(-extent.maximum * width // 256),
+        label=label,
+    )
+    return y

@@ -1,0 +1,121 @@
+"""The head and its loss, on the rows that have a target only, a chunk of logits at a time."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from forward.cross_entropy import cross_entropy
+from forward.gather import gather_rows
+from forward.inputs import CHUNK_ALIGNMENT, Inputs
+from forward.matmul import matmul
+from forward.model import Model
+from forward.rmsnorm import rmsnorm
+from forward.sums import sum_into
+from shaders.device import Device
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+CHUNK_BYTES = 64 << 20  # the logits that exist at one time
+
+
+def chunk_rows(device: Device, vocab_size: int, maximum_rows: int) -> int:
+    """Target rows whose logits are made at once: a multiple of 64, by memory."""
+    fitting = min(CHUNK_BYTES, device.max_binding) // (4 * vocab_size)
+    wanted = min(fitting, maximum_rows + CHUNK_ALIGNMENT - 1)
+    return max(CHUNK_ALIGNMENT, wanted // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
+
+
+@dataclass(frozen=True)
+class HeadActivations:
+    """What the head computes: the rows that have a target, compactly, and a chunk of logits."""
+
+    picked: Tensor  # [targets, hidden_size], the residual stream of those rows
+    normed: Tensor  # [targets, hidden_size]
+    logits: Tensor  # [chunk, vocab_size]; turned into their gradient in place
+    losses: Tensor  # [targets]
+    correct: Tensor  # [targets]: 1 where the label is the argmax
+
+    @classmethod
+    def allocate(cls, device: Device, model: Model, inputs: Inputs) -> HeadActivations:
+        """Tensors for the head."""
+        a, targets = model.architecture, inputs.targets
+
+        def tensor(*shape: int) -> Tensor:
+            return device.empty((targets.maximum, *shape), extent=targets)
+
+        start, stop, extent = inputs.chunks[0]
+        return cls(
+            picked=tensor(a.hidden_size),
+            normed=tensor(a.hidden_size),
+            logits=device.empty((stop - start, a.vocab_size), extent=extent, purpose="logits"),
+            losses=tensor(),
+            correct=tensor(),
+        )
+
+
+def record_head_input(
+    program: Program, model: Model, inputs: Inputs, act: HeadActivations, x: Tensor
+) -> None:
+    """Appends: the rows of x [rows, hidden_size] that have a target, and their final norm."""
+    gather_rows(program, x, inputs.target_rows, inputs.targets, out=act.picked)
+    epsilon = model.architecture.norm_epsilon
+    rmsnorm(program, act.picked, model.output_norm, epsilon, out=act.normed)
+
+
+def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
+    """The rows of a tensor over targets that belong to one chunk, with the chunk's extent."""
+    start, stop, extent = inputs.chunks[index]
+    return replace(tensor.rows(start, stop), extent=extent)
+
+
+def record_chunk_loss(
+    program: Program,
+    model: Model,
+    inputs: Inputs,
+    act: HeadActivations,
+    index: int,
+    step: Tensor | None,
+) -> Tensor:  # [chunk, vocab_size]
+    """Appends the logits of one chunk of targets and their losses.
+
+    Args:
+        index: of the chunk.
+        step: the uniform that holds the weight of one loss: the logits become their gradient in
+            place; None leaves them.
+    """
+    start, stop, extent = inputs.chunks[index]
+    logits = replace(act.logits, shape=(stop - start, act.logits.shape[1]), extent=extent)
+    matmul(program, chunk_of(act.normed, inputs, index), model.head, out=logits, label="head")
+    cross_entropy(
+        program,
+        logits,
+        chunk_of(inputs.labels, inputs, index),
+        chunk_of(act.losses, inputs, index),
+        chunk_of(act.correct, inputs, index),
+        step,
+    )
+    return logits
+
+
+def record_evaluation(
+    program: Program, model: Model, inputs: Inputs, act: HeadActivations, x: Tensor, totals: Tensor
+) -> None:
+    """Appends the head without gradients: losses, argmaxes and their sums.
+
+    Args:
+        x: [rows, hidden_size], the output of the last layer.
+        totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
+    """
+    with program.scope("head"):
+        record_head_input(program, model, inputs, act, x)
+        for index in range(len(inputs.chunks)):
+            record_chunk_loss(program, model, inputs, act, index, None)
+        record_totals(program, inputs, act, totals)
+
+
+def record_totals(
+    program: Program, inputs: Inputs, act: HeadActivations, totals: Tensor
+) -> None:
+    """Appends totals[0] += Σ losses, totals[1] += Σ correct."""
+    sum_into(program, act.losses, inputs.targets, totals, 0)
+    sum_into(program, act.correct, inputs.targets, totals, 1)

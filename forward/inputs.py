@@ -1,0 +1,96 @@
+"""What a micro-batch brings: tokens, positions, segments, targets, in buffers of fixed place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from forward.gather import NO_ROW
+from shaders.device import Device
+from shaders.tensor import Extent, Tensor
+
+CHUNK_ALIGNMENT = 64  # rows: labels and losses of a chunk begin on 256 bytes
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Device buffers for up to `rows.maximum` tokens, written before each replay.
+
+    There is no batch dimension: the examples of a micro-batch lie end to end, without padding
+    between them, and attention is kept apart by `segments`. Rows with a target are listed
+    compactly, so that the head works on those only, in chunks.
+    """
+
+    rows: Extent
+    tokens: Tensor  # u32 [rows]
+    positions: Tensor  # u32 [rows], within each example
+    segments: Tensor  # u32 [rows, 2]: first row and end (exclusive) of the row's example
+    targets: Extent  # rows that have a target
+    target_rows: Tensor  # u32 [targets]: their rows
+    target_slots: Tensor  # u32 [rows]: the inverse; NO_ROW without a target
+    labels: Tensor  # u32 [targets]
+    chunks: tuple[tuple[int, int, Extent], ...]  # of the targets: start, stop, extent
+
+    @classmethod
+    def allocate(cls, device: Device, maximum_rows: int, chunk_rows: int) -> Inputs:
+        """Buffers for micro-batches of at most `maximum_rows` tokens.
+
+        Args:
+            chunk_rows: target rows whose logits exist at one time; a multiple of 64.
+        """
+        padded = -(-maximum_rows // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        rows, targets = device.extent(maximum_rows), device.extent(padded)
+        chunks = []
+        for start in range(0, padded, chunk_rows):
+            stop = min(start + chunk_rows, padded)
+            chunks.append((start, stop, device.extent(stop - start)))
+
+        def integers(extent: Extent, *shape: int) -> Tensor:
+            return device.empty(
+                (extent.maximum, *shape), "u32", purpose="inputs", extent=extent
+            )
+
+        return cls(
+            rows=rows,
+            tokens=integers(rows),
+            positions=integers(rows),
+            segments=integers(rows, 2),
+            targets=targets,
+            target_rows=integers(targets),
+            target_slots=integers(rows),
+            labels=integers(targets),
+            chunks=tuple(chunks),
+        )
+
+    def write(
+        self,
+        device: Device,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        segment_start: np.ndarray,
+        segment_end: np.ndarray,
+        targets: np.ndarray,
+    ) -> int:
+        """Writes one micro-batch and sets the extents; returns the number of targets.
+
+        Args:
+            token_ids, positions, segment_start, segment_end: integers [n].
+            targets: [n], the next token where it is trained, else negative.
+        """
+        n = len(token_ids)
+        (target_rows,) = np.nonzero(targets >= 0)
+        slots = np.full(n, NO_ROW, np.uint32)
+        slots[target_rows] = np.arange(len(target_rows), dtype=np.uint32)
+        device.set_rows(self.rows, n)
+        device.write_rows(self.tokens, 0, token_ids)
+        device.write_rows(self.positions, 0, positions)
+        device.write_rows(self.segments, 0, np.stack([segment_start, segment_end], axis=1))
+        device.write_rows(self.target_slots, 0, slots)
+        device.set_rows(self.targets, len(target_rows))
+        if len(target_rows):
+            device.write_rows(self.target_rows, 0, target_rows)
+            device.write_rows(self.labels, 0, targets[target_rows])
+        for start, stop, extent in self.chunks:
+            device.set_rows(extent, min(max(len(target_rows) - start, 0), stop - start))
+        return len(target_rows)

@@ -1,0 +1,67 @@
+"""Rotary position embedding (Su et al. 2021, "RoFormer")."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from forward.activations import check_shape, extent_of
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+
+def rope_tables(n_positions: int, rope_dimensions: int, base: float) -> np.ndarray:
+    """Cosines and sines of every angle, computed in float64.
+
+    WGSL's own sin and cos are too coarse at large angles (Vulkan asks for 2^-11 within one turn).
+
+    Returns:
+        f32 [n_positions, rope_dimensions / 2, 2]: (cos, sin) of position · base^(-2j / dimensions).
+    """
+    frequency = base ** (-np.arange(0, rope_dimensions, 2, dtype=np.float64) / rope_dimensions)
+    angle = np.arange(n_positions, dtype=np.float64)[:, None] * frequency
+    return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
+
+
+def rope(
+    program: Program,
+    qkv: Tensor,
+    positions: Tensor,
+    tables: Tensor,
+    *,
+    n_rotated_heads: int,
+    head_size: int,
+    interleaved: bool,
+    inverse: bool = False,
+    label: str = "rope",
+) -> None:
+    """Appends the rotation of the first heads of `qkv`, in place.
+
+    Args:
+        qkv: [rows, any width]: q heads, k heads, v heads.
+        positions: u32 [rows], within each token's example.
+        tables: [n_positions, rope_dimensions / 2, 2] from `rope_tables`.
+        n_rotated_heads: q and k heads together; what follows them is left alone.
+        head_size: columns of a head; only its first rope_dimensions turn.
+        interleaved: pairs (2j, 2j + 1) instead of (j, j + rope_dimensions / 2).
+        inverse: turn back (the backward pass).
+    """
+    extent = extent_of(qkv)
+    check_shape("rope positions", positions, qkv.shape[0])
+    check_shape("rope tables", tables, None, None, 2)
+    half = tables.shape[1]
+    if 2 * half > head_size or n_rotated_heads * head_size > qkv.shape[1]:
+        raise ValueError(
+            f"rope: {n_rotated_heads} heads of {head_size} with {2 * half} rotated columns "
+            f"do not fit {qkv.shape}"
+        )
+    constants = {
+        "half": half,
+        "n_rotated_heads": n_rotated_heads,
+        "head_size": head_size,
+        "stride": qkv.shape[1],
+        "interleaved": interleaved,
+        "inverse": inverse,
+    }
+    n_lanes = extent.maximum * half * n_rotated_heads
+    tensors = [extent.uniform, qkv, positions, tables]
+    program.dispatch("rope", constants, tensors, -(-n_lanes // 64), label=label)

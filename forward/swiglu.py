@@ -1,0 +1,41 @@
+"""The gated activation of the feed-forward block (Shazeer 2020, "GLU Variants")."""
+
+from __future__ import annotations
+
+from forward.activations import activation, check_shape, extent_of
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+ACTIVATIONS = ("silu", "gelu_tanh")
+
+
+def check_activation(name: str) -> None:
+    """Refuses an activation that no kernel knows."""
+    if name not in ACTIVATIONS:
+        raise ValueError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
+
+
+def swiglu(
+    program: Program, gate_up: Tensor, *, activation_name: str = "silu", out: Tensor | None = None
+) -> Tensor:  # [rows, intermediate_size]
+    """Appends y = activation(gate) · up.
+
+    Args:
+        gate_up: [rows, 2 · intermediate_size], the gate's columns first.
+        activation_name: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
+        out: where to write; a new tensor by default.
+    """
+    check_activation(activation_name)
+    extent = extent_of(gate_up)
+    width = gate_up.shape[1] // 2
+    if width % 4:
+        raise ValueError(f"swiglu: intermediate_size {width} is no multiple of 4")
+    y = out if out is not None else activation(program, extent, width)
+    check_shape("swiglu output", y, gate_up.shape[0], width)
+    program.dispatch(
+        "swiglu",
+        {"width": width, "activation": activation_name},
+        [extent.uniform, gate_up, y],
+        -(-extent.maximum * width // 256),
+    )
+    return y

@@ -1,0 +1,485 @@
+"""TrainingSession: a frozen model, its adapter, and the steps that train it."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forward.adapter import AdapterLayout
+from forward.architecture import Architecture
+from forward.gguf_file import GGUFFile
+from forward.head import chunk_rows
+from forward.inputs import Inputs
+from forward.model import load_model
+from forward.tokenizer import Tokenizer
+from lora.batches import Batch, DataStream, sequential_batches
+from lora.config import Config, load_config
+from lora.data import DataSummary, Example, load_examples
+from lora.generation import Generator
+from lora.peft_files import load_peft_adapter, read_peft_settings, save_peft_adapter
+from lora.prefix_cache import AUTO_LIMIT, PrefixCache
+from lora.programs import (
+    Activations,
+    AdapterState,
+    TrainingPrograms,
+    loss_weight_words,
+    record_eval,
+    record_prefix,
+    wants_recompute,
+)
+from optim.adamw import step_words
+from optim.schedule import learning_rate
+from shaders.device import Device
+from shaders.errors import InputError, LoraError
+from shaders.program import Program, ReadbackRing
+
+IN_FLIGHT = 3  # steps that the host may be ahead of the device
+
+
+@dataclass(frozen=True)
+class Metrics:
+    """What one optimizer step was: a line of metrics.jsonl."""
+
+    step: int  # counted from 1
+    epoch: float  # passes over the data, this step included
+    loss: float  # mean over the trained tokens
+    grad_norm: float  # before clipping
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+    tokens_per_second: float
+    seconds: float
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields by name."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class EvalResult:
+    """How a model does on examples, each token predicted from those before it."""
+
+    loss: float  # mean over the trained tokens
+    perplexity: float
+    token_accuracy: float  # share of trained tokens that are the argmax
+    exact_match: float  # share of examples whose every trained token is the argmax
+    n_exact: int
+    n_examples: int
+    n_tokens: int  # trained ones
+
+
+class TrainingSession:
+    """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
+
+    `session.step(batches)` runs forward, backward, clipping and AdamW on the device and returns
+    without waiting for it.
+
+    Args:
+        config: checked settings.
+        train: False leaves out what only training needs (for evaluation and generation).
+        device: one that is open already; by default the config's is opened.
+
+    Raises:
+        InputError: the model, the data, an adapter or the device are not what the config needs.
+    """
+
+    def __init__(
+        self, config: Config, *, train: bool = True, device: Device | None = None
+    ) -> None:
+        self.config = config
+        gguf_file = GGUFFile(config.model.path)
+        architecture = Architecture.from_gguf(gguf_file)
+        if config.model.tokenizer is None:
+            self.tokenizer = Tokenizer.from_gguf(gguf_file)
+        else:
+            self.tokenizer = Tokenizer.from_file(config.model.tokenizer, gguf_file=gguf_file)
+        adapter = config.adapter
+        self.layout = AdapterLayout(
+            architecture,
+            adapter.resolve_layers(architecture.n_layers),
+            adapter.target_names,
+            adapter.rank,
+            adapter.scale,
+        )
+        self.train_examples: list[Example] = []
+        self.train_summary: DataSummary | None = None
+        if train:
+            self.train_examples, self.train_summary = load_examples(config.data, self.tokenizer)
+        self.eval_examples: list[Example] = []
+        self.eval_summary: DataSummary | None = None
+        if config.data.eval is not None:
+            self.eval_examples, self.eval_summary = load_examples(
+                config.data, self.tokenizer, "eval"
+            )
+        initial = self._initial_parameters()
+        self._check_tokens(architecture.vocab_size)
+
+        self.device = device if device is not None else Device(config.device)
+        self.maximum_rows = self._most_rows()
+        self.model = load_model(
+            self.device, gguf_file, architecture, max(config.data.max_length, self.maximum_rows)
+        )
+        chunk = chunk_rows(self.device, architecture.vocab_size, self.maximum_rows)
+        self.inputs = Inputs.allocate(self.device, self.maximum_rows, chunk)
+        self.adapter = AdapterState.allocate(self.device, self.layout)
+        self.device.write(self.adapter.parameters, initial)
+        self._act = Activations.allocate(
+            self.device, self.model, self.inputs, self.layout, self.adapter.parameters
+        )
+        self._prefix = record_prefix(
+            self.device, self.model, self.inputs, self._act, self.layout.lowest_layer
+        )
+        self._eval_programs: dict[bool, Program] = {}
+        self._caches: dict[str, PrefixCache | None] = {}
+        self._generator: Generator | None = None
+        self._programs: TrainingPrograms | None = None
+        self.stream: DataStream | None = None
+        if train:
+            self._prepare_training()
+
+    @classmethod
+    def from_config(
+        cls, path: str | Path, overrides: Sequence[str] = (), *, train: bool = True
+    ) -> TrainingSession:
+        """Opens the session of a YAML config; `overrides` are KEY=VALUE each."""
+        return cls(load_config(str(path), overrides), train=train)
+
+    # -- set-up ---------------------------------------------------------------------------------
+
+    def _initial_parameters(self) -> np.ndarray:
+        init_from = self.config.adapter.init_from
+        if init_from is None:
+            return self.layout.initial(self.config.train.seed)
+        settings = read_peft_settings(Path(init_from))
+        for key, given, wanted in (
+            ("rank", settings["r"], self.config.adapter.rank),
+            ("alpha", settings["lora_alpha"], self.config.adapter.alpha),
+            (
+                "variant",
+                "rslora" if settings.get("use_rslora") else "lora",
+                self.config.adapter.variant,
+            ),
+        ):
+            if given != wanted:
+                raise InputError(
+                    f"adapter.init_from: {init_from} was made with {key} {given}, but "
+                    f"adapter.{key} is {wanted}; set adapter.{key} to {given}."
+                )
+        return load_peft_adapter(Path(init_from), self.layout)
+
+    def _check_tokens(self, vocab_size: int) -> None:
+        for example in (*self.train_examples, *self.eval_examples):
+            if int(example.ids.max()) >= vocab_size:
+                raise InputError(
+                    f"The tokenizer gives id {int(example.ids.max())}, but the model's vocabulary "
+                    f"has {vocab_size} entries; model.tokenizer does not fit this model."
+                )
+
+    def _most_rows(self) -> int:
+        """Tokens of the largest micro-batch that can occur."""
+        data, batch_size = self.config.data, self.config.train.batch_size
+        if data.packing:
+            most = batch_size * data.max_length
+        else:
+            lengths = sorted((len(e.ids) for e in self.train_examples), reverse=True)
+            most = sum(lengths[:batch_size])
+        longest = sorted((len(e.ids) for e in self.eval_examples), reverse=True)
+        return max(most, sum(longest[:batch_size]), data.max_length)
+
+    def _prepare_training(self) -> None:
+        train, data = self.config.train, self.config.data
+        self.stream = DataStream(
+            self.train_examples,
+            batch_size=train.batch_size,
+            gradient_accumulation=train.gradient_accumulation,
+            packing=data.packing,
+            max_length=data.max_length,
+            shuffle=data.shuffle,
+            seed=train.seed,
+            epochs=train.epochs,
+            steps=train.steps,
+        )
+        self.total_steps = self.stream.total_steps
+        self._warmup_steps = train.resolve_warmup(self.total_steps)
+        self.recompute = wants_recompute(
+            train.recompute, self.model, self.layout, self.maximum_rows
+        )
+        self._programs = TrainingPrograms(
+            self.device,
+            self.model,
+            self.inputs,
+            self._act,
+            self.layout,
+            self.adapter,
+            recompute=self.recompute,
+            max_norm=train.max_grad_norm,
+            betas=(train.betas[0], train.betas[1]),
+            epsilon=train.epsilon,
+            weight_decay=train.weight_decay,
+        )
+        self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+        self.steps_done = 0
+
+    def _cache(self, name: str, examples: Sequence[Example]) -> PrefixCache | None:
+        """The prefix cache of a data set, where there is a frozen prefix and it is wanted."""
+        if name not in self._caches:
+            setting = self.config.train.reuse_frozen_prefix
+            hidden_size = self.model.architecture.hidden_size
+            needed = PrefixCache.bytes_needed(examples, hidden_size)
+            most = int(self.device.wgpu.limits["max-buffer-size"])
+            if setting == "on" and needed > most:
+                raise InputError(
+                    f"train.reuse_frozen_prefix: on: the states of {len(examples)} examples take "
+                    f"{needed / 2**20:.0f} MiB, more than the {most / 2**20:.0f} MiB that one "
+                    "buffer can hold here; set it to off."
+                )
+            wanted = (
+                setting != "off"
+                and self.layout.lowest_layer > 0
+                and (setting == "on" or needed <= min(most, AUTO_LIMIT))
+            )
+            self._caches[name] = (
+                PrefixCache(self.device, examples, hidden_size) if wanted else None
+            )
+        return self._caches[name]
+
+    # -- training -------------------------------------------------------------------------------
+
+    def step(self, batches: Sequence[Batch]) -> None:
+        """One optimizer step over some micro-batches; returns without waiting for the device.
+
+        Its metrics come out of `train`, or of `finished_steps`, some steps later.
+        """
+        programs = self._programs
+        if programs is None or self.stream is None:
+            raise LoraError("This session was opened without training.")
+        train = self.config.train
+        rate = learning_rate(
+            self.steps_done,
+            total_steps=self.total_steps,
+            peak=train.learning_rate,
+            schedule=train.schedule,
+            warmup_steps=self._warmup_steps,
+        )
+        self.steps_done += 1
+        n_trained = sum(batch.n_trained for batch in batches)
+        words = step_words(rate, self.steps_done, (train.betas[0], train.betas[1]))
+        self.device.write(programs.loss_weight, loss_weight_words(n_trained))
+        self.device.write(programs.step_words, words)
+        programs.begin.run()
+        cache = self._cache("train", self.train_examples)
+        for batch in batches:
+            self._write(batch)
+            self._run_prefix(batch, cache)
+            programs.micro_batch.run()
+        programs.finish.run()
+        self._ring.push(
+            self._act.metrics,
+            _MetricsAtArrival(
+                step=self.steps_done,
+                epoch=self.stream.epoch,
+                learning_rate=rate,
+                tokens=sum(batch.rows for batch in batches),
+                trained_tokens=n_trained,
+            ),
+        )
+
+    def _write(self, batch: Batch) -> None:
+        self.inputs.write(
+            self.device,
+            batch.token_ids,
+            batch.positions,
+            batch.segment_start,
+            batch.segment_end,
+            batch.targets,
+        )
+
+    def _run_prefix(self, batch: Batch, cache: PrefixCache | None) -> None:
+        """Puts what enters the lowest adapted layer into place: computed, or remembered."""
+        encoder = self.device.wgpu.create_command_encoder()
+        if cache is not None and cache.holds(batch):
+            cache.fill(encoder, batch, self._act.boundary)
+        else:
+            self._prefix.encode(encoder)
+            if cache is not None:
+                cache.keep(encoder, batch, self._act.boundary)
+        self.device.queue.submit([encoder.finish()])
+
+    def finished_steps(self, *, wait: bool = False) -> Iterator[Metrics]:
+        """Metrics of the steps that have ended since the last call; with `wait`, of all.
+
+        Raises:
+            LoraError: a loss or gradient was not finite. The adapter is as it was before that
+                step.
+        """
+        for metrics in self._ring.ready(wait=wait):
+            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
+                raise LoraError(
+                    f"Step {metrics.step}: the loss is {metrics.loss} and the gradient norm "
+                    f"{metrics.grad_norm}; the adapter stays as it was before. Lower "
+                    "train.learning_rate, or look for broken rows in the data."
+                )
+            yield metrics
+
+    def train(self) -> Iterator[Metrics]:
+        """Runs the steps that are left, one item a step, in order.
+
+        Seconds and rates are measured between the arrivals of results.
+        """
+        for metrics in self.steps():
+            if metrics is not None:
+                yield metrics
+
+    def steps(self, pause: Callable[[], bool] = lambda: False) -> Iterator[Metrics | None]:
+        """As `train`, with pauses: None after a step where `pause()` holds.
+
+        All results so far are handed out before a pause, so that what is done in it (a
+        checkpoint, an evaluation) sees the device at rest; its time counts for no step.
+        """
+        if self.stream is None:
+            raise LoraError("This session was opened without training.")
+        clock = _StepClock()
+        for batches in self.stream:
+            self.step(batches)
+            paused = pause()
+            for metrics in self.finished_steps(wait=paused):
+                yield clock.timed(metrics)
+            if paused:
+                yield None
+                clock = _StepClock()
+        for metrics in self.finished_steps(wait=True):
+            yield clock.timed(metrics)
+
+    # -- evaluation and generation ----------------------------------------------------------------
+
+    def evaluate(
+        self, examples: Sequence[Example] | None = None, *, adapted: bool = True
+    ) -> EvalResult:
+        """Loss and greedy accuracy on examples (by default data.eval), one forward each.
+
+        A greedy answer equals its target exactly when every target token, the end included, is
+        the argmax after those before it.
+
+        Args:
+            adapted: False for the bare model.
+        """
+        cache = None
+        if examples is None:
+            if not self.eval_examples:
+                raise InputError("data.eval is null: there is nothing to evaluate on.")
+            examples = self.eval_examples
+            cache = self._cache("eval", examples)
+        if adapted not in self._eval_programs:
+            flat = self.adapter.parameters if adapted else None
+            self._eval_programs[adapted] = record_eval(
+                self.device, self.model, self.inputs, self._act, self.layout, flat
+            )
+        program, head = self._eval_programs[adapted], self._act.head
+        loss_sum, n_tokens, n_correct, n_exact = 0.0, 0, 0, 0
+        for batch in sequential_batches(examples, self.config.train.batch_size):
+            self._write(batch)
+            self._run_prefix(batch, cache)
+            program.run()
+            n = batch.n_trained
+            correct = self.device.read(head.correct)[:n] == 1.0
+            loss_sum += float(self.device.read(head.losses)[:n].astype(np.float64).sum())
+            n_tokens += n
+            n_correct += int(correct.sum())
+            owner = batch.segment_start[batch.targets >= 0]
+            for start in batch.example_starts:
+                n_exact += bool(correct[owner == start].all())
+        loss = loss_sum / max(1, n_tokens)
+        return EvalResult(
+            loss=loss,
+            perplexity=math.exp(min(loss, 700.0)),
+            token_accuracy=n_correct / max(1, n_tokens),
+            exact_match=n_exact / len(examples),
+            n_exact=n_exact,
+            n_examples=len(examples),
+            n_tokens=n_tokens,
+        )
+
+    def generate(
+        self, prompt: str | list[int], *, max_tokens: int = 64, adapted: bool = True
+    ) -> str:
+        """The greedy continuation of a text (or of token ids), without the prompt."""
+        return "".join(self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted))
+
+    def stream_text(
+        self, prompt: str | list[int], *, max_tokens: int = 64, adapted: bool = True,
+        add_bos: bool | None = None,
+    ) -> Iterator[str]:
+        """The greedy continuation of a text, piece by piece.
+
+        Raises:
+            InputError: the prompt leaves no room in data.max_length.
+        """
+        if self._generator is None:
+            self._generator = Generator(
+                self.device, self.model, self.inputs, self._act, self._prefix, self.layout,
+                self.adapter.parameters, self.tokenizer,
+            )  # fmt: skip
+        return self._generator.stream(
+            prompt, max_tokens=max_tokens, adapted=adapted, add_bos=add_bos
+        )
+
+    # -- the adapter ----------------------------------------------------------------------------
+
+    def parameters(self) -> np.ndarray:
+        """The adapter, f32 [layout.size], after all steps so far."""
+        return self.device.read(self.adapter.parameters)
+
+    def load_adapter(self, directory: str | Path) -> None:
+        """Puts a PEFT adapter of the config's rank and targets in place of the present one."""
+        self.device.write(
+            self.adapter.parameters, load_peft_adapter(Path(directory), self.layout)
+        )
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""
+        save_peft_adapter(Path(directory), self.layout, self.parameters(), self.config)
+
+
+@dataclass(frozen=True)
+class _MetricsAtArrival:
+    """Makes Metrics of a step once its numbers come back from the device."""
+
+    step: int
+    epoch: float
+    learning_rate: float
+    tokens: int
+    trained_tokens: int
+
+    def __call__(self, values: np.ndarray) -> Metrics:
+        return Metrics(
+            step=self.step,
+            epoch=self.epoch,
+            loss=float(values[0]) / self.trained_tokens,
+            grad_norm=float(values[64]),
+            learning_rate=self.learning_rate,
+            tokens=self.tokens,
+            trained_tokens=self.trained_tokens,
+            tokens_per_second=0.0,
+            seconds=0.0,
+        )
+
+
+class _StepClock:
+    """Seconds between the arrivals of steps."""
+
+    def __init__(self) -> None:
+        self._last = time.perf_counter()
+
+    def timed(self, metrics: Metrics) -> Metrics:
+        now = time.perf_counter()
+        seconds = max(now - self._last, 1e-9)
+        self._last = now
+        fields = metrics.as_dict()
+        fields |= {"seconds": seconds, "tokens_per_second": metrics.tokens / seconds}
+        return Metrics(**fields)

@@ -1,0 +1,68 @@
+"""AdamW on the device (Loshchilov & Hutter 2019, "Decoupled Weight Decay Regularization")."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from forward.activations import check_shape
+from optim.clipping import flat_ranges
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+
+def step_words(learning_rate: float, step: int, betas: tuple[float, float]) -> np.ndarray:
+    """What changes from step to step, for the uniform that `adamw` reads.
+
+    Args:
+        learning_rate: of this step.
+        step: counted from 1, as in PyTorch.
+        betas: β1, β2.
+
+    Returns:
+        u32 [4]: the bits of f32 learning_rate, 1 − β1^step, 1 − β2^step (found in float64), 0.
+    """
+    values = [learning_rate, 1.0 - betas[0] ** step, 1.0 - betas[1] ** step, 0.0]
+    return np.array(values, np.float64).astype(np.float32).view(np.uint32)
+
+
+def adamw(
+    program: Program,
+    parameters: Tensor,
+    gradient: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    state: Tensor,
+    step: Tensor,
+    *,
+    betas: tuple[float, float],
+    epsilon: float,
+    weight_decay: float,
+    max_range: int | None = None,
+) -> None:
+    """Appends one AdamW step over flat tensors [n], as torch.optim.AdamW does it.
+
+    Args:
+        parameters, first_moment, second_moment: [n], updated in place; n a multiple of 4.
+        gradient: [n], before clipping.
+        state: [4] from `gradient_norm`: its factor is applied; where the norm was not finite
+            nothing changes.
+        step: a uniform that holds `step_words`.
+        max_range: elements of one binding at most; by default what the device can bind.
+    """
+    (n,) = parameters.shape
+    for tensor in (gradient, first_moment, second_moment):
+        check_shape("adamw", tensor, n)
+    if n % 4:
+        raise ValueError(f"adamw: {n} parameters are no multiple of 4")
+    for start, stop in flat_ranges(n, max_range or program.device.max_binding // 4):
+        constants = {
+            "n": stop - start,
+            "beta1": betas[0],
+            "beta2": betas[1],
+            "epsilon": epsilon,
+            "weight_decay": weight_decay,
+        }
+        flat = [t.rows(start, stop) for t in (parameters, gradient, first_moment, second_moment)]
+        program.dispatch(
+            "adamw", constants, [step, state, *flat], -(-(stop - start) // 256)
+        )

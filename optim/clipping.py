@@ -1,0 +1,59 @@
+"""The global gradient norm and its clip factor, found on the device in a fixed order."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from forward.activations import check_shape
+from shaders.program import MAX_WORKGROUPS, Program
+from shaders.tensor import Tensor
+
+_PARTIALS = 1024  # partial sums of squares: short enough sums for f32, few enough for one tree
+
+
+def flat_ranges(n: int, max_range: int) -> list[tuple[int, int]]:
+    """Cuts [0, n) into stretches of at most `max_range` elements that begin on 256 bytes."""
+    step = max(64, max_range // 64 * 64)
+    return [(start, min(start + step, n)) for start in range(0, n, step)]
+
+
+def gradient_norm(
+    program: Program,
+    gradients: Sequence[Tensor],
+    state: Tensor,
+    *,
+    max_norm: float | None,
+    max_range: int | None = None,
+) -> None:
+    """Appends: slices summed into the first, the norm of the whole, and the clip factor.
+
+    Clipping as torch.nn.utils.clip_grad_norm_: factor = min(1, max_norm / (norm + 1e-6)).
+
+    Args:
+        gradients: one to four slices [n]; the first holds their sum afterwards.
+        state: [4], written: norm before clipping, factor, 1 where the norm is finite else 0, 0.
+        max_norm: None for no clipping (factor 1).
+        max_range: elements of one binding at most; by default what the device can bind.
+    """
+    (n,) = gradients[0].shape
+    for gradient in gradients:
+        check_shape("gradient slice", gradient, n)
+    ranges = flat_ranges(n, max_range or program.device.max_binding // 4)
+    groups = [min(_PARTIALS, -(-(stop - start) // 64)) for start, stop in ranges]
+    partial = program.device.empty((sum(groups),), purpose="optimizer")
+    for index, (start, stop) in enumerate(ranges):
+        stretch = -(-(stop - start) // groups[index])
+        program.dispatch(
+            "gradient_squares",
+            {
+                "n_slices": len(gradients),
+                "n": stop - start,
+                "stretch": stretch,
+                "first_partial": sum(groups[:index]),
+            },
+            [partial, *(g.rows(start, stop) for g in gradients)],
+            (min(groups[index], MAX_WORKGROUPS), 1, 1),
+        )
+    program.dispatch(
+        "gradient_norm", {"n_partials": sum(groups), "max_norm": max_norm}, [partial, state], 1
+    )
