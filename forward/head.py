@@ -19,10 +19,11 @@ CHUNK_BYTES = 64 << 20  # the logits that exist at one time
 
 
 def chunk_rows(device: Device, vocab_size: int, maximum_rows: int) -> int:
-    """Target rows whose logits are made at once: a multiple of 64, by memory."""
-    fitting = min(CHUNK_BYTES, device.max_binding) // (4 * vocab_size)
-    wanted = min(fitting, maximum_rows + CHUNK_ALIGNMENT - 1)
-    return max(CHUNK_ALIGNMENT, wanted // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
+    """Target rows whose logits are made at once: a multiple of 64, by memory, in equal chunks."""
+    most = min(CHUNK_BYTES, device.max_binding) // (4 * vocab_size)
+    most = max(CHUNK_ALIGNMENT, most // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
+    n_chunks = -(-maximum_rows // most)
+    return -(-maximum_rows // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from gguf import GGMLQuantizationType
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
-from forward.matmul import record_product
-from forward.quantization import QUANTIZATIONS
-from forward.weights import MatrixPart
 from shaders.program import Program
 from shaders.tensor import Tensor
 
 
-def as_part(matrix: Tensor) -> MatrixPart:
-    """An f32 matrix [n, k] in the form of a frozen one, so that the matmul kernels take it."""
-    return MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], matrix, 0)
+@dataclass(frozen=True)
+class Projection:
+    """What one member's columns of a projection are summed over; see lora_project.wgsl."""
+
+    x_column: int  # first column of x
+    factor_row: int  # first row of the factor
+    length: int  # of the contraction
 
 
 def lora_project(
@@ -33,12 +35,62 @@ def lora_project(
         lora: A [members · rank, in_features].
         out: where to write; a new tensor by default.
     """
-    extent = extent_of(x)
     width, in_features = lora.a.shape
     check_shape("lora_project input", x, None, in_features)
-    z = out if out is not None else activation(program, extent, width)
-    check_shape("lora_project output", z, x.shape[0], width)
-    record_product(
-        program, extent, x, as_part(lora.a), z, transposed=False, contraction=in_features, label=label
+    check_shape("lora_project factor", lora.a, lora.n_members * lora.rank, in_features)
+    z = out if out is not None else activation(program, extent_of(x), width)
+    record_projection(
+        program, x, lora.a, z, [Projection(0, 0, in_features)], transposed=False, label=label
     )
     return z
+
+
+def record_projection(
+    program: Program,
+    x: Tensor,
+    factor: Tensor,
+    z: Tensor,
+    members: Sequence[Projection],
+    *,
+    transposed: bool,
+    scale: float = 1.0,
+    label: str,
+) -> None:
+    """Appends z_g = scale · x_g · F_gᵀ in one dispatch: what `lora_project` and its backward share.
+
+    Args:
+        x: [rows, any].
+        factor: F itself, or with `transposed` Fᵀ.
+        z: [rows, members · columns], every member as many columns as another.
+        members: where each one's part of x and of the factor lies.
+    """
+    extent = extent_of(x)
+    check_shape(f"{label} output", z, x.shape[0], None)
+    columns = z.shape[1] // len(members)
+    widths = [x.shape[1], factor.shape[1], columns]
+    widths += [n for m in members for n in (m.x_column, m.length)]
+    if any(n % 4 for n in widths) or columns * len(members) != z.shape[1]:
+        raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
+    # A CPU adapter runs a workgroup as one vector of 8 lanes and pays for loads and barriers: large
+    # blocks. A GPU wants many workgroups, and many lanes on one sum.
+    lanes, block_rows = (8, 12) if program.device.is_cpu else (64, 4)
+    block_columns = 8 if columns % 8 == 0 else 4
+    constants = {
+        "transposed": transposed,
+        "members": [asdict(m) for m in members],
+        "columns": columns,
+        "x_stride": x.shape[1],
+        "factor_stride": factor.shape[1],
+        "scale": scale,
+        "lanes": lanes,
+        "block_rows": block_rows,
+        "block_columns": block_columns,
+    }
+    program.dispatch(
+        "lora_project",
+        constants,
+        [extent.uniform, x, factor, z],
+        -(-extent.maximum // block_rows) * (z.shape[1] // block_columns),
+        label=label,
+        flops=2 * extent.maximum * columns * sum(m.length for m in members),
+    )

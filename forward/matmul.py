@@ -30,25 +30,38 @@ class Tile:
     lane_columns: int
 
 
-# Each fits 16 KiB of workgroup memory and 256 lanes, WebGPU's defaults. Largest first.
+# Each fits 16 KiB of workgroup memory and 256 lanes, WebGPU's defaults. Largest first, with the
+# workgroups from which on it pays (docs/log.md).
 _TILES = (
     (240, Tile(128, 128, 16, 8, 8)),
     (240, Tile(128, 64, 16, 8, 8)),
-    (100, Tile(64, 64, 32, 8, 4)),
+    (30, Tile(64, 64, 32, 8, 4)),
     (0, Tile(32, 32, 32, 4, 4)),
 )
-_NARROW = Tile(32, 16, 32, 4, 4)  # for the few columns of z
+_WORKGROUPS_WANTED = 264  # two for each multiprocessor of a large GPU
+_MAX_SPLITS = 8
+_SHORTEST_SPLIT = 128
 
 
 def choose_tile(rows: int, columns: int) -> Tile:
-    """The largest tile that still gives the device enough workgroups (docs/log.md)."""
-    if columns <= 64:
-        return _NARROW
+    """The largest tile that still gives the device enough workgroups."""
     return next(
         tile
         for wanted, tile in _TILES
         if -(-rows // tile.tile_rows) * -(-columns // tile.tile_columns) >= wanted
     )
+
+
+def choose_splits(workgroups: int, contraction: int, depth: int) -> tuple[int, int]:
+    """Into how many stretches a long contraction is cut where workgroups are few.
+
+    Returns:
+        The number of stretches, and their length, a multiple of `depth`.
+    """
+    most = min(_MAX_SPLITS, max(1, contraction // _SHORTEST_SPLIT))
+    splits = min(most, -(-_WORKGROUPS_WANTED // workgroups))
+    length = -(-contraction // (splits * depth)) * depth
+    return -(-contraction // length), length
 
 
 def matmul(
@@ -129,9 +142,7 @@ def record_product(
     *,
     transposed: bool,
     contraction: int,
-    first_weight_row: int = 0,
     x_column: int = 0,
-    n_columns: int | None = None,
     out_column: int = 0,
     members: Sequence[dict[str, int]] = (),
     low: Tensor | None = None,
@@ -140,24 +151,20 @@ def record_product(
     scale: float = 1.0,
     residual: Tensor | None = None,
     epilogue: str = "write",
-    out_scale: float = 1.0,
     label: str,
 ) -> None:
-    """Appends the dispatch for one part: what `matmul`, its backward and the adapters share.
+    """Appends the product with one part: what `matmul` and its backward share.
 
     transposed=False: out[m, n] = Σ_k x[m, k] · W[n, k] + scale · Σ_r low[m, r] · factor[n, r].
     transposed=True:  out[m, k] = Σ_n x[m, n] · W[n, k] + Σ_r low[m, r] · factor[r, k].
 
     Args:
-        contraction: length of the sum over k (or n); `first_weight_row` is where n begins.
+        contraction: length of the sum over k (or n).
         x_column, out_column: where the columns begin in x and out.
-        n_columns: columns of the output; all of the part's rows (or of out) by default.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
-        out_scale: multiplies the whole sum.
     """
-    if n_columns is None:
-        n_columns = out.shape[1] if transposed else part.n_rows
+    n_columns = out.shape[1] if transposed else part.n_rows
     if contraction % 4 or n_columns % 4 or x.shape[1] % 4 or rank % 4:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {out.shape}, {rank}")
     constants: dict[str, Any] = {
@@ -170,9 +177,7 @@ def record_product(
         "x_column": x_column,
         "out_stride": out.shape[1],
         "out_column": out_column,
-        "first_weight_row": first_weight_row,
         "weight_columns": n_columns if transposed else contraction,
-        "out_scale": out_scale,
         "members": list(members),
         "rank": rank,
         "low_stride": low.shape[1] if members and low is not None else 0,
@@ -188,12 +193,48 @@ def record_product(
         tensors.append(residual)
     flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
     body = program.device.matmul_body or ("wide" if program.device.is_cpu else "tiled")
-    grid: int | tuple[int, int, int]
     if body == "wide":
         constants |= {"lane_rows": WIDE_ROWS, "lanes": WIDE_LANES}
-        grid = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
+        workgroups = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
+        program.dispatch("matmul_wide", constants, tensors, workgroups, label=label, flops=flops)
     else:
-        tile = choose_tile(extent.maximum, n_columns)
-        constants |= asdict(tile)
-        grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), 1)
-    program.dispatch(f"matmul_{body}", constants, tensors, grid, label=label, flops=flops)
+        _record_tiled(program, extent, out, constants, tensors, residual, label, flops)
+
+
+def _record_tiled(
+    program: Program,
+    extent: Extent,
+    out: Tensor,
+    constants: dict[str, Any],
+    tensors: list[Tensor],
+    residual: Tensor | None,
+    label: str,
+    flops: int,
+) -> None:
+    """Appends matmul_tiled, in one pass or, where workgroups would be few, in two."""
+    n_columns, contraction = constants["n_columns"], constants["contraction"]
+    tile = choose_tile(extent.maximum, n_columns)
+    grid_x = -(-n_columns // tile.tile_columns)
+    grid_y = -(-extent.maximum // tile.tile_rows)
+    splits, length = choose_splits(grid_x * grid_y, contraction, tile.depth)
+    constants |= asdict(tile) | {"splits": splits, "split_length": length}
+    constants["maximum_rows"] = extent.maximum
+    grid = (grid_x, grid_y, splits)
+    if splits == 1:
+        program.dispatch("matmul_tiled", constants, tensors, grid, label=label, flops=flops)
+        return
+    partial = program.device.scratch((splits * extent.maximum, n_columns))
+    first_pass = constants | {
+        "epilogue": "write", "out_stride": n_columns, "out_column": 0
+    }  # fmt: skip
+    product = [t for t in tensors if t is not residual]
+    product[3] = partial
+    program.dispatch("matmul_tiled", first_pass, product, grid, label=label, flops=flops)
+    keys = ("splits", "n_columns", "maximum_rows", "out_stride", "out_column")
+    program.dispatch(
+        "matmul_reduce",
+        {key: constants[key] for key in (*keys, "epilogue")},
+        [extent.uniform, partial, out, *([residual] if residual is not None else [])],
+        -(-extent.maximum * n_columns // 256),
+        label=f"{label}.reduce",
+    )

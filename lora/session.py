@@ -83,6 +83,7 @@ class TrainingSession:
     Args:
         config: checked settings.
         train: False leaves out what only training needs (for evaluation and generation).
+        examples: tokenized ones in place of data.train; example i has index i.
         device: one that is open already; by default the config's is opened.
 
     Raises:
@@ -90,7 +91,12 @@ class TrainingSession:
     """
 
     def __init__(
-        self, config: Config, *, train: bool = True, device: Device | None = None
+        self,
+        config: Config,
+        *,
+        train: bool = True,
+        examples: Sequence[Example] | None = None,
+        device: Device | None = None,
     ) -> None:
         self.config = config
         gguf_file = GGUFFile(config.model.path)
@@ -109,7 +115,9 @@ class TrainingSession:
         )
         self.train_examples: list[Example] = []
         self.train_summary: DataSummary | None = None
-        if train:
+        if examples is not None:
+            self.train_examples = list(examples)
+        elif train:
             self.train_examples, self.train_summary = load_examples(config.data, self.tokenizer)
         self.eval_examples: list[Example] = []
         self.eval_summary: DataSummary | None = None

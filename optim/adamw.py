@@ -9,6 +9,8 @@ from optim.clipping import flat_ranges
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+_SMALLEST = float(np.finfo(np.float32).tiny)
+
 
 def step_words(learning_rate: float, step: int, betas: tuple[float, float]) -> np.ndarray:
     """What changes from step to step, for the uniform that `adamw` reads.
@@ -21,6 +23,8 @@ def step_words(learning_rate: float, step: int, betas: tuple[float, float]) -> n
     Returns:
         u32 [4]: the bits of f32 learning_rate, 1 − β1^step, 1 − β2^step (found in float64), 0.
     """
+    if step < 1:
+        raise ValueError(f"AdamW's steps are counted from 1, not from {step}")
     values = [learning_rate, 1.0 - betas[0] ** step, 1.0 - betas[1] ** step, 0.0]
     return np.array(values, np.float64).astype(np.float32).view(np.uint32)
 
@@ -44,9 +48,10 @@ def adamw(
     Args:
         parameters, first_moment, second_moment: [n], updated in place; n a multiple of 4.
         gradient: [n], before clipping.
-        state: [4] from `gradient_norm`: its factor is applied; where the norm was not finite
+        state: [4 or more] from `gradient_norm`: its factor is applied; where the norm was not finite
             nothing changes.
         step: a uniform that holds `step_words`.
+        epsilon: positive in f32; a padding element, always 0 with gradient 0, then stays exactly 0.
         max_range: elements of one binding at most; by default what the device can bind.
     """
     (n,) = parameters.shape
@@ -54,6 +59,8 @@ def adamw(
         check_shape("adamw", tensor, n)
     if n % 4:
         raise ValueError(f"adamw: {n} parameters are no multiple of 4")
+    if not epsilon >= _SMALLEST:
+        raise ValueError(f"adamw: an epsilon of {epsilon} is 0 in f32, and 0 / 0 would follow")
     for start, stop in flat_ranges(n, max_range or program.device.max_binding // 4):
         constants = {
             "n": stop - start,

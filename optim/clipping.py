@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from forward.activations import check_shape
-from shaders.program import MAX_WORKGROUPS, Program
+from shaders.program import Program
 from shaders.tensor import Tensor
 
+MAX_SLICES = 4  # with the partial sums, five of the eight storage buffers that every device binds
 _PARTIALS = 1024  # partial sums of squares: short enough sums for f32, few enough for one tree
 
 
@@ -27,14 +29,19 @@ def gradient_norm(
 ) -> None:
     """Appends: slices summed into the first, the norm of the whole, and the clip factor.
 
-    Clipping as torch.nn.utils.clip_grad_norm_: factor = min(1, max_norm / (norm + 1e-6)).
+    Clipping as torch.nn.utils.clip_grad_norm_: factor = min(1, max_norm / (norm + 1e-6)). The
+    slices are added in their order, and the squares in a fixed tree.
 
     Args:
         gradients: one to four slices [n]; the first holds their sum afterwards.
-        state: [4], written: norm before clipping, factor, 1 where the norm is finite else 0, 0.
+        state: [4 or more], written: norm before clipping, factor, 1 where the norm is finite else 0, 0.
         max_norm: None for no clipping (factor 1).
         max_range: elements of one binding at most; by default what the device can bind.
     """
+    if not 1 <= len(gradients) <= MAX_SLICES:
+        raise ValueError(f"gradient_norm: {len(gradients)} slices, expected 1 to {MAX_SLICES}")
+    if max_norm is not None and not 0.0 < max_norm < math.inf:
+        raise ValueError(f"gradient_norm: a max_norm of {max_norm}; None means no clipping")
     (n,) = gradients[0].shape
     for gradient in gradients:
         check_shape("gradient slice", gradient, n)
@@ -52,7 +59,7 @@ def gradient_norm(
                 "first_partial": sum(groups[:index]),
             },
             [partial, *(g.rows(start, stop) for g in gradients)],
-            (min(groups[index], MAX_WORKGROUPS), 1, 1),
+            (groups[index], 1, 1),
         )
     program.dispatch(
         "gradient_norm", {"n_partials": sum(groups), "max_norm": max_norm}, [partial, state], 1

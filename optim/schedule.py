@@ -30,9 +30,10 @@ def learning_rate(
         return peak * step / max(1, warmup_steps)
     if schedule == "constant":
         return peak
-    progress = (step - warmup_steps) / max(1, total_steps - warmup_steps)
+    length = max(1, total_steps - warmup_steps)
     if schedule == "linear":
-        return peak * max(0.0, 1.0 - progress)
+        return peak * max(0.0, (total_steps - step) / length)
     if schedule == "cosine":
+        progress = (step - warmup_steps) / length
         return peak * max(0.0, 0.5 * (1.0 + math.cos(math.pi * progress)))
     raise ValueError(f"schedule {schedule!r} is none of constant, linear, cosine")

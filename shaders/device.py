@@ -101,6 +101,7 @@ class Device:
         )
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.allocated: Counter[str] = Counter()  # bytes by purpose
+        self._scratch: dict[tuple[int, ...], Tensor] = {}
         self._pipelines: dict[tuple[str, str], wgpu.GPUComputePipeline] = {}
 
     # -- memory ---------------------------------------------------------------------------------
@@ -136,6 +137,12 @@ class Device:
     def empty_flat(self, n: int, *, purpose: str) -> Tensor:
         """A zero-filled f32 tensor [n] that may be larger than one binding: bind its ranges."""
         return self._create((n,), "f32", purpose, None)
+
+    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+        """An f32 tensor for what one dispatch leaves to the next; shared by all of its size."""
+        if shape not in self._scratch:
+            self._scratch[shape] = self.empty(shape, purpose="scratch")
+        return self._scratch[shape]
 
     def _create(
         self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None

@@ -18,7 +18,6 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 const contraction = {{ contraction }}u;
 const n_columns = {{ n_columns }}u;
 const columns = {{ weight_columns }}u; // of the weight matrix
-const first_weight_row = {{ first_weight_row }}u;
 const row_words = {{ row_words }}u;
 const x_stride = {{ x_stride }}u;
 const x_column = {{ x_column }}u;
@@ -30,10 +29,10 @@ const out_column = {{ out_column }}u;
 fn store(row: u32, column: u32, value: vec4<f32>) {
     let at = (row * out_stride + out_column + column) / 4u;
 {% if epilogue == "residual" %}
-    out[at] = residual[at] + {{ out_scale }} * value;
+    out[at] = residual[at] + value;
 {% elif epilogue == "accumulate" %}
-    out[at] += {{ out_scale }} * value;
+    out[at] += value;
 {% else %}
-    out[at] = {{ out_scale }} * value;
+    out[at] = value;
 {% endif %}
 }

@@ -84,6 +84,15 @@ fn main(
 {% endfor %}
 {% endfor %}
 
+{% if splits > 1 %}
+    // Workgroups with z = s sum the stretch s of the contraction; the low-rank part goes with the first.
+    let first_k = group.z * {{ split_length }}u;
+    let last_k = min(first_k + {{ split_length }}u, contraction);
+    if (group.z == 0u) {
+{% else %}
+    let first_k = 0u;
+    let last_k = contraction;
+{% endif %}
 {% for member in members %}
 {% set steps = [depth, rank] | min %}
 {% if not transposed %}
@@ -121,8 +130,11 @@ fn main(
     }
 {% endif %}
 {% endfor %}
+{% if splits > 1 %}
+    }
+{% endif %}
 
-    for (var k = 0u; k < contraction; k += depth) {
+    for (var k = first_k; k < last_k; k += depth) {
 {{ load_rows("x", "x_stride", "x_column", "contraction") }}
         for (var unit = lane; unit < {{ tile_columns * depth // 8 }}u; unit += {{ lanes }}u) {
 {% if transposed %}
@@ -131,7 +143,7 @@ fn main(
             let column = first_column + 8u * eight;
             var w = Eight();
             if (n < contraction && column < n_columns) {
-                w = decode8(first_weight_row + n, column);
+                w = decode8(n, column);
             }
             w_tile[2u * unit] = w.a;
             w_tile[2u * unit + 1u] = w.b;
@@ -158,7 +170,9 @@ fn main(
 {% for j in range(column_quads) %}
             {
                 let column = first_column + {{ j * lanes_x * 4 }}u + 4u * lane_x;
-                if (column < n_columns) { store(row, column, sum_{{ i }}_{{ j }}); }
+                if (column < n_columns) {
+                    store({{ "row + group.z * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, sum_{{ i }}_{{ j }});
+                }
             }
 {% endfor %}
         }

@@ -70,7 +70,7 @@ fn main(
 {% endfor %}
 {% for q in range(4) %}
         {
-            let w = decode8(first_weight_row + k + {{ q }}u, column);
+            let w = decode8(k + {{ q }}u, column);
 {% for i in range(lane_rows) %}
             a_{{ i }} += v_{{ i }}[{{ q }}] * w.a;
             b_{{ i }} += v_{{ i }}[{{ q }}] * w.b;

@@ -1,0 +1,37 @@
+// out[m, n] = epilogue(Σ_s partial[s, m, n]), the second pass of a matmul whose contraction was cut
+// into {{ splits }} stretches. Bindings: partial [splits, maximum rows, n_columns], out [rows, out_stride],
+// residual [rows, out_stride]. One lane four columns; the stretches are added in order.
+
+struct Extent { rows: u32 }
+
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> partial: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
+{% if epilogue == "residual" %}
+@group(0) @binding(3) var<storage, read> residual: array<vec4<f32>>;
+{% endif %}
+
+const quads = {{ n_columns // 4 }}u;
+
+@compute @workgroup_size(64)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = (group.x + group.y * groups.x) * 64u + lane;
+    let row = index / quads;
+    if (row >= extent.rows) { return; }
+    var sum = partial[index];
+{% for s in range(1, splits) %}
+    sum += partial[index + {{ s * maximum_rows }}u * quads];
+{% endfor %}
+    let at = (row * {{ out_stride }}u + {{ out_column }}u) / 4u + index % quads;
+{% if epilogue == "residual" %}
+    out[at] = residual[at] + sum;
+{% elif epilogue == "accumulate" %}
+    out[at] += sum;
+{% else %}
+    out[at] = sum;
+{% endif %}
+}

@@ -1,0 +1,291 @@
+"""The low-rank projection and its gradients against float64 numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from backward.lora import lora_gradients, lora_project_gradient
+from forward.adapter import LoraFactors
+from forward.lora import lora_project
+from shaders.device import Device
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+SCALE = 1.7
+UNTOUCHED = -7.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a group: x [rows, in_features], members that own `ranges` of d_y's columns."""
+
+    rows: int
+    in_use: int
+    in_features: int
+    rank: int
+    ranges: tuple[tuple[int, int], ...]
+    n_slices: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns of z."""
+        return len(self.ranges) * self.rank
+
+    @property
+    def n_b(self) -> int:
+        """Rows of the stacked B."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    @property
+    def out_features(self) -> int:
+        """Columns of d_y: some that no member owns follow the last one's."""
+        return self.ranges[-1][1] + 8
+
+
+CASES = [
+    Case(1, 1, 4, 4, ((0, 4),)),
+    Case(7, 7, 36, 8, ((0, 36), (36, 48), (48, 60)), 4),
+    Case(7, 3, 36, 16, ((0, 100),), 4),
+    Case(65, 65, 100, 4, ((0, 36), (36, 48), (48, 60)), 2),
+    Case(65, 64, 576, 8, ((0, 64), (64, 128)), 4),
+    Case(130, 130, 100, 64, ((0, 36), (36, 48)), 1),
+    Case(130, 129, 576, 12, ((0, 576), (576, 768), (768, 960)), 3),
+    Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2),  # the group's middle matrix is not adapted
+    Case(70, 70, 36, 256, ((0, 1028),), 2),
+    Case(65, 0, 36, 8, ((0, 16),), 2),
+]
+
+
+@dataclass(frozen=True)
+class Values:
+    """What goes in; all float32 [in shapes of the docstrings in backward/lora.py]."""
+
+    x: np.ndarray
+    d_y: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+
+
+def values_of(case: Case) -> Values:
+    rng = np.random.default_rng(case.rows * 1000 + case.rank)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return Values(
+        normal(case.rows, case.in_features),
+        normal(case.rows, case.out_features),
+        normal(case.width, case.in_features),
+        normal(case.n_b, case.rank),
+    )
+
+
+def low_rank_reference(
+    x: np.ndarray, a: np.ndarray, b: np.ndarray, case: Case, scale: float
+) -> np.ndarray:  # [rows, out_features]
+    """The low-rank part of y: scale · (x · A_gᵀ) · B_gᵀ in each member's columns."""
+    y = np.zeros((len(x), case.out_features))
+    b_row = 0
+    for g, (start, stop) in enumerate(case.ranges):
+        z = x @ a[g * case.rank : (g + 1) * case.rank].T
+        y[:, start:stop] = scale * z @ b[b_row : b_row + stop - start].T
+        b_row += stop - start
+    return y
+
+
+def gradients_reference(
+    x: np.ndarray, d_y: np.ndarray, a: np.ndarray, b: np.ndarray, case: Case, scale: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """d_z, d_A, d_B for the loss Σ d_y · y, all in float64."""
+    x, d_y, a, b = (v.astype(np.float64) for v in (x, d_y, a, b))
+    d_z, d_b = np.zeros((len(x), case.width)), np.zeros_like(b)
+    b_row = 0
+    for g, (start, stop) in enumerate(case.ranges):
+        low = slice(g * case.rank, (g + 1) * case.rank)
+        rows = slice(b_row, b_row + stop - start)
+        d_z[:, low] = scale * d_y[:, start:stop] @ b[rows]
+        d_b[rows] = scale * d_y[:, start:stop].T @ (x @ a[low].T)
+        b_row += stop - start
+    return d_z, d_z.T @ x, d_b
+
+
+def assert_close(
+    actual: np.ndarray, expected: np.ndarray, magnitude: np.ndarray, n_terms: int
+) -> None:
+    """Within the rounding of f32 sums.
+
+    A sum of n products in f32 differs from the exact one by at most about n · 2^-24 times the sum
+    of the products' sizes (`magnitude`), and by about its square root when roundings are random.
+    """
+    bound = 2.0**-24 * (4.0 + 4.0 * np.sqrt(n_terms)) * magnitude
+    excess = np.abs(actual - expected) - bound
+    assert (excess <= 1e-30).all(), f"{excess.max()} above a bound of {bound.flat[excess.argmax()]}"
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A case on the device: the program, and the tensors it writes."""
+
+    program: Program
+    z: Tensor
+    d_z: Tensor
+    slices: Sequence[LoraFactors]
+
+
+def record(device: Device, case: Case, values: Values, start: float) -> Recorded:
+    """All kernels of a case; gradients begin at `start`, z and d_z at UNTOUCHED.
+
+    Rows that are not in use hold NaN, which would spread into every sum that read them.
+    """
+    extent = device.extent(case.rows)
+    device.set_rows(extent, case.in_use)
+
+    def activation(array: np.ndarray) -> Tensor:
+        tensor = device.empty(array.shape, extent=extent)
+        stale = array.copy()
+        stale[case.in_use :] = np.nan
+        device.write(tensor, stale)
+        return tensor
+
+    def factors(a: np.ndarray, b: np.ndarray) -> LoraFactors:
+        # Behind each other in one flat buffer, on multiples of 64 elements, as the trainer has it.
+        first = -(-a.size // 64) * 64
+        flat = np.full(first + b.size, UNTOUCHED, np.float32)
+        flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
+        tensor = device.upload(flat)
+        return LoraFactors(
+            tensor.rows(0, a.size).reshape(*a.shape),
+            tensor.rows(first, flat.size).reshape(*b.shape),
+            case.rank,
+            SCALE,
+            case.ranges,
+        )
+
+    x, d_y = activation(values.x), activation(values.d_y)
+    lora = factors(values.a, values.b)
+    slices = [
+        factors(np.full_like(values.a, start), np.full_like(values.b, start))
+        for _ in range(case.n_slices)
+    ]
+    program = Program(device)
+    z = lora_project(program, x, lora)
+    d_z = lora_project_gradient(program, d_y, lora)
+    lora_gradients(program, x, z, d_y, d_z, lora, slices)
+    for tensor in (z, d_z):
+        device.write(tensor, np.full(tensor.shape, UNTOUCHED))
+    return Recorded(program, z, d_z, slices)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_lora(device: Device, case: Case) -> None:
+    values = values_of(case)
+    recorded = record(device, case, values, start=0.0)
+    recorded.program.run()
+    used = slice(0, case.in_use)
+    x, d_y = values.x[used], values.d_y[used]
+    sizes = [np.abs(v) for v in (x, d_y, values.a, values.b)]
+
+    z = device.read(recorded.z)
+    z_size = sizes[0] @ sizes[2].T
+    assert_close(z[used], x.astype(np.float64) @ values.a.T, z_size, case.in_features)
+    assert (z[case.in_use :] == UNTOUCHED).all()
+
+    expected = gradients_reference(x, d_y, values.a, values.b, case, SCALE)
+    magnitudes = gradients_reference(*sizes, case, SCALE)
+    d_z = device.read(recorded.d_z)
+    longest = max(stop - start for start, stop in case.ranges)
+    assert_close(d_z[used], expected[0], magnitudes[0], longest)
+    assert (d_z[case.in_use :] == UNTOUCHED).all()
+
+    d_a = sum(device.read(s.a).astype(np.float64) for s in recorded.slices)
+    d_b = sum(device.read(s.b).astype(np.float64) for s in recorded.slices)
+    # The rounding of d_z and z comes on top of that of the sum over rows.
+    assert_close(d_a, expected[1], magnitudes[1], case.in_use + longest)
+    assert_close(d_b, expected[2], magnitudes[2], case.in_use + case.in_features)
+
+
+def test_stretches_of_rows_go_to_their_slices(device: Device) -> None:
+    case = Case(70, 66, 36, 8, ((0, 36), (36, 48)), 4)
+    values = values_of(case)
+    recorded = record(device, case, values, start=0.0)
+    recorded.program.run()
+    for s, (first, last) in enumerate([(0, 17), (17, 34), (34, 51), (51, 66)]):
+        part = (values.x[first:last], values.d_y[first:last], values.a, values.b)
+        _, d_a, d_b = gradients_reference(*part, case, SCALE)
+        # Sums of at most 48 · 17 products of numbers around 1: far below a row's share.
+        np.testing.assert_allclose(device.read(recorded.slices[s].a), d_a, atol=2e-3)
+        np.testing.assert_allclose(device.read(recorded.slices[s].b), d_b, atol=2e-3)
+
+
+def test_two_runs_add_up_and_the_same_again_bit_for_bit(device: Device) -> None:
+    case = Case(65, 60, 100, 8, ((0, 36), (36, 48), (48, 60)), 2)
+    values = values_of(case)
+    results = []
+    for _ in range(2):
+        recorded = record(device, case, values, start=0.0)
+        recorded.program.run()
+        once = [(device.read(s.a), device.read(s.b)) for s in recorded.slices]
+        recorded.program.run()
+        twice = [(device.read(s.a), device.read(s.b)) for s in recorded.slices]
+        for one, two in zip(once, twice, strict=True):
+            # The same f32 sum added to itself is exact.
+            np.testing.assert_array_equal(two[0], 2 * one[0])
+            np.testing.assert_array_equal(two[1], 2 * one[1])
+        results.append([device.read(recorded.z), device.read(recorded.d_z), *twice[0], *twice[1]])
+    for first, second in zip(*results, strict=True):
+        assert first.tobytes() == second.tobytes()
+
+
+def test_gradients_are_added_to_what_is_there(device: Device) -> None:
+    case = Case(7, 0, 36, 8, ((0, 36),), 2)  # no row in use: nothing is added
+    recorded = record(device, case, values_of(case), start=3.0)
+    recorded.program.run()
+    for s in recorded.slices:
+        assert (device.read(s.a) == 3.0).all()
+        assert (device.read(s.b) == 3.0).all()
+
+
+def test_reference_gradients_by_central_differences() -> None:
+    case = Case(5, 5, 8, 4, ((0, 8), (12, 16)))
+    values = values_of(case)
+    x, d_y, a, b = (v.astype(np.float64) for v in (values.x, values.d_y, values.a, values.b))
+    w = np.random.default_rng(1).normal(size=(case.out_features, case.in_features))
+
+    def loss() -> float:
+        return float((d_y * (x @ w.T + low_rank_reference(x, a, b, case, SCALE))).sum())
+
+    _, d_a, d_b = gradients_reference(x, d_y, a, b, case, SCALE)
+    step = 1e-3  # the loss is linear in each single element: only rounding, about 1e-16 / step
+    for array, gradient in ((a, d_a), (b, d_b)):
+        for index in np.ndindex(array.shape):
+            kept = array[index]
+            array[index] = kept + step
+            above = loss()
+            array[index] = kept - step
+            below = loss()
+            array[index] = kept
+            assert gradient[index] == pytest.approx((above - below) / (2 * step), abs=1e-9)
+
+
+def test_wrong_shapes_are_refused(device: Device) -> None:
+    case = Case(7, 7, 36, 8, ((0, 36),))
+    values = values_of(case)
+    extent = device.extent(case.rows)
+    lora = LoraFactors(device.upload(values.a), device.upload(values.b), 8, 1.0, case.ranges)
+    program = Program(device)
+    narrow = device.empty((7, 32), extent=extent)
+    z = device.empty((7, 8), extent=extent)
+    x = device.empty((7, 36), extent=extent)
+    with pytest.raises(ValueError, match="lora_project input"):
+        lora_project(program, narrow, lora)
+    with pytest.raises(ValueError, match="lacks columns"):
+        lora_project_gradient(program, narrow, lora)
+    with pytest.raises(ValueError, match="5 slices"):
+        lora_gradients(program, x, z, x, z, lora, [lora] * 5)
+    with pytest.raises(ValueError, match="lora_gradients z"):
+        lora_gradients(program, x, x, x, z, lora, [lora])
+    assert not program.commands

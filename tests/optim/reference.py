@@ -1,0 +1,122 @@
+"""AdamW and clipping in float64 numpy, and what the device's tests share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from optim.adamw import adamw, step_words
+from optim.clipping import gradient_norm
+from shaders.device import Device
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+BETAS = (0.9, 0.999)
+EPSILON = 1e-8
+
+
+def padded(n: int) -> int:
+    """n, rounded up to the multiple of 64 that the flat layout has."""
+    return -(-n // 64) * 64
+
+
+def clip_reference(gradient: np.ndarray, max_norm: float | None) -> tuple[float, float]:
+    """The norm before clipping, and the factor of torch.nn.utils.clip_grad_norm_."""
+    norm = float(np.sqrt((gradient.astype(np.float64) ** 2).sum()))
+    return norm, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
+
+
+class AdamWReference:
+    """Loshchilov & Hutter 2019, algorithm 2, in float64."""
+
+    def __init__(self, parameters: np.ndarray, weight_decay: float) -> None:
+        self.p = parameters.astype(np.float64)
+        self.m = np.zeros_like(self.p)
+        self.v = np.zeros_like(self.p)
+        self.t = 0
+        self.weight_decay = weight_decay
+
+    def step(self, gradient: np.ndarray, learning_rate: float) -> None:
+        g = gradient.astype(np.float64)
+        self.t += 1
+        self.p *= 1 - learning_rate * self.weight_decay
+        self.m = BETAS[0] * self.m + (1 - BETAS[0]) * g
+        self.v = BETAS[1] * self.v + (1 - BETAS[1]) * g * g
+        m_hat = self.m / (1 - BETAS[0] ** self.t)
+        v_hat = self.v / (1 - BETAS[1] ** self.t)
+        self.p -= learning_rate * m_hat / (np.sqrt(v_hat) + EPSILON)
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """A recorded optimizer step and its tensors."""
+
+    device: Device
+    program: Program
+    parameters: Tensor
+    gradients: list[Tensor]
+    first_moment: Tensor
+    second_moment: Tensor
+    state: Tensor
+    words: Tensor
+
+    @classmethod
+    def record(
+        cls,
+        device: Device,
+        parameters: np.ndarray,
+        n_slices: int,
+        *,
+        max_norm: float | None = None,
+        weight_decay: float = 0.0,
+        max_range: int | None = None,
+    ) -> Optimizer:
+        """The step over parameters [n], n a multiple of 64."""
+        n = parameters.size
+        o = cls(
+            device,
+            Program(device),
+            device.upload(parameters),
+            [device.empty((n,)) for _ in range(n_slices)],
+            device.empty((n,)),
+            device.empty((n,)),
+            device.empty((4,)),
+            device.uniform(),
+        )
+        gradient_norm(o.program, o.gradients, o.state, max_norm=max_norm, max_range=max_range)
+        adamw(
+            o.program,
+            o.parameters,
+            o.gradients[0],
+            o.first_moment,
+            o.second_moment,
+            o.state,
+            o.words,
+            betas=BETAS,
+            epsilon=EPSILON,
+            weight_decay=weight_decay,
+            max_range=max_range,
+        )
+        return o
+
+    def step(self, slices: list[np.ndarray], learning_rate: float, t: int) -> None:
+        """Runs step t (from 1) with these slices of the gradient."""
+        for tensor, values in zip(self.gradients, slices, strict=True):
+            self.device.write(tensor, values)
+        self.device.write(self.words, step_words(learning_rate, t, BETAS))
+        self.program.run()
+
+    def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Parameters and both moments."""
+        tensors = (self.parameters, self.first_moment, self.second_moment)
+        p, m, v = (self.device.read(t) for t in tensors)
+        return p, m, v
+
+
+def random_slices(rng: np.random.Generator, n: int, n_slices: int) -> list[np.ndarray]:
+    """Slices [padded(n)] of a gradient whose padding is zero."""
+    slices = [np.zeros(padded(n), np.float32) for _ in range(n_slices)]
+    for values in slices:
+        values[:n] = rng.normal(size=n)
+    return slices
