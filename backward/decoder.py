@@ -139,7 +139,11 @@ def record_layer_backward(
     a, weights = model.architecture, model.layers[layer]
 
     def through(
-        group: str, matrix: FrozenMatrix, source: Tensor, z: Tensor | None, d_y: Tensor,
+        group: str,
+        matrix: FrozenMatrix,
+        source: Tensor,
+        z: Tensor | None,
+        d_y: Tensor,
         out: Tensor | None,
     ) -> None:
         """The gradients of a group's factors, and of its input (None: not wanted)."""

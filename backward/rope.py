@@ -1,4 +1,4 @@
-"""Gradient of the rotary embedding: the inverse rotation (a rotation's transpose is its inverse)."""
+"""Gradient of the rotary embedding: the inverse rotation (a rotation is orthogonal)."""
 
 from __future__ import annotations
 

@@ -296,7 +296,10 @@ def write_report(
                 f"{result['set_up_s']:.1f} s, first step {result['first_step_s']:.1f} s.",
             ]
     lines += ["", "GPU time of a step by kernel (recompute on):", ""]
-    lines += ["| kernel | label | calls | ms | share | TFLOP/s |", "| --- | --- | --- | --- | --- | --- |"]
+    lines += [
+        "| kernel | label | calls | ms | share | TFLOP/s |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
     for row in kernels:
         speed = f"{row['TFLOP/s']:.1f}" if row["TFLOP/s"] else ""
         lines.append(

@@ -33,9 +33,9 @@ _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 class LoraFactors:
     """The A and B of matrices that share an input ("members": q k v; gate up; or one alone).
 
-    y[:, start:stop] = x · W[start:stop]ᵀ + scale · z_g · B_gᵀ with z = x · Aᵀ, for each member g and
-    its range (start, stop) of output columns. Ranges are in order; a matrix of the group that is
-    not adapted has none.
+    y[:, start:stop] = x · W[start:stop]ᵀ + scale · z_g · B_gᵀ with z = x · Aᵀ, for each member g
+    and its range (start, stop) of output columns. Ranges are in order; a matrix of the group that
+    is not adapted has none.
 
     Attributes:
         a: [members · rank, in_features], the members' A stacked.
@@ -128,9 +128,7 @@ class AdapterLayout:
             return None
         in_features = ADAPTABLE_MATRICES[modules[0]].in_size(self.architecture)
         b_start = _aligned(start + len(members) * self.padded_rank * in_features)
-        return AdaptedGroup(
-            layer, name, tuple(members), tuple(ranges), in_features, start, b_start
-        )
+        return AdaptedGroup(layer, name, tuple(members), tuple(ranges), in_features, start, b_start)
 
     @property
     def lowest_layer(self) -> int:

@@ -22,6 +22,7 @@ from shaders.tensor import Tensor
 
 Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group)
 
+
 @dataclass(frozen=True)
 class LayerActivations:
     """What one layer computes on the way and its backward reads again."""
@@ -95,16 +96,18 @@ def record_layer(
     a, weights = model.architecture, model.layers[layer]
 
     def adapted(
-        source: Tensor, matrix: FrozenMatrix, group: str, z: Tensor | None, to: Tensor | None,
+        source: Tensor,
+        matrix: FrozenMatrix,
+        group: str,
+        z: Tensor | None,
+        to: Tensor | None,
         residual: Tensor | None = None,
     ) -> None:
         lora = factors.get((layer, group))
         if lora is not None:
             lora_project(program, source, lora, out=z, label=f"{group}.z")
         if to is not None:
-            matmul(
-                program, source, matrix, lora=lora, z=z, residual=residual, out=to, label=group
-            )
+            matmul(program, source, matrix, lora=lora, z=z, residual=residual, out=to, label=group)
 
     with program.scope(f"layers.{layer}"):
         rmsnorm(program, x, weights.attn_norm, a.norm_epsilon, out=act.normed)
@@ -129,9 +132,7 @@ def record_layer(
             out=act.attended,
             lse=act.lse,
         )
-        adapted(
-            act.attended, weights.attn_output, "attn_output", act.z_attn_output, act.middle, x
-        )
+        adapted(act.attended, weights.attn_output, "attn_output", act.z_attn_output, act.middle, x)
         rmsnorm(program, act.middle, weights.ffn_norm, a.norm_epsilon, out=act.middle_normed)
         adapted(act.middle_normed, weights.gate_up, "gate_up", act.z_gate_up, act.gate_up)
         swiglu(program, act.gate_up, out=act.gated)

@@ -114,9 +114,7 @@ def record_evaluation(
         record_totals(program, inputs, act, totals)
 
 
-def record_totals(
-    program: Program, inputs: Inputs, act: HeadActivations, totals: Tensor
-) -> None:
+def record_totals(program: Program, inputs: Inputs, act: HeadActivations, totals: Tensor) -> None:
     """Appends totals[0] += Σ losses, totals[1] += Σ correct."""
     sum_into(program, act.losses, inputs.targets, totals, 0)
     sum_into(program, act.correct, inputs.targets, totals, 1)

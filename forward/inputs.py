@@ -47,9 +47,7 @@ class Inputs:
             chunks.append((start, stop, device.extent(stop - start)))
 
         def integers(extent: Extent, *shape: int) -> Tensor:
-            return device.empty(
-                (extent.maximum, *shape), "u32", purpose="inputs", extent=extent
-            )
+            return device.empty((extent.maximum, *shape), "u32", purpose="inputs", extent=extent)
 
         return cls(
             rows=rows,

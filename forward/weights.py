@@ -1,4 +1,4 @@
-"""Frozen matrices on the device: quantized, stacked where they share an input, split where large."""
+"""Frozen matrices on the device: quantized, stacked by their input, split where large."""
 
 from __future__ import annotations
 
@@ -58,7 +58,9 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
     """
     in_features = tensors[0].shape[1]
     if any(t.shape[1] != in_features for t in tensors):
-        raise ValueError(f"tensors of unequal width cannot be stacked: {[t.shape for t in tensors]}")
+        raise ValueError(
+            f"tensors of unequal width cannot be stacked: {[t.shape for t in tensors]}"
+        )
     parts = []
     first_row = 0
     for run in _runs_of_one_type(tensors):
@@ -67,7 +69,9 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
         n_rows = sum(t.shape[0] for t in run)
         # A multiple of 64 rows, so that parts begin on whole tiles.
         most = max(64, device.max_binding // (4 * row_words) // 64 * 64)
-        pieces = _packed_pieces(run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words)))
+        pieces = _packed_pieces(
+            run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words))
+        )
         pending = np.zeros((0, row_words), np.uint32)
         for start in range(0, n_rows, most):
             count = min(most, n_rows - start)

@@ -64,7 +64,9 @@ def resume(session: TrainingSession, output: Path) -> Path:
     """
     found = checkpoints(output)
     if not found:
-        raise InputError(f"--resume: {output}/checkpoints holds no checkpoint; run without --resume.")
+        raise InputError(
+            f"--resume: {output}/checkpoints holds no checkpoint; run without --resume."
+        )
     path = found[-1]
     if session.stream is None:
         raise ValueError("a session without training cannot resume")

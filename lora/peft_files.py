@@ -68,7 +68,9 @@ def read_peft_settings(directory: Path) -> dict[str, Any]:
     """
     path = directory / SETTINGS
     if not path.exists() or not (directory / WEIGHTS).exists():
-        raise InputError(f"{directory}: no PEFT adapter there; it should hold {SETTINGS} and {WEIGHTS}.")
+        raise InputError(
+            f"{directory}: no PEFT adapter there; it should hold {SETTINGS} and {WEIGHTS}."
+        )
     try:
         settings = json.loads(path.read_text())
         rank, alpha = int(settings["r"]), float(settings["lora_alpha"])

@@ -86,9 +86,7 @@ def record_prefix(
         record_embedding(program, model, inputs, act.boundary)
         for layer in range(lowest_layer):
             # In place: a layer's input is not read after its attention block.
-            record_layer(
-                program, model, layer, inputs, {}, act.shared, act.boundary, act.boundary
-            )
+            record_layer(program, model, layer, inputs, {}, act.shared, act.boundary, act.boundary)
     return program
 
 

@@ -24,7 +24,9 @@ def print_plan(console: Console, session: TrainingSession) -> None:
     """What is about to be trained: device, adapter, data, memory by purpose."""
     layout, config = session.layout, session.config
     allocated = session.device.allocated
-    memory = ", ".join(f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20)
+    memory = ", ".join(
+        f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
+    )
     rows = {
         "device": session.device.name,
         "model": f"{config.model.path} ({layout.architecture.name}, "
@@ -128,7 +130,9 @@ def print_evaluation(
         prompt = [int(token) for token in example.ids[:first]]
         wanted = tokenizer.decode([int(token) for token in example.ids[first:]])
         length = len(example.ids) - first + 8
-        console.print(f"\nprompt  {tokenizer.decode(prompt).strip()}", highlight=False, markup=False)
+        console.print(
+            f"\nprompt  {tokenizer.decode(prompt).strip()}", highlight=False, markup=False
+        )
         console.print(f"wanted  {wanted.strip()}", highlight=False, markup=False)
         for name in results:
             answer = session.generate(prompt, max_tokens=length, adapted=name == "adapter")

@@ -95,7 +95,7 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
 def _read_data_set(name: str, split: str) -> Iterator[tuple[Any, str]]:
     """Rows of a Hugging Face data set, with the empty fields that Arrow puts in left out."""
     # Imported here: it takes a second, and training from a file has no need of it.
-    import datasets  # type: ignore[import-untyped]
+    import datasets
 
     try:
         splits = datasets.load_dataset(name)

@@ -252,9 +252,7 @@ class TrainingSession:
                 and self.layout.lowest_layer > 0
                 and (setting == "on" or needed <= min(most, AUTO_LIMIT))
             )
-            self._caches[name] = (
-                PrefixCache(self.device, examples, hidden_size) if wanted else None
-            )
+            self._caches[name] = PrefixCache(self.device, examples, hidden_size) if wanted else None
         return self._caches[name]
 
     # -- training -------------------------------------------------------------------------------
@@ -420,7 +418,11 @@ class TrainingSession:
         return "".join(self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted))
 
     def stream_text(
-        self, prompt: str | list[int], *, max_tokens: int = 64, adapted: bool = True,
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int = 64,
+        adapted: bool = True,
         add_bos: bool | None = None,
     ) -> Iterator[str]:
         """The greedy continuation of a text, piece by piece.
@@ -445,9 +447,7 @@ class TrainingSession:
 
     def load_adapter(self, directory: str | Path) -> None:
         """Puts a PEFT adapter of the config's rank and targets in place of the present one."""
-        self.device.write(
-            self.adapter.parameters, load_peft_adapter(Path(directory), self.layout)
-        )
+        self.device.write(self.adapter.parameters, load_peft_adapter(Path(directory), self.layout))
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""

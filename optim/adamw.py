@@ -48,8 +48,8 @@ def adamw(
     Args:
         parameters, first_moment, second_moment: [n], updated in place; n a multiple of 4.
         gradient: [n], before clipping.
-        state: [4 or more] from `gradient_norm`: its factor is applied; where the norm was not finite
-            nothing changes.
+        state: [4 or more] from `gradient_norm`: its factor is applied; where the norm was not
+            finite nothing changes.
         step: a uniform that holds `step_words`.
         epsilon: positive in f32; a padding element, always 0 with gradient 0, then stays exactly 0.
         max_range: elements of one binding at most; by default what the device can bind.
@@ -70,6 +70,4 @@ def adamw(
             "weight_decay": weight_decay,
         }
         flat = [t.rows(start, stop) for t in (parameters, gradient, first_moment, second_moment)]
-        program.dispatch(
-            "adamw", constants, [step, state, *flat], -(-(stop - start) // 256)
-        )
+        program.dispatch("adamw", constants, [step, state, *flat], -(-(stop - start) // 256))

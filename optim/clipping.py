@@ -34,7 +34,8 @@ def gradient_norm(
 
     Args:
         gradients: one to four slices [n]; the first holds their sum afterwards.
-        state: [4 or more], written: norm before clipping, factor, 1 where the norm is finite else 0, 0.
+        state: [4 or more], written: norm before clipping, factor, 1 where the norm is finite in
+            f32 else 0, 0.
         max_norm: None for no clipping (factor 1).
         max_range: elements of one binding at most; by default what the device can bind.
     """

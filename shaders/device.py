@@ -37,7 +37,7 @@ _COMPUTE_BACKENDS = ("Vulkan", "Metal", "D3D12")
 
 
 def list_adapters() -> list[wgpu.GPUAdapter]:
-    """The adapters that can compute, in wgpu's order (OpenGL ones repeat these and are left out)."""
+    """The adapters that can compute, in wgpu's order; OpenGL ones repeat these and are left out."""
     adapters = wgpu.gpu.enumerate_adapters_sync()
     return [a for a in adapters if a.info["backend_type"] in _COMPUTE_BACKENDS]
 

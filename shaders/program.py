@@ -236,9 +236,7 @@ class ReadbackRing:
     def __init__(self, device: Device, n_bytes: int, slots: int = 8) -> None:
         self._device = device
         usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
-        self._free = [
-            device.wgpu.create_buffer(size=n_bytes, usage=usage) for _ in range(slots)
-        ]
+        self._free = [device.wgpu.create_buffer(size=n_bytes, usage=usage) for _ in range(slots)]
         self._n_bytes = n_bytes
         self._in_flight: list[tuple[wgpu.GPUBuffer, Any, Callable[[np.ndarray], Any]]] = []
         self._arrived: list[Any] = []

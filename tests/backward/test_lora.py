@@ -180,29 +180,31 @@ def record(device: Device, case: Case, values: Values, start: float) -> Recorded
     return Recorded(program, z, d_z, slices)
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_lora(device: Device, case: Case) -> None:
+def test_lora(device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     values = values_of(case)
     recorded = record(device, case, values, start=0.0)
     recorded.program.run()
     used = slice(0, case.in_use)
     x, d_y = values.x[used], values.d_y[used]
-    sizes = [np.abs(v) for v in (x, d_y, values.a, values.b)]
+    x_size, d_y_size, a_size, b_size = (np.abs(v) for v in (x, d_y, values.a, values.b))
 
     z = device.read(recorded.z)
-    z_size = sizes[0] @ sizes[2].T
-    assert_close(z[used], x.astype(np.float64) @ values.a.T, z_size, case.in_features)
+    z_expected = x.astype(np.float64) @ values.a.T
+    assert_close(z[used], z_expected, x_size @ a_size.T, case.in_features)
     assert (z[case.in_use :] == UNTOUCHED).all()
 
     expected = gradients_reference(x, d_y, values.a, values.b, case, SCALE)
-    magnitudes = gradients_reference(*sizes, case, SCALE)
+    magnitudes = gradients_reference(x_size, d_y_size, a_size, b_size, case, SCALE)
     d_z = device.read(recorded.d_z)
     longest = max(stop - start for start, stop in case.ranges)
     assert_close(d_z[used], expected[0], magnitudes[0], longest)
     assert (d_z[case.in_use :] == UNTOUCHED).all()
 
-    d_a = sum(device.read(s.a).astype(np.float64) for s in recorded.slices)
-    d_b = sum(device.read(s.b).astype(np.float64) for s in recorded.slices)
+    d_a = np.stack([device.read(s.a) for s in recorded.slices]).sum(axis=0, dtype=np.float64)
+    d_b = np.stack([device.read(s.b) for s in recorded.slices]).sum(axis=0, dtype=np.float64)
     # The rounding of d_z and z comes on top of that of the sum over rows.
     assert_close(d_a, expected[1], magnitudes[1], case.in_use + longest)
     assert_close(d_b, expected[2], magnitudes[2], case.in_use + case.in_features)
@@ -214,14 +216,18 @@ def test_stretches_of_rows_go_to_their_slices(device: Device) -> None:
     recorded = record(device, case, values, start=0.0)
     recorded.program.run()
     for s, (first, last) in enumerate([(0, 17), (17, 34), (34, 51), (51, 66)]):
-        part = (values.x[first:last], values.d_y[first:last], values.a, values.b)
-        _, d_a, d_b = gradients_reference(*part, case, SCALE)
+        x, d_y = values.x[first:last], values.d_y[first:last]
+        _, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case, SCALE)
         # Sums of at most 48 · 17 products of numbers around 1: far below a row's share.
         np.testing.assert_allclose(device.read(recorded.slices[s].a), d_a, atol=2e-3)
         np.testing.assert_allclose(device.read(recorded.slices[s].b), d_b, atol=2e-3)
 
 
-def test_two_runs_add_up_and_the_same_again_bit_for_bit(device: Device) -> None:
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
+def test_two_runs_add_up_and_the_same_again_bit_for_bit(
+    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
     case = Case(65, 60, 100, 8, ((0, 36), (36, 48), (48, 60)), 2)
     values = values_of(case)
     results = []

@@ -59,7 +59,7 @@ def test_eight_steps(
     for t in range(1, STEPS + 1):
         slices = random_slices(rng, n, n_slices)
         optimizer.step(slices, learning_rate(t), t)
-        gradient = np.sum(slices, axis=0, dtype=np.float64)
+        gradient = np.stack(slices).sum(axis=0, dtype=np.float64)
         reference.step(gradient * clip_reference(gradient, max_norm)[1], learning_rate(t))
     p, m, v = optimizer.read()
     # Some ten roundings of 2^-24 a step. m is a sum of both signs, and the slices' sum cancels:

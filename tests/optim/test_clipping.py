@@ -47,7 +47,9 @@ def test_ten_million_elements(device: Device) -> None:
     assert state[0] == pytest.approx(clip_reference(values, 1.0)[0], rel=1e-6)
 
 
-@pytest.mark.parametrize(("max_norm", "scale"), [(None, 1.0), (1.0, 1e-3), (0.5, 1.0), (1.0, 0.0)])
+@pytest.mark.parametrize(
+    ("max_norm", "scale"), [(None, 1.0), (1.0, 1e-3), (0.5, 1.0), (1e-3, 1e-4), (1.0, 0.0)]
+)
 def test_factor(device: Device, max_norm: float | None, scale: float) -> None:
     slices = [s * np.float32(scale) for s in random_slices(np.random.default_rng(3), 300, 1)]
     state, total = run(device, slices, max_norm)

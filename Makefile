@@ -1,0 +1,45 @@
+# On a new machine `make quickstart` and `make test` do all the set-up themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+.PHONY: quickstart test parity lint clean
+
+## quickstart: train a small adapter and print the held-out score before and after
+quickstart: $(VENV)/.vulkan
+	$(BIN)/lora pull smollm2-135m
+	$(BIN)/lora train configs/quickstart.yaml
+	$(BIN)/lora eval configs/quickstart.yaml --adapter runs/quickstart
+
+## test: lint, types, and every test that needs no judge
+test: lint $(VENV)/.vulkan
+	$(BIN)/lora pull smollm2-135m
+	$(BIN)/python -m pytest --durations=10
+
+## parity: compare live with PyTorch, transformers and PEFT
+parity: $(VENV)/.parity $(VENV)/.vulkan
+	$(BIN)/lora pull smollm2-135m
+	$(BIN)/python -m pytest -m parity --durations=10
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+$(VENV)/.test: pyproject.toml
+	scripts/venv.sh $(PYTHON) $(VENV)
+	$(BIN)/pip install --quiet -e '.[test]'
+	touch $@
+
+$(VENV)/.parity: $(VENV)/.test
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet -e '.[test,parity]'
+	touch $@
+
+$(VENV)/.vulkan: $(VENV)/.test scripts/vulkan.sh
+	scripts/vulkan.sh $(BIN)/python
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .ruff_cache .pytest_cache

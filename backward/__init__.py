@@ -1,0 +1,4 @@
+"""The gradients: one file for each file of forward/ that has any.
+
+Imports forward and shaders.
+"""

