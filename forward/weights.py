@@ -13,6 +13,12 @@ from shaders.device import UPLOAD_PIECE, Device
 from shaders.tensor import Tensor
 
 
+# On an adapter that runs on the CPU a part and its share of the activations stay in the cache
+# while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
+CPU_PART_BYTES = 2 << 20
+MAX_PART_BYTES = 1 << 30
+
+
 @dataclass(frozen=True)
 class MatrixPart:
     """Some rows of a frozen matrix, of one tensor type, in one binding.
@@ -68,7 +74,8 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
         row_words = quantization.row_words(in_features)
         n_rows = sum(t.shape[0] for t in run)
         # A multiple of 64 rows, so that parts begin on whole tiles.
-        most = max(64, device.max_binding // (4 * row_words) // 64 * 64)
+        part_bytes = min(device.max_binding, CPU_PART_BYTES if device.is_cpu else MAX_PART_BYTES)
+        most = max(64, part_bytes // (4 * row_words) // 64 * 64)
         pieces = _packed_pieces(
             run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words))
         )
