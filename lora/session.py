@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -317,26 +317,20 @@ class TrainingSession:
                 cache.keep(encoder, batch, self._act.boundary)
         self.device.queue.submit([encoder.finish()])
 
-    def finished_steps(self, *, wait: bool = False) -> Iterator[Metrics]:
-        """Metrics of the steps that have ended since the last call; with `wait`, of all.
-
-        Raises:
-            LoraError: a loss or gradient was not finite. The adapter is as it was before that
-                step.
-        """
-        for metrics in self._ring.ready(wait=wait):
-            if not (math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm)):
-                raise LoraError(
-                    f"Step {metrics.step}: the loss is {metrics.loss} and the gradient norm "
-                    f"{metrics.grad_norm}; the adapter stays as it was before. Lower "
-                    "train.learning_rate, or look for broken rows in the data."
-                )
-            yield metrics
+    def finished_steps(self, *, wait: bool = False) -> list[Metrics]:
+        """Metrics of the steps that have ended since the last call; with `wait`, of all."""
+        finished: list[Metrics] = self._ring.ready(wait=wait)
+        return finished
 
     def train(self) -> Iterator[Metrics]:
         """Runs the steps that are left, one item a step, in order.
 
-        Seconds and rates are measured between the arrivals of results.
+        Seconds and rates are measured between the arrivals of results; steps whose results come
+        together share the time.
+
+        Raises:
+            LoraError: a loss or gradient was not finite. The adapter is as it was before that
+                step.
         """
         for metrics in self.steps():
             if metrics is not None:
@@ -354,13 +348,13 @@ class TrainingSession:
         for batches in self.stream:
             self.step(batches)
             paused = pause()
-            for metrics in self.finished_steps(wait=paused):
-                yield clock.timed(metrics)
+            for metrics in clock.timed(self.finished_steps(wait=paused)):
+                yield _checked(metrics)
             if paused:
                 yield None
                 clock = _StepClock()
-        for metrics in self.finished_steps(wait=True):
-            yield clock.timed(metrics)
+        for metrics in clock.timed(self.finished_steps(wait=True)):
+            yield _checked(metrics)
 
     # -- evaluation and generation ----------------------------------------------------------------
 
@@ -484,10 +478,23 @@ class _StepClock:
     def __init__(self) -> None:
         self._last = time.perf_counter()
 
-    def timed(self, metrics: Metrics) -> Metrics:
+    def timed(self, arrived: Sequence[Metrics]) -> list[Metrics]:
+        """The same metrics with the time since the last arrival, shared equally."""
+        if not arrived:
+            return []
         now = time.perf_counter()
-        seconds = max(now - self._last, 1e-9)
+        seconds = max(now - self._last, 1e-9) / len(arrived)
         self._last = now
-        fields = metrics.as_dict()
-        fields |= {"seconds": seconds, "tokens_per_second": metrics.tokens / seconds}
-        return Metrics(**fields)
+        return [
+            replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived
+        ]
+
+
+def _checked(metrics: Metrics) -> Metrics:
+    if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
+        return metrics
+    raise LoraError(
+        f"Step {metrics.step}: the loss is {metrics.loss} and the gradient norm "
+        f"{metrics.grad_norm}; the adapter stays as it was before. Lower train.learning_rate, or "
+        "look for broken rows in the data."
+    )

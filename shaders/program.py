@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from shaders.device import Device
 from shaders.tensor import Tensor
 
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
+_POLL_SECONDS = 0.0002
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
 
 
@@ -253,10 +255,15 @@ class ReadbackRing:
 
     def _take_first(self, *, wait: bool) -> bool:
         buffer, promise, convert = self._in_flight[0]
-        if wait:
-            promise.sync_wait()
-        elif buffer.map_state != "mapped":
+        # Polling without blocking: a blocking poll, and sync_wait, wait for all that was submitted,
+        # later steps included.
+        self._device.wgpu._poll()
+        while wait and promise._state == "pending":
+            time.sleep(_POLL_SECONDS)
+            self._device.wgpu._poll()
+        if promise._state == "pending":
             return False
+        promise.sync_wait()
         self._in_flight.pop(0)
         values = np.frombuffer(buffer.read_mapped(), np.float32).copy()
         buffer.unmap()
@@ -264,7 +271,9 @@ class ReadbackRing:
         self._arrived.append(convert(values))
         return True
 
-    def ready(self, *, wait: bool = False) -> Iterator[Any]:
-        """Hands out what has arrived since the last call; with `wait`, all that was pushed."""
-        while self._arrived or (self._in_flight and self._take_first(wait=wait)):
-            yield self._arrived.pop(0)
+    def ready(self, *, wait: bool = False) -> list[Any]:
+        """What has arrived since the last call, in order; with `wait`, all that was pushed."""
+        while self._in_flight and self._take_first(wait=wait):
+            pass
+        arrived, self._arrived = self._arrived, []
+        return arrived

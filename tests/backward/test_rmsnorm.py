@@ -1,0 +1,55 @@
+"""The gradient of RMSNorm against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from backward.rmsnorm import rmsnorm_backward
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_rmsnorm import rmsnorm_reference
+from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+
+EPSILON = 1e-5
+
+
+def rmsnorm_backward_reference(x: np.ndarray, weight: np.ndarray, d_y: np.ndarray) -> np.ndarray:
+    x, g = x.astype(np.float64), d_y.astype(np.float64) * weight
+    rstd = 1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPSILON)
+    return rstd * (g - x * rstd**2 * (g * x).mean(axis=1, keepdims=True))
+
+
+def test_reference_is_the_derivative() -> None:
+    rng = np.random.default_rng(0)
+    x, d_y, direction = (rng.normal(size=(3, 20)) for _ in range(3))
+    weight = rng.normal(size=20)
+    slope = central_difference(
+        lambda v: float((rmsnorm_reference(v, weight, EPSILON) * d_y).sum()), x, direction
+    )
+    expected = (rmsnorm_backward_reference(x, weight, d_y) * direction).sum()
+    assert slope == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("residual", ["none", "separate", "in place"])
+@pytest.mark.parametrize(("rows", "in_use", "width"), [(1, 1, 4), (5, 3, 100), (67, 66, 576)])
+def test_rmsnorm_backward(
+    device: Device, rows: int, in_use: int, width: int, residual: str
+) -> None:
+    rng = np.random.default_rng(width)
+    x, d_y, past = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(3))
+    weight = rng.normal(size=width).astype(np.float32)
+    extent = extent_in_use(device, rows, in_use)
+    x_t, d_t, past_t = (activation(device, values, extent) for values in (x, d_y, past))
+    out = past_t if residual == "in place" else marked(device, extent, width)
+    program = Program(device)
+    rmsnorm_backward(
+        program, x_t, device.upload(weight), EPSILON, d_t,
+        residual=None if residual == "none" else past_t, out=out,
+    )  # fmt: skip
+    result = run_twice(program, out)
+    expected = rmsnorm_backward_reference(x, weight, d_y)
+    if residual != "none":
+        expected += past
+    # Two sums of `width` terms in f32, then a difference of numbers of about |d_y| rstd.
+    np.testing.assert_allclose(result[:in_use], expected[:in_use], rtol=1e-5, atol=3e-6)
+    untouched = past if residual == "in place" else np.full_like(past, MARKER)
+    assert (result[in_use:] == untouched[in_use:]).all()

@@ -1,0 +1,108 @@
+"""Cross-entropy, its argmax and its gradient against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from forward.cross_entropy import cross_entropy
+from forward.sums import sum_into
+from shaders.device import Device
+from shaders.program import Program
+from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked
+
+
+def losses_reference(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    top = logits.max(axis=1)
+    lse = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
+    return lse - logits[np.arange(len(labels)), labels]
+
+
+def gradient_reference(logits: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
+    logits = logits.astype(np.float64)
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    p[np.arange(len(labels)), labels] -= 1
+    return p * scale
+
+
+def test_reference_is_the_derivative() -> None:
+    rng = np.random.default_rng(0)
+    logits, direction = rng.normal(size=(3, 11)), rng.normal(size=(3, 11))
+    labels = np.array([0, 10, 4])
+    slope = central_difference(
+        lambda v: float(losses_reference(v, labels).sum()), logits, direction
+    )
+    expected = (gradient_reference(logits, labels, 1.0) * direction).sum()
+    assert slope == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("with_gradient", [True, False])
+@pytest.mark.parametrize(
+    ("rows", "in_use", "vocab_size"), [(1, 1, 5), (67, 60, 101), (3, 3, 5000), (2, 1, 49152)]
+)
+def test_cross_entropy(
+    device: Device, rows: int, in_use: int, vocab_size: int, with_gradient: bool
+) -> None:
+    rng = np.random.default_rng(vocab_size)
+    logits = 5 * rng.normal(size=(rows, vocab_size)).astype(np.float32)
+    labels = rng.integers(0, vocab_size, rows)
+    logits[0, :4] = 80.0, -80.0, 80.0, 80.0  # a tie: the lowest index is the argmax
+    labels[0] = 0
+    scale = 1 / 7
+    extent = extent_in_use(device, rows, in_use)
+    tensor = activation(device, logits, extent)
+    losses, correct = marked(device, extent), marked(device, extent)
+    step = device.uniform()
+    device.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
+    program = Program(device)
+    cross_entropy(
+        program, tensor, activation(device, labels, extent), losses, correct,
+        step if with_gradient else None,
+    )  # fmt: skip
+    results = []
+    for _ in range(2):
+        device.write(tensor, logits)
+        program.run()
+        results.append([device.read(t) for t in (tensor, losses, correct)])
+    for first, second in zip(*results, strict=True):
+        assert first.tobytes() == second.tobytes()
+    gradient, found, right = results[0]
+    # The loss is a difference of numbers up to 80: f32 holds them to 4e-6.
+    np.testing.assert_allclose(
+        found[:in_use], losses_reference(logits, labels)[:in_use], rtol=2e-6, atol=1e-5
+    )
+    assert (right[:in_use] == (logits.argmax(axis=1) == labels)[:in_use]).all()
+    assert right[0] == 1.0
+    assert (found[in_use:] == MARKER).all() and (right[in_use:] == MARKER).all()
+    expected = gradient_reference(logits, labels, scale) if with_gradient else logits
+    # exp of a difference that f32 rounds at 1e-5 (|logit| 80): as much in relative terms.
+    np.testing.assert_allclose(gradient[:in_use], expected[:in_use], rtol=2e-5, atol=1e-8)
+    assert (gradient[in_use:] == logits[in_use:]).all()
+
+
+@pytest.mark.parametrize("label", [0, 3])
+def test_equal_logits(device: Device, label: int) -> None:
+    extent = device.extent(1)
+    tensor = activation(device, np.full((1, 100), 2.5, np.float32), extent)
+    losses, correct = marked(device, extent), marked(device, extent)
+    program = Program(device)
+    cross_entropy(
+        program, tensor, activation(device, np.array([label]), extent), losses, correct, None
+    )
+    program.run()
+    assert device.read(losses)[0] == pytest.approx(np.log(100), rel=1e-6)
+    assert device.read(correct)[0] == float(label == 0)
+
+
+def test_sums_accumulate(device: Device) -> None:
+    values = np.random.default_rng(3).uniform(0, 12, 10_001).astype(np.float32)
+    extent = extent_in_use(device, 10_001, 9_999)
+    totals = device.empty((64,))
+    program = Program(device)
+    sum_into(program, activation(device, values, extent), extent, totals, 5)
+    program.run()
+    program.run()
+    result = device.read(totals)
+    # 157 terms a lane, then a tree: relative errors of 157 · 2^-24 at the very most.
+    assert result[5] == pytest.approx(2 * float(values[:9_999].astype(np.float64).sum()), rel=1e-5)
+    assert (np.delete(result, 5) == 0).all()
