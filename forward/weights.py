@@ -12,7 +12,6 @@ from forward.quantization import QUANTIZATIONS, Quantization
 from shaders.device import UPLOAD_PIECE, Device
 from shaders.tensor import Tensor
 
-
 # On an adapter that runs on the CPU a part and its share of the activations stay in the cache
 # while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
 CPU_PART_BYTES = 2 << 20

@@ -485,9 +485,7 @@ class _StepClock:
         now = time.perf_counter()
         seconds = max(now - self._last, 1e-9) / len(arrived)
         self._last = now
-        return [
-            replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived
-        ]
+        return [replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived]
 
 
 def _checked(metrics: Metrics) -> Metrics:

@@ -73,7 +73,11 @@ def test_split_by_the_largest_binding(
     monkeypatch.setattr("forward.weights.CPU_PART_BYTES", 100 * row_bytes)
     monkeypatch.setattr("forward.weights.MAX_PART_BYTES", 100 * row_bytes)
     matrix = load_matrix(device, [tensor_of(kind, data, 32)])
-    assert [(part.first_row, part.n_rows) for part in matrix.parts] == [(0, 64), (64, 64), (128, 22)]
+    assert [(part.first_row, part.n_rows) for part in matrix.parts] == [
+        (0, 64),
+        (64, 64),
+        (128, 22),
+    ]
     expected = quants.dequantize(data, kind).reshape(150, 32)
     result = decode_on_device(device, [tensor_of(kind, data, 32)])
     np.testing.assert_allclose(result, expected, rtol=3e-7, atol=1e-6)

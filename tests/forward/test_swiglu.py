@@ -74,9 +74,7 @@ def test_swiglu_backward(
     source = activation(device, gate_up, extent)
     out = source if in_place else marked(device, extent, 2 * width)
     program = Program(device)
-    swiglu_backward(
-        program, source, activation(device, d_y, extent), activation_name=name, out=out
-    )
+    swiglu_backward(program, source, activation(device, d_y, extent), activation_name=name, out=out)
     result = run_twice(program, out)
     g, up = gate_up[:, :width].astype(np.float64), gate_up[:, width:]
     expected = np.concatenate(

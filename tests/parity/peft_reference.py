@@ -158,7 +158,9 @@ def main() -> None:
                 "places": places.tolist(),
                 "values": run.final[name].reshape(-1)[places].tolist(),
             }
-    total = sum(float(((run.final[n] - s).astype(np.float64) ** 2).sum()) for n, s in initial.items())
+    total = sum(
+        float(((run.final[n] - s).astype(np.float64) ** 2).sum()) for n, s in initial.items()
+    )
     record = {
         "losses": run.losses,
         "grad_norms": run.grad_norms,

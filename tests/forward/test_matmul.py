@@ -1,0 +1,171 @@
+"""Products with frozen matrices, forward and to the input, against float64 numpy; both bodies."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from backward.matmul import matmul_backward
+from forward.adapter import LoraFactors
+from forward.matmul import BODIES, choose_splits, matmul
+from forward.weights import FrozenMatrix, load_matrix
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_quantization import TYPES, random_blocks, tensor_of
+from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+
+F32, F16, Q4_1, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "Q4_1", "Q8_0"))
+
+
+@pytest.fixture(params=BODIES)
+def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+    """Both kernels on whatever device there is."""
+    device.matmul_body = request.param
+    yield request.param
+    device.matmul_body = None
+
+
+def matmul_reference(
+    x: np.ndarray, w: np.ndarray, z: np.ndarray, b: np.ndarray,
+    ranges: list[tuple[int, int]], rank: int, scale: float,
+) -> np.ndarray:  # fmt: skip
+    """y = x Wᵀ + scale · z_g B_gᵀ on each member's columns, in float64."""
+    y = x.astype(np.float64) @ w.astype(np.float64).T
+    row = 0
+    for g, (start, stop) in enumerate(ranges):
+        b_g = b[row : row + stop - start].astype(np.float64)
+        y[:, start:stop] += scale * z[:, g * rank : (g + 1) * rank].astype(np.float64) @ b_g.T
+        row += stop - start
+    return y
+
+
+def test_reference_gradient_is_the_derivative() -> None:
+    """With z = x Aᵀ: d_x = d_y W + d_z A, d_z_g = scale · d_y_g B_g."""
+    rng = np.random.default_rng(0)
+    ranges, rank, scale = [(0, 6), (9, 13)], 3, 1.7
+    w, a, b = rng.normal(size=(13, 8)), rng.normal(size=(6, 8)), rng.normal(size=(10, 3))
+    x, direction, d_y = rng.normal(size=(4, 8)), rng.normal(size=(4, 8)), rng.normal(size=(4, 13))
+
+    def loss(v: np.ndarray) -> float:
+        return float((matmul_reference(v, w, v @ a.T, b, ranges, rank, scale) * d_y).sum())
+
+    d_z = np.concatenate([scale * d_y[:, :6] @ b[:6], scale * d_y[:, 9:13] @ b[6:]], axis=1)
+    expected = ((d_y @ w + d_z @ a) * direction).sum()
+    assert central_difference(loss, x, direction) == pytest.approx(expected, rel=1e-8)
+
+
+def check(
+    device: Device, matrix: FrozenMatrix, w: np.ndarray, rows: int, in_use: int,
+    ranges: list[tuple[int, int]], rank: int,
+) -> None:  # fmt: skip
+    """Both directions with residual and low-rank part against the reference."""
+    n_out, n_in = w.shape
+    rng = np.random.default_rng(rows)
+    scale = 1.5
+    width = len(ranges) * rank
+    x, residual, d_y, z, d_z, a = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in (
+            (rows, n_in), (rows, n_out), (rows, n_out), (rows, width), (rows, width), (width, n_in)
+        )
+    )  # fmt: skip
+    b = rng.normal(size=(sum(stop - start for start, stop in ranges), rank)).astype(np.float32)
+    extent = extent_in_use(device, rows, in_use)
+    lora = None
+    z_t = d_z_t = None
+    if ranges:
+        lora = LoraFactors(device.upload(a), device.upload(b), rank, scale, tuple(ranges))
+        z_t, d_z_t = activation(device, z, extent), activation(device, d_z, extent)
+    out, d_x = marked(device, extent, n_out), marked(device, extent, n_in)
+    program = Program(device)
+    matmul(
+        program, activation(device, x, extent), matrix, lora=lora, z=z_t,
+        residual=activation(device, residual, extent), out=out,
+    )  # fmt: skip
+    y = run_twice(program, out)
+    program = Program(device)
+    matmul_backward(program, activation(device, d_y, extent), matrix, lora=lora, d_z=d_z_t, out=d_x)
+    gradient = run_twice(program, d_x)
+    expected = residual + matmul_reference(x, w, z, b, ranges, rank, scale)
+    expected_gradient = d_y.astype(np.float64) @ w + d_z.astype(np.float64) @ a
+    for name, result, wanted, terms in (
+        ("y", y, expected, n_in + rank),
+        ("d_x", gradient, expected_gradient, n_out + width),
+    ):
+        # A sum of n products rounded to f32: errors grow as sqrt(n) · 2^-24 of the largest result.
+        bound = 4 * np.sqrt(terms) * 2.0**-24 * np.abs(wanted).max()
+        assert np.abs(result[:in_use] - wanted[:in_use]).max() < bound, name
+        assert (result[in_use:] == MARKER).all(), name
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(("rows", "in_use"), [(1, 1), (7, 5), (65, 65), (130, 129)])
+def test_types_and_rows(
+    device: Device, body: str, kind: GGMLQuantizationType, rows: int, in_use: int
+) -> None:
+    columns = 100 if kind in (F32, F16, GGMLQuantizationType.BF16) else 96
+    data = random_blocks(kind, 36, columns)
+    w = quants.dequantize(data, kind).reshape(36, columns)
+    matrix = load_matrix(device, [tensor_of(kind, data, columns)])
+    check(device, matrix, w, rows, in_use, [(0, 36)], 4)
+
+
+@pytest.mark.parametrize(
+    ("outs", "ranges", "rank"),
+    [
+        ((4,), [], 0),
+        ((36, 12, 12), [(0, 36), (36, 48), (48, 60)], 8),
+        ((100, 36, 36), [(0, 100), (136, 172)], 16),  # q and v adapted, k not
+        ((192,), [(0, 192)], 64),
+        ((576, 192), [(576, 768)], 12),
+    ],
+)
+def test_stacked_members(
+    device: Device, body: str, outs: tuple[int, ...], ranges: list[tuple[int, int]], rank: int
+) -> None:
+    data = [random_blocks(Q4_1, n, 576, seed=i) for i, n in enumerate(outs)]
+    w = np.concatenate([quants.dequantize(d, Q4_1).reshape(-1, 576) for d in data])
+    matrix = load_matrix(device, [tensor_of(Q4_1, d, 576) for d in data])
+    assert len(matrix.parts) == 1
+    check(device, matrix, w, 67, 60, ranges, rank)
+
+
+def test_mixed_types_in_a_stack(device: Device, body: str) -> None:
+    kinds = (Q4_1, Q8_0, F16)
+    data = [random_blocks(kind, 20 + 4 * i, 64, seed=i) for i, kind in enumerate(kinds)]
+    w = np.concatenate(
+        [quants.dequantize(d, k).reshape(-1, 64) for d, k in zip(data, kinds, strict=True)]
+    )
+    matrix = load_matrix(device, [tensor_of(k, d, 64) for d, k in zip(data, kinds, strict=True)])
+    assert len(matrix.parts) == 3
+    check(device, matrix, w, 13, 12, [(0, 20), (20, 44), (44, 72)], 4)
+
+
+def test_split_by_the_largest_binding(
+    device: Device, body: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = random_blocks(Q8_0, 300, 64)
+    w = quants.dequantize(data, Q8_0).reshape(300, 64)
+    monkeypatch.setattr("forward.weights.CPU_PART_BYTES", 10_000)
+    monkeypatch.setattr("forward.weights.MAX_PART_BYTES", 10_000)
+    matrix = load_matrix(device, [tensor_of(Q8_0, data, 64)])
+    assert len(matrix.parts) == 5
+    check(device, matrix, w, 10, 9, [(0, 100), (104, 300)], 8)
+
+
+def test_splits_cover_the_contraction() -> None:
+    for workgroups in (1, 36, 72, 263, 264, 1000):
+        for contraction in (4, 36, 576, 1536, 49152):
+            splits, length = choose_splits(workgroups, contraction, 32)
+            assert (splits - 1) * length < contraction <= splits * length
+            assert splits == 1 or length % 32 == 0
+    assert choose_splits(264, 49152, 32)[0] == 1
+
+
+def test_widths_that_are_no_multiple_of_four_are_refused(device: Device) -> None:
+    data = random_blocks(F32, 6, 8)
+    matrix = load_matrix(device, [tensor_of(F32, data, 8)])
+    x = device.empty((2, 8), extent=device.extent(2))
+    with pytest.raises(ValueError, match="multiples of 4"):
+        matmul(Program(device), x, matrix)

@@ -1,0 +1,111 @@
+"""The command line: exit statuses, one clear line for wrong input, nothing half-written."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.forward.tiny_gguf import write_tiny_llama
+from tests.lora.tiny_run import write_run
+
+
+def lora(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
+    import os
+
+    return subprocess.run(
+        [sys.executable, "-m", "lora.cli", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 2, result.stderr
+    assert len(result.stderr.strip().splitlines()) <= 2, result.stderr
+    assert "Traceback" not in result.stderr
+    for word in words:
+        assert word in result.stderr, result.stderr
+
+
+def test_train_eval_generate_inspect(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    run = tmp_path / "run"
+    dry = lora("train", path, "--dry-run")
+    assert dry.returncode == 0 and "parameters" in dry.stdout and not run.exists()
+    assert lora("train", path, "--set", "train.epochs=1").returncode == 0
+    values = json.loads(lora("eval", path, "--adapter", run, "--json").stdout)
+    assert values["base"]["n_examples"] == values["adapter"]["n_examples"] == 3
+    shown = lora("eval", path, "--adapter", run)
+    assert "exact match" in shown.stdout and "prompt" in shown.stdout
+    model = tmp_path / "model.gguf"
+    for extra in ([], ["--chat"], ["--adapter", run]):
+        result = lora("generate", model, "--prompt", "say ab ", "--max-tokens", 3, *extra)
+        assert result.returncode == 0, result.stderr
+    assert "can be trained" in lora("inspect", model).stdout
+    assert "rank" in lora("inspect", run).stdout
+
+
+def test_devices() -> None:
+    assert "Vulkan" in lora("devices", COLUMNS="200").stdout
+
+
+def test_no_adapter_found() -> None:
+    refused(lora("devices", VK_DRIVER_FILES="/nowhere", VK_ICD_FILENAMES="/nowhere"),
+            "WebGPU found no adapter", "mesa-vulkan-drivers")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.learning_rat=1", ["learning_rat", "did you mean learning_rate"]),
+        ("train.batch_size=0", ["train.batch_size", "0"]),
+        ("adapter.dropout=0.1", ["adapter.dropout", "not supported yet"]),
+        ("model.path=nowhere.gguf", ["nowhere.gguf"]),
+        ("data.train=nowhere.jsonl", ["nowhere.jsonl"]),
+        ("device=Voodoo", ["Voodoo", "llvmpipe"]),
+        ("adapter.layers={last: 9}", ["adapter.layers", "3 layers"]),
+    ],
+)
+def test_wrong_settings(tmp_path: Path, override: str, words: list[str]) -> None:
+    if override == "device=Voodoo":
+        words = words[:1]  # the adapters' names differ from machine to machine
+    refused(lora("train", write_run(tmp_path), "--set", override), *words)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", ["train.jsonl"]),
+        ('{"prompt": "a", "completion": "b"}\n{"prompt"\n', ["train.jsonl", "2"]),
+        ('{"question": "a"}\n', ["train.jsonl", "question"]),
+        ('{"prompt": "a", "completion": ""}\n', ["no token of its 1 rows is trained"]),
+    ],
+)
+def test_wrong_data(tmp_path: Path, text: str, words: list[str]) -> None:
+    path = write_run(tmp_path)
+    (tmp_path / "train.jsonl").write_text(text)
+    overrides = ["--set", "data.append_eos=off"]
+    refused(lora("train", path, *overrides), *words)
+
+
+def test_wrong_models(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    model = tmp_path / "model.gguf"
+    whole = model.read_bytes()
+    for contents, words in ((whole[:5000], ["model.gguf"]), (b"PK\x03\x04" * 50, ["GGUF"])):
+        model.write_bytes(contents)
+        refused(lora("train", path), *words)
+    write_tiny_llama(model, types={"weight": "Q5_0", "norm.weight": "F32"})
+    refused(lora("train", path), "Q5_0", "Q4_1")
+    model.unlink()
+    refused(lora("train", path), "model.gguf")
+
+
+def test_long_rows_are_cut_and_counted(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    result = lora("train", path, "--dry-run", "--set", "data.max_length=12", COLUMNS="200")
+    assert result.returncode == 0 and "cut" in result.stdout

@@ -1,0 +1,80 @@
+"""Programs: recording, replay, timing, and reading back late."""
+
+import numpy as np
+import pytest
+
+from forward.gather import gather_rows
+from forward.sums import sum_into
+from shaders.device import Device
+from shaders.program import MAX_WORKGROUPS, Dispatch, Program, ReadbackRing, fold
+
+
+def test_copy_clear_and_replay(device: Device) -> None:
+    source = device.upload(np.arange(128, dtype=np.float32))
+    target = device.empty((128,))
+    program = Program(device)
+    with program.scope("outer"), program.scope("inner"):
+        program.copy(source, target)
+    program.clear(target.rows(64, 128))
+    assert [command.label for command in program.commands] == ["outer.inner.copy", "clear"]
+    for _ in range(2):
+        program.run()
+        expected = np.where(np.arange(128) < 64, np.arange(128), 0)
+        assert (device.read(target) == expected).all()
+        device.write(target, np.full(128, 5.0))
+
+
+def test_fold_covers_the_grid() -> None:
+    for n in (0, 1, MAX_WORKGROUPS, MAX_WORKGROUPS + 1, 3 * MAX_WORKGROUPS + 5, 10_000_000):
+        x, y, z = fold(n)
+        assert z == 1 and max(x, y) <= MAX_WORKGROUPS and max(n, 1) <= x * y <= n + y
+
+
+def test_a_grid_past_one_dimension(device: Device) -> None:
+    """More workgroups than one dimension holds: every row is still done."""
+    rows = 64 * MAX_WORKGROUPS + 100
+    extent = device.extent(rows)
+    x = device.upload(np.array([[1.0, 2.0, 3.0, 4.0]]))
+    indices = device.empty((rows,), "u32", extent=extent)
+    program = Program(device)
+    y = gather_rows(program, x, indices, extent)
+    (dispatch,) = program.commands
+    assert isinstance(dispatch, Dispatch) and dispatch.workgroups[1] == 2
+    program.run()
+    assert (device.read(y) == [1.0, 2.0, 3.0, 4.0]).all()
+
+
+def test_time_gives_a_row_for_each_dispatch(device: Device) -> None:
+    extent = device.extent(100)
+    values = device.empty((100,), extent=extent)
+    device.write(values, np.ones(100))
+    totals = device.empty((64,))
+    program = Program(device)
+    program.clear(totals)
+    for slot in range(3):
+        sum_into(program, values, extent, totals, slot)
+    times = program.time()
+    assert [t.label for t in times] == ["sum_into"] * 3
+    assert all(0 < t.seconds < 10 for t in times)
+    assert (device.read(totals)[:3] == 100.0).all()
+
+
+def test_a_binding_too_large_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    extent = device.extent(100)
+    values, totals = device.empty((100,), extent=extent), device.empty((64,))
+    monkeypatch.setattr(device, "max_binding", 300)
+    with pytest.raises(ValueError, match="largest binding"):
+        sum_into(Program(device), values, extent, totals, 0)
+
+
+def test_readback_keeps_the_order(device: Device) -> None:
+    ring = ReadbackRing(device, 256, slots=3)
+    tensor = device.empty((64,))
+    got = []
+    for step in range(10):
+        device.write(tensor, np.full(64, float(step)))
+        ring.push(tensor, lambda values, step=step: (step, float(values[0])))
+        got += ring.ready()
+    got += ring.ready(wait=True)
+    assert got == [(step, float(step)) for step in range(10)]
+    assert ring.ready(wait=True) == []
