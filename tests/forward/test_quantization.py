@@ -18,7 +18,7 @@ TYPES = list(QUANTIZATIONS)
 
 
 def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int = 0) -> np.ndarray:
-    """Random bytes of whole rows, scales of both signs and zero among them; none NaN or infinite."""
+    """Random bytes of whole rows, scales of both signs and zero among them, all finite."""
     rng = np.random.default_rng(seed)
     if kind in (GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16):
         values = rng.normal(size=(rows, columns)).astype(np.float32)

@@ -47,7 +47,7 @@ class ReferenceRun:
 
 
 def make_adapter(directory: Path, seed: int = 0) -> dict[str, np.ndarray]:
-    """Writes a PEFT adapter directory with non-zero A and B on all matrices; returns its tensors."""
+    """Writes a PEFT adapter with non-zero A and B on all matrices; returns its tensors."""
     rng = np.random.default_rng(seed)
     tensors = {}
     for layer in range(30):
