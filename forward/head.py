@@ -18,12 +18,12 @@ from shaders.tensor import Tensor
 CHUNK_BYTES = 64 << 20  # the logits that exist at one time
 
 
-def chunk_rows(device: Device, vocab_size: int, maximum_rows: int) -> int:
+def chunk_rows(device: Device, vocab_size: int, maximum_targets: int) -> int:
     """Target rows whose logits are made at once: a multiple of 64, by memory, in equal chunks."""
     most = min(CHUNK_BYTES, device.max_binding) // (4 * vocab_size)
     most = max(CHUNK_ALIGNMENT, most // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
-    n_chunks = -(-maximum_rows // most)
-    return -(-maximum_rows // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
+    n_chunks = -(-maximum_targets // most)
+    return -(-maximum_targets // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
 
 
 @dataclass(frozen=True)

@@ -33,13 +33,16 @@ class Inputs:
     chunks: tuple[tuple[int, int, Extent], ...]  # of the targets: start, stop, extent
 
     @classmethod
-    def allocate(cls, device: Device, maximum_rows: int, chunk_rows: int) -> Inputs:
+    def allocate(
+        cls, device: Device, maximum_rows: int, maximum_targets: int, chunk_rows: int
+    ) -> Inputs:
         """Buffers for micro-batches of at most `maximum_rows` tokens.
 
         Args:
+            maximum_targets: rows of these that may have a target.
             chunk_rows: target rows whose logits exist at one time; a multiple of 64.
         """
-        padded = -(-maximum_rows // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        padded = -(-maximum_targets // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         rows, targets = device.extent(maximum_rows), device.extent(padded)
         chunks = []
         for start in range(0, padded, chunk_rows):

@@ -133,8 +133,9 @@ class TrainingSession:
         self.model = load_model(
             self.device, gguf_file, architecture, max(config.data.max_length, self.maximum_rows)
         )
-        chunk = chunk_rows(self.device, architecture.vocab_size, self.maximum_rows)
-        self.inputs = Inputs.allocate(self.device, self.maximum_rows, chunk)
+        targets = self._most_targets()
+        chunk = chunk_rows(self.device, architecture.vocab_size, targets)
+        self.inputs = Inputs.allocate(self.device, self.maximum_rows, targets, chunk)
         self.adapter = AdapterState.allocate(self.device, self.layout)
         self.device.write(self.adapter.parameters, initial)
         self._act = Activations.allocate(
@@ -191,14 +192,23 @@ class TrainingSession:
 
     def _most_rows(self) -> int:
         """Tokens of the largest micro-batch that can occur."""
+        longest = self._most(lambda example: len(example.ids))
+        return max(longest, self.config.data.max_length)
+
+    def _most_targets(self) -> int:
+        """Trained tokens of the largest micro-batch; one at least, for generation."""
+        return max(1, self._most(lambda example: int(example.trained.sum())))
+
+    def _most(self, size: Callable[[Example], int]) -> int:
+        """The largest sum of sizes over a micro-batch of training or evaluation."""
         data, batch_size = self.config.data, self.config.train.batch_size
-        if data.packing:
-            most = batch_size * data.max_length
-        else:
-            lengths = sorted((len(e.ids) for e in self.train_examples), reverse=True)
-            most = sum(lengths[:batch_size])
-        longest = sorted((len(e.ids) for e in self.eval_examples), reverse=True)
-        return max(most, sum(longest[:batch_size]), data.max_length)
+        sums = []
+        for examples, packing in ((self.train_examples, data.packing), (self.eval_examples, False)):
+            if packing:
+                sums.append(batch_size * data.max_length)
+            else:
+                sums.append(sum(sorted(map(size, examples), reverse=True)[:batch_size]))
+        return max(sums)
 
     def _prepare_training(self) -> None:
         train, data = self.config.train, self.config.data
