@@ -37,7 +37,10 @@ def rmsnorm_backward(
     kind = "none"
     if residual is not None:
         check_shape("rmsnorm_backward residual", residual, x.shape[0], width)
-        kind = "in place" if residual.buffer is d_x.buffer else "separate"
+        same_buffer = residual.buffer is d_x.buffer
+        if same_buffer and residual.offset != d_x.offset:
+            raise ValueError("rmsnorm_backward: residual is another range of the output's buffer")
+        kind = "in place" if same_buffer else "separate"
         if kind == "separate":
             tensors.append(residual)
     constants = {"width": width, "epsilon": epsilon, "residual": kind}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forward.activations import activation, check_shape, extent_of
-from forward.swiglu import check_activation
+from forward.swiglu import check_activation, gated_width
 from shaders.program import Program
 from shaders.tensor import Tensor
 
@@ -26,11 +26,13 @@ def swiglu_backward(
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
-    width = gate_up.shape[1] // 2
+    width = gated_width(gate_up)
     check_shape("swiglu_backward d_y", d_y, gate_up.shape[0], width)
     d_gate_up = out if out is not None else activation(program, extent, 2 * width)
     check_shape("swiglu_backward output", d_gate_up, *gate_up.shape)
     in_place = d_gate_up.buffer is gate_up.buffer
+    if in_place and d_gate_up.offset != gate_up.offset:
+        raise ValueError("swiglu_backward: the output is another range of gate_up's buffer")
     tensors = [extent.uniform, d_y, d_gate_up, *([] if in_place else [gate_up])]
     program.dispatch(
         "swiglu_backward",

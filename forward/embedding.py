@@ -27,6 +27,8 @@ def embedding(
         out: where to write; a new tensor by default.
     """
     width = matrix.in_features
+    if width % 4:
+        raise ValueError(f"embedding: hidden_size {width} is no multiple of 4")
     check_shape("embedding tokens", tokens, extent.maximum)
     y = out if out is not None else activation(program, extent, width)
     check_shape("embedding output", y, extent.maximum, width)

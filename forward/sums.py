@@ -17,4 +17,7 @@ def sum_into(program: Program, values: Tensor, extent: Extent, totals: Tensor, s
         slot: which.
     """
     check_shape("sum_into values", values, extent.maximum)
+    if not 0 <= slot < totals.size:
+        # WGSL clamps an index past the end: another total would be added to.
+        raise ValueError(f"sum_into: there is no slot {slot} in {totals.shape}")
     program.dispatch("sum_into", {"slot": slot}, [extent.uniform, values, totals], 1)

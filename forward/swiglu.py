@@ -15,6 +15,14 @@ def check_activation(name: str) -> None:
         raise ValueError(f"activation {name!r} is none of {', '.join(ACTIVATIONS)}")
 
 
+def gated_width(gate_up: Tensor) -> int:
+    """The intermediate_size of gate and up side by side; the kernels take four columns at once."""
+    columns = gate_up.shape[1]
+    if columns % 8:
+        raise ValueError(f"swiglu: half of gate_up's {columns} columns is no multiple of 4")
+    return columns // 2
+
+
 def swiglu(
     program: Program, gate_up: Tensor, *, activation_name: str = "silu", out: Tensor | None = None
 ) -> Tensor:  # [rows, intermediate_size]
@@ -27,9 +35,7 @@ def swiglu(
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
-    width = gate_up.shape[1] // 2
-    if width % 4:
-        raise ValueError(f"swiglu: intermediate_size {width} is no multiple of 4")
+    width = gated_width(gate_up)
     y = out if out is not None else activation(program, extent, width)
     check_shape("swiglu output", y, gate_up.shape[0], width)
     program.dispatch(

@@ -170,7 +170,8 @@ class Device:
     def write_rows(self, tensor: Tensor, first_row: int, array: np.ndarray) -> None:
         """Copies some whole rows (first dimension) of a tensor to the device."""
         row_bytes = tensor.n_bytes // tensor.shape[0]
-        if array.shape[1:] != tensor.shape[1:] or first_row + len(array) > tensor.shape[0]:
+        fits = 0 <= first_row <= tensor.shape[0] - len(array)
+        if array.shape[1:] != tensor.shape[1:] or not fits:
             raise ValueError(f"{array.shape} from row {first_row} does not fit {tensor.shape}")
         offset = tensor.offset + first_row * row_bytes
         self._write_bytes(tensor.buffer, offset, array, tensor.numpy_dtype)

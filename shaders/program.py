@@ -162,24 +162,28 @@ class Program:
         lies somewhat above the time of `run`.
         """
         times: list[KernelTime] = []
-        dispatches = [c for c in self.commands if isinstance(c, Dispatch)]
-        for start in range(0, len(dispatches), _QUERIES // 2):
-            times += self._time_some(dispatches[start : start + _QUERIES // 2])
+        stretch = _QUERIES // 2  # commands of which each may need two timestamps
+        for start in range(0, len(self.commands), stretch):
+            times += self._time_some(self.commands[start : start + stretch])
         return times
 
-    def _time_some(self, dispatches: list[Dispatch]) -> list[KernelTime]:
+    def _time_some(self, commands: Sequence[Dispatch | Copy]) -> list[KernelTime]:
+        dispatches = [c for c in commands if isinstance(c, Dispatch)]
+        encoder = self.device.wgpu.create_command_encoder()
+        if not dispatches:  # a query set may not be empty, nor resolved where nothing was written
+            for command in commands:
+                if isinstance(command, Copy):
+                    _encode_copy(encoder, command)
+            self.device.queue.submit([encoder.finish()])
+            return []
         count = 2 * len(dispatches)
         queries = self.device.wgpu.create_query_set(type="timestamp", count=count)
         resolved = self.device.wgpu.create_buffer(
             size=8 * count,
             usage=wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC,
         )
-        # Copies lie between the dispatches of this stretch: replay them in their order.
-        first = self.commands.index(dispatches[0])
-        last = self.commands.index(dispatches[-1])
-        encoder = self.device.wgpu.create_command_encoder()
         index = 0
-        for command in self.commands[first : last + 1]:
+        for command in commands:
             if isinstance(command, Copy):
                 _encode_copy(encoder, command)
                 continue
@@ -245,6 +249,8 @@ class ReadbackRing:
 
     def push(self, tensor: Tensor, convert: Callable[[np.ndarray], Any]) -> None:
         """Reads `tensor` as it is after the work submitted so far; `convert` gets its f32s."""
+        if tensor.n_bytes != self._n_bytes:
+            raise ValueError(f"{tensor.shape} does not fit a ring of {self._n_bytes} bytes")
         if not self._free:
             self._take_first(wait=True)
         buffer = self._free.pop()

@@ -67,7 +67,8 @@ fn main(
     let top = maxima[0];
     let total = row_sum(sum * exp(highest - top), lane);
     if (lane == 0u) {
-        losses[row] = top + log(total) - logits[base + label];
+        // The difference first: top + log(total) would be rounded at the size of the logits.
+        losses[row] = log(total) + (top - logits[base + label]);
         correct[row] = select(0.0, 1.0, places[0] == label);
     }
 {% if with_gradient %}

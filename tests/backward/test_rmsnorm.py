@@ -30,7 +30,9 @@ def test_reference_is_the_derivative() -> None:
 
 
 @pytest.mark.parametrize("residual", ["none", "separate", "in place"])
-@pytest.mark.parametrize(("rows", "in_use", "width"), [(1, 1, 4), (5, 3, 100), (67, 66, 576)])
+@pytest.mark.parametrize(
+    ("rows", "in_use", "width"), [(1, 1, 4), (3, 2, 36), (67, 66, 100), (130, 129, 576)]
+)
 def test_rmsnorm_backward(
     device: Device, rows: int, in_use: int, width: int, residual: str
 ) -> None:
@@ -53,3 +55,15 @@ def test_rmsnorm_backward(
     np.testing.assert_allclose(result[:in_use], expected[:in_use], rtol=1e-5, atol=3e-6)
     untouched = past if residual == "in place" else np.full_like(past, MARKER)
     assert (result[in_use:] == untouched[in_use:]).all()
+
+
+def test_another_range_of_the_same_buffer_is_no_residual_in_place(device: Device) -> None:
+    """Read as "in place" the residual would be dropped and the output's old numbers added."""
+    both = device.empty((2, 64))
+    extent = device.extent(1)
+    x, d_y = (activation(device, np.ones((1, 64), np.float32), extent) for _ in range(2))
+    with pytest.raises(ValueError, match="another range of the output's buffer"):
+        rmsnorm_backward(
+            Program(device), x, device.upload(np.ones(64)), EPSILON, d_y,
+            residual=both.rows(0, 1), out=both.rows(1, 2),
+        )  # fmt: skip

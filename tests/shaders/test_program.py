@@ -7,6 +7,13 @@ from forward.gather import gather_rows
 from forward.sums import sum_into
 from shaders.device import Device
 from shaders.program import MAX_WORKGROUPS, Dispatch, Program, ReadbackRing, fold
+from shaders.tensor import Tensor
+
+
+def ones(device: Device, n: int) -> Tensor:
+    values = device.empty((n,), extent=device.extent(n))
+    device.write(values, np.ones(n))
+    return values
 
 
 def test_copy_clear_and_replay(device: Device) -> None:
@@ -22,6 +29,44 @@ def test_copy_clear_and_replay(device: Device) -> None:
         expected = np.where(np.arange(128) < 64, np.arange(128), 0)
         assert (device.read(target) == expected).all()
         device.write(target, np.full(128, 5.0))
+
+
+def test_copies_between_dispatches_keep_their_place(device: Device) -> None:
+    values, totals, first = ones(device, 100), device.empty((64,)), device.empty((64,))
+    program = Program(device)
+    program.clear(totals)
+    sum_into(program, values, values.extent, totals, 0)
+    program.copy(totals, first)
+    sum_into(program, values, values.extent, totals, 0)
+    for _ in range(3):
+        program.run()
+    assert device.read(first)[0] == 100 and device.read(totals)[0] == 200
+
+
+def test_labels_carry_their_scopes(device: Device) -> None:
+    values, totals = ones(device, 4), device.empty((64,))
+    program = Program(device)
+    with program.scope("layer 3"):
+        with program.scope("norm"):
+            sum_into(program, values, values.extent, totals, 0)
+        program.clear(totals)
+    with pytest.raises(RuntimeError), program.scope("left by an error"):
+        raise RuntimeError
+    program.clear(totals, label="end")
+    labels = [command.label for command in program.commands]
+    assert labels == ["layer 3.norm.sum_into", "layer 3.clear", "end"]
+
+
+def test_wrong_commands_are_refused(device: Device) -> None:
+    values, totals = ones(device, 4), device.empty((64,))
+    program = Program(device)
+    with pytest.raises(ValueError, match="cannot copy"):
+        program.copy(values, totals)
+    with pytest.raises(ValueError, match=f"passes {MAX_WORKGROUPS} workgroups"):
+        program.dispatch(
+            "sum_into", {"slot": 0}, [values.extent.uniform, values, totals], (65_536, 1, 1)
+        )
+    assert not program.commands
 
 
 def test_fold_covers_the_grid() -> None:
@@ -59,12 +104,58 @@ def test_time_gives_a_row_for_each_dispatch(device: Device) -> None:
     assert (device.read(totals)[:3] == 100.0).all()
 
 
+@pytest.mark.parametrize("queries", [4096, 4])
+def test_time_runs_every_command_once(
+    device: Device, monkeypatch: pytest.MonkeyPatch, queries: int
+) -> None:
+    """Copies before, between and after the dispatches too, also where the queries run out."""
+    monkeypatch.setattr("shaders.program._QUERIES", queries)
+    values, totals, results = ones(device, 100), device.empty((64,)), device.empty((64,))
+    device.write(totals, np.full(64, 9.0))
+    program = Program(device)
+    program.clear(totals)
+    for slot in (0, 1, 0, 1, 2):
+        sum_into(program, values, values.extent, totals, slot)
+        if slot == 1:
+            program.clear(results)
+    program.commands += program.commands[-1:]  # the same dispatch again
+    program.copy(totals, results)
+    times = program.time()
+    assert [t.label for t in times] == ["sum_into"] * 6
+    assert device.read(results)[:4].tolist() == [200, 200, 200, 0]
+
+
+def test_time_of_copies_alone(device: Device) -> None:
+    target = device.upload(np.ones(64))
+    program = Program(device)
+    program.clear(target)
+    assert program.time() == []
+    assert (device.read(target) == 0).all()
+
+
 def test_a_binding_too_large_is_refused(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     extent = device.extent(100)
     values, totals = device.empty((100,), extent=extent), device.empty((64,))
     monkeypatch.setattr(device, "max_binding", 300)
     with pytest.raises(ValueError, match="largest binding"):
         sum_into(Program(device), values, extent, totals, 0)
+
+
+def test_readback_when_full_waits_and_keeps_the_order(device: Device) -> None:
+    """Four times around the ring without a call of `ready` in between."""
+    ring = ReadbackRing(device, 256, slots=2)
+    tensor = device.empty((64,))
+    for step in range(8):
+        device.write(tensor, np.full(64, float(step)))
+        ring.push(tensor, lambda values: (len(values), float(values[63])))
+    assert ring.ready(wait=True) == [(64, float(step)) for step in range(8)]
+
+
+@pytest.mark.parametrize("size", [63, 65])
+def test_readback_of_another_size_is_refused(device: Device, size: int) -> None:
+    ring = ReadbackRing(device, 256)
+    with pytest.raises(ValueError, match="ring of 256 bytes"):
+        ring.push(device.empty((size,)), list)
 
 
 def test_readback_keeps_the_order(device: Device) -> None:

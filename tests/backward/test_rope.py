@@ -1,0 +1,91 @@
+"""The gradient of the rotary embedding against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from backward.rope import rope_backward
+from forward.rope import rope, rope_tables
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_rope import SHAPES, rope_reference
+from tests.kernels import activation, central_difference, extent_in_use, run_twice
+
+BASE = 10000.0
+
+
+def rope_backward_reference(
+    d_qkv: np.ndarray, positions: np.ndarray, base: float, dimensions: int,
+    n_rotated_heads: int, head_size: int, interleaved: bool,
+) -> np.ndarray:  # fmt: skip
+    """The transpose of the rotation, pair by pair: [[cos, sin], [−sin, cos]]."""
+    out = d_qkv.astype(np.float64).copy()
+    for j in range(dimensions // 2):
+        cos, sin = (f(positions * base ** (-2 * j / dimensions)) for f in (np.cos, np.sin))
+        for head in range(n_rotated_heads):
+            first = head * head_size
+            a = first + (2 * j if interleaved else j)
+            b = first + (2 * j + 1 if interleaved else j + dimensions // 2)
+            out[:, a] = cos * d_qkv[:, a] + sin * d_qkv[:, b]
+            out[:, b] = -sin * d_qkv[:, a] + cos * d_qkv[:, b]
+    return out
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_reference_is_the_derivative(interleaved: bool) -> None:
+    rng = np.random.default_rng(0)
+    qkv, d_y, direction = (rng.normal(size=(5, 28)) for _ in range(3))
+    layout = (np.arange(5) * 37, 100.0, 8, 2, 12, interleaved)
+    slope = central_difference(
+        lambda v: float((rope_reference(v, *layout) * d_y).sum()), qkv, direction
+    )
+    expected = (rope_backward_reference(d_y, *layout) * direction).sum()
+    assert slope == pytest.approx(expected, rel=1e-8)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(("rows", "in_use", "n_heads", "head_size", "dimensions", "width"), SHAPES)
+def test_rope_backward(
+    device: Device, rows: int, in_use: int, n_heads: int, head_size: int, dimensions: int,
+    width: int, interleaved: bool,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(rows)
+    d_qkv = rng.normal(size=(rows, width)).astype(np.float32)
+    positions = rng.integers(0, 5000, rows)
+    extent = extent_in_use(device, rows, in_use)
+    tensor = activation(device, d_qkv, extent)
+    program = Program(device)
+    rope_backward(
+        program,
+        tensor,
+        activation(device, positions, extent),
+        device.upload(rope_tables(5000, dimensions, BASE)),
+        n_rotated_heads=n_heads,
+        head_size=head_size,
+        interleaved=interleaved,
+    )
+    result = run_twice(program, tensor)
+    expected = rope_backward_reference(
+        d_qkv, positions, BASE, dimensions, n_heads, head_size, interleaved
+    )
+    # Tables rounded to f32, two products and a sum: 4 ulp of values up to about 5.
+    np.testing.assert_allclose(result[:in_use], expected[:in_use], atol=2e-6)
+    assert (result[in_use:] == d_qkv[in_use:]).all()
+    assert (result[:, n_heads * head_size :] == d_qkv[:, n_heads * head_size :]).all()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_there_and_back(device: Device, interleaved: bool) -> None:
+    """The rotation is orthogonal: the gradient's kernel undoes the forward's."""
+    qkv = np.random.default_rng(2).normal(size=(67, 100)).astype(np.float32)
+    extent = device.extent(67)
+    tensor = activation(device, qkv, extent)
+    positions = activation(device, np.arange(67) * 61, extent)
+    tables = device.upload(rope_tables(4096, 12, BASE))
+    program = Program(device)
+    for turn in (rope, rope_backward):
+        turn(
+            program, tensor, positions, tables,
+            n_rotated_heads=3, head_size=20, interleaved=interleaved,
+        )  # fmt: skip
+    # Twice the rounding of one rotation.
+    np.testing.assert_allclose(run_twice(program, tensor), qkv, atol=4e-6)

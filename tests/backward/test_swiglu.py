@@ -1,0 +1,84 @@
+"""The gradient of the gated activation against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from backward.swiglu import swiglu_backward
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_swiglu import ACTIVATIONS, SHAPES, gate_reference, make_inputs
+from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+
+
+def gate_slope_reference(g: np.ndarray, name: str) -> np.ndarray:
+    if name == "silu":
+        s = 1 / (1 + np.exp(-g))
+        return s * (1 + g * (1 - s))
+    t = np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))
+    inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * g**2)
+    return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * inner
+
+
+def swiglu_backward_reference(gate_up: np.ndarray, d_y: np.ndarray, name: str) -> np.ndarray:
+    width = d_y.shape[1]
+    gate, up = gate_up[:, :width].astype(np.float64), gate_up[:, width:].astype(np.float64)
+    d_gate = d_y * up * gate_slope_reference(gate, name)
+    return np.concatenate([d_gate, d_y * gate_reference(gate, name)], axis=1)
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_reference_is_the_derivative(name: str) -> None:
+    rng = np.random.default_rng(0)
+    gate_up, direction = 2 * rng.normal(size=(3, 40)), rng.normal(size=(3, 40))
+    d_y = rng.normal(size=(3, 20))
+    slope = central_difference(
+        lambda v: float((gate_reference(v[:, :20], name) * v[:, 20:] * d_y).sum()),
+        gate_up,
+        direction,
+    )
+    expected = (swiglu_backward_reference(gate_up, d_y, name) * direction).sum()
+    assert slope == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES)
+def test_swiglu_backward(
+    device: Device, rows: int, in_use: int, width: int, name: str, in_place: bool
+) -> None:
+    gate_up, d_y = make_inputs(rows, width)
+    extent = extent_in_use(device, rows, in_use)
+    source = activation(device, gate_up, extent)
+    out = source if in_place else marked(device, extent, 2 * width)
+    program = Program(device)
+    swiglu_backward(program, source, activation(device, d_y, extent), activation_name=name, out=out)
+    result = run_twice(program, out)
+    expected = swiglu_backward_reference(gate_up, d_y, name)
+    # exp of WGSL is good to 3 + 2|x| ulp (40 at |gate| 18); the slope is a sum of two terms of
+    # which the larger is about |gate|, times d_y · up of up to 30: 30 · 10 · 2^-24 absolute.
+    np.testing.assert_allclose(result[:in_use], expected[:in_use], rtol=4e-6, atol=2e-5)
+    untouched = gate_up if in_place else np.full_like(gate_up, MARKER)
+    assert (result[in_use:] == untouched[in_use:]).all()
+
+
+@pytest.mark.parametrize("columns", [12, 9])
+def test_a_width_of_no_whole_vectors_is_refused(device: Device, columns: int) -> None:
+    extent = device.extent(2)
+    gate_up = device.empty((2, columns), extent=extent)
+    d_y = device.empty((2, columns // 2), extent=extent)
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        swiglu_backward(Program(device), gate_up, d_y)
+
+
+def test_another_range_of_the_same_buffer_is_refused(device: Device) -> None:
+    """Read as "in place" the gradient would be taken at the output's old numbers."""
+    extent = device.extent(1)
+    both, d_y = device.empty((2, 64)), device.empty((1, 32), extent=extent)
+    gate_up = activation(device, np.ones((1, 64), np.float32), extent)
+    with pytest.raises(ValueError, match="another range of gate_up's buffer"):
+        swiglu_backward(
+            Program(device),
+            type(gate_up)(both.buffer, 0, (1, 64), extent=extent),
+            d_y,
+            out=both.rows(1, 2),
+        )

@@ -1,0 +1,84 @@
+"""The token embedding against gguf's quantization and dequantization.
+
+Equal to the bit: F16 and BF16 are f32 values, and d · q + m rounds once (see test_quantization).
+"""
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from forward.embedding import embedding
+from forward.gguf_file import GGUFTensor
+from forward.quantization import QUANTIZATIONS
+from forward.weights import FrozenMatrix, MatrixPart, load_matrix
+from shaders.device import Device
+from shaders.program import Program
+from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+
+TYPES = list(QUANTIZATIONS)
+BLOCK_TYPES = [kind for kind in TYPES if QUANTIZATIONS[kind].block_size > 1]
+
+
+def quantized(kind: GGMLQuantizationType, rows: int, width: int) -> tuple[GGUFTensor, np.ndarray]:
+    """A tensor as a file would hold it, and what it means."""
+    values = np.random.default_rng(rows).normal(size=(rows, width)).astype(np.float32)
+    data = quants.quantize(values, kind).view(np.uint8).reshape(rows, -1)
+    tensor = GGUFTensor(name="token_embd.weight", type=kind, shape=(rows, width), data=data)
+    return tensor, quants.dequantize(data, kind).reshape(rows, width)
+
+
+def look_up(
+    device: Device, matrix: FrozenMatrix, tokens: np.ndarray, in_use: int, scale: float = 1.0
+) -> np.ndarray:
+    extent = extent_in_use(device, len(tokens), in_use)
+    out = marked(device, extent, matrix.in_features)
+    program = Program(device)
+    embedding(program, activation(device, tokens, extent), matrix, extent, scale=scale, out=out)
+    return run_twice(program, out)
+
+
+@pytest.mark.parametrize("kind", TYPES)
+@pytest.mark.parametrize(
+    ("rows", "in_use", "width", "scale"),
+    [(1, 1, 4, 1.0), (3, 2, 36, 1.0), (67, 66, 100, 24.0), (130, 130, 576, 576**0.5 / 7)],
+)
+def test_embedding(
+    device: Device, kind: GGMLQuantizationType, rows: int, in_use: int, width: int, scale: float
+) -> None:
+    if kind in BLOCK_TYPES:
+        width = -(-width // 32) * 32
+    tensor, table = quantized(kind, 50, width)
+    tokens = np.random.default_rng(rows).integers(0, 50, rows)
+    tokens[0], tokens[-1] = 49, 0  # both ends; 130 tokens of 50 repeat
+    result = look_up(device, load_matrix(device, [tensor]), tokens, in_use, scale)
+    expected = table[tokens] * np.float32(scale)
+    # Exact without a scale; with one, a compiler may take q · (d · scale): an ulp or two.
+    np.testing.assert_allclose(
+        result[:in_use], expected[:in_use], rtol=0 if scale == 1 else 2.4e-7, atol=0
+    )
+    assert (result[in_use:] == MARKER).all()
+
+
+@pytest.mark.parametrize("kind", TYPES)
+def test_parts_by_the_largest_binding(
+    device: Device, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tensor, table = quantized(kind, 300, 32)
+    with monkeypatch.context() as patch:
+        patch.setattr(device, "max_binding", 4 * 130 * QUANTIZATIONS[kind].row_words(32))
+        matrix = load_matrix(device, [tensor])
+    assert [(p.first_row, p.n_rows) for p in matrix.parts] == [(0, 128), (128, 128), (256, 44)]
+    # The first and last row of every part, then all of them in disorder.
+    tokens = np.concatenate(
+        [[0, 127, 128, 255, 256, 299], np.random.default_rng(0).permutation(300)]
+    )
+    np.testing.assert_array_equal(look_up(device, matrix, tokens, len(tokens)), table[tokens])
+
+
+def test_a_width_of_no_whole_vectors_is_refused(device: Device) -> None:
+    words = device.empty((2, 8), "u32")
+    part = MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], words, 0)
+    extent = device.extent(2)
+    tokens = device.empty((2,), "u32", extent=extent)
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        embedding(Program(device), tokens, FrozenMatrix(2, 6, (part,)), extent)

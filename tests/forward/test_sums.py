@@ -1,0 +1,48 @@
+"""Sums of one value a row against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from forward.sums import sum_into
+from shaders.device import Device
+from shaders.program import Program
+from tests.kernels import activation, extent_in_use, run_twice
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_use"), [(1, 1), (3, 0), (3, 2), (67, 64), (130, 129), (10_001, 9_999)]
+)
+def test_sum_into(device: Device, rows: int, in_use: int) -> None:
+    rng = np.random.default_rng(rows)
+    values = rng.uniform(0, 12, rows).astype(np.float32)
+    values[in_use:] = np.nan  # rows that are not in use are not read
+    extent = extent_in_use(device, rows, in_use)
+    totals = activation(device, np.arange(64, dtype=np.float32), extent)
+    program = Program(device)
+    sum_into(program, activation(device, values, extent), extent, totals, 5)
+    result = run_twice(program, totals)
+    # Positive terms: 157 additions a lane at most, then a tree, each within 2^-24 relative.
+    expected = 5 + float(values[:in_use].astype(np.float64).sum())
+    assert result[5] == pytest.approx(expected, rel=1e-5)
+    assert (np.delete(result, 5) == np.delete(np.arange(64), 5)).all()
+
+
+def test_replays_accumulate(device: Device) -> None:
+    extent = device.extent(67)
+    values = activation(device, np.ones(67, np.float32), extent)
+    totals = device.empty((3,))
+    program = Program(device)
+    sum_into(program, values, extent, totals, 0)
+    sum_into(program, values, extent, totals, 2)
+    for _ in range(3):
+        program.run()
+    assert device.read(totals).tolist() == [201, 0, 201]  # small whole numbers: exact
+
+
+@pytest.mark.parametrize("slot", [-1, 3])
+def test_a_slot_past_the_end_is_refused(device: Device, slot: int) -> None:
+    """WGSL would clamp the index: the sum would land in another's slot."""
+    extent = device.extent(4)
+    values, totals = device.empty((4,), extent=extent), device.empty((3,))
+    with pytest.raises(ValueError, match="slot"):
+        sum_into(Program(device), values, extent, totals, slot)
