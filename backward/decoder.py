@@ -6,13 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backward.attention import attention_backward
+from backward.head_norm import head_norm_backward
 from backward.lora import lora_gradients, lora_project_gradient
 from backward.matmul import matmul_backward
 from backward.rmsnorm import rmsnorm_backward
 from backward.rope import rope_backward
 from backward.swiglu import swiglu_backward
-from forward.adapter import LoraFactors
-from forward.decoder import Factors, LayerActivations
+from forward.adapter import Factors, LoraFactors
+from forward.decoder import LayerActivations
 from forward.gather import gather_rows
 from forward.head import (
     HeadActivations,
@@ -37,11 +38,13 @@ class Scratch:
 
     d_x: Tensor  # [rows, hidden_size], the gradient to the residual stream, carried downwards
     d_normed: Tensor  # [rows, hidden_size]
+    d_output: Tensor | None  # [rows, hidden_size], below a post norm, with post_norms
     d_gated: Tensor  # [rows, intermediate_size]
     d_attended: Tensor  # [rows, query_size]
-    d_qkv: Tensor  # [rows, query_size + 2 · kv_size]
+    d_qkv: Tensor  # [rows, qkv_size]
     dots: Tensor  # [rows, n_heads], D of the attention's backward
     d_z: Mapping[int, Tensor]  # [rows, width], by width
+    d_head_z: Tensor | None  # [targets, rank], where the head is adapted
     d_head_normed: Tensor  # [targets, hidden_size]
     d_picked: Tensor  # [targets, hidden_size]
 
@@ -53,20 +56,24 @@ class Scratch:
         def tensor(width: int) -> Tensor:
             return device.empty((inputs.rows.maximum, width), extent=inputs.rows)
 
-        def over_targets() -> Tensor:
-            shape = (inputs.targets.maximum, a.hidden_size)
-            return device.empty(shape, extent=inputs.targets)
+        def over_targets(width: int) -> Tensor:
+            return device.empty((inputs.targets.maximum, width), extent=inputs.targets)
+
+        head = factors.get((a.n_layers, "head"))
+        in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]
 
         return cls(
             d_x=tensor(a.hidden_size),
             d_normed=tensor(a.hidden_size),
+            d_output=tensor(a.hidden_size) if a.post_norms else None,
             d_gated=tensor(a.intermediate_size),
             d_attended=tensor(a.query_size),
-            d_qkv=tensor(a.query_size + 2 * a.kv_size),
+            d_qkv=tensor(a.qkv_size),
             dots=tensor(a.n_heads),
-            d_z={w: tensor(w) for w in {f.n_members * f.rank for f in factors.values()}},
-            d_head_normed=over_targets(),
-            d_picked=over_targets(),
+            d_z={w: tensor(w) for w in {f.n_members * f.rank for f in in_layers}},
+            d_head_z=None if head is None else over_targets(head.rank),
+            d_head_normed=over_targets(a.hidden_size),
+            d_picked=over_targets(a.hidden_size),
         )
 
 
@@ -74,11 +81,15 @@ def record_head_backward(
     program: Program,
     model: Model,
     inputs: Inputs,
+    factors: Factors,
+    gradients: Gradients,
     act: HeadActivations,
     scratch: Scratch,
     x: Tensor,
     step: Tensor,
     totals: Tensor,
+    *,
+    lowest: bool,
 ) -> None:
     """Appends the head, its loss, and the gradient to x (into scratch.d_x), chunk by chunk.
 
@@ -90,16 +101,28 @@ def record_head_backward(
         x: [rows, hidden_size], the output of the last layer.
         step: the uniform whose first word is the f32 weight of one loss.
         totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
+        lowest: nothing below is adapted: stop after the gradients of the head's own factors.
     """
+    key = (model.architecture.n_layers, "head")
+    lora = factors.get(key)
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
-            d_logits = record_chunk_loss(program, model, inputs, act, index, step)
-            matmul_backward(
-                program, d_logits, model.head,
-                out=chunk_of(scratch.d_head_normed, inputs, index), label="head_backward",
-            )  # fmt: skip
+            d_logits = record_chunk_loss(program, model, inputs, factors, act, index, step)
+            d_z = None
+            if lora is not None and scratch.d_head_z is not None and act.z is not None:
+                d_z = chunk_of(scratch.d_head_z, inputs, index)
+                normed, z = (chunk_of(t, inputs, index) for t in (act.normed, act.z))
+                lora_project_gradient(program, d_logits, lora, out=d_z)
+                lora_gradients(program, normed, z, d_logits, d_z, lora, gradients[key])
+            if not lowest:
+                matmul_backward(
+                    program, d_logits, model.head, lora=lora, d_z=d_z,
+                    out=chunk_of(scratch.d_head_normed, inputs, index), label="head_backward",
+                )  # fmt: skip
         record_totals(program, inputs, act, totals)
+        if lowest:
+            return
         rmsnorm_backward(
             program,
             act.picked,
@@ -137,6 +160,15 @@ def record_layer_backward(
         lowest: nothing below is adapted: stop after the layer's last adapted matrix.
     """
     a, weights = model.architecture, model.layers[layer]
+    kind = a.layer_kinds[layer]
+
+    def below_norm(source: Tensor | None, weight: Tensor | None) -> Tensor:
+        """The gradient to what a post norm was given; without one, of the stream itself."""
+        if source is None or weight is None or scratch.d_output is None:
+            return scratch.d_x
+        return rmsnorm_backward(
+            program, source, weight, a.norm_epsilon, scratch.d_x, out=scratch.d_output
+        )
 
     def through(
         group: str,
@@ -165,12 +197,15 @@ def record_layer_backward(
     d_x = scratch.d_x
     with program.scope(f"layers.{layer}"):
         through(
-            "down", weights.down, act.gated, act.z_down, d_x,
+            "down", weights.down, act.gated, act.z_down,
+            below_norm(act.ffn_output, weights.post_ffn_norm),
             None if last == "down" else scratch.d_gated,
         )  # fmt: skip
         if last == "down":
             return
-        d_gate_up = swiglu_backward(program, act.gate_up, scratch.d_gated, out=act.gate_up)
+        d_gate_up = swiglu_backward(
+            program, act.gate_up, scratch.d_gated, activation_name=a.activation, out=act.gate_up
+        )
         through(
             "gate_up", weights.gate_up, act.middle_normed, act.z_gate_up, d_gate_up,
             None if last == "gate_up" else scratch.d_normed,
@@ -182,7 +217,8 @@ def record_layer_backward(
             residual=d_x, out=d_x,
         )  # fmt: skip
         through(
-            "attn_output", weights.attn_output, act.attended, act.z_attn_output, d_x,
+            "attn_output", weights.attn_output, act.attended, act.z_attn_output,
+            below_norm(act.projected, weights.post_attention_norm),
             None if last == "attn_output" else scratch.d_attended,
         )  # fmt: skip
         if last == "attn_output":
@@ -197,7 +233,9 @@ def record_layer_backward(
             n_heads=a.n_heads,
             n_kv_heads=a.n_kv_heads,
             head_size=a.head_size,
-            scale=a.head_size**-0.5,
+            scale=a.attention_scale,
+            window=kind.window,
+            softcap=a.attention_softcap,
             d_qkv=scratch.d_qkv,
             dots=scratch.dots,
         )
@@ -205,11 +243,16 @@ def record_layer_backward(
             program,
             scratch.d_qkv,
             inputs.positions,
-            model.rope,
+            weights.rope,
             n_rotated_heads=a.n_heads + a.n_kv_heads,
             head_size=a.head_size,
-            interleaved=a.rope_interleaved,
+            interleaved=kind.rope.interleaved,
         )
+        if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
+            head_norm_backward(
+                program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
+                scratch.d_qkv, n_heads=a.n_heads, n_kv_heads=a.n_kv_heads, head_size=a.head_size,
+            )  # fmt: skip
         through(
             "qkv", weights.qkv, act.normed, act.z_qkv, scratch.d_qkv,
             None if last == "qkv" else scratch.d_normed,

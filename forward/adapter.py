@@ -6,26 +6,20 @@ same layout: clipping and AdamW are one dispatch each over it, and a checkpoint 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from forward.architecture import (
-    ADAPTABLE_MATRICES,
+    HEAD,
+    AdaptableMatrix,
     Architecture,
     permute_rows_to_gguf,
     permute_rows_to_hf,
 )
 from shaders.tensor import Tensor
 
-# Matrices that share an input are adapted together, in the order in which they are stacked.
-GROUPS: dict[str, tuple[str, ...]] = {
-    "qkv": ("q_proj", "k_proj", "v_proj"),
-    "attn_output": ("o_proj",),
-    "gate_up": ("gate_proj", "up_proj"),
-    "down": ("down_proj",),
-}
 _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 
 
@@ -62,13 +56,16 @@ class LoraFactors:
         return sum(stop - start for start, stop in self.ranges[:member])
 
 
+Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group); the head's layer is n_layers
+
+
 @dataclass(frozen=True)
 class AdaptedGroup:
     """Where the factors of one group of one layer lie in the flat arrays."""
 
-    layer: int
-    group: str  # a key of GROUPS
-    members: tuple[str, ...]  # the adapted ones, by PEFT's names
+    layer: int  # n_layers for the head
+    group: str  # of Architecture.groups, or "head"
+    members: tuple[AdaptableMatrix, ...]  # the adapted ones
     ranges: tuple[tuple[int, int], ...]
     in_features: int
     a_start: int
@@ -81,7 +78,8 @@ class AdapterLayout:
     Args:
         architecture: of the base model.
         layers: numbers of the adapted layers.
-        targets: PEFT names of the adapted matrices.
+        targets: PEFT names of the adapted matrices, each one that the architecture has; lm_head
+            is adapted whatever the layers are.
         rank: of every matrix, as the user asked for it.
         scale: what B · A is multiplied by.
     """
@@ -95,45 +93,50 @@ class AdapterLayout:
         scale: float,
     ) -> None:
         self.architecture = architecture
-        self.layers = sorted(layers)
         self.targets = frozenset(targets)
+        self.layers = sorted(layers) if self.targets - {HEAD.module} else []
         self.rank = rank
         self.padded_rank = -(-rank // 4) * 4
         self.scale = scale
         self.groups: list[AdaptedGroup] = []
         self.n_trainable = 0  # parameters, padding not counted
-        end = 0
+        self._end = 0
         for layer in self.layers:
-            for name, modules in GROUPS.items():
-                group = self._place(layer, name, modules, end)
-                if group is not None:
-                    self.groups.append(group)
-                    rows = sum(stop - start for start, stop in group.ranges)
-                    end = _aligned(group.b_start + rows * self.padded_rank)
-                    self.n_trainable += rank * (rows + len(group.members) * group.in_features)
-        self.size = max(end, _ALIGNMENT)  # elements of a flat array
+            for name, matrices in architecture.groups.items():
+                self._place(layer, name, matrices)
+        self._place(architecture.n_layers, HEAD.group, (HEAD,))
+        self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
 
-    def _place(
-        self, layer: int, name: str, modules: tuple[str, ...], start: int
-    ) -> AdaptedGroup | None:
+    def _place(self, layer: int, name: str, matrices: Sequence[AdaptableMatrix]) -> None:
+        """Gives the adapted matrices of one group their place after all others."""
         members, ranges, column = [], [], 0
-        for module in modules:
-            matrix = ADAPTABLE_MATRICES[module]
-            out_features = matrix.out_size(self.architecture)
-            if module in self.targets:
-                members.append(module)
-                ranges.append((column, column + out_features))
-            column += out_features
+        for matrix in matrices:
+            rows = _whole_quads(matrix.out_size(self.architecture))
+            if matrix.module in self.targets:
+                members.append(matrix)
+                ranges.append((column, column + rows))
+                self.n_trainable += self.rank * (
+                    matrix.out_size(self.architecture) + matrix.in_size(self.architecture)
+                )
+            column += rows
         if not members:
-            return None
-        in_features = ADAPTABLE_MATRICES[modules[0]].in_size(self.architecture)
-        b_start = _aligned(start + len(members) * self.padded_rank * in_features)
-        return AdaptedGroup(layer, name, tuple(members), tuple(ranges), in_features, start, b_start)
+            return
+        in_features = members[0].in_size(self.architecture)
+        b_start = _aligned(self._end + len(members) * self.padded_rank * in_features)
+        group = AdaptedGroup(
+            layer, name, tuple(members), tuple(ranges), in_features, self._end, b_start
+        )
+        self.groups.append(group)
+        n_rows = sum(stop - start for start, stop in ranges)
+        self._end = _aligned(b_start + n_rows * self.padded_rank)
 
     @property
     def lowest_layer(self) -> int:
-        """The lowest adapted layer: the backward ends there, and all below it is a fixed prefix."""
-        return self.layers[0]
+        """The lowest adapted layer: the backward ends there, and all below it is a fixed prefix.
+
+        n_layers where only the head is adapted.
+        """
+        return self.layers[0] if self.layers else self.architecture.n_layers
 
     def factors(self, flat: Tensor) -> dict[tuple[int, str], LoraFactors]:
         """The factors inside a flat tensor [size], by (layer, group)."""
@@ -148,20 +151,24 @@ class AdapterLayout:
             )
         return found
 
-    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, str, np.ndarray, np.ndarray]]:
-        """(module, PEFT path, A [padded rank, in], B [out, padded rank]), views of a flat array."""
+    def _views(
+        self, flat: np.ndarray
+    ) -> Iterable[tuple[AdaptableMatrix, str, np.ndarray, np.ndarray]]:
+        """(matrix, PEFT path, A [rank, in], B [out, rank]), views of a flat array."""
         for group in self.groups:
             a_row = group.a_start
             b_row = group.b_start
-            for module, (start, stop) in zip(group.members, group.ranges, strict=True):
+            for matrix, (start, stop) in zip(group.members, group.ranges, strict=True):
                 n_a = self.padded_rank * group.in_features
                 n_b = (stop - start) * self.padded_rank
-                path = ADAPTABLE_MATRICES[module].peft_path(group.layer)
+                a = flat[a_row : a_row + n_a].reshape(self.padded_rank, group.in_features)
+                b = flat[b_row : b_row + n_b].reshape(stop - start, self.padded_rank)
+                out_features = matrix.out_size(self.architecture)
                 yield (
-                    module,
-                    path,
-                    flat[a_row : a_row + n_a].reshape(self.padded_rank, group.in_features),
-                    flat[b_row : b_row + n_b].reshape(stop - start, self.padded_rank),
+                    matrix,
+                    matrix.peft_path(group.layer),
+                    a[: self.rank],
+                    b[:out_features, : self.rank],
                 )
                 a_row += n_a
                 b_row += n_b
@@ -173,20 +180,25 @@ class AdapterLayout:
             flat: f32 [size], in the layout of the device.
         """
         modules = {}
-        for module, path, a, b in self._views(flat):
-            heads = ADAPTABLE_MATRICES[module].permuted_heads(self.architecture)
+        for matrix, path, a, b in self._views(flat):
+            heads = matrix.permuted_heads(self.architecture)
             rows = b if heads is None else permute_rows_to_hf(b, heads)
-            modules[path] = (a[: self.rank].copy(), np.ascontiguousarray(rows[:, : self.rank]))
+            modules[path] = (a.copy(), np.ascontiguousarray(rows))
         return modules
 
     def from_modules(self, modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The inverse of `to_modules`: f32 [size], padding zero. Every module must be there."""
         flat = np.zeros(self.size, np.float32)
-        for module, path, a, b in self._views(flat):
+        for matrix, path, a, b in self._views(flat):
             given_a, given_b = modules[path]
-            heads = ADAPTABLE_MATRICES[module].permuted_heads(self.architecture)
-            a[: self.rank] = given_a
-            b[:, : self.rank] = given_b if heads is None else permute_rows_to_gguf(given_b, heads)
+            if given_a.shape != a.shape or given_b.shape != b.shape:
+                raise ValueError(
+                    f"{path} has A {given_a.shape} and B {given_b.shape}, expected {a.shape} and "
+                    f"{b.shape}"
+                )
+            heads = matrix.permuted_heads(self.architecture)
+            a[:] = given_a
+            b[:] = given_b if heads is None else permute_rows_to_gguf(given_b, heads)
         return flat
 
     def initial(self, seed: int) -> np.ndarray:
@@ -195,9 +207,14 @@ class AdapterLayout:
         flat = np.zeros(self.size, np.float32)
         for _, _, a, _ in self._views(flat):
             bound = 1.0 / np.sqrt(a.shape[1])
-            a[: self.rank] = rng.uniform(-bound, bound, (self.rank, a.shape[1]))
+            a[:] = rng.uniform(-bound, bound, a.shape)
         return flat
 
 
 def _aligned(n: int) -> int:
     return -(-n // _ALIGNMENT) * _ALIGNMENT
+
+
+def _whole_quads(n: int) -> int:
+    """Rows of B that are stored: kernels take four columns of the output at once."""
+    return -(-n // 4) * 4

@@ -6,19 +6,26 @@ something which no field here describes is refused by name; it is never trained 
 
 from __future__ import annotations
 
-import math
-import re
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
-from gguf import GGMLQuantizationType as Type
 
+from forward.families import Family, family_of
 from forward.gguf_file import GGUFFile
+from forward.metadata import Metadata
+from forward.model_tensors import check_tensors
+from forward.rope_frequencies import Rope, read_rope
 from shaders.errors import InputError
 
-MATRIX_TYPES = (Type.Q4_1, Type.Q8_0, Type.F16, Type.BF16, Type.F32)
-VECTOR_TYPES = (Type.F16, Type.BF16, Type.F32)  # norms are never quantized
+
+@dataclass(frozen=True)
+class LayerKind:
+    """What may differ from layer to layer."""
+
+    window: int | None  # a row sees this many rows, itself included; None: all before it
+    rope: Rope
 
 
 @dataclass(frozen=True)
@@ -35,10 +42,17 @@ class Architecture:
     vocab_size: int  # rows of the embedding and of the head, padding rows included
     context_length: int  # tokens in a row that the model was trained for
     norm_epsilon: float  # added to the mean square in RMSNorm
-    rope_base: float  # theta: pair j turns by position · rope_base^(-2j / rope_dimensions)
-    rope_dimensions: int  # leading numbers of a head that are rotated; even
-    rope_interleaved: bool  # pairs are (2j, 2j+1), else (j, j + rope_dimensions/2)
+    layer_kinds: tuple[LayerKind, ...]  # one a layer
     tied_head: bool  # the head is token_embd.weight itself; there is no output.weight
+    activation: str  # of the gate: "silu" or "gelu_tanh"
+    attention_scale: float  # scores are multiplied by it
+    attention_softcap: float | None  # scores s become cap · tanh(s / cap)
+    logit_softcap: float | None  # the same for the logits
+    embedding_scale: float  # embeddings are multiplied by it
+    qk_norm: bool  # every head of q and of k passes an RMSNorm before rope
+    post_norms: bool  # what attention and feed-forward give is normed before it is added
+    biases: frozenset[str]  # GGUF names (within a layer) of the matrices that have a bias
+    fused: bool  # q, k, v are one tensor, gate and up another
 
     @property
     def query_size(self) -> int:
@@ -50,6 +64,34 @@ class Architecture:
         """Width of all key heads (or all value heads) together."""
         return self.n_kv_heads * self.head_size
 
+    @property
+    def qkv_size(self) -> int:
+        """Width of q, k and v side by side."""
+        return self.query_size + 2 * self.kv_size
+
+    @property
+    def gate_up_size(self) -> int:
+        """Width of gate and up side by side."""
+        return 2 * self.intermediate_size
+
+    @property
+    def logits_size(self) -> int:
+        """Width of the logits on the device: the vocabulary, padded to whole vec4."""
+        return -(-self.vocab_size // 4) * 4
+
+    @cached_property
+    def matrices(self) -> Mapping[str, AdaptableMatrix]:
+        """Its matrices that LoRA can adapt, by PEFT's names, the head last."""
+        return {m.module: m for m in (*(_FUSED if self.fused else _SEPARATE), HEAD)}
+
+    @cached_property
+    def groups(self) -> Mapping[str, tuple[AdaptableMatrix, ...]]:
+        """The matrices of a layer that share an input, in the order in which they are stacked."""
+        return {
+            name: tuple(m for m in self.matrices.values() if m.group == name)
+            for name in ("qkv", "attn_output", "gate_up", "down")
+        }
+
     @classmethod
     def from_gguf(cls, gguf_file: GGUFFile) -> Architecture:
         """Reads the metadata and checks every tensor's name, shape and type against it.
@@ -58,15 +100,32 @@ class Architecture:
             InputError: the file is no complete model, or the model has something that is not
                 supported; the message names it.
         """
-        metadata = _Metadata(gguf_file)
-        family = _family(gguf_file)
-        metadata.check_nothing_unsupported()
+        family = family_of(gguf_file)
+        metadata = Metadata(gguf_file)
+        _check_nothing_unsupported(metadata)
         hidden_size = metadata.size("embedding_length", multiple_of=4)
         n_heads = metadata.size("attention.head_count")
-        head_size = metadata.size("attention.key_length", hidden_size // n_heads, multiple_of=4)
+        n_layers = metadata.size("block_count")
+        head_size = metadata.size(
+            "attention.key_length", max(1, hidden_size // n_heads), multiple_of=4
+        )
+        # A damaged block_count of billions must not become as many layers.
+        if n_layers > len(gguf_file.tensors):
+            raise InputError(
+                f"{gguf_file.path} claims {n_layers} layers but holds only "
+                f"{len(gguf_file.tensors)} tensors."
+            )
+        scores, logits = (
+            metadata.optional_number(key, default)
+            for key, default in zip(
+                ("attn_logit_softcapping", "final_logit_softcapping"),
+                family.softcaps or (0.0, 0.0),
+                strict=True,
+            )
+        )
         architecture = cls(
             name=metadata.name,
-            n_layers=metadata.size("block_count"),
+            n_layers=n_layers,
             hidden_size=hidden_size,
             intermediate_size=metadata.size("feed_forward_length", multiple_of=4),
             n_heads=n_heads,
@@ -75,34 +134,64 @@ class Architecture:
             vocab_size=_vocab_size(gguf_file, metadata),
             context_length=metadata.size("context_length"),
             norm_epsilon=metadata.positive_number("attention.layer_norm_rms_epsilon"),
-            rope_base=metadata.positive_number("rope.freq_base", 10000.0),
-            rope_dimensions=metadata.size("rope.dimension_count", head_size, multiple_of=2),
-            rope_interleaved=family.rope_interleaved,
+            layer_kinds=_layer_kinds(gguf_file, metadata, family, n_layers, head_size),
             tied_head="output.weight" not in gguf_file.tensors,
+            activation=family.activation,
+            attention_scale=(
+                hidden_size / n_heads if n_layers == family.wide_scale_layers else head_size
+            )
+            ** -0.5,
+            attention_softcap=scores,
+            logit_softcap=logits,
+            embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+            qk_norm=family.qk_norm,
+            post_norms=family.post_norms,
+            biases=frozenset(
+                name for name in family.biases if f"blk.0.{name}.bias" in gguf_file.tensors
+            ),
+            fused=family.fused,
         )
-        _check_sizes(architecture, metadata)
-        _check_tensors(architecture, gguf_file)
+        _check_sizes(architecture, metadata, family)
+        check_tensors(architecture.tensor_shapes(), gguf_file)
         return architecture
 
-
-@dataclass(frozen=True)
-class _Family:
-    """What general.architecture implies and the metadata doesn't say."""
-
-    rope_interleaved: bool
-
-
-_FAMILIES = {"llama": _Family(rope_interleaved=True)}
+    def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor that the decoder reads, with its shape in numpy order."""
+        hidden = (self.hidden_size,)
+        shapes: dict[str, tuple[int, ...]] = {
+            "token_embd.weight": (self.vocab_size, self.hidden_size),
+            "output_norm.weight": hidden,
+        }
+        if not self.tied_head:
+            shapes["output.weight"] = (self.vocab_size, self.hidden_size)
+        for layer in range(self.n_layers):
+            blk = f"blk.{layer}."
+            shapes[blk + "attn_norm.weight"] = hidden
+            shapes[blk + "ffn_norm.weight"] = hidden
+            if self.qk_norm:
+                shapes[blk + "attn_q_norm.weight"] = (self.head_size,)
+                shapes[blk + "attn_k_norm.weight"] = (self.head_size,)
+            if self.post_norms:
+                shapes[blk + "post_attention_norm.weight"] = hidden
+                shapes[blk + "post_ffw_norm.weight"] = hidden
+            for group in self.groups.values():
+                for matrix in group:
+                    rows = matrix.out_size(self)
+                    shapes[matrix.tensor_name(layer)] = (rows, matrix.in_size(self))
+                    if matrix.gguf_name in self.biases:
+                        shapes[f"{blk}{matrix.gguf_name}.bias"] = (rows,)
+        return shapes
 
 
 @dataclass(frozen=True)
 class AdaptableMatrix:
-    """A matrix of every layer that LoRA can adapt, under PEFT's name and under GGUF's.
+    """A matrix that LoRA can adapt, under PEFT's name and under GGUF's.
 
     Attributes:
         module: PEFT's name for it, as in the config's `adapter.targets`.
-        peft_parent: the module that holds it within a layer.
+        peft_parent: the module that holds it within a layer; "" for the head.
         gguf_name: its name within a layer of the GGUF.
+        group: matrices of one group share their input and are stacked.
         in_field, out_field: the field of Architecture that is its number of columns, of rows.
         heads_field: the field that counts its heads where rope turns its output, else None.
     """
@@ -110,6 +199,7 @@ class AdaptableMatrix:
     module: str
     peft_parent: str
     gguf_name: str
+    group: str
     in_field: str
     out_field: str
     heads_field: str | None = None
@@ -120,6 +210,8 @@ class AdaptableMatrix:
 
     def peft_path(self, layer: int) -> str:
         """Its module in the Hugging Face model, e.g. `model.layers.3.self_attn.q_proj`."""
+        if not self.peft_parent:
+            return self.module
         return f"model.layers.{layer}.{self.peft_parent}.{self.module}"
 
     def in_size(self, architecture: Architecture) -> int:
@@ -132,23 +224,35 @@ class AdaptableMatrix:
 
     def permuted_heads(self, architecture: Architecture) -> int | None:
         """The heads within which the GGUF permutes its rows; None where the order is PEFT's."""
-        if self.heads_field is None or not architecture.rope_interleaved:
+        if self.heads_field is None or not architecture.layer_kinds[0].rope.interleaved:
             return None
         return int(getattr(architecture, self.heads_field))
 
 
-ADAPTABLE_MATRICES = {
-    matrix.module: matrix
-    for matrix in (
-        AdaptableMatrix("q_proj", "self_attn", "attn_q", "hidden_size", "query_size", "n_heads"),
-        AdaptableMatrix("k_proj", "self_attn", "attn_k", "hidden_size", "kv_size", "n_kv_heads"),
-        AdaptableMatrix("v_proj", "self_attn", "attn_v", "hidden_size", "kv_size"),
-        AdaptableMatrix("o_proj", "self_attn", "attn_output", "query_size", "hidden_size"),
-        AdaptableMatrix("gate_proj", "mlp", "ffn_gate", "hidden_size", "intermediate_size"),
-        AdaptableMatrix("up_proj", "mlp", "ffn_up", "hidden_size", "intermediate_size"),
-        AdaptableMatrix("down_proj", "mlp", "ffn_down", "intermediate_size", "hidden_size"),
-    )
-}
+def _matrix(path: str, gguf_name: str, group: str, *sizes: str) -> AdaptableMatrix:
+    parent, _, module = path.rpartition(".")
+    return AdaptableMatrix(module, parent, gguf_name, group, *sizes)
+
+
+_OUTPUT = _matrix("self_attn.o_proj", "attn_output", "attn_output", "query_size", "hidden_size")
+_DOWN = _matrix("mlp.down_proj", "ffn_down", "down", "intermediate_size", "hidden_size")
+_SEPARATE = (
+    _matrix("self_attn.q_proj", "attn_q", "qkv", "hidden_size", "query_size", "n_heads"),
+    _matrix("self_attn.k_proj", "attn_k", "qkv", "hidden_size", "kv_size", "n_kv_heads"),
+    _matrix("self_attn.v_proj", "attn_v", "qkv", "hidden_size", "kv_size"),
+    _OUTPUT,
+    _matrix("mlp.gate_proj", "ffn_gate", "gate_up", "hidden_size", "intermediate_size"),
+    _matrix("mlp.up_proj", "ffn_up", "gate_up", "hidden_size", "intermediate_size"),
+    _DOWN,
+)
+_FUSED = (
+    _matrix("self_attn.qkv_proj", "attn_qkv", "qkv", "hidden_size", "qkv_size"),
+    _OUTPUT,
+    _matrix("mlp.gate_up_proj", "ffn_up", "gate_up", "hidden_size", "gate_up_size"),
+    _DOWN,
+)
+HEAD = _matrix("lm_head", "output", "head", "hidden_size", "vocab_size")
+MODULE_NAMES = tuple(dict.fromkeys(m.module for m in (*_SEPARATE, *_FUSED, HEAD)))
 
 
 def permute_rows_to_gguf(array: np.ndarray, n_heads: int) -> np.ndarray:
@@ -189,16 +293,13 @@ def _half_head(array: np.ndarray, n_heads: int) -> int:
 
 
 # What a key must say (or be absent) for the decoder to be right, without the architecture prefix.
-_NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
-    "rope.scaling.type": ("none",),
-    "rope.scale_linear": (1.0,),
+_NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
-    "attention.sliding_window": (0,),
     "attention.causal": (True,),
     "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
-    "attn_logit_softcapping": (0.0,),
-    "final_logit_softcapping": (0.0,),
+    "attention.shared_kv_layers": (0,),
+    "attention.temperature_scale": (0.0,),
     "logit_scale": (0.0, 1.0),
     "embedding_scale": (0.0, 1.0),
     "residual_scale": (0.0, 1.0),
@@ -206,80 +307,12 @@ _NEUTRAL_VALUES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class _Metadata:
-    """The file's metadata under the architecture's prefix, each value checked as it is read."""
-
-    def __init__(self, gguf_file: GGUFFile) -> None:
-        self.path = gguf_file.path
-        self.values = gguf_file.metadata
-        self.name = str(self.values.get("general.architecture"))
-
-    def check_nothing_unsupported(self) -> None:
-        for key, neutral in _NEUTRAL_VALUES.items():
-            value = self.values.get(f"{self.name}.{key}", neutral[0])
-            if value not in neutral:
-                raise InputError(
-                    f"{self.path}: {self.name}.{key} is {value!r}, which is not supported yet; "
-                    f"supported is {' or '.join(map(repr, neutral))}."
-                )
-        n_parts = self.values.get("split.count", 1)
-        if n_parts not in (0, 1):
-            raise InputError(
-                f"{self.path} is one of {n_parts} parts of a model. Join them with "
-                "`llama-gguf-split --merge` first."
-            )
-
-    def size(self, key: str, default: int | None = None, *, multiple_of: int = 1) -> int:
-        value = self._value(key, default)
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise InputError(
-                f"{self.path}: {self.name}.{key} is {_shortened(value)}; one whole number above "
-                "0 is supported."
-            )
-        if value % multiple_of:
-            raise InputError(
-                f"{self.path}: {self.name}.{key} is {value}; supported are multiples of "
-                f"{multiple_of}."
-            )
-        return value
-
-    def positive_number(self, key: str, default: float | None = None) -> float:
-        value = self._value(key, default)
-        if not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-            raise InputError(
-                f"{self.path}: {self.name}.{key} is {_shortened(value)}; a number above 0 is "
-                "expected."
-            )
-        return float(value)
-
-    def _value(self, key: str, default: Any) -> Any:
-        value = self.values.get(f"{self.name}.{key}", default)
-        if value is None:
-            raise InputError(f"{self.path} lacks the metadata key {self.name}.{key}.")
-        return value
+def _check_nothing_unsupported(metadata: Metadata) -> None:
+    for key, neutral in _NEUTRAL_VALUES.items():
+        metadata.require(key, *neutral)
 
 
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."
-
-
-def _family(gguf_file: GGUFFile) -> _Family:
-    kind = gguf_file.metadata.get("general.type", "model")
-    if kind != "model":
-        raise InputError(f"{gguf_file.path} holds a GGUF {kind!r}; a model is expected.")
-    name = gguf_file.metadata.get("general.architecture")
-    if name is None:
-        raise InputError(f"{gguf_file.path} lacks the metadata key general.architecture.")
-    if name not in _FAMILIES:
-        raise InputError(
-            f"{gguf_file.path} has the architecture {name!r}, which is not supported yet; "
-            f"supported: {', '.join(_FAMILIES)} (Llama, Mistral, SmolLM2)."
-        )
-    return _FAMILIES[name]
-
-
-def _vocab_size(gguf_file: GGUFFile, metadata: _Metadata) -> int:
+def _vocab_size(gguf_file: GGUFFile, metadata: Metadata) -> int:
     embedding = gguf_file.tensors.get("token_embd.weight")
     if embedding is None:
         raise InputError(f"{gguf_file.path} lacks the tensor 'token_embd.weight'.")
@@ -293,17 +326,38 @@ def _vocab_size(gguf_file: GGUFFile, metadata: _Metadata) -> int:
     return vocab_size
 
 
-def _check_sizes(architecture: Architecture, metadata: _Metadata) -> None:
+def _layer_kinds(
+    gguf_file: GGUFFile, metadata: Metadata, family: Family, n_layers: int, head_size: int
+) -> tuple[LayerKind, ...]:
+    """Window and rope of every layer."""
+    rope = read_rope(gguf_file, metadata, head_size, interleaved=family.rope_interleaved)
+    if metadata.get("attention.sliding_window", 0) in (0, None):
+        return (LayerKind(None, rope),) * n_layers
+    local_rope = rope
+    if family.local_rope_base is not None:
+        base = metadata.positive_number("rope.freq_base_swa", family.local_rope_base)
+        local_rope = replace(rope, base=base, factor=1.0, divisors=())
+    local = LayerKind(metadata.size("attention.sliding_window"), local_rope)
+    pattern = metadata.get("attention.sliding_window_pattern", family.window_pattern)
+    if isinstance(pattern, list):
+        if len(pattern) != n_layers or not all(isinstance(flag, bool) for flag in pattern):
+            raise InputError(
+                f"{metadata.path}: {metadata.name}.attention.sliding_window_pattern is no list of "
+                f"{n_layers} booleans, one a layer."
+            )
+        is_local = pattern
+    else:
+        every = metadata.size("attention.sliding_window_pattern", family.window_pattern)
+        is_local = [every == 1 or layer % every < every - 1 for layer in range(n_layers)]
+    return tuple(local if flag else LayerKind(None, rope) for flag in is_local)
+
+
+def _check_sizes(architecture: Architecture, metadata: Metadata, family: Family) -> None:
     """Checks what ties the sizes together."""
     if architecture.n_heads % architecture.n_kv_heads:
         raise InputError(
             f"{metadata.path}: {architecture.n_heads} heads cannot share "
             f"{architecture.n_kv_heads} key and value heads evenly."
-        )
-    if architecture.rope_dimensions > architecture.head_size:
-        raise InputError(
-            f"{metadata.path}: {metadata.name}.rope.dimension_count is "
-            f"{architecture.rope_dimensions}, more than the head size {architecture.head_size}."
         )
     value_length = metadata.size("attention.value_length", architecture.head_size)
     if value_length != architecture.head_size:
@@ -311,72 +365,14 @@ def _check_sizes(architecture: Architecture, metadata: _Metadata) -> None:
             f"{metadata.path}: {metadata.name}.attention.value_length is {value_length}, but the "
             f"keys' is {architecture.head_size}; different sizes are not supported."
         )
-
-
-def _expected_shapes(architecture: Architecture) -> dict[str, tuple[int, ...]]:
-    """Every tensor of the model with its shape in numpy order."""
-    hidden_size = architecture.hidden_size
-    shapes: dict[str, tuple[int, ...]] = {
-        "token_embd.weight": (architecture.vocab_size, hidden_size),
-        "output_norm.weight": (hidden_size,),
-    }
-    if not architecture.tied_head:
-        shapes["output.weight"] = (architecture.vocab_size, hidden_size)
-    for layer in range(architecture.n_layers):
-        shapes[f"blk.{layer}.attn_norm.weight"] = (hidden_size,)
-        shapes[f"blk.{layer}.ffn_norm.weight"] = (hidden_size,)
-        for matrix in ADAPTABLE_MATRICES.values():
-            shape = (matrix.out_size(architecture), matrix.in_size(architecture))
-            shapes[matrix.tensor_name(layer)] = shape
-    return shapes
-
-
-# Tensors that other models of a supported architecture have, and what they mean.
-_UNSUPPORTED_TENSORS = (
-    (r"rope_freqs\.weight|rope_factors_\w+\.weight", "rope scaling (Llama 3.1 and later)"),
-    (r".*_exps.*|.*ffn_gate_inp.*", "experts"),
-    (r".*\.bias", "biases"),
-)
-
-
-def _check_tensors(architecture: Architecture, gguf_file: GGUFFile) -> None:
-    """Checks that the file holds exactly the tensors that the decoder reads."""
-    # A damaged block_count of billions must not become a dictionary of as many names.
-    if architecture.n_layers > len(gguf_file.tensors):
+    if architecture.head_size > 256:
         raise InputError(
-            f"{gguf_file.path} claims {architecture.n_layers} layers but holds only "
-            f"{len(gguf_file.tensors)} tensors."
+            f"{metadata.path}: heads of {architecture.head_size} numbers are not supported; 256 "
+            "is the most."
         )
-    shapes = _expected_shapes(architecture)
-    for name in gguf_file.tensors:
-        if name not in shapes:
-            raise _unsupported_tensor(gguf_file, name)
-    for name, shape in shapes.items():
-        tensor = gguf_file.tensors.get(name)
-        if tensor is None:
-            raise InputError(f"{gguf_file.path} lacks the tensor {name!r} of shape {list(shape)}.")
-        if tensor.shape != shape:
-            raise InputError(
-                f"{gguf_file.path}: tensor {name!r} has the shape {list(tensor.shape)}; by the "
-                f"metadata it must be {list(shape)}."
-            )
-        types = MATRIX_TYPES if len(shape) > 1 else VECTOR_TYPES
-        if tensor.type not in types:
-            raise InputError(
-                f"{gguf_file.path}: tensor {name!r} is stored as {tensor.type.name}, which is not "
-                f"supported yet; supported: {', '.join(kind.name for kind in types)}."
-            )
-
-
-def _unsupported_tensor(gguf_file: GGUFFile, name: str) -> InputError:
-    meaning = next(
-        (what for pattern, what in _UNSUPPORTED_TENSORS if re.fullmatch(pattern, name)), None
-    )
-    if meaning is None:
-        return InputError(
-            f"{gguf_file.path} holds the tensor {name!r}, which the architecture "
-            f"{gguf_file.metadata['general.architecture']!r} as supported here does not have."
+    capped = (architecture.attention_softcap, architecture.logit_softcap)
+    if family.softcaps is None and capped != (None, None):
+        raise InputError(
+            f"{metadata.path}: soft caps {capped} in a model of the architecture "
+            f"{metadata.name!r}, which has none, are not supported."
         )
-    return InputError(
-        f"{gguf_file.path} holds the tensor {name!r}: a model with {meaning} is not supported yet."
-    )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
-from forward.adapter import LoraFactors
+from forward.adapter import Factors
 from forward.attention import attention
 from forward.embedding import embedding
+from forward.head_norm import head_norm
 from forward.inputs import Inputs
 from forward.lora import lora_project
 from forward.matmul import matmul
@@ -20,8 +20,6 @@ from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
 
-Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group)
-
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -29,16 +27,19 @@ class LayerActivations:
 
     normed: Tensor  # [rows, hidden_size]
     z_qkv: Tensor | None  # [rows, members · rank], as the other z
-    qkv: Tensor  # [rows, query_size + 2 · kv_size], q and k rotated
+    raw_qkv: Tensor | None  # [rows, qkv_size], before the norm of its heads, with qk_norm
+    qkv: Tensor  # [rows, qkv_size], q and k normed and rotated
     attended: Tensor  # [rows, query_size]
     lse: Tensor  # [rows, n_heads]
     z_attn_output: Tensor | None
+    projected: Tensor | None  # [rows, hidden_size], what attention gives, with post_norms
     middle: Tensor  # [rows, hidden_size], the residual stream after attention
     middle_normed: Tensor  # [rows, hidden_size]
     z_gate_up: Tensor | None
     gate_up: Tensor  # [rows, 2 · intermediate_size]
     gated: Tensor  # [rows, intermediate_size]
     z_down: Tensor | None
+    ffn_output: Tensor | None  # [rows, hidden_size], with post_norms
 
     @classmethod
     def allocate(
@@ -57,22 +58,26 @@ class LayerActivations:
         return cls(
             normed=tensor(a.hidden_size),
             z_qkv=z("qkv"),
-            qkv=tensor(a.query_size + 2 * a.kv_size),
+            raw_qkv=tensor(a.qkv_size) if a.qk_norm else None,
+            qkv=tensor(a.qkv_size),
             attended=tensor(a.query_size),
             lse=tensor(a.n_heads),
             z_attn_output=z("attn_output"),
+            projected=tensor(a.hidden_size) if a.post_norms else None,
             middle=tensor(a.hidden_size),
             middle_normed=tensor(a.hidden_size),
             z_gate_up=z("gate_up"),
             gate_up=tensor(2 * a.intermediate_size),
             gated=tensor(a.intermediate_size),
             z_down=z("down"),
+            ffn_output=tensor(a.hidden_size) if a.post_norms else None,
         )
 
 
 def record_embedding(program: Program, model: Model, inputs: Inputs, x: Tensor) -> None:
     """Appends x = the tokens' embeddings, [rows, hidden_size]."""
-    embedding(program, inputs.tokens, model.embedding, inputs.rows, out=x)
+    scale = model.architecture.embedding_scale
+    embedding(program, inputs.tokens, model.embedding, inputs.rows, scale=scale, out=x)
 
 
 def record_layer(
@@ -91,9 +96,10 @@ def record_layer(
         factors: the adapters; empty for the bare model.
         act: where the intermediate results go.
         x: [rows, hidden_size], kept for the backward.
-        out: [rows, hidden_size]; None leaves the last product out (recompute needs no output).
+        out: [rows, hidden_size]; None leaves out what only the output needs (recompute).
     """
     a, weights = model.architecture, model.layers[layer]
+    kind = a.layer_kinds[layer]
 
     def adapted(
         source: Tensor,
@@ -107,19 +113,27 @@ def record_layer(
         if lora is not None:
             lora_project(program, source, lora, out=z, label=f"{group}.z")
         if to is not None:
-            matmul(program, source, matrix, lora=lora, z=z, residual=residual, out=to, label=group)
+            matmul(
+                program, source, matrix, lora=lora, z=z, bias=weights.biases.get(group),
+                residual=residual, out=to, label=group,
+            )  # fmt: skip
 
     with program.scope(f"layers.{layer}"):
         rmsnorm(program, x, weights.attn_norm, a.norm_epsilon, out=act.normed)
-        adapted(act.normed, weights.qkv, "qkv", act.z_qkv, act.qkv)
+        adapted(act.normed, weights.qkv, "qkv", act.z_qkv, act.raw_qkv or act.qkv)
+        if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
+            head_norm(
+                program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
+                n_heads=a.n_heads, n_kv_heads=a.n_kv_heads, head_size=a.head_size, out=act.qkv,
+            )  # fmt: skip
         rope(
             program,
             act.qkv,
             inputs.positions,
-            model.rope,
+            weights.rope,
             n_rotated_heads=a.n_heads + a.n_kv_heads,
             head_size=a.head_size,
-            interleaved=a.rope_interleaved,
+            interleaved=kind.rope.interleaved,
         )
         attention(
             program,
@@ -128,12 +142,31 @@ def record_layer(
             n_heads=a.n_heads,
             n_kv_heads=a.n_kv_heads,
             head_size=a.head_size,
-            scale=a.head_size**-0.5,
+            scale=a.attention_scale,
+            window=kind.window,
+            softcap=a.attention_softcap,
             out=act.attended,
             lse=act.lse,
         )
-        adapted(act.attended, weights.attn_output, "attn_output", act.z_attn_output, act.middle, x)
+        z = act.z_attn_output
+        if act.projected is not None and weights.post_attention_norm is not None:
+            adapted(act.attended, weights.attn_output, "attn_output", z, act.projected)
+            rmsnorm(
+                program, act.projected, weights.post_attention_norm, a.norm_epsilon,
+                residual=x, out=act.middle,
+            )  # fmt: skip
+        else:
+            adapted(act.attended, weights.attn_output, "attn_output", z, act.middle, x)
         rmsnorm(program, act.middle, weights.ffn_norm, a.norm_epsilon, out=act.middle_normed)
         adapted(act.middle_normed, weights.gate_up, "gate_up", act.z_gate_up, act.gate_up)
-        swiglu(program, act.gate_up, out=act.gated)
-        adapted(act.gated, weights.down, "down", act.z_down, out, act.middle)
+        swiglu(program, act.gate_up, activation_name=a.activation, out=act.gated)
+        if act.ffn_output is None or weights.post_ffn_norm is None:
+            adapted(act.gated, weights.down, "down", act.z_down, out, act.middle)
+            return
+        # The norm's backward reads what it was given: recompute needs the product too.
+        adapted(act.gated, weights.down, "down", act.z_down, act.ffn_output)
+        if out is not None:
+            rmsnorm(
+                program, act.ffn_output, weights.post_ffn_norm, a.norm_epsilon,
+                residual=act.middle, out=out,
+            )  # fmt: skip

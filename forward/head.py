@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from forward.adapter import Factors
 from forward.cross_entropy import cross_entropy
 from forward.gather import gather_rows
 from forward.inputs import CHUNK_ALIGNMENT, Inputs
+from forward.lora import lora_project
 from forward.matmul import matmul
 from forward.model import Model
 from forward.rmsnorm import rmsnorm
@@ -18,9 +20,9 @@ from shaders.tensor import Tensor
 CHUNK_BYTES = 64 << 20  # the logits that exist at one time
 
 
-def chunk_rows(device: Device, vocab_size: int, maximum_targets: int) -> int:
+def chunk_rows(device: Device, logits_size: int, maximum_targets: int) -> int:
     """Target rows whose logits are made at once: a multiple of 64, by memory, in equal chunks."""
-    most = min(CHUNK_BYTES, device.max_binding) // (4 * vocab_size)
+    most = min(CHUNK_BYTES, device.max_binding) // (4 * logits_size)
     most = max(CHUNK_ALIGNMENT, most // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
     n_chunks = -(-maximum_targets // most)
     return -(-maximum_targets // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
@@ -32,14 +34,18 @@ class HeadActivations:
 
     picked: Tensor  # [targets, hidden_size], the residual stream of those rows
     normed: Tensor  # [targets, hidden_size]
-    logits: Tensor  # [chunk, vocab_size]; turned into their gradient in place
+    z: Tensor | None  # [targets, rank], where the head is adapted
+    logits: Tensor  # [chunk, logits_size]; turned into their gradient in place
     losses: Tensor  # [targets]
     correct: Tensor  # [targets]: 1 where the label is the argmax
 
     @classmethod
-    def allocate(cls, device: Device, model: Model, inputs: Inputs) -> HeadActivations:
+    def allocate(
+        cls, device: Device, model: Model, inputs: Inputs, factors: Factors
+    ) -> HeadActivations:
         """Tensors for the head."""
         a, targets = model.architecture, inputs.targets
+        lora = factors.get((a.n_layers, "head"))
 
         def tensor(*shape: int) -> Tensor:
             return device.empty((targets.maximum, *shape), extent=targets)
@@ -48,7 +54,8 @@ class HeadActivations:
         return cls(
             picked=tensor(a.hidden_size),
             normed=tensor(a.hidden_size),
-            logits=device.empty((stop - start, a.vocab_size), extent=extent, purpose="logits"),
+            z=None if lora is None else tensor(lora.rank),
+            logits=device.empty((stop - start, a.logits_size), extent=extent, purpose="logits"),
             losses=tensor(),
             correct=tensor(),
         )
@@ -69,24 +76,45 @@ def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
     return replace(tensor.rows(start, stop), extent=extent)
 
 
+def record_logits(
+    program: Program,
+    model: Model,
+    inputs: Inputs,
+    factors: Factors,
+    act: HeadActivations,
+    index: int,
+) -> Tensor:  # [chunk, logits_size]
+    """Appends the (capped) logits of one chunk of targets; columns past the vocabulary are zero."""
+    start, stop, extent = inputs.chunks[index]
+    logits = replace(act.logits, shape=(stop - start, act.logits.shape[1]), extent=extent)
+    normed = chunk_of(act.normed, inputs, index)
+    lora = factors.get((model.architecture.n_layers, "head"))
+    z = None
+    if lora is not None and act.z is not None:
+        z = chunk_of(act.z, inputs, index)
+        lora_project(program, normed, lora, out=z, label="head.z")
+    softcap = model.architecture.logit_softcap
+    matmul(program, normed, model.head, lora=lora, z=z, softcap=softcap, out=logits, label="head")
+    return logits
+
+
 def record_chunk_loss(
     program: Program,
     model: Model,
     inputs: Inputs,
+    factors: Factors,
     act: HeadActivations,
     index: int,
     step: Tensor | None,
-) -> Tensor:  # [chunk, vocab_size]
+) -> Tensor:  # [chunk, logits_size]
     """Appends the logits of one chunk of targets and their losses.
 
     Args:
         index: of the chunk.
-        step: the uniform that holds the weight of one loss: the logits become their gradient in
-            place; None leaves them.
+        step: the uniform that holds the weight of one loss: the logits become their gradient (to
+            what they were before the cap) in place; None leaves them.
     """
-    start, stop, extent = inputs.chunks[index]
-    logits = replace(act.logits, shape=(stop - start, act.logits.shape[1]), extent=extent)
-    matmul(program, chunk_of(act.normed, inputs, index), model.head, out=logits, label="head")
+    logits = record_logits(program, model, inputs, factors, act, index)
     cross_entropy(
         program,
         logits,
@@ -94,12 +122,20 @@ def record_chunk_loss(
         chunk_of(act.losses, inputs, index),
         chunk_of(act.correct, inputs, index),
         step,
+        vocab_size=model.architecture.vocab_size,
+        softcap=model.architecture.logit_softcap,
     )
     return logits
 
 
 def record_evaluation(
-    program: Program, model: Model, inputs: Inputs, act: HeadActivations, x: Tensor, totals: Tensor
+    program: Program,
+    model: Model,
+    inputs: Inputs,
+    factors: Factors,
+    act: HeadActivations,
+    x: Tensor,
+    totals: Tensor,
 ) -> None:
     """Appends the head without gradients: losses, argmaxes and their sums.
 
@@ -110,7 +146,7 @@ def record_evaluation(
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
-            record_chunk_loss(program, model, inputs, act, index, None)
+            record_chunk_loss(program, model, inputs, factors, act, index, None)
         record_totals(program, inputs, act, totals)
 
 

@@ -71,11 +71,13 @@ def matmul(
     *,
     lora: LoraFactors | None = None,
     z: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
     label: str = "matmul",
 ) -> Tensor:  # [rows, out_features]
-    """Appends y = x · Wᵀ + scale · z · Bᵀ + residual, decoding W inside the kernel's tiles.
+    """Appends y = cap(x · Wᵀ + scale · z · Bᵀ + bias) + residual, decoding W in the kernel's tiles.
 
     The low-rank part is a few more steps of the same contraction (Hu et al. 2021, "LoRA").
 
@@ -84,10 +86,14 @@ def matmul(
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
         z: [rows, members · rank] = x · Aᵀ, needed with `lora`.
+        bias: [out_features], added where given.
+        softcap: y becomes softcap · tanh(y / softcap); None for none.
         residual: [rows, out_features], added where given; not the tensor `out`.
         out: where to write; a new tensor by default.
     """
     extent = extent_of(x)
+    if bias is not None:
+        check_shape("matmul bias", bias, matrix.out_features)
     check_shape("matmul input", x, None, matrix.in_features)
     y = out if out is not None else activation(program, extent, matrix.out_features)
     check_shape("matmul output", y, x.shape[0], matrix.out_features)
@@ -107,6 +113,8 @@ def matmul(
             rank=lora.rank if lora else 0,
             scale=lora.scale if lora else 1.0,
             residual=residual,
+            bias=bias,
+            softcap=softcap,
             epilogue="write" if residual is None else "residual",
             label=label,
         )
@@ -150,6 +158,8 @@ def record_product(
     rank: int = 0,
     scale: float = 1.0,
     residual: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
     epilogue: str = "write",
     label: str,
 ) -> None:
@@ -162,6 +172,7 @@ def record_product(
         contraction: length of the sum over k (or n).
         x_column, out_column: where the columns begin in x and out.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
+        bias, softcap: see `matmul`; the bias's columns are those of out.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
     """
     n_columns = out.shape[1] if transposed else part.n_rows
@@ -183,14 +194,16 @@ def record_product(
         "low_stride": low.shape[1] if members and low is not None else 0,
         "scale": scale,
         "epilogue": epilogue,
+        "bias": bias is not None,
+        "softcap": softcap,
     }
     tensors = [extent.uniform, x, part.words, out]
     if members:
         if low is None or factor is None:
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
         tensors += [low, factor]
-    if residual is not None:
-        tensors.append(residual)
+    after = [tensor for tensor in (residual, bias) if tensor is not None]
+    tensors += after
     flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
     body = program.device.matmul_body or ("wide" if program.device.is_cpu else "tiled")
     if body == "wide":
@@ -198,7 +211,7 @@ def record_product(
         workgroups = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
         program.dispatch("matmul_wide", constants, tensors, workgroups, label=label, flops=flops)
     else:
-        _record_tiled(program, extent, out, constants, tensors, residual, label, flops)
+        _record_tiled(program, extent, out, constants, tensors, after, label, flops)
 
 
 def _record_tiled(
@@ -207,11 +220,15 @@ def _record_tiled(
     out: Tensor,
     constants: dict[str, Any],
     tensors: list[Tensor],
-    residual: Tensor | None,
+    after: list[Tensor],
     label: str,
     flops: int,
 ) -> None:
-    """Appends matmul_tiled, in one pass or, where workgroups would be few, in two."""
+    """Appends matmul_tiled, in one pass or, where workgroups would be few, in two.
+
+    Args:
+        after: the last of `tensors`, which the second pass takes then: residual and bias.
+    """
     n_columns, contraction = constants["n_columns"], constants["contraction"]
     tile = choose_tile(extent.maximum, n_columns)
     grid_x = -(-n_columns // tile.tile_columns)
@@ -225,16 +242,20 @@ def _record_tiled(
         return
     partial = program.device.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
-        "epilogue": "write", "out_stride": n_columns, "out_column": 0
+        "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
+        "out_column": 0,
     }  # fmt: skip
-    product = [t for t in tensors if t is not residual]
+    product = tensors[: len(tensors) - len(after)]
     product[3] = partial
     program.dispatch("matmul_tiled", first_pass, product, grid, label=label, flops=flops)
-    keys = ("splits", "n_columns", "maximum_rows", "out_stride", "out_column")
+    keys = (
+        "splits", "n_columns", "maximum_rows", "out_stride", "out_column", "epilogue", "bias",
+        "softcap",
+    )  # fmt: skip
     program.dispatch(
         "matmul_reduce",
-        {key: constants[key] for key in (*keys, "epilogue")},
-        [extent.uniform, partial, out, *([residual] if residual is not None else [])],
+        {key: constants[key] for key in keys},
+        [extent.uniform, partial, out, *after],
         -(-extent.maximum * n_columns // 256),
         label=f"{label}.reduce",
     )

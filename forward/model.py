@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from gguf import quants
 
-from forward.architecture import Architecture
+from forward.architecture import AdaptableMatrix, Architecture
 from forward.gguf_file import GGUFFile
-from forward.rope import rope_tables
+from forward.rope_frequencies import Rope, read_vector
 from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
 from shaders.tensor import Tensor
@@ -25,6 +25,12 @@ class LayerWeights:
     ffn_norm: Tensor  # [hidden_size]
     gate_up: FrozenMatrix  # [2 · intermediate_size, hidden_size]
     down: FrozenMatrix  # [hidden_size, intermediate_size]
+    rope: Tensor  # [n_positions, rope dimensions / 2, 2]; layers of one kind share it
+    biases: Mapping[str, Tensor]  # group → [out_features of its matrices], where it has one
+    q_norm: Tensor | None  # [head_size], with qk_norm
+    k_norm: Tensor | None  # [head_size], with qk_norm
+    post_attention_norm: Tensor | None  # [hidden_size], with post_norms
+    post_ffn_norm: Tensor | None  # [hidden_size], with post_norms
 
 
 @dataclass(frozen=True)
@@ -32,11 +38,10 @@ class Model:
     """All frozen weights of a decoder."""
 
     architecture: Architecture
-    embedding: FrozenMatrix  # [vocab_size, hidden_size]
+    embedding: FrozenMatrix  # [logits_size, hidden_size]: rows of zeros after the vocabulary
     layers: tuple[LayerWeights, ...]
     output_norm: Tensor  # [hidden_size]
-    head: FrozenMatrix  # [vocab_size, hidden_size]; the embedding itself where they are tied
-    rope: Tensor  # [n_positions, rope_dimensions / 2, 2]
+    head: FrozenMatrix  # [logits_size, hidden_size]; the embedding itself where they are tied
 
 
 def load_model(
@@ -48,34 +53,57 @@ def load_model(
         n_positions: the longest example, for the tables of the rotary embedding.
     """
 
+    tensors, a = gguf_file.tensors, architecture
+
     def matrix(*names: str) -> FrozenMatrix:
-        return load_matrix(device, [gguf_file.tensors[f"{name}.weight"] for name in names])
+        return load_matrix(device, [tensors[name] for name in names])
 
     def vector(name: str) -> Tensor:
-        tensor = gguf_file.tensors[f"{name}.weight"]
-        values = quants.dequantize(tensor.data.reshape(-1), tensor.type)
-        return device.upload(np.asarray(values, np.float32).reshape(-1))
+        return device.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
 
-    layers = []
-    for i in range(architecture.n_layers):
-        blk = f"blk.{i}."
-        layers.append(
-            LayerWeights(
-                attn_norm=vector(blk + "attn_norm"),
-                qkv=matrix(blk + "attn_q", blk + "attn_k", blk + "attn_v"),
-                attn_output=matrix(blk + "attn_output"),
-                ffn_norm=vector(blk + "ffn_norm"),
-                gate_up=matrix(blk + "ffn_gate", blk + "ffn_up"),
-                down=matrix(blk + "ffn_down"),
-            )
+    ropes: dict[Rope, Tensor] = {}
+    for kind in a.layer_kinds:
+        if kind.rope not in ropes:
+            ropes[kind.rope] = device.upload(kind.rope.tables(n_positions), purpose="rope tables")
+
+    def layer_weights(layer: int) -> LayerWeights:
+        blk = f"blk.{layer}."
+        groups = {
+            group: matrix(*(m.tensor_name(layer) for m in members))
+            for group, members in a.groups.items()
+        }
+        biases = {
+            group: device.upload(_stacked_bias(gguf_file, a, members, layer))
+            for group, members in a.groups.items()
+            if any(m.gguf_name in a.biases for m in members)
+        }
+        return LayerWeights(
+            attn_norm=vector(blk + "attn_norm"),
+            ffn_norm=vector(blk + "ffn_norm"),
+            rope=ropes[a.layer_kinds[layer].rope],
+            biases=biases,
+            q_norm=vector(blk + "attn_q_norm") if a.qk_norm else None,
+            k_norm=vector(blk + "attn_k_norm") if a.qk_norm else None,
+            post_attention_norm=vector(blk + "post_attention_norm") if a.post_norms else None,
+            post_ffn_norm=vector(blk + "post_ffw_norm") if a.post_norms else None,
+            **groups,
         )
-    embedding = matrix("token_embd")
-    tables = rope_tables(n_positions, architecture.rope_dimensions, architecture.rope_base)
-    return Model(
-        architecture,
-        embedding,
-        tuple(layers),
-        vector("output_norm"),
-        embedding if architecture.tied_head else matrix("output"),
-        device.upload(tables),
+
+    layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
+    embedding = matrix("token_embd.weight")
+    head = embedding if a.tied_head else matrix("output.weight")
+    return Model(a, embedding, layers, vector("output_norm"), head)
+
+
+def _stacked_bias(
+    gguf_file: GGUFFile, a: Architecture, members: Sequence[AdaptableMatrix], layer: int
+) -> np.ndarray:
+    """The biases of matrices that are stacked, f32 [out_features]; zero for one without."""
+    return np.concatenate(
+        [
+            read_vector(gguf_file, gguf_file.tensors[f"blk.{layer}.{m.gguf_name}.bias"])
+            if m.gguf_name in a.biases
+            else np.zeros(m.out_size(a), np.float32)
+            for m in members
+        ]
     )

@@ -2,24 +2,9 @@
 
 from __future__ import annotations
 
-import numpy as np
-
 from forward.activations import check_shape, extent_of
 from shaders.program import Program
 from shaders.tensor import Tensor
-
-
-def rope_tables(n_positions: int, rope_dimensions: int, base: float) -> np.ndarray:
-    """Cosines and sines of every angle, computed in float64.
-
-    WGSL's own sin and cos are too coarse at large angles (Vulkan asks for 2^-11 within one turn).
-
-    Returns:
-        f32 [n_positions, rope_dimensions / 2, 2]: (cos, sin) of position · base^(-2j / dimensions).
-    """
-    frequency = base ** (-np.arange(0, rope_dimensions, 2, dtype=np.float64) / rope_dimensions)
-    angle = np.arange(n_positions, dtype=np.float64)[:, None] * frequency
-    return np.stack([np.cos(angle), np.sin(angle)], axis=-1).astype(np.float32)
 
 
 def rope(
@@ -39,7 +24,7 @@ def rope(
     Args:
         qkv: [rows, any width]: q heads, k heads, v heads.
         positions: u32 [rows], within each token's example.
-        tables: [n_positions, rope_dimensions / 2, 2] from `rope_tables`.
+        tables: [n_positions, rope_dimensions / 2, 2] from `Rope.tables`.
         n_rotated_heads: q and k heads together; what follows them is left alone.
         head_size: columns of a head; only its first rope_dimensions turn.
         interleaved: pairs (2j, 2j + 1) instead of (j, j + rope_dimensions / 2).

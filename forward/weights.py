@@ -10,6 +10,7 @@ import numpy as np
 from forward.gguf_file import GGUFTensor
 from forward.quantization import QUANTIZATIONS, Quantization
 from shaders.device import UPLOAD_PIECE, Device
+from shaders.errors import InputError
 from shaders.tensor import Tensor
 
 # On an adapter that runs on the CPU a part and its share of the activations stay in the cache
@@ -59,7 +60,12 @@ class FrozenMatrix:
 def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
     """Uploads GGUF tensors [out_i, in] stacked along their rows, piece by piece.
 
-    The host never holds more than a piece of some megabytes beside the memory-mapped file.
+    A vocabulary's size may be anything, but kernels take four rows at once: a run of tensors of
+    one type is padded with rows of zeros to a multiple of four. The host never holds more than a
+    piece of some megabytes beside the memory-mapped file.
+
+    Raises:
+        InputError: a scale (of F32, F16, BF16: a weight) is NaN or infinite.
     """
     in_features = tensors[0].shape[1]
     if any(t.shape[1] != in_features for t in tensors):
@@ -79,9 +85,11 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
             run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words))
         )
         pending = np.zeros((0, row_words), np.uint32)
+        padded_rows = -(-n_rows // 4) * 4
         for start in range(0, n_rows, most):
             count = min(most, n_rows - start)
-            words = device.empty((count, row_words), "u32", purpose="weights")
+            shape = (min(most, padded_rows - start), row_words)
+            words = device.empty(shape, "u32", purpose="weights")
             filled = 0
             while filled < count:
                 if len(pending) == 0:
@@ -91,7 +99,7 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
                 pending = pending[take:]
                 filled += take
             parts.append(MatrixPart(quantization, words, first_row + start))
-        first_row += n_rows
+        first_row += padded_rows
     return FrozenMatrix(first_row, in_features, tuple(parts))
 
 
@@ -110,4 +118,20 @@ def _packed_pieces(
 ) -> Iterator[np.ndarray]:
     for tensor in tensors:
         for start in range(0, tensor.shape[0], piece_rows):
-            yield quantization.pack(tensor.data[start : start + piece_rows], columns)
+            data = tensor.data[start : start + piece_rows]
+            _check_finite(tensor, quantization, data, start)
+            yield quantization.pack(data, columns)
+
+
+def _check_finite(
+    tensor: GGUFTensor, quantization: Quantization, data: np.ndarray, first_row: int
+) -> None:
+    """Refuses rows that would turn everything they are multiplied with into NaN."""
+    broken = np.flatnonzero(~quantization.finite_rows(data))
+    if len(broken):
+        what = "weight" if quantization.block_size == 1 else "scale"
+        raise InputError(
+            f"Row {first_row + broken[0]} of the tensor {tensor.name!r} ({tensor.type.name}) has a "
+            f"{what} that is NaN or infinite: the file is damaged or was converted wrongly. "
+            "Fetch or convert it again."
+        )

@@ -22,11 +22,11 @@ from pydantic import (
     model_validator,
 )
 
+from forward.architecture import HEAD, MODULE_NAMES, Architecture
 from lora.config_errors import config_problems, did_you_mean
+from lora.stores import MODEL_NAME_FORMS, check_model_name
 from lora.yaml_file import parse_yaml, read_yaml_mapping
 from shaders.errors import InputError
-
-TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 
@@ -67,20 +67,18 @@ class LastLayers(_Section):
 class ModelConfig(_Section):
     """`model:`, the frozen base."""
 
-    path: Text = Field(description="the path of a GGUF file")
+    path: Text = Field(description=MODEL_NAME_FORMS)
     tokenizer: Text | None = Field(
         default=None, description="null, a tokenizer.json, or a directory that holds one"
     )
 
     @field_validator("path")
     @classmethod
-    def _supported_path(cls, path: str) -> str:
-        for store in ("ollama:", "hf:"):
-            if path.startswith(store):
-                raise ValueError(
-                    f"got {path!r}; {store} is not supported yet; allowed here: the path of a "
-                    "GGUF file."
-                )
+    def _well_formed_path(cls, path: str) -> str:
+        try:
+            check_model_name(path)
+        except InputError as error:
+            raise ValueError(str(error)) from None
         return path
 
 
@@ -91,7 +89,7 @@ class AdapterConfig(_Section):
     alpha: Number = Field(default=32.0, gt=0, description="a number above 0")
     dropout: Number = Field(default=0.0, description="0")
     targets: Literal["all-linear"] | list[str] = Field(
-        default="all-linear", description=f"all-linear, or a list of {', '.join(TARGETS)}"
+        default="all-linear", description=f"all-linear, or a list of {', '.join(MODULE_NAMES)}"
     )
     layers: Literal["all"] | LastLayers | list[Annotated[int, Field(ge=0)]] = Field(
         default="all",
@@ -124,14 +122,12 @@ class AdapterConfig(_Section):
     def _known_targets(cls, targets: str | list[str]) -> str | list[str]:
         if isinstance(targets, str):
             return targets
-        allowed = f"allowed here: all-linear, or a list of {', '.join(TARGETS)}."
+        allowed = f"allowed here: all-linear, or a list of {', '.join(MODULE_NAMES)}."
         if not targets:
             raise ValueError(f"got an empty list, so nothing would be trained; {allowed}")
         for index, target in enumerate(targets):
-            if target == "lm_head":
-                raise ValueError(f"got 'lm_head'; it is not supported yet; {allowed}")
-            if target not in TARGETS:
-                suggestion = did_you_mean(target, list(TARGETS))
+            if target not in MODULE_NAMES:
+                suggestion = did_you_mean(target, list(MODULE_NAMES))
                 raise ValueError(f"got {target!r}{suggestion or '; ' + allowed}")
             if target in targets[:index]:
                 raise ValueError(f"got {target!r} twice; name each matrix once.")
@@ -153,12 +149,22 @@ class AdapterConfig(_Section):
         """What the product B·A is multiplied by: alpha / rank, in rslora alpha / √rank."""
         return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
 
-    @property
-    def target_names(self) -> tuple[str, ...]:
-        """The PEFT names of the adapted matrices, in the order in which a layer uses them."""
+    def resolve_targets(self, architecture: Architecture) -> list[str]:
+        """Returns the PEFT names of the adapted matrices; all-linear leaves out lm_head, as PEFT.
+
+        Raises:
+            InputError: one is asked for that the model doesn't have.
+        """
+        names = list(architecture.matrices)
         if isinstance(self.targets, str):
-            return TARGETS
-        return tuple(name for name in TARGETS if name in self.targets)
+            return [name for name in names if name != HEAD.module]
+        for target in self.targets:
+            if target not in names:
+                raise InputError(
+                    f"adapter.targets: got {target!r}, but a model of the architecture "
+                    f"{architecture.name!r} has {', '.join(names)}."
+                )
+        return [name for name in names if name in self.targets]
 
     def resolve_layers(self, n_layers: int) -> list[int]:
         """Returns the numbers of the adapted layers, lowest first.

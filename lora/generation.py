@@ -8,12 +8,11 @@ from dataclasses import replace
 import numpy as np
 
 from forward.adapter import AdapterLayout
-from forward.head import chunk_of, record_head_input
+from forward.head import record_head_input, record_logits
 from forward.inputs import Inputs
-from forward.matmul import matmul
 from forward.model import Model
 from forward.tokenizer import Tokenizer
-from lora.programs import Activations, record_forward_only
+from lora.programs import Activations, last_states, record_forward_only
 from shaders.device import Device
 from shaders.errors import InputError
 from shaders.program import Program
@@ -40,16 +39,14 @@ class Generator:
         self._prefix = prefix
         self._programs = {}
         for adapted in (True, False):
-            program = record_forward_only(
-                device, model, inputs, act, layout, flat if adapted else None
-            )
-            record_head_input(program, model, inputs, act.head, act.final)
-            matmul(
-                program, chunk_of(act.head.normed, inputs, 0), model.head, out=act.head.logits,
-                label="head",
-            )  # fmt: skip
+            weights = flat if adapted else None
+            program = record_forward_only(device, model, inputs, act, layout, weights)
+            record_head_input(program, model, inputs, act.head, last_states(model, layout, act))
+            factors = layout.factors(flat) if adapted else {}
+            record_logits(program, model, inputs, factors, act.head, 0)
             self._programs[adapted] = program
-        self._row = replace(act.head.logits, shape=(1, act.head.logits.shape[1]))
+        self._row = replace(act.head.logits, shape=(1, model.architecture.logits_size))
+        self._vocab_size = model.architecture.vocab_size
 
     def next_logits(self, ids: list[int], *, adapted: bool) -> np.ndarray:
         """Logits f32 [vocab_size] of the token after `ids`."""
@@ -61,7 +58,7 @@ class Generator:
         )
         self._prefix.run()
         self._programs[adapted].run()
-        return self._device.read(self._row)[0]
+        return self._device.read(self._row)[0, : self._vocab_size]
 
     def stream(
         self, prompt: str | list[int], *, max_tokens: int, adapted: bool, add_bos: bool | None

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from forward.architecture import MODULE_NAMES
 from forward.tokenizer import Tokenizer
-from lora.config import TARGETS, Config
-from lora.peft_files import read_peft_settings
+from lora.config import Config
+from lora.peft_files import read_peft_modules, read_peft_settings
 from lora.session import TrainingSession
 from shaders.errors import InputError
 
@@ -26,18 +27,22 @@ def open_for_inference(
     settings: dict[str, Any] = {}
     if adapter is not None:
         peft = read_peft_settings(adapter)
-        targets = [t for t in TARGETS if t in peft.get("target_modules", [])]
-        unknown = sorted(set(peft.get("target_modules", [])) - set(TARGETS))
+        modules = read_peft_modules(adapter)
+        targets = sorted({path.rpartition(".")[2] for path in modules})
+        unknown = [name for name in targets if name not in MODULE_NAMES]
         if unknown or not targets:
             raise InputError(f"{adapter}: adapts {', '.join(unknown) or 'nothing'}; not supported.")
+        layers = {
+            int(path.split(".layers.")[1].split(".")[0]) for path in modules if ".layers." in path
+        }
         settings = {
             "rank": peft["r"],
             "alpha": peft["lora_alpha"],
             "targets": targets,
             "variant": "rslora" if peft.get("use_rslora") else "lora",
         }
-        if peft.get("layers_to_transform") is not None:
-            settings["layers"] = list(peft["layers_to_transform"])
+        if layers:
+            settings["layers"] = sorted(layers)
     config = Config.model_validate(
         {
             "model": {"path": model},

@@ -11,6 +11,7 @@ import safetensors
 import safetensors.numpy
 
 from forward.adapter import AdapterLayout
+from forward.architecture import HEAD
 from lora.config import Config
 from lora.files import write_file
 from shaders.errors import InputError
@@ -33,14 +34,16 @@ def save_peft_adapter(
     for path, (a, b) in layout.to_modules(flat).items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b)
-    every_layer = len(layout.layers) == layout.architecture.n_layers
+    some_layers = 0 < len(layout.layers) < layout.architecture.n_layers
+    # PEFT's layers_to_transform leaves out the head: then every module is named in full.
+    by_path = some_layers and HEAD.module in layout.targets
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.model.path,
         "r": layout.rank,
         "lora_alpha": config.adapter.alpha,
-        "target_modules": sorted(layout.targets),
+        "target_modules": sorted(layout.to_modules(flat) if by_path else layout.targets),
         "lora_dropout": config.adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -51,8 +54,8 @@ def save_peft_adapter(
         "modules_to_save": None,
         "rank_pattern": {},
         "alpha_pattern": {},
-        "layers_to_transform": None if every_layer else layout.layers,
-        "layers_pattern": None if every_layer else "layers",
+        "layers_to_transform": layout.layers if some_layers and not by_path else None,
+        "layers_pattern": "layers" if some_layers and not by_path else None,
         "peft_version": _PEFT_VERSION,
     }
     # The tensors first: a directory with a config but no tensors would look like an adapter.

@@ -64,13 +64,12 @@ class Activations:
         """Tensors for micro-batches of up to inputs.rows.maximum tokens."""
         shape = (inputs.rows.maximum, model.architecture.hidden_size)
         metrics = device.empty((128,))
+        factors = layout.factors(flat)
         return cls(
             boundary=device.empty(shape, extent=inputs.rows),
             final=device.empty(shape, extent=inputs.rows),
-            shared=LayerActivations.allocate(
-                device, model, inputs, layout.factors(flat), layout.lowest_layer
-            ),
-            head=HeadActivations.allocate(device, model, inputs),
+            shared=LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer),
+            head=HeadActivations.allocate(device, model, inputs, factors),
             totals=metrics.rows(0, 64),
             state=metrics.rows(64, 128),
             metrics=metrics,
@@ -98,7 +97,7 @@ def record_forward_only(
     layout: AdapterLayout,
     flat: Tensor | None,
 ) -> Program:
-    """From act.boundary through the upper layers: act.final.
+    """From act.boundary through the upper layers: `last_states`.
 
     Args:
         flat: the adapter's parameters; None for the bare model.
@@ -122,8 +121,16 @@ def record_eval(
 ) -> Program:
     """From act.boundary to the losses and argmaxes of all targets, without gradients."""
     program = record_forward_only(device, model, inputs, act, layout, flat)
-    record_evaluation(program, model, inputs, act.head, act.final, act.totals)
+    factors = {} if flat is None else layout.factors(flat)
+    x = last_states(model, layout, act)
+    record_evaluation(program, model, inputs, factors, act.head, x, act.totals)
     return program
+
+
+def last_states(model: Model, layout: AdapterLayout, act: Activations) -> Tensor:
+    """Where the output of the last layer lies: with no layer adapted, the prefix ends in it."""
+    only_head = layout.lowest_layer == model.architecture.n_layers
+    return act.boundary if only_head else act.final
 
 
 class TrainingPrograms:
@@ -199,7 +206,8 @@ class TrainingPrograms:
             else device.empty(shape, extent=inputs.rows, purpose="kept inputs")
             for layer in layers
         }
-        kept[layers.stop] = act.final
+        if layers:
+            kept[layers.stop] = act.final
         computed = {
             layer: act.shared
             if recompute or layer == layers[-1]
@@ -214,8 +222,9 @@ class TrainingPrograms:
             )  # fmt: skip
         with program.scope("backward"):
             record_head_backward(
-                program, model, inputs, act.head, scratch, act.final, self.loss_weight, act.totals
-            )
+                program, model, inputs, factors, gradients, act.head, scratch,
+                last_states(model, layout, act), self.loss_weight, act.totals, lowest=not layers,
+            )  # fmt: skip
             for layer in reversed(layers):
                 # The last layer's activations are still there.
                 if recompute and layer != layers[-1]:
@@ -235,7 +244,8 @@ def wants_recompute(setting: str, model: Model, layout: AdapterLayout, maximum_r
     if setting != "auto":
         return setting == "on"
     a = model.architecture
-    width = 3 * a.hidden_size + 2 * a.query_size + 2 * a.kv_size + 3 * a.intermediate_size
+    width = 3 * a.hidden_size + a.query_size + a.qkv_size + 3 * a.intermediate_size
+    width += a.qkv_size * a.qk_norm + 2 * a.hidden_size * a.post_norms
     n_layers = a.n_layers - layout.lowest_layer
     return 4 * width * maximum_rows * n_layers > KEPT_ACTIVATIONS_LIMIT
 

@@ -109,7 +109,7 @@ class TrainingSession:
         self.layout = AdapterLayout(
             architecture,
             adapter.resolve_layers(architecture.n_layers),
-            adapter.target_names,
+            adapter.resolve_targets(architecture),
             adapter.rank,
             adapter.scale,
         )
@@ -134,7 +134,7 @@ class TrainingSession:
             self.device, gguf_file, architecture, max(config.data.max_length, self.maximum_rows)
         )
         targets = self._most_targets()
-        chunk = chunk_rows(self.device, architecture.vocab_size, targets)
+        chunk = chunk_rows(self.device, architecture.logits_size, targets)
         self.inputs = Inputs.allocate(self.device, self.maximum_rows, targets, chunk)
         self.adapter = AdapterState.allocate(self.device, self.layout)
         self.device.write(self.adapter.parameters, initial)

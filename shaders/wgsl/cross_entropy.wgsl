@@ -1,8 +1,9 @@
 // losses[m] = logsumexp(logits[m]) − logits[m, labels[m]];  correct[m] = 1 where the label is the
 // argmax (the lowest index wins a tie), else 0; with the gradient, in place:
-//   logits[m, v] ← (softmax(logits[m])[v] − [v = label]) · scale.
+//   logits[m, v] ← (softmax(logits[m])[v] − [v = label]) · scale,
+// and where the logits are capped, cap · tanh(raw / cap), times the cap's slope 1 − (logit / cap)².
 //
-// Bindings: logits [chunk, vocab], labels u32 [chunk], losses and correct [chunk]; step.scale is
+// Bindings: logits [chunk, stride] (stride ≥ vocab; columns past vocab stay), labels u32 [chunk], losses and correct [chunk]; step.scale is
 // 1 / (trained tokens of the optimizer step). One workgroup a row: each lane keeps a running maximum
 // and a running sum of exponentials over its columns; they meet in a fixed tree.
 
@@ -34,7 +35,7 @@ fn main(
 ) {
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
-    let base = row * vocab;
+    let base = row * {{ stride }}u;
     let label = labels[row];
 
     var highest = -3.4e38;
@@ -76,8 +77,13 @@ fn main(
     storageBarrier(); // lane 0 has read the label's logit before it is overwritten
     let factor = step.scale / total;
     for (var v = lane; v < vocab; v += lanes) {
-        var d = exp(logits[base + v] - top) * factor;
+        let logit = logits[base + v];
+        var d = exp(logit - top) * factor;
         if (v == label) { d -= step.scale; }
+{% if softcap %}
+        let capped = logit / {{ softcap }};
+        d *= 1.0 - capped * capped;
+{% endif %}
         logits[base + v] = d;
     }
 {% endif %}

@@ -11,8 +11,12 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 @group(0) @binding(4) var<storage, read> low: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read> factor: array<vec4<f32>>;
 {% endif %}
+{% set after_low = 6 if members else 4 %}
 {% if epilogue == "residual" %}
-@group(0) @binding({{ 6 if members else 4 }}) var<storage, read> residual: array<vec4<f32>>;
+@group(0) @binding({{ after_low }}) var<storage, read> residual: array<vec4<f32>>;
+{% endif %}
+{% if bias %}
+@group(0) @binding({{ after_low + (epilogue == "residual") }}) var<storage, read> bias: array<vec4<f32>>;
 {% endif %}
 
 const contraction = {{ contraction }}u;
@@ -26,13 +30,8 @@ const out_column = {{ out_column }}u;
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
 
+{% include "matmul_epilogue.wgsl" %}
+
 fn store(row: u32, column: u32, value: vec4<f32>) {
-    let at = (row * out_stride + out_column + column) / 4u;
-{% if epilogue == "residual" %}
-    out[at] = residual[at] + value;
-{% elif epilogue == "accumulate" %}
-    out[at] += value;
-{% else %}
-    out[at] = value;
-{% endif %}
+    write_out((row * out_stride + out_column + column) / 4u, (out_column + column) / 4u, value);
 }

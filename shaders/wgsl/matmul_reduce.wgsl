@@ -1,6 +1,6 @@
 // out[m, n] = epilogue(Σ_s partial[s, m, n]), the second pass of a matmul whose contraction was cut
 // into {{ splits }} stretches. Bindings: partial [splits, maximum rows, n_columns], out [rows, out_stride],
-// residual [rows, out_stride]. One lane four columns; the stretches are added in order.
+// residual [rows, out_stride], bias [out_stride]. One lane four columns; the stretches are added in order.
 
 struct Extent { rows: u32 }
 
@@ -10,8 +10,13 @@ struct Extent { rows: u32 }
 {% if epilogue == "residual" %}
 @group(0) @binding(3) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
+{% if bias %}
+@group(0) @binding({{ 3 + (epilogue == "residual") }}) var<storage, read> bias: array<vec4<f32>>;
+{% endif %}
 
 const quads = {{ n_columns // 4 }}u;
+
+{% include "matmul_epilogue.wgsl" %}
 
 @compute @workgroup_size(64)
 fn main(
@@ -26,12 +31,6 @@ fn main(
 {% for s in range(1, splits) %}
     sum += partial[index + {{ s * maximum_rows }}u * quads];
 {% endfor %}
-    let at = (row * {{ out_stride }}u + {{ out_column }}u) / 4u + index % quads;
-{% if epilogue == "residual" %}
-    out[at] = residual[at] + sum;
-{% elif epilogue == "accumulate" %}
-    out[at] += sum;
-{% else %}
-    out[at] = sum;
-{% endif %}
+    let quad = {{ out_column // 4 }}u + index % quads;
+    write_out(row * {{ out_stride // 4 }}u + quad, quad, sum);
 }

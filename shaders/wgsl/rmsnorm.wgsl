@@ -1,6 +1,6 @@
-// y[m, i] = x[m, i] · rstd[m] · weight[i],   rstd[m] = 1 / sqrt(mean_i x[m, i]² + epsilon)
+// y[m, i] = x[m, i] · rstd[m] · weight[i] (+ residual[m, i]),   rstd[m] = 1 / sqrt(mean_i x[m, i]² + epsilon)
 //
-// Bindings: x [rows, width], weight [width], y [rows, width].
+// Bindings: x [rows, width], weight [width], y [rows, width], residual [rows, width].
 // One workgroup a row. A lane sums the columns lane, lane + 64, …; the 64 sums meet in a tree.
 
 struct Extent { rows: u32 }
@@ -9,6 +9,9 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> x: array<f32>;
 @group(0) @binding(2) var<storage, read> weight: array<f32>;
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
+{% if residual %}
+@group(0) @binding(4) var<storage, read> residual: array<f32>;
+{% endif %}
 
 const width = {{ width }}u;
 const lanes = 64u;
@@ -31,6 +34,6 @@ fn main(
     }
     let rstd = inverseSqrt(row_sum(squares, lane) / f32(width) + {{ epsilon }});
     for (var i = lane; i < width; i += lanes) {
-        y[base + i] = x[base + i] * rstd * weight[i];
+        y[base + i] = {{ "residual[base + i] + " if residual }}x[base + i] * rstd * weight[i];
     }
 }

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from backward.rope import rope_backward
-from forward.rope import rope, rope_tables
+from forward.rope import rope
+from forward.rope_frequencies import Rope
 from shaders.device import Device
 from shaders.program import Program
 from tests.forward.test_rope import SHAPES, rope_reference
@@ -58,7 +59,7 @@ def test_rope_backward(
         program,
         tensor,
         activation(device, positions, extent),
-        device.upload(rope_tables(5000, dimensions, BASE)),
+        device.upload(Rope(BASE, dimensions, interleaved).tables(5000)),
         n_rotated_heads=n_heads,
         head_size=head_size,
         interleaved=interleaved,
@@ -80,7 +81,7 @@ def test_there_and_back(device: Device, interleaved: bool) -> None:
     extent = device.extent(67)
     tensor = activation(device, qkv, extent)
     positions = activation(device, np.arange(67) * 61, extent)
-    tables = device.upload(rope_tables(4096, 12, BASE))
+    tables = device.upload(Rope(BASE, 12, interleaved).tables(4096))
     program = Program(device)
     for turn in (rope, rope_backward):
         turn(

@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 
 from forward.architecture import (
-    ADAPTABLE_MATRICES,
     Architecture,
+    LayerKind,
     permute_rows_to_gguf,
     permute_rows_to_hf,
 )
 from forward.gguf_file import GGUFFile
+from forward.rope_frequencies import Rope
 from shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 
@@ -46,10 +47,17 @@ def test_fields(tmp_path: Path) -> None:
         vocab_size=320,
         context_length=128,
         norm_epsilon=float(np.float32(1e-5)),
-        rope_base=10000.0,
-        rope_dimensions=16,
-        rope_interleaved=True,
+        layer_kinds=(LayerKind(None, Rope(10000.0, 16, interleaved=True)),) * 2,
         tied_head=False,
+        activation="silu",
+        attention_scale=0.25,
+        attention_softcap=None,
+        logit_softcap=None,
+        embedding_scale=1.0,
+        qk_norm=False,
+        post_norms=False,
+        biases=frozenset(),
+        fused=False,
     )
     assert (architecture.query_size, architecture.kv_size) == (64, 32)
 
@@ -65,9 +73,9 @@ def test_defaults_of_absent_keys(tmp_path: Path) -> None:
     )
     metadata = {f"llama.{key}": None for key in absent}
     architecture = _read(tmp_path, n_kv_heads=4, metadata=metadata)
-    assert architecture.head_size == architecture.rope_dimensions == 8
+    assert architecture.head_size == 8
     assert architecture.n_kv_heads == 4
-    assert architecture.rope_base == 10000.0
+    assert architecture.layer_kinds == (LayerKind(None, Rope(10000.0, 8, interleaved=True)),) * 2
     assert architecture.vocab_size == 320
 
 
@@ -79,21 +87,31 @@ def test_supported_types(tmp_path: Path, kind: str) -> None:
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
-        ({"general.architecture": "qwen2"}, "architecture 'qwen2', which is not supported yet"),
+        ({"general.architecture": "mamba"}, "architecture 'mamba', which is not supported; supp"),
+        ({"general.architecture": "qwen2"}, "lacks the metadata key qwen2.embedding_length"),
         ({"general.architecture": None}, "lacks the metadata key general.architecture"),
         ({"general.type": "adapter"}, "holds a GGUF 'adapter'"),
-        ({"llama.rope.scaling.type": "yarn"}, "llama.rope.scaling.type is 'yarn'"),
-        ({"llama.rope.scale_linear": 4.0}, "llama.rope.scale_linear is 4.0"),
+        ({"llama.rope.scaling.type": "dynamic"}, "llama.rope.scaling.type is 'dynamic'"),
+        ({"llama.rope.scaling.type": "longrope"}, "lacks the tensors rope_factors_long.weight"),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": -2.0}, "is -2.0"),
+        ({"llama.rope.scaling.yarn_log_multiplier": 0.1}, "is a kind of rope that is not supp"),
+        ({"llama.attn_logit_softcapping": 50.0}, "soft caps (50.0, None) in a model of the"),
+        ({"llama.attention.sliding_window": 2.5}, "llama.attention.sliding_window is 2.5"),
+        (
+            {
+                "llama.attention.sliding_window": 8,
+                "llama.attention.sliding_window_pattern": [True, False, True],
+            },
+            "sliding_window_pattern is no list of 2 booleans",
+        ),
         ({"llama.expert_count": 8}, "llama.expert_count is 8"),
-        ({"llama.attention.sliding_window": 4096}, "llama.attention.sliding_window is 4096"),
         ({"llama.attention.scale": 0.5}, "llama.attention.scale is 0.5"),
-        ({"split.count": 3}, "one of 3 parts"),
         ({"llama.block_count": None}, "lacks the metadata key llama.block_count"),
         ({"llama.block_count": 3}, "lacks the tensor 'blk.2.attn_norm.weight' of shape [32]"),
         ({"llama.block_count": 2**32 - 1}, "claims 4294967295 layers"),
         ({"llama.block_count": 0}, "llama.block_count is 0"),
         ({"llama.block_count": "two"}, "llama.block_count is 'two'"),
-        ({"llama.attention.head_count": [4, 4]}, "head_count is [4, 4]"),
+        ({"llama.attention.head_count": [4, 2]}, "head_count is [4, 2]"),
         ({"llama.attention.head_count_kv": 3}, "cannot share 3"),
         ({"llama.embedding_length": 30}, "embedding_length is 30; supported are multiples of 4"),
         ({"llama.embedding_length": 36}, "'token_embd.weight' has the shape [320, 32]"),
@@ -117,8 +135,12 @@ def test_neutral_metadata_is_accepted(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"rope_freqs.weight": HIDDEN}, "'rope_freqs.weight': a model with rope scaling"),
-        ({"blk.0.attn_q.bias": HIDDEN}, "'blk.0.attn_q.bias': a model with biases"),
+        ({"rope_freqs.weight": HIDDEN}, "'rope_freqs.weight' of shape [32] is not 4 numbers"),
+        ({"rope_freqs.weight": np.zeros(4, np.float32)}, "is not 4 numbers above 0"),
+        ({"rope_factors_long.weight": np.ones(4, np.float32)}, "holds only one of rope_factors"),
+        ({"blk.0.attn_norm.bias": HIDDEN}, "'blk.0.attn_norm.bias': a model with biases in"),
+        ({"blk.0.attn_q.bias": HIDDEN}, "lacks the tensor 'blk.1.attn_q.bias' of shape [32]"),
+        ({"v.patch_embd.weight": HIDDEN}, "a model with images or sound"),
         ({"blk.0.ffn_gate_inp.weight": HIDDEN}, "a model with experts"),
         ({"blk.0.attn_q_norm.weight": HIDDEN}, "holds the tensor 'blk.0.attn_q_norm.weight'"),
         ({"token_embd.weight": None}, "lacks the tensor 'token_embd.weight'"),
@@ -137,29 +159,55 @@ def test_refused_tensors(
 
 
 def test_refused_types(tmp_path: Path) -> None:
-    message = _error(tmp_path, types={"blk.1.ffn_up.weight": "Q5_0"})
-    assert "'blk.1.ffn_up.weight' is stored as Q5_0" in message
-    assert "supported: Q4_1, Q8_0, F16, BF16, F32" in message
+    message = _error(tmp_path, types={"blk.1.ffn_up.weight": "TQ1_0"}, hidden_size=256)
+    assert "'blk.1.ffn_up.weight' is stored as TQ1_0" in message
+    assert "supported: F32, F16, BF16, " in message
     message = _error(tmp_path, types={"output_norm.weight": "Q8_0"})
     assert "'output_norm.weight' is stored as Q8_0" in message
 
 
-def test_adaptable_matrices_name_the_files_tensors(tmp_path: Path) -> None:
+def test_matrices_name_the_files_tensors(tmp_path: Path) -> None:
     path = tmp_path / "tiny.gguf"
     written = write_tiny_llama(path, head_size=16)
     architecture = Architecture.from_gguf(GGUFFile(path))
-    assert list(ADAPTABLE_MATRICES) == [
+    assert list(architecture.matrices) == [
         *("q_proj", "k_proj", "v_proj", "o_proj"),
-        *("gate_proj", "up_proj", "down_proj"),
+        *("gate_proj", "up_proj", "down_proj", "lm_head"),
     ]
-    for matrix in ADAPTABLE_MATRICES.values():
-        shape = (matrix.out_size(architecture), matrix.in_size(architecture))
-        assert written[matrix.tensor_name(1)].shape == shape
-    q_proj, down_proj = ADAPTABLE_MATRICES["q_proj"], ADAPTABLE_MATRICES["down_proj"]
-    assert q_proj.peft_path(3) == "model.layers.3.self_attn.q_proj"
-    assert down_proj.peft_path(0) == "model.layers.0.mlp.down_proj"
-    heads = {m.module: m.permuted_heads(architecture) for m in ADAPTABLE_MATRICES.values()}
+    for members in architecture.groups.values():
+        for matrix in members:
+            shape = (matrix.out_size(architecture), matrix.in_size(architecture))
+            assert written[matrix.tensor_name(1)].shape == shape
+    named = architecture.matrices
+    assert named["q_proj"].peft_path(3) == "model.layers.3.self_attn.q_proj"
+    assert named["down_proj"].peft_path(0) == "model.layers.0.mlp.down_proj"
+    assert named["lm_head"].peft_path(2) == "lm_head"
+    heads = {m.module: m.permuted_heads(architecture) for m in named.values()}
     assert {module: n for module, n in heads.items() if n} == {"q_proj": 4, "k_proj": 2}
+
+
+def test_biases_and_rope_scaling_of_a_llama(tmp_path: Path) -> None:
+    biases = {
+        f"blk.{i}.attn_{m}.bias": np.ones(n, "f4")
+        for i in (0, 1)
+        for m, n in (("q", 32), ("k", 16))
+    }
+    factors = np.array([1, 2, 4, 8], np.float32)
+    scaling = {"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}
+    architecture = _read(
+        tmp_path, tensors={**biases, "rope_freqs.weight": factors}, metadata=scaling
+    )
+    assert architecture.biases == {"attn_q", "attn_k"}
+    rope = architecture.layer_kinds[0].rope
+    assert (rope.factor, rope.divisors) == (4.0, (1.0, 2.0, 4.0, 8.0))
+
+
+def test_windows(tmp_path: Path) -> None:
+    """One window for all layers (Mistral), or a list of flags, one a layer."""
+    window = {"llama.attention.sliding_window": 8}
+    assert [kind.window for kind in _read(tmp_path, metadata=window).layer_kinds] == [8, 8]
+    window["llama.attention.sliding_window_pattern"] = [False, True]  # type: ignore[assignment]
+    assert [kind.window for kind in _read(tmp_path, metadata=window).layer_kinds] == [None, 8]
 
 
 @pytest.mark.parametrize("width", [None, 3])
@@ -183,5 +231,5 @@ def test_the_real_model(smollm2: Path) -> None:
     assert (architecture.n_layers, architecture.hidden_size) == (30, 576)
     assert (architecture.n_heads, architecture.n_kv_heads, architecture.head_size) == (9, 3, 64)
     assert (architecture.intermediate_size, architecture.vocab_size) == (1536, 49152)
-    assert architecture.rope_base == 100000.0
+    assert architecture.layer_kinds == (LayerKind(None, Rope(1e5, 64, interleaved=True)),) * 30
     assert architecture.tied_head

@@ -109,3 +109,41 @@ def test_a_shift_of_all_logits_changes_nothing(device: Device) -> None:
         program.run()
         found.append(device.read(losses))
     assert found[0].tobytes() == found[1].tobytes()
+
+
+def test_capped_logits_and_columns_past_the_vocabulary(device: Device) -> None:
+    """The gradient is the one to the raw logits; padding stays, whatever it holds."""
+    rng = np.random.default_rng(5)
+    raw, labels, cap, scale = 40 * rng.normal(size=(5, 30)), rng.integers(0, 30, 5), 30.0, 0.5
+
+    def capped(v: np.ndarray) -> np.ndarray:
+        return cap * np.tanh(v / cap)
+
+    expected = gradient_reference(capped(raw), labels, scale)
+    expected *= 1 - (capped(raw) / cap) ** 2
+    direction = rng.normal(size=raw.shape)
+    slope = central_difference(
+        lambda v: scale * float(losses_reference(capped(v), labels).sum()), raw, direction
+    )
+    assert slope == pytest.approx((expected * direction).sum(), rel=1e-7)
+
+    stored = np.full((5, 32), 100.0, np.float32)
+    stored[:, :30] = capped(raw)
+    extent = device.extent(5)
+    tensor = activation(device, stored, extent)
+    losses, correct = marked(device, extent), marked(device, extent)
+    step = device.uniform()
+    device.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
+    program = Program(device)
+    cross_entropy(
+        program, tensor, activation(device, labels, extent), losses, correct, step,
+        vocab_size=30, softcap=cap,
+    )  # fmt: skip
+    program.run()
+    found = device.read(tensor)
+    np.testing.assert_allclose(
+        device.read(losses), losses_reference(stored[:, :30], labels), rtol=2e-6, atol=4e-6
+    )
+    # 1 − (logit / cap)² is a difference of numbers near 1 where the cap bites: 2^-22 at most.
+    np.testing.assert_allclose(found[:, :30], expected, rtol=2e-5, atol=5e-7)
+    assert (found[:, 30:] == 100.0).all()

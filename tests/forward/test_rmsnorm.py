@@ -13,8 +13,9 @@ def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.n
     return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon) * weight.astype(np.float64)
 
 
+@pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("rows", "in_use", "width"), [(1, 1, 4), (5, 3, 100), (70, 70, 576)])
-def test_rmsnorm(device: Device, rows: int, in_use: int, width: int) -> None:
+def test_rmsnorm(device: Device, rows: int, in_use: int, width: int, with_residual: bool) -> None:
     rng = np.random.default_rng(width)
     x = rng.normal(size=(rows, width)).astype(np.float32)
     weight = rng.normal(size=width).astype(np.float32)
@@ -23,12 +24,19 @@ def test_rmsnorm(device: Device, rows: int, in_use: int, width: int) -> None:
     tensor = device.empty((rows, width), extent=extent)
     device.write(tensor, x)
     program = Program(device)
-    y = rmsnorm(program, tensor, device.upload(weight), 1e-5)
+    residual = rng.normal(size=(rows, width)).astype(np.float32)
+    past = device.empty((rows, width), extent=extent)
+    device.write(past, residual)
+    y = rmsnorm(
+        program, tensor, device.upload(weight), 1e-5, residual=past if with_residual else None
+    )
     device.write(y, np.full((rows, width), -7.0))
     program.run()
     result = device.read(y)
-    # A sum of `width` squares in f32: a relative error of a few 2^-24 a term, in a tree.
+    expected = rmsnorm_reference(x, weight, 1e-5) + with_residual * residual
+    # A sum of `width` squares in f32: a relative error of a few 2^-24 a term, in a tree. The sum
+    # with the residual is rounded at the size of its larger term, up to 8.
     np.testing.assert_allclose(
-        result[:in_use], rmsnorm_reference(x, weight, 1e-5)[:in_use], rtol=2e-6, atol=1e-7
+        result[:in_use], expected[:in_use], rtol=2e-6, atol=2e-6 if with_residual else 1e-7
     )
     assert (result[in_use:] == -7.0).all()  # rows that are not in use stay untouched

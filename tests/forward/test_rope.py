@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from forward.rope import rope, rope_tables
+from forward.rope import rope
+from forward.rope_frequencies import Rope
 from shaders.device import Device
 from shaders.program import Program
 from tests.kernels import activation, extent_in_use, run_twice
@@ -50,7 +51,7 @@ def test_rope(
         program,
         tensor,
         activation(device, positions, extent),
-        device.upload(rope_tables(5000, dimensions, 10000.0)),
+        device.upload(Rope(10000.0, dimensions, interleaved).tables(5000)),
         n_rotated_heads=n_heads,
         head_size=head_size,
         interleaved=interleaved,
@@ -67,7 +68,7 @@ def test_heads_that_do_not_fit_are_refused(device: Device) -> None:
     extent = device.extent(2)
     qkv = device.empty((2, 16), extent=extent)
     positions = device.empty((2,), "u32", extent=extent)
-    tables = device.upload(rope_tables(4, 8, 10.0))
+    tables = device.upload(Rope(10.0, 8, interleaved=True).tables(4))
     with pytest.raises(ValueError, match="do not fit"):
         rope(Program(device), qkv, positions, tables, n_rotated_heads=3, head_size=8,
              interleaved=True)  # fmt: skip

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from lora.config import TARGETS, AdapterConfig, Config, load_config
+from lora.config import AdapterConfig, Config, load_config
 from shaders.errors import InputError
+from tests.forward import test_adapter
 
 LEAST = "model: {path: m.gguf}\ndata: {train: t.jsonl}\noutput: runs/x\n"
 
@@ -133,8 +134,8 @@ def test_overrides(path: str) -> None:
         ("data.zzz=1", "unknown key; allowed here: train, eval, format, max_length, packing, "),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
         ("train=[1]", "got [1]; allowed here: a mapping with the keys epochs, steps, batch_size"),
-        ("model.path=", "got None; allowed here: the path of a GGUF file."),
-        ("model.path=''", "got ''; allowed here: the path of a GGUF file."),
+        ("model.path=", "got None; allowed here: the path of a GGUF file, ollama:N"),
+        ("model.path=''", "got ''; allowed here: the path of a GGUF file, ollama:NAM"),
         ("model.tokenizer=3", "got 3; allowed here: null, a tokenizer.json, or a directory"),
         ("adapter.rank=0", "got 0; allowed here: a whole number of at least 1."),
         ("adapter.rank=true", "got True; allowed here: a whole number of at least 1."),
@@ -197,10 +198,7 @@ def test_refused_values(path: str, override: str, words: str) -> None:
     [
         ("adapter.dropout=0.1", "got 0.1; dropout is not supported yet; allowed here: 0 (try "),
         ("adapter.variant=dora", "got 'dora'; it is not supported yet; allowed here: lora or r"),
-        ("adapter.targets=[lm_head]", "got 'lm_head'; it is not supported yet; allowed here: all"),
         ("train.precision=f16", "got 'f16'; it is not supported yet; allowed here: f32."),
-        ("model.path=ollama:gemma3:270m", "got 'ollama:gemma3:270m'; ollama: is not supported yet"),
-        ("model.path=hf:a/b/c.gguf", "got 'hf:a/b/c.gguf'; hf: is not supported yet; allowed her"),
     ],
 )
 def test_what_is_not_supported_yet_is_refused(path: str, override: str, words: str) -> None:
@@ -219,7 +217,8 @@ def test_errors_in_the_file_name_the_file(path: str) -> None:
 def test_missing_keys(path: str) -> None:
     write(path, "model: {}\noutput: runs/x\n")
     assert refusal(path) == (
-        f"{path}: model.path: missing; give the path of a GGUF file.\n"
+        f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
+        "or hf:ORG/REPO/FILE.\n"
         f"{path}: data: missing; give a mapping with the keys train, eval, format, max_length, "
         "packing, train_on, append_eos, shuffle."
     )
@@ -324,9 +323,21 @@ def test_layers() -> None:
         resolve([0, 5])
 
 
-def test_targets_and_scale() -> None:
-    assert AdapterConfig().target_names == TARGETS
-    adapter = AdapterConfig(targets=["v_proj", "q_proj"], rank=4, alpha=6)
-    assert adapter.target_names == ("q_proj", "v_proj")
-    assert adapter.scale == 1.5
+def test_targets_of_a_model() -> None:
+    llama, phi3 = test_adapter.LLAMA, test_adapter.PHI3
+    assert AdapterConfig().resolve_targets(llama) == [
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ]
+    assert AdapterConfig().resolve_targets(phi3) == [
+        *("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ]
+    adapter = AdapterConfig(targets=["lm_head", "v_proj", "q_proj"])
+    assert adapter.resolve_targets(llama) == ["q_proj", "v_proj", "lm_head"]
+    with pytest.raises(InputError, match=r"got 'v_proj', but a model .* 'phi3' has qkv_proj, o_"):
+        adapter.resolve_targets(phi3)
+
+
+def test_scale() -> None:
+    assert AdapterConfig(rank=4, alpha=6).scale == 1.5
     assert math.isclose(AdapterConfig(rank=4, alpha=6, variant="rslora").scale, 3.0)

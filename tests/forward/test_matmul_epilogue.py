@@ -1,0 +1,84 @@
+"""Bias, soft cap and residual after a product, in one pass and in two, both bodies."""
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from forward.matmul import BODIES, choose_splits, choose_tile, matmul
+from forward.weights import load_matrix
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_quantization import random_blocks, tensor_of
+from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+
+F32 = GGMLQuantizationType.F32
+
+
+@pytest.fixture(params=BODIES)
+def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+    """Both kernels on whatever device there is."""
+    device.matmul_body = request.param
+    yield request.param
+    device.matmul_body = None
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("with_bias", [False, True])
+@pytest.mark.parametrize(("rows", "in_use", "n_out", "n_in"), [(7, 5, 36, 100), (33, 33, 68, 1024)])
+def test_epilogue(
+    device: Device, body: str, rows: int, in_use: int, n_out: int, n_in: int, with_bias: bool,
+    softcap: float | None, with_residual: bool, monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    rng = np.random.default_rng(n_in)
+    data = random_blocks(F32, n_out, n_in)
+    row_bytes = 4 * n_in
+    monkeypatch.setattr("forward.weights.CPU_PART_BYTES", 64 * row_bytes)  # two parts of 68 rows
+    monkeypatch.setattr("forward.weights.MAX_PART_BYTES", 64 * row_bytes)
+    matrix = load_matrix(device, [tensor_of(F32, data, n_in)])
+    w = quants.dequantize(data, F32).reshape(n_out, n_in).astype(np.float64)
+    x = (4 / np.sqrt(n_in) * rng.normal(size=(rows, n_in))).astype(np.float32)
+    bias = 3 * rng.normal(size=n_out).astype(np.float32)
+    residual = rng.normal(size=(rows, n_out)).astype(np.float32)
+    extent = extent_in_use(device, rows, in_use)
+    out = marked(device, extent, n_out)
+    program = Program(device)
+    matmul(
+        program, activation(device, x, extent), matrix,
+        bias=device.upload(bias) if with_bias else None, softcap=softcap,
+        residual=activation(device, residual, extent) if with_residual else None, out=out,
+    )  # fmt: skip
+    result = run_twice(program, out)
+    expected = x.astype(np.float64) @ w.T + with_bias * bias
+    if softcap is not None:
+        expected = softcap * np.tanh(expected / softcap)
+    expected += with_residual * residual
+    # Sums of up to 1024 products of about 4 / sqrt(1024), then additions: a few 2^-24 of 16;
+    # tanh itself is good for about 2^-11 relative on some drivers, for 1e-6 on those tested.
+    np.testing.assert_allclose(result[:in_use], expected[:in_use], atol=2e-5)
+    assert (result[in_use:] == MARKER).all()
+
+
+def test_the_long_shape_takes_two_passes() -> None:
+    tile = choose_tile(33, 64)
+    workgroups = -(-33 // tile.tile_rows) * -(-64 // tile.tile_columns)
+    assert choose_splits(workgroups, 1024, tile.depth)[0] > 1
+
+
+def test_a_vocabulary_that_is_no_multiple_of_four(device: Device, body: str) -> None:
+    """Its head is padded with rows of zeros, and the logits with columns of zeros."""
+    data = random_blocks(F32, 30, 64)
+    matrix = load_matrix(device, [tensor_of(F32, data, 64)])
+    assert matrix.out_features == 32
+    w = quants.dequantize(data, F32).reshape(30, 64)
+    x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
+    extent = device.extent(5)
+    out = marked(device, extent, 32)
+    program = Program(device)
+    matmul(program, activation(device, x, extent), matrix, softcap=30.0, out=out)
+    result = run_twice(program, out)
+    expected = 30 * np.tanh(x.astype(np.float64) @ w.T / 30)
+    np.testing.assert_allclose(result[:, :30], expected, atol=2e-5)
+    assert (result[:, 30:] == 0).all()
