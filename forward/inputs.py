@@ -14,6 +14,17 @@ CHUNK_ALIGNMENT = 64  # rows: labels and losses of a chunk begin on 256 bytes
 
 
 @dataclass(frozen=True)
+class LongExamples:
+    """Examples that take LongRoPE's long divisors: the second half of the tables.
+
+    Each example decides for itself, as transformers does with one row in a batch.
+    """
+
+    longer_than: int  # tokens
+    first_position: int  # in the tables
+
+
+@dataclass(frozen=True)
 class Inputs:
     """Device buffers for up to `rows.maximum` tokens, written before each replay.
 
@@ -24,23 +35,30 @@ class Inputs:
 
     rows: Extent
     tokens: Tensor  # u32 [rows]
-    positions: Tensor  # u32 [rows], within each example
+    positions: Tensor  # u32 [rows], within each example; see LongExamples
     segments: Tensor  # u32 [rows, 2]: first row and end (exclusive) of the row's example
     targets: Extent  # rows that have a target
     target_rows: Tensor  # u32 [targets]: their rows
     target_slots: Tensor  # u32 [rows]: the inverse; NO_ROW without a target
     labels: Tensor  # u32 [targets]
     chunks: tuple[tuple[int, int, Extent], ...]  # of the targets: start, stop, extent
+    long_examples: LongExamples | None
 
     @classmethod
     def allocate(
-        cls, device: Device, maximum_rows: int, maximum_targets: int, chunk_rows: int
+        cls,
+        device: Device,
+        maximum_rows: int,
+        maximum_targets: int,
+        chunk_rows: int,
+        long_examples: LongExamples | None = None,
     ) -> Inputs:
         """Buffers for micro-batches of at most `maximum_rows` tokens.
 
         Args:
             maximum_targets: rows of these that may have a target.
             chunk_rows: target rows whose logits exist at one time; a multiple of 64.
+            long_examples: of the model.
         """
         padded = -(-maximum_targets // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         rows, targets = device.extent(maximum_rows), device.extent(padded)
@@ -62,6 +80,7 @@ class Inputs:
             target_slots=integers(rows),
             labels=integers(targets),
             chunks=tuple(chunks),
+            long_examples=long_examples,
         )
 
     def write(
@@ -80,6 +99,9 @@ class Inputs:
             targets: [n], the next token where it is trained, else negative.
         """
         n = len(token_ids)
+        if self.long_examples is not None:
+            long = segment_end - segment_start > self.long_examples.longer_than
+            positions = positions + long * self.long_examples.first_position
         (target_rows,) = np.nonzero(targets >= 0)
         slots = np.full(n, NO_ROW, np.uint32)
         slots[target_rows] = np.arange(len(target_rows), dtype=np.uint32)

@@ -9,6 +9,7 @@ import numpy as np
 
 from forward.architecture import AdaptableMatrix, Architecture
 from forward.gguf_file import GGUFFile
+from forward.inputs import LongExamples
 from forward.rope_frequencies import Rope, read_vector
 from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
@@ -25,7 +26,8 @@ class LayerWeights:
     ffn_norm: Tensor  # [hidden_size]
     gate_up: FrozenMatrix  # [2 · intermediate_size, hidden_size]
     down: FrozenMatrix  # [hidden_size, intermediate_size]
-    rope: Tensor  # [n_positions, rope dimensions / 2, 2]; layers of one kind share it
+    rope: Tensor  # [n_positions, rope dimensions / 2, 2]; layers of one kind share it. With
+    # long_examples twice as many positions: those of long examples after the others
     biases: Mapping[str, Tensor]  # group → [out_features of its matrices], where it has one
     q_norm: Tensor | None  # [head_size], with qk_norm
     k_norm: Tensor | None  # [head_size], with qk_norm
@@ -42,6 +44,7 @@ class Model:
     layers: tuple[LayerWeights, ...]
     output_norm: Tensor  # [hidden_size]
     head: FrozenMatrix  # [logits_size, hidden_size]; the embedding itself where they are tied
+    long_examples: LongExamples | None  # with LongRoPE, where examples can be that long
 
 
 def load_model(
@@ -50,7 +53,7 @@ def load_model(
     """Uploads a model, matrix by matrix.
 
     Args:
-        n_positions: the longest example, for the tables of the rotary embedding.
+        n_positions: of the longest example, for the tables of the rotary embedding.
     """
 
     tensors, a = gguf_file.tensors, architecture
@@ -61,10 +64,17 @@ def load_model(
     def vector(name: str) -> Tensor:
         return device.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
 
+    contexts = {kind.rope.long.original_context for kind in a.layer_kinds if kind.rope.long}
+    long_examples = None
+    if contexts and n_positions > min(contexts):
+        long_examples = LongExamples(min(contexts), n_positions)
     ropes: dict[Rope, Tensor] = {}
     for kind in a.layer_kinds:
         if kind.rope not in ropes:
-            ropes[kind.rope] = device.upload(kind.rope.tables(n_positions), purpose="rope tables")
+            tables = kind.rope.tables(n_positions)
+            if long_examples is not None:
+                tables = np.concatenate([tables, kind.rope.tables(n_positions, long=True)])
+            ropes[kind.rope] = device.upload(tables, purpose="rope tables")
 
     def layer_weights(layer: int) -> LayerWeights:
         blk = f"blk.{layer}."
@@ -92,7 +102,7 @@ def load_model(
     layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
     embedding = matrix("token_embd.weight")
     head = embedding if a.tied_head else matrix("output.weight")
-    return Model(a, embedding, layers, vector("output_norm"), head)
+    return Model(a, embedding, layers, vector("output_norm"), head, long_examples)
 
 
 def _stacked_bias(

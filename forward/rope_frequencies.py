@@ -34,10 +34,10 @@ class Yarn:
 
 @dataclass(frozen=True)
 class LongRope:
-    """LongRoPE (Ding et al. 2024): each pair has its own divisor, another one for long rows.
+    """LongRoPE (Ding et al. 2024): each pair has its own divisor, another one in long examples.
 
     Attributes:
-        original_context: rows up to here take the short divisors.
+        original_context: examples of up to so many tokens take the short divisors.
         short: [dimensions / 2].
         long: [dimensions / 2].
     """
@@ -71,18 +71,17 @@ class Rope:
     long: LongRope | None = None
     amplitude: float = 1.0
 
-    def frequencies(self, n_positions: int) -> np.ndarray:  # float64 [dimensions / 2]
+    def frequencies(self, *, long: bool = False) -> np.ndarray:  # float64 [dimensions / 2]
         """Radians a position, pair by pair.
 
         Args:
-            n_positions: the longest row, which decides between LongRoPE's divisors.
+            long: for examples longer than LongRoPE's original context.
         """
         pairs = np.arange(0, self.dimensions, 2, dtype=np.float64) / self.dimensions
         frequency = self.base**-pairs
         if self.divisors:
             frequency = frequency / np.array(self.divisors)
         if self.long is not None:
-            long = n_positions > self.long.original_context
             frequency = frequency / np.array(self.long.long if long else self.long.short)
         if self.yarn is None:
             return frequency / self.factor
@@ -102,16 +101,20 @@ class Rope:
         width = max(high - low, 0.001)
         return np.clip((np.arange(self.dimensions // 2) - low) / width, 0.0, 1.0)
 
-    def tables(self, n_positions: int) -> np.ndarray:
+    def tables(self, n_positions: int, *, long: bool = False) -> np.ndarray:
         """Cosines and sines of every angle, computed in float64.
 
         WGSL's own sin and cos are too coarse at large angles (Vulkan asks for 2^-11 within one
         turn).
 
+        Args:
+            n_positions: of the longest example.
+            long: as in `frequencies`.
+
         Returns:
             f32 [n_positions, dimensions / 2, 2]: amplitude · (cos, sin).
         """
-        angle = np.arange(n_positions, dtype=np.float64)[:, None] * self.frequencies(n_positions)
+        angle = np.arange(n_positions, dtype=np.float64)[:, None] * self.frequencies(long=long)
         both = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         return (self.amplitude * both).astype(np.float32)
 

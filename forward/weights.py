@@ -90,7 +90,7 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
             count = min(most, n_rows - start)
             shape = (min(most, padded_rows - start), row_words)
             words = device.empty(shape, "u32", purpose="weights")
-            filled = 0
+            filled = 0 if device.holds_data else count
             while filled < count:
                 if len(pending) == 0:
                     pending = next(pieces)

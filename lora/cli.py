@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from lora.inspect import describe_adapter, describe_gguf
+from lora.inspect import describe_adapter, describe_gguf, gguf_facts
 from lora.pull import pull as pull_model
 from shaders.device import list_adapters
 from shaders.errors import InputError, LoraError
@@ -130,10 +130,21 @@ def generate(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A GGUF file or an adapter directory.")],
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE_OR_DIR",
+            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter directory.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="A GGUF's facts as JSON.")] = False,
 ) -> None:
     """What a GGUF or an adapter holds."""
-    for part in describe_adapter(path) if path.is_dir() else describe_gguf(path):
+    if as_json:
+        console.print_json(data=gguf_facts(model))
+        return
+    is_adapter = Path(model).is_dir()
+    for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
         console.print(part)
 
 

@@ -1,75 +1,210 @@
-"""What a GGUF file or an adapter directory holds, as tables."""
+"""What a GGUF file or an adapter directory holds, as values and as tables."""
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import Counter, defaultdict
 from pathlib import Path
+from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
 from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
+from forward.quantization import QUANTIZATIONS
 from forward.tokenizer import Tokenizer
 from lora.peft_files import read_peft_modules, read_peft_settings
+from lora.stores import resolve_model
 from shaders.errors import InputError
 
+# What the sizes are called, by their keys without the architecture's prefix.
+_SIZES = {
+    "block_count": "layers",
+    "embedding_length": "hidden size",
+    "feed_forward_length": "feed-forward",
+    "attention.head_count": "heads",
+    "attention.head_count_kv": "KV heads",
+    "attention.key_length": "head size",
+    "expert_count": "experts",
+    "context_length": "context",
+    "attention.sliding_window": "sliding window",
+    "attention.sliding_window_pattern": "window pattern",
+}
+_SPECIAL = ("bos", "eos", "eot", "unknown", "padding")
 
-def describe_gguf(path: Path) -> list[Table | str]:
-    """Architecture, sizes, tensor types, tokenizer, and whether it can be trained here.
+
+def gguf_facts(model: str | Path) -> dict[str, Any]:
+    """What a GGUF says of itself, as values that JSON can hold.
+
+    Args:
+        model: a path, ollama:NAME[:TAG] or hf:ORG/REPO/FILE.
+
+    Returns:
+        model: as given; files, bytes, gguf_version; name, architecture, parameters; sizes and
+        rope, each metadata key without its prefix to a value or a list of one a layer;
+        tensor_types, a list of type, tensors, parameters, bytes, the largest first; tokenizer,
+        None or kind, pre, entries, special (id and text by role), problem (why the file's own
+        can't be used, or None); chat_template, None or characters and first_line; trainable,
+        and obstacles, the reasons why it can't be trained.
 
     Raises:
-        InputError: the file cannot be read as GGUF.
+        InputError: there is no such file, or it cannot be read as GGUF.
+        LoraError: it can't be fetched.
     """
-    gguf_file = GGUFFile(path)
+    gguf_file = GGUFFile(resolve_model(model))
     metadata = gguf_file.metadata
-    prefix = str(metadata.get("general.architecture"))
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row(
-        "file", f"{path} ({path.stat().st_size / 2**20:.1f} MiB, GGUF {gguf_file.version})"
-    )
-    facts.add_row("name", str(metadata.get("general.name", "")))
-    facts.add_row("architecture", prefix)
-    parameters = sum(math.prod(tensor.shape) for tensor in gguf_file.tensors.values())
-    facts.add_row("parameters", f"{parameters:,}")
-    for label, key in (
-        ("layers", "block_count"),
-        ("hidden size", "embedding_length"),
-        ("feed-forward", "feed_forward_length"),
-        ("heads", "attention.head_count"),
-        ("KV heads", "attention.head_count_kv"),
-        ("context", "context_length"),
-    ):
-        facts.add_row(label, str(metadata.get(f"{prefix}.{key}", "")))
-    tokenizer = metadata.get("tokenizer.ggml.model")
-    entries = len(metadata.get("tokenizer.ggml.tokens", []))
-    pre = metadata.get("tokenizer.ggml.pre", "")
-    facts.add_row("tokenizer", f"{tokenizer} {pre}, {entries:,} entries" if tokenizer else "none")
-    facts.add_row("chat template", "yes" if metadata.get("tokenizer.chat_template") else "no")
-    facts.add_row("can be trained", _trainable(gguf_file))
+    prefix = f"{metadata.get('general.architecture')}."
+    rope = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(f"{prefix}rope")}
+    rope_tensors = [name for name in gguf_file.tensors if name.startswith("rope_")]
+    obstacles = _obstacles(gguf_file)
+    return {
+        "model": str(model),
+        "files": [str(path) for path in gguf_file.paths],
+        "bytes": gguf_file.n_bytes,
+        "gguf_version": gguf_file.version,
+        "name": metadata.get("general.name"),
+        "architecture": metadata.get("general.architecture"),
+        "parameters": sum(math.prod(tensor.shape) for tensor in gguf_file.tensors.values()),
+        "sizes": {key: metadata[prefix + key] for key in _SIZES if prefix + key in metadata},
+        "rope": rope | ({"tensors": rope_tensors} if rope_tensors else {}),
+        "tensor_types": _tensor_types(gguf_file),
+        "tokenizer": _tokenizer_facts(gguf_file),
+        "chat_template": _chat_template_facts(metadata.get("tokenizer.chat_template")),
+        "trainable": not obstacles,
+        "obstacles": obstacles,
+    }
 
-    types = Table("type", "tensors", "parameters", "MiB")
-    counts: dict[str, list[int]] = defaultdict(lambda: [0, 0, 0])
+
+def _tensor_types(gguf_file: GGUFFile) -> list[dict[str, Any]]:
+    rows: dict[str, dict[str, Any]] = {}
     for tensor in gguf_file.tensors.values():
-        row = counts[tensor.type.name]
-        row[0] += 1
-        row[1] += math.prod(tensor.shape)
-        row[2] += tensor.data.nbytes
-    for name, (n_tensors, n_parameters, n_bytes) in sorted(counts.items(), key=lambda c: -c[1][2]):
-        types.add_row(name, str(n_tensors), f"{n_parameters:,}", f"{n_bytes / 2**20:.1f}")
-    return [facts, types]
+        name = tensor.type.name
+        row = rows.setdefault(name, {"type": name, "tensors": 0, "parameters": 0, "bytes": 0})
+        row["tensors"] += 1
+        row["parameters"] += math.prod(tensor.shape)
+        row["bytes"] += tensor.data.nbytes
+    return sorted(rows.values(), key=lambda row: -row["bytes"])
 
 
-def _trainable(gguf_file: GGUFFile) -> str:
+def _tokenizer_facts(gguf_file: GGUFFile) -> dict[str, Any] | None:
+    metadata = gguf_file.metadata
+    if "tokenizer.ggml.model" not in metadata:
+        return None
+    tokens = metadata.get("tokenizer.ggml.tokens")
+    texts = tokens if isinstance(tokens, list) else []
+    special = {}
+    for role in _SPECIAL:
+        token = metadata.get(f"tokenizer.ggml.{role}_token_id")
+        if isinstance(token, int):
+            text = texts[token] if 0 <= token < len(texts) else None
+            special[role] = {"id": token, "text": text}
+    return {
+        "kind": metadata["tokenizer.ggml.model"],
+        "pre": metadata.get("tokenizer.ggml.pre"),
+        "entries": len(texts),
+        "special": special,
+        "problem": _refusal(gguf_file, Tokenizer),
+    }
+
+
+def _chat_template_facts(template: Any) -> dict[str, Any] | None:
+    if not isinstance(template, str) or not template.strip():
+        return None
+    return {"characters": len(template), "first_line": template.strip().splitlines()[0]}
+
+
+def _obstacles(gguf_file: GGUFFile) -> list[str]:
+    """Why the model can't be trained: what its architecture lacks first, then its types."""
+    refusal = _refusal(gguf_file, Architecture)
+    if refusal is None:
+        return []
+    types = {tensor.type for tensor in gguf_file.tensors.values() if len(tensor.shape) > 1}
+    unsupported = sorted(kind.name for kind in types - set(QUANTIZATIONS))
+    if not unsupported or "is stored as" in refusal:
+        return [refusal]
+    return [refusal, f"Matrices stored as {', '.join(unsupported)} are not supported."]
+
+
+def _refusal(gguf_file: GGUFFile, made_of: type[Architecture] | type[Tokenizer]) -> str | None:
+    """What making one of these out of the file fails with, without the file's path."""
     try:
-        Architecture.from_gguf(gguf_file)
+        made_of.from_gguf(gguf_file)
     except InputError as error:
-        return f"no: {error}"
-    try:
-        Tokenizer.from_gguf(gguf_file)
-    except InputError as error:
-        return f"yes, with model.tokenizer set ({error})"
-    return "yes"
+        return str(error).replace(str(gguf_file.path), "This file")
+    return None
+
+
+def describe_gguf(model: str | Path) -> list[Table | str]:
+    """`gguf_facts` as tables.
+
+    Raises:
+        InputError: there is no such file, or it cannot be read as GGUF.
+        LoraError: it can't be fetched.
+    """
+    facts = gguf_facts(model)
+    n_files = len(facts["files"])
+    of_files = f"{n_files} files, " if n_files > 1 else ""
+    size = f"{of_files}{facts['bytes'] / 2**20:.1f} MiB, GGUF {facts['gguf_version']}"
+    rows = {
+        "file": f"{facts['files'][0]} ({size})",
+        "name": facts["name"],
+        "architecture": facts["architecture"],
+        "parameters": f"{facts['parameters']:,}",
+    }
+    rows |= {label: facts["sizes"].get(key) for key, label in _SIZES.items()}
+    rows["rope"] = ", ".join(
+        f"{key.removeprefix('rope.')} {_shown(value)}" for key, value in facts["rope"].items()
+    )
+    tokenizer, template = facts["tokenizer"], facts["chat_template"]
+    if tokenizer is None:
+        rows["tokenizer"] = "none"
+    else:
+        kind = " ".join(_shown(tokenizer[key]) for key in ("kind", "pre") if tokenizer[key])
+        rows["tokenizer"] = f"{kind}, {tokenizer['entries']:,} entries"
+        rows["special tokens"] = ", ".join(
+            f"{role} {token['id']} {token['text'] or ''}"
+            for role, token in tokenizer["special"].items()
+        )
+    rows["chat template"] = (
+        "no"
+        if template is None
+        else f"yes, {template['characters']:,} characters: {template['first_line'][:60]}"
+    )
+    if facts["obstacles"]:
+        rows["can be trained"] = "no: " + " ".join(facts["obstacles"])
+    elif tokenizer is None or tokenizer["problem"]:
+        why = tokenizer["problem"] if tokenizer else "the file has none"
+        rows["can be trained"] = f"yes, with model.tokenizer set ({why})"
+    else:
+        rows["can be trained"] = "yes"
+
+    grid = Table.grid(padding=(0, 2))
+    for label, value in rows.items():
+        if value not in (None, "", []):
+            grid.add_row(label, Text(_shown(value)))
+    types = Table("type", "tensors", "parameters", "MiB")
+    for row in facts["tensor_types"]:
+        mebibytes = f"{row['bytes'] / 2**20:.1f}"
+        types.add_row(row["type"], str(row["tensors"]), f"{row['parameters']:,}", mebibytes)
+    return [grid, types]
+
+
+def _shown(value: Any) -> str:
+    """A value out of a file for the terminal; of a list with one entry a layer, how often what."""
+    if isinstance(value, list):
+        counts = Counter(map(_shown, value))
+        if len(counts) == 1:
+            return next(iter(counts))
+        if len(counts) > 4:
+            return f"{len(value)} values, {_shown(min(value))} to {_shown(max(value))}"
+        return ", ".join(f"{text} ({n} times)" for text, n in counts.items())
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    # A terminal obeys control characters.
+    return "".join(
+        c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(value)
+    )
 
 
 def describe_adapter(directory: Path) -> list[Table | str]:
@@ -82,8 +217,8 @@ def describe_adapter(directory: Path) -> list[Table | str]:
     modules = read_peft_modules(directory)
     layers = sorted({int(path.split(".layers.")[1].split(".")[0]) for path in modules})
     facts = Table.grid(padding=(0, 2))
-    facts.add_row("adapter", str(directory))
-    facts.add_row("base", str(settings.get("base_model_name_or_path", "")))
+    facts.add_row("adapter", Text(_shown(directory)))
+    facts.add_row("base", Text(_shown(settings.get("base_model_name_or_path", ""))))
     facts.add_row("rank", str(settings["r"]))
     facts.add_row("alpha", f"{settings['lora_alpha']:g}")
     facts.add_row("variant", "rslora" if settings.get("use_rslora") else "lora")

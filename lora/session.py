@@ -33,10 +33,12 @@ from lora.programs import (
     record_prefix,
     wants_recompute,
 )
+from lora.stores import resolve_model
 from optim.adamw import step_words
 from optim.schedule import learning_rate
 from shaders.device import Device
-from shaders.errors import InputError, LoraError
+from shaders.errors import DeviceMemoryError, InputError, LoraError
+from shaders.planning import PlanningDevice
 from shaders.program import Program, ReadbackRing
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
@@ -99,7 +101,7 @@ class TrainingSession:
         device: Device | None = None,
     ) -> None:
         self.config = config
-        gguf_file = GGUFFile(config.model.path)
+        gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
         if config.model.tokenizer is None:
             self.tokenizer = Tokenizer.from_gguf(gguf_file)
@@ -130,12 +132,23 @@ class TrainingSession:
 
         self.device = device if device is not None else Device(config.device)
         self.maximum_rows = self._most_rows()
-        self.model = load_model(
-            self.device, gguf_file, architecture, max(config.data.max_length, self.maximum_rows)
-        )
+        try:
+            self._allocate(gguf_file, architecture, initial, train)
+        except DeviceMemoryError as error:
+            raise self._too_large(gguf_file, architecture, initial, train, error) from error
+
+    def _allocate(
+        self, gguf_file: GGUFFile, architecture: Architecture, initial: np.ndarray, train: bool
+    ) -> None:
+        """Puts everything on the device and records the programs."""
+        lengths = (len(e.ids) for e in (*self.train_examples, *self.eval_examples))
+        longest = max(self.config.data.max_length, *lengths, 1)
+        self.model = load_model(self.device, gguf_file, architecture, longest)
         targets = self._most_targets()
         chunk = chunk_rows(self.device, architecture.logits_size, targets)
-        self.inputs = Inputs.allocate(self.device, self.maximum_rows, targets, chunk)
+        self.inputs = Inputs.allocate(
+            self.device, self.maximum_rows, targets, chunk, self.model.long_examples
+        )
         self.adapter = AdapterState.allocate(self.device, self.layout)
         self.device.write(self.adapter.parameters, initial)
         self._act = Activations.allocate(
@@ -151,6 +164,25 @@ class TrainingSession:
         self.stream: DataStream | None = None
         if train:
             self._prepare_training()
+
+    def _too_large(
+        self,
+        gguf_file: GGUFFile,
+        architecture: Architecture,
+        initial: np.ndarray,
+        train: bool,
+        error: DeviceMemoryError,
+    ) -> InputError:
+        """What to say where the device has no room: all figures, and what to change."""
+        self.device = PlanningDevice(self.device)
+        self._allocate(gguf_file, architecture, initial, train)
+        needed = self.device.allocated
+        figures = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in needed.most_common())
+        return InputError(
+            f"{self.config.model.path} does not fit: {error}, and this run takes "
+            f"{sum(needed.values()) / 2**20:,.0f} MiB ({figures}). Lower train.batch_size or "
+            "data.max_length, set train.recompute: on, or take a smaller quantization."
+        )
 
     @classmethod
     def from_config(
@@ -241,8 +273,9 @@ class TrainingSession:
             epsilon=train.epsilon,
             weight_decay=train.weight_decay,
         )
-        self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
         self.steps_done = 0
+        if self.device.holds_data:
+            self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
 
     def _cache(self, name: str, examples: Sequence[Example]) -> PrefixCache | None:
         """The prefix cache of a data set, where there is a frozen prefix and it is wanted."""

@@ -16,7 +16,7 @@ if "XDG_RUNTIME_DIR" not in os.environ and os.name == "posix":
 
 import wgpu
 
-from shaders.errors import InputError
+from shaders.errors import DeviceMemoryError, InputError
 from shaders.templates import render
 from shaders.tensor import Extent, Tensor
 
@@ -73,13 +73,33 @@ def choose_adapter(wanted: str | int = "auto") -> wgpu.GPUAdapter:
     raise InputError(f"device: {text!r}: no adapter has that in its name; there are {listing}.")
 
 
+def padded_bytes(shape: tuple[int, ...]) -> int:
+    """Bytes of a buffer for that many elements."""
+    n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
+    return max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
+
+
+def _host_memory() -> int | None:
+    """Bytes of memory of this machine; None where the system doesn't tell."""
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, ValueError, OSError):  # Windows has no sysconf
+        return None
+
+
 class Device:
     """One WebGPU device with its queue, the memory taken from it, and its compiled pipelines.
 
     Args:
         wanted: see `choose_adapter`.
         limits: limits to request in place of the adapter's own (tests ask for WebGPU's defaults).
+
+    Attributes:
+        memory_limit: bytes of all buffers together; None where the device itself says when they
+            are too many. An adapter on the CPU has the host's memory, and would be killed first.
     """
+
+    holds_data = True  # False for a device that only counts (shaders/planning.py)
 
     def __init__(self, wanted: str | int = "auto", limits: dict[str, int] | None = None) -> None:
         adapter = choose_adapter(wanted)
@@ -101,8 +121,16 @@ class Device:
         )
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.allocated: Counter[str] = Counter()  # bytes by purpose
+        self.memory_limit: int | None = _host_memory() if self.is_cpu else None
         self._scratch: dict[tuple[int, ...], Tensor] = {}
         self._pipelines: dict[tuple[str, str], wgpu.GPUComputePipeline] = {}
+
+    def copy_limits(self, other: Device) -> None:
+        """Takes over what is known of another device, and none of its memory."""
+        for name in ("info", "name", "is_cpu", "features", "max_binding", "matmul_body"):
+            setattr(self, name, getattr(other, name))
+        self.allocated = Counter()
+        self._scratch = {}
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -147,10 +175,20 @@ class Device:
     def _create(
         self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None
     ) -> Tensor:
-        n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
-        padded = max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
+        padded = padded_bytes(shape)
+        taken = sum(self.allocated.values())
+        if self.memory_limit is not None and taken + padded > self.memory_limit:
+            raise DeviceMemoryError(
+                f"{self.name} has {self.memory_limit / 2**20:,.0f} MiB of memory"
+            )
         usage = wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
-        buffer = self.wgpu.create_buffer(size=padded, usage=usage)
+        try:
+            buffer = self.wgpu.create_buffer(size=padded, usage=usage)
+        except wgpu.GPUError as error:
+            raise DeviceMemoryError(
+                f"{self.name} refused a buffer of {padded / 2**20:,.0f} MiB after "
+                f"{taken / 2**20:,.0f} MiB of others ({str(error).splitlines()[0]})"
+            ) from error
         self.allocated[purpose] += padded
         return Tensor(buffer, 0, tuple(shape), dtype, extent)
 

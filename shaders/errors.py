@@ -7,3 +7,7 @@ class LoraError(Exception):
 
 class InputError(LoraError):
     """What the user gave is wrong: a config, a file, a device name. Exit status 2."""
+
+
+class DeviceMemoryError(LoraError):
+    """The device has no room for a buffer. Who knows what the memory is for says more."""

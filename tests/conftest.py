@@ -16,9 +16,18 @@ def device() -> Device:
     return Device()
 
 
+def _model(file: str, name: str) -> Path:
+    path = MODELS / file
+    if not path.exists():
+        pytest.skip(f"models/{file} is absent: lora pull {name}")
+    return path
+
+
 @pytest.fixture(scope="session")
 def smollm2() -> Path:
-    path = MODELS / "SmolLM2-135M-Instruct.Q4_1.gguf"
-    if not path.exists():
-        pytest.skip("models/SmolLM2-135M-Instruct.Q4_1.gguf is absent: lora pull smollm2-135m")
-    return path
+    return _model("SmolLM2-135M-Instruct.Q4_1.gguf", "smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def gemma3() -> Path:
+    return _model("gemma-3-270m-q4_k_m.gguf", "gemma3-270m")

@@ -1,6 +1,6 @@
 """The judge: the same training in PyTorch, transformers and PEFT, on the CPU in float32.
 
-    python tests/parity/peft_reference.py      # records tests/parity/smollm2_reference.json
+    python tests/parity/peft_reference.py      # records tests/parity/recorded/{smollm2,gemma3}.json
 
 `make test` holds the recorded figures against ours; `make parity` runs both sides live.
 """
@@ -12,28 +12,69 @@ import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import safetensors.numpy
 
+if TYPE_CHECKING:
+    from peft import PeftModel
+
 FOLDER = Path(__file__).parent
 REPOSITORY = FOLDER.parent.parent
-MODEL = REPOSITORY / "models" / "SmolLM2-135M-Instruct.Q4_1.gguf"
-RECORD = FOLDER / "smollm2_reference.json"
 TEXTS: dict[str, list[str]] = json.loads((FOLDER / "texts.json").read_text())
 
 RANK, ALPHA = 8, 16
 LEARNING_RATE, BETAS, EPSILON, WEIGHT_DECAY, MAX_NORM = 1e-4, (0.9, 0.999), 1e-8, 0.01, 1.0
-SAMPLED_LAYERS = (0, 14, 29)
-_SIZES = {  # (in, out) of SmolLM2-135M's matrices
-    "self_attn.q_proj": (576, 576),
-    "self_attn.k_proj": (576, 192),
-    "self_attn.v_proj": (576, 192),
-    "self_attn.o_proj": (576, 576),
-    "mlp.gate_proj": (576, 1536),
-    "mlp.up_proj": (576, 1536),
-    "mlp.down_proj": (1536, 576),
-}
+
+
+@dataclass(frozen=True)
+class RealModel:
+    """A real GGUF that both sides train.
+
+    Attributes:
+        name: of its fixture in tests/conftest.py, and of its recorded figures.
+        file: in models/.
+        n_layers: decoder layers.
+        sampled_layers: whose final adapters are recorded in part.
+        sizes: (in, out) of each adapted matrix of a layer.
+    """
+
+    name: str
+    file: str
+    n_layers: int
+    sampled_layers: tuple[int, ...]
+    sizes: dict[str, tuple[int, int]]
+
+    @property
+    def path(self) -> Path:
+        return REPOSITORY / "models" / self.file
+
+    @property
+    def record(self) -> Path:
+        return FOLDER / "recorded" / f"{self.name}.json"
+
+
+def _sizes(hidden: int, query: int, kv: int, intermediate: int) -> dict[str, tuple[int, int]]:
+    return {
+        "self_attn.q_proj": (hidden, query),
+        "self_attn.k_proj": (hidden, kv),
+        "self_attn.v_proj": (hidden, kv),
+        "self_attn.o_proj": (query, hidden),
+        "mlp.gate_proj": (hidden, intermediate),
+        "mlp.up_proj": (hidden, intermediate),
+        "mlp.down_proj": (intermediate, hidden),
+    }
+
+
+SMOLLM2 = RealModel(
+    "smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf", 30, (0, 14, 29), _sizes(576, 576, 192, 1536)
+)
+# Layers 5 and 17 see all, the others a window; layer 17 is the last.
+GEMMA3 = RealModel(
+    "gemma3", "gemma-3-270m-q4_k_m.gguf", 18, (0, 5, 17), _sizes(640, 1024, 256, 2048)
+)
+REAL_MODELS = {model.name: model for model in (SMOLLM2, GEMMA3)}
 
 
 @dataclass(frozen=True)
@@ -46,12 +87,12 @@ class ReferenceRun:
     eval_losses: list[float]  # of the final adapter
 
 
-def make_adapter(directory: Path, seed: int = 0) -> dict[str, np.ndarray]:
+def make_adapter(model: RealModel, directory: Path, seed: int = 0) -> dict[str, np.ndarray]:
     """Writes a PEFT adapter with non-zero A and B on all matrices; returns its tensors."""
     rng = np.random.default_rng(seed)
     tensors = {}
-    for layer in range(30):
-        for name, (n_in, n_out) in _SIZES.items():
+    for layer in range(model.n_layers):
+        for name, (n_in, n_out) in model.sizes.items():
             path = f"base_model.model.model.layers.{layer}.{name}"
             bound = 1 / np.sqrt(n_in)
             a = rng.uniform(-bound, bound, (RANK, n_in))
@@ -63,10 +104,10 @@ def make_adapter(directory: Path, seed: int = 0) -> dict[str, np.ndarray]:
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": str(MODEL),
+        "base_model_name_or_path": str(model.path),
         "r": RANK,
         "lora_alpha": ALPHA,
-        "target_modules": sorted(name.split(".")[1] for name in _SIZES),
+        "target_modules": sorted(name.split(".")[1] for name in model.sizes),
         "lora_dropout": 0.0,
         "bias": "none",
         "inference_mode": False,
@@ -75,7 +116,7 @@ def make_adapter(directory: Path, seed: int = 0) -> dict[str, np.ndarray]:
     return tensors
 
 
-def token_ids(model_path: Path = MODEL) -> dict[str, list[list[int]]]:
+def token_ids(model_path: Path) -> dict[str, list[list[int]]]:
     """The texts as ids, by the GGUF's own tokenizer (transformers drops its digit splitting)."""
     from forward.gguf_file import GGUFFile
     from forward.tokenizer import Tokenizer
@@ -84,7 +125,7 @@ def token_ids(model_path: Path = MODEL) -> dict[str, list[list[int]]]:
     return {split: [tokenizer.encode(t).ids for t in texts] for split, texts in TEXTS.items()}
 
 
-def load_peft_model(model_path: Path, adapter: Path, *, trainable: bool):
+def load_peft_model(model_path: Path, adapter: Path, *, trainable: bool) -> PeftModel:
     """The GGUF's weights in float32 through transformers, wrapped by PEFT."""
     import torch
     from peft import PeftModel
@@ -142,16 +183,17 @@ def run_reference(model_path: Path, adapter: Path) -> ReferenceRun:
     return ReferenceRun(losses, norms, final, held_out)
 
 
-def main() -> None:
+def record(model: RealModel) -> None:
+    """Writes what PEFT gives for a model."""
     with tempfile.TemporaryDirectory() as folder:
         adapter = Path(folder)
-        initial = make_adapter(adapter)
-        before = eval_losses(MODEL, adapter, token_ids()["eval"])
-        run = run_reference(MODEL, adapter)
+        initial = make_adapter(model, adapter)
+        before = eval_losses(model.path, adapter, token_ids(model.path)["eval"])
+        run = run_reference(model.path, adapter)
     sampled = {}
     rng = np.random.default_rng(1)
     for name, start in initial.items():
-        if int(name.split(".layers.")[1].split(".")[0]) in SAMPLED_LAYERS:
+        if int(name.split(".layers.")[1].split(".")[0]) in model.sampled_layers:
             places = rng.integers(0, start.size, 8)
             sampled[name] = {
                 "movement": float(np.linalg.norm(run.final[name] - start)),
@@ -161,7 +203,7 @@ def main() -> None:
     total = sum(
         float(((run.final[n] - s).astype(np.float64) ** 2).sum()) for n, s in initial.items()
     )
-    record = {
+    figures = {
         "losses": run.losses,
         "grad_norms": run.grad_norms,
         "eval_losses_before": before,
@@ -169,10 +211,11 @@ def main() -> None:
         "movement": total**0.5,
         "sampled": sampled,
     }
-    RECORD.write_text(json.dumps(record, indent=1) + "\n")
-    print({k: v for k, v in record.items() if k != "sampled"})
+    model.record.write_text(json.dumps(figures, indent=1) + "\n")
+    print({k: v for k, v in figures.items() if k != "sampled"})
 
 
 if __name__ == "__main__":
     sys.path.insert(0, str(REPOSITORY))
-    main()
+    for name in sys.argv[1:] or REAL_MODELS:
+        record(REAL_MODELS[name])

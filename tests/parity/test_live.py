@@ -1,4 +1,4 @@
-"""Our training of the real SmolLM2 against PEFT's, both run now; and PEFT loads what we export."""
+"""Our training of the real models against PEFT's, both run now; and PEFT loads what we export."""
 
 from pathlib import Path
 
@@ -7,6 +7,8 @@ import pytest
 
 from tests.parity.ours import OurRun, run_ours
 from tests.parity.peft_reference import (
+    REAL_MODELS,
+    RealModel,
     ReferenceRun,
     eval_losses,
     make_adapter,
@@ -17,21 +19,27 @@ from tests.parity.peft_reference import (
 pytestmark = pytest.mark.parity
 
 
+@pytest.fixture(scope="module", params=REAL_MODELS)
+def model(request: pytest.FixtureRequest) -> RealModel:
+    request.getfixturevalue(request.param)  # skips where the file is absent
+    return REAL_MODELS[request.param]
+
+
 @pytest.fixture(scope="module")
-def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def adapter(model: RealModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
     directory = tmp_path_factory.mktemp("adapter")
-    make_adapter(directory)
+    make_adapter(model, directory)
     return directory
 
 
 @pytest.fixture(scope="module")
-def ours(smollm2: Path, adapter: Path) -> OurRun:
-    return run_ours(smollm2, adapter)
+def ours(model: RealModel, adapter: Path) -> OurRun:
+    return run_ours(model.path, adapter)
 
 
 @pytest.fixture(scope="module")
-def theirs(smollm2: Path, adapter: Path) -> ReferenceRun:
-    return run_reference(smollm2, adapter)
+def theirs(model: RealModel, adapter: Path) -> ReferenceRun:
+    return run_reference(model.path, adapter)
 
 
 def test_losses(ours: OurRun, theirs: ReferenceRun) -> None:
@@ -52,7 +60,7 @@ def test_final_adapter(ours: OurRun, theirs: ReferenceRun) -> None:
     assert error < 0.02 * moved
 
 
-def test_peft_loads_our_export(ours: OurRun, smollm2: Path, tmp_path: Path) -> None:
+def test_peft_loads_our_export(ours: OurRun, model: RealModel, tmp_path: Path) -> None:
     """A large B, so that an adapter loaded under wrong names would show."""
     session = ours.session
     rng = np.random.default_rng(2)
@@ -65,7 +73,7 @@ def test_peft_loads_our_export(ours: OurRun, smollm2: Path, tmp_path: Path) -> N
     held_out = session.train_examples[-2:]
     mine = [session.evaluate([example]).loss for example in held_out]
     session.device.write(session.adapter.parameters, before)
-    theirs = eval_losses(smollm2, tmp_path, token_ids(smollm2)["eval"])
+    theirs = eval_losses(model.path, tmp_path, token_ids(model.path)["eval"])
     print("eval losses:", mine, theirs)
     np.testing.assert_allclose(mine, theirs, rtol=1e-3)
     unadapted = [session.evaluate([example], adapted=False).loss for example in held_out]
