@@ -189,3 +189,17 @@ def test_loss_and_gradients(case: Case) -> None:
     assert ours.loss == pytest.approx(theirs.loss, rel=1e-5)
     # f32 sums in another order give 1e-5; PEFT in f32 is 5e-6 away from f64.
     assert errors[worst[0]] < 1e-4
+
+
+def test_peft_runs_what_we_save(case: Case, tmp_path: Path) -> None:
+    """Module names, row orders, layers and the head, in the directory that `save` writes."""
+    from peft import PeftModel
+
+    from tests.parity.tiny_judge import build
+    from tests.parity.tiny_judge import logits as judge_logits
+
+    case.session.save(tmp_path)
+    net = PeftModel.from_pretrained(build(case.model), tmp_path)
+    found = judge_logits(net, case.model.token_rows())
+    # The very same numbers, loaded from another file.
+    np.testing.assert_array_equal(found, case.judgement.adapted_logits)

@@ -48,6 +48,7 @@ class TinyModel:
         matrix_type: how the GGUF stores matrices; the judge gets what that decodes to.
         rank, alpha: of the adapter.
         adapted_layers: None for all. Layers below the lowest are a fixed prefix on our side.
+        adapted_head: whether lm_head is adapted, too.
         llama_cpp: whether llama.cpp computes the same as transformers. With Q8_0 it doesn't: it
             quantizes activations too.
     """
@@ -60,6 +61,7 @@ class TinyModel:
     rank: int = 4
     alpha: int = 8
     adapted_layers: tuple[int, ...] | None = None
+    adapted_head: bool = False
     llama_cpp: bool = True
 
     @property
@@ -78,6 +80,17 @@ class TinyModel:
         """Leading numbers of a head that rope turns."""
         rope = self.config["rope_parameters"]
         return int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+
+    @property
+    def layers(self) -> list[int]:
+        """The adapted layers."""
+        every = range(self.config["num_hidden_layers"])
+        return list(every if self.adapted_layers is None else self.adapted_layers)
+
+    @property
+    def targets(self) -> list[str]:
+        """PEFT's names of the adapted matrices."""
+        return sorted({name.split(".")[-3] for name in self.adapter()})
 
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the Hugging Face model."""
@@ -156,10 +169,16 @@ class TinyModel:
     def adapter(self) -> dict[str, np.ndarray]:
         """A and B of all matrices of the adapted layers by PEFT's names; B is far from zero."""
         tensors = {}
-        for name, shape in self.shapes().items():
-            if ".layers." not in name or len(shape) == 1:
+        shapes = self.shapes()
+        if self.adapted_head:  # where it is tied, only the head's use of the weight is adapted
+            shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+        for name, shape in shapes.items():
+            if len(shape) == 1 or name == "model.embed_tokens.weight":
                 continue
-            if self.adapted_layers and int(name.split(".")[2]) not in self.adapted_layers:
+            if name == "lm_head.weight":
+                if not self.adapted_head:
+                    continue
+            elif int(name.split(".")[2]) not in self.layers:
                 continue
             path = f"base_model.model.{name.removesuffix('.weight')}"
             a = _normal((self.name, name, "A"), (self.rank, shape[1])) / math.sqrt(shape[1])
@@ -179,12 +198,15 @@ class TinyModel:
             "base_model_name_or_path": self.name,
             "r": self.rank,
             "lora_alpha": self.alpha,
-            "target_modules": sorted({name.split(".")[-3] for name in tensors}),
+            "target_modules": self.targets,
             "lora_dropout": 0.0,
             "bias": "none",
             "inference_mode": False,
         }
-        if self.adapted_layers:
+        if self.adapted_layers and self.adapted_head:  # layers_to_transform drops the head
+            paths = {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in tensors}
+            settings["target_modules"] = sorted(paths)
+        elif self.adapted_layers:
             settings |= {"layers_to_transform": self.adapted_layers, "layers_pattern": "layers"}
         (directory / "adapter_config.json").write_text(json.dumps(settings))
 
@@ -410,6 +432,15 @@ TINY_MODELS = {
             rank=6,
             alpha=12,
         ),
+        TinyModel(
+            "llama_head",
+            "llama",
+            _config(vocab_size=317, tie_word_embeddings=False),
+            rank=6,
+            alpha=12,
+            adapted_head=True,
+        ),
+        TinyModel("llama_head_only", "llama", _config(), adapted_layers=(), adapted_head=True),
         TinyModel("llama_head_dim", "llama", _config(head_dim=24, tie_word_embeddings=False)),
         TinyModel(
             "llama_bias",
@@ -492,6 +523,9 @@ TINY_MODELS = {
             alpha=12,
         ),
         TinyModel("gemma2", "gemma2", _gemma2_config()),
+        TinyModel(  # the head is tied and its logits are capped
+            "gemma2_head", "gemma2", _gemma2_config(), adapted_layers=(2,), adapted_head=True
+        ),
         TinyModel(
             "gemma2_q8_0",
             "gemma2",

@@ -34,7 +34,8 @@ def open_session(
             "adapter": {
                 "rank": model.rank,
                 "alpha": model.alpha,
-                "layers": list(model.adapted_layers or range(model.config["num_hidden_layers"])),
+                "layers": model.layers or "all",
+                "targets": model.targets,
                 "init_from": str(adapter),
             },
             "data": {"train": "none", "max_length": max(LENGTHS), "shuffle": False},
