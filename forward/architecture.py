@@ -317,7 +317,8 @@ def _vocab_size(gguf_file: GGUFFile, metadata: Metadata) -> int:
     if embedding is None:
         raise InputError(f"{gguf_file.path} lacks the tensor 'token_embd.weight'.")
     vocab_size = metadata.size("vocab_size", embedding.shape[0])
-    n_tokens = len(gguf_file.metadata.get("tokenizer.ggml.tokens", ()))
+    tokens = gguf_file.metadata.get("tokenizer.ggml.tokens")
+    n_tokens = len(tokens) if isinstance(tokens, list) else 0
     if n_tokens > vocab_size:
         raise InputError(
             f"{gguf_file.path}: its tokenizer has {n_tokens:,} tokens, its vocabulary only "

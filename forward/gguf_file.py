@@ -1,13 +1,19 @@
-"""Reading a GGUF file: its metadata and its tensors, memory-mapped.
+"""Reading a GGUF model: its metadata and its tensors, memory-mapped, out of one file or several.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md. The header is read here and
 not by `gguf.GGUFReader`, which makes numpy objects of every token and merge (2.4 s for SmolLM2)
 and fails with whatever numpy raises when a file is cut short or its counts are wrong.
+
+Several files: `llama-gguf-split` cuts a model into NAME-00001-of-0000N.gguf and so on. Each has
+the keys split.no (from 0), split.count and split.tensors.count (of the whole model); only the
+first has the model's own metadata.
 """
 
 from __future__ import annotations
 
 import math
+import re
+import stat
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,11 +27,16 @@ from shaders.errors import InputError
 SUPPORTED_VERSIONS = (2, 3)
 
 # A damaged count can point deep into the tensor data, where every byte reads as a valid number:
-# these limits, far above any real model (262,144 tokens, 500,000 merges), stop it before the
-# list that it would become fills the memory.
-MAX_ARRAY_LENGTH = 1 << 23
-MAX_STRING_BYTES = 1 << 26
+# these limits, far above any real model (Gemma 3: 262,144 tokens, 515,000 merges, a header of
+# 20 MB), stop it before what it would become fills the memory.
+MAX_HEADER_BYTES = 1 << 26
+MAX_ARRAY_VALUES = 1 << 22  # in all arrays of a file together: each may take 40 bytes as an object
+MAX_ENTRIES = 1 << 17  # tensors, and metadata keys
+MAX_NAME_BYTES = 1 << 10  # of a key or a tensor
 MAX_DIMENSIONS = 4
+
+_PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
+_SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
@@ -61,41 +72,146 @@ class GGUFTensor:
 
 
 class GGUFFile:
-    """A GGUF file, opened for reading.
+    """A GGUF model, opened for reading; the parts of a split one are presented as one.
 
     Attributes:
-        path: where it is.
+        path: where it is; of a split model the first part.
+        paths: all its files, in order.
         version: of the format, 2 or 3.
-        metadata: key to plain python value (str, int, float, bool, or a list of those).
-        tensors: name to GGUFTensor, in the file's order.
+        metadata: key to plain python value (str, int, float, bool, or a list of those). That of
+            the first part, without what says how the model is split.
+        tensors: name to GGUFTensor, in the files' order.
+        n_bytes: of all files together.
     """
 
     path: Path
+    paths: tuple[Path, ...]
     version: int
     metadata: dict[str, Any]
     tensors: dict[str, GGUFTensor]
+    n_bytes: int
 
     def __init__(self, path: str | Path) -> None:
-        """Maps the file and reads its header.
+        """Maps the files and reads their headers.
+
+        Args:
+            path: the file, or any part of a split model; the others lie beside it.
 
         Raises:
-            InputError: the path is not a readable GGUF file, or the file is damaged.
+            InputError: the path is not a readable GGUF file, the file is damaged, or the parts
+                are not all there or don't belong together.
         """
-        self.path = Path(path)
-        self._bytes = _map_file(self.path)
-        header = _Header(self.path, self._bytes)
+        parts = _read_parts(Path(path))
+        first = parts[0]
+        self.path = first.path
+        self.paths = tuple(part.path for part in parts)
+        self.version = first.version
+        self.metadata = {k: v for k, v in first.metadata.items() if k not in _SPLIT_KEYS}
+        self.tensors = {}
+        for part in parts:
+            self.tensors |= part.tensors
+        self.n_bytes = sum(part.n_bytes for part in parts)
+
+
+def part_names(name: str) -> list[str]:
+    """The names of all parts of the split model that a file name belongs to, in order.
+
+    A name that is no part's comes back alone.
+    """
+    match = _PART_NAME.fullmatch(name)
+    if match is None or not 1 <= int(match["number"]) <= int(match["count"]):
+        return [name]
+    count = int(match["count"])
+    return [f"{match['stem']}-{n:05}-of-{count:05}.gguf" for n in range(1, count + 1)]
+
+
+def _read_parts(path: Path) -> list[_Part]:
+    """Reads the file, and where it is a part of a split model all the parts, in order."""
+    given = _Part(path)
+    count = given.metadata.get("split.count", 1)
+    if count in (0, 1):
+        return [given]
+    if not isinstance(count, int):
+        raise InputError(f"{path} is damaged: split.count is {shortened(count)}.")
+    names = part_names(path.name)
+    if len(names) != count:
+        raise InputError(
+            f"{path}: by its metadata it is one of {count} parts of a model, which its name does "
+            "not say. Give the parts their names back (NAME-00001-of-0000N.gguf), or join them "
+            "with `llama-gguf-split --merge`."
+        )
+    paths = [path.with_name(name) for name in names]
+    missing = [other.name for other in paths if other.name != path.name and not other.is_file()]
+    if missing:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(
+            f"{path} is one of {count} parts of a model; missing beside it: {missing[0]}{more}."
+        )
+    parts = [given if other.name == path.name else _Part(other) for other in paths]
+    owners: dict[str, Path] = {}
+    for number, part in enumerate(parts):
+        if part.metadata.get("split.count") != count:
+            raise _foreign(
+                part, given, f"split.count is {shortened(part.metadata.get('split.count'))}"
+            )
+        if part.metadata.get("split.no") != number:
+            raise InputError(
+                f"{part.path}: by its name it is part {number + 1} of {count}, by its metadata "
+                f"split.no is {shortened(part.metadata.get('split.no'))}, not {number}; the parts "
+                "were renamed or mixed up."
+            )
+        for name in part.tensors:
+            if name in owners:
+                raise _foreign(part, given, f"tensor {name!r} is in {owners[name].name} too")
+            owners[name] = part.path
+    for part in parts:
+        n_tensors = part.metadata.get("split.tensors.count", len(owners))
+        if n_tensors != len(owners):
+            raise _foreign(
+                part, given, f"it says {shortened(n_tensors)} tensors, the parts hold {len(owners)}"
+            )
+    return parts
+
+
+def _foreign(part: _Part, given: _Part, why: str) -> InputError:
+    if part is given:
+        return InputError(f"{part.path} does not belong to the parts beside it: {why}.")
+    return InputError(f"{part.path} and {given.path.name} are no parts of one model: {why}.")
+
+
+class _Part:
+    """One file: a whole model or a part of one."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._bytes = _map_file(path)
+        self.n_bytes = self._bytes.size
+        header = _Header(path, self._bytes)
         self.version, n_tensors, n_keys = header.read_preamble()
         self.metadata = header.read_metadata(n_keys)
         infos = [header.read_tensor_info() for _ in range(n_tensors)]
-        alignment = _alignment(self.path, self.metadata)
+        alignment = _alignment(path, self.metadata)
         data_start = -(-header.position // alignment) * alignment
-        self.tensors = {}
+        self.tensors: dict[str, GGUFTensor] = {}
+        spans: list[tuple[int, int, str]] = []
         for info in infos:
             if info.name in self.tensors:
-                raise InputError(f"{self.path} is damaged: tensor {info.name!r} occurs twice.")
-            self.tensors[info.name] = self._tensor(info, data_start, alignment)
+                raise InputError(f"{path} is damaged: tensor {info.name!r} occurs twice.")
+            start, end, tensor = self._tensor(info, data_start, alignment)
+            self.tensors[info.name] = tensor
+            spans.append((start, end, info.name))
+        spans.sort()
+        for (_, end, before), (start, _, name) in zip(spans, spans[1:], strict=False):
+            if start < end:
+                raise InputError(
+                    f"{path} is damaged: the tensors {before!r} and {name!r} overlap. "
+                    "Fetch the file again."
+                )
 
-    def _tensor(self, info: _TensorInfo, data_start: int, alignment: int) -> GGUFTensor:
+    def _tensor(
+        self, info: _TensorInfo, data_start: int, alignment: int
+    ) -> tuple[int, int, GGUFTensor]:
+        """Returns where the tensor begins and ends in the file, and the tensor."""
         block_size, block_bytes = GGML_QUANT_SIZES[info.type]
         columns = info.shape[-1]
         if columns % block_size:
@@ -108,17 +224,18 @@ class GGUFFile:
                 f"{self.path} is damaged: tensor {info.name!r} begins at byte {info.offset} of "
                 f"the data, which is no multiple of the alignment {alignment}."
             )
+        # Python's integers don't overflow: sizes whose product passes 64 bits end here too.
         rows = math.prod(info.shape[:-1])
         bytes_per_row = columns // block_size * block_bytes
         start = data_start + info.offset
         end = start + rows * bytes_per_row
-        if end > self._bytes.size:
+        if end > self.n_bytes:
             raise InputError(
-                f"{self.path} is cut short: tensor {info.name!r} ends at byte {end:,}, the file "
-                f"at {self._bytes.size:,}. Fetch the file again."
+                f"{self.path} is cut short or damaged: tensor {info.name!r} ends at byte "
+                f"{end:,}, the file at {self.n_bytes:,}. Fetch the file again."
             )
         data = self._bytes[start:end].reshape(rows, bytes_per_row)
-        return GGUFTensor(info.name, info.type, info.shape, data)
+        return start, end, GGUFTensor(info.name, info.type, info.shape, data)
 
 
 @dataclass(frozen=True)
@@ -135,8 +252,10 @@ class _Header:
     def __init__(self, path: Path, content: np.ndarray) -> None:
         self.path = path
         self.view = content.data
-        self.size = len(self.view)
+        self.file_size = len(self.view)
+        self.size = min(self.file_size, MAX_HEADER_BYTES)
         self.position = 0
+        self.n_array_values = 0
 
     def read_preamble(self) -> tuple[int, int, int]:
         """Returns (version, number of tensors, number of metadata keys)."""
@@ -161,19 +280,24 @@ class _Header:
         # name length 8, dimension count 4, type 4, offset 8; key length 8, type 4, value 1
         self._check_count(n_tensors, 24, "tensors")
         self._check_count(n_keys, 13, "metadata keys")
+        if max(n_tensors, n_keys) > MAX_ENTRIES:
+            raise self._damaged(
+                f"it claims {n_tensors:,} tensors and {n_keys:,} metadata keys; more than "
+                f"{MAX_ENTRIES:,} are never read"
+            )
         return version, n_tensors, n_keys
 
     def read_metadata(self, n_keys: int) -> dict[str, Any]:
         metadata: dict[str, Any] = {}
         for _ in range(n_keys):
-            key = self._string("a metadata key")
+            key = self._name("a metadata key")
             if key in metadata:
                 raise self._damaged(f"metadata key {key!r} occurs twice")
             metadata[key] = self._value(key)
         return metadata
 
     def read_tensor_info(self) -> _TensorInfo:
-        name = self._string("a tensor's name")
+        name = self._name("a tensor's name")
         n_dimensions = self._integer("<I")
         if not 1 <= n_dimensions <= MAX_DIMENSIONS:
             raise self._damaged(
@@ -195,7 +319,7 @@ class _Header:
     def _value(self, key: str) -> Any:
         kind = self._integer("<I")
         if kind == GGUFValueType.STRING:
-            return self._string(key)
+            return self._string(repr(key))
         if kind == GGUFValueType.ARRAY:
             return self._array(key)
         return self._scalars(key, kind, 1)[0]
@@ -203,10 +327,15 @@ class _Header:
     def _array(self, key: str) -> list[Any]:
         kind = self._integer("<I")
         length = self._integer("<Q")
-        if length > MAX_ARRAY_LENGTH:
+        if kind == GGUFValueType.ARRAY:
+            raise InputError(
+                f"{self.path}: metadata key {key!r} is a list of lists, which is not supported."
+            )
+        self.n_array_values += length
+        if self.n_array_values > MAX_ARRAY_VALUES:
             raise self._damaged(
-                f"metadata key {key!r} claims {length:,} values; more than "
-                f"{MAX_ARRAY_LENGTH:,} are never read"
+                f"with the {length:,} values of {key!r} its metadata has {self.n_array_values:,}; "
+                f"more than {MAX_ARRAY_VALUES:,} are never read"
             )
         if kind == GGUFValueType.STRING:
             self._check_count(length, 8, f"strings in {key!r}")
@@ -237,18 +366,24 @@ class _Header:
         except struct.error:
             raise self._cut_short(repr(key)) from None
         except UnicodeDecodeError as error:
-            raise self._damaged(f"a string in {key!r} is not UTF-8 ({error})") from None
+            raise self._damaged(f"a string in {key!r} is not UTF-8 ({error.reason})") from None
         self.position = position
         return strings
 
-    def _string(self, what: str) -> str:
+    def _name(self, what: str) -> str:
+        name = self._string(what, MAX_NAME_BYTES)
+        if not name:
+            raise self._damaged(f"{what} is empty")
+        return name
+
+    def _string(self, what: str, most_bytes: int = MAX_HEADER_BYTES) -> str:
         length = self._integer("<Q")
-        if MAX_STRING_BYTES < length <= self.size - self.position:
-            raise self._damaged(f"{what} claims a string of {length:,} bytes")
+        if most_bytes < length <= self.size - self.position:
+            raise self._damaged(f"{what} claims a length of {length:,} bytes")
         try:
             return str(self._take(length, what), "utf-8")
         except UnicodeDecodeError as error:
-            raise self._damaged(f"{what} is not UTF-8 ({error})") from None
+            raise self._damaged(f"{what} is not UTF-8 ({error.reason})") from None
 
     def _integer(self, layout: str) -> int:
         raw = self._take(struct.calcsize(layout), "the header")
@@ -267,12 +402,16 @@ class _Header:
         if count * least_bytes > self.size - self.position:
             raise InputError(
                 f"{self.path} is cut short or damaged: its header claims {count:,} {what}, more "
-                f"than its {self.size:,} bytes can hold. Fetch the file again."
+                f"than {self.size - self.position:,} bytes can hold. Fetch the file again."
             )
 
     def _cut_short(self, what: str) -> InputError:
+        if self.size < self.file_size:
+            return self._damaged(
+                f"{what} reaches past byte {self.size:,}, where every header has ended"
+            )
         return InputError(
-            f"{self.path} is cut short: it ends after {self.size:,} bytes, within {what}. "
+            f"{self.path} is cut short: it ends after {self.file_size:,} bytes, within {what}. "
             "Fetch the file again."
         )
 
@@ -284,18 +423,23 @@ class _Header:
 
 def _map_file(path: Path) -> np.ndarray:
     """Maps a whole file read-only.  # uint8 [bytes]"""
-    if path.is_dir():
-        raise InputError(f"{path} is a directory; a GGUF file is expected.")
-    if not path.exists():
-        raise InputError(f"There is no file {path}.")
-    if not path.is_file():
-        raise InputError(f"{path} is not a regular file; a GGUF file is expected.")
     try:
-        if path.stat().st_size == 0:
+        status = path.stat()
+        if stat.S_ISDIR(status.st_mode):
+            raise InputError(f"{path} is a directory; a GGUF file is expected.")
+        if not stat.S_ISREG(status.st_mode):
+            raise InputError(f"{path} is not a regular file; a GGUF file is expected.")
+        if status.st_size == 0:
             raise InputError(f"{path} is empty; a GGUF file is expected.")
         return np.memmap(path, dtype=np.uint8, mode="r")
+    except (FileNotFoundError, NotADirectoryError) as error:
+        if path.is_symlink():
+            raise InputError(f"{path} is a link to a file that is not there.") from error
+        raise InputError(f"There is no file {path}.") from error
     except OSError as error:
         raise InputError(f"{path} cannot be read: {error.strerror}.") from error
+    except ValueError as error:  # a null character
+        raise InputError(f"{str(path)!r} is no path of a file.") from error
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
@@ -303,6 +447,12 @@ def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise InputError(
-            f"{path} is damaged: general.alignment is {alignment!r}, not a power of two."
+            f"{path} is damaged: general.alignment is {shortened(alignment)}, not a power of two."
         )
     return alignment
+
+
+def shortened(value: Any) -> str:
+    """How a value is written in a message: a list may have thousands of entries."""
+    text = repr(value[:20] if isinstance(value, list | str) else value)
+    return text if len(text) <= 60 else text[:57] + "..."

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from forward.gguf_file import GGUFFile
+from forward.gguf_file import GGUFFile, shortened
 from shaders.errors import InputError
 
 
@@ -38,7 +38,7 @@ class Metadata:
             value = value[0]
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {_shortened(value)}; one whole number above "
+                f"{self.path}: {self.name}.{key} is {shortened(value)}; one whole number above "
                 "0 is supported."
             )
         if value % multiple_of:
@@ -58,7 +58,7 @@ class Metadata:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {_shortened(value)}; a number above 0 is "
+                f"{self.path}: {self.name}.{key} is {shortened(value)}; a number above 0 is "
                 "expected."
             )
         return float(value)
@@ -77,7 +77,7 @@ class Metadata:
         value = self.get(key, neutral[0])
         if value not in neutral:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {_shortened(value)}, which is not supported; "
+                f"{self.path}: {self.name}.{key} is {shortened(value)}, which is not supported; "
                 f"supported is {' or '.join(map(repr, neutral))}."
             )
 
@@ -86,8 +86,3 @@ class Metadata:
         if value is None:
             raise InputError(f"{self.path} lacks the metadata key {self.name}.{key}.")
         return value
-
-
-def _shortened(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

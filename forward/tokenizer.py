@@ -1,8 +1,7 @@
 """Text to token ids and back: the tokenizer inside a GGUF, or a Hugging Face tokenizer.json.
 
-A GGUF names its pre-tokenizer (`tokenizer.ggml.pre`) and llama.cpp holds the regular expressions
-of each name (src/llama-vocab.cpp). Those here are the ones of the models' own tokenizer.json,
-which llama.cpp rewrites for its smaller regex engine: a model is trained with these.
+`tokenizer.ggml.model` says of which kind the GGUF's is: gpt2 is byte-level BPE and merged by the
+tokenizers library (forward/byte_level.py), llama is SentencePiece (forward/sentencepiece.py).
 """
 
 from __future__ import annotations
@@ -11,13 +10,16 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import tokenizers
 from gguf import TokenType
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
+from forward import sentencepiece
+from forward.byte_level import LibraryCodec, byte_level
 from forward.gguf_file import GGUFFile
+from forward.pre_tokenizers import named_pre_tokenizer
+from forward.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
 from shaders.errors import InputError
 
 
@@ -36,54 +38,15 @@ class TokenizedText:
     offsets: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class _PreTokenizer:
-    """How text is cut before byte-pair merging, and what else its name implies.
+class _Codec(Protocol):
+    """What turns text into ids and back, without BOS."""
 
-    Attributes:
-        patterns: applied one after the other; each match, and each gap between, is a piece.
-        compose: text is brought to Unicode NFC first.
-        ignore_merges: a piece that is itself a token is taken whole.
-        add_bos: whether BOS is added where the metadata has no add_bos_token.
-    """
+    @property
+    def vocab_size(self) -> int: ...
 
-    patterns: tuple[str, ...]
-    compose: bool = False
-    ignore_merges: bool = False
-    add_bos: bool = False
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
 
-
-_GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-_LLAMA3 = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
-    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
-_QWEN2 = _LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
-_LLAMA3_PRE = _PreTokenizer((_LLAMA3,), ignore_merges=True, add_bos=True)
-
-_PRE_TOKENIZERS = {
-    # llama.cpp's own fallback for files without a known name; no model was trained with it.
-    "default": _PreTokenizer((r"[\p{P}\$\+<=>\^~\|]+", _GPT2, r"\p{N}+", r"[0-9][0-9][0-9]")),
-    "gpt-2": _PreTokenizer((_GPT2,)),
-    "llama-bpe": _LLAMA3_PRE,
-    "llama-v3": _LLAMA3_PRE,
-    "llama3": _LLAMA3_PRE,
-    "qwen2": _PreTokenizer((_QWEN2,), compose=True),
-    "smollm": _PreTokenizer((r"\p{N}", _GPT2)),
-}
-
-# Tokens that end a turn or a text, by name, as llama.cpp finds them (llama-vocab.cpp, "EOG"):
-# the metadata has one eos_token_id only, and models stop at others too.
-_END_OF_TURN_TEXTS = (
-    "<|im_end|>",
-    "<|eot_id|>",
-    "<|eom_id|>",
-    "<|end|>",
-    "<end_of_turn>",
-    "<|endoftext|>",
-    "<|end_of_text|>",
-    "</s>",
-)
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
 
 
 class Tokenizer:
@@ -95,26 +58,21 @@ class Tokenizer:
 
     def __init__(
         self,
-        tokenizer: tokenizers.Tokenizer,
+        codec: _Codec,
         *,
         bos_id: int | None,
         eos_id: int | None,
         add_bos: bool,
+        end_of_turn_ids: frozenset[int],
         chat_template: str | None,
     ) -> None:
-        """Wraps a Hugging Face tokenizer; use `from_gguf` or `from_file`."""
-        self._tokenizer = tokenizer
-        # Post-processors trim spaces off the offsets and add tokens; BOS is added here, alone.
-        self._tokenizer.post_processor = None
-        self._tokenizer.no_truncation()
-        self._tokenizer.no_padding()
+        """Completes a codec; use `from_gguf` or `from_file`."""
+        self._codec = codec
         self._bos_id = bos_id
         self._eos_id = eos_id
+        self._end_of_turn_ids = end_of_turn_ids
         self._chat_template = chat_template
         self.add_bos = add_bos and bos_id is not None
-        named = (tokenizer.token_to_id(text) for text in _END_OF_TURN_TEXTS)
-        found = {token_id for token_id in (eos_id, *named) if token_id is not None}
-        self._end_of_turn_ids = frozenset(found)
 
     @classmethod
     def from_gguf(cls, gguf_file: GGUFFile) -> Tokenizer:
@@ -123,15 +81,32 @@ class Tokenizer:
         Raises:
             InputError: the file holds none, or one of a kind that is not supported.
         """
-        path, metadata = gguf_file.path, gguf_file.metadata
-        pre_tokenizer = _pre_tokenizer(path, metadata)
-        tokens = _vocabulary(path, metadata)
-        tokenizer = _byte_level_bpe(path, metadata, tokens, pre_tokenizer)
+        metadata = gguf_file.metadata
+        kind = _kind(gguf_file)
+        codec: _Codec
+        if kind == "gpt2":
+            pre_tokenizer = named_pre_tokenizer(gguf_file)
+            vocabulary = Vocabulary.from_gguf(gguf_file)
+            codec = byte_level(gguf_file, vocabulary, pre_tokenizer)
+            add_bos = pre_tokenizer.add_bos
+        elif kind == "gemma4":
+            vocabulary = Vocabulary.from_gguf(gguf_file)
+            unknown_id = special_id(gguf_file, "unknown", len(vocabulary.texts))
+            pairs = merges(gguf_file)
+            codec = sentencepiece.by_merges(vocabulary, pairs, unknown_id=unknown_id)
+            add_bos = True
+        else:
+            vocabulary = Vocabulary.from_gguf(gguf_file, bos=1, eos=2)
+            codec = _by_scores(gguf_file, vocabulary)
+            add_bos = True
+        if kind != "gemma4":  # converters wrote False for Gemma 4, which was trained with BOS
+            add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
         return cls(
-            tokenizer,
-            bos_id=_special_id(path, metadata, "bos", len(tokens)),
-            eos_id=_special_id(path, metadata, "eos", len(tokens)),
-            add_bos=bool(metadata.get("tokenizer.ggml.add_bos_token", pre_tokenizer.add_bos)),
+            codec,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            add_bos=add_bos,
+            end_of_turn_ids=vocabulary.end_ids,
             chat_template=metadata.get("tokenizer.chat_template"),
         )
 
@@ -162,20 +137,23 @@ class Tokenizer:
         bos_id = _configured_id(tokenizer, config, "bos_token")
         eos_id = _configured_id(tokenizer, config, "eos_token")
         template = _configured_template(file.parent / "chat_template.jinja", config)
+        tokens: dict[str, int] = tokenizer.get_vocab()
+        end_ids = {tokens[text] for text in end_texts(tokens)}
         if gguf_file is not None:
             n_tokens = tokenizer.get_vocab_size()
             model_bos, model_eos = (
-                _special_id(gguf_file.path, gguf_file.metadata, name, n_tokens)
-                for name in ("bos", "eos")
+                special_id(gguf_file, name, n_tokens) for name in ("bos", "eos")
             )
             bos_id = model_bos if bos_id is None else bos_id
             eos_id = model_eos if eos_id is None else eos_id
+            end_ids |= metadata_end_ids(gguf_file, n_tokens)
             template = template or gguf_file.metadata.get("tokenizer.chat_template")
         return cls(
-            tokenizer,
+            LibraryCodec(tokenizer),
             bos_id=bos_id if first_id is None else first_id,
             eos_id=eos_id,
             add_bos=first_id is not None,
+            end_of_turn_ids=frozenset(end_ids if eos_id is None else end_ids | {eos_id}),
             chat_template=template,
         )
 
@@ -197,7 +175,7 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Number of tokens; the model's vocabulary may have padding rows beyond it."""
-        return int(self._tokenizer.get_vocab_size(with_added_tokens=True))
+        return self._codec.vocab_size
 
     @property
     def chat_template(self) -> str | None:
@@ -206,6 +184,8 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_bos: bool | None = None) -> TokenizedText:
         """Cuts a text into tokens; special tokens written in it become their ids.
+
+        EOS is never added here; whether a text for training ends with it, data.append_eos says.
 
         Args:
             text: any text.
@@ -217,115 +197,69 @@ class Tokenizer:
                 surrogate pair.
         """
         try:
-            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+            ids, offsets = self._codec.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
             raise InputError(f"The text {text[:40]!r} cannot be tokenized: {error}.") from error
         if not (self.add_bos if add_bos is None else add_bos):
-            return TokenizedText(encoding.ids, encoding.offsets)
+            return TokenizedText(ids, offsets)
         if self._bos_id is None:
             raise InputError("The tokenizer has no BOS token to put first.")
-        return TokenizedText([self._bos_id, *encoding.ids], [(0, 0), *encoding.offsets])
+        return TokenizedText([self._bos_id, *ids], [(0, 0), *offsets])
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Returns the text of the tokens; bytes that are no UTF-8 become U+FFFD.
+
+        Some SentencePiece tokenizers (Llama 2) put a space before a text. It is taken off the
+        beginning here, so the text of ids that go on from others may lack one: decode them all.
 
         Args:
             ids: token ids; those beyond the vocabulary have no text.
             skip_special: leaves out control tokens (BOS, <|im_end|>, …).
         """
-        return str(self._tokenizer.decode(ids, skip_special_tokens=skip_special))
+        return self._codec.decode(ids, skip_special)
 
 
-def _pre_tokenizer(path: Path, metadata: dict[str, Any]) -> _PreTokenizer:
-    model = metadata.get("tokenizer.ggml.model")
+def _kind(gguf_file: GGUFFile) -> str:
+    """gpt2, llama or gemma4."""
+    model = gguf_file.metadata.get("tokenizer.ggml.model")
     if model is None:
-        raise InputError(f"{path} holds no tokenizer; name one with model.tokenizer.")
-    if model != "gpt2":
+        raise InputError(f"{gguf_file.path} holds no tokenizer; name one with model.tokenizer.")
+    if model not in ("gpt2", "llama", "gemma4"):
         raise InputError(
-            f"{path} has a tokenizer of the kind {model!r}, which is not supported yet; supported "
-            "is gpt2 (byte-level BPE). Name the model's tokenizer.json with model.tokenizer."
+            f"{gguf_file.path} has a tokenizer of the kind {model!r}, which is not supported; "
+            "supported are gpt2 (byte-level BPE), llama (SentencePiece) and gemma4. Name the "
+            "model's tokenizer.json with model.tokenizer."
         )
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in _PRE_TOKENIZERS:
+    # Ollama's converter gives Gemma 4 the kind llama.
+    gemma4 = gguf_file.metadata.get("tokenizer.ggml.pre") == "gemma4"
+    return "gemma4" if gemma4 else str(model)
+
+
+def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiece:
+    path, metadata = gguf_file.path, gguf_file.metadata
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.texts):
         raise InputError(
-            f"{path} has the pre-tokenizer {name!r}, which is not supported yet; supported: "
-            f"{', '.join(_PRE_TOKENIZERS)}. Name the model's tokenizer.json with model.tokenizer."
+            f"{path} is damaged: tokenizer.ggml.scores must hold {len(vocabulary.texts)} numbers, "
+            "one a token."
         )
-    return _PRE_TOKENIZERS[name]
+    return sentencepiece.by_scores(
+        vocabulary,
+        scores,
+        unknown_id=special_id(gguf_file, "unknown", len(vocabulary.texts), 0),
+        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        right_stripped=_right_stripped(gguf_file, vocabulary),
+    )
 
 
-def _vocabulary(path: Path, metadata: dict[str, Any]) -> dict[str, int]:
-    """Token to id; the key of an empty token is [EMPTY_id], as in llama.cpp."""
-    texts = _strings(path, metadata, "tokenizer.ggml.tokens")
-    vocabulary: dict[str, int] = {}
-    for token, text in enumerate(texts):
-        if text in vocabulary:
-            raise InputError(f"{path} is damaged: its tokenizer has the token {text!r} twice.")
-        vocabulary[text or f"[EMPTY_{token}]"] = token
-    return vocabulary
-
-
-def _byte_level_bpe(
-    path: Path, metadata: dict[str, Any], tokens: dict[str, int], pre_tokenizer: _PreTokenizer
-) -> tokenizers.Tokenizer:
-    merges = []
-    for merge in _strings(path, metadata, "tokenizer.ggml.merges"):
-        left, _, right = merge.partition(" ")
-        if not left or not right:
-            raise InputError(f"{path} is damaged: its tokenizer has the merge {merge!r}.")
-        merges.append((left, right))
-    try:
-        model = models.BPE(tokens, merges, ignore_merges=pre_tokenizer.ignore_merges)
-    except Exception as error:  # tokenizers raises bare Exception
-        raise InputError(
-            f"{path} is damaged: its tokenizer's merges are wrong ({error})."
-        ) from None
-    tokenizer = tokenizers.Tokenizer(model)
-    if pre_tokenizer.compose:
-        tokenizer.normalizer = normalizers.NFC()
-    splits = [
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated")
-        for pattern in pre_tokenizer.patterns
-    ]
-    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, byte_level])
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_tokens(_added_tokens(path, metadata, tokens))
-    return tokenizer
-
-
-def _added_tokens(path: Path, metadata: dict[str, Any], tokens: dict[str, int]) -> list[AddedToken]:
-    """The tokens that are found in the text as they are written, before it is cut."""
-    kinds = metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(tokens)
-    if len(kinds) != len(tokens):
-        raise InputError(
-            f"{path} is damaged: its tokenizer has {len(tokens)} tokens, but types for "
-            f"{len(kinds)}."
-        )
-    added = []
-    for text, kind in zip(tokens, kinds, strict=True):
-        # Some converters leave <|im_end|> and its like as normal tokens; llama.cpp mends that too.
-        special = kind in (TokenType.CONTROL, TokenType.UNKNOWN) or text in _END_OF_TURN_TEXTS
-        if special or kind == TokenType.USER_DEFINED:
-            added.append(AddedToken(text, special=special, normalized=False))
-    return added
-
-
-def _strings(path: Path, metadata: dict[str, Any], key: str) -> list[str]:
-    values = metadata.get(key)
-    if not isinstance(values, list) or not all(isinstance(value, str) for value in values):
-        raise InputError(f"{path} is damaged: {key} is no list of strings.")
-    return values
-
-
-def _special_id(path: Path, metadata: dict[str, Any], name: str, n_tokens: int) -> int | None:
-    token = metadata.get(f"tokenizer.ggml.{name}_token_id")
-    if token is not None and not (isinstance(token, int) and 0 <= token < n_tokens):
-        raise InputError(
-            f"{path} is damaged: tokenizer.ggml.{name}_token_id is {token!r}; it must be below "
-            f"{n_tokens}."
-        )
-    return token
+def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
+    """Special tokens that swallow white space behind them; no GGUF says so, llama.cpp knows."""
+    name = str(gguf_file.metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return set()
+    special = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    found = {token for token, kind in enumerate(vocabulary.kinds) if kind in special}
+    return found - {vocabulary.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
 
 
 def _prefixed_id(tokenizer: tokenizers.Tokenizer) -> int | None:

@@ -9,16 +9,19 @@ from typing import Any
 
 import pytest
 import tokenizers
-from tokenizers import processors
+from tokenizers import decoders, models, normalizers, processors
 
 from forward.gguf_file import GGUFFile
+from forward.pre_tokenizers import PRE_TOKENIZERS
 from forward.tokenizer import Tokenizer
 from shaders.errors import InputError
 from tests.forward.tiny_gguf import tiny_tokenizer_metadata, write_tiny_llama
+from tests.forward.tiny_sentencepiece import spaced_gguf, spaced_metadata
 
-# 80 texts (code, CJK, emoji, runs of spaces, special tokens, random mixtures) with the ids that
-# llama.cpp (xllamacpp 2026.10, /tokenize with parse_special) gave for the Q4_1 GGUF.
-RECORDED = Path(__file__).parent / "tokenizer_smollm2.json"
+# 300 texts each (code, scripts, emoji, spaces, special tokens, random mixtures) with the ids
+# that llama.cpp gave (xllamacpp 2026.10, tests/parity/record_tokenizers.py).
+RECORDED = Path(__file__).parent
+GEMMA3 = Path(__file__).parents[2] / "models" / "gemma-3-270m-q4_k_m.gguf"
 
 TEXTS = [
     "",
@@ -47,32 +50,62 @@ def _pieces(tokenizer: Tokenizer, text: str) -> list[str]:
     return [text[start:end] for start, end in tokenizer.encode(text, add_bos=False).offsets]
 
 
+def _covers(offsets: list[tuple[int, int]], length: int) -> bool:
+    """Whether no character is left out and none comes out of order."""
+    covered = 0
+    for start, end in offsets:
+        if not start <= covered <= end:
+            return False
+        covered = end
+    return covered == length
+
+
 def test_recorded_ids_of_smollm2(smollm2: Path) -> None:
     gguf_file = GGUFFile(smollm2)
     started = time.monotonic()
     tokenizer = Tokenizer.from_gguf(gguf_file)
     assert time.monotonic() - started < 1.0  # 0.2 s on two cores
-    recorded = json.loads(RECORDED.read_text(encoding="utf-8"))
-    assert len(recorded) == 80
+    recorded = json.loads((RECORDED / "tokenizer_smollm2.json").read_text(encoding="utf-8"))
+    assert len(recorded) == 300
+    absent = str.maketrans(
+        "", "", "\x04\x06\x13\x14\x16\x1d"
+    )  # bytes that SmolLM2 has no tokens for
     for row in recorded:
         assert tokenizer.encode(row["text"]).ids == row["ids"], row["text"]
-        assert tokenizer.decode(row["ids"], skip_special=False) == row["text"]
+        assert tokenizer.decode(row["ids"], skip_special=False) == row["text"].translate(absent)
     assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (1, 2, 49152)
     assert tokenizer.end_of_turn_ids == {0, 2}
     assert tokenizer.chat_template is not None
 
 
-@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "default", "llama-bpe", "qwen2"])
+def test_recorded_ids_of_gemma3() -> None:
+    if not GEMMA3.exists():
+        pytest.skip(f"models/{GEMMA3.name} is absent")
+    gguf_file = GGUFFile(GEMMA3)
+    started = time.monotonic()
+    tokenizer = Tokenizer.from_gguf(gguf_file)
+    assert time.monotonic() - started < 2.0  # 0.2 s on two cores, for 262,144 tokens
+    recorded = json.loads((RECORDED / "tokenizer_gemma3.json").read_text(encoding="utf-8"))
+    assert len(recorded) == 300
+    for row in recorded:
+        tokens = tokenizer.encode(row["text"], add_bos=False)
+        assert tokens.ids == row["ids"], row["text"]
+        # The character that stands for a space is itself no other.
+        assert tokenizer.decode(row["ids"], skip_special=False) == row["text"].replace("▁", " ")
+        assert _covers(tokens.offsets, len(row["text"]))
+    assert tokenizer.encode("a").ids == [2, *tokenizer.encode("a", add_bos=False).ids]
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.vocab_size) == (2, 1, 262144)
+    # <eos>, <end_of_turn>, and </s>, an HTML tag here, which llama.cpp stops at too.
+    assert tokenizer.end_of_turn_ids == {1, 106, 212}
+
+
+@pytest.mark.parametrize("pre", PRE_TOKENIZERS)
 def test_round_trip_and_offsets(tmp_path: Path, pre: str) -> None:
     tokenizer = Tokenizer.from_gguf(_gguf(tmp_path, pre=pre))
     for text in TEXTS:
-        tokens = tokenizer.encode(text)
+        tokens = tokenizer.encode(text, add_bos=False)
         assert tokenizer.decode(tokens.ids) == text
-        covered = 0
-        for start, end in tokens.offsets:  # no character is left out, none comes out of order
-            assert start <= covered <= end
-            covered = end
-        assert covered == len(text)
+        assert _covers(tokens.offsets, len(text))
 
 
 @pytest.mark.parametrize(
@@ -149,10 +182,11 @@ def test_bos(tmp_path: Path) -> None:
 
 
 def test_refused_tokenizers(tmp_path: Path) -> None:
-    message = _error(tmp_path, pre="tekken")
-    assert "'tekken'" in message
-    assert "default, gpt-2, llama-bpe, llama-v3, llama3, qwen2, smollm" in message
-    assert "kind 'llama'" in _error(tmp_path, model="llama")
+    message = _error(tmp_path, pre="kimi-k2")
+    assert "'kimi-k2'" in message
+    assert ", ".join(PRE_TOKENIZERS) in message
+    assert "kind 'bert'" in _error(tmp_path, model="bert")
+    assert "must hold 320 numbers" in _error(tmp_path, model="llama")
     assert "holds no tokenizer" in _error(tmp_path, model=None)
     assert "tokens is no list of strings" in _error(tmp_path, tokens=[1, 2, 3])
     assert "merges is no list of strings" in _error(tmp_path, merges=None)
@@ -165,6 +199,50 @@ def test_refused_tokenizers(tmp_path: Path) -> None:
     assert "twice" in _error(tmp_path, tokens=tokens)
 
 
+def test_end_of_turn_ids(tmp_path: Path) -> None:
+    tokens = tiny_tokenizer_metadata(320)["tokenizer.ggml.tokens"]
+    ends = {"eot_token_id": 310, "eom_token_id": 311, "eos_token_ids": [312, 313]}
+    tokenizer = Tokenizer.from_gguf(_gguf(tmp_path, **ends))
+    assert tokenizer.end_of_turn_ids == {0, 2, 310, 311, 312, 313}
+    assert "eot_token_id is 320" in _error(tmp_path, eot_token_id=320)
+    assert "eos_token_ids is 320" in _error(tmp_path, eos_token_ids=[320])
+    # gpt-oss ends a turn with <|return|> or <|call|>, and a message in it with <|end|>
+    named = [*tokens[:-3], "<|end|>", "<|return|>", "<|call|>"]
+    tokenizer = Tokenizer.from_gguf(_gguf(tmp_path, tokens=named))
+    assert tokenizer.end_of_turn_ids == {0, 2, 318, 319}
+    assert tokenizer.decode(tokenizer.encode("a<|end|>").ids) == "a<|end|>"
+    assert tokenizer.decode([317, 318]) == "<|end|>"
+    named = [*tokens[:-2], "</s>", "<|tool_response>"]
+    tokenizer = Tokenizer.from_gguf(_gguf(tmp_path, tokens=named))
+    assert tokenizer.end_of_turn_ids == {0, 2, 319}
+    assert 318 not in tokenizer.encode("a</s>").ids
+    named = [*tokens[:-1], "</s>"]
+    assert Tokenizer.from_gguf(_gguf(tmp_path, tokens=named)).end_of_turn_ids == {0, 2, 319}
+
+
+def test_control_tokens_that_are_part_of_the_text(tmp_path: Path) -> None:
+    tokens = tiny_tokenizer_metadata(320)["tokenizer.ggml.tokens"]
+    kinds = tiny_tokenizer_metadata(320)["tokenizer.ggml.token_type"]
+    tokens[-2:], kinds[-2:] = ["<|channel|>", "<|other|>"], [3, 3]
+    tokenizer = Tokenizer.from_gguf(_gguf(tmp_path, tokens=tokens, token_type=kinds))
+    ids = tokenizer.encode("<|channel|>a<|other|>").ids
+    assert (ids[0], ids[2]) == (318, 319)
+    assert tokenizer.decode(ids) == "<|channel|>a"
+
+
+def test_bytes_without_a_token_are_left_out(tmp_path: Path) -> None:
+    metadata = tiny_tokenizer_metadata(320)
+    tokens = metadata["tokenizer.ggml.tokens"]
+    tokens[tokens.index("x")] = "[no x]"
+    tokenizer = Tokenizer.from_gguf(_gguf(tmp_path, tokens=tokens))
+    found = tokenizer.encode("usxer the")
+    # "us" and "er" don't become "user", as if nothing had stood between
+    assert [tokens[token] for token in found.ids] == ["us", "er", "Ġthe"]
+    assert found.offsets == [(0, 2), (3, 5), (5, 9)]
+    assert tokenizer.vocab_size == 320
+    assert tokenizer.decode([320, *found.ids, 321]) == "user the"
+
+
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="cannot be tokenized"):
         Tokenizer.from_gguf(_gguf(tmp_path)).encode("a\ud800")
@@ -174,7 +252,7 @@ def _saved(tmp_path: Path, *, with_bos: bool) -> Path:
     """A directory as Hugging Face saves one, with what its post-processors do to texts."""
     directory = tmp_path / "saved"
     directory.mkdir(exist_ok=True)
-    saved: tokenizers.Tokenizer = Tokenizer.from_gguf(_gguf(tmp_path))._tokenizer
+    saved: tokenizers.Tokenizer = Tokenizer.from_gguf(_gguf(tmp_path))._codec._tokenizer
     trim: Any = processors.ByteLevel(trim_offsets=True)
     if with_bos:
         bos = processors.TemplateProcessing("<|im_start|> $A", None, [("<|im_start|>", 1)])
@@ -225,3 +303,34 @@ def test_from_file_refuses(tmp_path: Path) -> None:
     (directory / "tokenizer_config.json").write_text("{")
     with pytest.raises(InputError, match="is not JSON"):
         Tokenizer.from_file(directory)
+
+
+def test_from_file_reads_sentencepiece(tmp_path: Path) -> None:
+    """As Hugging Face has written Llama 2's: a space put before the text, bytes as tokens."""
+    metadata = spaced_metadata()
+    tokens = metadata["tokenizer.ggml.tokens"]
+    merges = [("h", "i"), ("▁", "hi")]
+    model = models.BPE(
+        {text: token for token, text in enumerate(tokens)},
+        merges,
+        unk_token="<unk>",
+        byte_fallback=True,
+        fuse_unk=True,
+    )
+    saved = tokenizers.Tokenizer(model)
+    prepend = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    saved.normalizer = normalizers.Sequence(prepend)
+    strip = decoders.Strip(" ", 1, 0)
+    spaces = decoders.Replace("▁", " ")
+    saved.decoder = decoders.Sequence([spaces, decoders.ByteFallback(), decoders.Fuse(), strip])
+    saved.post_processor = processors.TemplateProcessing("<s> $A", None, [("<s>", 1)])
+    saved.add_special_tokens(["<unk>", "<s>", "</s>"])
+    saved.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer.from_file(tmp_path)
+    ours = Tokenizer.from_gguf(spaced_gguf(tmp_path))
+    for text in ("hi", "hi hi", "  hi", "é hi", "hihi", "x", ""):
+        found = tokenizer.encode(text)
+        assert found == ours.encode(text), text
+        assert tokenizer.decode(found.ids) == text
+    assert (tokenizer.bos_id, tokenizer.add_bos) == (1, True)
+    assert tokenizer.end_of_turn_ids == {2, 4}

@@ -99,8 +99,8 @@ def test_wrong_models(tmp_path: Path) -> None:
     for contents, words in ((whole[:5000], ["model.gguf"]), (b"PK\x03\x04" * 50, ["GGUF"])):
         model.write_bytes(contents)
         refused(lora("train", path), *words)
-    write_tiny_llama(model, types={"weight": "Q5_0", "norm.weight": "F32"})
-    refused(lora("train", path), "Q5_0", "Q4_1")
+    write_tiny_llama(model, hidden_size=256, types={"ffn_up.weight": "TQ1_0"})
+    refused(lora("train", path), "TQ1_0", "Q4_1")
     model.unlink()
     refused(lora("train", path), "model.gguf")
 

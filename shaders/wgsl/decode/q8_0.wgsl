@@ -2,9 +2,7 @@
 // (f16, two a word).
 fn decode8(row: u32, k: u32) -> Eight {
     let base = row * row_words;
-    let block = k / 32u;
-    let pair = unpack2x16float(weights[base + columns / 4u + block / 2u]);
-    let d = select(pair.x, pair.y, (block & 1u) == 1u);
+    let d = unpack2x16float(weights[base + columns / 4u + k / 64u] >> ((k / 2u) & 16u)).x;
     let at = base + k / 4u;
     return Eight(
         vec4<f32>(unpack4xI8(weights[at])) * d,

@@ -1,0 +1,116 @@
+"""Products with matrices of every tensor type, forward and to the input, against float64 numpy."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from backward.matmul import matmul_backward
+from forward.gguf_file import GGUFFile, GGUFTensor
+from forward.matmul import BODIES, matmul
+from forward.quantization import QUANTIZATIONS
+from forward.weights import load_matrix
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_quantization import (
+    ALL_TYPES,
+    dequantized,
+    first_rows,
+    random_blocks,
+    tensor_of,
+    type_name,
+)
+from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+
+
+@pytest.fixture(params=BODIES)
+def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+    """Both kernels on whatever device there is."""
+    device.matmul_body = request.param
+    yield request.param
+    device.matmul_body = None
+
+
+def product_reference(x: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """y = x Wᵀ in float64."""
+    return x.astype(np.float64) @ w.astype(np.float64).T
+
+
+def gradient_reference(d_y: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """d_x = d_y W in float64."""
+    return d_y.astype(np.float64) @ w.astype(np.float64)
+
+
+def test_reference_gradient_is_the_derivative() -> None:
+    rng = np.random.default_rng(0)
+    w, d_y = rng.normal(size=(6, 8)), rng.normal(size=(4, 6))
+    x, direction = rng.normal(size=(4, 8)), rng.normal(size=(4, 8))
+
+    def loss(v: np.ndarray) -> float:
+        return float((product_reference(v, w) * d_y).sum())
+
+    expected = (gradient_reference(d_y, w) * direction).sum()
+    assert central_difference(loss, x, direction) == pytest.approx(expected, rel=1e-8)
+
+
+def check(device: Device, tensor: GGUFTensor, rows: int, in_use: int) -> None:
+    """Both directions, over `in_use` of `rows` rows."""
+    matrix, w = load_matrix(device, [tensor]), dequantized(tensor)
+    n_out, n_in = w.shape
+    rng = np.random.default_rng(rows)
+    x = rng.normal(size=(rows, n_in)).astype(np.float32)
+    d_y = rng.normal(size=(rows, n_out)).astype(np.float32)
+    extent = extent_in_use(device, rows, in_use)
+    y, d_x = marked(device, extent, n_out), marked(device, extent, n_in)
+    forward, backward = Program(device), Program(device)
+    matmul(forward, activation(device, x, extent), matrix, out=y)
+    matmul_backward(backward, activation(device, d_y, extent), matrix, out=d_x)
+    for name, result, expected, magnitude, terms in (
+        ("y", run_twice(forward, y), product_reference(x, w),
+         product_reference(np.abs(x), np.abs(w)), n_in),
+        ("d_x", run_twice(backward, d_x), gradient_reference(d_y, w),
+         gradient_reference(np.abs(d_y), np.abs(w)), n_out),
+    ):  # fmt: skip
+        # The weights are exact. Each of n additions rounds the sum so far by at most 2^-24 of it,
+        # and that is at most Σ |x · w|; the errors' signs are random, so they grow as sqrt(n).
+        bound = 2 * np.sqrt(terms) * 2.0**-24 * magnitude[:in_use]
+        assert (np.abs(result[:in_use] - expected[:in_use]) <= bound).all(), name
+        assert (result[in_use:] == MARKER).all(), name
+
+
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
+@pytest.mark.parametrize(
+    ("rows", "in_use", "out_features", "blocks"),
+    [(1, 1, 36, 1), (7, 5, 4, 3), (33, 33, 100, 2), (130, 129, 68, 3)],
+)
+def test_random_blocks(
+    device: Device,
+    body: str,
+    kind: GGMLQuantizationType,
+    rows: int,
+    in_use: int,
+    out_features: int,
+    blocks: int,
+) -> None:
+    """Rows and outputs that fill no tile; widths that fill no step, where the type has such."""
+    block_size = QUANTIZATIONS[kind].block_size
+    columns = 32 * blocks + 4 if block_size == 1 else block_size * blocks
+    data = random_blocks(kind, out_features, columns, seed=rows)
+    check(device, tensor_of(kind, data, columns), rows, in_use)
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("token_embd.weight", "Q8_0"),
+        ("blk.0.ffn_gate.weight", "Q5_0"),
+        ("blk.0.attn_output.weight", "Q4_K"),
+        ("blk.0.ffn_down.weight", "Q6_K"),
+    ],
+)
+def test_real_tensors(device: Device, body: str, gemma3: Path, name: str, kind: str) -> None:
+    tensor = first_rows(GGUFFile(gemma3).tensors[name], 700)
+    assert tensor.type.name == kind
+    check(device, tensor, 33, 31)
