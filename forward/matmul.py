@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
+from forward.matmul_tiles import choose_tile
 from forward.weights import FrozenMatrix, MatrixPart
 from shaders.program import Program
 from shaders.tensor import Extent, Tensor
@@ -17,51 +17,6 @@ BODIES = ("wide", "tiled")  # for adapters on the CPU; for GPUs
 # What matmul_wide's lanes hold, measured on llvmpipe (docs/log.md).
 WIDE_ROWS = 12
 WIDE_LANES = 32
-
-
-@dataclass(frozen=True)
-class Tile:
-    """Tunables of matmul_tiled: outputs of a workgroup, depth of a step, outputs of a lane."""
-
-    tile_rows: int
-    tile_columns: int
-    depth: int
-    lane_rows: int
-    lane_columns: int
-
-
-# Each fits 16 KiB of workgroup memory and 256 lanes, WebGPU's defaults. Largest first, with the
-# workgroups from which on it pays (docs/log.md).
-_TILES = (
-    (240, Tile(128, 128, 16, 8, 8)),
-    (240, Tile(128, 64, 16, 8, 8)),
-    (30, Tile(64, 64, 32, 8, 4)),
-    (0, Tile(32, 32, 32, 4, 4)),
-)
-_WORKGROUPS_WANTED = 264  # two for each multiprocessor of a large GPU
-_MAX_SPLITS = 8
-_SHORTEST_SPLIT = 128
-
-
-def choose_tile(rows: int, columns: int) -> Tile:
-    """The largest tile that still gives the device enough workgroups."""
-    return next(
-        tile
-        for wanted, tile in _TILES
-        if -(-rows // tile.tile_rows) * -(-columns // tile.tile_columns) >= wanted
-    )
-
-
-def choose_splits(workgroups: int, contraction: int, depth: int) -> tuple[int, int]:
-    """Into how many stretches a long contraction is cut where workgroups are few.
-
-    Returns:
-        The number of stretches, and their length, a multiple of `depth`.
-    """
-    most = min(_MAX_SPLITS, max(1, contraction // _SHORTEST_SPLIT))
-    splits = min(most, -(-_WORKGROUPS_WANTED // workgroups))
-    length = -(-contraction // (splits * depth)) * depth
-    return -(-contraction // length), length
 
 
 def matmul(
@@ -230,17 +185,19 @@ def _record_tiled(
         after: the last of `tensors`, which the second pass takes then: residual and bias.
     """
     n_columns, contraction = constants["n_columns"], constants["contraction"]
-    tile = choose_tile(extent.maximum, n_columns)
-    grid_x = -(-n_columns // tile.tile_columns)
-    grid_y = -(-extent.maximum // tile.tile_rows)
-    splits, length = choose_splits(grid_x * grid_y, contraction, tile.depth)
-    constants |= asdict(tile) | {"splits": splits, "split_length": length}
+    device = program.device
+    tile, splits, length = choose_tile(
+        extent.maximum, n_columns, contraction, device.workgroup_memory
+    )
+    constants |= tile.constants() | {"splits": splits, "split_length": length}
+    # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly.
+    constants["unroll"] = 4 if device.is_cpu else tile.depth
     constants["maximum_rows"] = extent.maximum
-    grid = (grid_x, grid_y, splits)
+    grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
     if splits == 1:
         program.dispatch("matmul_tiled", constants, tensors, grid, label=label, flops=flops)
         return
-    partial = program.device.scratch((splits * extent.maximum, n_columns))
+    partial = device.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
         "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
         "out_column": 0,

@@ -19,6 +19,7 @@ import wgpu
 from shaders.errors import DeviceMemoryError, InputError
 from shaders.templates import render
 from shaders.tensor import Extent, Tensor
+from shaders.trusted import trusted_shader_module
 
 ALIGNMENT = 256  # the largest offset alignment that WebGPU may ask of a binding
 UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a few of these
@@ -119,6 +120,7 @@ class Device:
                 self.wgpu.limits["max-buffer-size"],
             )
         )
+        self.workgroup_memory = int(self.wgpu.limits["max-compute-workgroup-storage-size"])
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None
@@ -127,8 +129,9 @@ class Device:
 
     def copy_limits(self, other: Device) -> None:
         """Takes over what is known of another device, and none of its memory."""
-        for name in ("info", "name", "is_cpu", "features", "max_binding", "matmul_body"):
-            setattr(self, name, getattr(other, name))
+        self.info, self.name, self.is_cpu = other.info, other.name, other.is_cpu
+        self.features, self.max_binding = other.features, other.max_binding
+        self.workgroup_memory, self.matmul_body = other.workgroup_memory, other.matmul_body
         self.allocated = Counter()
         self._scratch = {}
 
@@ -256,7 +259,7 @@ class Device:
         key = (template, repr(sorted(constants.items())))
         if key not in self._pipelines:
             code = render(template, constants)
-            module = self.wgpu.create_shader_module(label=template, code=code)
+            module = trusted_shader_module(self.wgpu, template, code)
             self._pipelines[key] = self.wgpu.create_compute_pipeline(
                 label=template, layout="auto", compute={"module": module, "entry_point": "main"}
             )

@@ -8,6 +8,10 @@
 // A workgroup computes {{ tile_rows }} × {{ tile_columns }} outputs, a lane {{ lane_rows }} × {{ lane_columns }} of them in named
 // accumulators. The low-rank part comes first, then the weight, each in order of the contraction:
 // an output depends on its row of x and its column of W only, not on where its tile lies.
+//
+// The next tile is fetched into registers while the present one is multiplied. Neighbouring lanes
+// fetch along the contraction, where memory is contiguous, and store across it: an exclusive-or of
+// the place with the step keeps such stores off each other's banks.
 
 {% include "matmul_bindings.wgsl" %}
 
@@ -19,44 +23,77 @@ const depth = {{ depth }}u;
 {% set lanes = lanes_x * lanes_y %}
 {% set row_quads = lane_rows // 4 %}
 {% set column_quads = lane_columns // 4 %}
+{% set x_quads = depth * tile_rows // 4 %}
+{% set w_quads = depth * tile_columns // 4 %}
+{% set x_units = x_quads // lanes %}
+{% set w_units = w_quads // 2 // lanes %}
+{% set whole = contraction % depth == 0 %}
 
 // [depth][tile / 4], a vec4 holding four neighbouring rows (columns).
-var<workgroup> x_tile: array<vec4<f32>, {{ depth * tile_rows // 4 }}>;
-var<workgroup> w_tile: array<vec4<f32>, {{ depth * tile_columns // 4 }}>;
+var<workgroup> x_tile: array<vec4<f32>, {{ x_quads }}>;
+var<workgroup> w_tile: array<vec4<f32>, {{ w_quads }}>;
 
-{# Loads a tile of [rows, stride] (x or low), transposed. #}
-{% macro load_rows(source, stride, column, limit) %}
-{% for i in range((tile_rows * depth // 4 + lanes - 1) // lanes) %}
-        {
-            let unit = lane + {{ i * lanes }}u;
-{% if (i + 1) * lanes > tile_rows * depth // 4 %}
-            if (unit < {{ tile_rows * depth // 4 }}u) {
+// Where the four rows (columns) `quad` of a step lie.
+fn x_at(step: u32, quad: u32) -> u32 { return step * {{ tile_rows // 4 }}u + (quad ^ (step / 4u & 7u)); }
+fn w_at(step: u32, quad: u32) -> u32 {
+{% if transposed %}
+    return step * {{ tile_columns // 4 }}u + quad; // stored whole, along the columns
+{% else %}
+    return step * {{ tile_columns // 4 }}u + (quad ^ (2u * (step / 8u & 3u)));
 {% endif %}
-            let m = unit % tile_rows;
-            let quad = unit / tile_rows;
-            var value = vec4<f32>();
-            if (first_row + m < extent.rows && k + 4u * quad < {{ limit }}) {
-                value = {{ source }}[((first_row + m) * {{ stride }} + {{ column }} + k) / 4u + quad];
-            }
+}
+
+fn store_x(m: u32, step: u32, value: vec4<f32>) {
 {% for c in range(4) %}
-            x_tile[((4u * quad + {{ c }}u) * tile_rows + m) / 4u][m % 4u] = value[{{ c }}];
+    x_tile[x_at(step + {{ c }}u, m / 4u)][m % 4u] = value[{{ c }}];
 {% endfor %}
-{% if (i + 1) * lanes > tile_rows * depth // 4 %}
-            }
+}
+
+fn store_w(n: u32, step: u32, w: Eight) {
+{% for c in range(8) %}
+    w_tile[w_at(step + {{ c }}u, n / 4u)][n % 4u] = w.{{ "a" if c < 4 else "b" }}[{{ c % 4 }}];
+{% endfor %}
+}
+
+{# Fetches the tile from `k` on into the registers x_… and w_…. #}
+{% macro fetch(k) %}
+{% for i in range(x_units) %}
+        fetched_x_{{ i }} = x[x_from_{{ i }} + {{ k }} / 4u];
+{% if not whole %}
+        if ({{ k }} + 4u * x_quad_{{ i }} >= contraction) { fetched_x_{{ i }} = vec4<f32>(); }
 {% endif %}
+{% endfor %}
+{% for i in range(w_units) %}
+{% if transposed %}
+{% if whole %}
+        fetched_w_{{ i }} = decode8({{ k }} + w_row_{{ i }}, w_column_{{ i }});
+{% else %}
+        fetched_w_{{ i }} = Eight();
+        if ({{ k }} + w_row_{{ i }} < contraction) {
+            fetched_w_{{ i }} = decode8({{ k }} + w_row_{{ i }}, w_column_{{ i }});
         }
+{% endif %}
+{% else %}
+{% if whole %}
+        fetched_w_{{ i }} = decode8(w_row_{{ i }}, {{ k }} + 8u * w_eight_{{ i }});
+{% else %}
+        fetched_w_{{ i }} = Eight();
+        if ({{ k }} + 8u * w_eight_{{ i }} < contraction) {
+            fetched_w_{{ i }} = decode8(w_row_{{ i }}, {{ k }} + 8u * w_eight_{{ i }});
+        }
+{% endif %}
+{% endif %}
 {% endfor %}
 {% endmacro %}
 
-{# Multiplies the two tiles into the accumulators. #}
-{% macro multiply(steps) %}
-        workgroupBarrier();
-        for (var step = 0u; step < {{ steps }}u; step += 1u) {
+{# Multiplies one step of the two tiles into the accumulators. #}
+{% macro multiply_step(step) %}
+        {
 {% for i in range(row_quads) %}
-            let a_{{ i }} = x_tile[step * {{ tile_rows // 4 }}u + {{ i * lanes_y }}u + lane_y];
+            let a_{{ i }} = x_tile[x_at({{ step }}, {{ i * lanes_y }}u + lane_y)];
 {% endfor %}
 {% for j in range(column_quads) %}
-            let b_{{ j }} = w_tile[step * {{ tile_columns // 4 }}u + {{ j * lanes_x }}u + lane_x];
+            let b_{{ j }} = w_tile[w_at({{ step }}, {{ j * lanes_x }}u + lane_x)];
 {% endfor %}
 {% for i in range(lane_rows) %}
 {% for j in range(column_quads) %}
@@ -64,7 +101,6 @@ var<workgroup> w_tile: array<vec4<f32>, {{ depth * tile_columns // 4 }}>;
 {% endfor %}
 {% endfor %}
         }
-        workgroupBarrier();
 {% endmacro %}
 
 @compute @workgroup_size({{ lanes }})
@@ -76,6 +112,8 @@ fn main(
     let first_column = group.x * tile_columns;
     // Uniform: the whole workgroup leaves before its first barrier.
     if (first_row >= extent.rows) { return; }
+    // Rows and columns past the end repeat the last: what they give is not stored.
+    let last_row = extent.rows - 1u;
     let lane_x = lane % {{ lanes_x }}u;
     let lane_y = lane / {{ lanes_x }}u;
 {% for i in range(lane_rows) %}
@@ -83,48 +121,81 @@ fn main(
     var sum_{{ i }}_{{ j }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
+{% for i in range(x_units) %}
+    let x_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ depth // 4 }}u;
+    let x_row_{{ i }} = (lane + {{ i * lanes }}u) / {{ depth // 4 }}u;
+    let x_from_{{ i }} = (min(first_row + x_row_{{ i }}, last_row) * x_stride + x_column) / 4u + x_quad_{{ i }};
+    var fetched_x_{{ i }} = vec4<f32>();
+{% endfor %}
+{% for i in range(w_units) %}
+{% if transposed %}
+    let w_row_{{ i }} = (lane + {{ i * lanes }}u) / {{ tile_columns // 8 }}u;
+    let w_eight_{{ i }} = (lane + {{ i * lanes }}u) % {{ tile_columns // 8 }}u;
+    let w_column_{{ i }} = min(first_column + 8u * w_eight_{{ i }}, {{ (n_columns - 1) // 8 * 8 }}u);
+{% else %}
+    let w_eight_{{ i }} = (lane + {{ i * lanes }}u) % {{ depth // 8 }}u;
+    let w_line_{{ i }} = (lane + {{ i * lanes }}u) / {{ depth // 8 }}u;
+    let w_row_{{ i }} = min(first_column + w_line_{{ i }}, n_columns - 1u);
+{% endif %}
+    var fetched_w_{{ i }} = Eight();
+{% endfor %}
 
 {% if splits > 1 %}
     // Workgroups with z = s sum the stretch s of the contraction; the low-rank part goes with the first.
     let first_k = group.z * {{ split_length }}u;
     let last_k = min(first_k + {{ split_length }}u, contraction);
-    if (group.z == 0u) {
 {% else %}
     let first_k = 0u;
     let last_k = contraction;
 {% endif %}
+{{ fetch("first_k") }}
+{% if splits > 1 %}
+    if (group.z == 0u) {
+{% endif %}
 {% for member in members %}
-{% set steps = [depth, rank] | min %}
 {% if not transposed %}
     if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
 {% endif %}
     for (var k = 0u; k < {{ rank }}u; k += depth) {
-{{ load_rows("low", low_stride ~ "u", member.low_start ~ "u", rank ~ "u") }}
-        for (var unit = lane; unit < {{ tile_columns * depth // 4 }}u; unit += {{ lanes }}u) {
+        workgroupBarrier();
+        for (var unit = lane; unit < {{ x_quads }}u; unit += {{ lanes }}u) {
+            let quad = unit % {{ depth // 4 }}u;
+            let m = unit / {{ depth // 4 }}u;
+            var value = vec4<f32>();
+            if (k + 4u * quad < {{ rank }}u) {
+                value = low[(min(first_row + m, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + quad];
+            }
+            store_x(m, 4u * quad, value);
+        }
+        for (var unit = lane; unit < {{ w_quads }}u; unit += {{ lanes }}u) {
 {% if transposed %}
             let quad = unit % {{ tile_columns // 4 }}u;
-            let r = k + unit / {{ tile_columns // 4 }}u;
+            let step = unit / {{ tile_columns // 4 }}u;
             let column = first_column + 4u * quad;
             var value = vec4<f32>();
-            if (r < {{ rank }}u && column < n_columns) {
-                value = factor[(({{ member.low_start }}u + r) * n_columns + column) / 4u];
+            if (k + step < {{ rank }}u && column < n_columns) {
+                value = factor[(({{ member.low_start }}u + k + step) * n_columns + column) / 4u];
             }
-            w_tile[unit] = value;
+            w_tile[w_at(step, quad)] = value;
 {% else %}
-            let n = unit % tile_columns;
-            let quad = unit / tile_columns;
+            let quad = unit % {{ depth // 4 }}u;
+            let n = unit / {{ depth // 4 }}u;
             let column = first_column + n;
             var value = vec4<f32>();
             if (column >= {{ member.start }}u && column < {{ member.stop }}u && k + 4u * quad < {{ rank }}u) {
                 value = {{ scale }} * factor[((column - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + quad];
             }
-            w_tile[((4u * quad) * tile_columns + n) / 4u][n % 4u] = value.x;
-            w_tile[((4u * quad + 1u) * tile_columns + n) / 4u][n % 4u] = value.y;
-            w_tile[((4u * quad + 2u) * tile_columns + n) / 4u][n % 4u] = value.z;
-            w_tile[((4u * quad + 3u) * tile_columns + n) / 4u][n % 4u] = value.w;
+{% for c in range(4) %}
+            w_tile[w_at(4u * quad + {{ c }}u, n / 4u)][n % 4u] = value[{{ c }}];
+{% endfor %}
 {% endif %}
         }
-{{ multiply(steps) }}
+        workgroupBarrier();
+        for (var step = 0u; step < {{ [depth, rank] | min }}u; step += 4u) {
+{% for s in range(4) %}
+{{ multiply_step("step + " ~ s ~ "u") }}
+{% endfor %}
+        }
     }
 {% if not transposed %}
     }
@@ -135,32 +206,33 @@ fn main(
 {% endif %}
 
     for (var k = first_k; k < last_k; k += depth) {
-{{ load_rows("x", "x_stride", "x_column", "contraction") }}
-        for (var unit = lane; unit < {{ tile_columns * depth // 8 }}u; unit += {{ lanes }}u) {
-{% if transposed %}
-            let eight = unit % {{ tile_columns // 8 }}u;
-            let n = k + unit / {{ tile_columns // 8 }}u;
-            let column = first_column + 8u * eight;
-            var w = Eight();
-            if (n < contraction && column < n_columns) {
-                w = decode8(n, column);
-            }
-            w_tile[2u * unit] = w.a;
-            w_tile[2u * unit + 1u] = w.b;
-{% else %}
-            let n = unit % tile_columns;
-            let eight = unit / tile_columns;
-            var w = Eight();
-            if (first_column + n < n_columns && k + 8u * eight < contraction) {
-                w = decode8(first_column + n, k + 8u * eight);
-            }
-            let at = (8u * eight * tile_columns + n) / 4u;
-{% for c in range(8) %}
-            w_tile[at + {{ c * tile_columns // 4 }}u][n % 4u] = w.{{ "a" if c < 4 else "b" }}[{{ c % 4 }}];
+        workgroupBarrier();
+{% for i in range(x_units) %}
+        store_x(x_row_{{ i }}, 4u * x_quad_{{ i }}, fetched_x_{{ i }});
 {% endfor %}
+{% for i in range(w_units) %}
+{% if transposed %}
+        w_tile[w_at(w_row_{{ i }}, 2u * w_eight_{{ i }})] = fetched_w_{{ i }}.a;
+        w_tile[w_at(w_row_{{ i }}, 2u * w_eight_{{ i }} + 1u)] = fetched_w_{{ i }}.b;
+{% else %}
+        store_w(w_line_{{ i }}, 8u * w_eight_{{ i }}, fetched_w_{{ i }});
 {% endif %}
+{% endfor %}
+        workgroupBarrier();
+        if (k + depth < last_k) {
+{{ fetch("(k + depth)") }}
         }
-{{ multiply(depth) }}
+{% if unroll >= depth %}
+{% for step in range(depth) %}
+{{ multiply_step(step ~ "u") }}
+{% endfor %}
+{% else %}
+        for (var step = 0u; step < depth; step += {{ unroll }}u) {
+{% for s in range(unroll) %}
+{{ multiply_step("step + " ~ s ~ "u") }}
+{% endfor %}
+        }
+{% endif %}
     }
 
 {% for i in range(lane_rows) %}

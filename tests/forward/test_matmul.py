@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType, quants
 
 from backward.matmul import matmul_backward
 from forward.adapter import LoraFactors
-from forward.matmul import BODIES, choose_splits, matmul
+from forward.matmul import BODIES, matmul
 from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
 from shaders.program import Program
@@ -149,15 +149,6 @@ def test_split_by_the_largest_binding(
     matrix = load_matrix(device, [tensor_of(Q8_0, data, 64)])
     assert len(matrix.parts) == 5
     check(device, matrix, w, 10, 9, [(0, 100), (104, 300)], 8)
-
-
-def test_splits_cover_the_contraction() -> None:
-    for workgroups in (1, 36, 72, 263, 264, 1000):
-        for contraction in (4, 36, 576, 1536, 49152):
-            splits, length = choose_splits(workgroups, contraction, 32)
-            assert (splits - 1) * length < contraction <= splits * length
-            assert splits == 1 or length % 32 == 0
-    assert choose_splits(264, 49152, 32)[0] == 1
 
 
 def test_widths_that_are_no_multiple_of_four_are_refused(device: Device) -> None:

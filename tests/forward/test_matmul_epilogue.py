@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from forward.matmul import BODIES, choose_splits, choose_tile, matmul
+from forward.matmul import BODIES, matmul
+from forward.matmul_tiles import choose_tile
 from forward.weights import load_matrix
 from shaders.device import Device
 from shaders.program import Program
@@ -62,9 +63,7 @@ def test_epilogue(
 
 
 def test_the_long_shape_takes_two_passes() -> None:
-    tile = choose_tile(33, 64)
-    workgroups = -(-33 // tile.tile_rows) * -(-64 // tile.tile_columns)
-    assert choose_splits(workgroups, 1024, tile.depth)[0] > 1
+    assert choose_tile(33, 64, 1024, 16384)[1] > 1
 
 
 def test_a_vocabulary_that_is_no_multiple_of_four(device: Device, body: str) -> None:
