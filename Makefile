@@ -17,9 +17,10 @@ test: lint $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
 	$(BIN)/python -m pytest --durations=10
 
-## parity: compare live with PyTorch, transformers and PEFT
+## parity: compare live with PyTorch, transformers, PEFT and llama.cpp
 parity: $(VENV)/.parity $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
+	$(BIN)/lora pull gemma3-270m
 	$(BIN)/python -m pytest -m parity --durations=10
 
 lint: $(VENV)/.test
