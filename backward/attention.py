@@ -2,10 +2,19 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
+
+import forward.attention
 from forward.activations import activation, check_shape, extent_of
-from forward.attention import attention_constants, choose_tile, visible_pairs
+from forward.attention import attention_constants, visible_pairs
+from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
+
+SPLIT_BELOW = 512  # workgroups of key heads on a GPU; set it by benchmarks/attention.py
+
+_BLOCK = 32  # rows of the largest block of keys
+_SUM_LANES = 64
 
 
 def attention_backward(
@@ -25,7 +34,7 @@ def attention_backward(
     d_qkv: Tensor | None = None,
     dots: Tensor | None = None,
 ) -> Tensor:  # [rows, (n_heads + 2 n_kv_heads) · head_size]
-    """Appends the gradient of `attention` to its qkv: three dispatches, no atomics.
+    """Appends the gradient of `attention` to its qkv: two or three dispatches, no atomics.
 
     Bit for bit, an example's result does not depend on where it lies or on what lies beside it.
 
@@ -43,9 +52,10 @@ def attention_backward(
         window: see `attention`.
         softcap: see `attention`.
         d_qkv: where to write; a new tensor by default.
-        dots: [rows, n_heads], scratch for each row's d_out · out; a new tensor by default.
+        dots: [rows, n_heads], for each row's d_out · out; a new tensor by default.
     """
-    rows, extent = qkv.shape[0], extent_of(qkv)
+    extent = extent_of(qkv)
+    rows, device = qkv.shape[0], program.device
     constants = attention_constants(
         qkv, segments, n_heads, n_kv_heads, head_size, scale, window, softcap
     )
@@ -58,27 +68,41 @@ def attention_backward(
     check_shape("attention dots", row_dots, rows, n_heads)
     pairs = visible_pairs(extent.maximum, window)
 
-    program.dispatch(
-        "attention_backward_dots",
-        {"n_heads": n_heads, "head_size": head_size},
-        [extent.uniform, out, d_out, row_dots],
-        -(-extent.maximum * n_heads // 8),
-    )
-    tensors = [extent.uniform, qkv, d_out, lse, row_dots, segments, d_x]
-    tile, workgroups = choose_tile(program, extent.maximum, n_heads, head_size, n_sums=1)
+    tile = forward.attention.choose_tile("attention_backward_q", device, rows, n_heads, head_size)
     program.dispatch(
         "attention_backward_q",
-        {**constants, **tile},
-        tensors,
-        workgroups,
+        {**constants, **asdict(tile)},
+        [extent.uniform, qkv, out, d_out, lse, row_dots, segments, d_x],
+        tile.workgroups(rows, n_heads),
         flops=6 * head_size * n_heads * pairs,
     )
-    tile, workgroups = choose_tile(program, extent.maximum, n_kv_heads, head_size, n_sums=2)
+    split = choose_split(device, rows, n_heads, n_kv_heads)
+    owners = n_heads if split else n_kv_heads
+    tile = forward.attention.choose_tile("attention_backward_kv", device, rows, owners, head_size)
+    sums = device.scratch((rows, 2 * n_heads * head_size)) if split else d_x
     program.dispatch(
         "attention_backward_kv",
-        {**constants, **tile},
-        tensors,
-        workgroups,
+        {**constants, **asdict(tile), "split": split},
+        [extent.uniform, qkv, d_out, lse, row_dots, segments, sums],
+        tile.workgroups(rows, owners),
         flops=8 * head_size * n_heads * pairs,
     )
+    if split:
+        shapes = ("n_heads", "n_kv_heads", "head_size", "stride")
+        program.dispatch(
+            "attention_backward_kv_sum",
+            {**{name: constants[name] for name in shapes}, "lanes": _SUM_LANES},
+            [extent.uniform, sums, d_x],
+            -(-rows * n_kv_heads * head_size // (2 * _SUM_LANES)),
+        )
     return d_x
+
+
+def choose_split(device: Device, rows: int, n_heads: int, n_kv_heads: int) -> bool:
+    """Whether query heads that share a key head are summed by workgroups of their own.
+
+    That is faster where key heads alone give too few workgroups, and takes scratch of two rows of
+    queries for each row; the sums come out the same, bit for bit.
+    """
+    workgroups = -(-rows // _BLOCK) * n_kv_heads
+    return not device.is_cpu and n_heads > n_kv_heads and workgroups < SPLIT_BELOW

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forward.activations import check_shape, extent_of
-from forward.head_norm import head_norm_constants
+from forward.head_norm import head_norm_constants, heads_a_workgroup
 from shaders.program import Program
 from shaders.tensor import Tensor
 
@@ -34,7 +34,7 @@ def head_norm_backward(
         head_size: columns of a head.
     """
     constants = head_norm_constants(
-        qkv, q_weight, k_weight, epsilon, n_heads, n_kv_heads, head_size
+        program.device, qkv, q_weight, k_weight, epsilon, n_heads, n_kv_heads, head_size
     )
     check_shape("head_norm_backward d_qkv", d_qkv, *qkv.shape)
     extent = extent_of(d_qkv)
@@ -42,5 +42,5 @@ def head_norm_backward(
         "head_norm_backward",
         constants,
         [extent.uniform, qkv, q_weight, k_weight, d_qkv],
-        extent.maximum * (n_heads + n_kv_heads),
+        -(-extent.maximum * (n_heads + n_kv_heads) // heads_a_workgroup(constants)),
     )

@@ -7,7 +7,8 @@ d_z_g = scale · d_y_g · B_g,   d_B_g = scale · d_y_gᵀ · z_g,   d_A = d_z�
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
@@ -15,8 +16,11 @@ from forward.lora import Projection, record_projection
 from shaders.program import Program
 from shaders.tensor import Tensor
 
-MAX_SLICES = 4  # with the two inputs, six of the eight storage buffers that every device binds
-_SPLITS = 8  # lanes of a GPU that share the rows of one block
+MAX_SLICES = 4  # with the four inputs, the eight storage buffers that every device binds
+# Lanes of a workgroup, lanes that share the rows of one block, rows that a lane loads at once. On a
+# CPU adapter a lane has its block to itself: barriers cost more there than waiting for memory.
+GPU_LANES, GPU_SPLITS, GPU_UNROLL = 64, 8, 4
+CPU_LANES, CPU_SPLITS, CPU_UNROLL = 64, 1, 1
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def lora_gradients(
     lora: LoraFactors,
     gradients: Sequence[LoraFactors],
 ) -> None:
-    """Appends d_A += d_zᵀ · x and d_B_g += scale · d_y_gᵀ · z_g.
+    """Appends d_A += d_zᵀ · x and d_B_g += scale · d_y_gᵀ · z_g in one dispatch.
 
     Args:
         x: [rows, in_features].
@@ -78,7 +82,7 @@ def lora_gradients(
         d_z: [rows, members · rank] from `lora_project_gradient`.
         lora: the factors.
         gradients: their gradients, one of each slice (one to four): stretch s of the rows is
-            added to slice s.
+            added to slice s. In each, B lies behind A in one buffer, as far as in the others.
     """
     _check_factors(lora)
     _check_output_columns(d_y, lora)
@@ -90,13 +94,57 @@ def lora_gradients(
     for gradient in gradients:
         check_shape("gradient of A", gradient.a, *lora.a.shape)
         check_shape("gradient of B", gradient.b, *lora.b.shape)
-    # d_z carries the scale already.
-    _add_outer(program, d_z, x, [g.a for g in gradients], [_Member(0, 0, 0)], 1.0, "d_A")
+    whole = [_behind_each_other(gradient) for gradient in gradients]
+    b_start = gradients[0].b.offset - gradients[0].a.offset
+    if any(g.b.offset - g.a.offset != b_start for g in gradients):
+        raise ValueError("lora_gradients: B lies elsewhere behind A in another slice")
+    extent = extent_of(x)
+    is_cpu = program.device.is_cpu
     members = [
         _Member(lora.first_row(index), start - lora.first_row(index), index * lora.rank)
         for index, (start, _) in enumerate(lora.ranges)
     ]
-    _add_outer(program, d_y, z, [g.b for g in gradients], members, lora.scale, "d_B")
+    lanes, splits, unroll = (
+        (CPU_LANES, CPU_SPLITS, CPU_UNROLL) if is_cpu else (GPU_LANES, GPU_SPLITS, GPU_UNROLL)
+    )
+    parts = [
+        {  # d_z carries the scale already
+            **_outer_product(d_z, x, lora.a, [_Member(0, 0, 0)], lanes // splits, is_cpu=is_cpu),
+            "left": "d_z",
+            "right": "x",
+            "scale": 1.0,
+            "start": 0,
+        },
+        {
+            **_outer_product(d_y, z, lora.b, members, lanes // splits, is_cpu=is_cpu),
+            "left": "d_y",
+            "right": "z",
+            "scale": lora.scale,
+            "start": b_start // 16,
+        },
+    ]
+    program.dispatch(
+        "lora_gradient",
+        {
+            "n_slices": len(gradients),
+            "lanes": lanes,
+            "splits": splits,
+            "unroll": unroll,
+            "parts": parts,
+        },
+        [extent.uniform, x, z, d_y, d_z, *whole],
+        (sum(part["n_groups"] for part in parts), 1, len(gradients)),
+        label="lora_gradients",
+        flops=2 * extent.maximum * (lora.a.size + lora.b.size),
+    )
+
+
+def _behind_each_other(factors: LoraFactors) -> Tensor:
+    """The range of the buffer from A's first element to B's last: one binding instead of two."""
+    a, b = factors.a, factors.b
+    if a.buffer is not b.buffer or b.offset < a.offset + a.n_bytes:
+        raise ValueError("lora_gradients: the gradient of B does not lie behind that of A")
+    return replace(a, shape=((b.offset - a.offset) // 4 + b.size,))
 
 
 def _check_factors(lora: LoraFactors) -> None:
@@ -109,49 +157,44 @@ def _check_output_columns(d_y: Tensor, lora: LoraFactors) -> None:
         raise ValueError(f"d_y of shape {d_y.shape} lacks columns of {lora.ranges}")
 
 
-def _add_outer(
-    program: Program,
+def _outer_product(
     left: Tensor,
     right: Tensor,
-    slices: Sequence[Tensor],
+    gradient: Tensor,
     members: Sequence[_Member],
-    scale: float,
-    label: str,
-) -> None:
-    extent = extent_of(left)
-    n_left, n_right = slices[0].shape
+    blocks: int,
+    *,
+    is_cpu: bool,
+) -> dict[str, Any]:
+    """Sizes of leftᵀ · right, and of the block that a lane holds of it; see lora_gradient.wgsl.
+
+    Args:
+        left: [rows, any].
+        right: [rows, any].
+        gradient: [n_left, n_right], for its shape.
+        members: which columns of left and right make which rows of the gradient.
+        blocks: of one workgroup.
+    """
+    n_left, n_right = gradient.shape
     boundaries = [n for m in members for n in (m.first, m.first + m.shift)]
     widths = [n_left, n_right, left.shape[1], right.shape[1], *boundaries]
     if any(n % 4 for n in widths):
-        raise ValueError(f"{label}: widths must be multiples of 4: {widths}")
+        raise ValueError(f"lora_gradients: widths must be multiples of 4: {widths}")
     # Blocks must not straddle two members. The short side is the rank's: a GPU keeps the long side
     # of a block at 4, for more lanes; a CPU adapter pays for loads and takes 8 × 8.
-    is_cpu = program.device.is_cpu
     lane_left = 8 if all(n % 8 == 0 for n in [n_left, *boundaries]) else 4
     lane_right = 8 if n_right % 8 == 0 else 4
     if not is_cpu and n_left > n_right:
         lane_left = 4
     elif not is_cpu:
         lane_right = 4
-    splits = 1 if is_cpu else _SPLITS
-    constants = {
-        "n_slices": len(slices),
+    return {
         "n_left": n_left,
         "n_right": n_right,
         "left_stride": left.shape[1],
         "right_stride": right.shape[1],
         "members": [asdict(m) for m in members],
-        "scale": scale,
         "lane_left": lane_left,
         "lane_right": lane_right,
-        "splits": splits,
+        "n_groups": -(-(n_left // lane_left) * (n_right // lane_right) // blocks),
     }
-    n_blocks = (n_left // lane_left) * (n_right // lane_right)
-    program.dispatch(
-        "lora_gradient",
-        constants,
-        [extent.uniform, left, right, *slices],
-        (-(-n_blocks * splits // 64), 1, len(slices)),
-        label=label,
-        flops=2 * extent.maximum * n_left * n_right,
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from forward.activations import activation, check_shape, extent_of
+from forward.rmsnorm import row_lanes
 from shaders.program import Program
 from shaders.tensor import Tensor
 
@@ -43,6 +44,11 @@ def rmsnorm_backward(
         kind = "in place" if same_buffer else "separate"
         if kind == "separate":
             tensors.append(residual)
-    constants = {"width": width, "epsilon": epsilon, "residual": kind}
+    constants = {
+        "width": width,
+        "lanes": row_lanes(program.device, width),
+        "epsilon": epsilon,
+        "residual": kind,
+    }
     program.dispatch("rmsnorm_backward", constants, tensors, extent.maximum)
     return d_x

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from forward.activations import activation, check_shape, extent_of
-from forward.swiglu import check_activation, gated_width
+from forward.swiglu import check_activation, gated_width, lane_constants
 from shaders.program import Program
 from shaders.tensor import Tensor
 
@@ -34,10 +34,11 @@ def swiglu_backward(
     if in_place and d_gate_up.offset != gate_up.offset:
         raise ValueError("swiglu_backward: the output is another range of gate_up's buffer")
     tensors = [extent.uniform, d_y, d_gate_up, *([] if in_place else [gate_up])]
+    lanes = lane_constants(program.device)
     program.dispatch(
         "swiglu_backward",
-        {"width": width, "activation": activation_name, "in_place": in_place},
+        {"width": width, "activation": activation_name, "in_place": in_place, **lanes},
         tensors,
-        -(-extent.maximum * width // 256),
+        -(-extent.maximum * width // (4 * lanes["lanes"] * lanes["quads"])),
     )
     return d_gate_up

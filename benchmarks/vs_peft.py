@@ -1,11 +1,11 @@
 """A training step of ours against Hugging Face PEFT's on the same GPU, in one run.
 
-The model has SmolLM2-135M's shape and tensor types (Q4_1, Q8_0 embedding) with random weights, so
+The model has a real one's shape and tensor types with random weights (benchmarks/synthetic.py), so
 that the file need not travel; transformers loads the very same GGUF. Both sides train LoRA r=16 on
 all linear layers with AdamW and clipping on the same random rows, and their losses are printed side
 by side. PEFT runs eager, as its users run it, with and without gradient checkpointing.
 
-    python benchmarks/vs_peft.py [--rows 1] [--length 512] [--output DIR]
+    python benchmarks/vs_peft.py [--model SmolLM2-135M] [--rows 1] [--length 512] [--output DIR]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import defaultdict
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,28 +27,15 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.synthetic import SHAPES, write_model
 from lora.config import Config
 from lora.data import Example
+from lora.profiling import KernelRow, kernel_table
 from lora.session import TrainingSession
-from tests.forward.tiny_gguf import write_tiny_llama
 
 RANK, ALPHA = 16, 32.0
 LEARNING_RATE = 1e-4
 WARM_UP, STEPS = 5, 20
-SHAPES: dict[str, dict[str, Any]] = {
-    "SmolLM2-135M": {
-        "n_layers": 30,
-        "hidden_size": 576,
-        "intermediate_size": 1536,
-        "n_heads": 9,
-        "n_kv_heads": 3,
-        "head_size": 64,
-        "vocab_size": 49152,
-        "types": {"weight": "Q4_1", "token_embd.weight": "Q8_0", "norm.weight": "F32"},
-        "metadata": {"llama.context_length": 8192},
-    },
-    "tiny": {"types": {"weight": "Q4_1", "norm.weight": "F32"}},  # to try this script
-}
 
 
 def ours(
@@ -120,38 +107,6 @@ def ours(
     return result, session
 
 
-def kernel_table(session: TrainingSession, repeats: int = 5) -> list[dict[str, Any]]:
-    """GPU time of one step by kernel: calls, milliseconds, share, TFLOP/s."""
-    programs = session._programs
-    assert programs is not None
-    best: dict[tuple[str, str], list[float]] = {}
-    for _ in range(repeats):
-        found: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0])
-        for part in (session._prefix, programs.micro_batch, programs.finish):
-            for kernel in part.time():
-                row = found[kernel.template, kernel.label.split(".")[-1]]
-                row[0] += 1
-                row[1] += kernel.seconds
-                row[2] += kernel.flops
-        for key, row in found.items():
-            if key not in best or row[1] < best[key][1]:
-                best[key] = row
-    total = sum(row[1] for row in best.values())
-    return [
-        {
-            "kernel": template,
-            "label": label,
-            "calls": calls,
-            "ms": 1e3 * seconds,
-            "share": seconds / total,
-            "TFLOP/s": flops / seconds / 1e12 if flops else None,
-        }
-        for (template, label), (calls, seconds, flops) in sorted(
-            best.items(), key=lambda item: -item[1][1]
-        )
-    ]
-
-
 def peft(
     model: Path, rows: list[np.ndarray], batch_size: int, adapter: Path,
     dtype: str, checkpointing: bool,
@@ -206,24 +161,24 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--recompute", default="on,off")
     options = parser.parse_args()
 
     with tempfile.TemporaryDirectory() as folder:
         model = Path(folder) / "model.gguf"
-        write_tiny_llama(model, **SHAPES[options.model])
+        write_model(model, SHAPES[options.model])
         rng = np.random.default_rng(0)
-        vocab_size = SHAPES[options.model].get("vocab_size", 320)
+        vocab_size = SHAPES[options.model].vocab_size
         n = options.rows * (WARM_UP + STEPS)
         rows = [rng.integers(3, vocab_size, options.length).astype(np.int32) for _ in range(n)]
         results: dict[str, Any] = {}
         kernels = []
-        for recompute in ("on", "off"):
+        for recompute in options.recompute.split(","):
             adapter = Path(folder) / f"adapter-{recompute}"
             name = f"ours f32, recompute {recompute}"
             results[name], session = ours(model, rows, options.rows, adapter, recompute)
             info = session.device.info
-            if recompute == "on":
-                kernels = kernel_table(session)
+            kernels = kernel_table(session)
             order = _order(session)
             del session
             gc.collect()
@@ -234,9 +189,7 @@ def main() -> None:
             for dtype in ("float32", "bfloat16"):
                 for checkpointing in (False, True):
                     name = f"PEFT {dtype}" + (", checkpointing" if checkpointing else "")
-                    results[name] = peft(
-                        model, rows, options.rows, Path(folder) / "adapter-on", dtype, checkpointing
-                    )
+                    results[name] = peft(model, rows, options.rows, adapter, dtype, checkpointing)
                     print(name, results[name]["ms"], results[name]["memory_MiB"], flush=True)
     write_report(options, results, kernels, info)
 
@@ -256,7 +209,7 @@ def _order(session: TrainingSession) -> list[int]:
 
 
 def write_report(
-    options: argparse.Namespace, results: dict[str, Any], kernels: list[dict[str, Any]],
+    options: argparse.Namespace, results: dict[str, Any], kernels: list[KernelRow],
     info: dict[str, Any],
 ) -> None:  # fmt: skip
     """Writes the table and all figures as Markdown and JSON."""
@@ -295,21 +248,30 @@ def write_report(
                 f"{result['encode_ms']:.1f} ms of it encoding on the host; set-up "
                 f"{result['set_up_s']:.1f} s, first step {result['first_step_s']:.1f} s.",
             ]
-    lines += ["", "GPU time of a step by kernel (recompute on):", ""]
+    lines += [
+        "",
+        f"GPU time of a step by kernel (the last of ours, {len(kernels)} kinds of dispatch):",
+        "",
+    ]
     lines += [
         "| kernel | label | calls | ms | share | TFLOP/s |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    total = sum(row.seconds for row in kernels)
     for row in kernels:
-        speed = f"{row['TFLOP/s']:.1f}" if row["TFLOP/s"] else ""
+        speed = f"{row.flops / row.seconds / 1e12:.1f}" if row.flops else ""
         lines.append(
-            f"| {row['kernel']} | {row['label']} | {row['calls']} | {row['ms']:.2f} | "
-            f"{row['share']:.1%} | {speed} |"
+            f"| {row.kernel} | {row.label} | {row.calls} | {1e3 * row.seconds:.2f} | "
+            f"{row.seconds / total:.1%} | {speed} |"
         )
     text = "\n".join(lines) + "\n"
     (options.output / f"{name}.md").write_text(text)
     (options.output / f"{name}.json").write_text(
-        json.dumps({"device": driver, "results": results, "kernels": kernels}, indent=1) + "\n"
+        json.dumps(
+            {"device": driver, "results": results, "kernels": [asdict(row) for row in kernels]},
+            indent=1,
+        )
+        + "\n"
     )
     print(text)
 

@@ -6,6 +6,12 @@ from forward.activations import check_shape, extent_of
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+# Lanes of a workgroup, and quads of columns that a lane of it holds at once. A workgroup of a GPU
+# takes one such stretch of a row, so that few rows fill it too; one of a CPU adapter a whole row,
+# step by step.
+GPU_LANES, GPU_QUADS = 256, 8
+CPU_LANES, CPU_QUADS = 8, 2
+
 
 def cross_entropy(
     program: Program,
@@ -21,7 +27,7 @@ def cross_entropy(
     """Appends the losses of a chunk and, where `step` is given, the gradient to its logits.
 
     Args:
-        logits: [chunk, vocab_size or more]; overwritten by the gradient.
+        logits: [chunk, vocab_size or more], a multiple of 4; overwritten by the gradient.
         labels: u32 [chunk], each a token id (rows without a target never come here).
         losses: [chunk], written: logsumexp(logits) − logits[label].
         correct: [chunk], written: 1 where the label is the argmax, else 0.
@@ -39,14 +45,35 @@ def cross_entropy(
         raise ValueError(f"cross_entropy: {n_columns} columns do not fit {logits.shape}")
     for name, tensor in (("labels", labels), ("losses", losses), ("correct", correct)):
         check_shape(f"cross_entropy {name}", tensor, rows)
-    tensors = [extent.uniform, logits, labels, losses, correct]
-    if step is not None:
-        tensors.append(step)
+    if stride % 4:
+        raise ValueError(f"cross_entropy: {stride} columns are no multiple of 4")
+    is_cpu = program.device.is_cpu
+    lanes, quads = (CPU_LANES, CPU_QUADS) if is_cpu else (GPU_LANES, GPU_QUADS)
+    steps = -(-n_columns // (4 * lanes * quads)) if is_cpu else 1
+    columns = 4 * lanes * quads * steps
+    n_stretches = -(-n_columns // columns)
     constants = {
         "vocab_size": n_columns,
         "stride": stride,
-        "lanes": 256 if n_columns > 4096 else 64,
-        "with_gradient": step is not None,
-        "softcap": softcap,
+        "lanes": lanes,
+        "quads": quads,
+        "steps": steps,
+        "columns": columns,
+        "n_stretches": n_stretches,
     }
-    program.dispatch("cross_entropy", constants, tensors, rows)
+    sums = program.device.scratch((rows, n_stretches, 4))
+    program.dispatch(
+        "cross_entropy_sums",
+        constants,
+        [extent.uniform, logits, labels, sums],
+        rows * n_stretches,
+    )
+    tensors = [extent.uniform, sums, labels, losses, correct]
+    if step is not None:
+        tensors += [logits, step]
+    program.dispatch(
+        "cross_entropy",
+        {**constants, "with_gradient": step is not None, "softcap": softcap},
+        tensors,
+        -(-rows // lanes) if step is None else rows * n_stretches,
+    )

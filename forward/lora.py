@@ -10,6 +10,17 @@ from forward.adapter import LoraFactors
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+# Blocks of rows × columns that a workgroup of a GPU makes: the first that gives GPU_WORKGROUPS of
+# them. Large blocks read less, many workgroups wait for memory together.
+GPU_BLOCKS = ((8, 8), (4, 8), (2, 8), (8, 4), (4, 4), (2, 4))
+GPU_WORKGROUPS = 128
+# Lanes that share a contraction of up to GPU_LONG, and a longer one (so that a row's sums do not
+# depend on how many rows there are); steps of it that a lane loads at once.
+GPU_LANES, GPU_LONG_LANES, GPU_LONG, GPU_UNROLL = 64, 128, 1024, 2
+# A CPU adapter runs a workgroup as vectors of 8 lanes and pays for loads and barriers.
+CPU_LANES, CPU_ROWS = 8, 12
+_WORKGROUP_FLOATS = 4096  # 16 KiB of workgroup memory, which every device has
+
 
 @dataclass(frozen=True)
 class Projection:
@@ -71,10 +82,13 @@ def record_projection(
     widths += [n for m in members for n in (m.x_column, m.length)]
     if any(n % 4 for n in widths) or columns * len(members) != z.shape[1]:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
-    # A CPU adapter runs a workgroup as one vector of 8 lanes and pays for loads and barriers: large
-    # blocks. A GPU wants many workgroups, and many lanes on one sum.
-    lanes, block_rows = (8, 12) if program.device.is_cpu else (64, 4)
-    block_columns = 8 if columns % 8 == 0 else 4
+    if program.device.is_cpu:
+        lanes, block_rows, unroll = CPU_LANES, CPU_ROWS, 1
+        block_columns = 8 if columns % 8 == 0 else 4
+    else:
+        longest = max(m.length for m in members)
+        lanes, unroll = GPU_LANES if longest <= GPU_LONG else GPU_LONG_LANES, GPU_UNROLL
+        block_rows, block_columns = _gpu_block(extent.maximum, columns, len(members), lanes)
     constants = {
         "transposed": transposed,
         "members": [asdict(m) for m in members],
@@ -85,6 +99,7 @@ def record_projection(
         "lanes": lanes,
         "block_rows": block_rows,
         "block_columns": block_columns,
+        "unroll": unroll,
     }
     program.dispatch(
         "lora_project",
@@ -94,3 +109,14 @@ def record_projection(
         label=label,
         flops=2 * extent.maximum * columns * sum(m.length for m in members),
     )
+
+
+def _gpu_block(rows: int, columns: int, n_members: int, lanes: int) -> tuple[int, int]:
+    """Rows × columns of one workgroup's block, of those whose sums fit into workgroup memory."""
+    fitting = [
+        (r, c) for r, c in GPU_BLOCKS if columns % c == 0 and lanes * r * c <= _WORKGROUP_FLOATS
+    ]
+    for r, c in fitting:
+        if -(-rows // r) * n_members * (columns // c) >= GPU_WORKGROUPS:
+            return r, c
+    return fitting[-1]

@@ -3,8 +3,26 @@
 from __future__ import annotations
 
 from forward.activations import activation, check_shape, extent_of
+from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
+
+# Fewest lanes a row, and quads of columns a lane until there are more lanes. A GPU waits for
+# memory: few quads, all loaded at once. An adapter on the CPU runs 8 lanes as one vector and pays
+# for each vector that meets a barrier; past 16 quads its compiler takes seconds.
+GPU_LANES, GPU_QUADS = 64, 4
+CPU_LANES, CPU_QUADS = 16, 16
+_MOST_LANES = 256  # of a workgroup, on every device
+
+
+def row_lanes(device: Device, width: int) -> int:
+    """Lanes of the workgroup that norms one row of `width` columns."""
+    if width % 4:
+        raise ValueError(f"rmsnorm: a width of {width} is no multiple of 4")
+    lanes, quads = (CPU_LANES, CPU_QUADS) if device.is_cpu else (GPU_LANES, GPU_QUADS)
+    while lanes < _MOST_LANES and 4 * quads * lanes < width:
+        lanes *= 2
+    return lanes
 
 
 def rmsnorm(
@@ -19,7 +37,7 @@ def rmsnorm(
     """Appends y = x / sqrt(mean(x²) + epsilon) · weight + residual, row by row.
 
     Args:
-        x: [rows, width].
+        x: [rows, width], width a multiple of 4.
         weight: [width], as the GGUF holds it (Gemma's + 1 included).
         epsilon: added to the mean square.
         residual: [rows, width], added where given; not the tensor `out`.
@@ -34,6 +52,11 @@ def rmsnorm(
     if residual is not None:
         check_shape("rmsnorm residual", residual, x.shape[0], width)
         tensors.append(residual)
-    constants = {"width": width, "epsilon": epsilon, "residual": residual is not None}
+    constants = {
+        "width": width,
+        "lanes": row_lanes(program.device, width),
+        "epsilon": epsilon,
+        "residual": residual is not None,
+    }
     program.dispatch("rmsnorm", constants, tensors, extent.maximum)
     return y

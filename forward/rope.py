@@ -6,6 +6,8 @@ from forward.activations import check_shape, extent_of
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+GPU_LANES, CPU_LANES = 64, 64  # of a workgroup
+
 
 def rope(
     program: Program,
@@ -39,7 +41,12 @@ def rope(
             f"rope: {n_rotated_heads} heads of {head_size} with {2 * half} rotated columns "
             f"do not fit {qkv.shape}"
         )
+    # Four pairs a lane as whole vectors, where heads and their rotated halves are made of these.
+    unit = 4 if half % 4 == head_size % 4 == qkv.shape[1] % 4 == 0 else 1
+    lanes = CPU_LANES if program.device.is_cpu else GPU_LANES
     constants = {
+        "unit": unit,
+        "lanes": lanes,
         "half": half,
         "n_rotated_heads": n_rotated_heads,
         "head_size": head_size,
@@ -47,6 +54,6 @@ def rope(
         "interleaved": interleaved,
         "inverse": inverse,
     }
-    n_lanes = extent.maximum * half * n_rotated_heads
+    n_lanes = extent.maximum * half // unit * n_rotated_heads
     tensors = [extent.uniform, qkv, positions, tables]
-    program.dispatch("rope", constants, tensors, -(-n_lanes // 64), label=label)
+    program.dispatch("rope", constants, tensors, -(-n_lanes // lanes), label=label)

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from forward.activations import activation, check_shape, extent_of
+from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
+
+# Lanes of a workgroup, and quads of columns that a lane takes.
+GPU_LANES, GPU_QUADS = 128, 1
+CPU_LANES, CPU_QUADS = 64, 1
 
 ACTIVATIONS = ("silu", "gelu_tanh")
 
@@ -23,6 +28,12 @@ def gated_width(gate_up: Tensor) -> int:
     return columns // 2
 
 
+def lane_constants(device: Device) -> dict[str, int]:
+    """The template constants that forward and backward share."""
+    lanes, quads = (CPU_LANES, CPU_QUADS) if device.is_cpu else (GPU_LANES, GPU_QUADS)
+    return {"lanes": lanes, "quads": quads}
+
+
 def swiglu(
     program: Program, gate_up: Tensor, *, activation_name: str = "silu", out: Tensor | None = None
 ) -> Tensor:  # [rows, intermediate_size]
@@ -38,10 +49,11 @@ def swiglu(
     width = gated_width(gate_up)
     y = out if out is not None else activation(program, extent, width)
     check_shape("swiglu output", y, gate_up.shape[0], width)
+    lanes = lane_constants(program.device)
     program.dispatch(
         "swiglu",
-        {"width": width, "activation": activation_name},
+        {"width": width, "activation": activation_name, **lanes},
         [extent.uniform, gate_up, y],
-        -(-extent.maximum * width // 256),
+        -(-extent.maximum * width // (4 * lanes["lanes"] * lanes["quads"])),
     )
     return y

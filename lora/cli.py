@@ -68,6 +68,40 @@ def train(
     console.print(f"Saved the adapter to {output}.")
 
 
+@app.command()
+def plan(config: ConfigArgument, set_: Overrides = None) -> None:
+    """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
+    from lora.config import load_config
+    from lora.profiling import expected_seconds, measure_peaks
+    from lora.progress import print_plan
+    from lora.session import TrainingSession
+    from shaders.device import Device
+    from shaders.planning import PlanningDevice
+
+    loaded = load_config(config, set_ or [])
+    device = Device(loaded.device)
+    session = TrainingSession(loaded, device=PlanningDevice(device))
+    seconds = None
+    if "timestamp-query" in device.features:
+        seconds = expected_seconds(session, measure_peaks(device))
+    print_plan(console, session, seconds_a_step=seconds)
+
+
+@app.command()
+def bench(config: ConfigArgument, set_: Overrides = None) -> None:
+    """Where a step's time goes, kernel by kernel, against the device's measured peaks."""
+    from lora.config import load_config
+    from lora.profiling import kernel_table, measure_peaks, print_kernels
+    from lora.session import TrainingSession
+
+    session = TrainingSession(load_config(config, set_ or []))
+    assert session.stream is not None
+    for _, batches in zip(range(3), session.stream, strict=False):
+        session.step(batches)
+    session.finished_steps(wait=True)
+    print_kernels(console, kernel_table(session), measure_peaks(session.device))
+
+
 @app.command(name="eval")
 def evaluate(
     config: ConfigArgument,
@@ -93,39 +127,85 @@ def evaluate(
     print_evaluation(console, session, results, examples)
 
 
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
+TopK = Annotated[int, typer.Option(min=0, help="So many most likely tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="The most likely tokens that reach it together.")]
+MinP = Annotated[float, typer.Option(help="Tokens of this share of the likeliest one's chance.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: fewer repetitions.")]
+Seed = Annotated[int | None, typer.Option(help="Of the draws.")]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=2, help="Room for prompt and answer; by default the model's, 4096 at most."),
+]
+DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name.")]
+
+
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(help="A GGUF file.")],
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
     adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory.")] = None,
     chat: Annotated[bool, typer.Option(help="Render the prompt as a user's turn.")] = False,
-    max_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    max_length: Annotated[int, typer.Option(min=2, help="Room for prompt and answer.")] = 256,
-    device: Annotated[str, typer.Option(help="auto, an index, or part of a name.")] = "auto",
+    max_tokens: MaxTokens = 64,
+    max_length: MaxLength = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    device: DeviceName = "auto",
 ) -> None:
-    """Continue a text greedily, with the tuned model."""
-    from forward.chat import render_chat
-    from lora.inference import open_for_inference, token_text
+    """Continue a text with the tuned model."""
+    from lora.chat import conversation_ids
+    from lora.generation import open_generator
+    from lora.sampling import Sampling
 
-    session = open_for_inference(model, adapter, max_length=max_length, device=device)
-    add_bos = None
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    adapters = {} if adapter is None else {"adapter": adapter}
+    generator = open_generator(model, adapters, max_length=max_length, device=device)
+    text: str | list[int] = prompt
     if chat:
-        template = session.tokenizer.chat_template
-        if template is None:
-            raise InputError(f"--chat: {model} holds no chat template; leave --chat out.")
-        prompt = render_chat(
-            template,
-            [{"role": "user", "content": prompt}],
-            add_generation_prompt=True,
-            bos_token=token_text(session.tokenizer, session.tokenizer.bos_id),
-            eos_token=token_text(session.tokenizer, session.tokenizer.eos_id),
-        )
-        add_bos = False  # the template writes it where it belongs
-    for piece in session.stream_text(
-        prompt, max_tokens=max_tokens, adapted=adapter is not None, add_bos=add_bos
+        text = conversation_ids(generator.tokenizer, [{"role": "user", "content": prompt}])
+    for piece in generator.stream(
+        text, max_tokens=max_tokens, adapter=next(iter(adapters), None), sampling=sampling
     ):
         print(piece, end="", flush=True)
     print()
+
+
+@app.command(name="chat")
+def converse(
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]DIR", help="PEFT adapters; the first one is on."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokens = 512,
+    max_length: MaxLength = None,
+    temperature: Temperature = 0.7,
+    top_k: TopK = 40,
+    top_p: TopP = 0.95,
+    min_p: MinP = 0.05,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    device: DeviceName = "auto",
+) -> None:
+    """Converse with a model, with adapters to switch on, off and between."""
+    from lora.chat import chat
+    from lora.sampling import Sampling
+
+    chat(
+        model,
+        adapter or [],
+        system=system,
+        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        max_tokens=max_tokens,
+        max_length=max_length,
+        device=device,
+    )
 
 
 @app.command()

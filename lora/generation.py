@@ -1,93 +1,372 @@
-"""Greedy text, by running the whole forward again for every token."""
+"""Text from a model: the prompt at once, then token by token, with keys and values kept."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from forward.adapter import AdapterLayout
-from forward.head import record_head_input, record_logits
-from forward.inputs import Inputs
-from forward.model import Model
+from forward.architecture import MODULE_NAMES, Architecture
+from forward.decode_step import (
+    StepActivations,
+    StepHead,
+    StepInputs,
+    record_step,
+    record_step_head,
+)
+from forward.gguf_file import GGUFFile
+from forward.kv_cache import KeyValueCache
+from forward.model import Model, load_model
 from forward.tokenizer import Tokenizer
-from lora.programs import Activations, last_states, record_forward_only
+from lora.peft_files import load_peft_adapter, read_peft_modules, read_peft_settings
+from lora.sampling import GREEDY, Sampler, Sampling
+from lora.stores import resolve_model
 from shaders.device import Device
-from shaders.errors import InputError
+from shaders.errors import DeviceMemoryError, InputError
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+# Tokens of a prompt that are computed at once; their activations are what they cost.
+_PIECE_ROWS = 512
+_CPU_PIECE_ROWS = 64
 
-class Generator:
-    """Continues texts with the most likely token, on the tensors of a session."""
+DEFAULT_ROOM = 4096  # tokens
+_DECODED_BEFORE = 16  # tokens decoded again before new ones, for what joins them
+_MOST_HELD_BACK = 4  # tokens: a character has at most four bytes
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An adapter on the device."""
+
+    layout: AdapterLayout
+    flat: Tensor  # [layout.size]
+
+
+@dataclass
+class GenerationTimes:
+    """What the last text took; grows while it is streamed."""
+
+    reused_tokens: int = 0  # of the prompt, from the cache
+    prompt_tokens: int = 0  # the rest of the prompt
+    prompt_seconds: float = 0.0
+    new_tokens: int = 0  # the first comes with the prompt; one that ends the text counts
+    new_seconds: float = 0.0  # of the others
+
+    @property
+    def prompt_speed(self) -> float:
+        """Tokens of the prompt a second."""
+        return self.prompt_tokens / max(self.prompt_seconds, 1e-9)
+
+    @property
+    def speed(self) -> float:
+        """New tokens a second, from the first one on."""
+        return max(0, self.new_tokens - 1) / max(self.new_seconds, 1e-9)
+
+
+class TextGenerator:
+    """Continues texts with a model, bare or under one of several adapters.
+
+    The keys and values of the last text stay on the device: of a text that begins like it, under
+    the same adapter, only the rest is computed.
+
+    Args:
+        device: where the model is.
+        model: its rope tables set the room: the tokens of prompt and answer together.
+        tokenizer: of the model.
+        adapters: by the name that `stream` is given.
+
+    Raises:
+        InputError: the device has no memory for the keys and values.
+    """
 
     def __init__(
         self,
         device: Device,
         model: Model,
-        inputs: Inputs,
-        act: Activations,
-        prefix: Program,
-        layout: AdapterLayout,
-        flat: Tensor,
         tokenizer: Tokenizer,
+        adapters: Mapping[str, Adapter] | None = None,
     ) -> None:
+        self.tokenizer = tokenizer
+        self.adapters = dict(adapters or {})
+        self.times = GenerationTimes()
         self._device = device
-        self._inputs = inputs
-        self._tokenizer = tokenizer
-        self._prefix = prefix
-        self._programs = {}
-        for adapted in (True, False):
-            weights = flat if adapted else None
-            program = record_forward_only(device, model, inputs, act, layout, weights)
-            record_head_input(program, model, inputs, act.head, last_states(model, layout, act))
-            factors = layout.factors(flat) if adapted else {}
-            record_logits(program, model, inputs, factors, act.head, 0)
-            self._programs[adapted] = program
-        self._row = replace(act.head.logits, shape=(1, model.architecture.logits_size))
+        self._model = model
         self._vocab_size = model.architecture.vocab_size
+        long = model.long_examples
+        self.room = model.layers[0].rope.shape[0] if long is None else long.first_position
+        piece = min(self.room, _CPU_PIECE_ROWS if device.is_cpu else _PIECE_ROWS)
+        try:
+            self._cache = KeyValueCache.allocate(device, model.architecture, self.room)
+            self._pieces = StepInputs.allocate(device, piece)
+            self._step = StepInputs.allocate(device, 1)
+            self._act = {
+                inputs.rows.maximum: StepActivations.allocate(device, model, inputs.rows)
+                for inputs in (self._pieces, self._step)
+            }
+            self._head = StepHead.allocate(device, model)
+        except DeviceMemoryError as error:
+            raise InputError(
+                f"The keys and values of {self.room} tokens do not fit: {error}. Lower the room "
+                "(--max-length, or data.max_length)."
+            ) from error
+        self._programs: dict[tuple[str | None, int], tuple[Program, Program]] = {}
+        self._prepared: dict[str | None, Any] = {}  # command buffers, by adapter
+        self.forget()
 
-    def next_logits(self, ids: list[int], *, adapted: bool) -> np.ndarray:
+    def forget(self) -> None:
+        """Drops what is kept of the last text; needed once an adapter's numbers have changed."""
+        self._held: list[int] = []  # tokens whose keys and values are in the cache
+        self._held_under: tuple[str | None, bool] = (None, False)  # adapter, long rope
+
+    def next_logits(self, ids: Sequence[int], *, adapter: str | None = None) -> np.ndarray:
         """Logits f32 [vocab_size] of the token after `ids`."""
-        n = len(ids)
-        targets = np.full(n, -1)
-        targets[-1] = 0  # any label: it only marks the row whose logits are wanted
-        self._inputs.write(
-            self._device, np.array(ids), np.arange(n), np.zeros(n, int), np.full(n, n), targets
-        )
-        self._prefix.run()
-        self._programs[adapted].run()
-        return self._device.read(self._row)[0, : self._vocab_size]
+        self._run(list(ids), adapter)
+        return self._device.read(self._head.logits)[0, : self._vocab_size]
+
+    def stream_ids(
+        self,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        adapter: str | None = None,
+        sampling: Sampling = GREEDY,
+        stop_ids: frozenset[int] = frozenset(),
+    ) -> Iterator[int]:
+        """New tokens one by one, until one of `stop_ids`, max_tokens, or the end of the room.
+
+        Raises:
+            InputError: the prompt is empty or leaves no room, or there is no such adapter.
+        """
+        ids = list(prompt)
+        if not ids or len(ids) >= self.room:
+            raise InputError(
+                f"The prompt has {len(ids)} tokens; from 1 to {self.room - 1} fit here "
+                "(data.max_length, or --max-length, sets the room)."
+            )
+        sampler = Sampler(sampling)
+        times = self.times = GenerationTimes()
+        start = time.perf_counter()
+        times.reused_tokens = self._reusable(ids, adapter)
+        times.prompt_tokens = len(ids) - times.reused_tokens
+        n_most = min(max_tokens, self.room - len(ids))
+        for index in range(n_most):
+            self._run(ids, adapter)
+            if index + 1 < n_most:
+                self._prepare_step(adapter)
+            if sampling.only_argmax:
+                token = int(self._device.read(self._head.token)[0])
+            else:
+                logits = self._device.read(self._head.logits)[0, : self._vocab_size]
+                token = sampler.choose(logits, ids)
+            now = time.perf_counter()
+            if index == 0:
+                times.prompt_seconds = now - start
+                start = now
+            else:
+                times.new_seconds = now - start
+            times.new_tokens = index + 1
+            if token in stop_ids:
+                return
+            ids.append(token)
+            yield token
 
     def stream(
-        self, prompt: str | list[int], *, max_tokens: int, adapted: bool, add_bos: bool | None
+        self,
+        prompt: str | Sequence[int],
+        *,
+        max_tokens: int,
+        adapter: str | None = None,
+        sampling: Sampling = GREEDY,
+        add_bos: bool | None = None,
     ) -> Iterator[str]:
         """Pieces of text until an end-of-turn token, max_tokens, or the end of the room.
 
         Args:
             prompt: a text, or token ids.
+            max_tokens: new tokens at most.
+            adapter: one of `adapters`; None for the bare model.
+            sampling: how tokens are chosen.
             add_bos: for a text, whether BOS comes before it; None: as the model wants it.
+
+        Raises:
+            InputError: as `stream_ids`.
         """
         if isinstance(prompt, str):
-            ids = self._tokenizer.encode(prompt, add_bos=add_bos).ids
+            ids = list(self.tokenizer.encode(prompt, add_bos=add_bos).ids)
         else:
             ids = list(prompt)
-        room = self._inputs.rows.maximum
-        if not ids or len(ids) >= room:
-            raise InputError(
-                f"The prompt has {len(ids)} tokens; from 1 to {room - 1} fit here "
-                "(data.max_length, or --max-length, sets the room)."
-            )
-        start = len(ids)
-        shown = ""
-        while len(ids) < room and len(ids) - start < max_tokens:
-            token = int(np.argmax(self.next_logits(ids, adapted=adapted)))
-            if token in self._tokenizer.end_of_turn_ids:
-                break
+        shown = len(ids)  # tokens whose text has been given
+        for token in self.stream_ids(
+            tuple(ids),
+            max_tokens=max_tokens,
+            adapter=adapter,
+            sampling=sampling,
+            stop_ids=self.tokenizer.end_of_turn_ids,
+        ):
             ids.append(token)
-            text = self._tokenizer.decode(ids[start:])
+            text = self._text_after(ids, shown)
             # A character spread over several tokens is shown when its last one has come.
-            if not text.endswith("\ufffd"):
-                yield text[len(shown) :]
-                shown = text
+            if not text.endswith("\ufffd") or len(ids) - shown >= _MOST_HELD_BACK:
+                shown = len(ids)
+                if text:
+                    yield text
+        if shown < len(ids):
+            yield self._text_after(ids, shown)
+
+    def _text_after(self, ids: list[int], shown: int) -> str:
+        """The text of ids[shown:], as it joins on to that of the tokens before."""
+        first = max(0, shown - _DECODED_BEFORE)
+        before = self.tokenizer.decode(ids[first:shown])
+        return self.tokenizer.decode(ids[first:])[len(before) :]
+
+    # -- the device -----------------------------------------------------------------------------
+
+    def _under(self, ids: Sequence[int], adapter: str | None) -> tuple[str | None, bool]:
+        """What decides the keys and values of a text besides its tokens."""
+        long = self._model.long_examples
+        return adapter, long is not None and len(ids) > long.longer_than
+
+    def _reusable(self, ids: Sequence[int], adapter: str | None) -> int:
+        """How many tokens of a text need not be computed: all but the last at most."""
+        if self._under(ids, adapter) != self._held_under:
+            return 0
+        known = list(ids[: min(len(ids) - 1, len(self._held))])
+        if known == self._held[: len(known)]:  # the usual case, each new token
+            return len(known)
+        return next(i for i, token in enumerate(known) if token != self._held[i])
+
+    def _run(self, ids: list[int], adapter: str | None) -> None:
+        """Puts the logits of the token after `ids` into the head's tensors."""
+        if adapter is not None and adapter not in self.adapters:
+            loaded = ", ".join(self.adapters) or "none"
+            raise InputError(f"There is no adapter {adapter!r}; loaded: {loaded}.")
+        if not 0 < len(ids) <= self.room:
+            raise InputError(f"A text of {len(ids)} tokens does not fit the room of {self.room}.")
+        done = self._reusable(ids, adapter)
+        for token in ids[done:]:
+            if not 0 <= token < self._vocab_size:
+                raise InputError(
+                    f"The text has the token id {token}, but the vocabulary of the model has "
+                    f"{self._vocab_size} entries; the tokenizer does not fit the model."
+                )
+        self._held_under = under = self._under(ids, adapter)
+        del self._held[done:]
+        long = self._model.long_examples
+        rope_offset = long.first_position if long is not None and under[1] else 0
+        while done < len(ids):
+            inputs = self._step if len(ids) - done == 1 else self._pieces
+            tokens = ids[done : done + inputs.rows.maximum]
+            with_head = done + len(tokens) == len(ids)
+            commands = None
+            if inputs is self._step:
+                commands = self._prepared.pop(adapter, None)
+            if commands is None:
+                commands = self._encoded(adapter, inputs, with_head=with_head)
+            inputs.write(self._device, tokens, done, rope_offset + done)
+            self._device.queue.submit([commands])
+            self._held += tokens
+            done += len(tokens)
+
+    def _prepare_step(self, adapter: str | None) -> None:
+        """Encodes the next token's commands, which do not depend on it, while the device works."""
+        if adapter not in self._prepared:
+            self._prepared[adapter] = self._encoded(adapter, self._step, with_head=True)
+
+    def _encoded(self, adapter: str | None, inputs: StepInputs, *, with_head: bool) -> Any:
+        """A command buffer, to be submitted once."""
+        layers, head = self._programs_of(adapter, inputs)
+        encoder = self._device.wgpu.create_command_encoder()
+        layers.encode(encoder)
+        if with_head:
+            head.encode(encoder)
+        return encoder.finish()
+
+    def _programs_of(self, adapter: str | None, inputs: StepInputs) -> tuple[Program, Program]:
+        """Layers and head for one adapter and size, recorded once."""
+        rows = inputs.rows.maximum
+        if (adapter, rows) not in self._programs:
+            factors = {}
+            if adapter is not None:
+                loaded = self.adapters[adapter]
+                factors = loaded.layout.factors(loaded.flat)
+            layers, head = Program(self._device), Program(self._device)
+            act = self._act[rows]
+            record_step(layers, self._model, inputs, factors, act, self._cache)
+            record_step_head(head, self._model, inputs, factors, act, self._head)
+            self._programs[adapter, rows] = layers, head
+        return self._programs[adapter, rows]
+
+
+def read_adapter(device: Device, architecture: Architecture, directory: Path) -> Adapter:
+    """Puts a PEFT adapter directory on the device.
+
+    Raises:
+        InputError: it is no adapter, or not one for this model.
+    """
+    settings = read_peft_settings(directory)
+    paths = read_peft_modules(directory)
+    targets = sorted({path.rpartition(".")[2] for path in paths})
+    unknown = [name for name in targets if name not in MODULE_NAMES]
+    if unknown or not targets:
+        raise InputError(f"{directory}: adapts {', '.join(unknown) or 'nothing'}; not supported.")
+    missing = [name for name in targets if name not in architecture.matrices]
+    if missing:
+        raise InputError(
+            f"{directory}: adapts {', '.join(missing)}, which a model of the architecture "
+            f"{architecture.name!r} does not have; it has {', '.join(architecture.matrices)}."
+        )
+    layers = {int(path.split(".layers.")[1].split(".")[0]) for path in paths if ".layers." in path}
+    if layers and max(layers) >= architecture.n_layers:
+        raise InputError(
+            f"{directory}: adapts layer {max(layers)}, but the model has {architecture.n_layers} "
+            "layers; the adapter was made for another model."
+        )
+    rank, alpha = settings["r"], settings["lora_alpha"]
+    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
+    layout = AdapterLayout(architecture, sorted(layers), targets, rank, scale)
+    flat = device.empty_flat(layout.size, purpose="adapter")
+    device.write(flat, load_peft_adapter(directory, layout))
+    return Adapter(layout, flat)
+
+
+def open_generator(
+    model: str,
+    adapters: Mapping[str, Path] | None = None,
+    *,
+    max_length: int | None = None,
+    device: str | Device = "auto",
+) -> TextGenerator:
+    """Opens a model and PEFT adapters for text, without anything that only training needs.
+
+    Args:
+        model: a GGUF file, or a name as in model.path.
+        adapters: PEFT adapter directories by name.
+        max_length: the room: tokens of prompt and answer together; None for what the model was
+            trained for, DEFAULT_ROOM at most.
+        device: as in the config, or one that is open already.
+
+    Raises:
+        InputError: the model or an adapter can't be read, they do not fit together, or the device
+            has no room.
+    """
+    gguf_file = GGUFFile(resolve_model(model))
+    architecture = Architecture.from_gguf(gguf_file)
+    tokenizer = Tokenizer.from_gguf(gguf_file)
+    opened = Device(device) if isinstance(device, str) else device
+    room = max_length or min(architecture.context_length, DEFAULT_ROOM)
+    try:
+        loaded = load_model(opened, gguf_file, architecture, room)
+    except DeviceMemoryError as error:
+        raise InputError(f"{model} does not fit: {error}. Take a smaller quantization.") from error
+    return TextGenerator(
+        opened,
+        loaded,
+        tokenizer,
+        {name: read_adapter(opened, architecture, path) for name, path in (adapters or {}).items()},
+    )

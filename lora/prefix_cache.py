@@ -33,10 +33,8 @@ class PrefixCache:
         self._row_bytes = 4 * hidden_size
         self._starts = np.concatenate([[0], np.cumsum(lengths)]) * self._row_bytes
         self._known = [False] * len(examples)
-        usage = wgpu.BufferUsage.COPY_SRC | wgpu.BufferUsage.COPY_DST
-        size = int(self._starts[-1])
-        self._buffer = device.wgpu.create_buffer(size=size, usage=usage)
-        device.allocated["frozen prefix"] += size
+        n_values = int(self._starts[-1]) // 4
+        self._buffer = device.empty_flat(n_values, purpose="frozen prefix").buffer
 
     @staticmethod
     def bytes_needed(examples: Sequence[Example], hidden_size: int) -> int:

@@ -20,8 +20,10 @@ from rich.table import Table
 from lora.session import EvalResult, Metrics, TrainingSession
 
 
-def print_plan(console: Console, session: TrainingSession) -> None:
-    """What is about to be trained: device, adapter, data, memory by purpose."""
+def print_plan(
+    console: Console, session: TrainingSession, *, seconds_a_step: float | None = None
+) -> None:
+    """What is about to be trained: device, adapter, data, memory by purpose, time."""
     layout, config = session.layout, session.config
     allocated = session.device.allocated
     memory = ", ".join(
@@ -38,6 +40,9 @@ def print_plan(console: Console, session: TrainingSession) -> None:
         f"recompute {'on' if session.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
     }
+    if seconds_a_step is not None:
+        minutes = seconds_a_step * session.total_steps / 60
+        rows["time"] = f"about {seconds_a_step:.2g} s a step, {minutes:.2g} min in all"
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/dim]", value)

@@ -21,7 +21,7 @@ from forward.tokenizer import Tokenizer
 from lora.batches import Batch, DataStream, sequential_batches
 from lora.config import Config, load_config
 from lora.data import DataSummary, Example, load_examples
-from lora.generation import Generator
+from lora.generation import Adapter, TextGenerator
 from lora.peft_files import load_peft_adapter, read_peft_settings, save_peft_adapter
 from lora.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.programs import (
@@ -33,6 +33,7 @@ from lora.programs import (
     record_prefix,
     wants_recompute,
 )
+from lora.sampling import GREEDY, Sampling
 from lora.stores import resolve_model
 from optim.adamw import step_words
 from optim.schedule import learning_rate
@@ -159,7 +160,7 @@ class TrainingSession:
         )
         self._eval_programs: dict[bool, Program] = {}
         self._caches: dict[str, PrefixCache | None] = {}
-        self._generator: Generator | None = None
+        self._generator: TextGenerator | None = None
         self._programs: TrainingPrograms | None = None
         self.stream: DataStream | None = None
         if train:
@@ -273,6 +274,7 @@ class TrainingSession:
             epsilon=train.epsilon,
             weight_decay=train.weight_decay,
         )
+        self._cache("train", self.train_examples)
         self.steps_done = 0
         if self.device.holds_data:
             self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
@@ -283,7 +285,7 @@ class TrainingSession:
             setting = self.config.train.reuse_frozen_prefix
             hidden_size = self.model.architecture.hidden_size
             needed = PrefixCache.bytes_needed(examples, hidden_size)
-            most = int(self.device.wgpu.limits["max-buffer-size"])
+            most = self.device.max_buffer
             if setting == "on" and needed > most:
                 raise InputError(
                     f"train.reuse_frozen_prefix: on: the states of {len(examples)} examples take "
@@ -351,13 +353,17 @@ class TrainingSession:
 
     def _run_prefix(self, batch: Batch, cache: PrefixCache | None) -> None:
         """Puts what enters the lowest adapted layer into place: computed, or remembered."""
+        if cache is None:
+            self._prefix.run()
+            return
+        known = cache.holds(batch)
+        if not known:
+            self._prefix.run()
         encoder = self.device.wgpu.create_command_encoder()
-        if cache is not None and cache.holds(batch):
+        if known:
             cache.fill(encoder, batch, self._act.boundary)
         else:
-            self._prefix.encode(encoder)
-            if cache is not None:
-                cache.keep(encoder, batch, self._act.boundary)
+            cache.keep(encoder, batch, self._act.boundary)
         self.device.queue.submit([encoder.finish()])
 
     def finished_steps(self, *, wait: bool = False) -> list[Metrics]:
@@ -398,6 +404,12 @@ class TrainingSession:
                 clock = _StepClock()
         for metrics in clock.timed(self.finished_steps(wait=True)):
             yield _checked(metrics)
+
+    def step_programs(self) -> tuple[Program, ...]:
+        """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
+        if self._programs is None:
+            raise LoraError("This session was opened without training.")
+        return self._prefix, self._programs.micro_batch, self._programs.finish
 
     # -- evaluation and generation ----------------------------------------------------------------
 
@@ -449,10 +461,16 @@ class TrainingSession:
         )
 
     def generate(
-        self, prompt: str | list[int], *, max_tokens: int = 64, adapted: bool = True
+        self,
+        prompt: str | list[int],
+        *,
+        max_tokens: int = 64,
+        adapted: bool = True,
+        sampling: Sampling = GREEDY,
     ) -> str:
-        """The greedy continuation of a text (or of token ids), without the prompt."""
-        return "".join(self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted))
+        """The continuation of a text (or of token ids), without the prompt; greedy by default."""
+        pieces = self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted, sampling=sampling)
+        return "".join(pieces)
 
     def stream_text(
         self,
@@ -461,19 +479,25 @@ class TrainingSession:
         max_tokens: int = 64,
         adapted: bool = True,
         add_bos: bool | None = None,
+        sampling: Sampling = GREEDY,
     ) -> Iterator[str]:
-        """The greedy continuation of a text, piece by piece.
+        """The continuation of a text, piece by piece.
 
         Raises:
             InputError: the prompt leaves no room in data.max_length.
         """
         if self._generator is None:
-            self._generator = Generator(
-                self.device, self.model, self.inputs, self._act, self._prefix, self.layout,
-                self.adapter.parameters, self.tokenizer,
-            )  # fmt: skip
+            adapter = Adapter(self.layout, self.adapter.parameters)
+            self._generator = TextGenerator(
+                self.device, self.model, self.tokenizer, {"adapter": adapter}
+            )
+        self._generator.forget()  # the adapter may have been trained or loaded since
         return self._generator.stream(
-            prompt, max_tokens=max_tokens, adapted=adapted, add_bos=add_bos
+            prompt,
+            max_tokens=max_tokens,
+            adapter="adapter" if adapted else None,
+            sampling=sampling,
+            add_bos=add_bos,
         )
 
     # -- the adapter ----------------------------------------------------------------------------

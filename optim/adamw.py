@@ -9,6 +9,7 @@ from optim.clipping import flat_ranges
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+LANES = 256  # of a workgroup; each takes four parameters
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -63,6 +64,7 @@ def adamw(
         raise ValueError(f"adamw: an epsilon of {epsilon} is 0 in f32, and 0 / 0 would follow")
     for start, stop in flat_ranges(n, max_range or program.device.max_binding // 4):
         constants = {
+            "lanes": LANES,
             "n": stop - start,
             "beta1": betas[0],
             "beta2": betas[1],
@@ -70,4 +72,6 @@ def adamw(
             "weight_decay": weight_decay,
         }
         flat = [t.rows(start, stop) for t in (parameters, gradient, first_moment, second_moment)]
-        program.dispatch("adamw", constants, [step, state, *flat], -(-(stop - start) // 256))
+        program.dispatch(
+            "adamw", constants, [step, state, *flat], -(-(stop - start) // (4 * LANES))
+        )

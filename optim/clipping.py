@@ -10,7 +10,8 @@ from shaders.program import Program
 from shaders.tensor import Tensor
 
 MAX_SLICES = 4  # with the partial sums, five of the eight storage buffers that every device binds
-_PARTIALS = 1024  # partial sums of squares: short enough sums for f32, few enough for one tree
+_PARTIALS = 1024  # partial sums of squares: short enough sums for f32, few enough for one workgroup
+GPU_LANES, CPU_LANES = 256, 8  # of a workgroup
 
 
 def flat_ranges(n: int, max_range: int) -> list[tuple[int, int]]:
@@ -30,10 +31,10 @@ def gradient_norm(
     """Appends: slices summed into the first, the norm of the whole, and the clip factor.
 
     Clipping as torch.nn.utils.clip_grad_norm_: factor = min(1, max_norm / (norm + 1e-6)). The
-    slices are added in their order, and the squares in a fixed tree.
+    slices are added in their order, and the squares in a fixed order.
 
     Args:
-        gradients: one to four slices [n]; the first holds their sum afterwards.
+        gradients: one to four slices [n], n a multiple of 4; the first holds their sum afterwards.
         state: [4 or more], written: norm before clipping, factor, 1 where the norm is finite in
             f32 else 0, 0.
         max_norm: None for no clipping (factor 1).
@@ -46,14 +47,18 @@ def gradient_norm(
     (n,) = gradients[0].shape
     for gradient in gradients:
         check_shape("gradient slice", gradient, n)
+    if n % 4:
+        raise ValueError(f"gradient_norm: {n} parameters are no multiple of 4")
+    lanes = CPU_LANES if program.device.is_cpu else GPU_LANES
     ranges = flat_ranges(n, max_range or program.device.max_binding // 4)
-    groups = [min(_PARTIALS, -(-(stop - start) // 64)) for start, stop in ranges]
+    groups = [min(_PARTIALS, -(-(stop - start) // (4 * lanes))) for start, stop in ranges]
     partial = program.device.empty((sum(groups),), purpose="optimizer")
     for index, (start, stop) in enumerate(ranges):
-        stretch = -(-(stop - start) // groups[index])
+        stretch = -(-(stop - start) // (4 * groups[index]))  # quads
         program.dispatch(
             "gradient_squares",
             {
+                "lanes": lanes,
                 "n_slices": len(gradients),
                 "n": stop - start,
                 "stretch": stretch,
@@ -63,5 +68,8 @@ def gradient_norm(
             (groups[index], 1, 1),
         )
     program.dispatch(
-        "gradient_norm", {"n_partials": sum(groups), "max_norm": max_norm}, [partial, state], 1
+        "gradient_norm",
+        {"lanes": lanes, "n_partials": sum(groups), "max_norm": max_norm},
+        [partial, state],
+        1,
     )

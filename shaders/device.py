@@ -17,9 +17,9 @@ if "XDG_RUNTIME_DIR" not in os.environ and os.name == "posix":
 import wgpu
 
 from shaders.errors import DeviceMemoryError, InputError
+from shaders.native import trusted_shader_module
 from shaders.templates import render
 from shaders.tensor import Extent, Tensor
-from shaders.trusted import trusted_shader_module
 
 ALIGNMENT = 256  # the largest offset alignment that WebGPU may ask of a binding
 UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a few of these
@@ -120,6 +120,7 @@ class Device:
                 self.wgpu.limits["max-buffer-size"],
             )
         )
+        self.max_buffer = int(self.wgpu.limits["max-buffer-size"])
         self.workgroup_memory = int(self.wgpu.limits["max-compute-workgroup-storage-size"])
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.allocated: Counter[str] = Counter()  # bytes by purpose
@@ -130,7 +131,8 @@ class Device:
     def copy_limits(self, other: Device) -> None:
         """Takes over what is known of another device, and none of its memory."""
         self.info, self.name, self.is_cpu = other.info, other.name, other.is_cpu
-        self.features, self.max_binding = other.features, other.max_binding
+        self.features = other.features
+        self.max_buffer, self.max_binding = other.max_buffer, other.max_binding
         self.workgroup_memory, self.matmul_body = other.workgroup_memory, other.matmul_body
         self.allocated = Counter()
         self._scratch = {}

@@ -5,14 +5,19 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import islice, takewhile
 from typing import Any
 
 import numpy as np
 import wgpu
 
 from shaders.device import Device
+from shaders.native import encode_dispatches
 from shaders.tensor import Tensor
 
+# A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
+# half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.
+MAX_SUBMISSION_FLOPS = 10**11
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
 _POLL_SECONDS = 0.0002
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
@@ -129,31 +134,27 @@ class Program:
     # -- running --------------------------------------------------------------------------------
 
     def run(self) -> None:
-        """Encodes and submits the program; does not wait for it."""
-        encoder = self.device.wgpu.create_command_encoder()
-        self.encode(encoder)
-        self.device.queue.submit([encoder.finish()])
+        """Encodes and submits the program, in one or several pieces; does not wait for it."""
+        for commands in self._pieces():
+            encoder = self.device.wgpu.create_command_encoder()
+            _encode(encoder, commands)
+            self.device.queue.submit([encoder.finish()])
 
     def encode(self, encoder: wgpu.GPUCommandEncoder) -> None:
-        """Appends the program to a command encoder."""
-        compute_pass = None
-        pipeline = None
+        """Appends the whole program to a command encoder."""
+        _encode(encoder, self.commands)
+
+    def _pieces(self) -> list[list[Dispatch | Copy]]:
+        """The commands in stretches that none takes too long: drivers of desktops kill those."""
+        pieces: list[list[Dispatch | Copy]] = [[]]
+        flops = 0
         for command in self.commands:
-            if isinstance(command, Copy):
-                if compute_pass is not None:
-                    compute_pass.end()
-                    compute_pass = pipeline = None
-                _encode_copy(encoder, command)
-                continue
-            if compute_pass is None:
-                compute_pass = encoder.begin_compute_pass()
-            if command.pipeline is not pipeline:
-                pipeline = command.pipeline
-                compute_pass.set_pipeline(pipeline)
-            compute_pass.set_bind_group(0, command.bind_group)
-            compute_pass.dispatch_workgroups(*command.workgroups)
-        if compute_pass is not None:
-            compute_pass.end()
+            if flops > MAX_SUBMISSION_FLOPS:
+                pieces.append([])
+                flops = 0
+            pieces[-1].append(command)
+            flops += command.flops if isinstance(command, Dispatch) else 0
+        return pieces
 
     def time(self) -> list[KernelTime]:
         """Runs the program with a timestamp before and after every dispatch; waits for it.
@@ -219,6 +220,25 @@ class _Scope:
 
     def __exit__(self, *_: object) -> None:
         self._program._scope.pop()
+
+
+def _encode(encoder: wgpu.GPUCommandEncoder, commands: Sequence[Dispatch | Copy]) -> None:
+    """Appends commands to an encoder; dispatches between two copies share a pass."""
+    start = 0
+    while start < len(commands):
+        command = commands[start]
+        if isinstance(command, Copy):
+            _encode_copy(encoder, command)
+            start += 1
+            continue
+        stretch = list(takewhile(lambda c: isinstance(c, Dispatch), islice(commands, start, None)))
+        compute_pass = encoder.begin_compute_pass()
+        encode_dispatches(
+            compute_pass,
+            ((c.pipeline, c.bind_group, c.workgroups) for c in stretch if isinstance(c, Dispatch)),
+        )
+        compute_pass.end()
+        start += len(stretch)
 
 
 def _encode_copy(encoder: wgpu.GPUCommandEncoder, command: Copy) -> None:

@@ -16,13 +16,13 @@ struct Step { learning_rate: f32, correction_1: f32, correction_2: f32 }
 @group(0) @binding(4) var<storage, read_write> first_moment: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> second_moment: array<vec4<f32>>;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let i = (group.x + group.y * groups.x) * 64u + lane;
+    let i = (group.x + group.y * groups.x) * {{ lanes }}u + lane;
     if (i >= {{ n // 4 }}u || state[2] == 0.0) { return; }
     let g = gradient[i] * state[1];
     let m = {{ beta1 }} * first_moment[i] + {{ 1.0 - beta1 }} * g;

@@ -1,26 +1,56 @@
 {#
-Macros of the attention kernels: two tiles in workgroup memory and the two products made of them.
+Macros of the attention kernels: tiles in workgroup memory and the two products made of them.
 A file takes them with `import … with context`; they read its constants:
-    head_size, per_lane (rows of tile_a that a lane holds), chunk (vec4 columns of the head held at
-    once, 8 or 16), unroll (columns in one turn of the loop of products), scale and softcap;
-    and use its variables `lane`, `ty` = lane / 8 and `tx` = lane % 8.
+    head_size;
+    teams: how many teams of lanes a workgroup has; each walks past every teams-th tile of side b;
+    team_lanes: lanes of a team, a multiple of 64;
+    per_lane: rows of side a that a lane holds;
+    chunk: vec4 columns of the head in a tile of side b, 8, 16 or 32;
+    held: whether the tiles of side a stay in workgroup memory, whole, or are loaded in chunks too;
+    prefetch: whether the next tile of side b is read into registers before this one is worked on;
+    unroll: columns in one turn of the loop of products;
+    scale and softcap;
+and use its variables `lane`, `team`, `ty` and `tx` (see `declare_lanes`).
 
-The block of rows that a workgroup owns (queries, or keys) is side a: 8 · per_lane rows, of which a
-lane holds ty, ty + 8, …. The 32 rows that it walks past at a time are side b: a lane holds rows
-4 · tx … 4 · tx + 3 as the components of one vec4. Sums are named {sum}{i}, or {sum}{n}_{i} where
-they are output columns: row ty + 8 · i, vec4 column 8 · n + tx.
+The block of rows that a workgroup owns (queries, or keys) is side a: `high` · per_lane rows, of
+which a lane holds ty, ty + high, …. Side b is what it walks past, 32 rows for each team at a time:
+a lane holds rows 4 · tx … 4 · tx + 3 as the components of one vec4. Sums are named {sum}{i}, or
+{sum}{n}_{i} where they are output columns: row ty + high · i, vec4 column 8 · n + tx.
 #}
 {% set head = head_size // 4 %}
 {% set chunks = (head + chunk - 1) // chunk %}
 {% set groups = (head + 7) // 8 %}
 {% set ragged = head % chunk != 0 %}
+{% set high = team_lanes // 8 %}
+{% set block = high * per_lane %}
+{% set width = chunks * chunk if held else chunk %}
+{% set loads = 32 * chunk // team_lanes %}
 
-{% macro declare_tiles() %}
-const lanes = 64u;
-const block = {{ 8 * per_lane }}u; // rows of side a
-var<workgroup> tile_a: array<vec4<f32>, {{ 8 * per_lane * chunk }}>; // [row][column]
-var<workgroup> tile_b: array<vec4<f32>, {{ 32 * chunk }}>; // transposed, or [row][column]
-var<workgroup> weights: array<vec4<f32>, {{ 8 * per_lane * 8 }}>; // [row of a][4 rows of b]
+{# The first column of chunk k. #}
+{% macro at(k) %}{{ k * chunk }}u{% endmacro %}
+
+{% macro declare_tiles(tiles_of_a) %}
+const lanes = {{ teams * team_lanes }}u;
+const block = {{ block }}u; // rows of side a
+const pace = {{ 32 * teams }}u; // rows of side b that all teams walk past at once
+var<workgroup> tile_a: array<vec4<f32>, {{ (tiles_of_a if held else 1) * block * width }}>;
+var<workgroup> tile_b: array<vec4<f32>, {{ teams * 32 * chunk }}>; // [team][row][column], see below
+var<workgroup> weights: array<vec4<f32>, {{ teams * block * 8 }}>; // [team][row of a][4 rows of b]
+{% endmacro %}
+
+{% macro declare_lanes() %}
+    let team = lane / {{ team_lanes }}u;
+    let mate = lane % {{ team_lanes }}u; // the lane within its team
+    let ty = mate / 8u;
+    let tx = mate % 8u;
+    let a_row = ty * {{ width }}u; // where the lane's first row is in a tile of side a
+    let b_tile = team * {{ 32 * chunk }}u; // where the team's tile of side b is
+    let w_row = (team * block + ty) * 8u; // where the weights of the lane's first row are
+    {% if prefetch %}
+    {% for n in range(loads) %}
+    var next{{ n }} = vec4<f32>();
+    {% endfor %}
+    {% endif %}
 {% endmacro %}
 
 {#
@@ -29,117 +59,193 @@ A row at or past `end` repeats row end - 1: the kernels give it no weight and do
 what lies there may be stale, NaN even, and 0 · NaN is not 0. In the same way columns past the head
 repeat its last one; tile_a has zeros there, so that they add nothing to products.
 #}
-{% macro load_a(buffer, first, end, stride, offset, column) %}
-    {
-        {{ lane_column(column) }}
-        let r = {{ first }} + lane / {{ chunk }}u;
-    {% for n in range(per_lane * chunk // 8) %}
-        {
-            let row = min(r + {{ n * 64 // chunk }}u, {{ end }} - 1u);
-            let value = {{ buffer }}[row * {{ stride }}u + {{ offset }} + c];
-    {% if ragged %}
-            tile_a[lane + {{ 64 * n }}u] =
-                select(vec4<f32>(), value, {{ column }} + lane % {{ chunk }}u < {{ head }}u);
-    {% else %}
-            tile_a[lane + {{ 64 * n }}u] = value;
+{% macro load_a(buffer, stride, offset, column="0u", tile=0) %}
+    {% set pieces = block * width %}
+    {% set workers = teams * team_lanes %}
+    {% for n in range((pieces + workers - 1) // workers) %}
+    {% if pieces < (n + 1) * workers %}
+    if (lane < {{ pieces - n * workers }}u)
     {% endif %}
-        }
-    {% endfor %}
+    {
+        let r = (lane + {{ n * workers }}u) / {{ width }}u;
+        let c = {{ column }} + (lane + {{ n * workers }}u) % {{ width }}u;
+        let at = min(first + r, last - 1u) * {{ stride }}u + {{ offset }};
+    {% if ragged %}
+        let value = {{ buffer }}[at + min(c, {{ head - 1 }}u)];
+        tile_a[lane + {{ n * workers + (tile if held else 0) * pieces }}u] =
+            select(vec4<f32>(), value, c < {{ head }}u);
+    {% else %}
+        tile_a[lane + {{ n * workers + (tile if held else 0) * pieces }}u] = {{ buffer }}[at + c];
+    {% endif %}
     }
+    {% endfor %}
 {% endmacro %}
 
-{% macro lane_column(column, of="lane") %}
-    {% if ragged %}
-        let c = min({{ column }} + {{ of }} % {{ chunk }}u, {{ head - 1 }}u);
-    {% else %}
-        let c = {{ column }} + {{ of }} % {{ chunk }}u;
-    {% endif %}
-{% endmacro %}
-
-{# 32 rows into tile_b as [row][column]. #}
-{% macro load_b(buffer, first, end, stride, offset, column) %}
+{# A team's 32 rows, the lane's share into {to}{n}; `piece` = [buffer, first, end, stride, offset,
+column]. #}
+{% macro fetch(to, piece) %}
     {
-        {{ lane_column(column) }}
-        let r = {{ first }} + lane / {{ chunk }}u;
-    {% for n in range(chunk // 2) %}
-        tile_b[lane + {{ 64 * n }}u] = {{ buffer }}[
-            min(r + {{ n * 64 // chunk }}u, {{ end }} - 1u) * {{ stride }}u + {{ offset }} + c
+    {% if ragged %}
+        let c = min({{ piece[5] }} + mate % {{ chunk }}u, {{ head - 1 }}u) + {{ piece[4] }};
+    {% else %}
+        let c = {{ piece[5] }} + mate % {{ chunk }}u + {{ piece[4] }};
+    {% endif %}
+        let r = {{ piece[1] }} + mate / {{ chunk }}u;
+    {% for n in range(loads) %}
+        {{ to }}{{ n }} = {{ piece[0] }}[
+            min(r + {{ n * team_lanes // chunk }}u, {{ piece[2] }} - 1u) * {{ piece[3] }}u + c
         ];
     {% endfor %}
     }
 {% endmacro %}
 
 {#
-32 rows into tile_b, transposed: scalar column 4c + j of rows 4g … 4g + 3 is the vec4 at
-(4c + j) · 8 + (g xor c mod 8); the xor keeps stores and loads free of bank conflicts.
+Each team's tile_b becomes the 32 rows `this`; between the two barriers `beside` is done too. Column
+c of row r is at r · chunk + (c xor r / 4 mod 8): lanes that read rows 4 · tx + j at one column, or
+columns 8 · n + tx of one row, meet no bank conflict. With prefetch `this` was fetched before, and
+the first of `next` is fetched now, or the last where `column` ends the head. `free`: whether a barrier has passed since tile_b was last read.
 #}
-{% macro load_b_transposed(buffer, first, end, stride, offset, column) %}
-    {% for n in range(chunk // 8) %}
+{% macro take_b(this, next, beside="", free=false) %}
+    {% if not free %}
+    workgroupBarrier();
+    {% endif %}
+    {{ beside }}
     {
-        let piece = lane + {{ 64 * n }}u;
-        {{ lane_column(column, "piece") }}
-        let g = piece / {{ chunk }}u;
-    {% for j in range(4) %}
-        let v{{ j }} = {{ buffer }}[
-            min({{ first }} + 4u * g + {{ j }}u, {{ end }} - 1u) * {{ stride }}u + {{ offset }} + c
-        ];
+    {% if not prefetch %}
+    {% for n in range(loads) %}
+        var next{{ n }}: vec4<f32>;
     {% endfor %}
-        let to = piece % {{ chunk }}u * 32u + (g ^ (piece % 8u));
-    {% for j in range(4) %}
-    {% set x = "xyzw"[j] %}
-        tile_b[to + {{ 8 * j }}u] = vec4<f32>(v0.{{ x }}, v1.{{ x }}, v2.{{ x }}, v3.{{ x }});
+    {{ fetch("next", this) }}
+    {% endif %}
+    {% for n in range(loads) %}
+        {
+            let r = mate / {{ chunk }}u + {{ n * team_lanes // chunk }}u;
+            let c = (mate % {{ chunk }}u) ^ (r / 4u % 8u);
+            tile_b[b_tile + r * {{ chunk }}u + c] = next{{ n }};
+        }
     {% endfor %}
     }
-    {% endfor %}
+    {% if prefetch %}
+    {% if next | length > 1 %}
+    if (column < {{ (chunks - 1) * chunk }}u)
+    {{ fetch("next", next[0]) }}
+    else
+    {% endif %}
+    {{ fetch("next", next[-1]) }}
+    {% endif %}
+    workgroupBarrier();
 {% endmacro %}
 
-{# {sum}{i} += row i of a · the lane's 4 rows of b (transposed), columns in ascending order. #}
-{% macro add_products(sum) %}
-    for (var c = 0u; c < {{ chunk }}u; c += {{ unroll }}u) {
-    {% for n in range(unroll) %}
+{#
+{sum}{i} += row i of a, which is its tile `tile`, out of `a` = [buffer, stride, offset] · the lane's
+4 rows of b, columns in ascending order. `b` and `next` are pieces, of which b takes its columns here.
+#}
+{% macro add_products(sum, tile, a, b, next) %}
+    {% if chunks == 1 %}
+    {{ take_b(b + ["0u"], [next], "" if held else load_a(a[0], a[1], a[2])) }}
+    {{ add_chunk_products(sum, tile, "0u") }}
+    {% else %}
+    for (var column = 0u; column < {{ chunks * chunk }}u; column += {{ chunk }}u) {
+    {{ take_b(
+        b + ["column"],
+        [b + ["(column + " ~ chunk ~ "u)"], next],
+        "" if held else load_a(a[0], a[1], a[2], "column")
+    ) }}
+    {{ add_chunk_products(sum, tile, "column") }}
+    }
+    {% endif %}
+{% endmacro %}
+
+{% macro add_chunk_products(sum, tile, column) %}
+    {
+        let b = b_tile + 4u * tx * {{ chunk }}u;
+        let a = a_row + {{ tile * block * width ~ "u + " ~ column if held else "0u" }};
+    {% if unroll < chunk %}
+        for (var c = 0u; c < {{ chunk }}u; c += {{ unroll }}u) {
+    {% else %}
+        let c = 0u;
+    {% endif %}
+    {% for n in range([unroll, chunk] | min) %}
         {
-            let b = (c + {{ n }}u) * 32u + (tx ^ ((c + {{ n }}u) % 8u));
+            let at = b + ((c + {{ n }}u) ^ tx);
     {% for j in range(4) %}
-            let b{{ j }} = tile_b[b + {{ 8 * j }}u];
+            let b{{ j }} = tile_b[at + {{ j * chunk }}u];
+    {% endfor %}
+    {% for x in "xyzw" %}
+            let b_{{ x }} = vec4<f32>(b0.{{ x }}, b1.{{ x }}, b2.{{ x }}, b3.{{ x }});
     {% endfor %}
     {% for i in range(per_lane) %}
-            let a{{ i }} = tile_a[(ty + {{ 8 * i }}u) * {{ chunk }}u + c + {{ n }}u];
-    {% for j in range(4) %}
-            {{ sum }}{{ i }} = fma(vec4<f32>(a{{ i }}.{{ "xyzw"[j] }}), b{{ j }}, {{ sum }}{{ i }});
+            let a{{ i }} = tile_a[a + c + {{ i * high * width + n }}u];
+    {% for x in "xyzw" %}
+            {{ sum }}{{ i }} = fma(vec4<f32>(a{{ i }}.{{ x }}), b_{{ x }}, {{ sum }}{{ i }});
     {% endfor %}
     {% endfor %}
         }
     {% endfor %}
+    {% if unroll < chunk %}
+        }
+    {% endif %}
     }
 {% endmacro %}
 
 {#
-{sum}{n}_{i} += weights[i] · tile_b [row][column], rows of b in ascending order; `total`{i}, if
+{sum}{n}_{i} += weights[i] · tile_b, which has chunk k, rows of b in ascending order; `total`{i}, if
 given, += the weights alone. A weight of 0 changes nothing, not a bit.
 #}
 {% macro add_weighted(sum, k, total="") %}
-    for (var g = 0u; g < 8u; g += 1u) {
+    {% set turns = [unroll // 4, 8] | min %}
+    {% if turns < 8 %}
+    for (var g = 0u; g < 8u; g += {{ turns }}u) {
+    {% else %}
+    {
+        let g = 0u;
+    {% endif %}
+    {% for turn in range(turns) %}
+        {
+            let h = g + {{ turn }}u;
     {% for i in range(per_lane) %}
-        let w{{ i }} = weights[(ty + {{ 8 * i }}u) * 8u + g];
+            let w{{ i }} = weights[w_row + {{ 8 * high * i }}u + h];
     {% if total %}
     {% for x in "xyzw" %}
-        {{ total }}{{ i }} += w{{ i }}.{{ x }};
+            {{ total }}{{ i }} += w{{ i }}.{{ x }};
     {% endfor %}
     {% endif %}
     {% endfor %}
+            let at = b_tile + 4u * h * {{ chunk }}u + (tx ^ h);
     {% for n in range(k * chunk // 8, [(k + 1) * chunk // 8, groups] | min) %}
     {% for j in range(4) %}
-        let b{{ n }}_{{ j }} =
-            tile_b[(4u * g + {{ j }}u) * {{ chunk }}u + {{ 8 * n - k * chunk }}u + tx];
+            let b{{ n }}_{{ j }} = tile_b[at + {{ j * chunk + 8 * n - k * chunk }}u];
     {% endfor %}
     {% for i in range(per_lane) %}
     {% for j in range(4) %}
-        {{ sum }}{{ n }}_{{ i }} =
-            fma(vec4<f32>(w{{ i }}.{{ "xyzw"[j] }}), b{{ n }}_{{ j }}, {{ sum }}{{ n }}_{{ i }});
+            {{ sum }}{{ n }}_{{ i }} =
+                fma(vec4<f32>(w{{ i }}.{{ "xyzw"[j] }}), b{{ n }}_{{ j }}, {{ sum }}{{ n }}_{{ i }});
     {% endfor %}
+    {% endfor %}
+    {% endfor %}
+        }
+    {% endfor %}
+    }
+{% endmacro %}
+
+{# The teams' sums meet in the first team's: {sum}{n}_{i} += those of teams 1, 2, …, in order. #}
+{% macro add_teams(sum) %}
+    {% if teams > 1 %}
+    {% for n in range(groups) %}
+    workgroupBarrier();
+    {% for i in range(per_lane) %}
+    weights[w_row + {{ 8 * high * i }}u + tx] = {{ sum }}{{ n }}_{{ i }};
+    {% endfor %}
+    workgroupBarrier();
+    if (team == 0u) {
+    {% for i in range(per_lane) %}
+    {% for t in range(1, teams) %}
+        {{ sum }}{{ n }}_{{ i }} += weights[w_row + {{ 8 * (t * block + high * i) }}u + tx];
     {% endfor %}
     {% endfor %}
     }
+    {% endfor %}
+    {% endif %}
 {% endmacro %}
 
 {# Scores from products: {s}{i} becomes the scaled (and capped) score; with a cap, t{i} its tanh. #}

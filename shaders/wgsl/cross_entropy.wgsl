@@ -3,88 +3,93 @@
 //   logits[m, v] ← (softmax(logits[m])[v] − [v = label]) · scale,
 // and where the logits are capped, cap · tanh(raw / cap), times the cap's slope 1 − (logit / cap)².
 //
-// Bindings: logits [chunk, stride] (stride ≥ vocab; columns past vocab stay), labels u32 [chunk], losses and correct [chunk]; step.scale is
-// 1 / (trained tokens of the optimizer step). One workgroup a row: each lane keeps a running maximum
-// and a running sum of exponentials over its columns; they meet in a fixed tree.
+// Bindings: sums [chunk, {{ n_stretches }}, 4] of cross_entropy_sums.wgsl, labels u32 [chunk], losses and
+// correct [chunk]; with the gradient logits [chunk, {{ stride }}] (columns past {{ vocab_size }} stay) and step.scale,
+// 1 / (trained tokens of the optimizer step). The stretches' sums are added in order.
+{% if with_gradient %}
+// One workgroup a row and stretch of {{ columns }} columns; its lanes take {{ quads }} quads at once, {{ lanes }} apart.
+{% else %}
+// One lane a row.
+{% endif %}
 
 struct Extent { rows: u32 }
 struct Step { scale: f32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read_write> logits: array<f32>;
+@group(0) @binding(1) var<storage, read> sums: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read> labels: array<u32>;
 @group(0) @binding(3) var<storage, read_write> losses: array<f32>;
 @group(0) @binding(4) var<storage, read_write> correct: array<f32>;
 {% if with_gradient %}
-@group(0) @binding(5) var<uniform> step: Step;
+@group(0) @binding(5) var<storage, read_write> logits: array<vec4<f32>>;
+@group(0) @binding(6) var<uniform> step: Step;
 {% endif %}
 
-const vocab = {{ vocab_size }}u;
-const lanes = {{ lanes }}u;
+{% set n_quads = (vocab_size + 3) // 4 %}
 
-var<workgroup> maxima: array<f32, lanes>;
-var<workgroup> places: array<u32, lanes>;
-
-{% include "row_sum.wgsl" %}
-
-@compute @workgroup_size(lanes)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let row = group.x + group.y * groups.x;
+    let index = group.x + group.y * groups.x;
+{% if with_gradient %}
+    let row = index / {{ n_stretches }}u;
+    let stretch = index % {{ n_stretches }}u;
+{% else %}
+    let row = index * {{ lanes }}u + lane;
+{% endif %}
     if (row >= extent.rows) { return; }
-    let base = row * {{ stride }}u;
     let label = labels[row];
-
-    var highest = -3.4e38;
-    var place = vocab;
-    var sum = 0.0;
-    for (var v = lane; v < vocab; v += lanes) {
-        let value = logits[base + v];
-        if (value > highest) {
-            sum = sum * exp(highest - value) + 1.0;
-            highest = value;
-            place = v;
-        } else {
-            sum += exp(value - highest);
-        }
+    let first = row * {{ n_stretches }}u;
+    var top = sums[first].x;
+    var before = sums[first].z;
+    for (var s = 1u; s < {{ n_stretches }}u; s += 1u) {
+        top = max(top, sums[first + s].x);
+        before = max(before, sums[first + s].z);
     }
-    maxima[lane] = highest;
-    places[lane] = place;
-    workgroupBarrier();
-    for (var stride = lanes / 2u; stride > 0u; stride /= 2u) {
-        if (lane < stride) {
-            let other = maxima[lane + stride];
-            let other_place = places[lane + stride];
-            if (other > maxima[lane] || (other == maxima[lane] && other_place < places[lane])) {
-                maxima[lane] = other;
-                places[lane] = other_place;
-            }
-        }
-        workgroupBarrier();
-    }
-    let top = maxima[0];
-    let total = row_sum(sum * exp(highest - top), lane);
-    if (lane == 0u) {
-        // The difference first: top + log(total) would be rounded at the size of the logits.
-        losses[row] = log(total) + (top - logits[base + label]);
-        correct[row] = select(0.0, 1.0, places[0] == label);
+    var total = 0.0;
+    for (var s = 0u; s < {{ n_stretches }}u; s += 1u) {
+        total += sums[first + s].y * exp(sums[first + s].x - top);
     }
 {% if with_gradient %}
-    workgroupBarrier();
-    storageBarrier(); // lane 0 has read the label's logit before it is overwritten
-    let factor = step.scale / total;
-    for (var v = lane; v < vocab; v += lanes) {
-        let logit = logits[base + v];
-        var d = exp(logit - top) * factor;
-        if (v == label) { d -= step.scale; }
-{% if softcap %}
-        let capped = logit / {{ softcap }};
-        d *= 1.0 - capped * capped;
+    if (stretch == 0u && lane == 0u)
 {% endif %}
-        logits[base + v] = d;
+    {
+        let own = sums[first + label / {{ columns }}u].w;
+        // The difference first: top + log(total) would be rounded at the size of the logits.
+        losses[row] = log(total) + (top - own);
+        correct[row] = select(0.0, 1.0, own == top && before < top);
+    }
+{% if with_gradient %}
+    let factor = step.scale / total;
+    let base = row * {{ stride // 4 }}u;
+    var quad = stretch * {{ columns // 4 }}u + lane;
+{% if steps > 1 %}
+    let last_quad = min((stretch + 1u) * {{ columns // 4 }}u, {{ n_quads }}u);
+    for (; quad < last_quad; quad += {{ lanes * quads }}u)
+{% endif %}
+    {
+{% for q in range(quads) %}
+        var value_{{ q }} = vec4<f32>();
+        let inside_{{ q }} = quad < {{ [n_quads - q * lanes, 0] | max }}u;
+        if (inside_{{ q }}) { value_{{ q }} = logits[base + quad + {{ q * lanes }}u]; }
+{% endfor %}
+{% for q in range(quads) %}
+        if (inside_{{ q }}) {
+            let place = 4u * (quad + {{ q * lanes }}u) + vec4(0u, 1u, 2u, 3u);
+            var d = exp(value_{{ q }} - top) * factor - select(vec4(0.0), vec4(step.scale), place == vec4(label));
+{% if softcap %}
+            let capped = value_{{ q }} / {{ softcap }};
+            d *= 1.0 - capped * capped;
+{% endif %}
+{% if vocab_size % 4 %}
+            d = select(value_{{ q }}, d, place < vec4({{ vocab_size }}u));
+{% endif %}
+            logits[base + quad + {{ q * lanes }}u] = d;
+        }
+{% endfor %}
     }
 {% endif %}
 }

@@ -5,14 +5,12 @@
 @group(0) @binding(0) var<storage, read> partial: array<f32>;
 @group(0) @binding(1) var<storage, read_write> state: array<f32>;
 
-const lanes = 64u;
-
 {% include "row_sum.wgsl" %}
 
-@compute @workgroup_size(lanes)
+@compute @workgroup_size({{ lanes }})
 fn main(@builtin(local_invocation_index) lane: u32) {
     var sum = 0.0;
-    for (var i = lane; i < {{ n_partials }}u; i += lanes) { sum += partial[i]; }
+    for (var i = lane; i < {{ n_partials }}u; i += {{ lanes }}u) { sum += partial[i]; }
     let squares = row_sum(sum, lane);
     if (lane == 0u) {
         // By the exponent's bits: a WGSL compiler may assume that no NaN occurs.

@@ -2,46 +2,55 @@
 //   rstd[m, h] = 1 / sqrt(mean_i x[m, h, i]² + epsilon);   y[m, h] = x[m, h] for the heads of v.
 //
 // Bindings: x [rows, width] (heads of q, of k, of v), q_weight and k_weight [head_size],
-// y [rows, width]. One workgroup a row and head; the sum in the tree of row_sum.
+// y [rows, width]. {{ sum_lanes }} lanes a row and head, {{ lanes // sum_lanes }} of these a workgroup. A lane holds the quads of columns
+// lane, lane + {{ sum_lanes }}, … and sums them in that order; the lanes' sums meet in row_sum.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> q_weight: array<f32>;
-@group(0) @binding(3) var<storage, read> k_weight: array<f32>;
-@group(0) @binding(4) var<storage, read_write> y: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> q_weight: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> k_weight: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> y: array<vec4<f32>>;
 
-const head_size = {{ head_size }}u;
-const n_heads = {{ n_heads }}u;
-const n_normed = {{ n_heads + n_kv_heads }}u;
-const all_heads = {{ n_heads + 2 * n_kv_heads }}u;
-const lanes = 64u;
-
+{% set quads = head_size // 4 %}
+{% set steps = (quads + sum_lanes - 1) // sum_lanes %}
+{% from "row_parts.wgsl" import load_row, store_row %}
 {% include "row_sum.wgsl" %}
 
-@compute @workgroup_size(lanes)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
+    @builtin(local_invocation_index) invocation: u32,
 ) {
-    let index = group.x + group.y * groups.x; // row · all_heads + head
-    if (index >= extent.rows * all_heads) { return; }
-    let head = index % all_heads;
-    let base = index * head_size;
-    if (head >= n_normed) { // uniform: the whole workgroup has one head
-        for (var i = lane; i < head_size; i += lanes) { y[base + i] = x[base + i]; }
-        return;
+    let first_index = (group.x + group.y * groups.x) * {{ lanes // sum_lanes }}u; // row · all heads + head
+    let n_indices = extent.rows * {{ n_heads + 2 * n_kv_heads }}u;
+    if (first_index >= n_indices) { return; } // uniform: the whole workgroup leaves
+    let index = first_index + invocation / {{ sum_lanes }}u;
+    let inside = index < n_indices; // one that is not repeats the last head and stores nothing
+    let lane = invocation % {{ sum_lanes }}u;
+    let head = index % {{ n_heads + 2 * n_kv_heads }}u;
+    let base = min(index, n_indices - 1u) * {{ quads }}u + lane;
+{{ load_row("value", "x", "base", quads, sum_lanes) }}
+{{ load_row("w", "q_weight", "lane", quads, sum_lanes) }}
+    if (head >= {{ n_heads }}u) {
+{{ load_row("k_w", "k_weight", "lane", quads, sum_lanes) }}
+{% for s in range(steps) %}
+        w_{{ s }} = k_w_{{ s }};
+{% endfor %}
     }
-    var squares = 0.0;
-    for (var i = lane; i < head_size; i += lanes) {
-        let value = x[base + i];
-        squares += value * value;
-    }
-    let rstd = inverseSqrt(row_sum(squares, lane) / f32(head_size) + {{ epsilon }});
-    for (var i = lane; i < head_size; i += lanes) {
-        let weight = select(k_weight[i], q_weight[i], head < n_heads);
-        y[base + i] = x[base + i] * rstd * weight;
-    }
+    var squares = vec4<f32>();
+{% for s in range(steps) %}
+    squares += value_{{ s }} * value_{{ s }};
+{% endfor %}
+    let sum = row_sum(dot(squares, vec4(1.0)), invocation);
+    let rstd = inverseSqrt(sum / {{ head_size }}.0 + {{ epsilon }});
+    if (!inside) { return; }
+    let is_v = head >= {{ n_heads + n_kv_heads }}u;
+{% for s in range(steps) %}
+{% call store_row(s, quads, sum_lanes) %}
+y[base + {{ s * sum_lanes }}u] = select(value_{{ s }} * rstd * w_{{ s }}, value_{{ s }}, is_v);
+{% endcall %}
+{% endfor %}
 }

@@ -1,108 +1,151 @@
-// gradient_s[i, j] += scale · Σ_m left[m, left_column_g + i] · right[m, right_column_g + j]
+// d_A[i, j] += Σ_m d_z[m, i] · x[m, j]   and, for each member g and its rows i of B,
+// d_B[i, j] += scale · Σ_m d_y[m, column_g + i] · z[m, g · rank + j]
 //
-// Bindings: left [rows, {{ left_stride }}], right [rows, {{ right_stride }}], gradient_s [n_left, n_right], one of each
-// slice s. The member g follows from i. The rows in use are cut into {{ n_slices }} equal stretches;
+// Bindings: x [rows, {{ parts[0].right_stride }}], z [rows, {{ parts[1].right_stride }}], d_y [rows, {{ parts[1].left_stride }}], d_z [rows, {{ parts[0].left_stride }}]; gradient_s, one of each
+// slice s: d_A and, from vec4 {{ parts[1].start }} on, d_B. The rows in use are cut into {{ n_slices }} equal stretches;
 // workgroups with z = s sum stretch s and add it to slice s, so that no two lanes write one element
-// and no second pass is needed (the optimizer adds the slices up).
+// and no second pass is needed (the optimizer adds the slices up). The first {{ parts[0].n_groups }} workgroups make
+// d_A, the others d_B.
 //
-// A lane holds {{ lane_left }} × {{ lane_right }} elements in named accumulators and sums rows split, split + {{ splits }}, … of its
+// A lane holds a block of elements in named accumulators and sums rows split, split + {{ splits }}, … of its
 // stretch in order{% if splits > 1 %}; the {{ splits }} splits of a block meet in workgroup memory, in order{% endif %}.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> left: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> right: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> z: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> d_y: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> d_z: array<vec4<f32>>;
 {% for s in range(n_slices) %}
-@group(0) @binding({{ 3 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
+@group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
 {% endfor %}
 
-const n_right = {{ n_right }}u;
-const left_blocks = {{ n_left // lane_left }}u;
-const right_blocks = {{ n_right // lane_right }}u;
-const blocks = {{ 64 // splits }}u; // of one workgroup
+const blocks = {{ lanes // splits }}u; // of one workgroup
 const splits = {{ splits }}u;
-{% set quads = lane_right // 4 %}
-const n_sums = {{ lane_left * quads }}u; // vectors of a block
 {% if splits > 1 %}
+{% set most_sums = [parts[0].lane_left * parts[0].lane_right, parts[1].lane_left * parts[1].lane_right] | max // 4 %}
 
-var<workgroup> sums: array<vec4<f32>, {{ 64 * lane_left * quads }}>; // [n_sums, splits, blocks]
+var<workgroup> sums: array<vec4<f32>, {{ lanes * most_sums }}>; // [vectors of a block, splits, blocks]
 {% endif %}
 
-fn add(slice: u32, i: u32, j: u32, value: vec4<f32>) {
-    let at = (i * n_right + j) / 4u;
+fn gradient_at(slice: u32, at: u32) -> vec4<f32> {
+    var value = vec4<f32>();
 {% for s in range(n_slices) %}
-    if (slice == {{ s }}u) { gradient_{{ s }}[at] += {{ scale }} * value; }
+    if (slice == {{ s }}u) { value = gradient_{{ s }}[at]; }
+{% endfor %}
+    return value;
+}
+
+fn set_gradient(slice: u32, at: u32, value: vec4<f32>) {
+{% for s in range(n_slices) %}
+    if (slice == {{ s }}u) { gradient_{{ s }}[at] = value; }
 {% endfor %}
 }
 
-@compute @workgroup_size(64)
+{# Adds `count` rows from m on, `splits` apart, to the block's sums; all are loaded before the first. #}
+{% macro add_rows(part, count) %}
+{% set quads = part.lane_right // 4 %}
+{% for u in range(count) %}
+{% for a in range(part.lane_left // 4) %}
+            let l_{{ u }}_{{ a }} = {{ part.left }}[(m + {{ u * splits }}u) * {{ part.left_stride // 4 }}u + left_quad + {{ a }}u];
+{% endfor %}
+{% for b in range(quads) %}
+            let r_{{ u }}_{{ b }} = {{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u];
+{% endfor %}
+{% endfor %}
+{% for u in range(count) %}
+{% for a in range(part.lane_left) %}
+{% for b in range(quads) %}
+            sum_{{ a }}_{{ b }} += l_{{ u }}_{{ a // 4 }}[{{ a % 4 }}] * r_{{ u }}_{{ b }};
+{% endfor %}
+{% endfor %}
+{% endfor %}
+{% endmacro %}
+
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let block = group.x * blocks + lane % blocks;
     let split = lane / blocks;
-    // Neighbouring lanes differ along the longer side, whose loads then lie side by side.
-{% if n_left > n_right %}
-    let i = block % left_blocks * {{ lane_left }}u;
-    let j = block / left_blocks * {{ lane_right }}u;
-{% else %}
-    let i = block / right_blocks * {{ lane_left }}u;
-    let j = block % right_blocks * {{ lane_right }}u;
-{% endif %}
-    let inside = block < left_blocks * right_blocks;
-    var left_column = {{ members[0].shift }}u + i;
-    var right_column = {{ members[0].right_column }}u + j;
-{% for m in members[1:] %}
-    if (i >= {{ m.first }}u) {
-        left_column = {{ m.shift }}u + i;
-        right_column = {{ m.right_column }}u + j;
-    }
-{% endfor %}
     let stretch = (extent.rows + {{ n_slices - 1 }}u) / {{ n_slices }}u;
     let first = group.z * stretch;
-    let last = select(0u, min(first + stretch, extent.rows), inside);
-{% for a in range(lane_left) %}
+{% for part in parts %}
+{% set quads = part.lane_right // 4 %}
+{% set n_sums = part.lane_left * quads %}
+{% set left_blocks = part.n_left // part.lane_left %}
+{% set right_blocks = part.n_right // part.lane_right %}
+    {{ "if (group.x < %du) {" % part.n_groups if loop.first else "} else {" }}
+        let block = {{ "group.x" if loop.first else "(group.x - %du)" % parts[0].n_groups }} * blocks + lane % blocks;
+        let inside = block < {{ left_blocks * right_blocks }}u;
+        // Neighbouring lanes differ along the longer side, whose loads then lie side by side.
+{% if part.n_left > part.n_right %}
+        let i = block % {{ left_blocks }}u * {{ part.lane_left }}u;
+        let j = block / {{ left_blocks }}u * {{ part.lane_right }}u;
+{% else %}
+        let i = block / {{ right_blocks }}u * {{ part.lane_left }}u;
+        let j = block % {{ right_blocks }}u * {{ part.lane_right }}u;
+{% endif %}
+        var left_quad = ({{ part.members[0].shift }}u + i) / 4u;
+        var right_quad = ({{ part.members[0].right_column }}u + j) / 4u;
+{% for m in part.members[1:] %}
+        if (i >= {{ m.first }}u) {
+            left_quad = ({{ m.shift }}u + i) / 4u;
+            right_quad = ({{ m.right_column }}u + j) / 4u;
+        }
+{% endfor %}
+        let last = select(0u, min(first + stretch, extent.rows), inside);
+        let at = {{ part.start }}u + (i * {{ part.n_right }}u + j) / 4u;
+{% for a in range(part.lane_left) %}
 {% for b in range(quads) %}
-    var sum_{{ a }}_{{ b }} = vec4<f32>();
+        var sum_{{ a }}_{{ b }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
-    for (var m = first + split; m < last; m += splits) {
-        let left_at = (m * {{ left_stride }}u + left_column) / 4u;
-        let right_at = (m * {{ right_stride }}u + right_column) / 4u;
-{% for a in range(lane_left // 4) %}
-        let l_{{ a }} = left[left_at + {{ a }}u];
+{% if splits > 1 %}
+        // The old values come while the rows are summed.
+{% for t in range((n_sums + splits - 1) // splits) %}
+        let n_{{ t }} = split + {{ t * splits }}u;
+        let at_{{ t }} = at + n_{{ t }} / {{ quads }}u * {{ part.n_right // 4 }}u + n_{{ t }} % {{ quads }}u;
+        let own_{{ t }} = inside{{ " && n_%d < %du" % (t, n_sums) if (t + 1) * splits > n_sums }};
+        var new_{{ t }} = vec4<f32>();
+        if (own_{{ t }}) { new_{{ t }} = gradient_at(group.z, at_{{ t }}); }
 {% endfor %}
-{% for b in range(quads) %}
-        let r_{{ b }} = right[right_at + {{ b }}u];
-{% endfor %}
-{% for a in range(lane_left) %}
-{% for b in range(quads) %}
-        sum_{{ a }}_{{ b }} += l_{{ a // 4 }}[{{ a % 4 }}] * r_{{ b }};
-{% endfor %}
-{% endfor %}
-    }
+{% endif %}
+        var m = first + split;
+{% if unroll > 1 %}
+        for (; m + {{ (unroll - 1) * splits }}u < last; m += {{ unroll * splits }}u) {
+{{ add_rows(part, unroll) }}
+        }
+{% endif %}
+        for (; m < last; m += splits) {
+{{ add_rows(part, 1) }}
+        }
 {% if splits == 1 %}
-    if (!inside) { return; }
-{% for a in range(lane_left) %}
+        if (!inside) { return; }
+{% for a in range(part.lane_left) %}
 {% for b in range(quads) %}
-    add(group.z, i + {{ a }}u, j + {{ 4 * b }}u, sum_{{ a }}_{{ b }});
+        set_gradient(group.z, at + {{ a * part.n_right // 4 + b }}u, gradient_at(group.z, at + {{ a * part.n_right // 4 + b }}u) + {{ part.scale }} * sum_{{ a }}_{{ b }});
 {% endfor %}
 {% endfor %}
 {% else %}
-{% for a in range(lane_left) %}
+{% for a in range(part.lane_left) %}
 {% for b in range(quads) %}
-    sums[{{ (a * quads + b) * 64 }}u + lane] = sum_{{ a }}_{{ b }};
+        sums[{{ (a * quads + b) * lanes }}u + lane] = sum_{{ a }}_{{ b }};
 {% endfor %}
 {% endfor %}
-    workgroupBarrier();
-    if (!inside) { return; }
-    for (var n = split; n < n_sums; n += splits) {
-        let at = n * 64u + lane % blocks;
-        var sum = sums[at];
-        for (var s = 1u; s < splits; s += 1u) { sum += sums[at + s * blocks]; }
-        add(group.z, i + n / {{ quads }}u, j + n % {{ quads }}u * 4u, sum);
-    }
+        workgroupBarrier();
+{% for t in range((n_sums + splits - 1) // splits) %}
+        if (own_{{ t }}) {
+            let from_{{ t }} = n_{{ t }} * {{ lanes }}u + lane % blocks;
+            var sum = sums[from_{{ t }}];
+{% for s in range(1, splits) %}
+            sum += sums[from_{{ t }} + {{ s }}u * blocks];
+{% endfor %}
+            set_gradient(group.z, at_{{ t }}, new_{{ t }} + {{ part.scale }} * sum);
+        }
+{% endfor %}
 {% endif %}
+{% endfor %}
+    }
 }

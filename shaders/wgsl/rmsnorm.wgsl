@@ -1,24 +1,25 @@
 // y[m, i] = x[m, i] · rstd[m] · weight[i] (+ residual[m, i]),   rstd[m] = 1 / sqrt(mean_i x[m, i]² + epsilon)
 //
 // Bindings: x [rows, width], weight [width], y [rows, width], residual [rows, width].
-// One workgroup a row. A lane sums the columns lane, lane + 64, …; the 64 sums meet in a tree.
+// One workgroup a row. A lane holds the quads of columns lane, lane + {{ lanes }}, … and sums them in that
+// order; the lanes' sums meet in row_sum.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> weight: array<f32>;
-@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read_write> y: array<vec4<f32>>;
 {% if residual %}
-@group(0) @binding(4) var<storage, read> residual: array<f32>;
+@group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
 
-const width = {{ width }}u;
-const lanes = 64u;
-
+{% set quads = width // 4 %}
+{% set steps = (quads + lanes - 1) // lanes %}
+{% from "row_parts.wgsl" import load_row, store_row %}
 {% include "row_sum.wgsl" %}
 
-@compute @workgroup_size(lanes)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -26,14 +27,21 @@ fn main(
 ) {
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
-    let base = row * width;
-    var squares = 0.0;
-    for (var i = lane; i < width; i += lanes) {
-        let value = x[base + i];
-        squares += value * value;
-    }
-    let rstd = inverseSqrt(row_sum(squares, lane) / f32(width) + {{ epsilon }});
-    for (var i = lane; i < width; i += lanes) {
-        y[base + i] = {{ "residual[base + i] + " if residual }}x[base + i] * rstd * weight[i];
-    }
+    let base = row * {{ quads }}u + lane;
+    // All at once, so that the loads wait for memory together.
+{{ load_row("value", "x", "base", quads, lanes) }}
+{{ load_row("w", "weight", "lane", quads, lanes) }}
+{% if residual %}
+{{ load_row("past", "residual", "base", quads, lanes) }}
+{% endif %}
+    var squares = vec4<f32>();
+{% for s in range(steps) %}
+    squares += value_{{ s }} * value_{{ s }};
+{% endfor %}
+    let rstd = inverseSqrt(row_sum(dot(squares, vec4(1.0)), lane) / {{ width }}.0 + {{ epsilon }});
+{% for s in range(steps) %}
+{% call store_row(s, quads, lanes) %}
+y[base + {{ s * lanes }}u] = {{ "past_%d + " % s if residual }}value_{{ s }} * rstd * w_{{ s }};
+{% endcall %}
+{% endfor %}
 }

@@ -2,25 +2,27 @@
 //   g[i] = d_y[m, i] · weight[i],   rstd = 1 / sqrt(mean_i x[m, i]² + epsilon).
 //
 // Bindings: x, d_y, residual, d_x [rows, width], weight [width]. In place (d_x is the residual) the
-// residual is read from d_x. One workgroup a row; two sums in the tree of row_sum.
+// residual is read from d_x. One workgroup a row; columns and sums as in rmsnorm.wgsl, the two sums
+// at once.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<f32>;
-@group(0) @binding(2) var<storage, read> weight: array<f32>;
-@group(0) @binding(3) var<storage, read> d_y: array<f32>;
-@group(0) @binding(4) var<storage, read_write> d_x: array<f32>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> d_y: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read_write> d_x: array<vec4<f32>>;
 {% if residual == "separate" %}
-@group(0) @binding(5) var<storage, read> residual: array<f32>;
+@group(0) @binding(5) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
 
-const width = {{ width }}u;
-const lanes = 64u;
-
+{% set quads = width // 4 %}
+{% set steps = (quads + lanes - 1) // lanes %}
+{% set sum_type = "vec2<f32>" %}
+{% from "row_parts.wgsl" import load_row, store_row %}
 {% include "row_sum.wgsl" %}
 
-@compute @workgroup_size(lanes)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -28,24 +30,27 @@ fn main(
 ) {
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
-    let base = row * width;
-    var squares = 0.0;
-    var products = 0.0;
-    for (var i = lane; i < width; i += lanes) {
-        let value = x[base + i];
-        squares += value * value;
-        products += value * d_y[base + i] * weight[i];
-    }
-    let rstd = inverseSqrt(row_sum(squares, lane) / f32(width) + {{ epsilon }});
-    let slope = row_sum(products, lane) / f32(width) * rstd * rstd;
-    for (var i = lane; i < width; i += lanes) {
-        let d = rstd * (d_y[base + i] * weight[i] - x[base + i] * slope);
-{% if residual == "separate" %}
-        d_x[base + i] = residual[base + i] + d;
-{% elif residual == "in place" %}
-        d_x[base + i] += d;
-{% else %}
-        d_x[base + i] = d;
+    let base = row * {{ quads }}u + lane;
+    // All at once, so that the loads wait for memory together.
+{{ load_row("value", "x", "base", quads, lanes) }}
+{{ load_row("g", "d_y", "base", quads, lanes) }}
+{{ load_row("w", "weight", "lane", quads, lanes) }}
+{% if residual != "none" %}
+{{ load_row("past", "residual" if residual == "separate" else "d_x", "base", quads, lanes) }}
 {% endif %}
-    }
+    var squares = vec4<f32>();
+    var products = vec4<f32>();
+{% for s in range(steps) %}
+    g_{{ s }} *= w_{{ s }};
+    squares += value_{{ s }} * value_{{ s }};
+    products += value_{{ s }} * g_{{ s }};
+{% endfor %}
+    let sums = row_sum(vec2(dot(squares, vec4(1.0)), dot(products, vec4(1.0))), lane);
+    let rstd = inverseSqrt(sums.x / {{ width }}.0 + {{ epsilon }});
+    let slope = sums.y / {{ width }}.0 * rstd * rstd;
+{% for s in range(steps) %}
+{% call store_row(s, quads, lanes) %}
+d_x[base + {{ s * lanes }}u] = {{ "past_%d + " % s if residual != "none" }}rstd * (g_{{ s }} - value_{{ s }} * slope);
+{% endcall %}
+{% endfor %}
 }

@@ -3,41 +3,65 @@
 //
 // Bindings: qkv [rows, stride], positions u32 [rows], tables [n_positions, half, 2] (cos, sin).
 // Pairs are (2j, 2j + 1) where interleaved (GGUFs of the llama architecture, whose q and k rows are
-// permuted for it), else (j, j + half). One lane a pair.
+// permuted for it), else (j, j + half). One lane {{ unit }} pair{{ "s" if unit > 1 }} of a head.
 
 struct Extent { rows: u32 }
 
+{% set type = "vec4<f32>" if unit == 4 else "f32" %}
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read_write> qkv: array<f32>;
+@group(0) @binding(1) var<storage, read_write> qkv: array<{{ type }}>;
 @group(0) @binding(2) var<storage, read> positions: array<u32>;
-@group(0) @binding(3) var<storage, read> tables: array<vec2<f32>>;
+@group(0) @binding(3) var<storage, read> tables: array<{{ "vec4<f32>" if unit == 4 else "vec2<f32>" }}>;
 
-const half = {{ half }}u;
-const pairs = {{ half * n_rotated_heads }}u; // a row
+const units = {{ half // unit }}u; // a head
+const row_units = {{ half // unit * n_rotated_heads }}u;
 
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = (group.x + group.y * groups.x) * 64u + lane;
-    let row = index / pairs;
+    let index = (group.x + group.y * groups.x) * {{ lanes }}u + lane;
+    let row = index / row_units;
     if (row >= extent.rows) { return; }
-    let head = (index % pairs) / half;
-    let j = index % half;
-    let angle = tables[positions[row] * half + j];
-    let base = row * {{ stride }}u + head * {{ head_size }}u;
+    let head = index % row_units / units;
+    let j = index % units;
+    let base = row * {{ stride // unit }}u + head * {{ head_size // unit }}u;
 {% if interleaved %}
     let at_a = base + 2u * j;
     let at_b = at_a + 1u;
 {% else %}
     let at_a = base + j;
-    let at_b = at_a + half;
+    let at_b = at_a + units;
 {% endif %}
-    let a = qkv[at_a];
-    let b = qkv[at_b];
+    let first = qkv[at_a];
+    let second = qkv[at_b];
+{% if unit == 4 %}
+    let table = 2u * (positions[row] * units + j);
+    let angles_0 = tables[table];
+    let angles_1 = tables[table + 1u];
+    let cosine = vec4(angles_0.xz, angles_1.xz);
+    let sine = {{ "-" if inverse else "" }}vec4(angles_0.yw, angles_1.yw);
+{% else %}
+    let angle = tables[positions[row] * units + j];
+    let cosine = angle.x;
     let sine = {{ "-" if inverse else "" }}angle.y;
-    qkv[at_a] = a * angle.x - b * sine;
-    qkv[at_b] = b * angle.x + a * sine;
+{% endif %}
+{% if unit == 4 and interleaved %}
+    let a = vec4(first.xz, second.xz);
+    let b = vec4(first.yw, second.yw);
+{% else %}
+    let a = first;
+    let b = second;
+{% endif %}
+    let turned_a = a * cosine - b * sine;
+    let turned_b = b * cosine + a * sine;
+{% if unit == 4 and interleaved %}
+    qkv[at_a] = vec4(turned_a.x, turned_b.x, turned_a.y, turned_b.y);
+    qkv[at_b] = vec4(turned_a.z, turned_b.z, turned_a.w, turned_b.w);
+{% else %}
+    qkv[at_a] = turned_a;
+    qkv[at_b] = turned_b;
+{% endif %}
 }

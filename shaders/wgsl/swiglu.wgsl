@@ -1,5 +1,5 @@
 // y[m, i] = activation(gate[m, i]) · up[m, i];  gate_up [rows, 2n] holds the gate first; y [rows, n].
-// One lane four columns.
+// One lane {{ quads }} times four columns, {{ lanes }} times four apart.
 
 struct Extent { rows: u32 }
 
@@ -7,19 +7,28 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> gate_up: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>;
 
-const quads = {{ width // 4 }}u; // of y, a row
+const row_quads = {{ width // 4 }}u; // of y
 
 {% include "activation.wgsl" %}
 
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = (group.x + group.y * groups.x) * 64u + lane;
-    let row = index / quads;
-    if (row >= extent.rows) { return; }
-    let at = row * 2u * quads + index % quads;
-    y[index] = gate_value(gate_up[at]) * gate_up[at + quads];
+    let index_0 = (group.x + group.y * groups.x) * {{ lanes * quads }}u + lane;
+    let n = extent.rows * row_quads;
+    if (index_0 >= n) { return; }
+{% for q in range(quads) %}
+{% if q > 0 %}
+    let index_{{ q }} = min(index_0 + {{ q * lanes }}u, n - 1u);
+{% endif %}
+    let at_{{ q }} = index_{{ q }} / row_quads * 2u * row_quads + index_{{ q }} % row_quads;
+    let gate_{{ q }} = gate_up[at_{{ q }}];
+    let up_{{ q }} = gate_up[at_{{ q }} + row_quads];
+{% endfor %}
+{% for q in range(quads) %}
+    {{ "if (index_0 + %du < n) " % (q * lanes) if q > 0 }}{ y[index_{{ q }}] = gate_value(gate_{{ q }}) * up_{{ q }}; }
+{% endfor %}
 }

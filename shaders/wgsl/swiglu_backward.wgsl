@@ -1,5 +1,5 @@
 // d_gate = d_y · up · activation'(gate),  d_up = d_y · activation(gate); layouts as in swiglu.wgsl.
-// In place (d_gate_up is gate_up) both are read before they are overwritten. One lane four columns.
+// In place (d_gate_up is gate_up) both are read before they are overwritten. Lanes as in swiglu.wgsl.
 
 struct Extent { rows: u32 }
 
@@ -11,23 +11,33 @@ struct Extent { rows: u32 }
 {% endif %}
 {% set source = "d_gate_up" if in_place else "gate_up" %}
 
-const quads = {{ width // 4 }}u; // of d_y, a row
+const row_quads = {{ width // 4 }}u; // of d_y
 
 {% include "activation.wgsl" %}
 
-@compute @workgroup_size(64)
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = (group.x + group.y * groups.x) * 64u + lane;
-    let row = index / quads;
-    if (row >= extent.rows) { return; }
-    let at = row * 2u * quads + index % quads;
-    let gate = {{ source }}[at];
-    let up = {{ source }}[at + quads];
-    let d = d_y[index];
-    d_gate_up[at] = d * up * gate_slope(gate);
-    d_gate_up[at + quads] = d * gate_value(gate);
+    let index_0 = (group.x + group.y * groups.x) * {{ lanes * quads }}u + lane;
+    let n = extent.rows * row_quads;
+    if (index_0 >= n) { return; }
+{% for q in range(quads) %}
+{% if q > 0 %}
+    let index_{{ q }} = min(index_0 + {{ q * lanes }}u, n - 1u);
+    let inside_{{ q }} = index_0 + {{ q * lanes }}u < n; // in place, the last must not be done again
+{% endif %}
+    let at_{{ q }} = index_{{ q }} / row_quads * 2u * row_quads + index_{{ q }} % row_quads;
+    let gate_{{ q }} = {{ source }}[at_{{ q }}];
+    let up_{{ q }} = {{ source }}[at_{{ q }} + row_quads];
+    let d_{{ q }} = d_y[index_{{ q }}];
+{% endfor %}
+{% for q in range(quads) %}
+    {{ "if (inside_%d) " % q if q > 0 }}{
+        d_gate_up[at_{{ q }}] = d_{{ q }} * up_{{ q }} * gate_slope(gate_{{ q }});
+        d_gate_up[at_{{ q }} + row_quads] = d_{{ q }} * gate_value(gate_{{ q }});
+    }
+{% endfor %}
 }

@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+import backward.attention
 from backward.attention import attention_backward
-from forward.attention import attention
+from forward.attention import Tile, attention, workgroup_memory
 from shaders.device import Device
 from shaders.program import Program
 from tests.forward.test_attention import (
     CASES,
+    ON_CPU,
+    ON_GPU,
+    TILES,
     Shape,
     activation_of,
     attention_reference,
-    choose_rows_per_lane,
     normal,
     sees,
     segments_of,
     segments_on,
     split_heads,
+    use_tile,
 )
 
 
@@ -72,6 +78,13 @@ def run_backward(
     return device.read(d_qkv)
 
 
+def within(tile: Tile, head_size: int, device: Device) -> Tile:
+    """The tile, or one of fewer rows where two tiles of them are too much for the device."""
+    while tile.memory("attention_backward_kv", head_size) > workgroup_memory(device):
+        tile = replace(tile, per_lane=tile.per_lane // 2)
+    return tile
+
+
 @pytest.mark.parametrize(
     "shape",
     [
@@ -95,16 +108,20 @@ def test_reference_against_central_differences(shape: Shape) -> None:
         assert abs((above - below) / (2 * step) - d_qkv[index]) < 1e-8
 
 
-@pytest.mark.parametrize(("lengths", "shape", "per_lane"), CASES)
+@pytest.mark.parametrize(("lengths", "shape", "tile"), CASES)
 def test_attention_backward(
     device: Device,
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     shape: Shape,
-    per_lane: int,
+    tile: Tile,
 ) -> None:
     rows, spare = sum(lengths), 9
-    choose_rows_per_lane(monkeypatch, per_lane, rows, shape.n_kv_heads)
+    tile = within(tile, shape.head_size, device)
+    use_tile(monkeypatch, tile)
+    monkeypatch.setattr(
+        backward.attention, "choose_split", lambda *_: sum(lengths) % 2 == 0
+    )  # both ways in turn
     qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
     d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size)
     d_qkv = run_backward(device, qkv, d_out, segments, shape, spare)
@@ -128,16 +145,32 @@ def test_two_runs_agree_bit_for_bit(device: Device) -> None:
     assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.parametrize("tile", [ON_CPU, replace(ON_GPU, chunk=8)])
 @pytest.mark.parametrize("window", [None, 37])
 def test_an_example_gives_the_same_bits_wherever_it_lies(
-    device: Device, window: int | None
+    device: Device, monkeypatch: pytest.MonkeyPatch, window: int | None, tile: Tile
 ) -> None:
     shape = Shape(9, 3, 64, 0.125, window=window)
-    qkv, d_out = normal(1, 130, shape.width), normal(2, 130, 9 * 64)
-    among = run_backward(device, qkv, d_out, segments_of([45, 65, 20]), shape)
-    here = slice(45, 110)
-    alone = run_backward(device, qkv[here], d_out[here], segments_of([65]), shape)
+    use_tile(monkeypatch, within(tile, 64, device))
+    qkv, d_out = normal(1, 170, shape.width), normal(2, 170, 9 * 64)
+    among = run_backward(device, qkv, d_out, segments_of([45, 5, 100, 20]), shape)
+    here = slice(50, 150)
+    alone = run_backward(device, qkv[here], d_out[here], segments_of([100]), shape)
     assert alone.tobytes() == among[here].tobytes()
+
+
+def test_split_heads_and_tiles_of_as_many_teams_agree_bit_for_bit(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(6, 2, 64, 0.125, window=50)
+    qkv, d_out = normal(1, 170, shape.width), normal(2, 170, 6 * 64)
+    results = []
+    for tile in TILES[3:6]:
+        for split in (False, True):
+            use_tile(monkeypatch, within(tile, 64, device))
+            monkeypatch.setattr(backward.attention, "choose_split", lambda *_, split=split: split)
+            results.append(run_backward(device, qkv, d_out, segments_of([45, 5, 120]), shape))
+    assert all(result.tobytes() == results[0].tobytes() for result in results)
 
 
 def test_large_scores_and_padding_rows_give_no_nan(device: Device) -> None:

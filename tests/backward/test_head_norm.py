@@ -36,10 +36,13 @@ def test_reference_is_the_derivative() -> None:
     assert slope == pytest.approx((gradient * direction).sum(), rel=1e-7)
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize(("rows", "in_use", "n_heads", "n_kv_heads", "head_size"), SHAPES)
 def test_head_norm_backward(
-    device: Device, rows: int, in_use: int, n_heads: int, n_kv_heads: int, head_size: int
-) -> None:
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, n_heads: int,
+    n_kv_heads: int, head_size: int, is_cpu: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     rng = np.random.default_rng(rows)
     width = (n_heads + 2 * n_kv_heads) * head_size
     qkv, d_y = rng.normal(size=(2, rows, width)).astype(np.float32)

@@ -57,6 +57,7 @@ CASES = [
     Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2),  # the group's middle matrix is not adapted
     Case(70, 70, 36, 256, ((0, 1028),), 2),
     Case(65, 0, 36, 8, ((0, 16),), 2),
+    Case(37, 35, 2052, 8, ((0, 1032), (1032, 1044)), 4),  # long contractions, by more lanes
 ]
 
 
@@ -246,6 +247,26 @@ def test_two_runs_add_up_and_the_same_again_bit_for_bit(
         assert first.tobytes() == second.tobytes()
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
+def test_a_row_does_not_depend_on_the_number_of_rows(
+    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
+) -> None:
+    """Not even where a GPU takes other blocks for it."""
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    many = Case(1030, 1030, 100, 8, ((0, 36), (36, 300)))
+    one = Case(1, 1, 100, 8, many.ranges)
+    values = values_of(many)
+    found = []
+    for case, row in ((many, 700), (one, 0)):
+        first = slice(700, 701) if case is one else slice(None)
+        recorded = record(
+            device, case, Values(values.x[first], values.d_y[first], values.a, values.b), start=0.0
+        )
+        recorded.program.run()
+        found.append([device.read(t)[row].tobytes() for t in (recorded.z, recorded.d_z)])
+    assert found[0] == found[1]
+
+
 def test_gradients_are_added_to_what_is_there(device: Device) -> None:
     case = Case(7, 0, 36, 8, ((0, 36),), 2)  # no row in use: nothing is added
     recorded = record(device, case, values_of(case), start=3.0)
@@ -294,4 +315,7 @@ def test_wrong_shapes_are_refused(device: Device) -> None:
         lora_gradients(program, x, z, x, z, lora, [lora] * 5)
     with pytest.raises(ValueError, match="lora_gradients z"):
         lora_gradients(program, x, x, x, z, lora, [lora])
+    apart = LoraFactors(device.upload(values.a), device.upload(values.b), 8, 1.0, case.ranges)
+    with pytest.raises(ValueError, match="does not lie behind"):
+        lora_gradients(program, x, z, x, z, lora, [apart])
     assert not program.commands

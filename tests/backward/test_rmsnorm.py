@@ -29,13 +29,17 @@ def test_reference_is_the_derivative() -> None:
     assert slope == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize("residual", ["none", "separate", "in place"])
 @pytest.mark.parametrize(
-    ("rows", "in_use", "width"), [(1, 1, 4), (3, 2, 36), (67, 66, 100), (130, 129, 576)]
+    ("rows", "in_use", "width"),
+    [(1, 1, 4), (3, 2, 36), (67, 66, 100), (130, 129, 576), (3, 2, 2052), (2, 2, 16384)],
 )
 def test_rmsnorm_backward(
-    device: Device, rows: int, in_use: int, width: int, residual: str
-) -> None:
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int,
+    residual: str, is_cpu: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     rng = np.random.default_rng(width)
     x, d_y, past = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(3))
     weight = rng.normal(size=width).astype(np.float32)

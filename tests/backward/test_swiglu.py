@@ -40,12 +40,16 @@ def test_reference_is_the_derivative(name: str) -> None:
     assert slope == pytest.approx(expected, rel=1e-7)
 
 
+@pytest.mark.parametrize("quads", [1, 4])
 @pytest.mark.parametrize("in_place", [False, True])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES)
 def test_swiglu_backward(
-    device: Device, rows: int, in_use: int, width: int, name: str, in_place: bool
-) -> None:
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
+    in_place: bool, quads: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("forward.swiglu.CPU_QUADS", quads)
+    monkeypatch.setattr("forward.swiglu.GPU_QUADS", quads)
     gate_up, d_y = make_inputs(rows, width)
     extent = extent_in_use(device, rows, in_use)
     source = activation(device, gate_up, extent)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
 import pytest
 
 import forward.attention
-from forward.attention import attention
+from forward.attention import Tile, attention, choose_tile
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Extent, Tensor
@@ -35,18 +35,35 @@ class Shape:
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
 
 
-# Lengths of the examples that lie end to end, the shape, and the rows of its block that a lane
-# holds on this device: one of the three tiles.
+ON_CPU = Tile(prefetch=False)  # what software adapters take, apart from its size
+ON_GPU = Tile(teams=2, per_lane=2)  # two teams, and within the 32 KiB of this device
+TILES = [
+    ON_CPU,
+    replace(ON_CPU, per_lane=2, chunk=8, held=False),
+    Tile(per_lane=1, chunk=32),
+    replace(ON_GPU, chunk=8, per_lane=4),
+    replace(ON_GPU, chunk=8, held=False, unroll=8),
+    Tile(teams=2, team_lanes=128, per_lane=1, chunk=8, held=False),
+    Tile(teams=4, per_lane=1, chunk=8, prefetch=False),
+    Tile(team_lanes=256, per_lane=1, chunk=16, unroll=16, held=False),
+]
+
+# Lengths of the examples that lie end to end, the shape, and the tile.
 CASES = [
-    ([1], Shape(1, 1, 4, 0.5), 4),
-    ([7], Shape(3, 1, 20, 0.7, window=3), 1),
-    ([1, 63, 1], Shape(2, 2, 64, 0.125), 1),
-    ([33, 5, 92], Shape(3, 1, 64, 0.2, softcap=2.0), 2),
-    ([65, 65], Shape(9, 3, 64, 0.125, window=37), 4),
-    ([70, 60], Shape(2, 2, 48, 0.1, window=1), 2),
-    ([130], Shape(4, 2, 80, 0.1, window=64), 2),
-    ([40, 25], Shape(4, 1, 128, 0.08, softcap=5.0, window=20), 4),
-    ([64, 66], Shape(4, 1, 256, 0.0625), 2),
+    ([1], Shape(1, 1, 4, 0.5), TILES[0]),
+    ([1], Shape(1, 1, 4, 0.5), TILES[3]),
+    ([7], Shape(3, 1, 20, 0.7, window=3), TILES[1]),
+    ([1, 63, 1], Shape(2, 2, 64, 0.125), TILES[4]),
+    ([33, 5, 92], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[3]),
+    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.2), TILES[5]),
+    ([33, 5, 92], Shape(3, 1, 64, 0.2, window=3), TILES[6]),
+    ([65, 65], Shape(9, 3, 64, 0.125, window=37), TILES[0]),
+    ([70, 60], Shape(2, 2, 48, 0.1, window=1), TILES[4]),
+    ([130], Shape(4, 2, 80, 0.1, window=64), TILES[6]),
+    ([200, 150], Shape(2, 1, 32, 0.2, window=100), TILES[3]),
+    ([130], Shape(4, 2, 96, 0.1), TILES[2]),
+    ([40, 25], Shape(4, 1, 128, 0.08, softcap=5.0, window=20), TILES[7]),
+    ([64, 66], Shape(4, 1, 256, 0.0625), replace(ON_CPU, per_lane=1, held=False)),
 ]
 
 
@@ -92,12 +109,9 @@ def attention_reference(
     return out.reshape(len(qkv), -1), lse
 
 
-def choose_rows_per_lane(
-    monkeypatch: pytest.MonkeyPatch, per_lane: int, rows: int, heads: int
-) -> None:
-    """Asks for as many workgroups as blocks of that height give (unless registers forbid it)."""
-    wanted = -(-rows // (8 * per_lane)) * heads
-    monkeypatch.setattr(forward.attention, "workgroups_wanted", lambda _: wanted)
+def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
+    """Makes every attention kernel take that tile."""
+    monkeypatch.setattr(forward.attention, "choose_tile", lambda *_: tile)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -139,16 +153,16 @@ def run_attention(
     return device.read(out), device.read(lse)
 
 
-@pytest.mark.parametrize(("lengths", "shape", "per_lane"), CASES)
+@pytest.mark.parametrize(("lengths", "shape", "tile"), CASES)
 def test_attention(
     device: Device,
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     shape: Shape,
-    per_lane: int,
+    tile: Tile,
 ) -> None:
     rows, spare = sum(lengths), 9
-    choose_rows_per_lane(monkeypatch, per_lane, rows, shape.n_heads)
+    use_tile(monkeypatch, tile)
     qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
     out, lse = run_attention(device, qkv, segments, shape, spare)
     expected_out, expected_lse = attention_reference(qkv, segments, shape)
@@ -171,16 +185,45 @@ def test_two_runs_agree_bit_for_bit(device: Device) -> None:
     assert first[1].tobytes() == second[1].tobytes()
 
 
+@pytest.mark.parametrize("tile", [ON_CPU, replace(ON_GPU, per_lane=4, chunk=8)])
 @pytest.mark.parametrize("window", [None, 37])
 def test_an_example_gives_the_same_bits_wherever_it_lies(
-    device: Device, window: int | None
+    device: Device, monkeypatch: pytest.MonkeyPatch, window: int | None, tile: Tile
 ) -> None:
+    use_tile(monkeypatch, tile)
     shape = Shape(9, 3, 64, 0.125, window=window)
-    qkv, here = normal(1, 130, shape.width), slice(45, 110)
-    among = run_attention(device, qkv, segments_of([45, 65, 20]), shape)
-    alone = run_attention(device, qkv[here], segments_of([65]), shape)
+    qkv, here = normal(1, 170, shape.width), slice(50, 150)
+    among = run_attention(device, qkv, segments_of([45, 5, 100, 20]), shape)
+    alone = run_attention(device, qkv[here], segments_of([100]), shape)
     assert alone[0].tobytes() == among[0][here].tobytes()
     assert alone[1].tobytes() == among[1][here].tobytes()
+
+
+def test_tiles_of_as_many_teams_agree_bit_for_bit(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shape = Shape(3, 1, 64, 0.125, window=50)
+    qkv, segments = normal(1, 170, shape.width), segments_of([45, 5, 100, 20])
+    results = []
+    for tile in TILES[3:6]:
+        use_tile(monkeypatch, tile)
+        results.append(run_attention(device, qkv, segments, shape)[0].tobytes())
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("memory", [16384, 32768, 49152])
+@pytest.mark.parametrize("kernel", ["attention", "attention_backward_q", "attention_backward_kv"])
+@pytest.mark.parametrize("is_cpu", [False, True])
+def test_a_chosen_tile_fits_every_head(
+    device: Device, monkeypatch: pytest.MonkeyPatch, kernel: str, memory: int, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    monkeypatch.setattr(forward.attention, "workgroup_memory", lambda _: memory)
+    for head_size in range(4, 257, 4):
+        tiles = [choose_tile(kernel, device, rows, 4, head_size) for rows in (1, 512, 8192)]
+        assert all(tile.memory(kernel, head_size) <= memory for tile in tiles)
+        assert all(tile.block <= 32 and tile.teams * tile.team_lanes <= 256 for tile in tiles)
+        assert len({tile.teams for tile in tiles}) == 1  # or results would depend on the rows
 
 
 def test_large_scores_and_padding_rows_give_no_nan(device: Device) -> None:

@@ -6,6 +6,7 @@ import pytest
 from forward.cross_entropy import cross_entropy
 from shaders.device import Device
 from shaders.program import Program
+from shaders.tensor import Extent, Tensor
 from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked
 
 
@@ -35,14 +36,25 @@ def test_reference_is_the_derivative() -> None:
     assert slope == pytest.approx(expected, rel=1e-8)
 
 
+def padded(device: Device, logits: np.ndarray, extent: Extent) -> Tensor:
+    """Logits with columns after the vocabulary, to whole vectors, that must stay as they are."""
+    stride = -(-logits.shape[1] // 4) * 4
+    stored = np.full((len(logits), stride), 100.0, np.float32)
+    stored[:, : logits.shape[1]] = logits
+    return activation(device, stored, extent)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize("with_gradient", [True, False])
 @pytest.mark.parametrize(
     ("rows", "in_use", "vocab_size"),
-    [(1, 1, 5), (67, 60, 101), (130, 130, 5), (3, 3, 5000), (2, 1, 49152)],
+    [(1, 1, 5), (67, 60, 101), (130, 130, 5), (3, 3, 5000), (3, 2, 16391), (2, 1, 49152)],
 )
 def test_cross_entropy(
-    device: Device, rows: int, in_use: int, vocab_size: int, with_gradient: bool
-) -> None:
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, vocab_size: int,
+    with_gradient: bool, is_cpu: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     rng = np.random.default_rng(vocab_size)
     logits = 5 * rng.normal(size=(rows, vocab_size)).astype(np.float32)
     labels = rng.integers(0, vocab_size, rows)
@@ -50,23 +62,26 @@ def test_cross_entropy(
     labels[0] = 0
     scale = 1 / 7
     extent = extent_in_use(device, rows, in_use)
-    tensor = activation(device, logits, extent)
+    tensor = padded(device, logits, extent)
+    stored = device.read(tensor)
     losses, correct = marked(device, extent), marked(device, extent)
     step = device.uniform()
     device.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
     program = Program(device)
     cross_entropy(
         program, tensor, activation(device, labels, extent), losses, correct,
-        step if with_gradient else None,
+        step if with_gradient else None, vocab_size=vocab_size,
     )  # fmt: skip
     results = []
     for _ in range(2):
-        device.write(tensor, logits)
+        device.write(tensor, stored)
         program.run()
         results.append([device.read(t) for t in (tensor, losses, correct)])
     for first, second in zip(*results, strict=True):
         assert first.tobytes() == second.tobytes()
-    gradient, found, right = results[0]
+    whole, found, right = results[0]
+    gradient = whole[:, :vocab_size]
+    assert (whole[:, vocab_size:] == 100.0).all()
     # The loss is a difference of numbers up to 80: f32 holds them to 4e-6.
     np.testing.assert_allclose(
         found[:in_use], losses_reference(logits, labels)[:in_use], rtol=2e-6, atol=1e-5
@@ -80,18 +95,62 @@ def test_cross_entropy(
     assert (gradient[in_use:] == logits[in_use:]).all()
 
 
-@pytest.mark.parametrize("label", [0, 3])
-def test_equal_logits(device: Device, label: int) -> None:
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+@pytest.mark.parametrize("label", [0, 3, 8195])
+def test_equal_logits(
+    device: Device, monkeypatch: pytest.MonkeyPatch, label: int, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
     extent = device.extent(1)
-    tensor = activation(device, np.full((1, 100), 2.5, np.float32), extent)
+    tensor = activation(device, np.full((1, 8200), 2.5, np.float32), extent)
     losses, correct = marked(device, extent), marked(device, extent)
     program = Program(device)
     cross_entropy(
         program, tensor, activation(device, np.array([label]), extent), losses, correct, None
     )
     program.run()
-    assert device.read(losses)[0] == pytest.approx(np.log(100), rel=1e-6)
+    assert device.read(losses)[0] == pytest.approx(np.log(8200), rel=1e-6)
     assert device.read(correct)[0] == float(label == 0)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+@pytest.mark.parametrize("rival", [6, 7, 9, 10, 40, 8190, 8199])
+def test_of_two_highest_the_lower_index_is_the_argmax(
+    device: Device, monkeypatch: pytest.MonkeyPatch, rival: int, is_cpu: bool
+) -> None:
+    """In the label's own quad, in other lanes' quads, in another stretch of a GPU's."""
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    label = 8
+    for ours, wanted in ((label, rival > label), (rival, rival < label)):
+        logits = np.zeros((1, 8200), np.float32)
+        logits[0, [label, rival]] = 3.0
+        extent = device.extent(1)
+        losses, correct = marked(device, extent), marked(device, extent)
+        program = Program(device)
+        cross_entropy(
+            program, activation(device, logits, extent),
+            activation(device, np.array([ours]), extent), losses, correct, None,
+        )  # fmt: skip
+        program.run()
+        assert device.read(correct)[0] == float(wanted)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+def test_a_logit_that_is_no_number_shows_in_the_loss(
+    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    logits = np.zeros((2, 8200), np.float32)
+    logits[1, 8193] = np.nan
+    extent = device.extent(2)
+    losses, correct = marked(device, extent), marked(device, extent)
+    program = Program(device)
+    cross_entropy(
+        program, activation(device, logits, extent), activation(device, np.array([1, 1]), extent),
+        losses, correct, None,
+    )  # fmt: skip
+    program.run()
+    assert np.isnan(device.read(losses)).tolist() == [False, True]
 
 
 def test_a_shift_of_all_logits_changes_nothing(device: Device) -> None:
@@ -104,8 +163,9 @@ def test_a_shift_of_all_logits_changes_nothing(device: Device) -> None:
         losses, correct = marked(device, extent), marked(device, extent)
         program = Program(device)
         cross_entropy(
-            program, activation(device, logits + shift, extent), labels, losses, correct, None
-        )
+            program, padded(device, logits + np.float32(shift), extent), labels, losses, correct,
+            None, vocab_size=101,
+        )  # fmt: skip
         program.run()
         found.append(device.read(losses))
     assert found[0].tobytes() == found[1].tobytes()

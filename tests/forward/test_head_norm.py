@@ -10,7 +10,13 @@ from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 EPSILON = 1e-6
 # rows, in use, query heads, key heads, head size
-SHAPES = [(1, 1, 1, 1, 4), (5, 3, 2, 1, 12), (67, 66, 4, 2, 64), (3, 3, 4, 1, 256)]
+SHAPES = [
+    (1, 1, 1, 1, 4),
+    (5, 3, 2, 1, 12),
+    (67, 66, 4, 2, 64),
+    (3, 3, 4, 1, 256),
+    (5, 4, 1, 1, 2052),
+]
 
 
 def head_norm_reference(
@@ -26,10 +32,13 @@ def head_norm_reference(
     return normed.reshape(qkv.shape)
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize(("rows", "in_use", "n_heads", "n_kv_heads", "head_size"), SHAPES)
 def test_head_norm(
-    device: Device, rows: int, in_use: int, n_heads: int, n_kv_heads: int, head_size: int
-) -> None:
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, n_heads: int,
+    n_kv_heads: int, head_size: int, is_cpu: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     rng = np.random.default_rng(rows)
     width = (n_heads + 2 * n_kv_heads) * head_size
     qkv = rng.normal(size=(rows, width)).astype(np.float32)

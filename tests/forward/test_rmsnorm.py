@@ -6,6 +6,7 @@ import pytest
 from forward.rmsnorm import rmsnorm
 from shaders.device import Device
 from shaders.program import Program
+from tests.kernels import activation
 
 
 def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -13,9 +14,18 @@ def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.n
     return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon) * weight.astype(np.float64)
 
 
+# Fewer quads than lanes, whole and broken steps, as many lanes as a workgroup has.
+SHAPES = [(1, 1, 4), (5, 3, 100), (70, 70, 576), (3, 2, 2052), (2, 2, 16384)]
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize(("rows", "in_use", "width"), [(1, 1, 4), (5, 3, 100), (70, 70, 576)])
-def test_rmsnorm(device: Device, rows: int, in_use: int, width: int, with_residual: bool) -> None:
+@pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES)
+def test_rmsnorm(
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int,
+    with_residual: bool, is_cpu: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     rng = np.random.default_rng(width)
     x = rng.normal(size=(rows, width)).astype(np.float32)
     weight = rng.normal(size=width).astype(np.float32)
@@ -40,3 +50,25 @@ def test_rmsnorm(device: Device, rows: int, in_use: int, width: int, with_residu
         result[:in_use], expected[:in_use], rtol=2e-6, atol=2e-6 if with_residual else 1e-7
     )
     assert (result[in_use:] == -7.0).all()  # rows that are not in use stay untouched
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+def test_a_row_does_not_depend_on_the_others(
+    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    x = np.random.default_rng(6).normal(size=(9, 100)).astype(np.float32)
+    weight = device.upload(np.ones(100, np.float32))
+    found = []
+    for rows in (x, x[4:5]):
+        program = Program(device)
+        y = rmsnorm(program, activation(device, rows, device.extent(len(rows))), weight, 1e-5)
+        program.run()
+        found.append(device.read(y))
+    assert found[0][4].tobytes() == found[1][0].tobytes()
+
+
+def test_a_width_of_no_whole_vectors_is_refused(device: Device) -> None:
+    x, weight = device.empty((2, 6), extent=device.extent(2)), device.empty((6,))
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        rmsnorm(Program(device), x, weight, 1e-5)

@@ -26,9 +26,15 @@ def make_inputs(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
     return gate_up, rng.normal(size=(rows, width)).astype(np.float32)
 
 
+@pytest.mark.parametrize("quads", [1, 4])
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES)
-def test_swiglu(device: Device, rows: int, in_use: int, width: int, name: str) -> None:
+def test_swiglu(
+    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
+    quads: int,
+) -> None:  # fmt: skip
+    monkeypatch.setattr("forward.swiglu.CPU_QUADS", quads)
+    monkeypatch.setattr("forward.swiglu.GPU_QUADS", quads)
     gate_up, _ = make_inputs(rows, width)
     extent = extent_in_use(device, rows, in_use)
     out = marked(device, extent, width)

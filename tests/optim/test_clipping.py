@@ -26,9 +26,14 @@ def run(
     return device.read(state), device.read(tensors[0])
 
 
-@pytest.mark.parametrize("n", [1, 63, 64, 65, 4096, 65_600, 100_003])
+@pytest.mark.parametrize("n", [4, 60, 64, 68, 4096, 65_600, 100_004])
 @pytest.mark.parametrize(("n_slices", "max_range"), [(1, None), (4, None), (3, 1000)])
-def test_norm(device: Device, n: int, n_slices: int, max_range: int | None) -> None:
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+def test_norm(
+    device: Device, monkeypatch: pytest.MonkeyPatch, n: int, n_slices: int, max_range: int | None,
+    is_cpu: bool,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
     slices = random_slices(np.random.default_rng(n), n, n_slices)
     state, total = run(device, slices, 1.0, max_range)
     expected = slices[0]
@@ -108,5 +113,7 @@ def test_what_is_refused(device: Device) -> None:
         gradient_norm(Program(device), [gradient] * 5, state, max_norm=1.0)
     with pytest.raises(ValueError, match="gradient slice"):
         gradient_norm(Program(device), [gradient, device.empty((128,))], state, max_norm=1.0)
+    with pytest.raises(ValueError, match="no multiple of 4"):
+        gradient_norm(Program(device), [device.empty((63,))], state, max_norm=1.0)
     with pytest.raises(ValueError, match="max_norm of 0"):
         gradient_norm(Program(device), [gradient], state, max_norm=0.0)

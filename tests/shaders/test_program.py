@@ -169,3 +169,26 @@ def test_readback_keeps_the_order(device: Device) -> None:
     got += ring.ready(wait=True)
     assert got == [(step, float(step)) for step in range(10)]
     assert ring.ready(wait=True) == []
+
+
+def test_a_long_program_is_submitted_in_pieces(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In order, and with the same result."""
+    extent = device.extent(64)
+    x, doubled = device.empty((64, 4), extent=extent), device.empty((64, 4), extent=extent)
+    program = Program(device)
+    for _ in range(3):
+        program.dispatch(
+            "gather", {"width": 4},
+            [extent.uniform, x, device.upload(np.arange(64, dtype=np.uint32)), doubled], 4,
+            flops=10,
+        )  # fmt: skip
+        program.copy(doubled, x)
+    whole = len(program._pieces())
+    monkeypatch.setattr("shaders.program.MAX_SUBMISSION_FLOPS", 15)
+    pieces = program._pieces()
+    assert whole == 1 and [len(piece) for piece in pieces] == [3, 3]
+    device.write(x, np.arange(256, dtype=np.float32).reshape(64, 4))
+    program.run()
+    assert (device.read(doubled) == np.arange(256).reshape(64, 4)).all()

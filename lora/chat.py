@@ -1,0 +1,275 @@
+"""`lora chat`: a conversation in the terminal, with adapters to switch between."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from forward.chat import render_chat
+from forward.tokenizer import Tokenizer
+from lora.generation import TextGenerator, open_generator
+from lora.sampling import Sampling
+from shaders.errors import InputError
+
+HELP = """\
+/adapter           which adapter is on, and which are loaded
+/adapter on|off    answer with the adapter, or with the bare model
+/adapter NAME      answer with another of the adapters
+/system TEXT       begin again with a system message; without TEXT, with none
+/reset             begin again
+/help              this list
+/exit              leave (or Ctrl-D); Ctrl-C stops an answer"""
+
+
+class Chat:
+    """One conversation: reads lines, answers them, obeys commands.
+
+    Every turn the whole conversation is rendered by the model's chat template; the generator
+    computes only what it has not seen, since the keys and values of the rest are kept.
+
+    Args:
+        generator: its first adapter, if it has any, is on at the beginning.
+        write: takes the pieces of what is shown.
+        max_tokens: of one answer.
+        sampling: how tokens are chosen.
+        system: the system message; None for none.
+
+    Raises:
+        InputError: the model has no chat template.
+    """
+
+    def __init__(
+        self,
+        generator: TextGenerator,
+        write: Callable[[str], None],
+        *,
+        max_tokens: int,
+        sampling: Sampling,
+        system: str | None = None,
+    ) -> None:
+        check_has_template(generator.tokenizer)
+        self._generator = generator
+        self._write = write
+        self._max_tokens = max_tokens
+        self._sampling = sampling
+        self._system = system
+        self._chosen = next(iter(generator.adapters), None)  # what /adapter on means
+        self.adapter = self._chosen
+        self.messages: list[dict[str, str]] = []
+        self.reset()
+
+    def reset(self) -> None:
+        """Forgets the conversation; the system message stays."""
+        self.messages = []
+        if self._system is not None:
+            self.messages.append({"role": "system", "content": self._system})
+
+    def run(self, read: Callable[[], str]) -> None:
+        """Answers line by line until /exit, or until `read` raises EOFError."""
+        while True:
+            try:
+                line = read().strip()
+            except EOFError:
+                self._write("\n")
+                return
+            except KeyboardInterrupt:
+                self._write("\n(Ctrl-D or /exit leaves)\n")
+                continue
+            if line == "/exit":
+                return
+            try:
+                if line.startswith("/"):
+                    self._write(self._obey(line) + "\n")
+                elif line:
+                    self.answer(line)
+            except InputError as error:
+                self._write(f"{error}\n")
+
+    def answer(self, text: str) -> None:
+        """Takes a user's message and writes the answer as it comes; Ctrl-C stops it.
+
+        Raises:
+            InputError: the template refuses it, or the conversation fills the room. The message is
+                not kept then.
+        """
+        self.messages.append({"role": "user", "content": text})
+        answer = ""
+        try:
+            pieces = self._generator.stream(
+                self._rendered(),
+                max_tokens=self._max_tokens,
+                adapter=self.adapter,
+                sampling=self._sampling,
+            )
+            with _noticing_interrupts() as interrupted:
+                for piece in pieces:
+                    self._write(piece)
+                    answer += piece
+                    if interrupted():
+                        break
+        except InputError:
+            self.messages.pop()
+            raise
+        self.messages.append({"role": "assistant", "content": answer})
+        self._write(f"\n[{self._summary(stopped=interrupted())}]\n")
+
+    def _rendered(self) -> list[int]:
+        """The conversation as token ids, up to where the answer begins.
+
+        Raises:
+            InputError: it leaves no room for an answer.
+        """
+        ids = conversation_ids(self._generator.tokenizer, self.messages)
+        if len(ids) >= self._generator.room:
+            raise InputError(
+                f"The conversation has {len(ids)} tokens and the room is {self._generator.room}; "
+                "begin again with /reset, or start with a larger --max-length."
+            )
+        return ids
+
+    def _summary(self, *, stopped: bool) -> str:
+        times = self._generator.times
+        parts = [
+            f"{times.new_tokens} tokens, {times.speed:.1f}/s",
+            f"prompt {times.prompt_tokens} new, {times.prompt_speed:.0f}/s, "
+            f"{times.reused_tokens} kept",
+            f"adapter {self.adapter or 'off'}",
+        ]
+        if stopped:
+            parts.append("stopped")
+        return "; ".join(parts)
+
+    def _obey(self, line: str) -> str:
+        """Does what a command says; returns what to show."""
+        command, _, argument = line.partition(" ")
+        argument = argument.strip()
+        if command == "/help":
+            return HELP
+        if command == "/reset":
+            self.reset()
+            return "(a new conversation)"
+        if command == "/system":
+            self._system = argument or None
+            self.reset()
+            return "(a new conversation, " + ("with" if argument else "without") + " that message)"
+        if command == "/adapter":
+            return self._switch(argument)
+        return f"There is no command {command}; /help lists them."
+
+    def _switch(self, name: str) -> str:
+        loaded = self._generator.adapters
+        if name == "off":
+            self.adapter = None
+        elif name == "on" and self._chosen is not None:
+            self.adapter = self._chosen
+        elif name in loaded:
+            self.adapter = self._chosen = name
+        elif name:
+            known = ", ".join(loaded) or "none; start with --adapter DIRECTORY"
+            return f"There is no adapter {name!r}; loaded: {known}."
+        return f"(adapter {self.adapter or 'off'}; loaded: {', '.join(loaded) or 'none'})"
+
+
+def check_has_template(tokenizer: Tokenizer) -> str:
+    """The chat template of a model; refuses one that has none."""
+    if tokenizer.chat_template is None:
+        raise InputError(
+            "The model holds no chat template, so it cannot chat; continue texts with it: "
+            "lora generate, without --chat."
+        )
+    return tokenizer.chat_template
+
+
+def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
+    """A conversation as token ids, up to where the next answer begins.
+
+    Raises:
+        InputError: the model has no chat template, or it refuses the messages.
+    """
+    text = render_chat(
+        check_has_template(tokenizer),
+        messages,
+        add_generation_prompt=True,
+        bos_token=_token_text(tokenizer, tokenizer.bos_id),
+        eos_token=_token_text(tokenizer, tokenizer.eos_id),
+    )
+    return tokenizer.encode(text, add_bos=False).ids  # the template writes BOS where it belongs
+
+
+def _token_text(tokenizer: Tokenizer, token: int | None) -> str:
+    """How a special token is written, "" for none."""
+    return "" if token is None else tokenizer.decode([token], skip_special=False)
+
+
+@contextmanager
+def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C is only noted inside, so that it never cuts through work on the device."""
+    seen = False
+
+    def note(*_: object) -> None:
+        nonlocal seen
+        seen = True
+
+    before = signal.signal(signal.SIGINT, note)
+    try:
+        yield lambda: seen
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def named_adapters(values: list[str]) -> dict[str, Path]:
+    """Adapter directories by name, out of DIRECTORY or NAME=DIRECTORY each.
+
+    Raises:
+        InputError: two have one name, or one is called on or off.
+    """
+    named: dict[str, Path] = {}
+    for value in values:
+        name, equals, directory = value.partition("=")
+        path = Path(directory if equals else value)
+        name = name if equals else path.resolve().name
+        if name in named or name in ("on", "off", ""):
+            raise InputError(
+                f"--adapter {value}: the name {name!r} is taken; give another one: "
+                f"--adapter NAME={path}."
+            )
+        named[name] = path
+    return named
+
+
+def chat(
+    model: str,
+    adapters: list[str],
+    *,
+    system: str | None,
+    sampling: Sampling,
+    max_tokens: int,
+    max_length: int | None,
+    device: str,
+) -> None:
+    """Opens a model with its adapters and converses on the terminal: the command `lora chat`.
+
+    Args:
+        model: a GGUF file, or a name as in model.path.
+        adapters: DIRECTORY or NAME=DIRECTORY each; the first one is on.
+        system: the system message.
+        sampling: how tokens are chosen.
+        max_tokens: of one answer.
+        max_length: the room of the conversation; None for what suits the model.
+        device: as in the config.
+
+    Raises:
+        InputError: something can't be opened, or the model has no chat template.
+    """
+    generator = open_generator(
+        model, named_adapters(adapters), max_length=max_length, device=device
+    )
+
+    def write(piece: str) -> None:
+        print(piece, end="", flush=True)
+
+    conversation = Chat(generator, write, max_tokens=max_tokens, sampling=sampling, system=system)
+    write(f"{model}; adapter {conversation.adapter or 'off'}; /help lists the commands\n")
+    conversation.run(lambda: input("> "))

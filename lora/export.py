@@ -1,0 +1,162 @@
+"""`lora export`: an adapter as a GGUF that llama.cpp and Ollama load, alone or merged."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from forward.architecture import Architecture
+from forward.gguf_file import GGUFFile
+from forward.quantization import QUANTIZATIONS
+from lora.adapted_tensor import read_adapted_tensors, read_settings
+from lora.files import write_file
+from lora.gguf_adapter import ADAPTER_TYPES, write_gguf_adapter
+from lora.merge import MergedTensor, write_merged_gguf
+from lora.modelfile import may_replace, modelfile_of_adapter, modelfile_of_merged
+from lora.peft_files import SETTINGS
+from lora.stores import resolve_model
+from shaders.errors import InputError
+
+ADAPTER, MERGED = TARGETS = ("gguf", "merged-gguf")
+# Architectures that always take the embedding for the head: llama.cpp refuses a file of theirs that
+# has an output.weight (tried with xllamacpp 2026-10; gemma3, llama, qwen2, qwen3 and phi3 load it).
+_NEVER_OWN_HEAD = ("gemma2",)
+_DEFAULT_NAMES = {ADAPTER: "adapter.gguf", MERGED: "merged.gguf"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        path: the GGUF.
+        modelfile: for `ollama create`, beside it.
+        base_path: the base's file.
+        n_tensors: how many tensors of the base the adapter touches.
+        merged: what merging did to each of them; empty for an adapter alone.
+    """
+
+    path: Path
+    modelfile: Path
+    base_path: Path
+    n_tensors: int
+    merged: list[MergedTensor]
+
+
+def export(
+    directory: Path,
+    target: str,
+    *,
+    output: Path | None = None,
+    base: str | None = None,
+    kind: str | None = None,
+    force: bool = False,
+    on_tensor: Callable[[MergedTensor], None] = lambda tensor: None,
+) -> Export:
+    """Writes a PEFT adapter directory as a GGUF, and a Modelfile beside it.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        target: "gguf" for the adapter alone, "merged-gguf" for base and adapter in one.
+        output: the file to write; by default adapter.gguf or merged.gguf in the directory.
+        base: a path, ollama:NAME or hf:ORG/REPO/FILE; by default what the adapter names.
+        kind: tensor type of what is written, e.g. "F16"; by default F32 for an adapter, and for
+            a merged tensor the base's own.
+        force: replaces files that are there.
+        on_tensor: called after each tensor that was merged.
+
+    Raises:
+        InputError: the adapter, the base, the target or the type is wrong, they do not fit
+            together, or the output is there already.
+    """
+    if target not in TARGETS:
+        raise InputError(f"--to {target}: {_nearest(target, TARGETS)}")
+    kinds = ADAPTER_TYPES if target == ADAPTER else tuple(QUANTIZATIONS)
+    stored = None if kind is None else _kind(kind, kinds, target)
+    settings = read_settings(directory)
+    path = directory / _DEFAULT_NAMES[target] if output is None else output
+    modelfile = path.with_name("Modelfile")
+    name = base or str(settings.get("base_model_name_or_path") or "")
+    file = _open_base(name, directory, given=base is not None)
+    _check_output(path, modelfile, file, force=force)
+    architecture = Architecture.from_gguf(file)
+    adapted = read_adapted_tensors(directory, settings, architecture)
+    merged: list[MergedTensor] = []
+    if "output.weight" in adapted and architecture.tied_head:
+        _check_tied_head(directory, architecture.name, target)
+    if target == ADAPTER:
+        write_gguf_adapter(
+            path, architecture.name, adapted.values(), stored or GGMLQuantizationType.F32
+        )
+        text = modelfile_of_adapter(path, name, file.path)
+    else:
+        merged = write_merged_gguf(path, file, adapted, stored, on_tensor)
+        text = modelfile_of_merged(path)
+    write_file(modelfile, text)
+    return Export(path, modelfile, file.path, len(adapted), merged)
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"it must be {' or '.join(known)}."
+
+
+def _kind(name: str, kinds: tuple[GGMLQuantizationType, ...], target: str) -> GGMLQuantizationType:
+    for kind in kinds:
+        if kind.name == name.upper():
+            return kind
+    raise InputError(
+        f"--type {name}: with --to {target} it must be one of "
+        f"{', '.join(kind.name for kind in kinds)}."
+    )
+
+
+def _open_base(name: str, directory: Path, *, given: bool) -> GGUFFile:
+    if given:
+        return GGUFFile(resolve_model(name))
+    source = f"{directory / SETTINGS} names the base {name!r}"
+    try:
+        path = resolve_model(name)
+    except InputError as error:
+        raise InputError(f"{source}: {error} Or name the base with --base.") from None
+    if not path.is_file():
+        raise InputError(f"{source}, which is no GGUF file here; name it with --base MODEL.")
+    return GGUFFile(path)
+
+
+def _check_tied_head(directory: Path, architecture: str, target: str) -> None:
+    """Refuses an adapter on a head that is the embedding, where llama.cpp could not load it."""
+    what = f"{directory} adapts lm_head, but the base's head is its embedding"
+    if architecture in _NEVER_OWN_HEAD:
+        raise InputError(
+            f"{what}, and llama.cpp gives {architecture} no head of its own. Train with "
+            "adapter.targets that leave lm_head out; PEFT and `lora generate` run this one."
+        )
+    if target == ADAPTER:
+        raise InputError(
+            f"{what}: llama.cpp has no place for such an adapter. Take --to merged-gguf."
+        )
+
+
+def _check_output(path: Path, modelfile: Path, base: GGUFFile, *, force: bool) -> None:
+    for part in base.paths:
+        if path.exists() and os.path.samefile(path, part):
+            raise InputError(f"{path} is the base itself; choose another --output.")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; --output is the file to write.")
+    if path.name == modelfile.name:
+        raise InputError(f"{path}: the Modelfile goes by that name; choose another --output.")
+    if force:
+        return
+    if os.path.lexists(path):
+        raise InputError(f"{path} is there already; --force replaces it, --output avoids it.")
+    if not may_replace(modelfile):
+        raise InputError(
+            f"{modelfile} is there and was not written by lora export; --force replaces it, "
+            "--output in another directory avoids it."
+        )

@@ -1,0 +1,60 @@
+"""What wgpu-native can do and wgpu-py 0.32 doesn't offer, through wgpu-py's inner functions.
+
+The dependency is pinned below 0.33, and tests/shaders/test_native.py holds what is used here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import wgpu
+from wgpu.backends.wgpu_native import _api
+
+_NO_CHECKS = 0  # WGPUShaderRuntimeChecks_None of wgpu.h
+
+
+def trusted_shader_module(device: wgpu.GPUDevice, label: str, code: str) -> wgpu.GPUShaderModule:
+    """Compiles WGSL as `device.create_shader_module` does, without run-time checks.
+
+    For code it can't trust wgpu clamps every dynamic index and counts the turns of every loop. Our
+    kernels are our own: their loops end and their indices stay in range, and the checks cost a
+    tenth of a matmul's speed (docs/log.md). Vulkan's robust buffer access stays on: a stray read
+    cannot leave its buffer.
+
+    Raises:
+        wgpu.GPUValidationError: the code is wrong.
+    """
+    source = _api.new_struct_p("WGPUShaderSourceWGSL *", code=_api.to_c_string_view(code))
+    source[0].chain.next = _api.ffi.NULL
+    source[0].chain.sType = _api.lib.WGPUSType_ShaderSourceWGSL
+    descriptor = _api.new_struct_p(
+        "WGPUShaderModuleDescriptor *",
+        nextInChain=_api.ffi.cast("WGPUChainedStruct *", source),
+        label=_api.to_c_string_view(label),
+    )
+    module = _api.libf.wgpuDeviceCreateShaderModuleTrusted(device._internal, descriptor, _NO_CHECKS)
+    return _api.GPUShaderModule(label, module, device)
+
+
+def encode_dispatches(
+    compute_pass: wgpu.GPUComputePassEncoder,
+    dispatches: Iterable[tuple[Any, Any, tuple[int, int, int]]],
+) -> None:
+    """Appends dispatches to a pass, each (pipeline, bind group, workgroups).
+
+    As the pass's own methods do, but without their error scope around each of three calls: a step
+    has a thousand dispatches. What is wrong shows when the encoder finishes.
+    """
+    lib, no_offsets = _api.lib, _api.ffi.NULL
+    set_pipeline = lib.wgpuComputePassEncoderSetPipeline
+    set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
+    dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
+    inner = compute_pass._internal
+    last = None
+    for pipeline, bind_group, (x, y, z) in dispatches:
+        if pipeline is not last:
+            set_pipeline(inner, pipeline._internal)
+            last = pipeline
+        set_bind_group(inner, 0, bind_group._internal, 0, no_offsets)
+        dispatch(inner, x, y, z)

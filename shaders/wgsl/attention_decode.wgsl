@@ -1,0 +1,129 @@
+// out[m] = Σ_j p[m, j] v[j],   p[m, :] = softmax_j s[m, j],   over the cached keys j <= positions[m] and,
+// where there is a window, positions[m] - j < window;
+// s[m, j] = scale · q[m]·k[j], capped as cap · tanh(s / cap) where the model has a cap.
+//
+// Bindings: qkv [rows, stride] (only q is read), positions u32 [rows], keys [kv_size / 4, room] and
+// values [room, kv_size / 4] of vec4 (see kv_store.wgsl), then
+{% if splits == 1 %}
+// out [rows, n_heads · head_size].
+{% else %}
+// partial [rows, n_heads, splits, head_size]: Σ_j exp(s - highest) v[j] of one stretch of {{ stretch }} keys, and
+// stats [rows, n_heads, splits] of (highest s, Σ_j exp(s - highest)); attention_decode_combine.wgsl
+// puts them together. A stretch that a row does not see is not written.
+{% endif %}
+// One workgroup a row, a head and a stretch. Keys ascend in blocks of 64, counted from key 0: a lane
+// scores one key, then adds four columns of every {{ 64 // (head_size // 4) }}th v; these sums meet in order.
+
+struct Extent { rows: u32 }
+
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read> positions: array<u32>;
+@group(0) @binding(3) var<storage, read> keys: array<vec4<f32>>;
+@group(0) @binding(4) var<storage, read> values: array<vec4<f32>>;
+{% if splits == 1 %}
+@group(0) @binding(5) var<storage, read_write> out: array<vec4<f32>>;
+{% else %}
+@group(0) @binding(5) var<storage, read_write> partial: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> stats: array<vec2<f32>>;
+{% endif %}
+
+{% set quads = head_size // 4 %}
+{% set teams = 64 // quads %}
+const lanes = 64u;
+const quads = {{ quads }}u;
+const teams = {{ teams }}u; // lanes of a team have the columns of the head among them
+const lowest = -3.0e38; // below every score, and its own difference is 0 where -inf's is NaN
+
+var<workgroup> query: array<vec4<f32>, {{ quads }}>;
+var<workgroup> maxima: array<f32, 64>;
+var<workgroup> weights: array<f32, 64>;
+var<workgroup> sums: array<vec4<f32>, 64>;
+
+{% include "row_sum.wgsl" %}
+
+@compute @workgroup_size(lanes)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let index = group.x + group.y * groups.x;
+    let head = index / {{ splits }}u % {{ n_heads }}u;
+    let row = index / {{ splits * n_heads }}u;
+    if (row >= extent.rows) { return; }
+    let end = positions[row] + 1u;
+    var seen_from = 0u; // the first key that the row sees
+{% if window %}
+    if (end > {{ window }}u) { seen_from = end - {{ window }}u; }
+{% endif %}
+{% if splits == 1 %}
+    let first = seen_from / 64u * 64u;
+    let last = end;
+{% else %}
+    let stretch = index % {{ splits }}u * {{ stretch }}u;
+    let first = max(stretch, seen_from / 64u * 64u);
+    let last = min(stretch + {{ stretch }}u, end);
+    if (first >= last) { return; }
+{% endif %}
+    let kv_head = head / {{ n_heads // n_kv_heads }}u;
+    if (lane < quads) { query[lane] = qkv[row * {{ stride }}u + head * quads + lane]; }
+    workgroupBarrier();
+
+    let team = lane / quads;
+    let column = kv_head * quads + lane % quads;
+    var highest = lowest;
+    var total = 0.0;
+    var sum = vec4<f32>();
+    for (var block = first; block < last; block += 64u) {
+        // A lane without a key repeats the last one, and gives it no weight.
+        let key = min(block + lane, last - 1u);
+        let seen = block + lane < last && key >= seen_from;
+        var products = vec4<f32>();
+        for (var c = 0u; c < quads; c += 1u) {
+            products = fma(query[c], keys[(kv_head * quads + c) * {{ room }}u + key], products);
+        }
+        var score = products.x + products.y + products.z + products.w;
+{% if softcap %}
+        // Some drivers' tanh overflows; beyond ±10 it is ±1 in f32.
+        score = {{ softcap }} * tanh(clamp(score * {{ scale / softcap }}, -10.0, 10.0));
+{% else %}
+        score *= {{ scale }};
+{% endif %}
+        maxima[lane] = select(lowest, score, seen);
+        workgroupBarrier();
+        for (var step = 32u; step > 0u; step /= 2u) {
+            if (lane < step) { maxima[lane] = max(maxima[lane], maxima[lane + step]); }
+            workgroupBarrier();
+        }
+        let before = highest;
+        highest = max(before, maxima[0]);
+        let shrink = exp(before - highest);
+        let weight = select(0.0, exp(score - highest), seen);
+        total = total * shrink + weight;
+        sum *= shrink;
+        weights[lane] = weight;
+        workgroupBarrier();
+        if (team < teams) {
+            let count = min(64u, last - block);
+            for (var j = team; j < count; j += teams) {
+                sum += weights[j] * values[(block + j) * {{ n_kv_heads * quads }}u + column];
+            }
+        }
+    }
+
+    let all = row_sum(total, lane);
+    sums[lane] = sum;
+    workgroupBarrier();
+    if (lane >= quads) { return; }
+    var result = sums[lane];
+{% for t in range(1, teams) %}
+    result += sums[lane + {{ t * quads }}u];
+{% endfor %}
+{% if splits == 1 %}
+    out[(row * {{ n_heads }}u + head) * quads + lane] = result / all;
+{% else %}
+    partial[index * quads + lane] = result;
+    if (lane == 0u) { stats[index] = vec2(highest, all); }
+{% endif %}
+}

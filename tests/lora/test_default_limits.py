@@ -1,0 +1,52 @@
+"""The whole step within WebGPU's default limits, which every adapter must offer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora.session import TrainingSession
+from shaders.device import Device
+from tests.parity.tiny_models import TINY_MODELS
+from tests.parity.tiny_ours import gradients, open_session
+
+# https://www.w3.org/TR/webgpu/#limits
+DEFAULTS = {
+    "max-storage-buffer-binding-size": 128 << 20,
+    "max-buffer-size": 256 << 20,
+    "max-compute-workgroup-storage-size": 16384,
+    "max-compute-invocations-per-workgroup": 256,
+    "max-compute-workgroup-size-x": 256,
+    "max-compute-workgroup-size-y": 256,
+    "max-storage-buffers-per-shader-stage": 8,
+}
+
+
+@pytest.mark.parametrize("body", ["wide", "tiled"])
+@pytest.mark.parametrize("name", ["llama_bias", "gemma3", "phi3_long", "llama_head"])
+def test_a_step_within_the_default_limits(
+    name: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same loss and gradients as with the adapter's own limits, byte for byte."""
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    results = []
+    for limits in (None, DEFAULTS):
+
+        def device(wanted: str | int, limits: dict[str, int] | None = limits) -> Device:
+            opened = Device(wanted, limits)
+            opened.matmul_body = body
+            return opened
+
+        monkeypatch.setattr("lora.session.Device", device)
+        session: TrainingSession = open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter", recompute="on"
+        )
+        if limits is not None:
+            for key, value in limits.items():
+                assert session.device.wgpu.limits[key] == value, key
+        results.append(gradients(session))
+    assert results[0].loss == results[1].loss
+    for path, gradient in results[0].gradients.items():
+        np.testing.assert_array_equal(gradient, results[1].gradients[path])

@@ -1,0 +1,374 @@
+"""What `lora export` writes, run by llama.cpp itself, against our own session."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import gguf
+import numpy as np
+import pytest
+import safetensors.numpy
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+from forward.architecture import Architecture
+from forward.gguf_file import GGUFFile
+from forward.quantization import QUANTIZATIONS
+from forward.requantize import quantize
+from lora.adapted_tensor import adaptable
+from lora.batches import make_batch
+from lora.config import Config
+from lora.data import Example
+from lora.export import Export, export
+from lora.gguf_output import TensorPlace, padding, write_header
+from lora.programs import record_eval
+from lora.session import TrainingSession
+from shaders.device import Device
+from shaders.errors import InputError
+from tests.parity.llama_cpp_logits import LlamaCpp
+from tests.parity.peft_reference import REAL_MODELS, token_ids
+from tests.parity.tiny_models import TINY_MODELS
+
+pytestmark = pytest.mark.parity
+
+RANK, ALPHA = 6, 15
+CHANGE = 0.05
+N_PROMPTS, PROMPT_TOKENS, N_TOKENS = 5, 12, 64
+LENGTHS = (PROMPT_TOKENS, PROMPT_TOKENS + 40)  # prefixes of each row whose probabilities are asked
+N_LIKELIEST = 4096
+
+
+# -- quantizers -----------------------------------------------------------------------------------
+
+
+def ggml_quantize(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """What llama.cpp's quantize writes without an importance matrix."""
+    import xllamacpp
+
+    library = ctypes.CDLL(str(Path(xllamacpp.__file__).parent / "xllamacpp.abi3.so"))
+    function = library.ggml_quantize_chunk
+    function.restype = ctypes.c_size_t
+    function.argtypes = [
+        *(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+        *(ctypes.c_int64, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p),
+    ]
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    rows, columns = values.shape
+    stored = np.zeros((rows, columns // block_size * block_bytes), np.uint8)
+    n = function(int(kind), values.ctypes.data, stored.ctypes.data, 0, rows, columns, None)
+    assert n == stored.size
+    return stored
+
+
+@pytest.mark.parametrize("kind", [k for k in QUANTIZATIONS if GGML_QUANT_SIZES[k][0] > 1])
+def test_quantizers_beside_ggml(kind: GGMLQuantizationType) -> None:
+    """Squared error on numbers of several distributions: no larger than ggml's but for 1 %."""
+    random = np.random.default_rng(0)
+    for name, values in (
+        ("normal", random.normal(0, 0.02, (256, 1024))),
+        ("heavy tails", random.standard_t(4, (256, 1024)) * 0.02),
+        ("one sign", np.abs(random.normal(0, 0.02, (256, 1024)))),
+    ):
+        exact = values.astype(np.float32)
+        ours, theirs = (
+            np.linalg.norm(gguf.quants.dequantize(write(exact, kind), kind) - exact)
+            / np.linalg.norm(exact)
+            for write in (quantize, ggml_quantize)
+        )
+        print(f"{kind.name}, {name}: ours {ours:.5f}, ggml's {theirs:.5f}")
+        assert ours < 1.01 * theirs
+
+
+@pytest.mark.parametrize("model", REAL_MODELS)
+def test_real_tensors_come_back(model: str, request: pytest.FixtureRequest) -> None:
+    """Weights that a file has already: writing them again in their type hardly changes them."""
+    file = GGUFFile(request.getfixturevalue(model))
+    worst: dict[str, float] = {}
+    for tensor in file.tensors.values():
+        if len(tensor.shape) == 1 or tensor.name == "token_embd.weight":
+            continue
+        data = np.ascontiguousarray(tensor.data[:256])
+        once = gguf.quants.dequantize(data, tensor.type)
+        twice = gguf.quants.dequantize(quantize(once, tensor.type), tensor.type)
+        change = float(np.linalg.norm(twice - once) / np.linalg.norm(once))
+        worst[tensor.type.name] = max(worst.get(tensor.type.name, 0.0), change)
+    print(model, "changed by at most", {k: f"{v:.1e}" for k, v in worst.items()})
+    # Rounding anew changes Q4 by 7e-2 and Q6_K by 2e-2.
+    assert max(worst.values()) < 5e-3
+
+
+# -- tiny models: every architecture --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3_short"]
+)
+@pytest.mark.parametrize("head", [False, True], ids=["layers", "head"])
+def test_tiny_models_in_llama_cpp(name: str, head: bool, tmp_path: Path) -> None:
+    """The adapter alone and merged, against transformers and PEFT."""
+    from tests.parity.tiny_judge import judge, log_softmax
+
+    model = replace(TINY_MODELS[name], adapted_head=head)
+    tied = model.config["tie_word_embeddings"]
+    base = tmp_path / "base.gguf"
+    model.write_gguf(base)
+    model.write_adapter(tmp_path / "adapter")
+    judgement = judge(model, tmp_path / "adapter")
+    row = model.token_rows()[0]
+    prefixes = [row[:length] for length in (1, 7, 25, 40)]  # shorter and longer than windows
+    expected, bare = (
+        log_softmax(logits)[[len(prefix) - 1 for prefix in prefixes]]
+        for logits in (judgement.adapted_logits, judgement.logits)
+    )
+    assert np.abs(expected - bare).max() > 1.0
+
+    def worst(llama_cpp: LlamaCpp) -> float:
+        answers = llama_cpp.log_probabilities(prefixes, expected.shape[1])
+        assert all(len(tokens) == expected.shape[1] for tokens, _ in answers)
+        return max(
+            float(np.abs(values - expected[i][tokens]).max())
+            for i, (tokens, values) in enumerate(answers)
+        )
+
+    # As in test_architectures.py: f32 sums in another order; Gemma's GELU is a table of f16 there.
+    tolerance = 2e-2 if model.architecture.startswith("gemma") else 1e-4
+    if not (head and tied):
+        adapter = export(tmp_path / "adapter", "gguf", base=str(base))
+        error = worst(LlamaCpp(base, adapter.path))
+        print(f"{name}: log-probabilities differ by at most {error:.1e} with the adapter")
+        assert error < tolerance
+    if head and model.architecture == "gemma2":
+        with pytest.raises(InputError, match="llama.cpp gives gemma2 no head of its own"):
+            export(tmp_path / "adapter", "merged-gguf", base=str(base))
+    else:
+        merged = export(tmp_path / "adapter", "merged-gguf", base=str(base))
+        error = worst(LlamaCpp(merged.path))
+        print(f"{name}: log-probabilities differ by at most {error:.1e} merged")
+        assert error < tolerance
+
+
+# -- the real models ------------------------------------------------------------------------------
+
+
+def write_f32(path: Path, base: GGUFFile) -> None:
+    """The same model with all weights as F32."""
+    kind = GGMLQuantizationType.F32
+    places = [TensorPlace(t.name, t.shape, kind) for t in base.tensors.values()]
+    with open(path, "wb") as file:
+        write_header(file, base, places)
+        for tensor in base.tensors.values():
+            for start in range(0, len(tensor.data), 4096):
+                data = np.ascontiguousarray(tensor.data[start : start + 4096])
+                file.write(gguf.quants.dequantize(data, tensor.type).tobytes())
+            file.write(padding(base, 4 * int(np.prod(tensor.shape))))
+
+
+def write_random_adapter(directory: Path, base: Path) -> None:
+    """A PEFT adapter of all matrices, large enough that a wrong row or scale shows."""
+    file = GGUFFile(base)
+    architecture = Architecture.from_gguf(file)
+    random = np.random.default_rng(3)
+    tensors = {}
+    for path, matrix, name in adaptable(architecture):
+        if name == "output.weight":
+            continue
+        columns = matrix.in_size(architecture)
+        a = random.normal(0, columns**-0.5, (RANK, columns))
+        # scale · B · A is then CHANGE times as large as the weight.
+        tensor = file.tensors[name]
+        weights = gguf.quants.dequantize(np.ascontiguousarray(tensor.data[:64]), tensor.type)
+        std = CHANGE * np.sqrt(np.mean(weights**2) * columns * RANK) / ALPHA
+        b = random.normal(0, std, (matrix.out_size(architecture), RANK))
+        tensors[f"base_model.model.{path}.lora_A.weight"] = a.astype(np.float32)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
+    directory.mkdir()
+    safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+    settings = {
+        "peft_type": "LORA",
+        "r": RANK,
+        "lora_alpha": ALPHA,
+        "base_model_name_or_path": str(base),
+        "target_modules": "all-linear",
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+
+
+def our_logits(
+    model: Path, rows: list[list[int]], adapter: Path | None, device: Device
+) -> list[list[np.ndarray]]:
+    """Logits of the N_TOKENS positions that predict the continuation: bare, and under the adapter.
+
+    One row at a time: 64 targets are one chunk of the head.
+    """
+    examples = []
+    for index, row in enumerate(rows):
+        trained = np.arange(len(row)) >= PROMPT_TOKENS
+        examples.append(Example(np.array(row, np.int32), trained, index))
+    config = Config.model_validate(
+        {
+            "model": {"path": str(model)},
+            "adapter": {
+                "rank": RANK,
+                "alpha": ALPHA,
+                "init_from": str(adapter) if adapter else None,
+            },
+            "data": {"train": "none", "max_length": len(rows[0])},
+            "train": {"steps": 1, "batch_size": 1},
+            "output": "none",
+        }
+    )
+    session = TrainingSession(config, train=False, examples=examples, device=device)
+    assert len(session.inputs.chunks) == 1
+    results = []
+    for parameters in (None, session.adapter.parameters) if adapter else (None,):
+        program = record_eval(
+            device, session.model, session.inputs, session._act, session.layout, parameters
+        )
+        logits = []
+        for example in examples:
+            batch = make_batch([example])
+            session._write(batch)
+            session._run_prefix(batch, None)
+            program.run()
+            values = device.read(session._act.head.logits)
+            logits.append(values[:N_TOKENS, : session.model.architecture.vocab_size])
+        results.append(logits)
+    return results
+
+
+@dataclass
+class RealCase:
+    """A real model, a random adapter, its exports, and what both sides make of them."""
+
+    base: Path
+    folder: Path
+    device: Device
+
+    @cached_property
+    def adapter(self) -> Path:
+        write_random_adapter(self.folder / "adapter", self.base)
+        return self.folder / "adapter"
+
+    @cached_property
+    def f32_base(self) -> Path:
+        write_f32(self.folder / "f32.gguf", GGUFFile(self.base))
+        return self.folder / "f32.gguf"
+
+    @cached_property
+    def gguf_adapter(self) -> Path:
+        return export(self.adapter, "gguf").path
+
+    @cached_property
+    def merged(self) -> Export:
+        return export(self.adapter, "merged-gguf")
+
+    @cached_property
+    def prompts(self) -> list[list[int]]:
+        return [row[:PROMPT_TOKENS] for row in token_ids(self.base)["train"][:N_PROMPTS]]
+
+    @cached_property
+    def rows(self) -> list[list[int]]:
+        """Prompts with llama.cpp's greedy continuations, in f32 under the adapter."""
+        answers = LlamaCpp(self.f32_base, self.gguf_adapter).continuations(self.prompts, N_TOKENS)
+        return [p + a for p, a in zip(self.prompts, answers, strict=True)]
+
+    @cached_property
+    def ours(self) -> list[list[np.ndarray]]:
+        return our_logits(self.base, self.rows, self.adapter, self.device)
+
+    def errors(self, theirs: LlamaCpp, ours: list[np.ndarray]) -> tuple[float, float]:
+        """Difference of log-probabilities of the likeliest tokens: the largest, and the mean."""
+        from tests.parity.tiny_judge import log_softmax
+
+        prefixes = [row[:length] for row in self.rows for length in LENGTHS]
+        answers = iter(theirs.log_probabilities(prefixes, N_LIKELIEST))
+        differences = []
+        for logits in ours:
+            for length in LENGTHS:
+                tokens, values = next(answers)
+                expected = log_softmax(logits[length - PROMPT_TOKENS][None])[0]
+                differences.append(np.abs(expected[tokens] - values))
+        return float(np.max(differences)), float(np.mean(differences))
+
+
+@pytest.fixture(scope="module", params=REAL_MODELS)
+def case(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: Device
+) -> Iterator[RealCase]:
+    folder = tmp_path_factory.mktemp("real")
+    yield RealCase(request.getfixturevalue(request.param), folder, device)
+    shutil.rmtree(folder)  # more than a gigabyte
+
+
+def check_f32(case: RealCase, worst: float, mean: float) -> None:
+    """5e-3, where llama.cpp computes what we do. Its GELU comes out of a table of f16 values, so
+    that Gemma's bare model, too, lies farther away; then the adapter must not add to that.
+    """
+    if not GGUFFile(case.base).metadata["general.architecture"].startswith("gemma"):
+        assert worst < 5e-3
+        return
+    worst_bare, mean_bare = case.errors(LlamaCpp(case.f32_base), case.ours[0])
+    print(f"without any adapter by {mean_bare:.1e} on average, {worst_bare:.1e} at most")
+    assert mean < 5e-3
+    assert worst < max(5e-3, 1.5 * worst_bare)
+
+
+def test_adapter_on_the_f32_base(case: RealCase) -> None:
+    bare, adapted = case.ours
+    worst, mean = case.errors(LlamaCpp(case.f32_base, case.gguf_adapter), adapted)
+    _, without = case.errors(LlamaCpp(case.f32_base), adapted)
+    print(f"log-probabilities differ by {mean:.1e} on average, {worst:.1e} at most; where")
+    print(f"llama.cpp leaves the adapter out, by {without:.1e}")
+    assert without > 0.1
+    check_f32(case, worst, mean)
+
+
+def test_greedy_continuation(case: RealCase) -> None:
+    """Position by position after llama.cpp's tokens, of which none may end the text."""
+    n_near = 0
+    kinds = np.array(GGUFFile(case.base).metadata["tokenizer.ggml.token_type"])
+    allowed = kinds != gguf.TokenType.CONTROL
+    for row, logits in zip(case.rows, case.ours[1], strict=True):
+        assert len(row) == PROMPT_TOKENS + N_TOKENS
+        for position, token in enumerate(row[PROMPT_TOKENS:]):
+            assert allowed[token]
+            values = logits[position, : len(allowed)]
+            gap = float(values[allowed].max() - values[token])
+            n_near += gap > 0
+            assert gap < 1e-2, (position, token, int(values.argmax()))
+    print(f"{N_PROMPTS * N_TOKENS} tokens, {n_near} of them another choice between near equals")
+
+
+def test_adapter_on_the_quantized_base(case: RealCase) -> None:
+    """llama.cpp rounds activations there; the adapter must not add to that."""
+    bare, adapted = case.ours
+    _, with_it = case.errors(LlamaCpp(case.base, case.gguf_adapter), adapted)
+    _, without = case.errors(LlamaCpp(case.base), bare)
+    print(f"log-probabilities differ by {with_it:.3f} with the adapter, {without:.3f} without")
+    assert with_it < 1.3 * without
+
+
+def test_merged(case: RealCase) -> None:
+    """The merged file in llama.cpp and in our own session; in F32 it is the adapter's model."""
+    (merged,) = our_logits(case.merged.path, case.rows, None, case.device)
+    _, own = case.errors(LlamaCpp(case.merged.path), merged)
+    _, bare = case.errors(LlamaCpp(case.base), case.ours[0])
+    print(f"log-probabilities differ by {own:.3f} on the merged file, {bare:.3f} on the base")
+    assert own < 1.3 * bare
+    exact = export(
+        case.adapter,
+        "merged-gguf",
+        base=str(case.f32_base),
+        output=case.folder / "exact" / "merged.gguf",
+    )
+    worst, mean = case.errors(LlamaCpp(exact.path), case.ours[1])
+    exact.path.unlink()
+    print(f"merged in F32 they differ by {mean:.1e} on average, {worst:.1e} at most")
+    check_f32(case, worst, mean)
+    _, rounding = case.errors(LlamaCpp(case.merged.path), case.ours[1])
+    print(f"merged in its own types it lies {rounding:.3f} from the exact merge")
