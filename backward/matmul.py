@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
-from forward.matmul import record_product
+from forward.matmul import Place, record_product
 from forward.weights import FrozenMatrix
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -43,7 +43,7 @@ def matmul_backward(
             d_x,
             transposed=True,
             contraction=part.n_rows,
-            x_column=part.first_row,
+            place=Place(part.first_row, 0) if len(matrix.parts) > 1 else None,
             members=low_rank if index == 0 else [],
             low=d_z,
             factor=lora.a if lora else None,

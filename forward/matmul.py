@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
@@ -17,6 +18,20 @@ BODIES = ("wide", "tiled")  # for adapters on the CPU; for GPUs
 # What matmul_wide's lanes hold, measured on llvmpipe (docs/log.md).
 WIDE_ROWS = 12
 WIDE_LANES = 32
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part's columns begin in x and in out: parts of a matrix share their kernel so."""
+
+    x_column: int
+    out_column: int
+
+
+def _uniforms(program: Program, place: Place | None) -> list[Tensor]:
+    if place is None:
+        return []
+    return [program.device.constant_uniform((place.x_column, place.out_column))]
 
 
 def matmul(
@@ -61,7 +76,7 @@ def matmul(
             y,
             transposed=False,
             contraction=matrix.in_features,
-            out_column=part.first_row,
+            place=Place(0, part.first_row) if len(matrix.parts) > 1 else None,
             members=_members(lora, part),
             low=z,
             factor=lora.b if lora else None,
@@ -105,8 +120,7 @@ def record_product(
     *,
     transposed: bool,
     contraction: int,
-    x_column: int = 0,
-    out_column: int = 0,
+    place: Place | None = None,
     members: Sequence[dict[str, int]] = (),
     low: Tensor | None = None,
     factor: Tensor | None = None,
@@ -125,7 +139,7 @@ def record_product(
 
     Args:
         contraction: length of the sum over k (or n).
-        x_column, out_column: where the columns begin in x and out.
+        place: where the part's columns begin in x and out, where there are several parts.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         bias, softcap: see `matmul`; the bias's columns are those of out.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
@@ -140,9 +154,8 @@ def record_product(
         "n_columns": n_columns,
         "row_words": part.words.shape[1],
         "x_stride": x.shape[1],
-        "x_column": x_column,
         "out_stride": out.shape[1],
-        "out_column": out_column,
+        "placed": place is not None,
         "weight_columns": n_columns if transposed else contraction,
         "members": list(members),
         "rank": rank,
@@ -158,15 +171,15 @@ def record_product(
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
         tensors += [low, factor]
     after = [tensor for tensor in (residual, bias) if tensor is not None]
-    tensors += after
     flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
     body = program.device.matmul_body or ("wide" if program.device.is_cpu else "tiled")
     if body == "wide":
         constants |= {"lane_rows": WIDE_ROWS, "lanes": WIDE_LANES}
         workgroups = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
+        tensors += [*after, *_uniforms(program, place)]
         program.dispatch("matmul_wide", constants, tensors, workgroups, label=label, flops=flops)
     else:
-        _record_tiled(program, extent, out, constants, tensors, after, label, flops)
+        _record_tiled(program, extent, out, constants, tensors, after, place, label, flops)
 
 
 def _record_tiled(
@@ -176,13 +189,15 @@ def _record_tiled(
     constants: dict[str, Any],
     tensors: list[Tensor],
     after: list[Tensor],
+    place: Place | None,
     label: str,
     flops: int,
 ) -> None:
     """Appends matmul_tiled, in one pass or, where workgroups would be few, in two.
 
     Args:
-        after: the last of `tensors`, which the second pass takes then: residual and bias.
+        tensors: the extent, x, the weights, out, and the low-rank part's.
+        after: residual and bias, which the last pass takes.
     """
     n_columns, contraction = constants["n_columns"], constants["contraction"]
     device = program.device
@@ -194,25 +209,27 @@ def _record_tiled(
     constants["unroll"] = 4 if device.is_cpu else tile.depth
     constants["maximum_rows"] = extent.maximum
     grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
+    placed = _uniforms(program, place)
     if splits == 1:
+        tensors = [*tensors, *after, *placed]
         program.dispatch("matmul_tiled", constants, tensors, grid, label=label, flops=flops)
         return
     partial = device.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
         "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
-        "out_column": 0,
     }  # fmt: skip
-    product = tensors[: len(tensors) - len(after)]
-    product[3] = partial
+    product = [*tensors[:3], partial, *tensors[4:]]
+    if place is not None:
+        product += _uniforms(program, Place(place.x_column, 0))
     program.dispatch("matmul_tiled", first_pass, product, grid, label=label, flops=flops)
     keys = (
-        "splits", "n_columns", "maximum_rows", "out_stride", "out_column", "epilogue", "bias",
-        "softcap",
+        "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
+        "placed",
     )  # fmt: skip
     program.dispatch(
         "matmul_reduce",
         {key: constants[key] for key in keys},
-        [extent.uniform, partial, out, *after],
+        [extent.uniform, partial, out, *after, *placed],
         -(-extent.maximum * n_columns // 256),
         label=f"{label}.reduce",
     )

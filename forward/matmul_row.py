@@ -72,9 +72,8 @@ def matmul_row(
             "n_columns": part.n_rows,
             "row_words": part.words.shape[1],
             "x_stride": x.shape[1],
-            "x_column": 0,
             "out_stride": matrix.out_features,
-            "out_column": part.first_row,
+            "placed": len(matrix.parts) > 1,
             "members": members,
             "rank": lora.rank if lora else 0,
             "low_stride": z.shape[1] if members and z is not None else 0,
@@ -92,6 +91,8 @@ def matmul_row(
                 raise ValueError(f"{label}: an adapted matrix needs z and its factors")
             tensors += [z, lora.b]
         tensors += [tensor for tensor in (residual, bias) if tensor is not None]
+        if len(matrix.parts) > 1:
+            tensors.append(program.device.constant_uniform((0, part.first_row)))
         terms = matrix.in_features + (lora.rank if lora and members else 0)
         program.dispatch(
             "matmul_row",

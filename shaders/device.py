@@ -126,6 +126,7 @@ class Device:
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None
         self._scratch: dict[tuple[int, ...], Tensor] = {}
+        self._constants: dict[tuple[int, ...], Tensor] = {}
         self._pipelines: dict[tuple[str, str], wgpu.GPUComputePipeline] = {}
 
     def copy_limits(self, other: Device) -> None:
@@ -136,6 +137,7 @@ class Device:
         self.workgroup_memory, self.matmul_body = other.workgroup_memory, other.matmul_body
         self.allocated = Counter()
         self._scratch = {}
+        self._constants = {}
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -241,6 +243,14 @@ class Device:
         usage = wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC
         buffer = self.wgpu.create_buffer(size=ALIGNMENT, usage=usage)
         return Tensor(buffer, 0, (n_values,), "u32")
+
+    def constant_uniform(self, values: tuple[int, ...]) -> Tensor:
+        """A uniform of up to four u32 that never change; one for all who ask for the same."""
+        if values not in self._constants:
+            self._constants[values] = self.uniform()
+            padded = [*values, *[0] * (4 - len(values))]
+            self.write(self._constants[values], np.array(padded, np.uint32))
+        return self._constants[values]
 
     def extent(self, maximum: int) -> Extent:
         """An extent of `maximum` rows, all of them in use until `set_rows` says otherwise."""

@@ -19,19 +19,24 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 @group(0) @binding({{ after_low + (epilogue == "residual") }}) var<storage, read> bias: array<vec4<f32>>;
 {% endif %}
 
+{% if placed %}
+// Parts of one matrix share a kernel: where the columns of this part begin in x and in out.
+struct Place { x_column: u32, out_column: u32 }
+@group(0) @binding({{ after_low + (epilogue == "residual") + bias }}) var<uniform> place: Place;
+{% endif %}
+
 const contraction = {{ contraction }}u;
 const n_columns = {{ n_columns }}u;
 const columns = {{ weight_columns }}u; // of the weight matrix
 const row_words = {{ row_words }}u;
 const x_stride = {{ x_stride }}u;
-const x_column = {{ x_column }}u;
 const out_stride = {{ out_stride }}u;
-const out_column = {{ out_column }}u;
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
 
 {% include "matmul_epilogue.wgsl" %}
 
 fn store(row: u32, column: u32, value: vec4<f32>) {
+    let out_column = {{ "place.out_column" if placed else "0u" }};
     write_out((row * out_stride + out_column + column) / 4u, (out_column + column) / 4u, value);
 }

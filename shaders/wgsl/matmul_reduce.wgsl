@@ -13,6 +13,10 @@ struct Extent { rows: u32 }
 {% if bias %}
 @group(0) @binding({{ 3 + (epilogue == "residual") }}) var<storage, read> bias: array<vec4<f32>>;
 {% endif %}
+{% if placed %}
+struct Place { x_column: u32, out_column: u32 }
+@group(0) @binding({{ 3 + (epilogue == "residual") + bias }}) var<uniform> place: Place;
+{% endif %}
 
 const quads = {{ n_columns // 4 }}u;
 
@@ -31,6 +35,6 @@ fn main(
 {% for s in range(1, splits) %}
     sum += partial[index + {{ s * maximum_rows }}u * quads];
 {% endfor %}
-    let quad = {{ out_column // 4 }}u + index % quads;
+    let quad = {{ "place.out_column / 4u + " if placed }}index % quads;
     write_out(row * {{ out_stride // 4 }}u + quad, quad, sum);
 }

@@ -48,7 +48,7 @@ fn main(
 
     for (var k = 8u * part; k < contraction; k += 8u * share) {
 {% for i in range(lane_rows) %}
-        let at_{{ i }} = (row_{{ i }} * x_stride + x_column + k) / 4u;
+        let at_{{ i }} = (row_{{ i }} * x_stride + k) / 4u;
         let va_{{ i }} = x[at_{{ i }}];
 {% if contraction % 8 %}
         let vb_{{ i }} = select(vec4<f32>(), x[at_{{ i }} + 1u], k + 4u < contraction);

@@ -114,6 +114,7 @@ fn main(
     if (first_row >= extent.rows) { return; }
     // Rows and columns past the end repeat the last: what they give is not stored.
     let last_row = extent.rows - 1u;
+    let x_column = {{ "place.x_column" if placed else "0u" }};
     let lane_x = lane % {{ lanes_x }}u;
     let lane_y = lane / {{ lanes_x }}u;
 {% for i in range(lane_rows) %}

@@ -19,6 +19,7 @@ fn main(
     let column = index % column_blocks * 8u;
     if (first_row >= extent.rows) { return; }
     let last_row = extent.rows - 1u;
+    let x_column = {{ "place.x_column" if placed else "0u" }};
 {% for i in range(lane_rows) %}
     let row_{{ i }} = min(first_row + {{ i }}u, last_row);
     var a_{{ i }} = vec4<f32>();
