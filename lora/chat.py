@@ -229,7 +229,7 @@ def named_adapters(values: list[str]) -> dict[str, Path]:
     for value in values:
         name, equals, directory = value.partition("=")
         path = Path(directory if equals else value)
-        name = name if equals else path.resolve().name
+        name = name if equals else path.resolve().stem
         if name in named or name in ("on", "off", ""):
             raise InputError(
                 f"--adapter {value}: the name {name!r} is taken; give another one: "
@@ -253,7 +253,7 @@ def chat(
 
     Args:
         model: a GGUF file, or a name as in model.path.
-        adapters: DIRECTORY or NAME=DIRECTORY each; the first one is on.
+        adapters: PATH or NAME=PATH each, of PEFT directories or GGUF adapters; the first is on.
         system: the system message.
         sampling: how tokens are chosen.
         max_tokens: of one answer.

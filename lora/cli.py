@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lora.export_command import export_command
 from lora.inspect import describe_adapter, describe_gguf, gguf_facts
 from lora.pull import pull as pull_model
 from shaders.device import list_adapters
@@ -105,7 +106,9 @@ def bench(config: ConfigArgument, set_: Overrides = None) -> None:
 @app.command(name="eval")
 def evaluate(
     config: ConfigArgument,
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
+    ] = None,
     set_: Overrides = None,
     examples: Annotated[int, typer.Option(help="Answers to write out.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -145,7 +148,9 @@ DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name
 def generate(
     model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
     prompt: Annotated[str, typer.Option(help="The text to go on from.")],
-    adapter: Annotated[Path | None, typer.Option(help="A PEFT adapter directory.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
+    ] = None,
     chat: Annotated[bool, typer.Option(help="Render the prompt as a user's turn.")] = False,
     max_tokens: MaxTokens = 64,
     max_length: MaxLength = None,
@@ -180,7 +185,7 @@ def converse(
     model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
     adapter: Annotated[
         list[str] | None,
-        typer.Option(metavar="[NAME=]DIR", help="PEFT adapters; the first one is on."),
+        typer.Option(metavar="[NAME=]PATH", help="Adapters; the first one is on."),
     ] = None,
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: MaxTokens = 512,
@@ -214,7 +219,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="FILE_OR_DIR",
-            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter directory.",
+            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter.",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="A GGUF's facts as JSON.")] = False,
@@ -226,6 +231,9 @@ def inspect(
     is_adapter = Path(model).is_dir()
     for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
         console.print(part)
+
+
+app.command(name="export")(export_command)
 
 
 @app.command()

@@ -97,7 +97,8 @@ class AdapterConfig(_Section):
     )
     variant: Literal["lora", "rslora", "dora"] = Field(default="lora", description="lora or rslora")
     init_from: Text | None = Field(
-        default=None, description="null, or a PEFT adapter directory to continue from"
+        default=None,
+        description="null, or a PEFT adapter directory or GGUF adapter to continue from",
     )
 
     @field_validator("dropout")

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from forward.adapter import AdapterLayout
-from forward.architecture import MODULE_NAMES, Architecture
+from forward.architecture import Architecture
 from forward.decode_step import (
     StepActivations,
     StepHead,
@@ -23,7 +23,7 @@ from forward.gguf_file import GGUFFile
 from forward.kv_cache import KeyValueCache
 from forward.model import Model, load_model
 from forward.tokenizer import Tokenizer
-from lora.peft_files import load_peft_adapter, read_peft_modules, read_peft_settings
+from lora.adapters import load_adapter, open_adapter
 from lora.sampling import GREEDY, Sampler, Sampling
 from lora.stores import resolve_model
 from shaders.device import Device
@@ -303,35 +303,15 @@ class TextGenerator:
         return self._programs[adapter, rows]
 
 
-def read_adapter(device: Device, architecture: Architecture, directory: Path) -> Adapter:
-    """Puts a PEFT adapter directory on the device.
+def read_adapter(device: Device, architecture: Architecture, path: Path) -> Adapter:
+    """Puts an adapter on the device: a PEFT directory, or a GGUF adapter.
 
     Raises:
         InputError: it is no adapter, or not one for this model.
     """
-    settings = read_peft_settings(directory)
-    paths = read_peft_modules(directory)
-    targets = sorted({path.rpartition(".")[2] for path in paths})
-    unknown = [name for name in targets if name not in MODULE_NAMES]
-    if unknown or not targets:
-        raise InputError(f"{directory}: adapts {', '.join(unknown) or 'nothing'}; not supported.")
-    missing = [name for name in targets if name not in architecture.matrices]
-    if missing:
-        raise InputError(
-            f"{directory}: adapts {', '.join(missing)}, which a model of the architecture "
-            f"{architecture.name!r} does not have; it has {', '.join(architecture.matrices)}."
-        )
-    layers = {int(path.split(".layers.")[1].split(".")[0]) for path in paths if ".layers." in path}
-    if layers and max(layers) >= architecture.n_layers:
-        raise InputError(
-            f"{directory}: adapts layer {max(layers)}, but the model has {architecture.n_layers} "
-            "layers; the adapter was made for another model."
-        )
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    scale = alpha / (rank**0.5 if settings.get("use_rslora") else rank)
-    layout = AdapterLayout(architecture, sorted(layers), targets, rank, scale)
+    layout = open_adapter(path, architecture).layout(architecture)
     flat = device.empty_flat(layout.size, purpose="adapter")
-    device.write(flat, load_peft_adapter(directory, layout))
+    device.write(flat, load_adapter(path, layout))
     return Adapter(layout, flat)
 
 
@@ -346,7 +326,7 @@ def open_generator(
 
     Args:
         model: a GGUF file, or a name as in model.path.
-        adapters: PEFT adapter directories by name.
+        adapters: PEFT adapter directories or GGUF adapters by name.
         max_length: the room: tokens of prompt and answer together; None for what the model was
             trained for, DEFAULT_ROOM at most.
         device: as in the config, or one that is open already.

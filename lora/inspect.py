@@ -14,6 +14,7 @@ from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
 from forward.quantization import QUANTIZATIONS
 from forward.tokenizer import Tokenizer
+from lora.gguf_adapter import read_adapter_settings
 from lora.peft_files import read_peft_modules, read_peft_settings
 from lora.stores import resolve_model
 from shaders.errors import InputError
@@ -45,8 +46,9 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
         rope, each metadata key without its prefix to a value or a list of one a layer;
         tensor_types, a list of type, tensors, parameters, bytes, the largest first; tokenizer,
         None or kind, pre, entries, special (id and text by role), problem (why the file's own
-        can't be used, or None); chat_template, None or characters and first_line; trainable,
-        and obstacles, the reasons why it can't be trained.
+        can't be used, or None); chat_template, None or characters and first_line; adapter, None
+        or rank, alpha and tensors of a GGUF adapter; trainable, and obstacles, the reasons why it
+        can't be trained.
 
     Raises:
         InputError: there is no such file, or it cannot be read as GGUF.
@@ -71,6 +73,7 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
         "tensor_types": _tensor_types(gguf_file),
         "tokenizer": _tokenizer_facts(gguf_file),
         "chat_template": _chat_template_facts(metadata.get("tokenizer.chat_template")),
+        "adapter": _adapter_facts(gguf_file),
         "trainable": not obstacles,
         "obstacles": obstacles,
     }
@@ -112,6 +115,13 @@ def _chat_template_facts(template: Any) -> dict[str, Any] | None:
     if not isinstance(template, str) or not template.strip():
         return None
     return {"characters": len(template), "first_line": template.strip().splitlines()[0]}
+
+
+def _adapter_facts(gguf_file: GGUFFile) -> dict[str, Any] | None:
+    if gguf_file.metadata.get("general.type") != "adapter":
+        return None
+    settings = read_adapter_settings(gguf_file.path)
+    return {"rank": settings.rank, "alpha": settings.alpha, "tensors": len(settings.tensors)}
 
 
 def _obstacles(gguf_file: GGUFFile) -> list[str]:
@@ -171,7 +181,13 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
         if template is None
         else f"yes, {template['characters']:,} characters: {template['first_line'][:60]}"
     )
-    if facts["obstacles"]:
+    if facts["adapter"] is not None:
+        adapter = facts["adapter"]
+        rows["adapter"] = (
+            f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {adapter['tensors']} "
+            "tensors; train from it with adapter.init_from"
+        )
+    elif facts["obstacles"]:
         rows["can be trained"] = "no: " + " ".join(facts["obstacles"])
     elif tokenizer is None or tokenizer["problem"]:
         why = tokenizer["problem"] if tokenizer else "the file has none"
@@ -215,7 +231,8 @@ def describe_adapter(directory: Path) -> list[Table | str]:
     """
     settings = read_peft_settings(directory)
     modules = read_peft_modules(directory)
-    layers = sorted({int(path.split(".layers.")[1].split(".")[0]) for path in modules})
+    layered = (path.split(".layers.")[1] for path in modules if ".layers." in path)
+    layers = sorted({int(rest.split(".")[0]) for rest in layered})
     facts = Table.grid(padding=(0, 2))
     facts.add_row("adapter", Text(_shown(directory)))
     facts.add_row("base", Text(_shown(settings.get("base_model_name_or_path", ""))))

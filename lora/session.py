@@ -18,11 +18,12 @@ from forward.head import chunk_rows
 from forward.inputs import Inputs
 from forward.model import load_model
 from forward.tokenizer import Tokenizer
+from lora.adapters import load_adapter, open_adapter
 from lora.batches import Batch, DataStream, sequential_batches
 from lora.config import Config, load_config
 from lora.data import DataSummary, Example, load_examples
 from lora.generation import Adapter, TextGenerator
-from lora.peft_files import load_peft_adapter, read_peft_settings, save_peft_adapter
+from lora.peft_files import save_peft_adapter
 from lora.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.programs import (
     Activations,
@@ -198,22 +199,15 @@ class TrainingSession:
         init_from = self.config.adapter.init_from
         if init_from is None:
             return self.layout.initial(self.config.train.seed)
-        settings = read_peft_settings(Path(init_from))
-        for key, given, wanted in (
-            ("rank", settings["r"], self.config.adapter.rank),
-            ("alpha", settings["lora_alpha"], self.config.adapter.alpha),
-            (
-                "variant",
-                "rslora" if settings.get("use_rslora") else "lora",
-                self.config.adapter.variant,
-            ),
-        ):
-            if given != wanted:
-                raise InputError(
-                    f"adapter.init_from: {init_from} was made with {key} {given}, but "
-                    f"adapter.{key} is {wanted}; set adapter.{key} to {given}."
-                )
-        return load_peft_adapter(Path(init_from), self.layout)
+        saved = open_adapter(Path(init_from), self.layout.architecture)
+        adapter = self.config.adapter
+        if saved.rank != adapter.rank or not math.isclose(saved.scale, adapter.scale, rel_tol=1e-6):
+            raise InputError(
+                f"adapter.init_from: {init_from} was made with {saved.made_with}, but adapter.rank "
+                f"is {adapter.rank}, adapter.alpha {adapter.alpha:g} and adapter.variant "
+                f"{adapter.variant}; set them to the same."
+            )
+        return load_adapter(Path(init_from), self.layout)
 
     def _check_tokens(self, vocab_size: int) -> None:
         for example in (*self.train_examples, *self.eval_examples):
@@ -506,9 +500,13 @@ class TrainingSession:
         """The adapter, f32 [layout.size], after all steps so far."""
         return self.device.read(self.adapter.parameters)
 
-    def load_adapter(self, directory: str | Path) -> None:
-        """Puts a PEFT adapter of the config's rank and targets in place of the present one."""
-        self.device.write(self.adapter.parameters, load_peft_adapter(Path(directory), self.layout))
+    def load_adapter(self, path: str | Path) -> None:
+        """Puts an adapter of the config's rank and targets in place of the present one.
+
+        Args:
+            path: a PEFT adapter directory, or a GGUF adapter.
+        """
+        self.device.write(self.adapter.parameters, load_adapter(Path(path), self.layout))
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""

@@ -76,6 +76,7 @@ def test_facts_of_a_model_that_can_be_trained(tmp_path: Path) -> None:
             "problem": None,
         },
         "chat_template": {"characters": len(CHATML), "first_line": CHATML.splitlines()[0]},
+        "adapter": None,
         "trainable": True,
         "obstacles": [],
     }
