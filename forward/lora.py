@@ -13,10 +13,10 @@ from shaders.tensor import Tensor
 # Blocks of rows × columns that a workgroup of a GPU makes: the first that gives GPU_WORKGROUPS of
 # them. Large blocks read less, many workgroups wait for memory together.
 GPU_BLOCKS = ((8, 8), (4, 8), (2, 8), (8, 4), (4, 4), (2, 4))
-GPU_WORKGROUPS = 128
+GPU_WORKGROUPS = 512
 # Lanes that share a contraction of up to GPU_LONG, and a longer one (so that a row's sums do not
 # depend on how many rows there are); steps of it that a lane loads at once.
-GPU_LANES, GPU_LONG_LANES, GPU_LONG, GPU_UNROLL = 64, 128, 1024, 2
+GPU_LANES, GPU_LONG_LANES, GPU_LONG, GPU_UNROLL = 64, 128, 1024, 4
 # A CPU adapter runs a workgroup as vectors of 8 lanes and pays for loads and barriers.
 CPU_LANES, CPU_ROWS = 8, 12
 _WORKGROUP_FLOATS = 4096  # 16 KiB of workgroup memory, which every device has
