@@ -27,6 +27,9 @@ const depth = {{ depth }}u;
 {% set w_quads = depth * tile_columns // 4 %}
 {% set x_units = x_quads // lanes %}
 {% set w_units = w_quads // 2 // lanes %}
+{% set low_steps = [depth, rank] | min %}
+{% set low_x_units = (low_steps * tile_rows // 4 + lanes - 1) // lanes %}
+{% set low_w_units = (low_steps * tile_columns // 4 + lanes - 1) // lanes %}
 {% set whole = contraction % depth == 0 %}
 
 // [depth][tile / 4], a vec4 holding four neighbouring rows (columns).
@@ -157,42 +160,58 @@ fn main(
 {% if not transposed %}
     if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
 {% endif %}
-    for (var k = 0u; k < {{ rank }}u; k += depth) {
-        workgroupBarrier();
-        for (var unit = lane; unit < {{ x_quads }}u; unit += {{ lanes }}u) {
-            let quad = unit % {{ depth // 4 }}u;
-            let m = unit / {{ depth // 4 }}u;
-            var value = vec4<f32>();
-            if (k + 4u * quad < {{ rank }}u) {
-                value = low[(min(first_row + m, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + quad];
-            }
-            store_x(m, 4u * quad, value);
+    for (var k = 0u; k < {{ rank }}u; k += {{ low_steps }}u) {
+        // All loads first: each would otherwise wait for the one before.
+{% for i in range(low_x_units) %}
+        let low_unit_{{ i }} = lane + {{ i * lanes }}u;
+        let low_quad_{{ i }} = low_unit_{{ i }} % {{ low_steps // 4 }}u;
+        let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 4 }}u;
+        var low_{{ i }} = vec4<f32>();
+        if (k + 4u * low_quad_{{ i }} < {{ rank }}u) {
+            low_{{ i }} = low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
         }
-        for (var unit = lane; unit < {{ w_quads }}u; unit += {{ lanes }}u) {
+{% endfor %}
+{% for i in range(low_w_units) %}
+        var factor_{{ i }} = vec4<f32>();
 {% if transposed %}
-            let quad = unit % {{ tile_columns // 4 }}u;
-            let step = unit / {{ tile_columns // 4 }}u;
-            let column = first_column + 4u * quad;
-            var value = vec4<f32>();
-            if (k + step < {{ rank }}u && column < n_columns) {
-                value = factor[(({{ member.low_start }}u + k + step) * n_columns + column) / 4u];
-            }
-            w_tile[w_at(step, quad)] = value;
+        let factor_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ tile_columns // 4 }}u;
+        let factor_step_{{ i }} = (lane + {{ i * lanes }}u) / {{ tile_columns // 4 }}u;
+        let factor_column_{{ i }} = first_column + 4u * factor_quad_{{ i }};
+        if (k + factor_step_{{ i }} < {{ rank }}u && factor_column_{{ i }} < n_columns) {
+            factor_{{ i }} = factor[(({{ member.low_start }}u + k + factor_step_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u];
+        }
 {% else %}
-            let quad = unit % {{ depth // 4 }}u;
-            let n = unit / {{ depth // 4 }}u;
-            let column = first_column + n;
-            var value = vec4<f32>();
-            if (column >= {{ member.start }}u && column < {{ member.stop }}u && k + 4u * quad < {{ rank }}u) {
-                value = {{ scale }} * factor[((column - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + quad];
-            }
+        let factor_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ low_steps // 4 }}u;
+        let factor_line_{{ i }} = (lane + {{ i * lanes }}u) / {{ low_steps // 4 }}u;
+        let factor_column_{{ i }} = first_column + factor_line_{{ i }};
+        if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u && k + 4u * factor_quad_{{ i }} < {{ rank }}u) {
+            factor_{{ i }} = {{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
+        }
+{% endif %}
+{% endfor %}
+        workgroupBarrier();
+{% for i in range(low_x_units) %}
+{% if (i + 1) * lanes > low_steps * tile_rows // 4 %}
+        if (low_unit_{{ i }} < {{ low_steps * tile_rows // 4 }}u) {
+            store_x(low_row_{{ i }}, 4u * low_quad_{{ i }}, low_{{ i }});
+        }
+{% else %}
+        store_x(low_row_{{ i }}, 4u * low_quad_{{ i }}, low_{{ i }});
+{% endif %}
+{% endfor %}
+{% for i in range(low_w_units) %}
+        if (lane + {{ i * lanes }}u < {{ low_steps * tile_columns // 4 }}u) {
+{% if transposed %}
+            w_tile[w_at(factor_step_{{ i }}, factor_quad_{{ i }})] = factor_{{ i }};
+{% else %}
 {% for c in range(4) %}
-            w_tile[w_at(4u * quad + {{ c }}u, n / 4u)][n % 4u] = value[{{ c }}];
+            w_tile[w_at(4u * factor_quad_{{ i }} + {{ c }}u, factor_line_{{ i }} / 4u)][factor_line_{{ i }} % 4u] = factor_{{ i }}[{{ c }}];
 {% endfor %}
 {% endif %}
         }
+{% endfor %}
         workgroupBarrier();
-        for (var step = 0u; step < {{ [depth, rank] | min }}u; step += 4u) {
+        for (var step = 0u; step < {{ low_steps }}u; step += 4u) {
 {% for s in range(4) %}
 {{ multiply_step("step + " ~ s ~ "u") }}
 {% endfor %}

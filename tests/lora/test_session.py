@@ -160,7 +160,9 @@ def test_init_from_continues_an_adapter(tmp_path: Path) -> None:
     session.save(tmp_path / "first")
     again = TrainingSession.from_config(path, [f"adapter.init_from={tmp_path / 'first'}"])
     assert again.parameters().tobytes() == session.parameters().tobytes()
-    with pytest.raises(InputError, match="was made with rank 3, alpha 6 and variant lora, but adapter.rank is 8"):
+    with pytest.raises(
+        InputError, match="was made with rank 3, alpha 6 and .*, but adapter.rank is 8"
+    ):
         TrainingSession.from_config(
             path, [f"adapter.init_from={tmp_path / 'first'}", "adapter.rank=8"]
         )
