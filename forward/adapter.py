@@ -18,6 +18,8 @@ from forward.architecture import (
     permute_rows_to_gguf,
     permute_rows_to_hf,
 )
+from shaders.device import Device
+from shaders.errors import InputError
 from shaders.tensor import Tensor
 
 _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
@@ -150,6 +152,25 @@ class AdapterLayout:
                 a.reshape(*a_shape), b.reshape(*b_shape), self.padded_rank, self.scale, group.ranges
             )
         return found
+
+    def check_bindings(self, device: Device) -> None:
+        """Checks that the device can bind the factors of every group.
+
+        Raises:
+            InputError: one is too large; the message has the highest rank that works.
+        """
+        for group in self.groups:
+            rows = sum(stop - start for start, stop in group.ranges)
+            width = rows + len(group.members) * group.in_features
+            if 4 * width * self.padded_rank + 4 * _ALIGNMENT > device.max_binding:
+                names = ", ".join(matrix.module for matrix in group.members)
+                highest = (device.max_binding - 4 * _ALIGNMENT) // (4 * width) // 4 * 4
+                raise InputError(
+                    f"adapter.rank: got {self.rank}; the factors of {names} would take "
+                    f"{4 * width * self.padded_rank / 2**20:.0f} MiB, more than the "
+                    f"{device.max_binding / 2**20:.0f} MiB that {device.name} can bind. The "
+                    f"highest rank for them here is {highest}."
+                )
 
     def _views(
         self, flat: np.ndarray

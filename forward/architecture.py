@@ -6,6 +6,7 @@ something which no field here describes is refused by name; it is never trained 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -133,7 +134,9 @@ class Architecture:
             head_size=head_size,
             vocab_size=_vocab_size(gguf_file, metadata),
             context_length=metadata.size("context_length"),
-            norm_epsilon=metadata.positive_number("attention.layer_norm_rms_epsilon"),
+            norm_epsilon=metadata.positive_number(
+                "attention.layer_norm_rms_epsilon", family.default_epsilon
+            ),
             layer_kinds=_layer_kinds(gguf_file, metadata, family, n_layers, head_size),
             tied_head="output.weight" not in gguf_file.tensors,
             activation=family.activation,
@@ -333,10 +336,18 @@ def _layer_kinds(
     """Window and rope of every layer."""
     rope = read_rope(gguf_file, metadata, head_size, interleaved=family.rope_interleaved)
     if metadata.get("attention.sliding_window", 0) in (0, None):
-        return (LayerKind(None, rope),) * n_layers
+        # Positions divided by infinity turn nothing.
+        still = replace(rope, factor=math.inf)
+        every = family.no_rope_every or n_layers + 1
+        return tuple(
+            LayerKind(None, still if (layer + 1) % every == 0 else rope)
+            for layer in range(n_layers)
+        )
     local_rope = rope
     if family.local_rope_base is not None:
-        base = metadata.positive_number("rope.freq_base_swa", family.local_rope_base)
+        # Ollama's converter calls it local.
+        base = metadata.positive_number("rope.local.freq_base", family.local_rope_base)
+        base = metadata.positive_number("rope.freq_base_swa", base)
         local_rope = replace(rope, base=base, factor=1.0, divisors=())
     local = LayerKind(metadata.size("attention.sliding_window"), local_rope)
     pattern = metadata.get("attention.sliding_window_pattern", family.window_pattern)

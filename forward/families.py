@@ -28,8 +28,10 @@ class Family:
         scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
         softcaps: default caps of attention scores and of logits, None where it has no caps.
         window_pattern: every n-th layer sees all, the others a window; 1: a window is for all.
+        default_epsilon: of the norms, where the file has none (Ollama's converter writes none).
         local_rope_base: base of rope in layers with a window, where it is another; those layers
             have no rope scaling then.
+        no_rope_every: every n-th layer has no rope; None where all have it.
         wide_scale_layers: with that many layers the attention scale is
             1/sqrt(hidden_size / n_heads), not 1/sqrt(head_size); None for no such model.
     """
@@ -44,18 +46,21 @@ class Family:
     scaled_embedding: bool = False
     softcaps: tuple[float, float] | None = None
     window_pattern: int = 1
+    default_epsilon: float | None = None
     local_rope_base: float | None = None
+    no_rope_every: int | None = None
     wide_scale_layers: int | None = None
 
 
 FAMILIES = {
     "llama": Family(
-        "Llama 2 and 3, Mistral, SmolLM",
+        "Llama 2 and 3, Mistral, SmolLM 1 and 2",
         rope_interleaved=True,
         biases=frozenset(
             ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
         ),
     ),
+    "smollm3": Family("SmolLM 3", rope_interleaved=True, no_rope_every=4),
     "qwen2": Family("Qwen 2 and 2.5", biases=frozenset(("attn_q", "attn_k", "attn_v"))),
     "qwen3": Family("Qwen 3", qk_norm=True),
     "gemma2": Family(
@@ -75,6 +80,7 @@ FAMILIES = {
         scaled_embedding=True,
         softcaps=(0.0, 0.0),
         window_pattern=6,
+        default_epsilon=1e-6,
         local_rope_base=10000.0,
         wide_scale_layers=62,  # 27B
     ),

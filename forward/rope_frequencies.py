@@ -123,7 +123,8 @@ class Rope:
 _KEYS = frozenset(
     f"rope.{key}"
     for key in (
-        "dimension_count", "freq_base", "freq_base_swa", "scale_linear", "scaling.type",
+        "dimension_count", "freq_base", "freq_base_swa", "global.freq_base", "local.freq_base",
+        "scale_linear", "scaling.type",
         "scaling.factor", "scaling.attn_factor", "scaling.original_context_length",
         "scaling.finetuned", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",
         "scaling.yarn_beta_fast", "scaling.yarn_beta_slow",
@@ -176,7 +177,9 @@ def read_rope(
         amplitude *= metadata.positive_number("rope.scaling.yarn_attn_factor", 1.0)
         amplitude *= 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
     return Rope(
-        base=metadata.positive_number("rope.freq_base", 10000.0),
+        base=metadata.positive_number(
+            "rope.freq_base", metadata.positive_number("rope.global.freq_base", 10000.0)
+        ),
         dimensions=dimensions,
         interleaved=interleaved,
         factor=factor,

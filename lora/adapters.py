@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -100,9 +101,19 @@ def open_adapter(path: Path, architecture: Architecture) -> SavedAdapter:
 def load_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
     """An adapter in the layout of the device, f32 [layout.size].
 
+    Where its scale is another one than the layout's, B takes up the difference: the product is
+    the one that was trained.
+
     Raises:
         InputError: it adapts other matrices than the layout, or with other sizes.
     """
     if is_gguf_adapter(path):
         return load_gguf_adapter(path, layout)
-    return load_peft_adapter(path, layout)
+    flat = load_peft_adapter(path, layout)
+    factor = open_adapter(path, layout.architecture).scale / layout.scale
+    if math.isclose(factor, 1.0, rel_tol=1e-6):
+        return flat
+    modules = layout.to_modules(flat)
+    return layout.from_modules(
+        {name: (a, b * np.float32(factor)) for name, (a, b) in modules.items()}
+    )

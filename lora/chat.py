@@ -246,6 +246,7 @@ def chat(
     system: str | None,
     sampling: Sampling,
     max_tokens: int,
+    tokenizer: str | None = None,
     max_length: int | None,
     device: str,
 ) -> None:
@@ -257,6 +258,7 @@ def chat(
         system: the system message.
         sampling: how tokens are chosen.
         max_tokens: of one answer.
+        tokenizer: a tokenizer.json in place of the GGUF's own.
         max_length: the room of the conversation; None for what suits the model.
         device: as in the config.
 
@@ -264,7 +266,11 @@ def chat(
         InputError: something can't be opened, or the model has no chat template.
     """
     generator = open_generator(
-        model, named_adapters(adapters), max_length=max_length, device=device
+        model,
+        named_adapters(adapters),
+        tokenizer=tokenizer,
+        max_length=max_length,
+        device=device,
     )
 
     def write(piece: str) -> None:

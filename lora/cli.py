@@ -141,6 +141,10 @@ MaxLength = Annotated[
     int | None,
     typer.Option(min=2, help="Room for prompt and answer; by default the model's, 4096 at most."),
 ]
+TokenizerFile = Annotated[
+    str | None,
+    typer.Option(help="A tokenizer.json, or its directory, in place of the GGUF's own."),
+]
 DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name.")]
 
 
@@ -160,6 +164,7 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    tokenizer: TokenizerFile = None,
     device: DeviceName = "auto",
 ) -> None:
     """Continue a text with the tuned model."""
@@ -169,7 +174,9 @@ def generate(
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     adapters = {} if adapter is None else {"adapter": adapter}
-    generator = open_generator(model, adapters, max_length=max_length, device=device)
+    generator = open_generator(
+        model, adapters, tokenizer=tokenizer, max_length=max_length, device=device
+    )
     text: str | list[int] = prompt
     if chat:
         text = conversation_ids(generator.tokenizer, [{"role": "user", "content": prompt}])
@@ -196,6 +203,7 @@ def converse(
     min_p: MinP = 0.05,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    tokenizer: TokenizerFile = None,
     device: DeviceName = "auto",
 ) -> None:
     """Converse with a model, with adapters to switch on, off and between."""
@@ -208,6 +216,7 @@ def converse(
         system=system,
         sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
         max_tokens=max_tokens,
+        tokenizer=tokenizer,
         max_length=max_length,
         device=device,
     )

@@ -310,6 +310,7 @@ def read_adapter(device: Device, architecture: Architecture, path: Path) -> Adap
         InputError: it is no adapter, or not one for this model.
     """
     layout = open_adapter(path, architecture).layout(architecture)
+    layout.check_bindings(device)
     flat = device.empty_flat(layout.size, purpose="adapter")
     device.write(flat, load_adapter(path, layout))
     return Adapter(layout, flat)
@@ -319,6 +320,7 @@ def open_generator(
     model: str,
     adapters: Mapping[str, Path] | None = None,
     *,
+    tokenizer: str | None = None,
     max_length: int | None = None,
     device: str | Device = "auto",
 ) -> TextGenerator:
@@ -327,6 +329,7 @@ def open_generator(
     Args:
         model: a GGUF file, or a name as in model.path.
         adapters: PEFT adapter directories or GGUF adapters by name.
+        tokenizer: a tokenizer.json, or a directory that holds one; None for the GGUF's own.
         max_length: the room: tokens of prompt and answer together; None for what the model was
             trained for, DEFAULT_ROOM at most.
         device: as in the config, or one that is open already.
@@ -337,7 +340,10 @@ def open_generator(
     """
     gguf_file = GGUFFile(resolve_model(model))
     architecture = Architecture.from_gguf(gguf_file)
-    tokenizer = Tokenizer.from_gguf(gguf_file)
+    if tokenizer is None:
+        text_tokens = Tokenizer.from_gguf(gguf_file)
+    else:
+        text_tokens = Tokenizer.from_file(tokenizer, gguf_file=gguf_file)
     opened = Device(device) if isinstance(device, str) else device
     room = max_length or min(architecture.context_length, DEFAULT_ROOM)
     try:
@@ -347,6 +353,6 @@ def open_generator(
     return TextGenerator(
         opened,
         loaded,
-        tokenizer,
+        text_tokens,
         {name: read_adapter(opened, architecture, path) for name, path in (adapters or {}).items()},
     )

@@ -33,6 +33,7 @@ class AdapterState:
     @classmethod
     def allocate(cls, device: Device, layout: AdapterLayout) -> AdapterState:
         """Zeroed tensors. On a GPU four slices: that many workgroups more for each gradient."""
+        layout.check_bindings(device)
 
         def flat(purpose: str) -> Tensor:
             return device.empty_flat(layout.size, purpose=purpose)

@@ -9,6 +9,7 @@ from forward.adapter import AdapterLayout
 from forward.architecture import Architecture, LayerKind, permute_rows_to_hf
 from forward.rope_frequencies import Rope
 from shaders.device import Device
+from shaders.errors import InputError
 
 LLAMA = Architecture(
     name="llama", n_layers=3, hidden_size=32, intermediate_size=64, n_heads=4, n_kv_heads=2,
@@ -105,3 +106,12 @@ def test_factors_of_another_shape_are_refused() -> None:
     modules[path] = (modules[path][0], np.zeros((1, 4), np.float32))  # would broadcast in silence
     with pytest.raises(ValueError, match=r"v_proj has A \(4, 32\) and B \(1, 4\), expected"):
         layout.from_modules(modules)
+
+
+def test_factors_larger_than_a_binding(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head's 324 rows of B and A's 32 columns: 356 numbers a rank."""
+    monkeypatch.setattr(device, "max_binding", 4 * 356 * 12 + 256)
+    AdapterLayout(LLAMA, [0], (*ALL, "lm_head"), 12, 1.0).check_bindings(device)
+    layout = AdapterLayout(LLAMA, [0], (*ALL, "lm_head"), 13, 1.0)
+    with pytest.raises(InputError, match=r"of lm_head would .* highest rank for them here is 12\."):
+        layout.check_bindings(device)

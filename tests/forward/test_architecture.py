@@ -18,6 +18,7 @@ from forward.gguf_file import GGUFFile
 from forward.rope_frequencies import Rope
 from shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
+from tests.parity.tiny_models import TINY_MODELS
 
 HIDDEN = np.zeros(32, np.float32)
 
@@ -233,3 +234,30 @@ def test_the_real_model(smollm2: Path) -> None:
     assert (architecture.intermediate_size, architecture.vocab_size) == (1536, 49152)
     assert architecture.layer_kinds == (LayerKind(None, Rope(1e5, 64, interleaved=True)),) * 30
     assert architecture.tied_head
+
+
+def test_names_of_ollamas_converter(tmp_path: Path) -> None:
+    """It calls the bases of rope global and local, and leaves out Gemma's epsilon."""
+    TINY_MODELS["gemma3"].write_gguf(tmp_path / "gemma3.gguf")
+    file = GGUFFile(tmp_path / "gemma3.gguf")
+    file.metadata["gemma3.attention.layer_norm_rms_epsilon"] = 1e-6
+    expected = Architecture.from_gguf(file)
+    globally, locally = (
+        next(k.rope.base for k in expected.layer_kinds if (k.window is None) == every)
+        for every in (True, False)
+    )
+    assert globally != locally
+    for key in ("rope.freq_base", "rope.freq_base_swa", "attention.layer_norm_rms_epsilon"):
+        file.metadata.pop(f"gemma3.{key}", None)
+    file.metadata["gemma3.rope.global.freq_base"] = globally
+    file.metadata["gemma3.rope.local.freq_base"] = locally
+    assert Architecture.from_gguf(file) == expected
+
+
+def test_layers_without_rope(tmp_path: Path) -> None:
+    TINY_MODELS["smollm3"].write_gguf(tmp_path / "smollm3.gguf")
+    kinds = Architecture.from_gguf(GGUFFile(tmp_path / "smollm3.gguf")).layer_kinds
+    turning = [bool(kind.rope.frequencies().any()) for kind in kinds]
+    assert turning == [True, True, True, False, True]
+    still = kinds[3].rope.tables(5)
+    assert (still[..., 0] == 1).all() and (still[..., 1] == 0).all()

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from forward.adapter import AdapterLayout
 from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
 from lora.adapters import load_adapter, open_adapter
@@ -84,3 +85,19 @@ def test_an_adapter_of_another_kind_of_model(made: tuple[str, Path], tmp_path: P
     architecture = Architecture.from_gguf(GGUFFile(tmp_path / "other.gguf"))
     with pytest.raises(InputError, match="is an adapter for the architecture"):
         open_adapter(folder / "adapter.gguf", architecture)
+
+
+@pytest.mark.parametrize("adapter", ["adapter", "adapter.gguf"])
+def test_another_alpha_in_the_config_changes_nothing(made: tuple[str, Path], adapter: str) -> None:
+    """The product that was trained is what counts: B takes up the difference."""
+    _, folder = made
+    architecture = Architecture.from_gguf(GGUFFile(folder / "model.gguf"))
+    layout = open_adapter(folder / adapter, architecture).layout(architecture)
+    wider = AdapterLayout(
+        architecture, layout.layers, layout.targets, layout.rank, 4 * layout.scale
+    )
+    own, scaled = (load_adapter(folder / adapter, each) for each in (layout, wider))
+    for path, (a, b) in layout.to_modules(own).items():
+        other_a, other_b = wider.to_modules(scaled)[path]
+        np.testing.assert_array_equal(other_a, a)
+        np.testing.assert_allclose(4 * other_b, b, rtol=3e-7)

@@ -27,7 +27,10 @@ DEFAULTS = {
 def test_a_step_within_the_default_limits(
     name: str, body: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The same loss and gradients as with the adapter's own limits, byte for byte."""
+    """The same loss and gradients as with the adapter's own limits.
+
+    Limits decide between tiles, and tiles the order of sums: f32 rounding may differ.
+    """
     model = TINY_MODELS[name]
     model.write_gguf(tmp_path / "model.gguf")
     model.write_adapter(tmp_path / "adapter")
@@ -47,6 +50,8 @@ def test_a_step_within_the_default_limits(
             for key, value in limits.items():
                 assert session.device.wgpu.limits[key] == value, key
         results.append(gradients(session))
-    assert results[0].loss == results[1].loss
-    for path, gradient in results[0].gradients.items():
-        np.testing.assert_array_equal(gradient, results[1].gradients[path])
+    own, default = results
+    assert default.loss == pytest.approx(own.loss, rel=1e-6)
+    for path, gradient in own.gradients.items():
+        largest = np.abs(gradient).max()
+        np.testing.assert_allclose(default.gradients[path], gradient, atol=2e-5 * largest)

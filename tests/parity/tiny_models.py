@@ -31,7 +31,7 @@ _NORM_STD = 0.3
 _BIAS_STD = 0.5
 
 _GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where it isn't the family's
-_PERMUTED = ("llama", "mistral")  # q and k rows are interleaved in the GGUF
+_PERMUTED = ("llama", "mistral", "smollm3")  # q and k rows are interleaved in the GGUF
 _HEAD_NORMS = ("qwen3", "gemma3_text")
 _GEMMA = ("gemma2", "gemma3_text")  # four norms a layer, each stored by Hugging Face less one
 
@@ -49,6 +49,7 @@ class TinyModel:
         rank, alpha: of the adapter.
         adapted_layers: None for all. Layers below the lowest are a fixed prefix on our side.
         adapted_head: whether lm_head is adapted, too.
+        transformers_reads: whether transformers' loader knows the GGUF's architecture.
         llama_cpp: whether llama.cpp computes the same as transformers. With Q8_0 it doesn't: it
             quantizes activations too.
     """
@@ -62,6 +63,7 @@ class TinyModel:
     alpha: int = 8
     adapted_layers: tuple[int, ...] | None = None
     adapted_head: bool = False
+    transformers_reads: bool = True
     llama_cpp: bool = True
 
     @property
@@ -461,6 +463,13 @@ TINY_MODELS = {
                     original_max_position_embeddings=100,
                 )
             ),
+        ),
+        TinyModel(
+            "smollm3",
+            "smollm3",
+            # The fourth layer has no rope, and is not the last.
+            _config(num_hidden_layers=5, pad_token_id=None),
+            transformers_reads=False,
         ),
         TinyModel("llama_linear", "llama", _config(rope_parameters=_rope("linear", factor=4.0))),
         TinyModel(
