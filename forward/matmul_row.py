@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
@@ -12,19 +13,47 @@ from shaders.program import Program
 from shaders.tensor import Tensor
 
 MAX_ROWS = 4  # rows whose sums a lane holds beside each other
-_LANES = 64
 _CPU_LANES = 32
+# Of a GPU. Its memory answers after half a microsecond or more: 4 TB/s need some 3 MB of loads on
+# their way, which no few thousand lanes with a word or two each make.
+_LANES = 64  # of a workgroup whose sums few lanes share
+_MOST_LANES = 256  # that share the sums of a quad of columns
+_LANES_WANTED = 2**17  # in one dispatch: a thousand for each multiprocessor of a large GPU
+_EIGHTS_AT_ONCE = 4  # eights × rows of x that a lane loads before it uses the first of them
+_BRANCHES = 8  # sums that a lane adds between two barriers
 
 
-def choose_share(contraction: int) -> int:
-    """How many lanes of a GPU share the sums of four columns.
+@dataclass(frozen=True)
+class RowTiling:
+    """How the lanes of `matmul_row` divide a product.
 
-    A power of two that leaves each lane two eights of the contraction or more.
+    Attributes:
+        lanes: of a workgroup.
+        share: lanes that share the sums of four columns.
+        steps: eights of the contraction that a lane loads at once.
     """
-    share = _LANES
-    while share > 8 and contraction < 16 * share:
+
+    lanes: int
+    share: int
+    steps: int
+
+
+def choose_tiling(is_cpu: bool, rows: int, columns: int, contraction: int) -> RowTiling:
+    """How to divide a product of `rows` rows: as many lanes as keep a GPU's memory busy.
+
+    All the columns of a matrix decide, so that the results do not depend on its parts.
+    """
+    # A CPU adapter runs lanes of one workgroup in turn and pays for barriers: no lane shares.
+    if is_cpu:
+        return RowTiling(_CPU_LANES, 1, 1)
+    share = _MOST_LANES
+    # Past the lanes wanted, more of them only have more sums to add up.
+    while share > _LANES and columns // 4 * share // 2 >= _LANES_WANTED:
         share //= 2
-    return share
+    while share > 8 and contraction < 16 * share:  # two eights a lane or more
+        share //= 2
+    eights = max(1, contraction // 8 // share)
+    return RowTiling(max(share, _LANES), share, min(max(1, _EIGHTS_AT_ONCE // rows), eights))
 
 
 def matmul_row(
@@ -56,11 +85,9 @@ def matmul_row(
     check_shape("matmul_row output", y, x.shape[0], matrix.out_features)
     if matrix.in_features % 4 or (lora is not None and lora.rank % 4):
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}")
-    # A CPU adapter runs lanes of one workgroup in turn and pays for barriers: no lane shares.
-    if program.device.is_cpu:
-        lanes, share = _CPU_LANES, 1
-    else:
-        lanes, share = _LANES, choose_share(matrix.in_features)
+    tiling = choose_tiling(
+        program.device.is_cpu, extent.maximum, matrix.out_features, matrix.in_features
+    )
     for part in matrix.parts:
         if part.n_rows % 4 or part.first_row % 4:
             raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
@@ -82,8 +109,10 @@ def matmul_row(
             "bias": bias is not None,
             "softcap": softcap,
             "lane_rows": extent.maximum,
-            "lanes": lanes,
-            "share": share,
+            "lanes": tiling.lanes,
+            "share": tiling.share,
+            "steps": tiling.steps,
+            "branches": _BRANCHES,
         }
         tensors = [extent.uniform, x, part.words, y]
         if members and lora is not None:
@@ -98,7 +127,7 @@ def matmul_row(
             "matmul_row",
             constants,
             tensors,
-            -(-part.n_rows // 4 * share // lanes),
+            -(-part.n_rows // 4 * tiling.share // tiling.lanes),
             label=label,
             flops=2 * extent.maximum * part.n_rows * terms,
         )

@@ -17,7 +17,13 @@ from lora.adapted_tensor import read_adapted_tensors, read_settings
 from lora.files import write_file
 from lora.gguf_adapter import ADAPTER_TYPES, write_gguf_adapter
 from lora.merge import MergedTensor, write_merged_gguf
-from lora.modelfile import may_replace, modelfile_of_adapter, modelfile_of_merged
+from lora.modelfile import (
+    OF_ADAPTER,
+    may_replace,
+    modelfile_of_adapter,
+    modelfile_of_merged,
+    name_of_merged,
+)
 from lora.peft_files import SETTINGS
 from lora.stores import resolve_model
 from shaders.errors import InputError
@@ -35,7 +41,8 @@ class Export:
 
     Attributes:
         path: the GGUF.
-        modelfile: for `ollama create`, beside it.
+        modelfile: for `ollama create`, beside it: `Modelfile` for an adapter, and for merged.gguf
+            `merged.Modelfile`.
         base_path: the base's file.
         n_tensors: how many tensors of the base the adapter touches.
         merged: what merging did to each of them; empty for an adapter alone.
@@ -80,7 +87,7 @@ def export(
     stored = None if kind is None else _kind(kind, kinds, target)
     settings = read_settings(directory)
     path = directory / _DEFAULT_NAMES[target] if output is None else output
-    modelfile = path.with_name("Modelfile")
+    modelfile = path.with_name(OF_ADAPTER if target == ADAPTER else name_of_merged(path))
     name = base or str(settings.get("base_model_name_or_path") or "")
     file = _open_base(name, directory, given=base is not None)
     _check_output(path, modelfile, file, force=force)
@@ -155,8 +162,8 @@ def _check_output(path: Path, modelfile: Path, base: GGUFFile, *, force: bool) -
         return
     if os.path.lexists(path):
         raise InputError(f"{path} is there already; --force replaces it, --output avoids it.")
-    if not may_replace(modelfile):
+    if not may_replace(modelfile, path):
         raise InputError(
-            f"{modelfile} is there and was not written by lora export; --force replaces it, "
-            "--output in another directory avoids it."
+            f"{modelfile} is there and was not written by lora export for {path.name}; --force "
+            "replaces it, --output in another directory avoids it."
         )

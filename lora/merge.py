@@ -33,12 +33,16 @@ class MergedTensor:
         kind: the type in which it was written.
         error: size of what rounding to that type changed, relative to W + scale · B · A.
         change: size of scale · B · A, relative to the same.
+        kept: how much of scale · B · A the file holds: the part of (stored weights - W) that lies
+            along it, 1 if all. A base of few bits lies on its type's grid, and a change below half
+            a step of the grid rounds back to the base: then it is near 0.
     """
 
     name: str
     kind: GGMLQuantizationType
     error: float
     change: float
+    kept: float
 
 
 def write_merged_gguf(
@@ -124,20 +128,21 @@ def _write_merged(
     def merge(piece: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
         return _merged_rows(source, adapted, place.kind, *piece)
 
-    sums = np.zeros(3)
+    sums = np.zeros(4)
     pieces = _pieces(*source.shape)
     for first in range(0, len(pieces), n_threads):
-        for data, squares in pool.map(merge, pieces[first : first + n_threads]):
+        for data, products in pool.map(merge, pieces[first : first + n_threads]):
             file.write(data.data)
-            sums += squares
+            sums += products
     if not np.isfinite(sums).all():
         raise LoraError(
             f"{place.name}: base plus adapter is not finite, or too large for {place.kind.name}. "
             "Check the adapter, or take --type F32."
         )
-    error, change, whole = np.sqrt(sums)
-    size = max(float(whole), math.ulp(0.0))
-    return MergedTensor(place.name, place.kind, float(error) / size, float(change) / size)
+    error, change, whole = (math.sqrt(square) for square in sums[:3])
+    size = max(whole, math.ulp(0.0))
+    kept = float(sums[3] / sums[1]) if change else 1.0
+    return MergedTensor(place.name, place.kind, error / size, change / size, kept)
 
 
 def _merged_rows(
@@ -147,16 +152,19 @@ def _merged_rows(
     start: int,
     stop: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of W + scale · B · A as they are stored, and the sums of the squares of three things.
+    """Rows of W + scale · B · A as they are stored, and four sums over their weights.
 
-    Those are what rounding changed, what the adapter changed, and the exact rows.
+    Those are the squares of what rounding changed, of what the adapter changed and of the exact
+    rows, and the products of what is stored beyond W and what the adapter changed.
     """
     data = np.ascontiguousarray(source.data[start:stop])
-    exact = gguf.quants.dequantize(data, source.type).reshape(stop - start, -1)
+    base = gguf.quants.dequantize(data, source.type).reshape(stop - start, -1)
     change = adapted.change(start, stop)
-    exact = exact + change
     with np.errstate(all="ignore"):  # what is not finite shows in the sums
+        exact = base + change
         stored = quantize(exact, kind)
-        error = gguf.quants.dequantize(stored, kind).reshape(exact.shape) - exact
-        squares = [np.square(part, dtype=np.float64).sum() for part in (error, change, exact)]
-    return stored, np.array(squares)
+        decoded = gguf.quants.dequantize(stored, kind).reshape(exact.shape)
+        error = decoded - exact
+        pairs = ((error, error), (change, change), (exact, exact), (decoded - base, change))
+        sums = [np.multiply(*pair, dtype=np.float64).sum() for pair in pairs]
+    return stored, np.array(sums)

@@ -7,10 +7,18 @@ from pathlib import Path
 
 _FIRST_LINE = "# Written by lora export."
 
+# Each kind of export has its own, so that neither replaces the other's.
+OF_ADAPTER = "Modelfile"
+
+
+def name_of_merged(gguf: Path) -> str:
+    """The name of the Modelfile of a merged GGUF."""
+    return f"{gguf.stem}.Modelfile"
+
 
 def modelfile_of_merged(gguf: Path) -> str:
     """The Modelfile of a merged GGUF that lies beside it."""
-    return f"{_FIRST_LINE}\nFROM {_quoted(f'./{gguf.name}')}\n"
+    return f"{_FIRST_LINE}\n{_from(gguf)}\n"
 
 
 def modelfile_of_adapter(adapter: Path, base: str, base_path: Path) -> str:
@@ -26,15 +34,28 @@ def modelfile_of_adapter(adapter: Path, base: str, base_path: Path) -> str:
     return (
         f"{_FIRST_LINE} Where `ollama create` refuses ADAPTER, make one file\n"
         "# of base and adapter: lora export DIR --to merged-gguf\n"
-        f"FROM {source}\nADAPTER {_quoted(f'./{adapter.name}')}\n"
+        f"FROM {source}\n{_adapter(adapter)}\n"
     )
 
 
-def may_replace(path: Path) -> bool:
-    """Whether there is no Modelfile, or one that was written here."""
+def may_replace(path: Path, gguf: Path) -> bool:
+    """Whether there is no Modelfile, or one that was written here for the same GGUF."""
     if not os.path.lexists(path):
         return True
-    return path.is_file() and path.read_bytes().startswith(_FIRST_LINE.encode())
+    if not path.is_file():
+        return False
+    first, *others = path.read_bytes().split(b"\n")
+    return first.startswith(_FIRST_LINE.encode()) and any(
+        line.encode() in others for line in (_from(gguf), _adapter(gguf))
+    )
+
+
+def _from(gguf: Path) -> str:
+    return f"FROM {_quoted(f'./{gguf.name}')}"
+
+
+def _adapter(gguf: Path) -> str:
+    return f"ADAPTER {_quoted(f'./{gguf.name}')}"
 
 
 def _quoted(path: str) -> str:

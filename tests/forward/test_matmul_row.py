@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from forward.adapter import LoraFactors
-from forward.matmul_row import MAX_ROWS, choose_share, matmul_row
+from forward.matmul_row import MAX_ROWS, choose_tiling, matmul_row
 from forward.quantization import QUANTIZATIONS
 from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
@@ -72,6 +72,43 @@ def test_random_blocks(
     assert (result[in_use:] == MARKER).all()
 
 
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("rows", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("contraction", "shape"),
+    [
+        (2048, (128, 2, 0, 0)),
+        (4100, (256, 2, 0, 1)),  # half an eight is left
+        (8192, (256, 4, 0, 0)),
+        (14336, (256, 7, 3, 0)),
+        (18464, (256, 9, 1, 4)),
+        (18468, (256, 9, 1, 5)),
+    ],
+)
+def test_long_contractions(
+    device: Device, rows: int, contraction: int, shape: tuple[int, int, int, int]
+) -> None:
+    """Rounds of several eights, the rest of them, and eights (`last`) that some lanes have."""
+    share, eights, rest, last = shape
+    tiling = choose_tiling(False, rows, 20, contraction)
+    assert (tiling.share, contraction // 8 // share) == (share, eights)
+    assert rows > 1 or eights % tiling.steps == rest
+    assert -(-contraction // 8) % share == last
+    tensor = tensor_of(
+        GGMLQuantizationType.F16,
+        random_blocks(GGMLQuantizationType.F16, 20, contraction, seed=rows),
+        contraction,
+    )
+    matrix, w = load_matrix(device, [tensor]), dequantized(tensor).astype(np.float64)
+    x = numbers(np.random.default_rng(contraction), rows, contraction)
+    extent = extent_in_use(device, rows, rows)
+    y = marked(device, extent, 20)
+    program = Program(device)
+    matmul_row(program, activation(device, x, extent), matrix, out=y)
+    bound = error_bound(np.abs(x) @ np.abs(w).T, contraction)
+    assert (np.abs(run_twice(program, y) - x @ w.T) <= bound).all()
+
+
 def stacked(device: Device, out_features: list[int], columns: int) -> tuple[FrozenMatrix, ...]:
     """A matrix of several tensors of two types (two parts), and what it decodes to."""
     kinds = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0]
@@ -130,11 +167,17 @@ def test_adapters_bias_cap_and_residual(
     assert (np.abs(result - expected) <= bound + 2.0**-23 * np.abs(expected)).all()
 
 
-def test_lanes_have_work() -> None:
-    for contraction in (4, 32, 128, 576, 1536, 4096, 14336):
-        share = choose_share(contraction)
-        assert share in (8, 16, 32, 64)
-        assert share == 8 or contraction >= 16 * share
+@pytest.mark.parametrize("contraction", [4, 32, 128, 576, 1536, 2048, 4096, 8192, 14336])
+@pytest.mark.parametrize("columns", [4, 576, 2048, 16384, 128256])
+@pytest.mark.parametrize("rows", [1, 2, 3, 4])
+def test_lanes_have_work(rows: int, columns: int, contraction: int) -> None:
+    """A GPU's lanes: two eights each where the contraction has them, and all loads in use."""
+    tiling = choose_tiling(False, rows, columns, contraction)
+    assert tiling.share in (8, 16, 32, 64, 128, 256)
+    assert tiling.lanes % tiling.share == 0
+    assert tiling.share == 8 or contraction >= 16 * tiling.share
+    assert tiling.steps == 1 or 8 * tiling.share * tiling.steps <= contraction
+    assert tiling.steps * rows <= 4  # a lane's registers hold what it loads at once
 
 
 def test_wrong_shapes_are_refused(device: Device) -> None:

@@ -21,9 +21,10 @@ from forward.architecture import Architecture, permute_rows_to_gguf
 from forward.gguf_file import GGUFFile
 from forward.requantize import quantize
 from lora.export import Export, export
-from lora.export_command import export_command
+from lora.export_command import describe, export_command
 from lora.gguf_adapter import load_gguf_adapter, read_adapter_settings
 from lora.gguf_output import new_file
+from lora.merge import MergedTensor
 from lora.peft_files import load_peft_adapter
 from shaders.errors import InputError, LoraError
 from tests.forward.tiny_gguf import write_tiny_llama
@@ -287,6 +288,10 @@ def test_merged_in_every_small_type(llama: Case, kind: str) -> None:
         assert 0 < error < bound
         change = np.linalg.norm(exact - decoded(base, tensor.name)) / np.linalg.norm(exact)
         assert tensor.change == pytest.approx(change, rel=1e-3)
+        added = decoded(base, tensor.name) - decoded(merged, tensor.name)
+        wanted = decoded(base, tensor.name) - exact
+        kept = np.vdot(added, wanted) / np.vdot(wanted, wanted)
+        assert tensor.kept == pytest.approx(kept, rel=1e-3)
 
 
 def write_adapter(folder: Path, tensors: dict[str, np.ndarray], **settings: Any) -> Path:
@@ -350,6 +355,67 @@ def test_own_types_and_untouched_bytes(wide: tuple[Path, Path]) -> None:
     assert len(old) == len(new)
     start = old.index(b"blk.0.attn_q.weight")
     assert old[:start] == new[:start]
+
+
+@pytest.fixture
+def faint(tmp_path: Path) -> Path:
+    """An adapter that changes a Q4_1 tensor by 1 %, below half a step of its grid."""
+    base = tmp_path / "faint.gguf"
+    write_tiny_llama(base, hidden_size=256, intermediate_size=512, types={"weight": "Q4_1"})
+    random = np.random.default_rng(0)
+    a, b = random.normal(size=(4, 512)), random.normal(size=(256, 4))
+    size = np.linalg.norm(decoded(GGUFFile(base), "blk.1.ffn_down.weight"))
+    b *= 0.01 * size / np.linalg.norm(2 * b @ a)
+    tensors = {"lora_A": a.astype(np.float32), "lora_B": b.astype(np.float32)}
+    return write_adapter(
+        tmp_path / "faint",
+        {f"model.layers.1.mlp.down_proj.{half}": values for half, values in tensors.items()},
+        base_model_name_or_path=str(base),
+    )
+
+
+def test_a_faint_change_needs_fine_steps(faint: Path) -> None:
+    (own,) = export(faint, "merged-gguf").merged
+    (fine,) = export(faint, "merged-gguf", kind="Q8_0", force=True).merged
+    print(f"kept: {own.kept:.4f} in {own.kind.name}, {fine.kept:.4f} in {fine.kind.name}")
+    assert own.kind == Type.Q4_1
+    assert own.change == pytest.approx(0.01, rel=1e-2)
+    assert -0.1 < own.kept < 0.3
+    assert 0.9 < fine.kept < 1.1
+
+
+def test_an_adapter_of_nothing_keeps_all(wide: tuple[Path, Path]) -> None:
+    """B = 0, as before the first step: nothing to lose, nothing to warn of."""
+    weights = wide[1] / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(weights)
+    zeros = {n: np.zeros_like(v) if "lora_B" in n else v for n, v in tensors.items()}
+    safetensors.numpy.save_file(zeros, weights)
+    done = export(wide[1], "merged-gguf", kind="Q2_K")
+    assert [(tensor.change, tensor.kept) for tensor in done.merged] == [(0.0, 1.0)]
+    assert done.merged[0].error > 0.1
+    assert describe(done)[0].startswith("Wrote")
+
+
+def described(kind: str, kept: float) -> list[str]:
+    merged = MergedTensor("blk.0.attn_q.weight", Type[kind], error=0.01, change=0.01, kept=kept)
+    here = Path(__file__)
+    return describe(Export(here, here, here, 1, [merged]))
+
+
+@pytest.mark.parametrize(
+    ("kind", "kept", "behaves", "finer"),
+    [
+        ("Q4_K", 0.06, "mostly like the base: 6.0%", "Q8_0"),
+        ("Q8_0", 0.79, "only in part as it was trained: 79.0%", "F16"),
+        ("BF16", 0.49, "mostly like the base: 49.0%", "F32"),
+    ],
+)
+def test_warning_of_a_lost_change(kind: str, kept: float, behaves: str, finer: str) -> None:
+    first, second, *_ = described(kind, kept)
+    assert first.startswith(f"Warning: the merged file behaves {behaves}")
+    assert f"rounding to {kind}." in first
+    assert f"--type {finer} and --force" in second
+    assert not any("Warning" in line for line in described(kind, 0.81))
 
 
 def test_a_tied_head_gets_a_tensor_of_its_own(tmp_path: Path) -> None:
@@ -464,6 +530,22 @@ def test_modelfiles(llama: Case, tmp_path: Path) -> None:
     merged = llama.export("merged-gguf", output=tmp_path / "two words.gguf")
     lines = merged.modelfile.read_text().splitlines()
     assert [line for line in lines if not line.startswith("#")] == ['FROM "./two words.gguf"']
+
+
+def test_each_export_keeps_its_modelfile(llama: Case, tmp_path: Path) -> None:
+    """In one directory, whichever comes last; again for the same file it is written anew."""
+    done = [llama.export(), llama.export("merged-gguf")]
+    done.append(llama.export("merged-gguf", kind="F16", output=llama.adapter / "half.gguf"))
+    names = [each.modelfile.name for each in done]
+    assert names == ["Modelfile", "merged.Modelfile", "half.Modelfile"]
+    for each, instruction in zip(done, ("ADAPTER", "FROM", "FROM"), strict=True):
+        assert f"{instruction} ./{each.path.name}" in each.modelfile.read_text().splitlines()
+    before = done[0].modelfile.read_text()
+    with pytest.raises(InputError, match=r"was not written by lora export for other.gguf; --force"):
+        llama.export(output=llama.adapter / "other.gguf")
+    assert done[0].modelfile.read_text() == before
+    done[0].path.unlink()
+    assert llama.export().modelfile.read_text() == before
 
 
 def test_modelfile_names_the_ollama_model(
@@ -632,4 +714,20 @@ def test_command(wide: tuple[Path, Path]) -> None:
     assert result.exit_code == 0, result.output
     assert "Types of the merged tensors: 1 Q4_K." in result.output
     assert "at worst (blk.1.ffn_down.weight, Q4_K)" in result.output
+    assert "of what the adapter changed is kept." in result.output
+    assert "Warning" not in result.output
+    assert result.stderr == ""  # no terminal: no bar, and no line of it
     assert runner.invoke(app, [str(wide[1])]).exit_code == 2
+
+
+def test_command_warns_first(faint: Path) -> None:
+    app = typer.Typer()
+    app.command(name="export")(export_command)
+    runner = CliRunner()
+    result = runner.invoke(app, [str(faint), "--to", "merged-gguf"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("Warning: the merged file behaves mostly like the base: ")
+    result = runner.invoke(app, [str(faint), "--to", "merged-gguf", "--type", "Q8_0", "--force"])
+    assert result.exit_code == 0, result.output
+    assert "Warning" not in result.output
+    assert "--type" not in result.output

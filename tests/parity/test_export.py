@@ -25,13 +25,14 @@ from lora.batches import make_batch
 from lora.config import Config
 from lora.data import Example
 from lora.export import Export, export
+from lora.generation import open_generator
 from lora.gguf_output import TensorPlace, padding, write_header
 from lora.programs import record_eval
 from lora.session import TrainingSession
 from shaders.device import Device
 from shaders.errors import InputError
 from tests.parity.llama_cpp_logits import LlamaCpp
-from tests.parity.peft_reference import REAL_MODELS, token_ids
+from tests.parity.peft_reference import REAL_MODELS, eval_losses, token_ids
 from tests.parity.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.parity
@@ -198,16 +199,13 @@ def write_random_adapter(directory: Path, base: Path) -> None:
     (directory / "adapter_config.json").write_text(json.dumps(settings))
 
 
-def our_logits(
-    model: Path, rows: list[list[int]], adapter: Path | None, device: Device
-) -> list[list[np.ndarray]]:
-    """Logits of the N_TOKENS positions that predict the continuation: bare, and under the adapter.
-
-    One row at a time: 64 targets are one chunk of the head.
-    """
+def session_of(
+    model: Path, rows: list[list[int]], first_trained: int, adapter: Path | None, device: Device
+) -> TrainingSession:
+    """A session that holds the rows as its examples, trained from a position on."""
     examples = []
     for index, row in enumerate(rows):
-        trained = np.arange(len(row)) >= PROMPT_TOKENS
+        trained = np.arange(len(row)) >= first_trained
         examples.append(Example(np.array(row, np.int32), trained, index))
     config = Config.model_validate(
         {
@@ -217,12 +215,22 @@ def our_logits(
                 "alpha": ALPHA,
                 "init_from": str(adapter) if adapter else None,
             },
-            "data": {"train": "none", "max_length": len(rows[0])},
+            "data": {"train": "none", "max_length": max(map(len, rows))},
             "train": {"steps": 1, "batch_size": 1},
             "output": "none",
         }
     )
-    session = TrainingSession(config, train=False, examples=examples, device=device)
+    return TrainingSession(config, train=False, examples=examples, device=device)
+
+
+def our_logits(
+    model: Path, rows: list[list[int]], adapter: Path | None, device: Device
+) -> list[list[np.ndarray]]:
+    """Logits of the N_TOKENS positions that predict the continuation: bare, and under the adapter.
+
+    One row at a time: 64 targets are one chunk of the head.
+    """
+    session = session_of(model, rows, PROMPT_TOKENS, adapter, device)
     assert len(session.inputs.chunks) == 1
     results = []
     for parameters in (None, session.adapter.parameters) if adapter else (None,):
@@ -230,7 +238,7 @@ def our_logits(
             device, session.model, session.inputs, session._act, session.layout, parameters
         )
         logits = []
-        for example in examples:
+        for example in session.train_examples:
             batch = make_batch([example])
             session._write(batch)
             session._run_prefix(batch, None)
@@ -239,6 +247,26 @@ def our_logits(
             logits.append(values[:N_TOKENS, : session.model.architecture.vocab_size])
         results.append(logits)
     return results
+
+
+def llama_cpp_losses(theirs: LlamaCpp, rows: list[list[int]]) -> list[float]:
+    """The mean loss of each row's tokens but the first, each after its prefix.
+
+    A token that is none of the likeliest is asked for again, with all of the vocabulary.
+    """
+    places = [(i, n) for i, row in enumerate(rows) for n in range(1, len(row))]
+    found: dict[tuple[int, int], float] = {}
+    n_all = len(GGUFFile(theirs.model).metadata["tokenizer.ggml.tokens"])
+    for n_asked in (N_LIKELIEST, n_all):
+        missing = [place for place in places if place not in found]
+        prefixes = [rows[i][:n] for i, n in missing]
+        answers = theirs.log_probabilities(prefixes, n_asked) if missing else []
+        for (i, n), (tokens, values) in zip(missing, answers, strict=True):
+            for value in values[tokens == rows[i][n]]:
+                found[i, n] = float(value)
+    return [
+        -float(np.mean([found[i, n] for n in range(1, len(row))])) for i, row in enumerate(rows)
+    ]
 
 
 @dataclass
@@ -342,6 +370,61 @@ def test_greedy_continuation(case: RealCase) -> None:
             n_near += gap > 0
             assert gap < 1e-2, (position, token, int(values.argmax()))
     print(f"{N_PROMPTS * N_TOKENS} tokens, {n_near} of them another choice between near equals")
+
+
+def test_everyone_gives_the_same_eval_loss(case: RealCase) -> None:
+    """PEFT with the directory, llama.cpp with the GGUF adapter, and our session with either."""
+    rows = token_ids(case.base)["eval"]
+    losses = {
+        "PEFT": eval_losses(case.base, case.adapter, rows),
+        "llama.cpp": llama_cpp_losses(LlamaCpp(case.f32_base, case.gguf_adapter), rows),
+    }
+    for kind, path in {"directory": case.adapter, "GGUF": case.gguf_adapter}.items():
+        session = session_of(case.base, rows, 1, path, case.device)
+        losses[f"ours, {kind}"] = [session.evaluate([e]).loss for e in session.train_examples]
+    bare = [session.evaluate([e], adapted=False).loss for e in session.train_examples]
+    print("eval losses:", {name: np.round(values, 5).tolist() for name, values in losses.items()})
+    print("without the adapter:", np.round(bare, 5).tolist())
+    # Each is f32 sums in another order, 1e-4 apart; llama.cpp's table of GELUs for Gemma is the
+    # widest, 5e-3 a token (check_f32). Without the adapter all would agree as well.
+    for name, values in losses.items():
+        np.testing.assert_allclose(values, losses["PEFT"], rtol=0, atol=1e-2, err_msg=name)
+    assert np.abs(np.subtract(bare, losses["PEFT"])).min() > 0.1
+
+
+def test_generated_tokens(case: RealCase) -> None:
+    """Our generator, keys and values kept, under the GGUF adapter: llama.cpp's tokens.
+
+    Where it goes another way, both tokens must be near equals there, or llama.cpp not allowed to
+    take ours since it ends the text; then ours goes on after llama.cpp's.
+    """
+    generator = open_generator(
+        str(case.base),
+        {"tuned": case.gguf_adapter},
+        max_length=PROMPT_TOKENS + N_TOKENS,
+        device=case.device,
+    )
+    kinds = np.array(GGUFFile(case.base).metadata["tokenizer.ggml.token_type"])
+    allowed = kinds != gguf.TokenType.CONTROL
+    n_near = n_ends = 0
+    for row in case.rows:
+        assert len(row) == PROMPT_TOKENS + N_TOKENS
+        position = PROMPT_TOKENS
+        while position < len(row):
+            tokens = generator.stream_ids(
+                row[:position], max_tokens=len(row) - position, adapter="tuned"
+            )
+            for token in tokens:
+                position += 1
+                if token != row[position - 1]:
+                    logits = generator.next_logits(row[: position - 1], adapter="tuned")
+                    wanted = logits[: len(allowed)][allowed].max()
+                    assert logits[row[position - 1]] > wanted - 1e-2, (position, token)
+                    n_ends += not allowed[token]
+                    n_near += bool(allowed[token])
+                    break
+    print(f"{N_PROMPTS * N_TOKENS} tokens, {n_near} of them another choice between near equals,")
+    print(f"{n_ends} where ours would have ended the text")
 
 
 def test_adapter_on_the_quantized_base(case: RealCase) -> None:
