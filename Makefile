@@ -15,13 +15,13 @@ quickstart: $(VENV)/.vulkan
 ## test: lint, types, and every test that needs no judge
 test: lint $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
-	$(BIN)/python -m pytest --durations=10
+	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
 
 ## parity: compare live with PyTorch, transformers, PEFT and llama.cpp
 parity: $(VENV)/.parity $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
 	$(BIN)/lora pull gemma3-270m
-	$(BIN)/python -m pytest -m parity --durations=10
+	$(BIN)/python -m pytest -m parity -n auto --dist loadfile --durations=10
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .
