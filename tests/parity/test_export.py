@@ -386,10 +386,12 @@ def test_everyone_gives_the_same_eval_loss(case: RealCase) -> None:
     print("eval losses:", {name: np.round(values, 5).tolist() for name, values in losses.items()})
     print("without the adapter:", np.round(bare, 5).tolist())
     # Each is f32 sums in another order, 1e-4 apart; llama.cpp's table of GELUs for Gemma is the
-    # widest, 5e-3 a token (check_f32). Without the adapter all would agree as well.
+    # widest, 5e-3 a token (check_f32).
     for name, values in losses.items():
         np.testing.assert_allclose(values, losses["PEFT"], rtol=0, atol=1e-2, err_msg=name)
-    assert np.abs(np.subtract(bare, losses["PEFT"])).min() > 0.1
+    # A random change may leave the mean of one row where it was, but not that of both: half the
+    # scale in one loader, or no adapter, would be beyond the tolerance.
+    assert np.abs(np.subtract(bare, losses["PEFT"])).max() > 0.05
 
 
 def test_generated_tokens(case: RealCase) -> None:
