@@ -38,7 +38,7 @@ from lora.generation import Adapter, TextGenerator
 from optim.clipping import gradient_norm
 from shaders.device import Device
 from shaders.program import Program
-from tests.forward.tiny_gguf import _add_value, write_tiny_llama
+from tests.forward.tiny_gguf import add_value, write_tiny_llama
 
 RANK, SCALE = 16, 2.0
 REPEATS = 3
@@ -74,7 +74,7 @@ def write_model(path: Path, shape: dict[str, Any]) -> None:
     changes = {"llama.block_count": shape["n_layers"], "llama.context_length": 8192}
     for key, value in (source.metadata | changes).items():
         if key != "general.architecture" and not key.startswith("GGUF."):
-            _add_value(writer, key, value)
+            add_value(writer, key, value)
     for name, tensor in source.tensors.items():
         data = tensor.data.reshape(-1) if len(tensor.shape) == 1 else tensor.data
         for layer in range(shape["n_layers"] if name.startswith("blk.0.") else 1):

@@ -15,7 +15,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from tests.forward.tiny_gguf import tiny_tokenizer_metadata
+from tests.forward.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 
 @dataclass(frozen=True)
@@ -106,16 +106,7 @@ def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
     if prefix == "llama":
         values["llama.rope.dimension_count"] = shape.head_size
     for key, value in values.items():
-        if isinstance(value, bool):
-            writer.add_bool(key, value)
-        elif isinstance(value, int):
-            writer.add_uint32(key, value)
-        elif isinstance(value, float):
-            writer.add_float32(key, value)
-        elif isinstance(value, str):
-            writer.add_string(key, value)
-        else:
-            writer.add_array(key, value)
+        add_value(writer, key, value)
     rng = np.random.default_rng(seed)
     for name, sizes in shape.tensors().items():
         kind = shape.type_of(name)

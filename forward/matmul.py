@@ -77,7 +77,7 @@ def matmul(
             transposed=False,
             contraction=matrix.in_features,
             place=Place(0, part.first_row) if len(matrix.parts) > 1 else None,
-            members=_members(lora, part),
+            members=adapted_members(lora, part),
             low=z,
             factor=lora.b if lora else None,
             rank=lora.rank if lora else 0,
@@ -91,7 +91,7 @@ def matmul(
     return y
 
 
-def _members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str, int]]:
+def adapted_members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str, int]]:
     """The adapted ranges inside a part: columns of the part, columns of z, rows of B."""
     members: list[dict[str, int]] = []
     if lora is None:

@@ -7,7 +7,7 @@ from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
-from forward.matmul import _members
+from forward.matmul import adapted_members
 from forward.weights import FrozenMatrix
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -91,7 +91,7 @@ def matmul_row(
     for part in matrix.parts:
         if part.n_rows % 4 or part.first_row % 4:
             raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
-        members = _members(lora, part)
+        members = adapted_members(lora, part)
         constants: dict[str, Any] = {
             "quantization": part.quantization.name,
             "contraction": matrix.in_features,

@@ -141,6 +141,13 @@ class Tokenizer:
         end_ids = {tokens[text] for text in end_texts(tokens)}
         if gguf_file is not None:
             n_tokens = tokenizer.get_vocab_size()
+            for name in ("bos", "eos"):
+                token = gguf_file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+                if isinstance(token, int) and token >= n_tokens:
+                    raise InputError(
+                        f"{file} has {n_tokens:,} tokens, but {name.upper()} of {gguf_file.path} "
+                        f"is token {token:,}: the tokenizer is another model's."
+                    )
             model_bos, model_eos = (
                 special_id(gguf_file, name, n_tokens) for name in ("bos", "eos")
             )

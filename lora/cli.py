@@ -173,6 +173,11 @@ def generate(
     from lora.sampling import Sampling
 
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    if temperature == 0 and (top_k or top_p < 1 or min_p or seed is not None):
+        raise InputError(
+            "--top-k, --top-p, --min-p and --seed choose between draws, and at temperature 0 none "
+            "is made: add --temperature, such as 0.7."
+        )
     adapters = {} if adapter is None else {"adapter": adapter}
     generator = open_generator(
         model, adapters, tokenizer=tokenizer, max_length=max_length, device=device

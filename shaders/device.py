@@ -165,7 +165,7 @@ class Device:
             raise InputError(
                 f"A tensor of shape {shape} ({n_bytes / 2**20:.0f} MiB) is larger than the "
                 f"{self.max_binding / 2**20:.0f} MiB that {self.name} can bind; "
-                "lower data.max_length or train.batch_size."
+                "take fewer tokens at a time (data.max_length, train.batch_size, --max-length)."
             )
         return self._create(shape, dtype, purpose, extent)
 

@@ -334,3 +334,11 @@ def test_from_file_reads_sentencepiece(tmp_path: Path) -> None:
         assert tokenizer.decode(found.ids) == text
     assert (tokenizer.bos_id, tokenizer.add_bos) == (1, True)
     assert tokenizer.end_of_turn_ids == {2, 4}
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path) -> None:
+    """It is the tokenizer.json that doesn't fit, not the GGUF that is damaged."""
+    small = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    small.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer.json has 1 tokens, but BOS of .* is token 1"):
+        Tokenizer.from_file(tmp_path, gguf_file=_gguf(tmp_path))

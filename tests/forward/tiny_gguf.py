@@ -99,7 +99,7 @@ def write_gguf(
         writer.kv_data[0].clear()
     for key, value in metadata.items():
         if value is not None and key != "general.architecture":
-            _add_value(writer, key, value)
+            add_value(writer, key, value)
     written = {}
     for name, values in tensors.items():
         if values is None:
@@ -204,7 +204,8 @@ def _type_of(name: str, n_dimensions: int, types: Mapping[str, str]) -> str:
     return types[max(fitting, key=len)] if fitting else "F32"
 
 
-def _add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+def add_value(writer: gguf.GGUFWriter, key: str, value: Any) -> None:
+    """Adds metadata under the type that its Python value suggests; whole numbers are u32."""
     if isinstance(value, bool):
         writer.add_bool(key, value)
     elif isinstance(value, int):

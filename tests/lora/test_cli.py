@@ -30,6 +30,12 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in result.stderr, result.stderr
 
 
+@pytest.mark.parametrize("option", [("--top-k", 5), ("--top-p", 0.9), ("--seed", 3)])
+def test_sampling_options_without_a_temperature(option: tuple[str, float]) -> None:
+    """They would do nothing; the model is not even looked for."""
+    refused(lora("generate", "absent.gguf", "--prompt", "a", *option), "--temperature")
+
+
 def test_train_eval_generate_inspect(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     run = tmp_path / "run"

@@ -111,7 +111,9 @@ def test_wrong_shapes_are_refused(device: Device) -> None:
 
 def test_a_tensor_too_large_for_a_binding(device: Device) -> None:
     rows = device.max_binding // 4 + 1
-    with pytest.raises(InputError, match="lower data.max_length or train.batch_size"):
+    with pytest.raises(
+        InputError, match="take fewer tokens at a time .data.max_length, train.batch_size"
+    ):
         device.empty((rows,))
 
 
