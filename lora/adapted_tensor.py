@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -18,7 +17,7 @@ from forward.architecture import (
     Architecture,
     permute_rows_to_gguf,
 )
-from lora.peft_files import SETTINGS, WEIGHTS, read_peft_modules
+from lora.peft_files import SETTINGS, WEIGHTS, parse_peft_settings, read_peft_modules
 from shaders.errors import InputError
 
 
@@ -55,15 +54,8 @@ def read_settings(directory: Path) -> dict[str, Any]:
     Raises:
         InputError: DIR holds no adapter, or one that is no sum of scale · B · A.
     """
-    path = directory / SETTINGS
-    if not directory.is_dir() or not path.is_file() or not (directory / WEIGHTS).is_file():
-        raise InputError(
-            f"{directory}: no PEFT adapter there; it should be a directory that holds {SETTINGS} "
-            f"and {WEIGHTS}."
-        )
+    settings, path = parse_peft_settings(directory), directory / SETTINGS
     try:
-        settings = json.loads(path.read_text())
-        settings["r"], settings["lora_alpha"] = int(settings["r"]), float(settings["lora_alpha"])
         patterns: dict[str, dict[str, float]] = {
             "rank_pattern": {k: int(v) for k, v in (settings.get("rank_pattern") or {}).items()},
             "alpha_pattern": {
@@ -88,8 +80,7 @@ def read_settings(directory: Path) -> dict[str, Any]:
                 f"{path}: {what} can't be exported here; merge it with PEFT's merge_and_unload() "
                 "and convert the model with llama.cpp's convert_hf_to_gguf.py."
             )
-    merged: dict[str, Any] = settings | patterns
-    return merged
+    return settings | patterns
 
 
 def read_adapted_tensors(

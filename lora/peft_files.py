@@ -63,27 +63,39 @@ def save_peft_adapter(
     write_file(directory / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def read_peft_settings(directory: Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT adapter directory, checked to be a LoRA adapter.
+def parse_peft_settings(directory: Path) -> dict[str, Any]:
+    """The adapter_config.json of a PEFT adapter directory, its rank and alpha numbers.
 
     Raises:
-        InputError: there is none, it is no JSON, or the adapter is of a kind not supported.
+        InputError: there is none, or it is not the config of a LoRA adapter.
     """
     path = directory / SETTINGS
-    if not path.exists() or not (directory / WEIGHTS).exists():
+    if not path.is_file() or not (directory / WEIGHTS).is_file():
         raise InputError(
-            f"{directory}: no PEFT adapter there; it should hold {SETTINGS} and {WEIGHTS}."
+            f"{directory}: no PEFT adapter there; it should be a directory that holds {SETTINGS} "
+            f"and {WEIGHTS}."
         )
     try:
         settings = json.loads(path.read_text())
-        rank, alpha = int(settings["r"]), float(settings["lora_alpha"])
+        settings["r"], settings["lora_alpha"] = int(settings["r"]), float(settings["lora_alpha"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not the config of a LoRA adapter ({error!r}).") from None
+    parsed: dict[str, Any] = settings
+    return parsed
+
+
+def read_peft_settings(directory: Path) -> dict[str, Any]:
+    """As `parse_peft_settings`, for an adapter that can be loaded here.
+
+    Raises:
+        InputError: also where the adapter is of a kind that is not supported.
+    """
+    settings, path = parse_peft_settings(directory), directory / SETTINGS
     if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
         raise InputError(f"{path}: only plain LoRA and rsLoRA adapters can be loaded here.")
     if settings.get("rank_pattern") or settings.get("alpha_pattern"):
         raise InputError(f"{path}: rank_pattern and alpha_pattern are not supported yet.")
-    return settings | {"r": rank, "lora_alpha": alpha}
+    return settings
 
 
 def read_peft_modules(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
