@@ -6,7 +6,7 @@ from dataclasses import asdict
 
 import forward.attention
 from forward.activations import activation, check_shape, extent_of
-from forward.attention import attention_constants, visible_pairs
+from forward.attention import activation_like, attention_constants, visible_pairs
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -51,7 +51,7 @@ def attention_backward(
         scale: see `attention`.
         window: see `attention`.
         softcap: see `attention`.
-        d_qkv: where to write; a new tensor by default.
+        d_qkv: where to write; a new tensor by default. qkv, out, d_out and d_qkv may be f16.
         dots: [rows, n_heads], for each row's d_out · out; a new tensor by default.
     """
     extent = extent_of(qkv)
@@ -62,27 +62,33 @@ def attention_backward(
     check_shape("attention output", out, rows, n_heads * head_size)
     check_shape("attention d_out", d_out, rows, n_heads * head_size)
     check_shape("attention log-sum-exp", lse, rows, n_heads)
-    d_x = d_qkv if d_qkv is not None else activation(program, extent, qkv.shape[1])
+    d_x = d_qkv if d_qkv is not None else activation_like(program, qkv, qkv.shape[1])
     check_shape("attention d_qkv", d_x, *qkv.shape)
     row_dots = dots if dots is not None else activation(program, extent, n_heads)
     check_shape("attention dots", row_dots, rows, n_heads)
     pairs = visible_pairs(extent.maximum, window)
 
-    tile = forward.attention.choose_tile("attention_backward_q", device, rows, n_heads, head_size)
+    tile_type = "f16" if qkv.dtype == d_out.dtype == "f16" else "f32"
+    types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "d_out_type": d_out.dtype}
+    tile = forward.attention.choose_tile(
+        "attention_backward_q", device, rows, n_heads, head_size, tile_type
+    )
     program.dispatch(
         "attention_backward_q",
-        {**constants, **asdict(tile)},
+        {**constants, **types, "out_type": out.dtype, "d_qkv_type": d_x.dtype, **asdict(tile)},
         [extent.uniform, qkv, out, d_out, lse, row_dots, segments, d_x],
         tile.workgroups(rows, n_heads),
         flops=6 * head_size * n_heads * pairs,
     )
-    split = choose_split(device, rows, n_heads, n_kv_heads)
+    split = choose_split(device, rows, n_heads, n_kv_heads, d_x.dtype)
     owners = n_heads if split else n_kv_heads
-    tile = forward.attention.choose_tile("attention_backward_kv", device, rows, owners, head_size)
+    tile = forward.attention.choose_tile(
+        "attention_backward_kv", device, rows, owners, head_size, tile_type
+    )
     sums = device.scratch((rows, 2 * n_heads * head_size)) if split else d_x
     program.dispatch(
         "attention_backward_kv",
-        {**constants, **asdict(tile), "split": split},
+        {**constants, **types, "sums_type": sums.dtype, **asdict(tile), "split": split},
         [extent.uniform, qkv, d_out, lse, row_dots, segments, sums],
         tile.workgroups(rows, owners),
         flops=8 * head_size * n_heads * pairs,
@@ -91,18 +97,22 @@ def attention_backward(
         shapes = ("n_heads", "n_kv_heads", "head_size", "stride")
         program.dispatch(
             "attention_backward_kv_sum",
-            {**{name: constants[name] for name in shapes}, "lanes": _SUM_LANES},
+            {name: constants[name] for name in shapes}
+            | {"lanes": _SUM_LANES, "d_qkv_type": d_x.dtype},
             [extent.uniform, sums, d_x],
             -(-rows * n_kv_heads * head_size // (2 * _SUM_LANES)),
         )
     return d_x
 
 
-def choose_split(device: Device, rows: int, n_heads: int, n_kv_heads: int) -> bool:
+def choose_split(
+    device: Device, rows: int, n_heads: int, n_kv_heads: int, dtype: str = "f32"
+) -> bool:
     """Whether query heads that share a key head are summed by workgroups of their own.
 
     That is faster where key heads alone give too few workgroups, and takes scratch of two rows of
-    queries for each row; the sums come out the same, bit for bit.
+    queries for each row; the sums come out the same, bit for bit. Where the sums end in f16, it is
+    what keeps them in f32 until then.
     """
-    workgroups = -(-rows // _BLOCK) * n_kv_heads
-    return not device.is_cpu and n_heads > n_kv_heads and workgroups < SPLIT_BELOW
+    few = not device.is_cpu and -(-rows // _BLOCK) * n_kv_heads < SPLIT_BELOW
+    return n_heads > n_kv_heads and (few or dtype == "f16")

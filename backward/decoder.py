@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from backward.attention import attention_backward
-from backward.head_norm import head_norm_backward
+from backward.head_norm_rope import head_norm_rope_backward
 from backward.lora import lora_gradients, lora_project_gradient
 from backward.matmul import matmul_backward
 from backward.rmsnorm import rmsnorm_backward
@@ -34,7 +34,7 @@ Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (l
 
 @dataclass(frozen=True)
 class Scratch:
-    """Gradients of activations, shared by all layers."""
+    """Gradients of activations, shared by all layers; types as in LayerActivations."""
 
     d_x: Tensor  # [rows, hidden_size], the gradient to the residual stream, carried downwards
     d_normed: Tensor  # [rows, hidden_size]
@@ -53,8 +53,8 @@ class Scratch:
         """Tensors for the backward pass."""
         a = model.architecture
 
-        def tensor(width: int) -> Tensor:
-            return device.empty((inputs.rows.maximum, width), extent=inputs.rows)
+        def tensor(width: int, dtype: str = device.precision) -> Tensor:
+            return device.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
 
         def over_targets(width: int) -> Tensor:
             return device.empty((inputs.targets.maximum, width), extent=inputs.targets)
@@ -63,14 +63,14 @@ class Scratch:
         in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]
 
         return cls(
-            d_x=tensor(a.hidden_size),
+            d_x=tensor(a.hidden_size, "f32"),
             d_normed=tensor(a.hidden_size),
             d_output=tensor(a.hidden_size) if a.post_norms else None,
             d_gated=tensor(a.intermediate_size),
             d_attended=tensor(a.query_size),
             d_qkv=tensor(a.qkv_size),
-            dots=tensor(a.n_heads),
-            d_z={w: tensor(w) for w in {f.n_members * f.rank for f in in_layers}},
+            dots=tensor(a.n_heads, "f32"),
+            d_z={w: tensor(w, "f32") for w in {f.n_members * f.rank for f in in_layers}},
             d_head_z=None if head is None else over_targets(head.rank),
             d_head_normed=over_targets(a.hidden_size),
             d_picked=over_targets(a.hidden_size),
@@ -239,20 +239,23 @@ def record_layer_backward(
             d_qkv=scratch.d_qkv,
             dots=scratch.dots,
         )
-        rope_backward(
-            program,
-            scratch.d_qkv,
-            inputs.positions,
-            weights.rope,
-            n_rotated_heads=a.n_heads + a.n_kv_heads,
-            head_size=a.head_size,
-            interleaved=kind.rope.interleaved,
-        )
         if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-            head_norm_backward(
+            head_norm_rope_backward(
                 program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
-                scratch.d_qkv, n_heads=a.n_heads, n_kv_heads=a.n_kv_heads, head_size=a.head_size,
+                inputs.positions, weights.rope, scratch.d_qkv, n_heads=a.n_heads,
+                n_kv_heads=a.n_kv_heads, head_size=a.head_size,
+                interleaved=kind.rope.interleaved,
             )  # fmt: skip
+        else:
+            rope_backward(
+                program,
+                scratch.d_qkv,
+                inputs.positions,
+                weights.rope,
+                n_rotated_heads=a.n_heads + a.n_kv_heads,
+                head_size=a.head_size,
+                interleaved=kind.rope.interleaved,
+            )
         through(
             "qkv", weights.qkv, act.normed, act.z_qkv, scratch.d_qkv,
             None if last == "qkv" else scratch.d_normed,

@@ -17,10 +17,22 @@ from shaders.program import Program
 from shaders.tensor import Tensor
 
 MAX_SLICES = 4  # with the four inputs, the eight storage buffers that every device binds
-# Lanes of a workgroup, lanes that share the rows of one block, rows that a lane loads at once. On a
-# CPU adapter a lane has its block to itself: barriers cost more there than waiting for memory.
-GPU_LANES, GPU_SPLITS, GPU_UNROLL = 64, 8, 4
-CPU_LANES, CPU_SPLITS, CPU_UNROLL = 64, 1, 1
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How `lora_gradients` is divided."""
+
+    blocks: int  # of the gradients' elements, in a workgroup
+    short_lanes: int  # of them side by side along a gradient's shorter side, at most
+    splits: int  # lanes that share the rows of a block
+    unroll: int  # rows that a lane loads at once
+    sides: tuple[int, int]  # a block's elements along the longer and the shorter side; or 4 each
+
+
+GPU_TUNING = Tuning(blocks=16, short_lanes=2, splits=8, unroll=8, sides=(4, 8))
+# A lane has its block to itself: barriers cost more there than waiting for memory.
+CPU_TUNING = Tuning(blocks=64, short_lanes=1, splits=1, unroll=1, sides=(8, 8))
 
 
 @dataclass(frozen=True)
@@ -38,7 +50,7 @@ def lora_project_gradient(
     """Appends d_z_g = scale · d_y_g · B_g for all members in one dispatch.
 
     Args:
-        d_y: [rows, out_features of the whole group].
+        d_y: [rows, out_features of the whole group], f32 or f16.
         lora: B [sum of the members' out_features, rank].
         out: where to write; a new tensor by default.
     """
@@ -76,9 +88,9 @@ def lora_gradients(
     """Appends d_A += d_zᵀ · x and d_B_g += scale · d_y_gᵀ · z_g in one dispatch.
 
     Args:
-        x: [rows, in_features].
+        x: [rows, in_features], f32 or f16.
         z: [rows, members · rank] = x · Aᵀ.
-        d_y: [rows, out_features of the whole group].
+        d_y: [rows, out_features of the whole group], f32 or f16.
         d_z: [rows, members · rank] from `lora_project_gradient`.
         lora: the factors.
         gradients: their gradients, one of each slice (one to four): stretch s of the rows is
@@ -99,37 +111,40 @@ def lora_gradients(
     if any(g.b.offset - g.a.offset != b_start for g in gradients):
         raise ValueError("lora_gradients: B lies elsewhere behind A in another slice")
     extent = extent_of(x)
-    is_cpu = program.device.is_cpu
     members = [
         _Member(lora.first_row(index), start - lora.first_row(index), index * lora.rank)
         for index, (start, _) in enumerate(lora.ranges)
     ]
-    lanes, splits, unroll = (
-        (CPU_LANES, CPU_SPLITS, CPU_UNROLL) if is_cpu else (GPU_LANES, GPU_SPLITS, GPU_UNROLL)
-    )
+    tuning = CPU_TUNING if program.device.is_cpu else GPU_TUNING
     parts = [
         {  # d_z carries the scale already
-            **_outer_product(d_z, x, lora.a, [_Member(0, 0, 0)], lanes // splits, is_cpu=is_cpu),
+            **_outer_product(d_z, x, lora.a, [_Member(0, 0, 0)], tuning),
             "left": "d_z",
             "right": "x",
             "scale": 1.0,
             "start": 0,
         },
         {
-            **_outer_product(d_y, z, lora.b, members, lanes // splits, is_cpu=is_cpu),
+            **_outer_product(d_y, z, lora.b, members, tuning),
             "left": "d_y",
             "right": "z",
             "scale": lora.scale,
             "start": b_start // 16,
         },
     ]
+    splits = tuning.splits
+    block_bytes = 4 * max(part["lane_left"] * part["lane_right"] for part in parts)
+    while splits > 1 and tuning.blocks * splits * block_bytes > program.device.workgroup_memory:
+        splits //= 2
     program.dispatch(
         "lora_gradient",
         {
             "n_slices": len(gradients),
-            "lanes": lanes,
+            "blocks": tuning.blocks,
             "splits": splits,
-            "unroll": unroll,
+            "unroll": tuning.unroll,
+            "x_type": x.dtype,
+            "d_y_type": d_y.dtype,
             "parts": parts,
         },
         [extent.uniform, x, z, d_y, d_z, *whole],
@@ -162,9 +177,7 @@ def _outer_product(
     right: Tensor,
     gradient: Tensor,
     members: Sequence[_Member],
-    blocks: int,
-    *,
-    is_cpu: bool,
+    tuning: Tuning,
 ) -> dict[str, Any]:
     """Sizes of leftᵀ · right, and of the block that a lane holds of it; see lora_gradient.wgsl.
 
@@ -173,21 +186,22 @@ def _outer_product(
         right: [rows, any].
         gradient: [n_left, n_right], for its shape.
         members: which columns of left and right make which rows of the gradient.
-        blocks: of one workgroup.
+        tuning: how many lanes hold how much.
     """
     n_left, n_right = gradient.shape
     boundaries = [n for m in members for n in (m.first, m.first + m.shift)]
     widths = [n_left, n_right, left.shape[1], right.shape[1], *boundaries]
     if any(n % 4 for n in widths):
         raise ValueError(f"lora_gradients: widths must be multiples of 4: {widths}")
-    # Blocks must not straddle two members. The short side is the rank's: a GPU keeps the long side
-    # of a block at 4, for more lanes; a CPU adapter pays for loads and takes 8 × 8.
-    lane_left = 8 if all(n % 8 == 0 for n in [n_left, *boundaries]) else 4
-    lane_right = 8 if n_right % 8 == 0 else 4
-    if not is_cpu and n_left > n_right:
+    lane_left, lane_right = tuning.sides if n_left > n_right else tuning.sides[::-1]
+    if any(n % lane_left for n in [n_left, *boundaries]):  # blocks must not straddle two members
         lane_left = 4
-    elif not is_cpu:
+    if n_right % lane_right:
         lane_right = 4
+    long_blocks, short_blocks = n_left // lane_left, n_right // lane_right
+    if n_left <= n_right:
+        long_blocks, short_blocks = short_blocks, long_blocks
+    short_lanes = max(n for n in range(1, tuning.short_lanes + 1) if short_blocks % n == 0)
     return {
         "n_left": n_left,
         "n_right": n_right,
@@ -196,5 +210,8 @@ def _outer_product(
         "members": [asdict(m) for m in members],
         "lane_left": lane_left,
         "lane_right": lane_right,
-        "n_groups": -(-(n_left // lane_left) * (n_right // lane_right) // blocks),
+        "short_blocks": short_blocks,
+        "short_lanes": short_lanes,
+        "long_blocks": long_blocks,
+        "n_groups": short_blocks // short_lanes * -(-long_blocks // (tuning.blocks // short_lanes)),
     }

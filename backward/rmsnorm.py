@@ -21,12 +21,12 @@ def rmsnorm_backward(
     """Appends d_x = (gradient through the norm) + residual.
 
     Args:
-        x: [rows, width], what the norm was given.
+        x: [rows, width], f32 or f16, what the norm was given.
         weight: [width].
         epsilon: as in the forward.
-        d_y: [rows, width], the gradient to the norm's output.
-        residual: [rows, width], the gradient that flows past the norm; may be `out` itself.
-        out: where to write; a new tensor by default.
+        d_y: [rows, width], f32 or f16, the gradient to the norm's output.
+        residual: f32 [rows, width], the gradient that flows past the norm; may be `out` itself.
+        out: where to write, f32 or f16; a new f32 tensor by default.
     """
     width = x.shape[1]
     check_shape("rmsnorm_backward weight", weight, width)
@@ -46,6 +46,9 @@ def rmsnorm_backward(
             tensors.append(residual)
     constants = {
         "width": width,
+        "x_type": x.dtype,
+        "d_y_type": d_y.dtype,
+        "out_type": d_x.dtype,
         "lanes": row_lanes(program.device, width),
         "epsilon": epsilon,
         "residual": kind,

@@ -19,10 +19,10 @@ def swiglu_backward(
     """Appends the gradient to gate and up.
 
     Args:
-        gate_up: [rows, 2 · intermediate_size], what the forward was given.
-        d_y: [rows, intermediate_size].
+        gate_up: [rows, 2 · intermediate_size], f32 or f16, what the forward was given.
+        d_y: [rows, intermediate_size], f32 or f16.
         activation_name: as in the forward.
-        out: where to write, `gate_up` itself included; a new tensor by default.
+        out: where to write, f32 or f16, `gate_up` itself included; a new f32 tensor by default.
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
@@ -35,9 +35,17 @@ def swiglu_backward(
         raise ValueError("swiglu_backward: the output is another range of gate_up's buffer")
     tensors = [extent.uniform, d_y, d_gate_up, *([] if in_place else [gate_up])]
     lanes = lane_constants(program.device)
+    constants = {
+        "width": width,
+        "activation": activation_name,
+        "x_type": gate_up.dtype,
+        "d_y_type": d_y.dtype,
+        "out_type": d_gate_up.dtype,
+        "in_place": in_place,
+    }
     program.dispatch(
         "swiglu_backward",
-        {"width": width, "activation": activation_name, "in_place": in_place, **lanes},
+        constants | lanes,
         tensors,
         -(-extent.maximum * width // (4 * lanes["lanes"] * lanes["quads"])),
     )

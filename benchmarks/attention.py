@@ -1,21 +1,27 @@
 """The attention kernels over their tiles: microseconds a dispatch, on whatever GPU there is.
 
-Checks every tile against float64 numpy on a few rows of the same heads first, then times it. A `*`
-marks what `choose_tile` takes; the constants at the top of forward/attention.py and `SPLIT_BELOW`
-of backward/attention.py are set from this table.
+Checks every tile against float64 numpy on a few rows of the same heads first, then times it. Prints
+the tiles of each kernel and workload, fastest first, a `*` at what `choose_tile` takes, and at the
+end rows for `GPU_TILES` of forward/attention.py. Writes all figures to $OUT/attention.json, where
+OUT is set.
 
-    python benchmarks/attention.py [--shapes smollm2 gemma3] [--lengths 1x512 4x512]
-        [--teams 1 2 4] [--team-lanes 64 128] [--per-lane 1 2 4] [--unroll 4 16] [--seconds 55]
+    python benchmarks/attention.py [--runs smollm2:1x512 gemma3:4x512] [--types f16 f32]
+        [--kernels attention attention_backward_q attention_backward_kv] [--split 0] [--seconds 58]
 """
 
 from __future__ import annotations
 
 import argparse
 import itertools
+import json
+import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import backward.attention
 import forward.attention
-from backward.attention import attention_backward
+from backward.attention import attention_backward, choose_split
 from forward.attention import Tile, attention, choose_tile, workgroup_memory
 from shaders.device import Device
 from shaders.program import Program
@@ -35,21 +41,38 @@ SHAPES = {
     "smollm2": Shape(9, 3, 64, 64**-0.5),
     "gemma3": Shape(4, 1, 256, 256**-0.5, window=512),
     "llama": Shape(32, 8, 64, 64**-0.5),
+    "tiny": Shape(2, 1, 64, 64**-0.5),  # for a look at this script on an adapter on the CPU
 }
 KERNELS = ("attention", "attention_backward_q", "attention_backward_kv")
 ACCUMULATORS = 128  # of a lane: tiles with more are not tried
+CHECKED = [40, 5, 70]  # lengths of the examples that a tile is checked on
+
+# teams, lanes of a team, slices, chunk, rows a lane.
+CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
+    64: [
+        *itertools.product((1, 2, 4), (64,), (1,), (16,), (2, 4)),
+        *itertools.product((1, 2, 4), (64,), (2,), (16,), (4, 8)),
+    ],
+    256: [
+        *itertools.product((1, 2), (64,), (1,), (16,), (1, 2)),
+        *itertools.product((1, 2), (128,), (2,), (16,), (2, 4)),
+        *itertools.product((1, 2), (128,), (4,), (32,), (4, 8)),
+        *itertools.product((1,), (256,), (4,), (32,), (2, 4)),
+        *itertools.product((1,), (256,), (8,), (64,), (4, 8)),
+    ],
+}
 
 
 def record(
-    device: Device, shape: Shape, lengths: list[int]
+    device: Device, shape: Shape, lengths: list[int], dtype: str
 ) -> tuple[Program, np.ndarray, np.ndarray, Tensor, Tensor]:
     """Forward and backward of one layer: the program, qkv, d_out, and on the device out, d_qkv."""
     rows = sum(lengths)
     extent = device.extent(rows)
     rng = np.random.default_rng(rows)
-    qkv = rng.normal(size=(rows, shape.width)).astype(np.float32)
-    d_out = rng.normal(size=(rows, shape.n_heads * shape.head_size)).astype(np.float32)
-    x, d_y = (device.empty(array.shape, extent=extent) for array in (qkv, d_out))
+    x = device.empty((rows, shape.width), dtype, extent=extent)
+    d_y = device.empty((rows, shape.n_heads * shape.head_size), dtype, extent=extent)
+    qkv, d_out = (rng.normal(size=tensor.shape).astype(x.numpy_dtype) for tensor in (x, d_y))
     device.write(x, qkv)
     device.write(d_y, d_out)
     segments = device.upload(segments_of(lengths))
@@ -59,110 +82,163 @@ def record(
     return program, qkv, d_out, out, d_x
 
 
-def check(device: Device, shape: Shape) -> None:
-    """Stops where the kernels as they are chosen now miss the reference on a few rows."""
-    lengths = [40, 5, 70]
-    program, qkv, d_out, out, d_qkv = record(device, shape, lengths)
+def is_right(
+    device: Device, shape: Shape, dtype: str, references: dict[Any, list[np.ndarray]]
+) -> bool:
+    """Whether the kernels as they are chosen now meet the reference on a few rows."""
+    program, qkv, d_out, out, d_qkv = record(device, shape, CHECKED, dtype)
     program.run()
-    segments = segments_of(lengths)
-    for name, found, expected in (
-        ("attention", out, attention_reference(qkv, segments, shape)[0]),
-        ("backward", d_qkv, attention_backward_reference(qkv, d_out, segments, shape)),
-    ):
-        error = np.abs(device.read(found) - expected).max() / np.abs(expected).max()
-        if not error < 1e-5:  # f32 sums of head_size products, as in the tests
-            raise SystemExit(f"{name} of {shape} is off by {error:.1e}")
+    if (shape, dtype) not in references:
+        segments = segments_of(CHECKED)
+        references[shape, dtype] = [
+            attention_reference(qkv, segments, shape)[0],
+            attention_backward_reference(qkv, d_out, segments, shape),
+        ]
+    bound = 16 * 2**-11 if dtype == "f16" else 1e-5  # as in the tests, and some
+    return all(
+        np.abs(device.read(found) - expected).max() < bound * np.abs(expected).max()
+        for found, expected in zip((out, d_qkv), references[shape, dtype], strict=True)
+    )
 
 
-def tiles(args: argparse.Namespace, device: Device, kernel: str, head_size: int) -> list[Tile]:
-    """What the command line asks for, as far as it fits device, registers and kernel."""
-    groups = -(-head_size // 32)
-    sums = 2 if kernel == "attention_backward_kv" else 1
+def tiles(device: Device, kernel: str, head_size: int, dtype: str) -> list[Tile]:
+    """The tiles to try, as far as they fit device, registers and kernel."""
     found = []
-    for teams, lanes, per_lane, chunk, held, prefetch, unroll in itertools.product(
-        args.teams,
-        args.team_lanes,
-        args.per_lane,
-        args.chunk,
-        args.held,
-        args.prefetch,
-        args.unroll,
-    ):
-        tile = Tile(teams, lanes, per_lane, chunk, bool(held), bool(prefetch), unroll)
-        if (
-            tile.block <= 32
-            and teams * lanes <= 256
-            and unroll <= chunk <= 8 * groups
-            and groups * 4 * per_lane * sums <= ACCUMULATORS
-            and tile.memory(kernel, head_size) <= workgroup_memory(device)
-        ):
-            found.append(tile)
+    for teams, lanes, slices, chunk, per_lane in CUTS[head_size]:
+        for half in (True, False) if dtype == "f16" else (False,):
+            held = Tile(teams, lanes, per_lane, chunk, slices=slices, half=half)
+            for tile in (held, replace(held, held=False)):
+                if (
+                    tile.cuts(head_size)
+                    and tile.block <= 32
+                    and tile.teams * tile.team_lanes <= 256
+                    and tile.accumulators(kernel, head_size) <= ACCUMULATORS
+                    and tile.memory(kernel, head_size, dtype) <= workgroup_memory(device)
+                ):
+                    found.append(tile)
+                    break
     return found
+
+
+def choosing(kernel: str, tile: Tile) -> Callable[..., Tile]:
+    """`choose_tile`, but that one tile for that kernel."""
+    return lambda which, *rest: tile if which == kernel else choose_tile(which, *rest)
+
+
+def warm_up(program: Program, seconds: float) -> None:
+    """Keeps a GPU busy for a while: an idle one takes that long to speed up."""
+    began = time.perf_counter()
+    while time.perf_counter() - began < seconds:
+        for _ in range(10):
+            program.run()
+        program.device.read(program.device.uniform())
+
+
+def microseconds(program: Program, kernel: str, repeats: int) -> float:
+    """One call of a kernel, with the sum that follows it where there is one: the median."""
+    warm_up(program, 0.02)
+    parts = (kernel, kernel + "_sum")
+    return 1e6 * statistics.median(
+        sum(d.seconds for d in program.time() if d.template in parts) for _ in range(repeats)
+    )
+
+
+def row_of(tile: Tile) -> str:
+    """The tile as Python, without what is so by default."""
+    changed = [field for field in fields(tile) if getattr(tile, field.name) != field.default]
+    return f"Tile({', '.join(f'{f.name}={getattr(tile, f.name)}' for f in changed)})"
+
+
+def print_rows(figures: list[dict[str, Any]]) -> None:
+    """Of each row of GPU_TILES, the tile that is best over the runs, whatever rows a lane takes."""
+    best: dict[tuple[str, str, int], dict[Tile, dict[str, tuple[float, int]]]] = {}
+    for figure in figures:
+        family = replace(figure["tile"], per_lane=1, held=True)
+        runs = best.setdefault(figure["row"], {}).setdefault(family, {})
+        runs[figure["run"]] = min(
+            runs.get(figure["run"], (np.inf, 0)), (figure["us"], figure["tile"].per_lane)
+        )
+    print("\nrows for GPU_TILES (the tile within the least factor of each run's best):")
+    for row, families in best.items():
+        names = {run for runs in families.values() for run in runs}
+        least = {run: min(runs[run] for runs in families.values() if run in runs) for run in names}
+        complete = {family: runs for family, runs in families.items() if runs.keys() == names}
+        if not complete:
+            continue
+        family, runs = min(
+            complete.items(),
+            key=lambda item: sum(item[1][run][0] / least[run][0] for run in names),
+        )
+        most = max(per_lane for _, per_lane in runs.values())
+        tile = next(
+            f["tile"]
+            for f in figures
+            if f["row"] == row
+            and f["tile"].per_lane == most
+            and replace(f["tile"], per_lane=1, held=True) == family
+        )
+        times = "; ".join(f"{run} {us:.0f} us at per_lane {n}" for run, (us, n) in runs.items())
+        print(f"    {row}: {row_of(tile)},  # {times}".replace("'", '"'))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["smollm2", "gemma3"])
-    parser.add_argument("--lengths", nargs="+", default=["1x512", "4x512"], help="EXAMPLESxROWS")
-    parser.add_argument("--teams", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--team-lanes", nargs="+", type=int, default=[64, 128])
-    parser.add_argument("--per-lane", nargs="+", type=int, default=[1, 2, 4])
-    parser.add_argument("--chunk", nargs="+", type=int, default=[16])
-    parser.add_argument("--held", nargs="+", type=int, default=[1], help="0, 1 or both")
-    parser.add_argument("--prefetch", nargs="+", type=int, default=[1], help="0, 1 or both")
-    parser.add_argument("--unroll", nargs="+", type=int, default=[4])
-    parser.add_argument("--split", nargs="+", type=int, default=[0, 1], help="0, 1 or both")
-    parser.add_argument("--repeats", type=int, default=20)
-    parser.add_argument("--seconds", type=float, default=55.0, help="stop after that long")
+    runs = ["smollm2:1x512", "gemma3:4x512", "smollm2:4x512", "llama:1x512"]
+    parser.add_argument("--runs", nargs="+", default=runs, help="SHAPE:EXAMPLESxROWS")
+    parser.add_argument("--types", nargs="+", choices=["f16", "f32"], default=["f16", "f32"])
+    parser.add_argument("--kernels", nargs="+", choices=KERNELS, default=KERNELS)
+    parser.add_argument("--split", type=int, choices=[0, 1], default=None, help="as chosen if not")
+    parser.add_argument("--repeats", type=int, default=15)
+    parser.add_argument("--seconds", type=float, default=58.0, help="stop after that long")
     args = parser.parse_args()
     device = Device()
     print(f"{device.name}, {workgroup_memory(device)} bytes of workgroup memory")
     stop = time.perf_counter() + args.seconds
-    original = choose_tile, backward.attention.choose_split
+    references: dict[Any, list[np.ndarray]] = {}
+    figures: list[dict[str, Any]] = []
+    if args.split is not None:
+        backward.attention.choose_split = lambda *_: bool(args.split)
 
-    for name, kernel in itertools.product(args.shapes, KERNELS):
+    warm_up(record(device, SHAPES["tiny"], [512], "f32")[0], 0.0 if device.is_cpu else 1.0)
+    for dtype, run, kernel in itertools.product(args.types, args.runs, args.kernels):
+        if dtype == "f16" and "shader-f16" not in device.features:
+            continue
+        name, text = run.split(":")
         shape = SHAPES[name]
-        splits = args.split if kernel == "attention_backward_kv" else [0]
-        for tile, split in itertools.product(tiles(args, device, kernel, shape.head_size), splits):
+        examples, length = (int(part) for part in text.split("x"))
+        rows, heads = examples * length, shape.n_heads
+        split = args.split
+        if split is None:
+            split = choose_split(device, rows, heads, shape.n_kv_heads, dtype)
+        split = split and kernel == "attention_backward_kv"
+        owners = shape.n_kv_heads if kernel == "attention_backward_kv" and not split else heads
+        present = choose_tile(kernel, device, rows, owners, shape.head_size, dtype)
+        timed: list[tuple[float, Tile]] = []
+        for tile in dict.fromkeys([present, *tiles(device, kernel, shape.head_size, dtype)]):
             if time.perf_counter() > stop:
-                print("out of time: ask for fewer variants")
-                return
-
-            def chosen(which: str, *rest: object, tile: Tile = tile, kernel: str = kernel) -> Tile:
-                return tile if which == kernel else original[0](which, *rest)
-
-            if kernel == "attention_backward_kv":
-                backward.attention.choose_split = lambda *_, split=split: bool(split)
-            forward.attention.choose_tile = chosen
+                break
+            forward.attention.choose_tile = choosing(kernel, tile)
             try:
-                check(device, shape)
-                times = []
-                for text in args.lengths:
-                    examples, rows = (int(part) for part in text.split("x"))
-                    program = record(device, shape, [rows] * examples)[0]
-                    program.time()
-                    seconds: dict[str, list[float]] = {}
-                    for _ in range(args.repeats):
-                        for dispatch in program.time():
-                            seconds.setdefault(dispatch.template, []).append(dispatch.seconds)
-                    mine = [key for key in seconds if key == kernel or key.startswith(kernel + "_")]
-                    if kernel == "attention":
-                        mine = [kernel]
-                    microseconds = sum(1e6 * statistics.median(seconds[key]) for key in mine)
-                    owners = shape.n_heads
-                    if kernel == "attention_backward_kv" and not split:
-                        owners = shape.n_kv_heads
-                    default = original[0](kernel, device, examples * rows, owners, shape.head_size)
-                    times.append(f"{text} {microseconds:8.1f}{'*' if default == tile else ' '}")
+                if not is_right(device, shape, dtype, references):
+                    print(f"{run} {kernel} {dtype}: {tile} is WRONG", flush=True)
+                    continue
+                program = record(device, shape, [length] * examples, dtype)[0]
+                timed.append((microseconds(program, kernel, args.repeats), tile))
             finally:
-                forward.attention.choose_tile, backward.attention.choose_split = original
-            print(
-                f"{name:8} {kernel:22} teams {tile.teams} lanes {tile.team_lanes:3} "
-                f"per_lane {tile.per_lane} chunk {tile.chunk:2} held {tile.held:d} "
-                f"prefetch {tile.prefetch:d} unroll {tile.unroll:2} split {split}  "
-                + "  ".join(times),
-                flush=True,
-            )
+                forward.attention.choose_tile = choose_tile
+        print(f"\n{run} {kernel} {dtype}{' split' if split else ''}")
+        for us, tile in sorted(timed, key=lambda entry: entry[0]):
+            mark = "*" if tile == present else " "
+            print(f" {mark}{us:8.1f} us {tile.workgroups(rows, owners):5} wg  {row_of(tile)}")
+            row = (kernel, dtype, shape.head_size)
+            figures.append({"row": row, "run": run, "us": us, "tile": tile})
+        sys.stdout.flush()
+    if time.perf_counter() > stop:
+        print("\nout of time: ask for fewer runs, types or kernels")
+    print_rows(figures)
+    if "OUT" in os.environ:
+        table = [figure | {"tile": asdict(figure["tile"])} for figure in figures]
+        (Path(os.environ["OUT"]) / "attention.json").write_text(json.dumps(table))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,13 @@
 
 Each new token reads every weight once: the bound is the bandwidth that reading (a sum of squares)
 or copying reaches on this device, whichever is higher, over the weights' bytes. A model is a GGUF
-file, or a shape that is written with random weights: those of one layer, stored once for each,
-which takes as long to read and less to make.
+file, or a shape: one layer of it is written with random weights and copied on the device, every
+layer into memory of its own.
 
-    python benchmarks/generation.py [--model Llama-1B] [--prompt 512] [--tokens 128] [--llama-cpp]
+    python benchmarks/generation.py [--model Llama-1B Llama-8B] [--prompt 512] [--tokens 128]
+        [--type Q4_0] [--llama-cpp] [--sweep]
+
+`--sweep` times the products of one row under other tilings than forward/matmul_row.py chooses.
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import statistics
 import subprocess
 import sys
@@ -20,6 +24,7 @@ import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -32,20 +37,27 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from forward.adapter import AdapterLayout
 from forward.architecture import HEAD, Architecture
 from forward.gguf_file import GGUFFile
-from forward.model import Model, load_model
+from forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row
+from forward.model import LayerWeights, Model, load_model
 from forward.tokenizer import Tokenizer
+from forward.weights import FrozenMatrix
 from lora.generation import Adapter, TextGenerator
 from optim.clipping import gradient_norm
 from shaders.device import Device
-from shaders.program import Program
-from tests.forward.tiny_gguf import add_value, write_tiny_llama
+from shaders.program import Dispatch, Program
+from shaders.tensor import Tensor
+from tests.forward.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 RANK, SCALE = 16, 2.0
 REPEATS = 3
 WARM_UP = 0.1  # seconds
-TYPES = {"weight": "Q4_0", "token_embd.weight": "Q8_0", "norm.weight": "F32"}
+HEAD_TYPE = "Q8_0"  # of the embedding, which is the head as well
+TILE_ROWS = 64  # rows of random weights that a matrix repeats
 SHAPES: dict[str, dict[str, Any]] = {
-    "tiny": {"n_layers": 2, "vocab_size": 320},  # to try this script
+    "tiny": {  # to try this script
+        "n_layers": 2, "hidden_size": 256, "intermediate_size": 512, "n_heads": 8,
+        "n_kv_heads": 2, "head_size": 32, "vocab_size": 320,
+    },
     "SmolLM2-135M": {
         "n_layers": 30, "hidden_size": 576, "intermediate_size": 1536, "n_heads": 9,
         "n_kv_heads": 3, "head_size": 64, "vocab_size": 49152,
@@ -58,39 +70,99 @@ SHAPES: dict[str, dict[str, Any]] = {
         "n_layers": 32, "hidden_size": 4096, "intermediate_size": 14336, "n_heads": 32,
         "n_kv_heads": 8, "head_size": 128, "vocab_size": 32000,
     },
-    "Llama-8B-quarter": {  # eight layers of it: quick to load
-        "n_layers": 8, "hidden_size": 4096, "intermediate_size": 14336, "n_heads": 32,
-        "n_kv_heads": 8, "head_size": 128, "vocab_size": 32000,
-    },
 }  # fmt: skip
 
 
-def write_model(path: Path, shape: dict[str, Any]) -> None:
+def random_rows(kind: str, rows: int, columns: int, seed: int) -> np.ndarray:
+    """Random weights of some rows, as a file holds them: of size 1 / sqrt(columns)."""
+    rng, size = np.random.default_rng(seed), columns**-0.5
+    tile = min(rows, TILE_ROWS)
+    if kind == "Q4_K":  # gguf-py cannot quantize it: w = d · s · q - dmin · m
+        blocks = rng.integers(0, 256, (tile, columns // 256, 144), np.uint8)
+        scales = np.array([size / 150, size / 20], np.float16)
+        blocks[:, :, :4] = scales.view(np.uint8)
+        data = blocks.reshape(tile, -1)
+    else:
+        values = rng.normal(0, size, (tile, columns)).astype(np.float32)
+        data = gguf.quants.quantize(values, gguf.GGMLQuantizationType[kind])
+    return np.tile(data, (-(-rows // tile), 1))[:rows]
+
+
+def write_model(path: Path, shape: dict[str, Any], kind: str, n_layers: int) -> None:
     """Writes a llama model whose layers all have the weights of one."""
-    one = path.with_name("one-layer.gguf")
-    write_tiny_llama(one, **{**shape, "n_layers": 1}, types=TYPES)
-    source = GGUFFile(one)
+    hidden, feed_forward = shape["hidden_size"], shape["intermediate_size"]
+    query, kv = (shape[heads] * shape["head_size"] for heads in ("n_heads", "n_kv_heads"))
+    matrices = {
+        "attn_q": (query, hidden), "attn_k": (kv, hidden), "attn_v": (kv, hidden),
+        "attn_output": (hidden, query), "ffn_gate": (feed_forward, hidden),
+        "ffn_up": (feed_forward, hidden), "ffn_down": (hidden, feed_forward),
+    }  # fmt: skip
     writer = gguf.GGUFWriter(path, "llama")
-    changes = {"llama.block_count": shape["n_layers"], "llama.context_length": 8192}
-    for key, value in (source.metadata | changes).items():
-        if key != "general.architecture" and not key.startswith("GGUF."):
-            add_value(writer, key, value)
-    for name, tensor in source.tensors.items():
-        data = tensor.data.reshape(-1) if len(tensor.shape) == 1 else tensor.data
-        for layer in range(shape["n_layers"] if name.startswith("blk.0.") else 1):
-            writer.add_tensor(name.replace("blk.0.", f"blk.{layer}."), data, raw_dtype=tensor.type)
+    for key, value in {
+        "llama.block_count": n_layers,
+        "llama.context_length": 8192,
+        "llama.embedding_length": hidden,
+        "llama.feed_forward_length": feed_forward,
+        "llama.attention.head_count": shape["n_heads"],
+        "llama.attention.head_count_kv": shape["n_kv_heads"],
+        "llama.attention.key_length": shape["head_size"],
+        "llama.attention.value_length": shape["head_size"],
+        "llama.attention.layer_norm_rms_epsilon": 1e-5,
+        "llama.rope.freq_base": 10000.0,
+        "llama.rope.dimension_count": shape["head_size"],
+        "llama.vocab_size": shape["vocab_size"],
+        **tiny_tokenizer_metadata(shape["vocab_size"]),
+    }.items():
+        add_value(writer, key, value)
+
+    def add(name: str, data: np.ndarray, data_kind: str) -> None:
+        writer.add_tensor(name, data, raw_dtype=gguf.GGMLQuantizationType[data_kind])
+
+    ones = np.ones(hidden, np.float32)
+    add("token_embd.weight", random_rows(HEAD_TYPE, shape["vocab_size"], hidden, 0), HEAD_TYPE)
+    add("output_norm.weight", ones, "F32")
+    data = {name: random_rows(kind, *size, len(name)) for name, size in matrices.items()}
+    for layer in range(n_layers):
+        for name, values in data.items():
+            add(f"blk.{layer}.{name}.weight", values, kind)
+        for name in ("attn_norm", "ffn_norm"):
+            add(f"blk.{layer}.{name}.weight", ones, "F32")
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
 
 
-def weight_bytes(model: Model) -> int:
-    """Bytes of the matrices that one new token reads."""
-    matrices = [model.head]
-    for layer in model.layers:
-        matrices += [layer.qkv, layer.attn_output, layer.gate_up, layer.down]
-    return sum(matrix.n_bytes for matrix in matrices)
+def repeat_layer(device: Device, model: Model, n_layers: int) -> Model:
+    """A model of n_layers copies of a model's only layer, each in memory of its own."""
+    program = Program(device)
+
+    def copied(tensor: Tensor) -> Tensor:
+        to = device.empty(tensor.shape, tensor.dtype, purpose="weights")
+        program.copy(tensor, to)
+        return to
+
+    def copy_of(matrix: FrozenMatrix) -> FrozenMatrix:
+        parts = tuple(replace(part, words=copied(part.words)) for part in matrix.parts)
+        return replace(matrix, parts=parts)
+
+    def another(layer: LayerWeights) -> LayerWeights:
+        return replace(
+            layer, qkv=copy_of(layer.qkv), attn_output=copy_of(layer.attn_output),
+            gate_up=copy_of(layer.gate_up), down=copy_of(layer.down),
+        )  # fmt: skip
+
+    first, a = model.layers[0], model.architecture
+    layers = (first, *(another(first) for _ in range(n_layers - 1)))
+    program.run()
+    architecture = replace(a, n_layers=n_layers, layer_kinds=a.layer_kinds * n_layers)
+    return replace(model, architecture=architecture, layers=layers)
+
+
+def matrices_of(model: Model) -> list[FrozenMatrix]:
+    """The matrices that one new token reads."""
+    layers = [[layer.qkv, layer.attn_output, layer.gate_up, layer.down] for layer in model.layers]
+    return [model.head, *(matrix for layer in layers for matrix in layer)]
 
 
 def warm_up(device: Device, programs: Sequence[Program]) -> None:
@@ -154,41 +226,78 @@ def measure(
     return {"prompt": statistics.median(prompts), "new": statistics.median(speeds)}
 
 
+def best_times(program: Program) -> list[float]:
+    """Seconds of every dispatch, the best of some runs each."""
+    warm_up(program.device, [program])
+    runs = [[kernel.seconds for kernel in program.time()] for _ in range(REPEATS + 1)]
+    return [min(times) for times in zip(*runs, strict=True)]
+
+
 def kernel_table(generator: TextGenerator, adapter: str | None) -> list[dict[str, Any]]:
     """GPU time of one new token by kernel, the last step once more: calls, ms, GB/s of weights."""
-    layers, head = generator._programs_of(adapter, generator._step)
     words = {
         id(part.words): part.words.n_bytes
-        for matrix in _matrices(generator._model)
+        for matrix in matrices_of(generator._model)
         for part in matrix.parts
     }
     rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0])
-    for program in (layers, head):
-        warm_up(generator._device, [program])
-        best: list[float] | None = None
-        for _ in range(REPEATS + 1):
-            kernels = program.time()
-            seconds = [kernel.seconds for kernel in kernels]
-            best = seconds if best is None else list(map(min, best, seconds))
-        dispatches = [c for c in program.commands if hasattr(c, "template")]
-        for command, seconds_, kernel in zip(dispatches, best or [], kernels, strict=True):
-            row = rows[kernel.template, kernel.label.split(".")[-1]]
+    for program in generator._programs_of(adapter, generator._step):
+        dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
+        for command, seconds in zip(dispatches, best_times(program), strict=True):
+            label = re.sub(r"^(layers\.\d+|head)\.", "", command.label)
+            row = rows[command.template, label]
             row[0] += 1
-            row[1] += seconds_
-            if kernel.template == "matmul_row":
-                row[2] += sum(words.get(id(t), 0) for t in command.tensors)
+            row[1] += seconds
+            row[2] += sum(words.get(id(t), 0) for t in command.tensors)
     return [
         {"kernel": template, "label": label, "calls": calls, "ms": 1e3 * seconds,
-         "GB/s": n_bytes / seconds / 1e9 if n_bytes else None}
+         "GB/s": n_bytes / seconds / 1e9 if template == "matmul_row" and n_bytes else None}
         for (template, label), (calls, seconds, n_bytes) in sorted(
             rows.items(), key=lambda item: -item[1][1]
         )
     ]  # fmt: skip
 
 
-def _matrices(model: Model) -> list[Any]:
-    layers = [[layer.qkv, layer.attn_output, layer.gate_up, layer.down] for layer in model.layers]
-    return [model.head, *(matrix for layer in layers for matrix in layer)]
+def sweep(device: Device, model: Model) -> list[dict[str, Any]]:
+    """Microseconds of each product of one row under tilings, over the matrices of all layers."""
+    epsilon, row = model.architecture.norm_epsilon, device.extent(1)
+    attn, ffn, last = (
+        InputNorm(weight, epsilon)
+        for weight in (model.layers[0].attn_norm, model.layers[0].ffn_norm, model.output_norm)
+    )
+    cases: list[tuple[str, list[FrozenMatrix], dict[str, Any]]] = [
+        ("qkv", [layer.qkv for layer in model.layers], {"norm": attn}),
+        ("attn_output", [layer.attn_output for layer in model.layers], {}),
+        ("gate_up", [layer.gate_up for layer in model.layers],
+         {"norm": ffn, "gate": model.architecture.activation}),
+        ("down", [layer.down for layer in model.layers], {}),
+        ("logits", [model.head], {"norm": last}),
+    ]  # fmt: skip
+    found = []
+    for name, matrices, options in cases:
+        one = matrices[0]
+        chosen = choose_tiling(
+            device.is_cpu, one.out_features, one.in_features, gated="gate" in options
+        )
+        x = device.empty((1, one.in_features), extent=row)
+        tried = {
+            RowTiling(max(share, 64), share, quads, steps)
+            for share in (32, 64, 128, 256)
+            for quads in ((2,) if "gate" in options else (1, 2))
+            for steps in (1, 2, 4)
+            if 8 * share * steps <= one.in_features
+        }
+        for tiling in (chosen, *sorted(tried - {chosen}, key=str)):
+            program = Program(device)
+            for matrix in matrices:
+                matmul_row(program, x, matrix, tiling=tiling, **options)
+            seconds = statistics.median(best_times(program))
+            found.append(
+                {"product": name, "share": tiling.share, "quads": tiling.quads,
+                 "steps": tiling.steps, "chosen": tiling == chosen, "us": 1e6 * seconds,
+                 "GB/s": one.n_bytes / seconds / 1e9}
+            )  # fmt: skip
+    return found
 
 
 def encode_seconds(generator: TextGenerator, adapter: str | None) -> float:
@@ -249,102 +358,142 @@ def serve_llama_cpp() -> None:
     os._exit(0)
 
 
-def report(options: argparse.Namespace, results: dict[str, Any]) -> str:
-    """The table, as Markdown."""
-    bound, n_bytes, speeds = results["bound"], results["weight_bytes"], results["bandwidths"]
+def report(options: argparse.Namespace, name: str, results: dict[str, Any]) -> str:
+    """The tables, as Markdown."""
+    n_bytes, speeds = results["weight_bytes"], results["bandwidths"]
+    bandwidth = max(speeds.values())
     lines = [
-        f"# Generation: {Path(options.model).name}, prompt of {options.prompt} tokens, "
-        f"{options.tokens} new ones",
+        f"# Generation: {name}, prompt of {options.prompt} tokens, {options.tokens} new ones",
         "",
         f"{results['device']}, {date.today()}. Greedy, one text; medians of {REPEATS} runs. A new "
         f"token reads {n_bytes / 2**20:,.0f} MiB of weights; large reads reach "
-        f"{speeds['read'] / 1e9:,.1f} GB/s, copies {speeds['copy'] / 1e9:,.1f} (read and written); "
-        f"the higher bounds new tokens at {bound:,.0f}/s. In f32 but for the weights; keys and "
-        "values f32.",
+        f"{speeds['read'] / 1e9:,.1f} GB/s, copies {speeds['copy'] / 1e9:,.1f} (read and written). "
+        f"Shares are of the higher, which bounds new tokens at {bandwidth / n_bytes:,.0f}/s. In "
+        "f32 but for the weights; keys and values f32.",
         "",
-        "| | prompt, tokens/s | new, tokens/s | of the bound | GPU ms a token | encoding, ms |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "| | prompt, tokens/s | new, tokens/s | weights, GB/s | share | GPU ms a token | "
+        "dispatches | encoding, ms |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for name, row in results["ours"].items():
-        lines.append(
-            f"| {name} | {row['prompt']:,.0f} | {row['new']:,.1f} | {row['new'] / bound:.0%} | "
-            f"{row['gpu_ms']:.2f} | {row['encode_ms']:.2f} |"
+
+    def speed(label: str, row: dict[str, Any], rest: str) -> str:
+        read = row["new"] * n_bytes
+        return (
+            f"| {label} | {row['prompt']:,.0f} | {row['new']:,.1f} | {read / 1e9:,.1f} | "
+            f"{read / bandwidth:.0%} | {rest} |"
         )
+
+    for label, row in results["ours"].items():
+        rest = f"{row['gpu_ms']:.2f} | {row['dispatches']} | {row['encode_ms']:.2f}"
+        lines.append(speed(label, row, rest))
     if "llama.cpp" in results:
         row = results["llama.cpp"]
-        devices = ", ".join(row["devices"])
-        lines.append(
-            f"| llama.cpp ({devices}) | {row['prompt']:,.0f} | {row['new']:,.1f} | "
-            f"{row['new'] / bound:.0%} | | |"
-        )
-    for name, kernels in results["kernels"].items():
-        lines += ["", f"GPU time of the last token by kernel ({name}):", ""]
+        lines.append(speed(f"llama.cpp ({', '.join(row['devices'])})", row, " | | "))
+    for label, kernels in results["kernels"].items():
+        lines += ["", f"GPU time of the last token by kernel ({label}), each timed alone:", ""]
         lines += [
-            "| kernel | label | calls | ms | GB/s of weights |",
-            "| --- | --- | --- | --- | --- |",
+            "| kernel | label | calls | ms | GB/s of weights | share |",
+            "| --- | --- | --- | --- | --- | --- |",
         ]
         for kernel in kernels:
-            speed = f"{kernel['GB/s']:,.0f}" if kernel["GB/s"] else ""
+            read = kernel["GB/s"]
+            shares = f"{read:,.0f} | {1e9 * read / bandwidth:.0%}" if read else " | "
             lines.append(
                 f"| {kernel['kernel']} | {kernel['label']} | {kernel['calls']} | "
-                f"{kernel['ms']:.3f} | {speed} |"
+                f"{kernel['ms']:.3f} | {shares} |"
+            )
+    if results["sweep"]:
+        lines += ["", "Products of one row under other tilings:", ""]
+        lines += [
+            "| product | share of lanes | quads | steps | µs | GB/s | share | |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        for row in results["sweep"]:
+            lines.append(
+                f"| {row['product']} | {row['share']} | {row['quads']} | {row['steps']} | "
+                f"{row['us']:.1f} | {row['GB/s']:,.0f} | {1e9 * row['GB/s'] / bandwidth:.0%} | "
+                f"{'chosen' if row['chosen'] else ''} |"
             )
     return "\n".join(lines) + "\n"
 
 
+def run(options: argparse.Namespace, device: Device, name: str, folder: Path) -> None:
+    """Measures one model and writes its tables."""
+    start = time.perf_counter()
+    room = options.prompt + options.tokens + 1
+    shape = SHAPES.get(name)
+    path = Path(name)
+    if shape is not None:
+        path = folder / "one-layer.gguf"
+        write_model(path, shape, options.type, 1)
+    gguf_file = GGUFFile(path)
+    model = load_model(device, gguf_file, Architecture.from_gguf(gguf_file), room)
+    if shape is not None:
+        model = repeat_layer(device, model, shape["n_layers"])
+    architecture = model.architecture
+    generator = TextGenerator(
+        device, model, Tokenizer.from_gguf(gguf_file),
+        {"adapter": random_adapter(device, architecture)},
+    )  # fmt: skip
+    rng = np.random.default_rng(1)
+    prompt = rng.integers(3, min(architecture.vocab_size, 280), options.prompt).tolist()
+    results: dict[str, Any] = {
+        "device": f"{device.name}, {device.info['description']}",
+        "bandwidths": bandwidths(device),
+        "weight_bytes": sum(matrix.n_bytes for matrix in matrices_of(model)),
+        "ours": {},
+        "kernels": {},
+        "sweep": [],
+    }
+    timed = "timestamp-query" in device.features
+    print(f"{name}: ready after {time.perf_counter() - start:.1f} s", flush=True)
+    for label, adapter in (("bare", None), (f"adapter, r={RANK}", "adapter")):
+        row: dict[str, Any] = measure(generator, prompt, options.tokens, adapter)
+        if timed:
+            results["kernels"][label] = kernel_table(generator, adapter)
+        programs = generator._programs_of(adapter, generator._step)
+        row["dispatches"] = sum(len(program.commands) for program in programs)
+        row["gpu_ms"] = sum(kernel["ms"] for kernel in results["kernels"].get(label, []))
+        row["encode_ms"] = 1e3 * encode_seconds(generator, adapter)
+        results["ours"][label] = row
+        print(label, row, flush=True)
+    if options.sweep and timed:
+        results["sweep"] = sweep(device, model)
+    if options.llama_cpp:
+        if shape is not None:
+            path = folder / "model.gguf"
+            write_model(path, shape, options.type, shape["n_layers"])
+        results["llama.cpp"] = llama_cpp(path, prompt, options.tokens)
+    title = path.stem if shape is None else f"{name}-{options.type}"
+    text = report(options, title, results)
+    print(text)
+    options.output.mkdir(parents=True, exist_ok=True)
+    stem = f"generation-{title}-{options.prompt}-{options.tokens}"
+    (options.output / f"{stem}.md").write_text(text)
+    (options.output / f"{stem}.json").write_text(json.dumps(results, indent=1) + "\n")
+    print(f"{name}: done after {time.perf_counter() - start:.1f} s", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--model", default="Llama-1B", help=f"a GGUF, or {', '.join(SHAPES)}")
+    parser.add_argument(
+        "--model", nargs="+", default=["Llama-1B"], help=f"GGUF files, or of {', '.join(SHAPES)}"
+    )
+    parser.add_argument("--type", default="Q4_0", help="of the matrices of a shape: Q4_0, Q4_K, …")
     parser.add_argument("--prompt", type=int, default=512)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--llama-cpp", action="store_true")
+    parser.add_argument("--sweep", action="store_true", help="other tilings of the products, too")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     parser.add_argument("--serve-llama-cpp", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.serve_llama_cpp:
         serve_llama_cpp()
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(options.model)
-        if options.model in SHAPES:
-            path = Path(folder) / "model.gguf"
-            write_model(path, SHAPES[options.model])
-        gguf_file = GGUFFile(path)
-        architecture = Architecture.from_gguf(gguf_file)
-        device = Device(options.device)
-        room = options.prompt + options.tokens + 1
-        model = load_model(device, gguf_file, architecture, room)
-        generator = TextGenerator(
-            device, model, Tokenizer.from_gguf(gguf_file),
-            {"adapter": random_adapter(device, architecture)},
-        )  # fmt: skip
-        rng = np.random.default_rng(1)
-        prompt = rng.integers(3, min(architecture.vocab_size, 280), options.prompt).tolist()
-        speeds, n_bytes = bandwidths(device), weight_bytes(model)
-        results: dict[str, Any] = {
-            "device": f"{device.name}, {device.info['description']}",
-            "bandwidths": speeds,
-            "weight_bytes": n_bytes,
-            "bound": max(speeds.values()) / n_bytes,
-            "ours": {},
-            "kernels": {},
-        }
-        for name, adapter in (("bare", None), (f"adapter, r={RANK}", "adapter")):
-            row = measure(generator, prompt, options.tokens, adapter)
-            if "timestamp-query" in device.features:
-                results["kernels"][name] = kernel_table(generator, adapter)
-            row["gpu_ms"] = sum(k["ms"] for k in results["kernels"].get(name, []))
-            row["encode_ms"] = 1e3 * encode_seconds(generator, adapter)
-            results["ours"][name] = row
-            print(name, row, flush=True)
-        if options.llama_cpp:
-            results["llama.cpp"] = llama_cpp(path, prompt, options.tokens)
-    text = report(options, results)
-    print(text)
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"generation-{Path(options.model).stem}-{options.prompt}-{options.tokens}"
-    (options.output / f"{name}.md").write_text(text)
-    (options.output / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n")
+    for name in options.model:
+        with tempfile.TemporaryDirectory() as folder:
+            # A device of its own: what the last model took is given back.
+            run(options, Device(options.device), name, Path(folder))
 
 
 if __name__ == "__main__":

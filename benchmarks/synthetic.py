@@ -7,6 +7,9 @@ gguf-py writes no K-quants.
 
 from __future__ import annotations
 
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -85,6 +88,33 @@ SHAPES = {
 }  # fmt: skip
 
 
+def write_models(
+    folder: Path, names: Sequence[str], then: Callable[[Path], None] | None = None
+) -> dict[str, Path]:
+    """Writes models of SHAPES, each in a process of its own.
+
+    Args:
+        folder: gets a folder for each model.
+        names: of the models.
+        then: what each process does with its file afterwards.
+
+    Returns:
+        The GGUF of each name.
+    """
+    paths = {name: folder / name / "model.gguf" for name in names}
+    spawn = multiprocessing.get_context("spawn")  # a fork would share what PyTorch and wgpu hold
+    with ProcessPoolExecutor(len(paths), mp_context=spawn) as pool:
+        list(pool.map(_write_and_then, names, paths.values(), [then] * len(paths)))
+    return paths
+
+
+def _write_and_then(name: str, path: Path, then: Callable[[Path], None] | None) -> None:
+    path.parent.mkdir()
+    write_model(path, SHAPES[name])
+    if then is not None:
+        then(path)
+
+
 def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
     """Writes a shape's GGUF, tensor by tensor."""
     writer = gguf.GGUFWriter(path, shape.architecture)
@@ -141,8 +171,8 @@ def _random_blocks(rng: np.random.Generator, kind: Type, rows: int, columns: int
         # d · 32 · q - dmin · 32 with every six-bit scale and minimum 32.
         put(0, std / 4.6 / 32)
         put(2, 7.5 * std / 4.6 / 32)
-        blocks[:, :, 4:12], blocks[:, :, 12:16] = 0x80 | 0x20, 0x00
         blocks[:, :, 4:12] = 0b10_100000  # upper bits of scales 4 … 7 in bits 6 and 7, 32 below
+        blocks[:, :, 12:16] = 0
     elif kind == Type.Q6_K:
         blocks[:, :, 192:208] = 32
         put(208, std / 18.5 / 32)  # -32 … 31

@@ -1,11 +1,14 @@
 """A training step of ours against Hugging Face PEFT's on the same GPU, in one run.
 
-The model has a real one's shape and tensor types with random weights (benchmarks/synthetic.py), so
-that the file need not travel; transformers loads the very same GGUF. Both sides train LoRA r=16 on
-all linear layers with AdamW and clipping on the same random rows, and their losses are printed side
-by side. PEFT runs eager, as its users run it, with and without gradient checkpointing.
+The models have real ones' shapes and tensor types with random weights (benchmarks/synthetic.py), so
+that no file need travel; transformers loads the very same GGUF, once a model. Both sides train LoRA
+r=16 on all linear layers with AdamW and clipping, from the same adapter on the same random rows.
+PEFT runs eager, as its users run it; its float32 is the reference for losses and gradient norms.
 
-    python benchmarks/vs_peft.py [--model SmolLM2-135M] [--rows 1] [--length 512] [--output DIR]
+    python benchmarks/vs_peft.py --shapes SmolLM2-135M:1x128,1x512 Llama-1.2B:1x512
+    python benchmarks/vs_peft.py --model Llama-1.2B --rows 1 --length 8192 --recompute on \
+        --no-peft --steps 6
+    python benchmarks/vs_peft.py --model tiny --no-peft --curve 50
 """
 
 from __future__ import annotations
@@ -14,11 +17,10 @@ import argparse
 import gc
 import json
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -27,56 +29,86 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.synthetic import SHAPES, write_model
-from lora.config import Config
-from lora.data import Example
-from lora.profiling import KernelRow, kernel_table
+from benchmarks.sessions import (
+    RANK,
+    as_examples,
+    describe,
+    markdown_table,
+    planned_memory,
+    random_rows,
+    repeating_rows,
+    run_config,
+    shake_adapter,
+    used_memory,
+)
+from benchmarks.synthetic import SHAPES, write_models
+from forward.architecture import Architecture
+from forward.gguf_file import GGUFFile
+from lora.profiling import kernel_table
 from lora.session import TrainingSession
+from shaders.device import Device
 
-RANK, ALPHA = 16, 32.0
 LEARNING_RATE = 1e-4
-WARM_UP, STEPS = 5, 20
+LOSS_TOLERANCE, NORM_TOLERANCE = 5e-4, 5e-3  # of tests/parity/test_live.py
+CARD = 12 << 30  # bytes of the card that a run should fit on
+
+# In the order in which one model on the device serves all: once cast to bfloat16, it stays so.
+PEFT_VARIANTS = {
+    "float32": ("float32", False),
+    "float32-checkpointing": ("float32", True),
+    "bfloat16": ("bfloat16", False),
+    "bfloat16-checkpointing": ("bfloat16", True),
+}
 
 
-def ours(
-    model: Path, rows: list[np.ndarray], batch_size: int, directory: Path, recompute: str
-) -> tuple[dict[str, Any], TrainingSession]:
-    """Times our steps; leaves the untrained adapter in `directory` for PEFT to start from."""
-    config = Config.model_validate(
-        {
-            "model": {"path": str(model)},
-            "adapter": {"rank": RANK, "alpha": ALPHA},
-            "data": {"train": "none", "max_length": len(rows[0])},
-            "train": {
-                "steps": WARM_UP + STEPS,
-                "batch_size": batch_size,
-                "learning_rate": LEARNING_RATE,
-                "schedule": "constant",
-                "warmup_ratio": 0.0,
-                "recompute": recompute,
-            },
-            "output": str(directory),
-        }
+@dataclass(frozen=True)
+class Case:
+    """What is timed: micro-batches of `rows` rows of `length` tokens, and how many of them."""
+
+    rows: int
+    length: int
+    steps: int
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before those."""
+        return max(1, self.steps // 4)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.length}"
+
+    def data(self, model: str) -> list[np.ndarray]:
+        """The rows of all steps, the same for everyone who asks."""
+        n = self.rows * (self.warm_up + self.steps)
+        return random_rows(SHAPES[model].vocab_size, n, self.length)
+
+
+def ours(model: Path, name: str, case: Case, precision: str, recompute: str,
+         adapter: Path) -> dict[str, Any]:  # fmt: skip
+    """Times our steps; leaves the untrained adapter in `adapter` for PEFT to start from."""
+    gc.collect()
+    before = used_memory()
+    config = run_config(
+        model,
+        batch_size=case.rows,
+        length=case.length,
+        steps=case.warm_up + case.steps,
+        precision=precision,
+        recompute=recompute,
+        learning_rate=LEARNING_RATE,
     )
     start = time.perf_counter()
-    trained = [np.arange(len(ids)) > 0 for ids in rows]
-    examples = [Example(ids, t, i) for i, (ids, t) in enumerate(zip(rows, trained, strict=True))]
-    session = TrainingSession(config, examples=examples)
-    # B = 0 would hide half of the gradients.
-    rng = np.random.default_rng(1)
-    modules = session.layout.to_modules(session.parameters())
-    for path, (a, b) in modules.items():
-        modules[path] = (a, rng.normal(0, 0.02, b.shape).astype(np.float32))
-    session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
-    session.save(directory)
+    device = Device()
+    opened = used_memory()
+    session = TrainingSession(config, examples=as_examples(case.data(name)), device=device)
+    shake_adapter(session)
     set_up = time.perf_counter() - start
+    session.save(adapter)
 
     losses, norms, times, encode = [], [], [], []
-    start = time.perf_counter()
-    first_step = 0.0
-    stream = iter(session.stream)
-    for index in range(WARM_UP + STEPS):
-        batches = next(stream)
+    assert session.stream is not None
+    begin_state = session.stream.state()
+    for batches in session.stream:
         begin = time.perf_counter()
         session.step(batches)
         encode.append(time.perf_counter() - begin)
@@ -84,43 +116,58 @@ def ours(
             losses.append(metrics.loss)
             norms.append(metrics.grad_norm)
         times.append(time.perf_counter() - begin)
-        if index == 0:
-            first_step = time.perf_counter() - start
-    # The same without fences: the host runs ahead, as in training.
-    stream.restore(stream.state() | {"step": 0, "offset": 0, "epoch": 0})
+    used = used_memory()
+    median = statistics.median(times[case.warm_up :])
+    # The same without fences: the host runs ahead, as in training. Some seconds of it are enough.
+    n = max(2, min(case.steps, int(5 / median)))
+    session.stream.restore(begin_state)
     begin = time.perf_counter()
-    for _ in range(STEPS):
-        session.step(next(stream))
-    list(session.finished_steps(wait=True))
-    pipelined = (time.perf_counter() - begin) / STEPS
-    result = {
-        "ms": 1e3 * statistics.median(times[WARM_UP:]),
+    for _ in range(n):
+        session.step(next(session.stream))
+    session.finished_steps(wait=True)
+    pipelined = (time.perf_counter() - begin) / n
+    timed = "timestamp-query" in device.features
+    kernels = kernel_table(session, repeats=5 if median < 0.5 else 1) if timed else []
+    return {
+        "ms": 1e3 * median,
         "ms_pipelined": 1e3 * pipelined,
-        "encode_ms": 1e3 * statistics.median(encode[WARM_UP:]),
+        "encode_ms": 1e3 * statistics.median(encode[case.warm_up :]),
         "set_up_s": set_up,
-        "first_step_s": first_step,
-        "memory_MiB": sum(session.device.allocated.values()) / 2**20,
-        "memory": {k: round(v / 2**20, 1) for k, v in session.device.allocated.items()},
+        "first_step_s": times[0],
+        "memory_MiB": sum(device.allocated.values()) / 2**20,
+        "memory": {k: round(v / 2**20, 1) for k, v in device.allocated.items()},
+        "planned_MiB": planned_memory(session) / 2**20,
+        "context_MiB": _difference_mib(before, opened),
+        "nvidia_smi_MiB": _difference_mib(before, used),
         "losses": losses,
         "norms": norms,
+        "kernels": [asdict(row) for row in kernels],
+        "device": describe(device),
     }
-    return result, session
 
 
-def peft(
-    model: Path, rows: list[np.ndarray], batch_size: int, adapter: Path,
-    dtype: str, checkpointing: bool,
-) -> dict[str, Any]:  # fmt: skip
-    """Times PEFT's steps in eager PyTorch from the same adapter."""
+def _difference_mib(before: int | None, after: int | None) -> float | None:
+    return None if before is None or after is None else (after - before) / 2**20
+
+
+def peft(base: Any, name: str, case: Case, dtype: str, checkpointing: bool,
+         adapter: Path) -> dict[str, Any]:  # fmt: skip
+    """Times PEFT's steps in eager PyTorch from the same adapter; leaves `base` as it was.
+
+    Args:
+        base: transformers' model, in float32 or already in `dtype`.
+    """
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM
 
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
-    base = AutoModelForCausalLM.from_pretrained(
-        model.parent, gguf_file=model.name, dtype=getattr(torch, dtype)
-    ).cuda()
+    on_gpu = base.device.type == "cuda"
+    # No buffers: in from_pretrained's bfloat16 models too, rotary frequencies are float32.
+    for parameter in base.parameters():
+        parameter.data = parameter.data.to(getattr(torch, dtype))
+    gc.collect()
+    if on_gpu:
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
     if checkpointing:
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
@@ -129,151 +176,359 @@ def peft(
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     losses, norms, times = [], [], []
-    for index in range(WARM_UP + STEPS):
-        torch.cuda.synchronize()
+    rows = case.data(name)
+    for first in range(0, len(rows), case.rows):
+        _wait(on_gpu)
         begin = time.perf_counter()
-        first = index * batch_size % len(rows)
-        ids = torch.tensor(np.stack(rows[first : first + batch_size]), device="cuda").long()
-        loss = net(input_ids=ids, labels=ids).loss
+        ids = torch.tensor(np.stack(rows[first : first + case.rows])).to(base.device).long()
+        loss = net(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        torch.cuda.synchronize()
+        _wait(on_gpu)
         times.append(time.perf_counter() - begin)
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         norms.append(float(norm))
-    result = {
-        "ms": 1e3 * statistics.median(times[WARM_UP:]),
-        "memory_MiB": torch.cuda.max_memory_allocated() / 2**20,
+    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
+    reserved = torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None
+    net.unload()
+    if checkpointing:
+        base.gradient_checkpointing_disable()
+        base.disable_input_require_grads()
+    return {
+        "ms": 1e3 * statistics.median(times[case.warm_up :]),
+        "memory_MiB": peak,
+        "reserved_MiB": reserved,
         "losses": losses,
         "norms": norms,
     }
-    del net, base, optimizer, parameters
-    gc.collect()
-    return result
 
 
-def main() -> None:
+def _wait(on_gpu: bool) -> None:
+    if on_gpu:
+        import torch
+
+        torch.cuda.synchronize()
+
+
+def make_base(path: Path) -> None:
+    """Leaves transformers' model of a GGUF, in float32, as a pickle beside it.
+
+    This is most of what a comparison's set-up takes, and one core's work: it is done once a model,
+    for several models at a time. (save_pretrained refuses a model that came out of a GGUF.)
+    """
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    torch.set_num_threads(2)
+    base = AutoModelForCausalLM.from_pretrained(
+        path.parent, gguf_file=path.name, dtype=torch.float32
+    )
+    torch.save(base, path.with_suffix(".pt"))
+
+
+def load_base(path: Path) -> Any:
+    """Transformers' model in float32, as `make_base` left it, on the GPU if PyTorch has one."""
+    import torch
+
+    base = torch.load(path.with_suffix(".pt"), weights_only=False, mmap=True)
+    return base.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def loss_curves(
+    model_path: Path,
+    steps: int,
+    precisions: list[str],
+    *,
+    rows: int = 4,
+    length: int = 64,
+    learning_rate: float = 1e-3,
+) -> dict[str, list[float]]:
+    """The losses of training in several precisions, from one start on the same batches.
+
+    The rows repeat short random sequences of a few tokens: the loss falls from the first steps.
+
+    Returns:
+        For each precision the loss of each step.
+    """
+    vocab_size = Architecture.from_gguf(GGUFFile(model_path)).vocab_size
+    examples = as_examples(repeating_rows(vocab_size, rows * steps, length))
+    curves = {}
+    for precision in precisions:
+        config = run_config(
+            model_path,
+            batch_size=rows,
+            length=length,
+            steps=steps,
+            precision=precision,
+            learning_rate=learning_rate,
+        )
+        session = TrainingSession(config, examples=examples)
+        curves[precision] = [metrics.loss for metrics in session.train()]
+        del session
+        gc.collect()
+    return curves
+
+
+def largest_difference(values: list[float], reference: list[float]) -> float:
+    """The largest relative difference over the steps that both have."""
+    n = min(len(values), len(reference))
+    ours, theirs = np.array(values[:n]), np.array(reference[:n])
+    return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
+
+
+# -- reports --------------------------------------------------------------------------------------
+
+
+def write_report(output: Path, name: str, case: Case, results: dict[str, dict[str, Any]]) -> str:
+    """Writes a case's tables and all figures as Markdown and JSON; returns the Markdown."""
+    text = "\n".join(report(name, case, results)) + "\n"
+    _write(output / f"vs_peft-{name}-{case}", text, results)
+    return text
+
+
+def _write(path: Path, text: str, figures: Any) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_name(path.name + ".md").write_text(text)
+    path.with_name(path.name + ".json").write_text(json.dumps(figures, indent=1) + "\n")
+
+
+def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[str]:
+    """The lines of a case's Markdown."""
+    of_ours = {label: r for label, r in results.items() if "kernels" in r}
+    device = next(iter(of_ours.values()))["device"]
+    reference = next((label for label in results if label.startswith("PEFT float32")), None)
+    compared = reference or next(iter(results))
+    lines = [
+        f"# {name}, {case.rows} × {case.length} tokens, r={RANK}, all linear layers",
+        "",
+        f"{device}, through Vulkan, {date.today()}. Median of {case.steps} steps after "
+        f"{case.warm_up}, the device waited for after each; weights random, the same adapter and "
+        "batches for all. Memory: ours what is allocated, PEFT's torch.cuda.max_memory_allocated. "
+        f"Differences: the largest relative one from {compared} over {case.warm_up + case.steps} "
+        f"steps; the parity tests allow {LOSS_TOLERANCE:.0e} (losses) and {NORM_TOLERANCE:.0e} "
+        "(gradient norms).",
+        "",
+    ]
+    rows = []
+    for label, result in results.items():
+        ratio = f"{results[reference]['ms'] / result['ms']:.2f}×" if reference else ""
+        losses = largest_difference(result["losses"], results[compared]["losses"])
+        norms = largest_difference(result["norms"], results[compared]["norms"])
+        within = losses <= LOSS_TOLERANCE and norms <= NORM_TOLERANCE
+        rows.append([
+            label, f"{result['ms']:.1f}", ratio, _mib(result["memory_MiB"]),
+            f"{losses:.1e}", f"{norms:.1e}",
+            "is compared with" if label == compared else "yes" if within else "no",
+        ])  # fmt: skip
+    lines += markdown_table(
+        ["", "ms a step", "against PEFT f32", "memory, MiB", "losses differ by", "norms differ by",
+         "within the parity tests'"],
+        rows,
+    )  # fmt: skip
+    lines += ["", *memory_lines(of_ours)]
+    reserved = [
+        f"{k} {_mib(r['reserved_MiB'])}" for k, r in results.items() if r.get("reserved_MiB")
+    ]
+    if reserved:
+        lines += ["", f"Reserved by PyTorch's allocator, MiB: {', '.join(reserved)}."]
+    for label, result in of_ours.items():
+        lines += [
+            "",
+            f"{label}: {result['ms_pipelined']:.1f} ms a step without waiting, "
+            f"{result['encode_ms']:.1f} ms of it encoding on the host; set-up "
+            f"{result['set_up_s']:.1f} s, first step {result['first_step_s']:.1f} s.",
+        ]
+    last_of_precision = {label.split(",")[0]: label for label in of_ours}
+    for label in last_of_precision.values():
+        if of_ours[label]["kernels"]:
+            lines += ["", f"GPU time of a step by kernel, {label}:", ""]
+            lines += kernel_lines(of_ours[label]["kernels"])
+    return lines
+
+
+def memory_lines(results: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of what our runs take: allocated, planned, and what the driver says."""
+    rows = []
+    for label, result in results.items():
+        seen, planned = result["nvidia_smi_MiB"], result["planned_MiB"]
+        total = planned if seen is None else seen
+        purposes = sorted(result["memory"].items(), key=lambda item: -item[1])
+        rows.append([
+            label, f"{result['memory_MiB']:.0f}", f"{planned:.0f}", _mib(seen),
+            _mib(result["context_MiB"]),
+            "" if seen is None else f"{(seen - planned) / planned:+.1%}",
+            f"{total * 2**20 / CARD:.0%}",
+            ", ".join(f"{purpose} {size:.0f}" for purpose, size in purposes if size >= 0.5),
+        ])  # fmt: skip
+    table = markdown_table(
+        ["MiB", "allocated", "`lora plan`", "nvidia-smi", "of it an empty device",
+         "nvidia-smi against the plan", "of 12 GiB", "allocated for"],
+        rows,
+    )  # fmt: skip
+    note = (
+        "nvidia-smi: growth of the GPU's memory in use from before the device was opened until "
+        "after the last timed step; where it is absent, the plan is compared with 12 GiB."
+    )
+    return [*table, "", note]
+
+
+def kernel_lines(kernels: list[dict[str, Any]]) -> list[str]:
+    """The table of a step's kernels."""
+    total = sum(row["seconds"] for row in kernels)
+    rows = [
+        [
+            row["kernel"], row["label"], row["calls"], f"{1e3 * row['seconds']:.2f}",
+            f"{row['seconds'] / total:.1%}",
+            f"{row['flops'] / row['seconds'] / 1e12:.3g}" if row["flops"] else "",
+        ]
+        for row in kernels
+    ]  # fmt: skip
+    return markdown_table(["kernel", "label", "calls", "ms", "share", "TFLOP/s"], rows)
+
+
+def write_curves(output: Path, name: str, case: Case, curves: dict[str, list[float]]) -> str:
+    """Writes loss curves and how far they part, as Markdown and JSON; returns the Markdown."""
+    first, *others = curves
+    steps = len(curves[first])
+    lines = [f"# {name}, {case.rows} × {case.length} tokens: losses of {steps} steps", ""]
+    for precision in others:
+        worst = largest_difference(curves[precision], curves[first])
+        lines += [f"{precision} against {first}: they differ by at most {worst:.1e}.", ""]
+    shown = sorted({*range(0, steps, max(1, steps // 10)), steps - 1})
+    lines += markdown_table(
+        ["step", *curves],
+        [[step + 1, *(f"{curve[step]:.5f}" for curve in curves.values())] for step in shown],
+    )
+    text = "\n".join(lines) + "\n"
+    _write(output / f"curves-{name}-{case}-{steps}", text, curves)
+    return text
+
+
+def _mib(value: float | None) -> str:
+    return "" if value is None else f"{value:.0f}"
+
+
+# -- the command ----------------------------------------------------------------------------------
+
+
+def parse_shapes(texts: list[str], steps: int) -> dict[str, list[Case]]:
+    """`MODEL:ROWSxLENGTH,…` each, to a model's cases.
+
+    Raises:
+        ValueError: a text of another form, or a model that benchmarks/synthetic.py has not.
+    """
+    cases: dict[str, list[Case]] = {}
+    for text in texts:
+        name, _, sizes = text.partition(":")
+        if name not in SHAPES:
+            raise ValueError(f"{name!r} is none of {', '.join(SHAPES)}")
+        for size in sizes.split(","):
+            rows, times, length = size.partition("x")
+            if not (times and rows.isdigit() and length.isdigit()):
+                raise ValueError(f"{size!r} in {text!r} is not ROWSxLENGTH, as 4x512")
+            cases.setdefault(name, []).append(Case(int(rows), int(length), steps))
+    return cases
+
+
+def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
+    """The command line; `cases` holds what is to be timed, `variants` those of PEFT."""
     parser = argparse.ArgumentParser()
+    # fmt: off
+    parser.add_argument("--shapes", nargs="+", metavar="MODEL:ROWSxLENGTH,…",
+                        help="several at once, in place of --model, --rows and --length")
     parser.add_argument("--model", default="SmolLM2-135M", choices=SHAPES)
     parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--precision", default="f32,f16", help="of ours")
+    parser.add_argument("--recompute", default="on,off", help="of ours")
+    parser.add_argument("--peft", default=",".join(PEFT_VARIANTS), metavar="VARIANT,…",
+                        help=f"which of {', '.join(PEFT_VARIANTS)}")
     parser.add_argument("--no-peft", action="store_true")
-    parser.add_argument("--recompute", default="on,off")
-    options = parser.parse_args()
-
-    with tempfile.TemporaryDirectory() as folder:
-        model = Path(folder) / "model.gguf"
-        write_model(model, SHAPES[options.model])
-        rng = np.random.default_rng(0)
-        vocab_size = SHAPES[options.model].vocab_size
-        n = options.rows * (WARM_UP + STEPS)
-        rows = [rng.integers(3, vocab_size, options.length).astype(np.int32) for _ in range(n)]
-        results: dict[str, Any] = {}
-        kernels = []
-        for recompute in options.recompute.split(","):
-            adapter = Path(folder) / f"adapter-{recompute}"
-            name = f"ours f32, recompute {recompute}"
-            results[name], session = ours(model, rows, options.rows, adapter, recompute)
-            info = session.device.info
-            kernels = kernel_table(session)
-            order = _order(session)
-            del session
-            gc.collect()
-            print(name, {k: v for k, v in results[name].items() if k not in ("losses", "norms")},
-                  flush=True)  # fmt: skip
-        rows = [rows[i] for i in order]
-        if not options.no_peft:
-            for dtype in ("float32", "bfloat16"):
-                for checkpointing in (False, True):
-                    name = f"PEFT {dtype}" + (", checkpointing" if checkpointing else "")
-                    results[name] = peft(model, rows, options.rows, adapter, dtype, checkpointing)
-                    print(name, results[name]["ms"], results[name]["memory_MiB"], flush=True)
-    write_report(options, results, kernels, info)
-
-
-def _order(session: TrainingSession) -> list[int]:
-    """The order in which the session saw its examples."""
-    from lora.batches import DataStream
-
-    config = session.config
-    stream = DataStream(
-        session.train_examples,
-        batch_size=config.train.batch_size,
-        shuffle=config.data.shuffle,
-        seed=config.train.seed,
-    )
-    return [index for batches in stream for batch in batches for index in batch.examples]
-
-
-def write_report(
-    options: argparse.Namespace, results: dict[str, Any], kernels: list[KernelRow],
-    info: dict[str, Any],
-) -> None:  # fmt: skip
-    """Writes the table and all figures as Markdown and JSON."""
-    options.output.mkdir(parents=True, exist_ok=True)
-    name = f"vs_peft-{options.model}-{options.rows}x{options.length}"
+    parser.add_argument("--steps", type=int, default=20,
+                        help="timed steps, after a quarter as many to warm up")
+    parser.add_argument("--curve", type=int, default=0, metavar="STEPS",
+                        help="train that many steps in each precision and compare the losses")
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    # fmt: on
+    options = parser.parse_args(arguments)
+    options.variants = [] if options.no_peft or options.curve else options.peft.split(",")
+    unknown = [variant for variant in options.variants if variant not in PEFT_VARIANTS]
+    if unknown:
+        parser.error(f"--peft: {unknown[0]!r} is none of {', '.join(PEFT_VARIANTS)}")
+    options.precision = options.precision.split(",")
+    shapes = options.shapes or [f"{options.model}:{options.rows}x{options.length}"]
     try:
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"],
-            capture_output=True, text=True, check=True,
-        ).stdout.strip()  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        driver = f"{info['device']} {info['description']}"
-    reference = results.get("PEFT float32", {}).get("ms")
-    lines = [
-        f"# {options.model}, {options.rows} × {options.length} tokens, r={RANK}, all linear layers",
-        "",
-        f"{driver}, through Vulkan, {date.today()}. Median of {STEPS} steps after {WARM_UP}, the "
-        "device waited for after each; weights random. Memory: ours what is allocated, PEFT's "
-        "torch.cuda.max_memory_allocated.",
-        "",
-        "| | ms a step | against PEFT f32 | memory, MiB | first losses | first gradient norms |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for label, result in results.items():
-        ratio = f"{reference / result['ms']:.2f}×" if reference else ""
-        lines.append(
-            f"| {label} | {result['ms']:.1f} | {ratio} | {result['memory_MiB']:.0f} | "
-            f"{', '.join(f'{loss:.5f}' for loss in result['losses'][:3])} | "
-            f"{', '.join(f'{norm:.4f}' for norm in result['norms'][:3])} |"
+        options.cases = parse_shapes(shapes, options.steps)
+    except ValueError as error:
+        parser.error(f"--shapes: {error}")
+    return options
+
+
+class Clock:
+    """Says what was done, and when: minutes on a lent GPU are few."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+
+    def say(self, text: str) -> None:
+        print(f"[{time.perf_counter() - self._start:6.1f} s] {text}", flush=True)
+
+
+def compare(
+    options: argparse.Namespace, name: str, cases: list[Case], path: Path, clock: Clock
+) -> None:
+    """Times one model, ours at every shape and then PEFT's variants.
+
+    Every result is written at once: whoever stops this keeps what there is.
+    """
+    adapter = path.with_suffix(".adapter")
+    results: dict[Case, dict[str, dict[str, Any]]] = {case: {} for case in cases}
+
+    def keep(case: Case, label: str, result: dict[str, Any]) -> None:
+        results[case][label] = result
+        write_report(options.output, name, case, results[case])
+        clock.say(f"{name} {case}: {label}: {result['ms']:.1f} ms")
+
+    for case in cases:
+        for precision in options.precision:
+            for recompute in options.recompute.split(","):
+                result = ours(path, name, case, precision, recompute, adapter)
+                keep(case, f"ours {precision}, recompute {recompute}", result)
+    if options.variants:
+        base = load_base(path)
+        clock.say(f"{name}: transformers' model loaded")
+        for variant, (dtype, checkpointing) in PEFT_VARIANTS.items():
+            for case in cases if variant in options.variants else ():
+                label = f"PEFT {dtype}" + (", checkpointing" if checkpointing else "")
+                keep(case, label, peft(base, name, case, dtype, checkpointing, adapter))
+    for case in cases:
+        print(write_report(options.output, name, case, results[case]), flush=True)
+
+
+def main() -> None:
+    options = parse_options()
+    clock = Clock()
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_models(
+            Path(folder), list(options.cases), make_base if options.variants else None
         )
-    for label, result in results.items():
-        if "ms_pipelined" in result:
-            lines += [
-                "",
-                f"{label}: {result['ms_pipelined']:.1f} ms a step without waiting, "
-                f"{result['encode_ms']:.1f} ms of it encoding on the host; set-up "
-                f"{result['set_up_s']:.1f} s, first step {result['first_step_s']:.1f} s.",
-            ]
-    lines += [
-        "",
-        f"GPU time of a step by kernel (the last of ours, {len(kernels)} kinds of dispatch):",
-        "",
-    ]
-    lines += [
-        "| kernel | label | calls | ms | share | TFLOP/s |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    total = sum(row.seconds for row in kernels)
-    for row in kernels:
-        speed = f"{row.flops / row.seconds / 1e12:.1f}" if row.flops else ""
-        lines.append(
-            f"| {row.kernel} | {row.label} | {row.calls} | {1e3 * row.seconds:.2f} | "
-            f"{row.seconds / total:.1%} | {speed} |"
-        )
-    text = "\n".join(lines) + "\n"
-    (options.output / f"{name}.md").write_text(text)
-    (options.output / f"{name}.json").write_text(
-        json.dumps(
-            {"device": driver, "results": results, "kernels": [asdict(row) for row in kernels]},
-            indent=1,
-        )
-        + "\n"
-    )
-    print(text)
+        clock.say("models prepared")
+        for name, cases in options.cases.items():
+            if not options.curve:
+                compare(options, name, cases, paths[name], clock)
+                continue
+            for case in cases:
+                curves = loss_curves(
+                    paths[name],
+                    options.curve,
+                    options.precision,
+                    rows=case.rows,
+                    length=case.length,
+                )
+                print(write_curves(options.output, name, case, curves), flush=True)
+                clock.say(f"{name} {case}: curves")
 
 
 if __name__ == "__main__":

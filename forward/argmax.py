@@ -6,12 +6,14 @@ from forward.activations import check_shape, extent_of
 from shaders.program import Program
 from shaders.tensor import Tensor
 
+_STEPS = 4  # quads of columns that a lane loads at once
+
 
 def argmax(program: Program, x: Tensor, out: Tensor, *, length: int) -> None:
     """Appends out[m] = the place of the largest of x[m, :length], the lowest of equal ones.
 
     Args:
-        x: [rows, length or more].
+        x: [rows, length or more], a multiple of 4 columns.
         out: u32 [rows].
         length: columns that count: a vocabulary without its padding.
     """
@@ -19,5 +21,7 @@ def argmax(program: Program, x: Tensor, out: Tensor, *, length: int) -> None:
     check_shape("argmax output", out, x.shape[0])
     if not 0 < length <= x.shape[1] or out.dtype != "u32":
         raise ValueError(f"argmax: {length} columns of {x.shape} into {out.dtype} {out.shape}")
-    constants = {"length": length, "stride": x.shape[1]}
+    if x.shape[1] % 4:
+        raise ValueError(f"argmax: {x.shape[1]} columns are no multiple of 4")
+    constants = {"length": length, "stride": x.shape[1], "steps": _STEPS}
     program.dispatch("argmax", constants, [extent.uniform, x, out], extent.maximum)

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+import itertools
+from dataclasses import asdict, dataclass, replace
+from math import log2
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
-
-# Set these by benchmarks/attention.py.
-TEAMS = {"attention": 2, "attention_backward_q": 2, "attention_backward_kv": 2}  # on a GPU
-TEAM_LANES = {"attention": 64, "attention_backward_q": 64, "attention_backward_kv": 64}
-MAX_ACCUMULATORS = 64  # f32 a lane may hold as sums of output columns, before registers spill
-WORKGROUPS_WANTED = 128  # narrower blocks are chosen until a dispatch on a GPU has this many
-UNROLL = 4
 
 _SUMS = {"attention": 1, "attention_backward_q": 1, "attention_backward_kv": 2}
 _OWN_TILES = {"attention": 1, "attention_backward_q": 2, "attention_backward_kv": 2}
@@ -53,25 +48,33 @@ def attention(
         softcap: scores s become softcap · tanh(s / softcap); None for none.
         out: where to write; a new tensor by default.
         lse: where to write the log of each row's sum of exponentials, which the backward needs;
-            a new tensor by default.
+            a new tensor by default; f32, where qkv and out may be f16.
     """
     extent = extent_of(qkv)
     constants = attention_constants(
         qkv, segments, n_heads, n_kv_heads, head_size, scale, window, softcap
     )
-    y = out if out is not None else activation(program, extent, n_heads * head_size)
+    y = out if out is not None else activation_like(program, qkv, n_heads * head_size)
     check_shape("attention output", y, qkv.shape[0], n_heads * head_size)
     log_sums = lse if lse is not None else activation(program, extent, n_heads)
     check_shape("attention log-sum-exp", log_sums, qkv.shape[0], n_heads)
-    tile = choose_tile("attention", program.device, extent.maximum, n_heads, head_size)
+    tile_type = qkv.dtype
+    tile = choose_tile("attention", program.device, extent.maximum, n_heads, head_size, tile_type)
+    types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "out_type": y.dtype}
     program.dispatch(
         "attention",
-        {**constants, **asdict(tile)},
+        {**constants, **types, **asdict(tile)},
         [extent.uniform, qkv, segments, y, log_sums],
         tile.workgroups(extent.maximum, n_heads),
         flops=4 * head_size * n_heads * visible_pairs(extent.maximum, window),
     )
     return y, log_sums
+
+
+def activation_like(program: Program, x: Tensor, columns: int) -> Tensor:
+    """A new activation of x's type and rows."""
+    extent = extent_of(x)
+    return program.device.empty((extent.maximum, columns), x.dtype, extent=extent)
 
 
 def attention_constants(
@@ -91,6 +94,8 @@ def attention_constants(
         raise ValueError(f"head_size is {head_size}, expected a multiple of 4 up to 256")
     if window is not None and window < 1:
         raise ValueError(f"an attention window of {window} rows sees nothing, not even itself")
+    if not scale > 0:
+        raise ValueError(f"scale is {scale}, expected a positive number")
     if softcap is not None and softcap <= 0:
         raise ValueError(f"softcap is {softcap}, expected a positive number, or None for no cap")
     columns = (n_heads + 2 * n_kv_heads) * head_size
@@ -104,6 +109,7 @@ def attention_constants(
         "head_size": head_size,
         "stride": columns // 4,
         "scale": float(scale),
+        "half_scale": 2.0 ** round(log2(scale)),  # exact in f16, unlike most scales
         "window": window,
         "softcap": None if softcap is None else float(softcap),
     }
@@ -113,37 +119,86 @@ def attention_constants(
 class Tile:
     """How an attention kernel cuts its work: the template constants of attention_tiles.wgsl.
 
-    Only `teams` decides the order of sums; everything else decides speed alone.
+    `teams`, `slices` and, with more than one slice or `half`, `chunk` decide the order of sums;
+    everything else decides speed alone.
     """
 
     teams: int = 1  # of lanes in a workgroup, each walking past its own share of keys (or queries)
     team_lanes: int = 64
     per_lane: int = 4  # rows of the workgroup's block that a lane holds
-    chunk: int = 16  # vec4 columns of a head in the tile that is walked past: 8, 16 or 32
+    chunk: int = 16  # vec4 columns of a head in the tile that is walked past: 8 to 64
     held: bool = True  # the block's own tiles stay in workgroup memory
     prefetch: bool = True  # the next tile is read while this one is worked on
     unroll: int = 4  # columns in one turn of the loop of products
+    slices: int = 1  # of a team's lanes, each with its own columns of every chunk, 8 at least
+    half: bool = False  # products of f16 tiles, and sums of at most 32 of them, are f16
 
     @property
     def block(self) -> int:
         """Rows of the workgroup's block; at most 32, on which the kernels rely."""
-        return self.team_lanes // 8 * self.per_lane
+        return self.team_lanes // (8 * self.slices) * self.per_lane
 
     def workgroups(self, rows: int, heads: int) -> int:
         """How many workgroups cover `heads` heads of that many rows."""
         return -(-rows // self.block) * heads
 
-    def memory(self, kernel: str, head_size: int) -> int:
+    def cuts(self, head_size: int) -> bool:
+        """Whether heads of that size divide among its slices."""
+        whole_heads = head_size % (4 * self.chunk) == 0
+        return self.slices == 1 or (whole_heads and self.chunk % (8 * self.slices) == 0)
+
+    def accumulators(self, kernel: str, head_size: int) -> int:
+        """How many f32 a lane holds as sums of output columns."""
+        groups = -(-head_size // (32 * self.slices))
+        return groups * 4 * self.per_lane * _SUMS[kernel]
+
+    def memory(self, kernel: str, head_size: int, tile_type: str = "f32") -> int:
         """Bytes of workgroup memory that a kernel takes under this tile."""
         width = -(-head_size // (4 * self.chunk)) * self.chunk if self.held else self.chunk
         own = self.block * width * (_OWN_TILES[kernel] if self.held else 1)
-        weights = self.block * 8
-        maxima = self.block * 2 if kernel == "attention" else 0
-        return 16 * (own + self.teams * (32 * self.chunk + weights + maxima))
+        weights = self.block * 8 * (16 * self.slices + 8 * self.half)
+        maxima = self.block * 32 if kernel == "attention" else 0
+        tiles = own + self.teams * 32 * self.chunk
+        return tiles * (8 if tile_type == "f16" else 16) + self.teams * (weights + maxima)
 
 
-def choose_tile(kernel: str, device: Device, rows: int, heads: int, head_size: int) -> Tile:
-    """The tile of an attention kernel: as many rows a lane as registers, memory and rows allow.
+# On GPUs, by kernel, type of tiles and the largest head size that a row is for: set these by
+# benchmarks/attention.py, which prints rows. `per_lane` is the largest.
+GPU_TILES = {
+    ("attention", "f32", 64): Tile(teams=2),
+    ("attention", "f32", 128): Tile(teams=2),
+    ("attention", "f32", 256): Tile(teams=2, per_lane=2),
+    ("attention", "f16", 64): Tile(teams=2, per_lane=2, half=True),
+    ("attention", "f16", 128): Tile(teams=2, half=True),
+    ("attention", "f16", 256): Tile(teams=2, team_lanes=128, chunk=32, slices=4, half=True),
+    ("attention_backward_q", "f32", 64): Tile(teams=2),
+    ("attention_backward_q", "f32", 128): Tile(teams=2, held=False),
+    ("attention_backward_q", "f32", 256): Tile(teams=2, per_lane=2, held=False),
+    ("attention_backward_q", "f16", 64): Tile(teams=2, half=True),
+    ("attention_backward_q", "f16", 128): Tile(teams=2, half=True),
+    ("attention_backward_q", "f16", 256): Tile(
+        teams=2, team_lanes=128, chunk=32, slices=4, held=False, half=True
+    ),
+    ("attention_backward_kv", "f32", 64): Tile(teams=2),
+    ("attention_backward_kv", "f32", 128): Tile(teams=2, per_lane=2),
+    ("attention_backward_kv", "f32", 256): Tile(team_lanes=256, chunk=32, slices=4, held=False),
+    ("attention_backward_kv", "f16", 64): Tile(teams=4, half=True),
+    ("attention_backward_kv", "f16", 128): Tile(team_lanes=128, slices=2, half=True),
+    ("attention_backward_kv", "f16", 256): Tile(
+        teams=2, team_lanes=128, chunk=32, slices=4, held=False, half=True
+    ),
+}
+WORKGROUPS_WANTED = 128  # narrower blocks are chosen until a dispatch on a GPU has this many
+
+_MAX_ACCUMULATORS = 64  # of a lane, where no row fits: more would leave the registers
+
+
+def choose_tile(
+    kernel: str, device: Device, rows: int, heads: int, head_size: int, tile_type: str = "f32"
+) -> Tile:
+    """The tile of an attention kernel: its row of the table, or what fits the device.
+
+    The number of rows decides `per_lane` and `held` alone: results would depend on anything else.
 
     Args:
         kernel: one of the templates "attention", "attention_backward_q", "attention_backward_kv".
@@ -151,42 +206,39 @@ def choose_tile(kernel: str, device: Device, rows: int, heads: int, head_size: i
         rows: recorded rows.
         heads: heads that have workgroups of their own.
         head_size: columns of a head.
+        tile_type: "f32", or "f16" where all that is read into tiles is.
     """
     memory = workgroup_memory(device)
+    wanted = 1 if device.is_cpu else WORKGROUPS_WANTED
+    tile = None if device.is_cpu else _table_tile(kernel, head_size, tile_type, memory)
+    if tile is None:
+        tile = _fitting_tile(kernel, device.is_cpu, head_size, tile_type, memory)
+    while tile.per_lane > 1 and tile.workgroups(rows, heads) < wanted:
+        tile = replace(tile, per_lane=tile.per_lane // 2)
+    return tile
+
+
+def _table_tile(kernel: str, head_size: int, tile_type: str, memory: int) -> Tile | None:
+    """The row for a head, where the device has the memory for it and nothing is left over."""
+    tile = GPU_TILES[kernel, tile_type, min(n for n in (64, 128, 256) if head_size <= n)]
+    fits = tile.memory(kernel, head_size, tile_type) <= memory
+    return tile if fits and head_size % (4 * tile.chunk) == 0 else None
+
+
+def _fitting_tile(kernel: str, is_cpu: bool, head_size: int, tile_type: str, memory: int) -> Tile:
+    """A tile without slices: as many rows a lane as registers and memory allow."""
     # Columns are held 16 vec4 at a time where that wastes nothing: fewer barriers than with 8.
     chunks = (16, 8) if -(-head_size // 32) % 2 == 0 else (8,)
-
     # Workgroup memory of an adapter on the CPU is its cache, which larger held tiles overflow.
-    may_hold = not device.is_cpu or head_size <= 64
-
-    def fitting(teams: int, per_lane: int) -> Tile | None:
-        for held in (True, False) if may_hold else (False,):
-            for chunk in chunks:
-                tile = Tile(
-                    teams, TEAM_LANES[kernel], per_lane, chunk, held, not device.is_cpu, UNROLL
-                )
-                if tile.memory(kernel, head_size) <= memory:
-                    return tile
-        return None
-
-    per_lane = 4
-    while per_lane > 1 and (
-        -(-head_size // 32) * 4 * per_lane * _SUMS[kernel] > MAX_ACCUMULATORS
-        or TEAM_LANES[kernel] // 8 * per_lane > 32
+    may_hold = not is_cpu or head_size <= 64
+    for teams, per_lane, held, chunk in itertools.product(
+        (1,) if is_cpu else (2, 1), (4, 2, 1), (True, False) if may_hold else (False,), chunks
     ):
-        per_lane //= 2
-    # Rows have no say in the number of teams: results would depend on them.
-    teams = 1 if device.is_cpu else TEAMS[kernel]
-    while teams > 1 and fitting(teams, per_lane) is None:
-        teams //= 2
-    wanted = 1 if device.is_cpu else WORKGROUPS_WANTED
-    tile = fitting(teams, per_lane)
-    while per_lane > 1 and (tile is None or tile.workgroups(rows, heads) < wanted):
-        per_lane //= 2
-        tile = fitting(teams, per_lane)
-    if tile is None:
-        raise ValueError(f"{kernel}: {memory} bytes of workgroup memory are too few")
-    return tile
+        tile = Tile(teams, 64, per_lane, chunk, held, prefetch=not is_cpu)
+        few = per_lane == 1 or tile.accumulators(kernel, head_size) <= _MAX_ACCUMULATORS
+        if few and tile.memory(kernel, head_size, tile_type) <= memory:
+            return tile
+    raise ValueError(f"{kernel}: {memory} bytes of workgroup memory are too few")
 
 
 def workgroup_memory(device: Device) -> int:

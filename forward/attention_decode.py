@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
@@ -9,16 +10,70 @@ from forward.kv_cache import LayerCache
 from shaders.program import Program
 from shaders.tensor import Tensor
 
-KEY_BLOCK = 64  # keys that a workgroup scores at once
-_STRETCH = 128  # keys of a workgroup, where rows are so few that a head's keys are shared out
-_WORKGROUPS_WANTED = 264  # two for each multiprocessor of a large GPU
+# Of the workgroups of one row: keys that each takes, and lanes. A GPU waits for memory, so that
+# many workgroups load all that they need at once.
+_ROW_KEYS = 64
+_ROW_LANES = 256
 
 
-def choose_stretch(is_cpu: bool, rows: int, n_heads: int, room: int) -> int:
-    """How many keys one workgroup takes: all of them where rows and heads are many."""
-    if is_cpu or rows * n_heads >= _WORKGROUPS_WANTED or room <= _STRETCH:
-        return -(-room // KEY_BLOCK) * KEY_BLOCK
-    return _STRETCH
+@dataclass(frozen=True)
+class Heads:
+    """How q, k and v lie in a row, and how the scores of a layer are made of them.
+
+    Attributes:
+        n_heads: query heads.
+        n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query heads in a row.
+        head_size: a multiple of 4, at most 256.
+        scale: of the scores.
+        window: a row sees this many keys, its own included; None for all.
+        softcap: scores s become softcap · tanh(s / softcap); None for none.
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what the kernels cannot do."""
+        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
+            raise ValueError(
+                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly"
+            )
+        if self.head_size % 4 or not 4 <= self.head_size <= 256:
+            raise ValueError(f"head_size is {self.head_size}, expected a multiple of 4 up to 256")
+        if self.window is not None and self.window < 1:
+            raise ValueError(f"an attention window of {self.window} rows sees nothing, not itself")
+
+    @property
+    def query_size(self) -> int:
+        """Columns of q."""
+        return self.n_heads * self.head_size
+
+    @property
+    def qkv_size(self) -> int:
+        """Columns of q, k and v together."""
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
+
+    def constants(self) -> dict[str, Any]:
+        """The template constants that all kernels share."""
+        return {
+            "n_heads": self.n_heads,
+            "n_kv_heads": self.n_kv_heads,
+            "head_size": self.head_size,
+            "scale": float(self.scale),
+            "window": self.window,
+            "softcap": None if self.softcap is None else float(self.softcap),
+        }
+
+    def check_cache(self, cache: LayerCache) -> int:
+        """Checks the shapes of a cache; its room."""
+        room, kv_size = cache.values.shape[0], self.n_kv_heads * self.head_size
+        check_shape("attention_decode values", cache.values, room, kv_size)
+        check_shape("attention_decode keys", cache.keys, kv_size // 4, room, 4)
+        return room
 
 
 def attention_decode(
@@ -26,14 +81,8 @@ def attention_decode(
     qkv: Tensor,
     positions: Tensor,
     cache: LayerCache,
+    heads: Heads,
     *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    stretch: int | None = None,
     out: Tensor | None = None,
 ) -> Tensor:  # [rows, n_heads · head_size]
     """Appends out = softmax(scale · q kᵀ) v, each row over the cache up to its own position.
@@ -43,65 +92,122 @@ def attention_decode(
             are in the cache already.
         positions: u32 [rows], where in the cache each row's own key lies.
         cache: of the layer.
-        n_heads: query heads.
-        n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query heads in a row.
-        head_size: a multiple of 4, at most 256.
-        scale: of the scores.
-        window: a row sees this many keys, its own included; None for all.
-        softcap: scores s become softcap · tanh(s / softcap); None for none.
-        stretch: keys of one workgroup, a multiple of 64; by default chosen for the device.
+        heads: of the layer.
         out: where to write; a new tensor by default.
     """
-    extent = extent_of(qkv)
-    room = cache.values.shape[0]
-    if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"{n_heads} query heads cannot share {n_kv_heads} key heads evenly")
-    if head_size % 4 or not 4 <= head_size <= 256:
-        raise ValueError(f"head_size is {head_size}, expected a multiple of 4 up to 256")
-    if window is not None and window < 1:
-        raise ValueError(f"an attention window of {window} rows sees nothing, not even itself")
-    check_shape("attention_decode qkv", qkv, None, (n_heads + 2 * n_kv_heads) * head_size)
+    extent, room = extent_of(qkv), heads.check_cache(cache)
+    check_shape("attention_decode qkv", qkv, None, heads.qkv_size)
     check_shape("attention_decode positions", positions, qkv.shape[0])
-    check_shape("attention_decode values", cache.values, room, n_kv_heads * head_size)
-    check_shape("attention_decode keys", cache.keys, n_kv_heads * head_size // 4, room, 4)
-    y = out if out is not None else activation(program, extent, n_heads * head_size)
-    check_shape("attention_decode output", y, qkv.shape[0], n_heads * head_size)
-    keys = stretch or choose_stretch(program.device.is_cpu, extent.maximum, n_heads, room)
-    if keys % KEY_BLOCK:
-        raise ValueError(f"a stretch of {keys} keys is no multiple of {KEY_BLOCK}")
-    splits = -(-room // keys)
-    constants: dict[str, Any] = {
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "head_size": head_size,
-        "stride": qkv.shape[1] // 4,
-        "room": room,
-        "scale": float(scale),
-        "window": window,
-        "softcap": None if softcap is None else float(softcap),
-        "splits": splits,
-        "stretch": keys,
-    }
-    n_heads_of_rows = extent.maximum * n_heads
-    tensors = [extent.uniform, qkv, positions, cache.keys, cache.values]
-    flops = 4 * head_size * n_heads_of_rows * min(room, window or room)
-    if splits == 1:
-        program.dispatch("attention_decode", constants, [*tensors, y], n_heads_of_rows, flops=flops)
-        return y
-    partial = program.device.scratch((n_heads_of_rows * splits, head_size))
-    stats = program.device.scratch((n_heads_of_rows * splits, 2))
+    y = out if out is not None else activation(program, extent, heads.query_size)
+    check_shape("attention_decode output", y, qkv.shape[0], heads.query_size)
     program.dispatch(
         "attention_decode",
-        constants,
-        [*tensors, partial, stats],
-        n_heads_of_rows * splits,
-        flops=flops,
+        {**heads.constants(), "stride": qkv.shape[1] // 4, "room": room},
+        [extent.uniform, qkv, positions, cache.keys, cache.values, y],
+        extent.maximum * heads.n_heads,
+        flops=4 * heads.query_size * extent.maximum * min(room, heads.window or room),
     )
-    shared = ("n_heads", "head_size", "window", "splits", "stretch")
+    return y
+
+
+@dataclass(frozen=True)
+class RowRope:
+    """How the heads of one row are made ready for attention.
+
+    Attributes:
+        tables: [n_positions, rope_dimensions / 2, 2] from `Rope.tables`.
+        interleaved: pairs (2j, 2j + 1) instead of (j, j + rope_dimensions / 2).
+        q_weight: [head_size], of the norm of q's heads before rope; None for no norm.
+        k_weight: [head_size], of k's.
+        epsilon: of these norms.
+    """
+
+    tables: Tensor
+    interleaved: bool
+    q_weight: Tensor | None = None
+    k_weight: Tensor | None = None
+    epsilon: float = 0.0
+
+
+@dataclass(frozen=True)
+class RowPlace:
+    """Where one row is: numbers in a u32 tensor that the host writes for every token.
+
+    Attributes:
+        words: what holds them.
+        position_at: the place of the row's position in the cache.
+        rope_row_at: the place of its row in rope's tables.
+    """
+
+    words: Tensor
+    position_at: int
+    rope_row_at: int
+
+
+def attention_decode_row(
+    program: Program,
+    qkv: Tensor,
+    place: RowPlace,
+    cache: LayerCache,
+    heads: Heads,
+    rope: RowRope,
+    *,
+    out: Tensor | None = None,
+) -> Tensor:  # [1, n_heads · head_size]
+    """Appends what becomes of one row's q, k and v: norm of the heads, rope, cache, attention.
+
+    Two dispatches for head_norm, rope, kv_store and attention_decode; k and v go into the cache.
+
+    Args:
+        qkv: [1, (n_heads + 2 n_kv_heads) · head_size], as the product gives it.
+        place: where the row is.
+        cache: of the layer; holds all rows before this one.
+        heads: of the layer.
+        rope: of the layer.
+        out: where to write; a new tensor by default.
+    """
+    extent, room = extent_of(qkv), heads.check_cache(cache)
+    check_shape("attention_decode_row qkv", qkv, 1, heads.qkv_size)
+    check_shape("attention_decode_row rope tables", rope.tables, None, None, 2)
+    if 2 * rope.tables.shape[1] > heads.head_size:
+        raise ValueError(f"rope tables {rope.tables.shape} turn more than {heads.head_size}")
+    y = out if out is not None else activation(program, extent, heads.query_size)
+    check_shape("attention_decode_row output", y, 1, heads.query_size)
+    tensors = [qkv, place.words, rope.tables, cache.keys, cache.values]
+    splits, quads = -(-room // _ROW_KEYS), heads.head_size // 4
+    partial = program.device.scratch((heads.n_heads, splits, quads + 1, 4))
+    tensors.append(partial)
+    qk_norm = rope.q_weight is not None and rope.k_weight is not None
+    if rope.q_weight is not None and rope.k_weight is not None:
+        check_shape("attention_decode_row q_weight", rope.q_weight, heads.head_size)
+        check_shape("attention_decode_row k_weight", rope.k_weight, heads.head_size)
+        tensors += [rope.q_weight, rope.k_weight]
+    constants: dict[str, Any] = {
+        **heads.constants(),
+        "room": room,
+        "half": rope.tables.shape[1],
+        "interleaved": rope.interleaved,
+        "qk_norm": qk_norm,
+        "epsilon": rope.epsilon,
+        "position_at": place.position_at,
+        "rope_row_at": place.rope_row_at,
+        "splits": splits,
+        "keys": _ROW_KEYS,
+        "lanes": _ROW_LANES,
+        "teams": min(_ROW_LANES // quads, _ROW_KEYS),
+    }
+    program.dispatch(
+        "attention_decode_row",
+        constants,
+        tensors,
+        heads.n_heads * splits,
+        flops=4 * heads.query_size * min(room, heads.window or room),
+    )
+    shared = ("n_heads", "head_size", "window", "splits", "keys", "position_at", "lanes", "teams")
     program.dispatch(
         "attention_decode_combine",
         {key: constants[key] for key in shared},
-        [extent.uniform, positions, partial, stats, y],
-        -(-n_heads_of_rows * head_size // 256),
+        [place.words, partial, y],
+        heads.n_heads,
     )
     return y

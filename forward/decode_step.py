@@ -6,16 +6,22 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from forward.adapter import Factors
+from forward.adapter import Factors, LoraFactors
 from forward.argmax import argmax
-from forward.attention_decode import attention_decode
+from forward.attention_decode import (
+    Heads,
+    RowPlace,
+    RowRope,
+    attention_decode,
+    attention_decode_row,
+)
 from forward.embedding import embedding
 from forward.gather import gather_rows
-from forward.head_norm import head_norm
+from forward.head_norm_rope import head_norm_rope
 from forward.kv_cache import KeyValueCache, store_keys_values
 from forward.lora import lora_project
 from forward.matmul import matmul
-from forward.matmul_row import MAX_ROWS, matmul_row
+from forward.matmul_row import InputNorm, can_gate, matmul_row, project_row
 from forward.model import Model
 from forward.rmsnorm import rmsnorm
 from forward.rope import rope
@@ -52,6 +58,12 @@ class StepInputs:
         n = maximum_rows
         return cls(rows, words, part(0, n), part(1, n), part(2, n), part(3, 1))
 
+    @property
+    def place(self) -> RowPlace:
+        """Where the row is, for the kernels of one row."""
+        width = (self.words.size - _ALIGNMENT) // 3
+        return RowPlace(self.words, position_at=width, rope_row_at=2 * width)
+
     def write(
         self, device: Device, tokens: list[int], first_position: int, first_rope_row: int
     ) -> None:
@@ -86,6 +98,14 @@ class StepActivations:
     gate_up: Tensor  # [rows, 2 · intermediate_size]
     gated: Tensor  # [rows, intermediate_size]
     low: dict[int, Tensor] = field(default_factory=dict)  # z by its width: adapters differ in rank
+
+    def z(self, device: Device, lora: LoraFactors) -> Tensor:
+        """The tensor for the z of an adapted group."""
+        width = lora.n_members * lora.rank
+        if width not in self.low:
+            shape = (self.x.shape[0], width)
+            self.low[width] = device.empty(shape, extent=self.x.extent)
+        return self.low[width]
 
     @classmethod
     def allocate(cls, device: Device, model: Model, rows: Extent) -> StepActivations:
@@ -142,14 +162,25 @@ def record_step(
 ) -> None:
     """Appends the new tokens' way through embedding and layers: act.x from inputs.
 
-    Their keys and values are left in the cache. Few rows take the products that read each weight
-    once (forward/matmul_row.py).
+    Their keys and values are left in the cache. One row takes kernels of its own: products that
+    read each weight once, and on a GPU as few dispatches as there can be (`_record_row_layer`).
     """
     scale = model.architecture.embedding_scale
     embedding(program, inputs.tokens, model.embedding, inputs.rows, scale=scale, out=act.x)
+    fused = inputs.rows.maximum == 1 and fuses(program.device)
+    record = _record_row_layer if fused else _record_layer
     for layer in range(model.architecture.n_layers):
         with program.scope(f"layers.{layer}"):
-            _record_layer(program, model, layer, inputs, factors, act, cache)
+            record(program, model, layer, inputs, factors, act, cache)
+
+
+def fuses(device: Device) -> bool:
+    """Whether one row's norms go into the products that follow them.
+
+    A dispatch costs a GPU about as long as one of these products; an adapter on the CPU pays for
+    the norm in every lane of the product instead.
+    """
+    return not device.is_cpu
 
 
 def record_step_head(
@@ -163,14 +194,17 @@ def record_step_head(
     """Appends the logits of the last new token, and which of them is the largest."""
     a = model.architecture
     with program.scope("head"):
-        last = act.x
+        last, norm = act.x, None
         if inputs.rows.maximum > 1:
             last = gather_rows(program, act.x, inputs.last_row, head.row, out=head.last)
-        rmsnorm(program, last, model.output_norm, a.norm_epsilon, out=head.normed)
+        if fuses(program.device):
+            norm = InputNorm(model.output_norm, a.norm_epsilon)
+        else:
+            last = rmsnorm(program, last, model.output_norm, a.norm_epsilon, out=head.normed)
         lora = factors.get((a.n_layers, "head"))
-        z = None if lora is None else lora_project(program, head.normed, lora, label="z")
+        z = None if lora is None else project_row(program, last, lora, norm=norm)
         matmul_row(
-            program, head.normed, model.head, lora=lora, z=z, softcap=a.logit_softcap,
+            program, last, model.head, norm=norm, lora=lora, z=z, softcap=a.logit_softcap,
             out=head.logits, label="logits",
         )  # fmt: skip
         argmax(program, head.logits, head.token, length=a.vocab_size)
@@ -187,20 +221,16 @@ def _record_layer(
 ) -> None:
     """Appends one decoder layer, in place: act.x += attention, act.x += feed-forward."""
     a, weights = model.architecture, model.layers[layer]
-    kind = a.layer_kinds[layer]
-    heads = {"n_heads": a.n_heads, "n_kv_heads": a.n_kv_heads, "head_size": a.head_size}
-    product = matmul_row if inputs.rows.maximum <= MAX_ROWS else matmul
+    kind, heads = a.layer_kinds[layer], _heads(model, layer)
+    product = matmul_row if inputs.rows.maximum == 1 else matmul
 
     def adapted(
         source: Tensor, matrix: FrozenMatrix, group: str, to: Tensor, residual: Tensor | None = None
     ) -> None:
         lora, z = factors.get((layer, group)), None
         if lora is not None:
-            width = lora.n_members * lora.rank
-            if width not in act.low:
-                shape = (inputs.rows.maximum, width)
-                act.low[width] = program.device.empty(shape, extent=inputs.rows)
-            z = lora_project(program, source, lora, out=act.low[width], label=f"{group}.z")
+            to_z = act.z(program.device, lora)
+            z = lora_project(program, source, lora, out=to_z, label=f"{group}.z")
         product(
             program, source, matrix, lora=lora, z=z, bias=weights.biases.get(group),
             residual=residual, out=to, label=group,
@@ -226,27 +256,24 @@ def _record_layer(
     rmsnorm(program, act.x, weights.attn_norm, a.norm_epsilon, out=act.normed)
     adapted(act.normed, weights.qkv, "qkv", act.raw_qkv or act.qkv)
     if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-        head_norm(
-            program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon, **heads,
-            out=act.qkv,
+        head_norm_rope(
+            program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
+            inputs.rope_rows, weights.rope, n_heads=a.n_heads, n_kv_heads=a.n_kv_heads,
+            head_size=a.head_size, interleaved=kind.rope.interleaved, out=act.qkv,
         )  # fmt: skip
-    rope(
-        program,
-        act.qkv,
-        inputs.rope_rows,
-        weights.rope,
-        n_rotated_heads=a.n_heads + a.n_kv_heads,
-        head_size=a.head_size,
-        interleaved=kind.rope.interleaved,
-    )
+    else:
+        rope(
+            program,
+            act.qkv,
+            inputs.rope_rows,
+            weights.rope,
+            n_rotated_heads=a.n_heads + a.n_kv_heads,
+            head_size=a.head_size,
+            interleaved=kind.rope.interleaved,
+        )
     layer_cache = cache.layers[layer]
-    store_keys_values(
-        program, act.qkv, inputs.positions, layer_cache, query_size=a.query_size
-    )  # fmt: skip
-    attention_decode(
-        program, act.qkv, inputs.positions, layer_cache, **heads, scale=a.attention_scale,
-        window=kind.window, softcap=a.attention_softcap, out=act.attended,
-    )  # fmt: skip
+    store_keys_values(program, act.qkv, inputs.positions, layer_cache, query_size=a.query_size)
+    attention_decode(program, act.qkv, inputs.positions, layer_cache, heads, out=act.attended)
     block_end(
         act.attended, weights.attn_output, "attn_output", weights.post_attention_norm, act.x,
         act.middle,
@@ -255,3 +282,93 @@ def _record_layer(
     adapted(act.normed, weights.gate_up, "gate_up", act.gate_up)
     swiglu(program, act.gate_up, activation_name=a.activation, out=act.gated)
     block_end(act.gated, weights.down, "down", weights.post_ffn_norm, act.middle, act.x)
+
+
+def _record_row_layer(
+    program: Program,
+    model: Model,
+    layer: int,
+    inputs: StepInputs,
+    factors: Factors,
+    act: StepActivations,
+    cache: KeyValueCache,
+) -> None:
+    """Appends one decoder layer for one row, as `_record_layer` in six dispatches.
+
+    Norms go into the product that follows them, the gate's activation into the one before it;
+    heads are normed, turned and stored where attention reads them. An adapted group has one more
+    dispatch (its z), a model with post_norms two.
+    """
+    a, weights = model.architecture, model.layers[layer]
+    epsilon = a.norm_epsilon
+
+    def adapted(
+        source: Tensor,
+        matrix: FrozenMatrix,
+        group: str,
+        to: Tensor,
+        *,
+        norm: Tensor | None = None,
+        gate: str | None = None,
+        residual: Tensor | None = None,
+    ) -> None:
+        lora, z = factors.get((layer, group)), None
+        input_norm = None if norm is None else InputNorm(norm, epsilon)
+        if lora is not None:
+            to_z = act.z(program.device, lora)
+            z = project_row(
+                program, source, lora, norm=input_norm, out=to_z, label=f"{group}.z"
+            )  # fmt: skip
+        matmul_row(
+            program, source, matrix, norm=input_norm, gate=gate, lora=lora, z=z,
+            bias=weights.biases.get(group), residual=residual, out=to, label=group,
+        )  # fmt: skip
+
+    def block_end(
+        source: Tensor,
+        matrix: FrozenMatrix,
+        group: str,
+        post_norm: Tensor | None,
+        residual: Tensor,
+        to: Tensor,
+    ) -> None:
+        """to = residual + the block's last product, normed where the model has post_norms."""
+        if act.block_output is None or post_norm is None:
+            adapted(source, matrix, group, to, residual=residual)
+            return
+        adapted(source, matrix, group, act.block_output)
+        rmsnorm(program, act.block_output, post_norm, epsilon, residual=residual, out=to)
+
+    adapted(act.x, weights.qkv, "qkv", act.qkv, norm=weights.attn_norm)
+    interleaved = a.layer_kinds[layer].rope.interleaved
+    rope = RowRope(weights.rope, interleaved, weights.q_norm, weights.k_norm, epsilon)
+    attention_decode_row(
+        program, act.qkv, inputs.place, cache.layers[layer], _heads(model, layer), rope,
+        out=act.attended,
+    )  # fmt: skip
+    block_end(
+        act.attended, weights.attn_output, "attn_output", weights.post_attention_norm, act.x,
+        act.middle,
+    )  # fmt: skip
+    if can_gate(weights.gate_up):
+        adapted(
+            act.middle, weights.gate_up, "gate_up", act.gated, norm=weights.ffn_norm,
+            gate=a.activation,
+        )  # fmt: skip
+    else:
+        adapted(act.middle, weights.gate_up, "gate_up", act.gate_up, norm=weights.ffn_norm)
+        swiglu(program, act.gate_up, activation_name=a.activation, out=act.gated)
+    block_end(act.gated, weights.down, "down", weights.post_ffn_norm, act.middle, act.x)
+
+
+def _heads(model: Model, layer: int) -> Heads:
+    """The heads of one layer, as the attention kernels take them."""
+    a = model.architecture
+    return Heads(
+        n_heads=a.n_heads,
+        n_kv_heads=a.n_kv_heads,
+        head_size=a.head_size,
+        scale=a.attention_scale,
+        window=a.layer_kinds[layer].window,
+        softcap=a.attention_softcap,
+    )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from forward.adapter import Factors
 from forward.attention import attention
 from forward.embedding import embedding
-from forward.head_norm import head_norm
+from forward.head_norm_rope import head_norm_rope
 from forward.inputs import Inputs
 from forward.lora import lora_project
 from forward.matmul import matmul
@@ -23,7 +23,11 @@ from shaders.tensor import Tensor
 
 @dataclass(frozen=True)
 class LayerActivations:
-    """What one layer computes on the way and its backward reads again."""
+    """What one layer computes on the way and its backward reads again.
+
+    Of the device's precision, but for the residual stream, the low-rank parts and the log-sum-exp,
+    which are f32 always.
+    """
 
     normed: Tensor  # [rows, hidden_size]
     z_qkv: Tensor | None  # [rows, members · rank], as the other z
@@ -48,12 +52,12 @@ class LayerActivations:
         """Tensors for one layer; layers of the same adapted groups can share them."""
         a = model.architecture
 
-        def tensor(width: int) -> Tensor:
-            return device.empty((inputs.rows.maximum, width), extent=inputs.rows)
+        def tensor(width: int, dtype: str = device.precision) -> Tensor:
+            return device.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
 
         def z(group: str) -> Tensor | None:
             lora = factors.get((layer, group))
-            return None if lora is None else tensor(lora.n_members * lora.rank)
+            return None if lora is None else tensor(lora.n_members * lora.rank, "f32")
 
         return cls(
             normed=tensor(a.hidden_size),
@@ -61,10 +65,10 @@ class LayerActivations:
             raw_qkv=tensor(a.qkv_size) if a.qk_norm else None,
             qkv=tensor(a.qkv_size),
             attended=tensor(a.query_size),
-            lse=tensor(a.n_heads),
+            lse=tensor(a.n_heads, "f32"),
             z_attn_output=z("attn_output"),
             projected=tensor(a.hidden_size) if a.post_norms else None,
-            middle=tensor(a.hidden_size),
+            middle=tensor(a.hidden_size, "f32"),
             middle_normed=tensor(a.hidden_size),
             z_gate_up=z("gate_up"),
             gate_up=tensor(2 * a.intermediate_size),
@@ -122,19 +126,21 @@ def record_layer(
         rmsnorm(program, x, weights.attn_norm, a.norm_epsilon, out=act.normed)
         adapted(act.normed, weights.qkv, "qkv", act.z_qkv, act.raw_qkv or act.qkv)
         if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-            head_norm(
+            head_norm_rope(
                 program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
-                n_heads=a.n_heads, n_kv_heads=a.n_kv_heads, head_size=a.head_size, out=act.qkv,
+                inputs.positions, weights.rope, n_heads=a.n_heads, n_kv_heads=a.n_kv_heads,
+                head_size=a.head_size, interleaved=kind.rope.interleaved, out=act.qkv,
             )  # fmt: skip
-        rope(
-            program,
-            act.qkv,
-            inputs.positions,
-            weights.rope,
-            n_rotated_heads=a.n_heads + a.n_kv_heads,
-            head_size=a.head_size,
-            interleaved=kind.rope.interleaved,
-        )
+        else:
+            rope(
+                program,
+                act.qkv,
+                inputs.positions,
+                weights.rope,
+                n_rotated_heads=a.n_heads + a.n_kv_heads,
+                head_size=a.head_size,
+                interleaved=kind.rope.interleaved,
+            )
         attention(
             program,
             act.qkv,

@@ -7,19 +7,41 @@ from dataclasses import asdict, dataclass
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
+from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
 
-# Blocks of rows × columns that a workgroup of a GPU makes: the first that gives GPU_WORKGROUPS of
-# them. Large blocks read less, many workgroups wait for memory together.
-GPU_BLOCKS = ((8, 8), (4, 8), (2, 8), (8, 4), (4, 4), (2, 4))
-GPU_WORKGROUPS = 512
-# Lanes that share a contraction of up to GPU_LONG, and a longer one (so that a row's sums do not
-# depend on how many rows there are); steps of it that a lane loads at once.
-GPU_LANES, GPU_LONG_LANES, GPU_LONG, GPU_UNROLL = 64, 128, 1024, 4
+
+@dataclass(frozen=True)
+class Tuning:
+    """How a GPU divides a projection.
+
+    A row's sums must not depend on how many rows there are: only the block follows from that.
+    """
+
+    # Rows of a lane; lanes that differ in their rows; lanes side by side, at most, of four columns
+    # each, that read the same of x; steps of the contraction that a lane loads at once, a power of
+    # two. The first block that makes enough workgroups is taken, else the last: large ones read
+    # less, many workgroups wait for memory together.
+    blocks: tuple[tuple[int, int, int, int], ...]
+    enough_groups: int
+    splits: int  # lanes that share a contraction
+
+
+_BLOCKS = ((8, 1, 4, 4), (4, 1, 4, 4), (2, 1, 4, 4), (1, 1, 1, 8))
+# By "transposed" and by whether the contraction is longer than GPU_LONG.
+GPU_LONG = 1024
+GPU_TUNINGS = {
+    (False, False): Tuning(
+        ((8, 1, 2, 4), (4, 1, 2, 4), (1, 1, 1, 8)), enough_groups=132, splits=32
+    ),
+    (False, True): Tuning(((4, 1, 2, 4), (1, 1, 1, 8)), enough_groups=132, splits=64),
+    (True, False): Tuning(((4, 1, 4, 8), (4, 1, 4, 4), (1, 1, 1, 8)), enough_groups=96, splits=32),
+    (True, True): Tuning(((8, 2, 4, 4), (4, 1, 4, 8), (1, 1, 1, 8)), enough_groups=132, splits=32),
+}
 # A CPU adapter runs a workgroup as vectors of 8 lanes and pays for loads and barriers.
-CPU_LANES, CPU_ROWS = 8, 12
-_WORKGROUP_FLOATS = 4096  # 16 KiB of workgroup memory, which every device has
+CPU_SPLITS, CPU_ROWS = 8, 12
+_GROUP_LANES = 256  # that every device can run in a workgroup
 
 
 @dataclass(frozen=True)
@@ -29,6 +51,33 @@ class Projection:
     x_column: int  # first column of x
     factor_row: int  # first row of the factor
     length: int  # of the contraction
+
+
+@dataclass(frozen=True)
+class Block:
+    """How a workgroup's lanes divide its rows, columns and contraction; see lora_project.wgsl."""
+
+    splits: int  # lanes that share the contraction
+    column_lanes: int
+    row_lanes: int
+    lane_rows: int
+    lane_columns: int
+    unroll: int
+
+    @property
+    def lanes(self) -> int:
+        """Of the workgroup."""
+        return self.splits * self.column_lanes * self.row_lanes
+
+    @property
+    def sum_bytes(self) -> int:
+        """Of workgroup memory, for all lanes' sums."""
+        return 4 * self.lanes * self.lane_rows * self.lane_columns
+
+    def n_groups(self, rows: int, width: int) -> int:
+        """Workgroups for z [rows, width]."""
+        block_columns = self.lane_columns * self.column_lanes
+        return -(-rows // (self.lane_rows * self.row_lanes)) * (width // block_columns)
 
 
 def lora_project(
@@ -42,7 +91,7 @@ def lora_project(
     """Appends z = x · Aᵀ for all members that share x in one dispatch.
 
     Args:
-        x: [rows, in_features].
+        x: [rows, in_features], f32 or f16.
         lora: A [members · rank, in_features].
         out: where to write; a new tensor by default.
     """
@@ -70,7 +119,7 @@ def record_projection(
     """Appends z_g = scale · x_g · F_gᵀ in one dispatch: what `lora_project` and its backward share.
 
     Args:
-        x: [rows, any].
+        x: [rows, any], f32 or f16.
         factor: F itself, or with `transposed` Fᵀ.
         z: [rows, members · columns], every member as many columns as another.
         members: where each one's part of x and of the factor lies.
@@ -83,40 +132,39 @@ def record_projection(
     if any(n % 4 for n in widths) or columns * len(members) != z.shape[1]:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
     if program.device.is_cpu:
-        lanes, block_rows, unroll = CPU_LANES, CPU_ROWS, 1
-        block_columns = 8 if columns % 8 == 0 else 4
+        block = Block(CPU_SPLITS, 1, 1, CPU_ROWS, 8 if columns % 8 == 0 else 4, 1)
     else:
-        longest = max(m.length for m in members)
-        lanes, unroll = GPU_LANES if longest <= GPU_LONG else GPU_LONG_LANES, GPU_UNROLL
-        block_rows, block_columns = _gpu_block(extent.maximum, columns, len(members), lanes)
+        tuning = GPU_TUNINGS[transposed, max(m.length for m in members) > GPU_LONG]
+        block = gpu_block(program.device, tuning, extent.maximum, columns, len(members))
     constants = {
         "transposed": transposed,
         "members": [asdict(m) for m in members],
         "columns": columns,
+        "x_type": x.dtype,
         "x_stride": x.shape[1],
         "factor_stride": factor.shape[1],
         "scale": scale,
-        "lanes": lanes,
-        "block_rows": block_rows,
-        "block_columns": block_columns,
-        "unroll": unroll,
+        **asdict(block),
     }
     program.dispatch(
         "lora_project",
         constants,
         [extent.uniform, x, factor, z],
-        -(-extent.maximum // block_rows) * (z.shape[1] // block_columns),
+        block.n_groups(extent.maximum, z.shape[1]),
         label=label,
         flops=2 * extent.maximum * columns * sum(m.length for m in members),
     )
 
 
-def _gpu_block(rows: int, columns: int, n_members: int, lanes: int) -> tuple[int, int]:
-    """Rows × columns of one workgroup's block, of those whose sums fit into workgroup memory."""
-    fitting = [
-        (r, c) for r, c in GPU_BLOCKS if columns % c == 0 and lanes * r * c <= _WORKGROUP_FLOATS
-    ]
-    for r, c in fitting:
-        if -(-rows // r) * n_members * (columns // c) >= GPU_WORKGROUPS:
-            return r, c
+def gpu_block(device: Device, tuning: Tuning, rows: int, columns: int, n_members: int) -> Block:
+    """The first of a tuning's blocks that makes enough workgroups, of those that one can hold."""
+    quads = columns // 4
+    fitting = []
+    for lane_rows, row_lanes, most_column_lanes, unroll in tuning.blocks:
+        column_lanes = max(n for n in range(1, most_column_lanes + 1) if quads % n == 0)
+        block = Block(tuning.splits, column_lanes, row_lanes, lane_rows, 4, unroll)
+        if block.lanes <= _GROUP_LANES and block.sum_bytes <= device.workgroup_memory:
+            if block.n_groups(rows, n_members * columns) >= tuning.enough_groups:
+                return block
+            fitting.append(block)
     return fitting[-1]

@@ -8,7 +8,7 @@ from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
-from forward.matmul_tiles import choose_tile
+from forward.tuning import Request, plan_of
 from forward.weights import FrozenMatrix, MatrixPart
 from shaders.program import Program
 from shaders.tensor import Extent, Tensor
@@ -18,6 +18,10 @@ BODIES = ("wide", "tiled")  # for adapters on the CPU; for GPUs
 # What matmul_wide's lanes hold, measured on llvmpipe (docs/log.md).
 WIDE_ROWS = 12
 WIDE_LANES = 32
+
+# Steps whose products matmul_tiled sums in f16 before f32 takes them over: twice as many would cost
+# a bit of accuracy and save less than a tenth of the instructions.
+HALF_CARRY = 32
 
 
 @dataclass(frozen=True)
@@ -153,6 +157,8 @@ def record_product(
         "contraction": contraction,
         "n_columns": n_columns,
         "row_words": part.words.shape[1],
+        "x_type": x.dtype,
+        "out_type": out.dtype,
         "x_stride": x.shape[1],
         "out_stride": out.shape[1],
         "placed": place is not None,
@@ -199,15 +205,15 @@ def _record_tiled(
         tensors: the extent, x, the weights, out, and the low-rank part's.
         after: residual and bias, which the last pass takes.
     """
-    n_columns, contraction = constants["n_columns"], constants["contraction"]
-    device = program.device
-    tile, splits, length = choose_tile(
-        extent.maximum, n_columns, contraction, device.workgroup_memory
-    )
+    n_columns, device = constants["n_columns"], program.device
+    half, given = device.precision == "f16", dict(constants)
+    request = Request(_record_tiled, half, extent, out, given, tensors, after, place, label, flops)
+    tile, splits, length = plan_of(device, request)
     constants |= tile.constants() | {"splits": splits, "split_length": length}
     # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly.
     constants["unroll"] = 4 if device.is_cpu else tile.depth
     constants["maximum_rows"] = extent.maximum
+    constants |= {"half": half, "carry": HALF_CARRY if half else tile.depth}
     grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
     placed = _uniforms(program, place)
     if splits == 1:
@@ -217,6 +223,7 @@ def _record_tiled(
     partial = device.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
         "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
+        "out_type": "f32",
     }  # fmt: skip
     product = [*tensors[:3], partial, *tensors[4:]]
     if place is not None:
@@ -224,7 +231,7 @@ def _record_tiled(
     program.dispatch("matmul_tiled", first_pass, product, grid, label=label, flops=flops)
     keys = (
         "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
-        "placed",
+        "placed", "out_type",
     )  # fmt: skip
     program.dispatch(
         "matmul_reduce",

@@ -1,25 +1,28 @@
-"""Products of a few rows with frozen quantized matrices: as fast as the weights can be read."""
+"""Products of one row with frozen quantized matrices: as fast as the weights can be read."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from gguf import GGMLQuantizationType
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
 from forward.matmul import adapted_members
-from forward.weights import FrozenMatrix
+from forward.quantization import QUANTIZATIONS
+from forward.swiglu import check_activation
+from forward.weights import FrozenMatrix, MatrixPart
 from shaders.program import Program
 from shaders.tensor import Tensor
 
-MAX_ROWS = 4  # rows whose sums a lane holds beside each other
 _CPU_LANES = 32
 # Of a GPU. Its memory answers after half a microsecond or more: 4 TB/s need some 3 MB of loads on
 # their way, which no few thousand lanes with a word or two each make.
 _LANES = 64  # of a workgroup whose sums few lanes share
-_MOST_LANES = 256  # that share the sums of a quad of columns
-_LANES_WANTED = 2**17  # in one dispatch: a thousand for each multiprocessor of a large GPU
-_EIGHTS_AT_ONCE = 4  # eights × rows of x that a lane loads before it uses the first of them
+_MOST_LANES = 256  # that share the sums of a group of rows of W
+_LANES_WANTED = 2**16  # in one dispatch: five hundred for each multiprocessor of a large GPU
+_EIGHTS_AT_ONCE = 4  # eights × quads of rows of W that a lane loads before it uses the first
 _BRANCHES = 8  # sums that a lane adds between two barriers
 
 
@@ -29,31 +32,56 @@ class RowTiling:
 
     Attributes:
         lanes: of a workgroup.
-        share: lanes that share the sums of four columns.
+        share: lanes that share the sums of a group of rows of W.
+        quads: such a group is 4 · quads rows, 1 or 2; x is loaded once for all of them.
         steps: eights of the contraction that a lane loads at once.
     """
 
     lanes: int
     share: int
+    quads: int
     steps: int
 
 
-def choose_tiling(is_cpu: bool, rows: int, columns: int, contraction: int) -> RowTiling:
-    """How to divide a product of `rows` rows: as many lanes as keep a GPU's memory busy.
+def choose_tiling(
+    is_cpu: bool, columns: int, contraction: int, *, gated: bool = False
+) -> RowTiling:
+    """How to divide a product: as many lanes as keep a GPU's memory busy.
 
     All the columns of a matrix decide, so that the results do not depend on its parts.
+
+    Args:
+        is_cpu: whether the adapter runs on the CPU.
+        columns: of the product (rows of W).
+        contraction: columns of W.
+        gated: two quads of rows belong together: one of the gate, one of up.
     """
     # A CPU adapter runs lanes of one workgroup in turn and pays for barriers: no lane shares.
     if is_cpu:
-        return RowTiling(_CPU_LANES, 1, 1)
+        return RowTiling(_CPU_LANES, 1, 2 if gated else 1, 1)
     share = _MOST_LANES
-    # Past the lanes wanted, more of them only have more sums to add up.
-    while share > _LANES and columns // 4 * share // 2 >= _LANES_WANTED:
-        share //= 2
     while share > 8 and contraction < 16 * share:  # two eights a lane or more
         share //= 2
+    quads = 2 if gated or (columns % 8 == 0 and columns // 8 * share >= _LANES_WANTED // 2) else 1
+    # Past the lanes wanted, more of them only have more sums to add up.
+    while share > _LANES and columns // (4 * quads) * share // 2 >= _LANES_WANTED:
+        share //= 2
     eights = max(1, contraction // 8 // share)
-    return RowTiling(max(share, _LANES), share, min(max(1, _EIGHTS_AT_ONCE // rows), eights))
+    return RowTiling(max(share, _LANES), share, quads, min(_EIGHTS_AT_ONCE // quads, eights))
+
+
+@dataclass(frozen=True)
+class InputNorm:
+    """An RMSNorm that x passes on its way into a product.
+
+    Attributes:
+        weight: [in_features].
+        epsilon: added to the mean square; None leaves the division by the root mean square out: so
+            the z of a product has it, which divides the low-rank part with the rest.
+    """
+
+    weight: Tensor
+    epsilon: float | None
 
 
 def matmul_row(
@@ -61,63 +89,91 @@ def matmul_row(
     x: Tensor,
     matrix: FrozenMatrix,
     *,
+    norm: InputNorm | None = None,
+    gate: str | None = None,
     lora: LoraFactors | None = None,
     z: Tensor | None = None,
     bias: Tensor | None = None,
     softcap: float | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    tiling: RowTiling | None = None,
     label: str = "matmul",
-) -> Tensor:  # [rows, out_features]
-    """Appends y = cap(x · Wᵀ + scale · z · Bᵀ + bias) + residual for up to MAX_ROWS rows.
+) -> Tensor:  # [1, out_features], with a gate half of them
+    """Appends y = cap(norm(x) · Wᵀ + scale · z · Bᵀ + bias) + residual for one row.
 
-    Reads every weight once, whatever the rows. Arguments as those of `forward.matmul.matmul`.
+    Args:
+        x: [1, in_features].
+        matrix: W [out_features, in_features].
+        norm: what x passes first; None for nothing.
+        gate: an activation of `forward.swiglu`: the first half of W's rows are a gate's, the others
+            those of up, and activation(gate) · up is what comes out. W must be one part
+            (`can_gate`); a softcap or a residual there is none.
+        lora: the factors of the adapted members of W, or None.
+        z: [1, members · rank], by `project_row` under the same norm; needed with `lora`.
+        bias: [out_features], added where given.
+        softcap: y becomes softcap · tanh(y / softcap); None for none.
+        residual: [1, out_features], added where given; not the tensor `out`.
+        out: where to write; a new tensor by default.
+        tiling: by default chosen for the device.
+        label: what the dispatches are called in listings.
     """
     extent = extent_of(x)
-    check_shape("matmul_row input", x, None, matrix.in_features)
-    if extent.maximum > MAX_ROWS:
-        raise ValueError(f"{label}: matmul_row takes up to {MAX_ROWS} rows, not {extent.maximum}")
+    check_shape("matmul_row input", x, 1, matrix.in_features)
+    if x.dtype != "f32":
+        raise ValueError(f"{label}: one row is computed in f32, not from {x.dtype}")
     if bias is not None:
         check_shape("matmul_row bias", bias, matrix.out_features)
     if residual is not None:
-        check_shape("matmul_row residual", residual, x.shape[0], matrix.out_features)
-    y = out if out is not None else activation(program, extent, matrix.out_features)
-    check_shape("matmul_row output", y, x.shape[0], matrix.out_features)
+        check_shape("matmul_row residual", residual, 1, matrix.out_features)
+    if norm is not None:
+        check_shape("matmul_row norm", norm.weight, matrix.in_features)
+    if gate is not None:
+        check_activation(gate)
+        if not can_gate(matrix) or softcap is not None or residual is not None:
+            raise ValueError(f"{label}: a gate takes one part, no softcap and no residual")
+    width = matrix.out_features if gate is None else matrix.out_features // 2
+    y = out if out is not None else activation(program, extent, width)
+    check_shape("matmul_row output", y, 1, width)
     if matrix.in_features % 4 or (lora is not None and lora.rank % 4):
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}")
-    tiling = choose_tiling(
-        program.device.is_cpu, extent.maximum, matrix.out_features, matrix.in_features
+    tiling = tiling or choose_tiling(
+        program.device.is_cpu, matrix.out_features, matrix.in_features, gated=gate is not None
     )
     for part in matrix.parts:
         if part.n_rows % 4 or part.first_row % 4:
             raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
         members = adapted_members(lora, part)
+        quads = 1 if part.n_rows % 8 and gate is None else tiling.quads
         constants: dict[str, Any] = {
             "quantization": part.quantization.name,
             "contraction": matrix.in_features,
-            "weight_columns": matrix.in_features,
-            "n_columns": part.n_rows,
+            "n_columns": part.n_rows if gate is None else width,
             "row_words": part.words.shape[1],
-            "x_stride": x.shape[1],
-            "out_stride": matrix.out_features,
+            "norm": norm is not None,
+            "epsilon": norm.epsilon if norm else None,
+            "gate": gate is not None,
+            "activation": gate,
             "placed": len(matrix.parts) > 1,
             "members": members,
             "rank": lora.rank if lora else 0,
-            "low_stride": z.shape[1] if members and z is not None else 0,
             "scale": lora.scale if lora else 1.0,
             "epilogue": "write" if residual is None else "residual",
             "bias": bias is not None,
             "softcap": softcap,
-            "lane_rows": extent.maximum,
             "lanes": tiling.lanes,
             "share": tiling.share,
+            "quads": quads,
             "steps": tiling.steps,
             "branches": _BRANCHES,
         }
-        tensors = [extent.uniform, x, part.words, y]
+        tensors = [x, part.words, y]
+        if norm is not None:
+            tensors.append(norm.weight)
         if members and lora is not None:
             if z is None:
                 raise ValueError(f"{label}: an adapted matrix needs z and its factors")
+            check_shape("matmul_row z", z, 1, lora.n_members * lora.rank)
             tensors += [z, lora.b]
         tensors += [tensor for tensor in (residual, bias) if tensor is not None]
         if len(matrix.parts) > 1:
@@ -127,8 +183,40 @@ def matmul_row(
             "matmul_row",
             constants,
             tensors,
-            -(-part.n_rows // 4 * tiling.share // tiling.lanes),
+            -(-part.n_rows // (4 * quads) * tiling.share // tiling.lanes),
             label=label,
-            flops=2 * extent.maximum * part.n_rows * terms,
+            flops=2 * part.n_rows * terms,
         )
     return y
+
+
+def can_gate(matrix: FrozenMatrix) -> bool:
+    """Whether `matmul_row` can take the rows of gate and up together."""
+    return len(matrix.parts) == 1 and matrix.out_features % 8 == 0
+
+
+def project_row(
+    program: Program,
+    x: Tensor,
+    lora: LoraFactors,
+    *,
+    norm: InputNorm | None = None,
+    out: Tensor | None = None,
+    label: str = "z",
+) -> Tensor:  # [1, members · rank]
+    """Appends z = x · Aᵀ for one row: a product with the stacked A as an f32 matrix.
+
+    Args:
+        x: [1, in_features].
+        lora: A [members · rank, in_features].
+        norm: as for the `matmul_row` that takes z.
+        out: where to write; a new tensor by default.
+        label: what the dispatch is called in listings.
+    """
+    n, in_features = lora.a.shape
+    words = replace(lora.a, dtype="u32")
+    part = MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], words, 0)
+    weighted = None if norm is None else InputNorm(norm.weight, None)
+    return matmul_row(
+        program, x, FrozenMatrix(n, in_features, (part,)), norm=weighted, out=out, label=label
+    )

@@ -37,11 +37,11 @@ def rmsnorm(
     """Appends y = x / sqrt(mean(x²) + epsilon) · weight + residual, row by row.
 
     Args:
-        x: [rows, width], width a multiple of 4.
+        x: [rows, width], f32 or f16, width a multiple of 4.
         weight: [width], as the GGUF holds it (Gemma's + 1 included).
         epsilon: added to the mean square.
-        residual: [rows, width], added where given; not the tensor `out`.
-        out: where to write; a new tensor by default.
+        residual: f32 [rows, width], added where given; not the tensor `out`.
+        out: where to write, f32 or f16; a new f32 tensor by default.
     """
     width = x.shape[1]
     check_shape("rmsnorm weight", weight, width)
@@ -54,6 +54,8 @@ def rmsnorm(
         tensors.append(residual)
     constants = {
         "width": width,
+        "x_type": x.dtype,
+        "out_type": y.dtype,
         "lanes": row_lanes(program.device, width),
         "epsilon": epsilon,
         "residual": residual is not None,

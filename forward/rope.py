@@ -24,7 +24,7 @@ def rope(
     """Appends the rotation of the first heads of `qkv`, in place.
 
     Args:
-        qkv: [rows, any width]: q heads, k heads, v heads.
+        qkv: [rows, any width], f32 or f16: q heads, k heads, v heads.
         positions: u32 [rows], within each token's example.
         tables: [n_positions, rope_dimensions / 2, 2] from `Rope.tables`.
         n_rotated_heads: q and k heads together; what follows them is left alone.
@@ -46,6 +46,7 @@ def rope(
     lanes = CPU_LANES if program.device.is_cpu else GPU_LANES
     constants = {
         "unit": unit,
+        "qkv_type": qkv.dtype,
         "lanes": lanes,
         "half": half,
         "n_rotated_heads": n_rotated_heads,

@@ -40,9 +40,9 @@ def swiglu(
     """Appends y = activation(gate) · up.
 
     Args:
-        gate_up: [rows, 2 · intermediate_size], the gate's columns first.
+        gate_up: [rows, 2 · intermediate_size], f32 or f16, the gate's columns first.
         activation_name: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
-        out: where to write; a new tensor by default.
+        out: where to write, f32 or f16; a new f32 tensor by default.
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
@@ -50,9 +50,15 @@ def swiglu(
     y = out if out is not None else activation(program, extent, width)
     check_shape("swiglu output", y, gate_up.shape[0], width)
     lanes = lane_constants(program.device)
+    constants = {
+        "width": width,
+        "activation": activation_name,
+        "x_type": gate_up.dtype,
+        "out_type": y.dtype,
+    }
     program.dispatch(
         "swiglu",
-        {"width": width, "activation": activation_name, **lanes},
+        constants | lanes,
         [extent.uniform, gate_up, y],
         -(-extent.maximum * width // (4 * lanes["lanes"] * lanes["quads"])),
     )

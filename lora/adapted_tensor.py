@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,70 +15,50 @@ from forward.architecture import (
     Architecture,
     permute_rows_to_gguf,
 )
-from lora.peft_files import SETTINGS, WEIGHTS, parse_peft_settings, read_peft_modules
+from lora.peft_files import WEIGHTS, read_peft_factors
 from shaders.errors import InputError
 
 
 @dataclass(frozen=True)
 class AdaptedTensor:
-    """What an adapter adds to one tensor of the base: scale · B · A.
+    """What an adapter makes of one tensor W of the base: W + scale · B · A.
+
+    Under DoRA (Liu et al. 2024) each row of that sum is brought to a length of its own:
+    W' = m · (W + scale · B · A) / ‖W + scale · B · A‖.
 
     Attributes:
         name: of the tensor in the base GGUF, for example `blk.3.attn_q.weight`.
         a: f32 [rank, columns].
         b: f32 [rows, rank], rows in the GGUF's order.
         scale: alpha / rank, or alpha / sqrt(rank) of an rsLoRA adapter.
+        magnitude: DoRA's m, f32 [rows] in the GGUF's order; else None.
     """
 
     name: str
     a: np.ndarray
     b: np.ndarray
     scale: float
+    magnitude: np.ndarray | None = None
 
     @property
     def rank(self) -> int:
         """Rows of A."""
         return len(self.a)
 
-    def change(self, start: int, stop: int) -> np.ndarray:
-        """What is added to rows start … stop, f32 [stop - start, columns]."""
-        change: np.ndarray = (self.b[start:stop] * np.float32(self.scale)) @ self.a
-        return change
+    def change(self, base: np.ndarray, start: int) -> np.ndarray:
+        """What is added to some rows of the base, f32 as they are.
 
-
-def read_settings(directory: Path) -> dict[str, Any]:
-    """The adapter_config.json of a LoRA or rsLoRA adapter, rank and alpha patterns included.
-
-    Raises:
-        InputError: DIR holds no adapter, or one that is no sum of scale · B · A.
-    """
-    settings, path = parse_peft_settings(directory), directory / SETTINGS
-    try:
-        patterns: dict[str, dict[str, float]] = {
-            "rank_pattern": {k: int(v) for k, v in (settings.get("rank_pattern") or {}).items()},
-            "alpha_pattern": {
-                k: float(v) for k, v in (settings.get("alpha_pattern") or {}).items()
-            },
-        }
-        for pattern in [*patterns["rank_pattern"], *patterns["alpha_pattern"]]:
-            re.compile(pattern)
-    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
-        raise InputError(f"{path}: not the config of a LoRA adapter ({error!r}).") from None
-    if settings.get("peft_type") != "LORA":
-        raise InputError(
-            f"{path}: peft_type is {settings.get('peft_type')!r}; only LoRA can be exported."
-        )
-    for key, what in (
-        ("use_dora", "a DoRA adapter"),
-        ("fan_in_fan_out", "an adapter of transposed matrices (fan_in_fan_out)"),
-        ("modules_to_save", "an adapter with fully trained modules (modules_to_save)"),
-    ):
-        if settings.get(key):
-            raise InputError(
-                f"{path}: {what} can't be exported here; merge it with PEFT's merge_and_unload() "
-                "and convert the model with llama.cpp's convert_hf_to_gguf.py."
-            )
-    return settings | patterns
+        Args:
+            base: f32 [n, columns], rows of W.
+            start: number of the first of them.
+        """
+        rows = slice(start, start + len(base))
+        change: np.ndarray = (self.b[rows] * np.float32(self.scale)) @ self.a
+        if self.magnitude is None:
+            return change
+        whole = base + change
+        lengths = np.linalg.norm(whole, axis=1, keepdims=True)
+        return self.magnitude[rows, None] / lengths * whole - base
 
 
 def read_adapted_tensors(
@@ -89,7 +67,7 @@ def read_adapted_tensors(
     """All changes of an adapter by the tensor's name in the base.
 
     Args:
-        settings: of `read_settings`.
+        settings: of `read_peft_settings`.
         architecture: of the base.
 
     Raises:
@@ -97,30 +75,35 @@ def read_adapted_tensors(
     """
     places = {path: (matrix, name) for path, matrix, name in adaptable(architecture)}
     adapted = {}
-    modules = read_peft_modules(directory)
+    modules = read_peft_factors(directory, settings)
     if not modules:
         raise InputError(f"{directory / WEIGHTS} is empty: the adapter changes nothing.")
-    for path, (a, b) in modules.items():
-        # Gemma 3 of 4B and up is a model of images too, with the language model one level down.
-        place = places.get(path.replace("language_model.", ""))
-        if place is None:
+    for path, factors in modules.items():
+        if path not in places:
             raise InputError(
                 f"{directory} adapts {path}, which the base (architecture {architecture.name!r}, "
                 f"{architecture.n_layers} layers) does not have; name the right one with --base."
             )
-        matrix, name = place
-        rank = _of_pattern(settings["rank_pattern"], path, settings["r"])
-        expected = (rank, matrix.in_size(architecture)), (matrix.out_size(architecture), rank)
+        matrix, name = places[path]
+        a, b, magnitude, rank = factors.a, factors.b, factors.magnitude, factors.rank
+        n_rows = matrix.out_size(architecture)
+        expected = (rank, matrix.in_size(architecture)), (n_rows, rank)
         if (a.shape, b.shape) != expected:
             raise InputError(
                 f"{directory}: {path} has A {a.shape} and B {b.shape}; this base and rank {rank} "
                 f"want {expected[0]} and {expected[1]}. Name the right base with --base."
             )
-        alpha = _of_pattern(settings["alpha_pattern"], path, settings["lora_alpha"])
-        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        if magnitude is not None and magnitude.shape != (n_rows,):
+            raise InputError(
+                f"{directory}: {path} has a lora_magnitude_vector {magnitude.shape}; this base "
+                f"wants {(n_rows,)}. Name the right base with --base."
+            )
         heads = matrix.permuted_heads(architecture)
-        rows = b if heads is None else permute_rows_to_gguf(b, heads)
-        adapted[name] = AdaptedTensor(name, a, np.ascontiguousarray(rows), scale)
+        if heads is not None:
+            b = np.ascontiguousarray(permute_rows_to_gguf(b, heads))
+            if magnitude is not None:
+                magnitude = permute_rows_to_gguf(magnitude[:, None], heads)[:, 0]
+        adapted[name] = AdaptedTensor(name, a, b, factors.scale, magnitude)
     return adapted
 
 
@@ -131,11 +114,3 @@ def adaptable(architecture: Architecture) -> Iterator[tuple[str, AdaptableMatrix
             for layer in range(architecture.n_layers):
                 yield matrix.peft_path(layer), matrix, matrix.tensor_name(layer)
     yield HEAD.module, HEAD, "output.weight"
-
-
-def _of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
-    """The value that PEFT takes for a module: of the first pattern that its path ends with."""
-    for pattern, value in patterns.items():
-        if re.match(rf"(.*\.)?({pattern})$", path):
-            return value
-    return default

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 
 from forward.adapter import AdapterLayout
 from forward.architecture import MODULE_NAMES, Architecture
+from forward.gguf_file import GGUFFile
+from lora.config import AdapterConfig, Config
 from lora.gguf_adapter import load_gguf_adapter, read_adapter_settings
-from lora.peft_files import load_peft_adapter, read_peft_modules, read_peft_settings
+from lora.peft_files import (
+    load_peft_adapter,
+    read_peft_factors,
+    read_peft_settings,
+    refuse_dora,
+)
+from lora.saved_factors import common_scale
+from lora.stores import resolve_model
 from shaders.errors import InputError
 
 
@@ -21,17 +30,33 @@ class SavedAdapter:
 
     Attributes:
         path: a directory, or a .gguf file.
-        rank: of all its matrices.
-        scale: what B · A is multiplied by.
-        made_with: its settings in the config's terms, for messages.
+        rank: the highest of its matrices.
+        scale: what most of its products B · A are multiplied by, without a sign; on the device
+            it is that of all, see `saved_factors.pack`.
+        stabilized: whether its scales are meant as alpha / sqrt(rank).
         modules: PEFT paths of the matrices that it adapts.
     """
 
     path: Path
     rank: int
     scale: float
-    made_with: str
+    stabilized: bool
     modules: tuple[str, ...]
+
+    @property
+    def alpha(self) -> float:
+        """What the config calls alpha at this rank and scale."""
+        return self.scale * (self.rank**0.5 if self.stabilized else self.rank)
+
+    @property
+    def variant(self) -> Literal["lora", "rslora"]:
+        """What the config calls the variant."""
+        return "rslora" if self.stabilized else "lora"
+
+    @property
+    def made_with(self) -> str:
+        """Its settings in the config's terms, for messages."""
+        return f"rank {self.rank}, alpha {self.alpha:g} and variant {self.variant}"
 
     @property
     def targets(self) -> list[str]:
@@ -68,6 +93,22 @@ class SavedAdapter:
             )
         return AdapterLayout(architecture, self.layers, self.targets, self.rank, self.scale)
 
+    def settings(self, architecture: Architecture) -> AdapterConfig:
+        """The config's section with which a session takes it over as it is.
+
+        Raises:
+            InputError: it was made for another model.
+        """
+        layout = self.layout(architecture)
+        return AdapterConfig(
+            rank=self.rank,
+            alpha=self.alpha,
+            variant=self.variant,
+            targets=self.targets,
+            layers=layout.layers or "all",  # lm_head alone is in no layer
+            init_from=str(self.path),
+        )
+
 
 def is_gguf_adapter(path: Path) -> bool:
     """Whether a path names a GGUF adapter rather than a PEFT directory."""
@@ -82,38 +123,38 @@ def open_adapter(path: Path, architecture: Architecture) -> SavedAdapter:
     """
     if is_gguf_adapter(path):
         found = read_adapter_settings(path)
-        made_with = f"rank {found.rank} and alpha {found.alpha:g}"
-        modules = found.modules(architecture)
-        return SavedAdapter(path, found.rank, found.alpha / found.rank, made_with, tuple(modules))
+        scale = common_scale(found.scale(tensor) for tensor in found.ranks)
+        return SavedAdapter(path, found.rank, scale, False, tuple(found.modules(architecture)))
     settings = read_peft_settings(path)
-    rank, alpha = settings["r"], settings["lora_alpha"]
-    stabilized = bool(settings.get("use_rslora"))
-    variant = "rslora" if stabilized else "lora"
+    refuse_dora(path, settings)
+    modules = read_peft_factors(path, settings)
     return SavedAdapter(
         path,
-        rank,
-        alpha / (rank**0.5 if stabilized else rank),
-        f"rank {rank}, alpha {alpha:g} and variant {variant}",
-        tuple(read_peft_modules(path)),
+        max((factors.rank for factors in modules.values()), default=settings["r"]),
+        common_scale(factors.scale for factors in modules.values()),
+        bool(settings.get("use_rslora")),
+        tuple(modules),
     )
 
 
 def load_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
     """An adapter in the layout of the device, f32 [layout.size].
 
-    Where its scale is another one than the layout's, B takes up the difference: the product is
-    the one that was trained.
+    Ranks and scales may differ from matrix to matrix; see `saved_factors.pack`.
 
     Raises:
         InputError: it adapts other matrices than the layout, or with other sizes.
     """
-    if is_gguf_adapter(path):
-        return load_gguf_adapter(path, layout)
-    flat = load_peft_adapter(path, layout)
-    factor = open_adapter(path, layout.architecture).scale / layout.scale
-    if math.isclose(factor, 1.0, rel_tol=1e-6):
-        return flat
-    modules = layout.to_modules(flat)
-    return layout.from_modules(
-        {name: (a, b * np.float32(factor)) for name, (a, b) in modules.items()}
-    )
+    load = load_gguf_adapter if is_gguf_adapter(path) else load_peft_adapter
+    return load(path, layout)
+
+
+def with_adapter(config: Config, path: Path) -> Config:
+    """A config with an adapter's own rank, scale, matrices and layers, and begun from it.
+
+    Raises:
+        InputError: it is no adapter, or one for another model than the config's.
+    """
+    architecture = Architecture.from_gguf(GGUFFile(resolve_model(config.model.path)))
+    settings = open_adapter(path, architecture).settings(architecture)
+    return config.model_copy(update={"adapter": settings})

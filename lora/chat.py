@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from forward.chat import render_chat
+from forward.gguf_file import GGUFFile
 from forward.tokenizer import Tokenizer
 from lora.generation import TextGenerator, open_generator
 from lora.sampling import Sampling
+from lora.stores import resolve_model
 from shaders.errors import InputError
 
 HELP = """\
@@ -49,7 +51,7 @@ class Chat:
         sampling: Sampling,
         system: str | None = None,
     ) -> None:
-        check_has_template(generator.tokenizer)
+        check_has_template(generator.tokenizer.chat_template)
         self._generator = generator
         self._write = write
         self._max_tokens = max_tokens
@@ -172,14 +174,35 @@ class Chat:
         return f"(adapter {self.adapter or 'off'}; loaded: {', '.join(loaded) or 'none'})"
 
 
-def check_has_template(tokenizer: Tokenizer) -> str:
-    """The chat template of a model; refuses one that has none."""
-    if tokenizer.chat_template is None:
+def check_has_template(template: str | None) -> str:
+    """The chat template of a model; refuses one that has none.
+
+    Raises:
+        InputError: it is None.
+    """
+    if template is None:
         raise InputError(
             "The model holds no chat template, so it cannot chat; continue texts with it: "
             "lora generate, without --chat."
         )
-    return tokenizer.chat_template
+    return template
+
+
+def check_can_chat(model: str, tokenizer: str | None = None) -> None:
+    """Refuses a model that has no chat template, out of its header: before it is loaded.
+
+    Args:
+        model: a GGUF file, or a name as in model.path.
+        tokenizer: a tokenizer.json in place of the GGUF's own.
+
+    Raises:
+        InputError: it has none, or a file can't be read.
+    """
+    gguf_file = GGUFFile(resolve_model(model))
+    if tokenizer is None:
+        check_has_template(gguf_file.metadata.get("tokenizer.chat_template"))
+    else:
+        check_has_template(Tokenizer.from_file(tokenizer, gguf_file=gguf_file).chat_template)
 
 
 def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
@@ -189,7 +212,7 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
         InputError: the model has no chat template, or it refuses the messages.
     """
     text = render_chat(
-        check_has_template(tokenizer),
+        check_has_template(tokenizer.chat_template),
         messages,
         add_generation_prompt=True,
         bos_token=_token_text(tokenizer, tokenizer.bos_id),
@@ -220,16 +243,21 @@ def _noticing_interrupts() -> Iterator[Callable[[], bool]]:
 
 
 def named_adapters(values: list[str]) -> dict[str, Path]:
-    """Adapter directories by name, out of DIRECTORY or NAME=DIRECTORY each.
+    """Adapters by name, out of PATH or NAME=PATH each.
+
+    A value that is a path as a whole is one, also with an = in it.
 
     Raises:
         InputError: two have one name, or one is called on or off.
     """
     named: dict[str, Path] = {}
     for value in values:
-        name, equals, directory = value.partition("=")
-        path = Path(directory if equals else value)
-        name = name if equals else path.resolve().stem
+        name, equals, rest = value.partition("=")
+        if equals and not Path(value).exists():
+            path = Path(rest)
+        else:
+            path = Path(value)
+            name = path.resolve().stem
         if name in named or name in ("on", "off", ""):
             raise InputError(
                 f"--adapter {value}: the name {name!r} is taken; give another one: "
@@ -265,9 +293,11 @@ def chat(
     Raises:
         InputError: something can't be opened, or the model has no chat template.
     """
+    named = named_adapters(adapters)
+    check_can_chat(model, tokenizer)
     generator = open_generator(
         model,
-        named_adapters(adapters),
+        named,
         tokenizer=tokenizer,
         max_length=max_length,
         device=device,

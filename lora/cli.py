@@ -12,8 +12,9 @@ from rich.console import Console
 from rich.table import Table
 
 from lora.export_command import export_command
-from lora.inspect import describe_adapter, describe_gguf, gguf_facts
+from lora.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
 from lora.pull import pull as pull_model
+from lora.tune_command import tune_command
 from shaders.device import list_adapters
 from shaders.errors import InputError, LoraError
 
@@ -113,15 +114,21 @@ def evaluate(
     examples: Annotated[int, typer.Option(help="Answers to write out.")] = 2,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Loss, perplexity and exact match on data.eval, with and without the adapter."""
+    """Loss, perplexity and exact match on data.eval, with and without the adapter.
+
+    What the adapter's own files say of its rank and matrices counts, not the config.
+    """
+    from lora.adapters import with_adapter
     from lora.config import load_config
     from lora.progress import print_evaluation
     from lora.session import TrainingSession
 
-    session = TrainingSession(load_config(config, set_ or []), train=False)
+    loaded = load_config(config, set_ or [])
+    if adapter is not None:
+        loaded = with_adapter(loaded, adapter)
+    session = TrainingSession(loaded, train=False)
     results = {"base": session.evaluate(adapted=False)}
     if adapter is not None:
-        session.load_adapter(adapter)
         results["adapter"] = session.evaluate()
     if as_json:
         values: dict[str, Any] = {name: vars(result) for name, result in results.items()}
@@ -168,7 +175,7 @@ def generate(
     device: DeviceName = "auto",
 ) -> None:
     """Continue a text with the tuned model."""
-    from lora.chat import conversation_ids
+    from lora.chat import check_can_chat, conversation_ids
     from lora.generation import open_generator
     from lora.sampling import Sampling
 
@@ -178,6 +185,8 @@ def generate(
             "--top-k, --top-p, --min-p and --seed choose between draws, and at temperature 0 none "
             "is made: add --temperature, such as 0.7."
         )
+    if chat:
+        check_can_chat(model, tokenizer)
     adapters = {} if adapter is None else {"adapter": adapter}
     generator = open_generator(
         model, adapters, tokenizer=tokenizer, max_length=max_length, device=device
@@ -236,18 +245,19 @@ def inspect(
             help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter.",
         ),
     ],
-    as_json: Annotated[bool, typer.Option("--json", help="A GGUF's facts as JSON.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a GGUF or an adapter holds."""
-    if as_json:
-        console.print_json(data=gguf_facts(model))
-        return
     is_adapter = Path(model).is_dir()
+    if as_json:
+        console.print_json(data=adapter_facts(Path(model)) if is_adapter else gguf_facts(model))
+        return
     for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
         console.print(part)
 
 
 app.command(name="export")(export_command)
+app.command(name="tune")(tune_command)
 
 
 @app.command()

@@ -243,8 +243,11 @@ class TrainConfig(_Section):
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = Field(
         default=1.0, description="a number above 0, or null for no clipping"
     )
-    precision: Literal["f32", "f16"] = Field(default="f32", description="f32")
+    precision: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
     recompute: Switch = Field(default="auto", description="auto, on or off")
+    tuning: Annotated[Literal["auto", "off"], BeforeValidator(_word_from_switch)] = Field(
+        default="auto", description="auto or off"
+    )
     reuse_frozen_prefix: Switch = Field(default="auto", description="auto, on or off")
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="a whole number from 0 to 4294967295"
@@ -256,13 +259,6 @@ class TrainConfig(_Section):
         default=None, description="null, or a whole number of steps, at least 1"
     )
     keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
-
-    @field_validator("precision")
-    @classmethod
-    def _supported_precision(cls, precision: str) -> str:
-        if precision == "f16":
-            raise ValueError("got 'f16'; it is not supported yet; allowed here: f32.")
-        return precision
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:

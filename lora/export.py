@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
 from forward.quantization import QUANTIZATIONS
-from lora.adapted_tensor import read_adapted_tensors, read_settings
+from lora.adapted_tensor import read_adapted_tensors
 from lora.files import write_file
 from lora.gguf_adapter import ADAPTER_TYPES, write_gguf_adapter
 from lora.merge import MergedTensor, write_merged_gguf
@@ -24,7 +24,7 @@ from lora.modelfile import (
     modelfile_of_merged,
     name_of_merged,
 )
-from lora.peft_files import SETTINGS
+from lora.peft_files import SETTINGS, read_peft_settings, refuse_dora
 from lora.stores import resolve_model
 from shaders.errors import InputError
 
@@ -85,7 +85,9 @@ def export(
         raise InputError(f"--to {target}: {_nearest(target, TARGETS)}")
     kinds = ADAPTER_TYPES if target == ADAPTER else tuple(QUANTIZATIONS)
     stored = None if kind is None else _kind(kind, kinds, target)
-    settings = read_settings(directory)
+    settings = read_peft_settings(directory)
+    if target == ADAPTER:
+        refuse_dora(directory, settings)
     path = directory / _DEFAULT_NAMES[target] if output is None else output
     modelfile = path.with_name(OF_ADAPTER if target == ADAPTER else name_of_merged(path))
     name = base or str(settings.get("base_model_name_or_path") or "")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +27,10 @@ from forward.tokenizer import Tokenizer
 from lora.adapters import load_adapter, open_adapter
 from lora.sampling import GREEDY, Sampler, Sampling
 from lora.stores import resolve_model
+from lora.tile_cache import use_tiles
 from shaders.device import Device
 from shaders.errors import DeviceMemoryError, InputError
+from shaders.planning import PlanningDevice
 from shaders.program import Program
 from shaders.tensor import Tensor
 
@@ -100,24 +103,33 @@ class TextGenerator:
         self._vocab_size = model.architecture.vocab_size
         long = model.long_examples
         self.room = model.layers[0].rope.shape[0] if long is None else long.first_position
-        piece = min(self.room, _CPU_PIECE_ROWS if device.is_cpu else _PIECE_ROWS)
+        taken = Counter(device.allocated)
         try:
-            self._cache = KeyValueCache.allocate(device, model.architecture, self.room)
-            self._pieces = StepInputs.allocate(device, piece)
-            self._step = StepInputs.allocate(device, 1)
-            self._act = {
-                inputs.rows.maximum: StepActivations.allocate(device, model, inputs.rows)
-                for inputs in (self._pieces, self._step)
-            }
-            self._head = StepHead.allocate(device, model)
+            self._allocate(device)
         except DeviceMemoryError as error:
+            plan = PlanningDevice(device)
+            self._allocate(plan)
             raise InputError(
-                f"The keys and values of {self.room} tokens do not fit: {error}. Lower the room "
-                "(--max-length, or data.max_length)."
+                f"Text of up to {self.room} tokens does not fit: {error}, and it takes "
+                f"{_figures(taken + plan.allocated)}. Lower the room (--max-length, or "
+                "data.max_length)."
             ) from error
         self._programs: dict[tuple[str | None, int], tuple[Program, Program]] = {}
         self._prepared: dict[str | None, Any] = {}  # command buffers, by adapter
         self.forget()
+
+    def _allocate(self, device: Device) -> None:
+        """Takes the memory that text needs besides the model and the adapters."""
+        architecture = self._model.architecture
+        piece = min(self.room, _CPU_PIECE_ROWS if device.is_cpu else _PIECE_ROWS)
+        self._cache = KeyValueCache.allocate(device, architecture, self.room)
+        self._pieces = StepInputs.allocate(device, piece)
+        self._step = StepInputs.allocate(device, 1)
+        self._act = {
+            inputs.rows.maximum: StepActivations.allocate(device, self._model, inputs.rows)
+            for inputs in (self._pieces, self._step)
+        }
+        self._head = StepHead.allocate(device, self._model)
 
     def forget(self) -> None:
         """Drops what is kept of the last text; needed once an adapter's numbers have changed."""
@@ -303,6 +315,12 @@ class TextGenerator:
         return self._programs[adapter, rows]
 
 
+def _figures(allocated: Counter[str]) -> str:
+    """Memory by purpose, as errors tell it."""
+    parts = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in allocated.most_common())
+    return f"{sum(allocated.values()) / 2**20:,.0f} MiB ({parts})"
+
+
 def read_adapter(device: Device, architecture: Architecture, path: Path) -> Adapter:
     """Puts an adapter on the device: a PEFT directory, or a GGUF adapter.
 
@@ -331,12 +349,12 @@ def open_generator(
         adapters: PEFT adapter directories or GGUF adapters by name.
         tokenizer: a tokenizer.json, or a directory that holds one; None for the GGUF's own.
         max_length: the room: tokens of prompt and answer together; None for what the model was
-            trained for, DEFAULT_ROOM at most.
+            trained for, DEFAULT_ROOM at most. More than it was trained for is refused.
         device: as in the config, or one that is open already.
 
     Raises:
-        InputError: the model or an adapter can't be read, they do not fit together, or the device
-            has no room.
+        InputError: the model or an adapter can't be read, they do not fit together, max_length is
+            beyond the model's context, or the device has no room.
     """
     gguf_file = GGUFFile(resolve_model(model))
     architecture = Architecture.from_gguf(gguf_file)
@@ -345,11 +363,23 @@ def open_generator(
     else:
         text_tokens = Tokenizer.from_file(tokenizer, gguf_file=gguf_file)
     opened = Device(device) if isinstance(device, str) else device
+    use_tiles(opened, "auto")
     room = max_length or min(architecture.context_length, DEFAULT_ROOM)
+    if room > architecture.context_length:
+        raise InputError(
+            f"max_length is {room}, but {model} was trained for texts of up to "
+            f"{architecture.context_length} tokens and writes nonsense beyond them. Set "
+            f"--max-length to {architecture.context_length} or less."
+        )
     try:
         loaded = load_model(opened, gguf_file, architecture, room)
     except DeviceMemoryError as error:
-        raise InputError(f"{model} does not fit: {error}. Take a smaller quantization.") from error
+        plan = PlanningDevice(opened)
+        TextGenerator(plan, load_model(plan, gguf_file, architecture, room), text_tokens)
+        raise InputError(
+            f"{model} does not fit: {error}, and with room for texts of {room} tokens it takes "
+            f"{_figures(plan.allocated)}. Take a smaller quantization, or lower --max-length."
+        ) from error
     return TextGenerator(
         opened,
         loaded,

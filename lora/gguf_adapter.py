@@ -9,7 +9,7 @@ each tensor and one alpha for all; by 1 where there is no alpha.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,6 +23,7 @@ from forward.gguf_file import GGUFFile, shortened
 from forward.quantization import QUANTIZATIONS
 from lora.adapted_tensor import AdaptedTensor, adaptable
 from lora.gguf_output import new_file
+from lora.saved_factors import SavedFactors, pack
 from shaders.errors import InputError
 
 ADAPTER_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
@@ -77,19 +78,26 @@ class AdapterSettings:
     Attributes:
         path: of the file.
         architecture: general.architecture of the base that it is for.
-        rank: of all its tensors.
-        alpha: B · A is multiplied by alpha / rank.
-        tensors: the names of the base's tensors that it adapts.
+        alpha: B · A is multiplied by alpha / rank; None: by 1.
+        ranks: by the names of the base's tensors that it adapts.
     """
 
     path: Path
     architecture: str
-    rank: int
-    alpha: float
-    tensors: tuple[str, ...]
+    alpha: float | None
+    ranks: Mapping[str, int]
 
-    def modules(self, architecture: Architecture) -> list[str]:
-        """The PEFT paths (`model.layers.0.self_attn.q_proj`) of what it adapts.
+    @property
+    def rank(self) -> int:
+        """The highest rank."""
+        return max(self.ranks.values())
+
+    def scale(self, tensor: str) -> float:
+        """What B · A of a tensor is multiplied by."""
+        return 1.0 if self.alpha is None else self.alpha / self.ranks[tensor]
+
+    def modules(self, architecture: Architecture) -> dict[str, str]:
+        """The tensors that it adapts by PEFT path (`model.layers.0.self_attn.q_proj`).
 
         Raises:
             InputError: it is not for this base.
@@ -100,29 +108,26 @@ class AdapterSettings:
                 f"model's is {architecture.name!r}."
             )
         paths = {name: path for path, _, name in adaptable(architecture)}
-        for name in self.tensors:
+        for name in self.ranks:
             if name not in paths:
                 raise InputError(
                     f"{self.path} adapts {name}, which can't be adapted here or which this model "
                     f"of {architecture.n_layers} layers does not have."
                 )
-        return [paths[name] for name in self.tensors]
+        return {paths[name]: name for name in self.ranks}
 
 
 def read_adapter_settings(path: Path) -> AdapterSettings:
     """Reads the header of a GGUF adapter.
 
     Raises:
-        InputError: the file is no LoRA adapter, or its tensors are of several ranks.
+        InputError: the file is no LoRA adapter.
     """
     return _settings(GGUFFile(path))
 
 
 def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
-    """A GGUF adapter in the layout of the device, f32 [layout.size].
-
-    Where alpha / rank is another number than the layout's scale (a run of rsLoRA), B takes up the
-    difference: the product is the file's.
+    """A GGUF adapter in the layout of the device, f32 [layout.size]; see `saved_factors.pack`.
 
     Raises:
         InputError: it is no adapter, or it does not fit the model or the layout.
@@ -130,30 +135,15 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
     file = GGUFFile(path)
     settings = _settings(file)
     architecture = layout.architecture
-    given = dict(zip(settings.modules(architecture), settings.tensors, strict=True))
-    wanted = layout.to_modules(np.zeros(layout.size, np.float32))
-    for paths, others, why in (
-        (wanted, given, "has no factors for {}, which adapter.targets and adapter.layers ask for"),
-        (given, wanted, "also adapts {}, which adapter.targets and adapter.layers leave out"),
-    ):
-        missing = sorted(set(paths) - set(others))
-        if missing:
-            raise InputError(f"{path} {why.format(missing[0])} ({len(missing)} such).")
-    factor = np.float32(settings.alpha / settings.rank / layout.scale)
     matrices = {name: matrix for _, matrix, name in adaptable(architecture)}
     modules = {}
-    for module, name in given.items():
+    for module, name in settings.modules(architecture).items():
         a, b = (_decoded(file, f"{name}.{half}") for half in ("lora_a", "lora_b"))
-        shapes = tuple(half.shape for half in wanted[module])
-        if (a.shape, b.shape) != shapes:
-            raise InputError(
-                f"{path}: {name} has A {a.shape} and B {b.shape}; this model and adapter.rank "
-                f"want {shapes[0]} and {shapes[1]}."
-            )
         heads = matrices[name].permuted_heads(architecture)
-        rows = b if heads is None else permute_rows_to_hf(b, heads)
-        modules[module] = (a, rows if factor == 1 else rows * factor)
-    return layout.from_modules(modules)
+        if heads is not None and len(b) == matrices[name].out_size(architecture):
+            b = permute_rows_to_hf(b, heads)
+        modules[module] = SavedFactors(a, b, settings.scale(name))
+    return pack(path, modules, layout)
 
 
 def _settings(file: GGUFFile) -> AdapterSettings:
@@ -163,35 +153,29 @@ def _settings(file: GGUFFile) -> AdapterSettings:
             f"{file.path} is no LoRA adapter: general.type is {shortened(kinds[0])}, adapter.type "
             f"is {shortened(kinds[1])}."
         )
-    names: dict[str, set[str]] = {}
-    ranks: dict[int, str] = {}
+    ranks: dict[str, dict[str, int]] = {}
     for name, tensor in file.tensors.items():
         base, _, half = name.rpartition(".")
         if half not in ("lora_a", "lora_b") or len(tensor.shape) != 2:
             raise InputError(f"{file.path}: {name} is not the A or B of a LoRA adapter.")
-        names.setdefault(base, set()).add(half)
-        ranks.setdefault(tensor.shape[0 if half == "lora_a" else 1], name)
-    for base, halves in names.items():
+        ranks.setdefault(base, {})[half] = tensor.shape[0 if half == "lora_a" else 1]
+    for base, halves in ranks.items():
         if len(halves) != 2:
             raise InputError(f"{file.path}: {base} has only one of its A and B.")
-    if not names:
+        if len(set(halves.values())) != 1:
+            raise InputError(
+                f"{file.path}: A of {base} has the rank {halves['lora_a']}, B {halves['lora_b']}."
+            )
+    if not ranks:
         raise InputError(f"{file.path} holds no tensors: the adapter changes nothing.")
-    if len(ranks) > 1:
-        (first, one), (second, other), *_ = ranks.items()
-        raise InputError(
-            f"{file.path} has tensors of several ranks ({one} {first}, {other} {second}); only "
-            "one rank for all is supported."
-        )
-    (rank,) = ranks
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float) or not np.isfinite(alpha):
         raise InputError(f"{file.path}: adapter.lora.alpha is {shortened(alpha)}, no number.")
     return AdapterSettings(
         path=file.path,
         architecture=str(file.metadata.get("general.architecture")),
-        rank=rank,
-        alpha=float(alpha) or float(rank),  # llama.cpp takes 0 for none, and then scales by 1
-        tensors=tuple(names),
+        alpha=float(alpha) or None,  # llama.cpp takes 0 for none
+        ranks={base: halves["lora_a"] for base, halves in ranks.items()},
     )
 
 

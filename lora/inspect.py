@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter, defaultdict
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rich.table import Table
@@ -15,7 +16,8 @@ from forward.gguf_file import GGUFFile
 from forward.quantization import QUANTIZATIONS
 from forward.tokenizer import Tokenizer
 from lora.gguf_adapter import read_adapter_settings
-from lora.peft_files import read_peft_modules, read_peft_settings
+from lora.peft_files import read_peft_factors, read_peft_settings
+from lora.saved_factors import SavedFactors
 from lora.stores import resolve_model
 from shaders.errors import InputError
 
@@ -47,8 +49,8 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
         tensor_types, a list of type, tensors, parameters, bytes, the largest first; tokenizer,
         None or kind, pre, entries, special (id and text by role), problem (why the file's own
         can't be used, or None); chat_template, None or characters and first_line; adapter, None
-        or rank, alpha and tensors of a GGUF adapter; trainable, and obstacles, the reasons why it
-        can't be trained.
+        or rank (the highest), ranks, alpha (or None) and tensors of a GGUF adapter; trainable, and
+        obstacles, the reasons why it can't be trained.
 
     Raises:
         InputError: there is no such file, or it cannot be read as GGUF.
@@ -121,7 +123,13 @@ def _adapter_facts(gguf_file: GGUFFile) -> dict[str, Any] | None:
     if gguf_file.metadata.get("general.type") != "adapter":
         return None
     settings = read_adapter_settings(gguf_file.path)
-    return {"rank": settings.rank, "alpha": settings.alpha, "tensors": len(settings.tensors)}
+    ranks = sorted(set(settings.ranks.values()))
+    return {
+        "rank": settings.rank,
+        "ranks": ranks,
+        "alpha": settings.alpha,
+        "tensors": len(settings.ranks),
+    }
 
 
 def _obstacles(gguf_file: GGUFFile) -> list[str]:
@@ -184,8 +192,9 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
     if facts["adapter"] is not None:
         adapter = facts["adapter"]
         rows["adapter"] = (
-            f"LoRA of rank {adapter['rank']}, alpha {adapter['alpha']:g}, on {adapter['tensors']} "
-            "tensors; train from it with adapter.init_from"
+            f"LoRA of {_ranks_shown(adapter['ranks'])}, alpha "
+            f"{'none' if adapter['alpha'] is None else _shown(adapter['alpha'])}, on "
+            f"{adapter['tensors']} tensors; train from it with adapter.init_from"
         )
     elif facts["obstacles"]:
         rows["can be trained"] = "no: " + " ".join(facts["obstacles"])
@@ -223,34 +232,84 @@ def _shown(value: Any) -> str:
     )
 
 
-def describe_adapter(directory: Path) -> list[Table | str]:
-    """Rank, scale, targets, layers and parameters of a PEFT adapter directory.
+def _ranks_shown(ranks: list[int]) -> str:
+    return f"rank{'s' if len(ranks) > 1 else ''} {', '.join(map(str, ranks))}"
+
+
+def adapter_facts(directory: Path) -> dict[str, Any]:
+    """What a PEFT adapter directory says of itself, as values that JSON can hold.
+
+    Returns:
+        adapter: as given; base: what it names as such; rank and alpha: what its config says;
+        ranks, all that occur; variant: lora, rslora, dora or dora-rslora; layers, their numbers;
+        parameters; matrices, a list of name, modules (how many), ranks and scales that occur,
+        in_features, out_features, and mean_a and mean_b, the mean sizes of the numbers in A and B.
 
     Raises:
         InputError: there is no LoRA adapter in it.
     """
     settings = read_peft_settings(directory)
-    modules = read_peft_modules(directory)
+    modules = read_peft_factors(directory, settings)
     layered = (path.split(".layers.")[1] for path in modules if ".layers." in path)
-    layers = sorted({int(rest.split(".")[0]) for rest in layered})
-    facts = Table.grid(padding=(0, 2))
-    facts.add_row("adapter", Text(_shown(directory)))
-    facts.add_row("base", Text(_shown(settings.get("base_model_name_or_path", ""))))
-    facts.add_row("rank", str(settings["r"]))
-    facts.add_row("alpha", f"{settings['lora_alpha']:g}")
-    facts.add_row("variant", "rslora" if settings.get("use_rslora") else "lora")
-    facts.add_row("layers", f"{len(layers)}: {layers[0]} to {layers[-1]}" if layers else "none")
-    facts.add_row("parameters", f"{sum(a.size + b.size for a, b in modules.values()):,}")
+    by_name: dict[str, list[SavedFactors]] = defaultdict(list)
+    for path, factors in modules.items():
+        by_name[path.rpartition(".")[2]].append(factors)
+    kinds = [kind for kind in ("dora", "rslora") if settings.get(f"use_{kind}")]
+    return {
+        "adapter": str(directory),
+        "base": settings.get("base_model_name_or_path"),
+        "rank": settings["r"],
+        "ranks": sorted({factors.rank for factors in modules.values()}),
+        "alpha": settings["lora_alpha"],
+        "variant": "-".join(kinds) or "lora",
+        "layers": sorted({int(rest.split(".")[0]) for rest in layered}),
+        "parameters": sum(factors.n_parameters for factors in modules.values()),
+        "matrices": [
+            {
+                "name": name,
+                "modules": len(all_of_it),
+                "ranks": sorted({factors.rank for factors in all_of_it}),
+                "scales": sorted({factors.scale for factors in all_of_it}),
+                "in_features": all_of_it[0].a.shape[1],
+                "out_features": all_of_it[0].b.shape[0],
+                "mean_a": fmean(float(abs(factors.a).mean()) for factors in all_of_it),
+                "mean_b": fmean(float(abs(factors.b).mean()) for factors in all_of_it),
+            }
+            for name, all_of_it in sorted(by_name.items())
+        ],
+    }
 
-    matrices = Table("matrix", "modules", "A", "B", "mean |A|", "mean |B|")
-    by_name: dict[str, list[str]] = defaultdict(list)
-    for path in modules:
-        by_name[path.rsplit(".", 1)[1]].append(path)
-    for name, paths in sorted(by_name.items()):
-        a, b = modules[paths[0]]
-        sizes = [(abs(modules[p][0]).mean(), abs(modules[p][1]).mean()) for p in paths]
-        mean_a, mean_b = (sum(column) / len(paths) for column in zip(*sizes, strict=True))
+
+def describe_adapter(directory: Path) -> list[Table | str]:
+    """`adapter_facts` as tables.
+
+    Raises:
+        InputError: there is no LoRA adapter in it.
+    """
+    facts = adapter_facts(directory)
+    layers = facts["layers"]
+    rows = {
+        "adapter": facts["adapter"],
+        "base": facts["base"] or "",
+        "rank": ", ".join(map(str, facts["ranks"])),
+        "alpha": f"{facts['alpha']:g}",
+        "variant": facts["variant"],
+        "layers": f"{len(layers)}: {layers[0]} to {layers[-1]}" if layers else "none",
+        "parameters": f"{facts['parameters']:,}",
+    }
+    grid = Table.grid(padding=(0, 2))
+    for label, value in rows.items():
+        grid.add_row(label, Text(_shown(value)))
+    matrices = Table("matrix", "modules", "rank", "scale", "in", "out", "mean |A|", "mean |B|")
+    for row in facts["matrices"]:
         matrices.add_row(
-            name, str(len(paths)), str(a.shape), str(b.shape), f"{mean_a:.4g}", f"{mean_b:.4g}"
+            row["name"],
+            str(row["modules"]),
+            ", ".join(map(str, row["ranks"])),
+            ", ".join(f"{scale:.4g}" for scale in row["scales"]),
+            str(row["in_features"]),
+            str(row["out_features"]),
+            f"{row['mean_a']:.4g}",
+            f"{row['mean_b']:.4g}",
         )
-    return [facts, matrices]
+    return [grid, matrices]

@@ -1,4 +1,8 @@
-"""Base and adapter as one GGUF, tensor by tensor and some rows at a time."""
+"""Base and adapter as one GGUF, tensor by tensor and some rows at a time.
+
+W stands for a tensor of the base and D for what the adapter adds to it, `AdaptedTensor.change`:
+scale · B · A, or what DoRA makes of it.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +35,10 @@ class MergedTensor:
     Attributes:
         name: of the tensor.
         kind: the type in which it was written.
-        error: size of what rounding to that type changed, relative to W + scale · B · A.
-        change: size of scale · B · A, relative to the same.
-        kept: how much of scale · B · A the file holds: the part of (stored weights - W) that lies
-            along it, 1 if all. A base of few bits lies on its type's grid, and a change below half
+        error: size of what rounding to that type changed, relative to W + D.
+        change: size of D, relative to the same.
+        kept: how much of D the file holds: the part of (stored weights - W) that lies along it,
+            1 if all. A base of few bits lies on its type's grid, and a change below half
             a step of the grid rounds back to the base: then it is near 0.
     """
 
@@ -152,15 +156,15 @@ def _merged_rows(
     start: int,
     stop: int,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Rows of W + scale · B · A as they are stored, and four sums over their weights.
+    """Rows of W + D as they are stored, and four sums over their weights.
 
     Those are the squares of what rounding changed, of what the adapter changed and of the exact
     rows, and the products of what is stored beyond W and what the adapter changed.
     """
     data = np.ascontiguousarray(source.data[start:stop])
     base = gguf.quants.dequantize(data, source.type).reshape(stop - start, -1)
-    change = adapted.change(start, stop)
     with np.errstate(all="ignore"):  # what is not finite shows in the sums
+        change = adapted.change(base, start)
         exact = base + change
         stored = quantize(exact, kind)
         decoded = gguf.quants.dequantize(stored, kind).reshape(exact.shape)

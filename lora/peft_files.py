@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +17,22 @@ from forward.adapter import AdapterLayout
 from forward.architecture import HEAD
 from lora.config import Config
 from lora.files import write_file
+from lora.saved_factors import SavedFactors, pack
 from shaders.errors import InputError
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
 _PREFIX = "base_model.model."
 _PEFT_VERSION = "0.21.0"  # the version whose file layout this follows
+_NUMBERS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # as numpy reads them
+_MAGNITUDE = ".lora_magnitude_vector"
+# Settings under which an adapter is no sum of W and scale · B · A, and what it is then.
+_UNSUPPORTED = {
+    "fan_in_fan_out": "an adapter of transposed matrices",
+    "modules_to_save": "an adapter with fully trained modules",
+    "layer_replication": "an adapter of a model with repeated layers",
+    "alora_invocation_tokens": "an aLoRA adapter, which acts from some tokens on only",
+}
 
 
 def save_peft_adapter(
@@ -63,11 +76,11 @@ def save_peft_adapter(
     write_file(directory / SETTINGS, json.dumps(settings, indent=2) + "\n")
 
 
-def parse_peft_settings(directory: Path) -> dict[str, Any]:
-    """The adapter_config.json of a PEFT adapter directory, its rank and alpha numbers.
+def read_peft_settings(directory: Path) -> dict[str, Any]:
+    """The adapter_config.json of a LoRA, rsLoRA or DoRA adapter; ranks and alphas are numbers.
 
     Raises:
-        InputError: there is none, or it is not the config of a LoRA adapter.
+        InputError: there is none, or it is not the config of an adapter of these kinds.
     """
     path = directory / SETTINGS
     if not path.is_file() or not (directory / WEIGHTS).is_file():
@@ -76,80 +89,133 @@ def parse_peft_settings(directory: Path) -> dict[str, Any]:
             f"and {WEIGHTS}."
         )
     try:
-        settings = json.loads(path.read_text())
+        settings = dict(json.loads(path.read_text()))
+        kind = settings.get("peft_type")
+        if kind != "LORA":
+            raise InputError(f"{path}: peft_type is {kind!r}; only LoRA is supported.")
         settings["r"], settings["lora_alpha"] = int(settings["r"]), float(settings["lora_alpha"])
-    except (ValueError, KeyError, TypeError) as error:
+        for key, number in (("rank_pattern", int), ("alpha_pattern", float)):
+            pattern = (settings.get(key) or {}).items()
+            settings[key] = {re.compile(name).pattern: number(value) for name, value in pattern}
+    except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"{path}: not the config of a LoRA adapter ({error!r}).") from None
-    parsed: dict[str, Any] = settings
-    return parsed
-
-
-def read_peft_settings(directory: Path) -> dict[str, Any]:
-    """As `parse_peft_settings`, for an adapter that can be loaded here.
-
-    Raises:
-        InputError: also where the adapter is of a kind that is not supported.
-    """
-    settings, path = parse_peft_settings(directory), directory / SETTINGS
-    if settings.get("peft_type") != "LORA" or settings.get("use_dora"):
-        raise InputError(f"{path}: only plain LoRA and rsLoRA adapters can be loaded here.")
-    if settings.get("rank_pattern") or settings.get("alpha_pattern"):
-        raise InputError(f"{path}: rank_pattern and alpha_pattern are not supported yet.")
+    for rank in (settings["r"], *settings["rank_pattern"].values()):
+        if rank < 1:
+            raise InputError(f"{path}: has the rank {rank}; it must be 1 at least.")
+    for alpha in (settings["lora_alpha"], *settings["alpha_pattern"].values()):
+        if not math.isfinite(alpha):
+            raise InputError(f"{path}: has the alpha {alpha}; it must be a number.")
+    for key, what in _UNSUPPORTED.items():
+        if settings.get(key):
+            raise InputError(
+                f"{path}: {what} ({key}) is not supported here; where PEFT's merge_and_unload() "
+                "can merge it, do that and convert the model with llama.cpp's "
+                "convert_hf_to_gguf.py."
+            )
     return settings
 
 
-def read_peft_modules(directory: Path) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """A [rank, in] and B [out, rank] in f32 by module path (`model.layers.0.self_attn.q_proj`).
+def refuse_dora(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses a DoRA adapter, which a base of other weights than its own can't be run with.
 
     Raises:
-        InputError: the file can't be read, or holds something that is no A or B.
+        InputError: it is one.
     """
+    if settings.get("use_dora"):
+        raise InputError(
+            f"{directory / SETTINGS}: a DoRA adapter is no sum of scale · B · A: it sets the "
+            f"length of each row of the weights. Fold it into its base with lora export "
+            f"{directory} --to merged-gguf, and use the model that this writes."
+        )
+
+
+def read_peft_factors(
+    directory: Path, settings: Mapping[str, Any] | None = None
+) -> dict[str, SavedFactors]:
+    """The factors of an adapter by module path (`model.layers.0.self_attn.q_proj`).
+
+    Args:
+        settings: of `read_peft_settings`, where they are read already.
+
+    Raises:
+        InputError: the files can't be read, hold something that is no part of an adapter, or a
+            matrix has another rank than the settings say.
+    """
+    settings = read_peft_settings(directory) if settings is None else settings
     path = directory / WEIGHTS
-    halves: dict[str, dict[str, np.ndarray]] = {}
-    try:
-        with safetensors.safe_open(path, framework="numpy") as file:
-            names = list(file.keys())
-            tensors = {name: file.get_tensor(name) for name in names}
-    except (OSError, safetensors.SafetensorError, TypeError) as error:
-        raise InputError(f"{path}: cannot be read as safetensors ({error}).") from None
-    for name, array in tensors.items():
-        module, dot, half = name.removeprefix(_PREFIX).removesuffix(".weight").rpartition(".lora_")
-        if not dot or half not in ("A", "B"):
-            raise InputError(f"{path}: {name} is not the A or B of a LoRA adapter.")
-        halves.setdefault(module, {})[half] = array.astype(np.float32)
-    for module, pair in halves.items():
-        if len(pair) != 2:
+    factors = {}
+    for module, parts in _read_parts(path).items():
+        if not {"A", "B"} <= parts.keys():
             raise InputError(f"{path}: {module} has only one of its A and B.")
-        for half, array in pair.items():
-            if not np.isfinite(array).all():
-                raise InputError(f"{path}: {module}.lora_{half} holds NaN or infinite numbers.")
-    return {module: (pair["A"], pair["B"]) for module, pair in halves.items()}
+        if ("magnitude" in parts) != bool(settings.get("use_dora")):
+            has = "a" if "magnitude" in parts else "no"
+            raise InputError(
+                f"{path}: {module} has {has} {_MAGNITUDE[1:]}, but use_dora is "
+                f"{bool(settings.get('use_dora'))} in {SETTINGS}."
+            )
+        a, b = parts["A"], parts["B"]
+        rank = _of_pattern(settings["rank_pattern"], module, settings["r"])
+        alpha = _of_pattern(settings["alpha_pattern"], module, settings["lora_alpha"])
+        if a.ndim != 2 or b.ndim != 2 or len(a) != rank or b.shape[1] != rank:
+            raise InputError(
+                f"{path}: {module} has A {a.shape} and B {b.shape}; {SETTINGS} gives it the rank "
+                f"{rank}."
+            )
+        scale = alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
+        # Gemma 3 of 4B and up is a model of images too, with the language model one level down.
+        plain = module.replace("language_model.", "")
+        factors[plain] = SavedFactors(a, b, scale, parts.get("magnitude"))
+    return factors
+
+
+def _read_parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
+    """All tensors in f32 by module path, then by "A", "B" or "magnitude"."""
+    try:
+        tensors = {
+            name: _decoded(tensor) for name, tensor in safetensors.deserialize(path.read_bytes())
+        }
+    except (OSError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path}: cannot be read as safetensors ({error}).") from None
+    parts: dict[str, dict[str, np.ndarray]] = {}
+    for name, array in tensors.items():
+        if array is None:
+            raise InputError(f"{path}: {name} is none of {', '.join(_NUMBERS)}.")
+        plain = name.removeprefix(_PREFIX).removesuffix(".weight")
+        module, dot, part = plain.rpartition(".lora_")
+        if dot and part == "magnitude_vector":
+            part = "magnitude"
+        elif not dot or part not in ("A", "B"):
+            raise InputError(f"{path}: {name} is not the A or B of a LoRA adapter.")
+        if not np.isfinite(array).all():
+            raise InputError(f"{path}: {name} holds NaN or infinite numbers.")
+        parts.setdefault(module, {})[part] = array
+    return parts
+
+
+def _decoded(tensor: Mapping[str, Any]) -> np.ndarray | None:
+    """A tensor of a safetensors file in f32; None if it is not of numbers with a point."""
+    if tensor["dtype"] not in _NUMBERS:
+        return None
+    values = np.frombuffer(tensor["data"], _NUMBERS[tensor["dtype"]]).reshape(tensor["shape"])
+    if tensor["dtype"] == "BF16":  # the upper half of an f32; numpy has no such type
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32)
+
+
+def _of_pattern(patterns: Mapping[str, Any], path: str, default: Any) -> Any:
+    """The value that PEFT takes for a module: of the first pattern that its path ends with."""
+    for pattern, value in patterns.items():
+        if re.match(rf"(.*\.)?({pattern})$", path):
+            return value
+    return default
 
 
 def load_peft_adapter(directory: Path, layout: AdapterLayout) -> np.ndarray:
-    """A PEFT adapter in the layout of the device, f32 [layout.size].
+    """A PEFT adapter in the layout of the device, f32 [layout.size]; see `saved_factors.pack`.
 
     Raises:
-        InputError: it adapts other matrices than the layout, or with other sizes.
+        InputError: it adapts other matrices than the layout, with other sizes, or by DoRA.
     """
-    modules = read_peft_modules(directory)
-    wanted = layout.to_modules(np.zeros(layout.size, np.float32))
-    for path, (a, b) in wanted.items():
-        if path not in modules:
-            raise InputError(
-                f"{directory}: has no factors for {path}, which adapter.targets and "
-                "adapter.layers ask for."
-            )
-        given_a, given_b = modules[path]
-        if given_a.shape != a.shape or given_b.shape != b.shape:
-            raise InputError(
-                f"{directory}: {path} has A {given_a.shape} and B {given_b.shape}; this model and "
-                f"adapter.rank want {a.shape} and {b.shape}."
-            )
-    extra = sorted(set(modules) - set(wanted))
-    if extra:
-        raise InputError(
-            f"{directory}: also adapts {extra[0]} ({len(extra)} such), which adapter.targets and "
-            "adapter.layers leave out."
-        )
-    return layout.from_modules(modules)
+    settings = read_peft_settings(directory)
+    refuse_dora(directory, settings)
+    return pack(directory, read_peft_factors(directory, settings), layout)

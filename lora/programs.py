@@ -16,8 +16,12 @@ from optim.adamw import adamw
 from optim.clipping import gradient_norm
 from shaders.device import Device
 from shaders.program import Program
-from shaders.tensor import Tensor
+from shaders.tensor import Tensor, item_bytes
 
+# What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
+# the least that it holds, and the mean over some hundred tokens makes them small. A power of two
+# changes no bit of an f32 (Micikevicius et al. 2018, "Mixed Precision Training").
+LOSS_SCALE = 1024.0
 KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
 
 
@@ -159,7 +163,8 @@ class TrainingPrograms:
         epsilon: float,
         weight_decay: float,
     ) -> None:
-        self.loss_weight = device.uniform()  # f32 bits: one over the trained tokens of the step
+        self.loss_weight = device.uniform()  # `loss_weight_words`
+        self.loss_scale = LOSS_SCALE if device.precision == "f16" else 1.0
         self.step_words = device.uniform()  # optim.adamw.step_words
         self.begin = Program(device)
         for gradient in adapter.gradients:
@@ -170,7 +175,10 @@ class TrainingPrograms:
         )
         self.finish = Program(device)
         with self.finish.scope("optimizer"):
-            gradient_norm(self.finish, adapter.gradients, act.state, max_norm=max_norm)
+            gradient_norm(
+                self.finish, adapter.gradients, act.state, max_norm=max_norm,
+                loss_scale=self.loss_scale,
+            )  # fmt: skip
             adamw(
                 self.finish,
                 adapter.parameters,
@@ -240,17 +248,20 @@ class TrainingPrograms:
         return program
 
 
-def wants_recompute(setting: str, model: Model, layout: AdapterLayout, maximum_rows: int) -> bool:
+def wants_recompute(
+    setting: str, model: Model, layout: AdapterLayout, maximum_rows: int, precision: str = "f32"
+) -> bool:
     """What `train.recompute` means: auto keeps all activations where they are few."""
     if setting != "auto":
         return setting == "on"
     a = model.architecture
-    width = 3 * a.hidden_size + a.query_size + a.qkv_size + 3 * a.intermediate_size
+    width = 2 * a.hidden_size + a.query_size + a.qkv_size + 3 * a.intermediate_size
     width += a.qkv_size * a.qk_norm + 2 * a.hidden_size * a.post_norms
+    row_bytes = item_bytes(precision) * width + item_bytes("f32") * a.hidden_size
     n_layers = a.n_layers - layout.lowest_layer
-    return 4 * width * maximum_rows * n_layers > KEPT_ACTIVATIONS_LIMIT
+    return row_bytes * maximum_rows * n_layers > KEPT_ACTIVATIONS_LIMIT
 
 
-def loss_weight_words(n_trained: int) -> np.ndarray:
-    """The uniform of the loss: the f32 bits of 1 / n_trained, u32 [4]."""
-    return np.array([1.0 / n_trained, 0.0, 0.0, 0.0], np.float32).view(np.uint32)
+def loss_weight_words(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:
+    """The uniform of the loss: the f32 bits of loss_scale / n_trained, u32 [4]."""
+    return np.array([loss_scale / n_trained, 0.0, 0.0, 0.0], np.float32).view(np.uint32)

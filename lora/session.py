@@ -36,6 +36,7 @@ from lora.programs import (
 )
 from lora.sampling import GREEDY, Sampling
 from lora.stores import resolve_model
+from lora.tile_cache import use_tiles
 from optim.adamw import step_words
 from optim.schedule import learning_rate
 from shaders.device import Device
@@ -134,8 +135,19 @@ class TrainingSession:
 
         self.device = device if device is not None else Device(config.device)
         self.maximum_rows = self._most_rows()
+
+        def allocate() -> None:
+            with self.device.computing_in(config.train.precision):
+                self._allocate(gguf_file, architecture, initial, train)
+
+        def record(planning: PlanningDevice) -> None:
+            device, self.device = self.device, planning
+            allocate()
+            self.device = device
+
+        use_tiles(self.device, config.train.tuning, record if train else None)
         try:
-            self._allocate(gguf_file, architecture, initial, train)
+            allocate()
         except DeviceMemoryError as error:
             raise self._too_large(gguf_file, architecture, initial, train, error) from error
 
@@ -177,7 +189,8 @@ class TrainingSession:
     ) -> InputError:
         """What to say where the device has no room: all figures, and what to change."""
         self.device = PlanningDevice(self.device)
-        self._allocate(gguf_file, architecture, initial, train)
+        with self.device.computing_in(self.config.train.precision):
+            self._allocate(gguf_file, architecture, initial, train)
         needed = self.device.allocated
         figures = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in needed.most_common())
         return InputError(
@@ -253,7 +266,7 @@ class TrainingSession:
         self.total_steps = self.stream.total_steps
         self._warmup_steps = train.resolve_warmup(self.total_steps)
         self.recompute = wants_recompute(
-            train.recompute, self.model, self.layout, self.maximum_rows
+            train.recompute, self.model, self.layout, self.maximum_rows, train.precision
         )
         self._programs = TrainingPrograms(
             self.device,
@@ -315,7 +328,7 @@ class TrainingSession:
         self.steps_done += 1
         n_trained = sum(batch.n_trained for batch in batches)
         words = step_words(rate, self.steps_done, (train.betas[0], train.betas[1]))
-        self.device.write(programs.loss_weight, loss_weight_words(n_trained))
+        self.device.write(programs.loss_weight, loss_weight_words(n_trained, programs.loss_scale))
         self.device.write(programs.step_words, words)
         programs.begin.run()
         cache = self._cache("train", self.train_examples)
@@ -392,12 +405,12 @@ class TrainingSession:
             self.step(batches)
             paused = pause()
             for metrics in clock.timed(self.finished_steps(wait=paused)):
-                yield _checked(metrics)
+                yield _checked(metrics, self.config.train.precision)
             if paused:
                 yield None
                 clock = _StepClock()
         for metrics in clock.timed(self.finished_steps(wait=True)):
-            yield _checked(metrics)
+            yield _checked(metrics, self.config.train.precision)
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
@@ -426,9 +439,10 @@ class TrainingSession:
             cache = self._cache("eval", examples)
         if adapted not in self._eval_programs:
             flat = self.adapter.parameters if adapted else None
-            self._eval_programs[adapted] = record_eval(
-                self.device, self.model, self.inputs, self._act, self.layout, flat
-            )
+            with self.device.computing_in(self.config.train.precision):
+                self._eval_programs[adapted] = record_eval(
+                    self.device, self.model, self.inputs, self._act, self.layout, flat
+                )
         program, head = self._eval_programs[adapted], self._act.head
         loss_sum, n_tokens, n_correct, n_exact = 0.0, 0, 0, 0
         for batch in sequential_batches(examples, self.config.train.batch_size):
@@ -553,11 +567,12 @@ class _StepClock:
         return [replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived]
 
 
-def _checked(metrics: Metrics) -> Metrics:
+def _checked(metrics: Metrics, precision: str) -> Metrics:
     if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
         return metrics
     raise LoraError(
         f"Step {metrics.step}: the loss is {metrics.loss} and the gradient norm "
-        f"{metrics.grad_norm}; the adapter stays as it was before. Lower train.learning_rate, or "
-        "look for broken rows in the data."
+        f"{metrics.grad_norm}; the adapter stays as it was before. Lower train.learning_rate, "
+        + ("set train.precision: f32 (f16 ends at 65504), " if precision == "f16" else "")
+        + "or look for broken rows in the data."
     )

@@ -26,24 +26,30 @@ def gradient_norm(
     state: Tensor,
     *,
     max_norm: float | None,
+    loss_scale: float = 1.0,
     max_range: int | None = None,
 ) -> None:
     """Appends: slices summed into the first, the norm of the whole, and the clip factor.
 
     Clipping as torch.nn.utils.clip_grad_norm_: factor = min(1, max_norm / (norm + 1e-6)). The
-    slices are added in their order, and the squares in a fixed order.
+    slices are added in their order, and the squares in a fixed order. Where the loss was scaled,
+    the norm is that of the true gradient, and the factor takes the scale out of the one in the
+    buffer; a power of two changes no bit of what `adamw` applies.
 
     Args:
         gradients: one to four slices [n], n a multiple of 4; the first holds their sum afterwards.
-        state: [4 or more], written: norm before clipping, factor, 1 where the norm is finite in
-            f32 else 0, 0.
-        max_norm: None for no clipping (factor 1).
+        state: [4 or more], written: norm before clipping, factor of the slices' sum, 1 where the
+            norm is finite in f32 else 0, 0.
+        max_norm: of the true gradient; None for no clipping (factor 1 / loss_scale).
+        loss_scale: what all slices are too large by, finite and positive.
         max_range: elements of one binding at most; by default what the device can bind.
     """
     if not 1 <= len(gradients) <= MAX_SLICES:
         raise ValueError(f"gradient_norm: {len(gradients)} slices, expected 1 to {MAX_SLICES}")
     if max_norm is not None and not 0.0 < max_norm < math.inf:
         raise ValueError(f"gradient_norm: a max_norm of {max_norm}; None means no clipping")
+    if not 0.0 < loss_scale < math.inf:
+        raise ValueError(f"gradient_norm: a loss_scale of {loss_scale}; 1 means none")
     (n,) = gradients[0].shape
     for gradient in gradients:
         check_shape("gradient slice", gradient, n)
@@ -69,7 +75,12 @@ def gradient_norm(
         )
     program.dispatch(
         "gradient_norm",
-        {"lanes": lanes, "n_partials": sum(groups), "max_norm": max_norm},
+        {
+            "lanes": lanes,
+            "n_partials": sum(groups),
+            "max_norm": max_norm,
+            "loss_scale": loss_scale,
+        },
         [partial, state],
         1,
     )

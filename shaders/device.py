@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import tempfile
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ import wgpu
 from shaders.errors import DeviceMemoryError, InputError
 from shaders.native import trusted_shader_module
 from shaders.templates import render
-from shaders.tensor import Extent, Tensor
+from shaders.tensor import Extent, Tensor, item_bytes
 
 ALIGNMENT = 256  # the largest offset alignment that WebGPU may ask of a binding
 UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a few of these
@@ -74,9 +75,9 @@ def choose_adapter(wanted: str | int = "auto") -> wgpu.GPUAdapter:
     raise InputError(f"device: {text!r}: no adapter has that in its name; there are {listing}.")
 
 
-def padded_bytes(shape: tuple[int, ...]) -> int:
+def padded_bytes(shape: tuple[int, ...], dtype: str = "f32") -> int:
     """Bytes of a buffer for that many elements."""
-    n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
+    n_bytes = item_bytes(dtype) * int(np.prod(shape, dtype=np.int64))
     return max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
 
 
@@ -123,6 +124,7 @@ class Device:
         self.max_buffer = int(self.wgpu.limits["max-buffer-size"])
         self.workgroup_memory = int(self.wgpu.limits["max-compute-workgroup-storage-size"])
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
+        self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None
         self._scratch: dict[tuple[int, ...], Tensor] = {}
@@ -135,9 +137,27 @@ class Device:
         self.features = other.features
         self.max_buffer, self.max_binding = other.max_buffer, other.max_binding
         self.workgroup_memory, self.matmul_body = other.workgroup_memory, other.matmul_body
+        self.precision = other.precision
         self.allocated = Counter()
         self._scratch = {}
         self._constants = {}
+
+    @contextmanager
+    def computing_in(self, precision: str) -> Iterator[None]:
+        """Allocates activations and records products in f32 or f16 for a while.
+
+        Raises:
+            InputError: f16 on a device that lacks it.
+        """
+        if precision == "f16" and "shader-f16" not in self.features:
+            raise InputError(
+                f"train.precision: f16: {self.name} lacks WebGPU's shader-f16; set it to f32."
+            )
+        before, self.precision = self.precision, precision
+        try:
+            yield
+        finally:
+            self.precision = before
 
     # -- memory ---------------------------------------------------------------------------------
 
@@ -153,14 +173,14 @@ class Device:
 
         Args:
             shape: row-major sizes.
-            dtype: "f32" or "u32".
+            dtype: "f32", "u32" or "f16".
             purpose: what the memory is counted under in `allocated`.
             extent: for activations, which of the rows are in use.
 
         Raises:
             InputError: larger than one buffer can be on this device.
         """
-        n_bytes = 4 * int(np.prod(shape, dtype=np.int64))
+        n_bytes = item_bytes(dtype) * int(np.prod(shape, dtype=np.int64))
         if n_bytes > self.max_binding:
             raise InputError(
                 f"A tensor of shape {shape} ({n_bytes / 2**20:.0f} MiB) is larger than the "
@@ -182,7 +202,7 @@ class Device:
     def _create(
         self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None
     ) -> Tensor:
-        padded = padded_bytes(shape)
+        padded = padded_bytes(shape, dtype)
         taken = sum(self.allocated.values())
         if self.memory_limit is not None and taken + padded > self.memory_limit:
             raise DeviceMemoryError(

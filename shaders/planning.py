@@ -30,7 +30,7 @@ class PlanningDevice(Device):
     def _create(
         self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None
     ) -> Tensor:
-        self.allocated[purpose] += padded_bytes(shape)
+        self.allocated[purpose] += padded_bytes(shape, dtype)
         return Tensor(None, 0, tuple(shape), dtype, extent)
 
     def _write_bytes(

@@ -8,6 +8,7 @@ by the template: an indexed private array costs a factor of ten on some drivers.
 
 from __future__ import annotations
 
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import jinja2
 
 _FOLDER = Path(__file__).parent / "wgsl"
+_HALF = re.compile(r"\bf16\b")
 
 
 @cache
@@ -30,5 +32,9 @@ def _environment() -> jinja2.Environment:
 
 
 def render(template: str, constants: dict[str, Any]) -> str:
-    """The WGSL text of `shaders/wgsl/{template}.wgsl`. An unknown constant is an error."""
-    return _environment().get_template(f"{template}.wgsl").render(**constants)
+    """The WGSL text of `shaders/wgsl/{template}.wgsl`. An unknown constant is an error.
+
+    A kernel that comes out with f16 in it gets the directive that allows that.
+    """
+    code = _environment().get_template(f"{template}.wgsl").render(**constants)
+    return f"enable f16;\n{code}" if _HALF.search(re.sub(r"//.*", "", code)) else code

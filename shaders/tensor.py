@@ -8,7 +8,17 @@ from dataclasses import dataclass, replace
 import numpy as np
 import wgpu
 
-ITEM_BYTES = 4  # every tensor holds f32 or u32; quantized weights are arrays of u32 words
+# Quantized weights are arrays of u32 words.
+NUMPY_TYPES: dict[str, type[np.float32] | type[np.uint32] | type[np.float16]] = {
+    "f32": np.float32,
+    "u32": np.uint32,
+    "f16": np.float16,
+}
+
+
+def item_bytes(dtype: str) -> int:
+    """Bytes of one element."""
+    return np.dtype(NUMPY_TYPES[dtype]).itemsize
 
 
 @dataclass(frozen=True)
@@ -32,7 +42,7 @@ class Tensor:
         buffer: the wgpu buffer that holds it.
         offset: where it begins, in bytes; a multiple of 256, so that it can be bound anywhere.
         shape: row-major sizes.
-        dtype: "f32" or "u32".
+        dtype: "f32", "u32" or, for activations under `precision: f16`, "f16".
         extent: for activations, which rows (first dimension) are in use; None means all.
     """
 
@@ -50,12 +60,12 @@ class Tensor:
     @property
     def n_bytes(self) -> int:
         """Bytes it takes in the buffer."""
-        return self.size * ITEM_BYTES
+        return self.size * item_bytes(self.dtype)
 
     @property
-    def numpy_dtype(self) -> type[np.float32] | type[np.uint32]:
+    def numpy_dtype(self) -> type[np.float32] | type[np.uint32] | type[np.float16]:
         """The numpy type of its elements."""
-        return np.float32 if self.dtype == "f32" else np.uint32
+        return NUMPY_TYPES[self.dtype]
 
     def reshape(self, *shape: int) -> Tensor:
         """The same elements under another shape."""

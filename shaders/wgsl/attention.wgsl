@@ -11,17 +11,24 @@
 // Examples that begin inside the workgroup's rows (at most 32) have all keys seen among them: one
 // block for them all. A team's sums run over its keys one by one; a key that a row does not see
 // leaves them bit for bit.
+{% if slices > 1 %}
+// A score is the sum of {{ slices }} parts, in order, each over some columns of the head.
+{% endif %}
+{% if half %}
+// Sums of up to 32 products are f16, those of all f32.
+{% endif %}
 
 {% import "attention_tiles.wgsl" as tiles with context %}
+{% from "stored.wgsl" import stored %}
 {% set keys = ["qkv", "own", "stop", stride, "k_column"] %}
 {% set values = ["qkv", "own", "stop", stride, "v_column"] %}
 {% set next_keys = ["qkv", "own + pace", "stop", stride, "k_column", "0u"] %}
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<{{ qkv_type }}>>;
 @group(0) @binding(2) var<storage, read> segments: array<vec2<u32>>;
-@group(0) @binding(3) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read_write> out: array<vec4<{{ out_type }}>>;
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
 
 {{ tiles.declare_tiles(1) }}
@@ -66,7 +73,7 @@ fn main(
     {% endfor %}
 
     {% if held %}
-    {{ tiles.load_a("qkv", stride, "q_column") }}
+    {{ tiles.load_a("qkv", stride, "q_column", scaled=true) }}
     {% endif %}
     var part = first; // the rows before it are done
     while (part < last) {
@@ -90,28 +97,32 @@ fn main(
     {% for i in range(per_lane) %}
             var s{{ i }} = vec4<f32>();
     {% endfor %}
-    {{ tiles.add_products("s", 0, ["qkv", stride, "q_column"], keys, values + ["0u"]) }}
+    {{ tiles.add_products("s", 0, ["qkv", stride, "q_column"], keys, values + ["0u"], scaled=true) }}
+    {{ tiles.join_slices("s") }}
     {{ tiles.scale_scores("s") }}
             // Past `stop` begins the next example, whose rows may lie in this block too.
             let keys = vec4<u32>(own + 4u * tx) + vec4<u32>(0u, 1u, 2u, 3u);
     {% for i in range(per_lane) %}
             let to{{ i }} = min(row{{ i }}, stop - 1u);
             let seen{{ i }} = (keys >= vec4<u32>(from{{ i }})) & (keys <= vec4<u32>(to{{ i }}));
-            s{{ i }} = select(vec4<f32>(lowest), s{{ i }}, seen{{ i }});
-            maxima[w_row + {{ 8 * tiles.high * i }}u + tx] =
-                max(max(s{{ i }}.x, s{{ i }}.y), max(s{{ i }}.z, s{{ i }}.w));
+            {{ tiles.owns(i) }}{
+                s{{ i }} = select(vec4<f32>(lowest), s{{ i }}, seen{{ i }});
+                maxima[w_row + {{ 8 * tiles.high * i }}u + tx] =
+                    max(max(s{{ i }}.x, s{{ i }}.y), max(s{{ i }}.z, s{{ i }}.w));
+            }
     {% endfor %}
             workgroupBarrier();
     {% for i in range(per_lane) %}
             {
                 var highest = max{{ i }};
-                let at = w_row + {{ 8 * tiles.high * i }}u;
     {% for x in range(8) %}
-                highest = max(highest, maxima[at + {{ x }}u]);
+                highest = max(highest, maxima[w_row + {{ 8 * tiles.high * i + x }}u]);
     {% endfor %}
                 let shrink = exp(max{{ i }} - highest);
-                let p = select(vec4<f32>(), exp(s{{ i }} - vec4<f32>(highest)), seen{{ i }});
-                weights[at + tx] = p;
+                {{ tiles.owns(i) }}{
+                    let p = select(vec4<f32>(), exp(s{{ i }} - vec4<f32>(highest)), seen{{ i }});
+                    {{ tiles.store_weights(i, "p") }}
+                }
                 max{{ i }} = highest;
                 sum{{ i }} *= shrink;
     {% for n in range(tiles.groups) %}
@@ -134,12 +145,12 @@ fn main(
     {% if teams > 1 %}
     workgroupBarrier();
     {% for i in range(per_lane) %}
-    weights[w_row + {{ 8 * tiles.high * i }}u + tx] = vec4<f32>(max{{ i }}, sum{{ i }}, 0.0, 0.0);
+    weights[part_row + {{ 8 * tiles.high * i }}u + tx] = vec4<f32>(max{{ i }}, sum{{ i }}, 0.0, 0.0);
     {% endfor %}
     workgroupBarrier();
     {% for i in range(per_lane) %}
     {
-        let at = ty * 8u + {{ 8 * tiles.high * i }}u + tx;
+        let at = part_row - team * block * 8u + {{ 8 * tiles.high * i }}u + tx;
     {% for t in range(teams) %}
         let of{{ t }} = weights[at + {{ 8 * t * tiles.block }}u];
     {% endfor %}
@@ -163,13 +174,14 @@ fn main(
     {% endif %}
     {% for i in range(per_lane) %}
     if (row{{ i }} < last) {
-        let to = row{{ i }} * {{ n_heads * tiles.head }}u + q_column + tx;
+        let to = row{{ i }} * {{ n_heads * tiles.head }}u + q_column + slice_tx;
     {% for n in range(tiles.groups) %}
-        if (tx < {{ tiles.head - 8 * n }}u) {
-            out[to + {{ 8 * n }}u] = o{{ n }}_{{ i }} / sum{{ i }};
+        {{ tiles.inside(n) }}{
+            let value = o{{ n }}_{{ i }} / sum{{ i }};
+            out[to + {{ tiles.column(n) }}] = {{ stored("value", out_type) }};
         }
     {% endfor %}
-        if (tx == 0u) { lse[row{{ i }} * {{ n_heads }}u + head] = max{{ i }} + log(sum{{ i }}); }
+        if (slice_tx == 0u) { lse[row{{ i }} * {{ n_heads }}u + head] = max{{ i }} + log(sum{{ i }}); }
     }
     {% endfor %}
 }

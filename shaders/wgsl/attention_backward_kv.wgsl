@@ -15,8 +15,15 @@
 // Queries ascend in blocks of 32 counted from the example's first row; of {{ teams }} such blocks
 // each team of lanes takes one, and the teams' sums meet at the end of a head, in order. A query
 // that does not see a key leaves its sums bit for bit.
+{% if slices > 1 %}
+// s and d_p are sums of {{ slices }} parts, in order, each over some columns of the head.
+{% endif %}
+{% if half %}
+// Sums of up to 32 products are f16, those of all f32; the sums over queries are scaled after them.
+{% endif %}
 
 {% import "attention_tiles.wgsl" as tiles with context %}
+{% from "stored.wgsl" import stored %}
 {% set shared_heads = n_heads // n_kv_heads %}
 {% set out_stride = n_heads * tiles.head %}
 {% set last_chunk = tiles.chunks - 1 %}
@@ -26,12 +33,12 @@
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> d_out: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<{{ qkv_type }}>>;
+@group(0) @binding(2) var<storage, read> d_out: array<vec4<{{ d_out_type }}>>;
 @group(0) @binding(3) var<storage, read> lse: array<f32>;
 @group(0) @binding(4) var<storage, read> dots: array<f32>;
 @group(0) @binding(5) var<storage, read> segments: array<vec2<u32>>;
-@group(0) @binding(6) var<storage, read_write> {{ "head_sums" if split else "d_qkv" }}: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> {{ "head_sums" if split else "d_qkv" }}: array<vec4<{{ sums_type }}>>;
 
 {{ tiles.declare_tiles(2) }}
 @compute @workgroup_size(lanes)
@@ -51,7 +58,7 @@ fn main(
     let v_column = k_column + {{ n_kv_heads * tiles.head }}u;
 
     {% if held %}
-    {{ tiles.load_a("qkv", stride, "k_column") }}
+    {{ tiles.load_a("qkv", stride, "k_column", scaled=true) }}
     {{ tiles.load_a("qkv", stride, "v_column", tile=1) }}
     {% endif %}
     {% for i in range(per_lane) %}
@@ -116,14 +123,17 @@ fn main(
                 var s{{ i }} = vec4<f32>();
                 var d_p{{ i }} = vec4<f32>();
     {% endfor %}
-    {{ tiles.add_products("s", 0, ["qkv", stride, "k_column"], queries, d_outs + ["0u"]) }}
+    {{ tiles.add_products("s", 0, ["qkv", stride, "k_column"], queries, d_outs + ["0u"], scaled=true) }}
+    {{ tiles.join_slices("s") }}
     {{ tiles.scale_scores("s") }}
     {% for i in range(per_lane) %}
-                let to_here{{ i }} = min(to{{ i }}, end);
-                let seen{{ i }} =
-                    (queries >= vec4<u32>(row{{ i }})) & (queries < vec4<u32>(to_here{{ i }}));
-                let p{{ i }} = select(vec4<f32>(), exp(s{{ i }} - lse_here), seen{{ i }});
-                weights[w_row + {{ 8 * tiles.high * i }}u + tx] = p{{ i }};
+                var p{{ i }} = vec4<f32>();
+                {{ tiles.owns(i) }}{
+                    let to_here = min(to{{ i }}, end);
+                    let seen = (queries >= vec4<u32>(row{{ i }})) & (queries < vec4<u32>(to_here));
+                    p{{ i }} = select(vec4<f32>(), exp(s{{ i }} - lse_here), seen);
+                    {{ tiles.store_weights(i, "p" ~ i) }}
+                }
     {% endfor %}
     {% set next = (d_outs if last_chunk else queries) + ["0u"] %}
     {{ tiles.add_products("d_p", 1, ["qkv", stride, "v_column"], d_outs, next) }}
@@ -136,13 +146,14 @@ fn main(
     {{ tiles.add_weighted("d_v", k) }}
     {% endfor %}
     {% set weigh_gradients %}
+    {{ tiles.join_slices("d_p") }}
     {% for i in range(per_lane) %}
-                {
-                    var d_s = p{{ i }} * (d_p{{ i }} - dots_here) * {{ scale }};
+                {{ tiles.owns(i) }}{
+                    var d_s = p{{ i }} * (d_p{{ i }} - dots_here){{ " * " ~ scale if not half }};
     {% if softcap %}
                     d_s *= vec4<f32>(1.0) - t{{ i }} * t{{ i }};
     {% endif %}
-                    weights[w_row + {{ 8 * tiles.high * i }}u + tx] = d_s;
+                    {{ tiles.store_weights(i, "d_s") }}
                 }
     {% endfor %}
     {% endset %}
@@ -161,28 +172,33 @@ fn main(
     {{ tiles.add_teams("d_v") }}
     {% for i in range(per_lane) %}
         if (row{{ i }} < last{{ " && team == 0u" if teams > 1 }}) {
-    {% if split %}
-            let to = row{{ i }} * {{ 2 * out_stride }}u + q_column + tx;
+    {% if half %}
     {% for n in range(tiles.groups) %}
-            if (tx < {{ tiles.head - 8 * n }}u) {
-                head_sums[to + {{ 8 * n }}u] = d_k{{ n }}_{{ i }};
-                head_sums[to + {{ out_stride + 8 * n }}u] = d_v{{ n }}_{{ i }};
+            d_k{{ n }}_{{ i }} *= {{ scale }};
+    {% endfor %}
+    {% endif %}
+    {% if split %}
+            let to = row{{ i }} * {{ 2 * out_stride }}u + q_column + slice_tx;
+    {% for n in range(tiles.groups) %}
+            {{ tiles.inside(n) }}{
+                head_sums[to + {{ tiles.column(n) }}] = d_k{{ n }}_{{ i }};
+                head_sums[to + {{ out_stride }}u + {{ tiles.column(n) }}] = d_v{{ n }}_{{ i }};
             }
     {% endfor %}
     {% else %}
-            let to = row{{ i }} * {{ stride }}u + tx;
+            let to = row{{ i }} * {{ stride }}u + slice_tx;
     {% for n in range(tiles.groups) %}
-            if (tx < {{ tiles.head - 8 * n }}u) {
-                let to_k = to + k_column + {{ 8 * n }}u;
-                let to_v = to + v_column + {{ 8 * n }}u;
+            {{ tiles.inside(n) }}{
+                let to_k = to + k_column + {{ tiles.column(n) }};
+                let to_v = to + v_column + {{ tiles.column(n) }};
     {% if shared_heads > 1 %}
                 if (shared_head > 0u) {
-                    d_k{{ n }}_{{ i }} = d_qkv[to_k] + d_k{{ n }}_{{ i }};
-                    d_v{{ n }}_{{ i }} = d_qkv[to_v] + d_v{{ n }}_{{ i }};
+                    d_k{{ n }}_{{ i }} = vec4<f32>(d_qkv[to_k]) + d_k{{ n }}_{{ i }};
+                    d_v{{ n }}_{{ i }} = vec4<f32>(d_qkv[to_v]) + d_v{{ n }}_{{ i }};
                 }
     {% endif %}
-                d_qkv[to_k] = d_k{{ n }}_{{ i }};
-                d_qkv[to_v] = d_v{{ n }}_{{ i }};
+                d_qkv[to_k] = {{ stored("d_k" ~ n ~ "_" ~ i, sums_type) }};
+                d_qkv[to_v] = {{ stored("d_v" ~ n ~ "_" ~ i, sums_type) }};
             }
     {% endfor %}
     {% endif %}

@@ -5,11 +5,12 @@
 // (only the columns of k and v are written).
 // One lane a vec4 of d_k or d_v; heads ascend.
 
+{% from "stored.wgsl" import stored %}
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
 @group(0) @binding(1) var<storage, read> head_sums: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read_write> d_qkv: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> d_qkv: array<vec4<{{ d_qkv_type }}>>;
 
 {% set head = head_size // 4 %}
 {% set shared_heads = n_heads // n_kv_heads %}
@@ -31,5 +32,5 @@ fn main(
     {% for h in range(1, shared_heads) %}
     sum += head_sums[at + {{ h * head }}u];
     {% endfor %}
-    d_qkv[row * {{ stride }}u + {{ n_heads * head }}u + index % columns] = sum;
+    d_qkv[row * {{ stride }}u + {{ n_heads * head }}u + index % columns] = {{ stored("sum", d_qkv_type) }};
 }

@@ -8,9 +8,16 @@
 // One workgroup a head and block of query rows. Keys ascend in blocks of 32 counted from the
 // example's first row; of {{ teams }} such blocks each team of lanes takes one, and the teams' sums
 // meet at the end, in order. A key that a row does not see leaves its sums bit for bit.
+{% if slices > 1 %}
+// s and d_p are sums of {{ slices }} parts, in order, each over some columns of the head.
+{% endif %}
+{% if half %}
+// Sums of up to 32 products are f16, those of all f32; the sums over keys are scaled after them.
+{% endif %}
 // dots: eight lanes a row, each sums every eighth vec4; the 8 sums meet in order.
 
 {% import "attention_tiles.wgsl" as tiles with context %}
+{% from "stored.wgsl" import stored %}
 {% set out_stride = n_heads * tiles.head %}
 {% set last_chunk = tiles.chunks - 1 %}
 {% set keys = ["qkv", "own", "stop", stride, "k_column"] %}
@@ -19,13 +26,13 @@
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> qkv: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> out: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_out: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<{{ qkv_type }}>>;
+@group(0) @binding(2) var<storage, read> out: array<vec4<{{ out_type }}>>;
+@group(0) @binding(3) var<storage, read> d_out: array<vec4<{{ d_out_type }}>>;
 @group(0) @binding(4) var<storage, read> lse: array<f32>;
 @group(0) @binding(5) var<storage, read_write> dots: array<f32>;
 @group(0) @binding(6) var<storage, read> segments: array<vec2<u32>>;
-@group(0) @binding(7) var<storage, read_write> d_qkv: array<vec4<f32>>;
+@group(0) @binding(7) var<storage, read_write> d_qkv: array<vec4<{{ d_qkv_type }}>>;
 
 {{ tiles.declare_tiles(2) }}
 @compute @workgroup_size(lanes)
@@ -46,7 +53,7 @@ fn main(
     let v_column = k_column + {{ n_kv_heads * tiles.head }}u;
 
     {% if held %}
-    {{ tiles.load_a("qkv", stride, "q_column") }}
+    {{ tiles.load_a("qkv", stride, "q_column", scaled=true) }}
     {{ tiles.load_a("d_out", out_stride, "q_column", tile=1) }}
     {% endif %}
     {% for i in range(per_lane) %}
@@ -63,13 +70,13 @@ fn main(
     {% endif %}
         lse{{ i }} = lse[row{{ i }} * {{ n_heads }}u + head];
         let at = row{{ i }} * {{ out_stride }}u + q_column + tx;
-    {% for n in range(tiles.groups) %}
-        if (tx < {{ tiles.head - 8 * n }}u) {
-            dots{{ i }} += dot(d_out[at + {{ 8 * n }}u], out[at + {{ 8 * n }}u]);
+    {% for n in range(tiles.head_groups) %}
+        {{ tiles.inside(n) }}{
+            dots{{ i }} += dot(vec4<f32>(d_out[at + {{ 8 * n }}u]), vec4<f32>(out[at + {{ 8 * n }}u]));
         }
     {% endfor %}
     }
-    weights[w_row + {{ 8 * tiles.high * i }}u + tx].x = dots{{ i }};
+    weights[part_row + {{ 8 * tiles.high * i }}u + tx].x = dots{{ i }};
     {% for n in range(tiles.groups) %}
     var d_q{{ n }}_{{ i }} = vec4<f32>();
     {% endfor %}
@@ -77,12 +84,12 @@ fn main(
     workgroupBarrier();
     {% for i in range(per_lane) %}
     {
-        let at = w_row + {{ 8 * tiles.high * i }}u;
+        let at = part_row + {{ 8 * tiles.high * i }}u;
         dots{{ i }} = weights[at].x;
     {% for x in range(1, 8) %}
         dots{{ i }} += weights[at + {{ x }}u].x;
     {% endfor %}
-        if (team == 0u && tx == 0u && row{{ i }} < last) {
+        if (team == 0u && slice_tx == 0u && row{{ i }} < last) {
             dots[row{{ i }} * {{ n_heads }}u + head] = dots{{ i }};
         }
     }
@@ -112,20 +119,23 @@ fn main(
             var d_p{{ i }} = vec4<f32>();
     {% endfor %}
     {{ tiles.add_products("d_p", 1, ["d_out", out_stride, "q_column"], values, keys + ["0u"]) }}
+    {{ tiles.join_slices("d_p") }}
     {% set next = keys + ["0u"] if last_chunk else next_values %}
-    {{ tiles.add_products("s", 0, ["qkv", stride, "q_column"], keys, next) }}
+    {{ tiles.add_products("s", 0, ["qkv", stride, "q_column"], keys, next, scaled=true) }}
+    {{ tiles.join_slices("s") }}
     {{ tiles.scale_scores("s") }}
             let keys = vec4<u32>(own + 4u * tx) + vec4<u32>(0u, 1u, 2u, 3u);
     {% for i in range(per_lane) %}
-            {
+            {{ tiles.owns(i) }}{
                 let to = min(row{{ i }}, stop - 1u);
                 let seen = (keys >= vec4<u32>(from{{ i }})) & (keys <= vec4<u32>(to));
                 let p = exp(s{{ i }} - vec4<f32>(lse{{ i }}));
-                var d_s = p * (d_p{{ i }} - vec4<f32>(dots{{ i }})) * {{ scale }};
+                var d_s = p * (d_p{{ i }} - vec4<f32>(dots{{ i }})){{ " * " ~ scale if not half }};
     {% if softcap %}
                 d_s *= vec4<f32>(1.0) - t{{ i }} * t{{ i }};
     {% endif %}
-                weights[w_row + {{ 8 * tiles.high * i }}u + tx] = select(vec4<f32>(), d_s, seen);
+                d_s = select(vec4<f32>(), d_s, seen);
+                {{ tiles.store_weights(i, "d_s") }}
             }
     {% endfor %}
             workgroupBarrier();
@@ -147,9 +157,12 @@ fn main(
     {% endif %}
     {% for i in range(per_lane) %}
     if (row{{ i }} < last) {
-        let to = row{{ i }} * {{ stride }}u + q_column + tx;
+        let to = row{{ i }} * {{ stride }}u + q_column + slice_tx;
     {% for n in range(tiles.groups) %}
-        if (tx < {{ tiles.head - 8 * n }}u) { d_qkv[to + {{ 8 * n }}u] = d_q{{ n }}_{{ i }}; }
+        {{ tiles.inside(n) }}{
+            let value = d_q{{ n }}_{{ i }}{{ " * " ~ scale if half }};
+            d_qkv[to + {{ tiles.column(n) }}] = {{ stored("value", d_qkv_type) }};
+        }
     {% endfor %}
     }
     {% endfor %}

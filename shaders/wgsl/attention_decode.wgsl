@@ -3,15 +3,8 @@
 // s[m, j] = scale · q[m]·k[j], capped as cap · tanh(s / cap) where the model has a cap.
 //
 // Bindings: qkv [rows, stride] (only q is read), positions u32 [rows], keys [kv_size / 4, room] and
-// values [room, kv_size / 4] of vec4 (see kv_store.wgsl), then
-{% if splits == 1 %}
-// out [rows, n_heads · head_size].
-{% else %}
-// partial [rows, n_heads, splits, head_size]: Σ_j exp(s - highest) v[j] of one stretch of {{ stretch }} keys, and
-// stats [rows, n_heads, splits] of (highest s, Σ_j exp(s - highest)); attention_decode_combine.wgsl
-// puts them together. A stretch that a row does not see is not written.
-{% endif %}
-// One workgroup a row, a head and a stretch. Keys ascend in blocks of 64, counted from key 0: a lane
+// values [room, kv_size / 4] of vec4 (see kv_store.wgsl), out [rows, n_heads · head_size].
+// One workgroup a row and a head. Keys ascend in blocks of 64, counted from key 0: a lane
 // scores one key, then adds four columns of every {{ 64 // (head_size // 4) }}th v; these sums meet in order.
 
 struct Extent { rows: u32 }
@@ -21,12 +14,7 @@ struct Extent { rows: u32 }
 @group(0) @binding(2) var<storage, read> positions: array<u32>;
 @group(0) @binding(3) var<storage, read> keys: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read> values: array<vec4<f32>>;
-{% if splits == 1 %}
 @group(0) @binding(5) var<storage, read_write> out: array<vec4<f32>>;
-{% else %}
-@group(0) @binding(5) var<storage, read_write> partial: array<vec4<f32>>;
-@group(0) @binding(6) var<storage, read_write> stats: array<vec2<f32>>;
-{% endif %}
 
 {% set quads = head_size // 4 %}
 {% set teams = 64 // quads %}
@@ -49,23 +37,16 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = group.x + group.y * groups.x;
-    let head = index / {{ splits }}u % {{ n_heads }}u;
-    let row = index / {{ splits * n_heads }}u;
+    let head = index % {{ n_heads }}u;
+    let row = index / {{ n_heads }}u;
     if (row >= extent.rows) { return; }
     let end = positions[row] + 1u;
     var seen_from = 0u; // the first key that the row sees
 {% if window %}
     if (end > {{ window }}u) { seen_from = end - {{ window }}u; }
 {% endif %}
-{% if splits == 1 %}
     let first = seen_from / 64u * 64u;
     let last = end;
-{% else %}
-    let stretch = index % {{ splits }}u * {{ stretch }}u;
-    let first = max(stretch, seen_from / 64u * 64u);
-    let last = min(stretch + {{ stretch }}u, end);
-    if (first >= last) { return; }
-{% endif %}
     let kv_head = head / {{ n_heads // n_kv_heads }}u;
     if (lane < quads) { query[lane] = qkv[row * {{ stride }}u + head * quads + lane]; }
     workgroupBarrier();
@@ -120,10 +101,5 @@ fn main(
 {% for t in range(1, teams) %}
     result += sums[lane + {{ t * quads }}u];
 {% endfor %}
-{% if splits == 1 %}
-    out[(row * {{ n_heads }}u + head) * quads + lane] = result / all;
-{% else %}
-    partial[index * quads + lane] = result;
-    if (lane == 0u) { stats[index] = vec2(highest, all); }
-{% endif %}
+    out[index * quads + lane] = result / all;
 }

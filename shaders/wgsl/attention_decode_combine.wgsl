@@ -1,44 +1,67 @@
-// out[m, h] = Σ_s w[s] · partial[m, h, s] / Σ_s w[s] · total[s],   w[s] = exp(highest[s] - max_s highest[s]),
-// over the stretches s of {{ stretch }} keys that row m sees, in order: the second pass of attention_decode.wgsl.
+// out[h] = Σ_s w[s] · partial[h, s] / Σ_s w[s] · total[s],   w[s] = exp(highest[s] - max_s highest[s]),
+// over the stretches s of {{ keys }} keys that the row sees: the second pass of attention_decode_row.wgsl.
 //
-// Bindings: positions u32 [rows], partial [rows, n_heads, splits, head_size], stats [rows, n_heads,
-// splits] of (highest, total), out [rows, n_heads · head_size]. One lane four columns.
+// Bindings: row u32 (the position at {{ position_at }}), partial [n_heads, splits, head_size / 4 + 1] of vec4, out
+// [n_heads · head_size]. One workgroup a head: a lane adds four columns of every {{ teams }}th stretch, and
+// these sums meet in order.
 
-struct Extent { rows: u32 }
+{% set quads = head_size // 4 %}
+@group(0) @binding(0) var<storage, read> row: array<u32>;
+@group(0) @binding(1) var<storage, read> partial: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
 
-@group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> positions: array<u32>;
-@group(0) @binding(2) var<storage, read> partial: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> stats: array<vec2<f32>>;
-@group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;
+const lanes = {{ lanes }}u;
+const quads = {{ quads }}u;
+const teams = {{ teams }}u;
+const lowest = -3.0e38;
 
-const quads = {{ head_size // 4 }}u;
+var<workgroup> sums: array<vec4<f32>, lanes>;
 
-@compute @workgroup_size(64)
+{% with reduction = "max" %}{% include "row_sum.wgsl" %}{% endwith %}
+{% with reduction = "sum" %}{% include "row_sum.wgsl" %}{% endwith %}
+
+@compute @workgroup_size(lanes)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = (group.x + group.y * groups.x) * 64u + lane;
-    let row = index / {{ n_heads * (head_size // 4) }}u;
-    if (row >= extent.rows) { return; }
-    let end = positions[row] + 1u;
-    var seen_from = 0u;
+    let head = group.x + group.y * groups.x;
+    if (head >= {{ n_heads }}u) { return; }
+    let position = row[{{ position_at }}u];
+    var first = 0u;
 {% if window %}
-    if (end > {{ window }}u) { seen_from = end - {{ window }}u; }
+    if (position >= {{ window }}u) { first = (position - {{ window - 1 }}u) / {{ keys }}u; }
 {% endif %}
-    let base = index / quads * {{ splits }}u;
-    let first = base + seen_from / {{ stretch }}u;
-    let last = base + (end - 1u) / {{ stretch }}u;
-    var highest = stats[first].x;
-    for (var s = first + 1u; s <= last; s += 1u) { highest = max(highest, stats[s].x); }
-    var sum = vec4<f32>();
-    var total = 0.0;
-    for (var s = first; s <= last; s += 1u) {
-        let weight = exp(stats[s].x - highest);
-        sum += weight * partial[s * quads + index % quads];
-        total += weight * stats[s].y;
+    let end = position / {{ keys }}u + 1u;
+    let base = head * {{ splits }}u;
+
+    var mine = lowest;
+    for (var s = first + lane; s < end; s += lanes) {
+        mine = max(mine, partial[(base + s) * (quads + 1u) + quads].x);
     }
-    out[index] = sum / total;
+    let highest = row_max(mine, lane);
+    var part = 0.0;
+    for (var s = first + lane; s < end; s += lanes) {
+        let stats = partial[(base + s) * (quads + 1u) + quads];
+        part += exp(stats.x - highest) * stats.y;
+    }
+    let total = row_sum(part, lane);
+
+    var sum = vec4<f32>();
+    let team = lane / quads;
+    if (team < teams) {
+        for (var s = first + team; s < end; s += teams) {
+            let at = (base + s) * (quads + 1u);
+            sum += exp(partial[at + quads].x - highest) * partial[at + lane % quads];
+        }
+    }
+    sums[lane] = sum;
+    workgroupBarrier();
+    if (lane >= quads) { return; }
+    var result = sums[lane];
+{% for t in range(1, teams) %}
+    result += sums[lane + {{ t * quads }}u];
+{% endfor %}
+    out[head * quads + lane] = result / total;
 }

@@ -1,27 +1,29 @@
 // d_A[i, j] += Σ_m d_z[m, i] · x[m, j]   and, for each member g and its rows i of B,
 // d_B[i, j] += scale · Σ_m d_y[m, column_g + i] · z[m, g · rank + j]
 //
-// Bindings: x [rows, {{ parts[0].right_stride }}], z [rows, {{ parts[1].right_stride }}], d_y [rows, {{ parts[1].left_stride }}], d_z [rows, {{ parts[0].left_stride }}]; gradient_s, one of each
+// Bindings: x [rows, {{ parts[0].right_stride }}] of {{ x_type }}, z [rows, {{ parts[1].right_stride }}], d_y [rows, {{ parts[1].left_stride }}] of {{ d_y_type }}, d_z [rows, {{ parts[0].left_stride }}]; gradient_s, one of each
 // slice s: d_A and, from vec4 {{ parts[1].start }} on, d_B. The rows in use are cut into {{ n_slices }} equal stretches;
 // workgroups with z = s sum stretch s and add it to slice s, so that no two lanes write one element
 // and no second pass is needed (the optimizer adds the slices up). The first {{ parts[0].n_groups }} workgroups make
 // d_A, the others d_B.
 //
 // A lane holds a block of elements in named accumulators and sums rows split, split + {{ splits }}, … of its
-// stretch in order{% if splits > 1 %}; the {{ splits }} splits of a block meet in workgroup memory, in order{% endif %}.
+// stretch in order{% if splits > 1 %}; the {{ splits }} splits of a block meet in workgroup memory, in order{% endif %}. Neighbouring lanes differ along the
+// gradient's shorter side, where they read the same of the longer one, then along the longer side.
 
+{% set lanes = blocks * splits %}
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> z: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_y: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ d_y_type }}>>;
 @group(0) @binding(4) var<storage, read> d_z: array<vec4<f32>>;
 {% for s in range(n_slices) %}
 @group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
 {% endfor %}
 
-const blocks = {{ lanes // splits }}u; // of one workgroup
+const blocks = {{ blocks }}u; // of one workgroup
 const splits = {{ splits }}u;
 {% if splits > 1 %}
 {% set most_sums = [parts[0].lane_left * parts[0].lane_right, parts[1].lane_left * parts[1].lane_right] | max // 4 %}
@@ -48,10 +50,10 @@ fn set_gradient(slice: u32, at: u32, value: vec4<f32>) {
 {% set quads = part.lane_right // 4 %}
 {% for u in range(count) %}
 {% for a in range(part.lane_left // 4) %}
-            let l_{{ u }}_{{ a }} = {{ part.left }}[(m + {{ u * splits }}u) * {{ part.left_stride // 4 }}u + left_quad + {{ a }}u];
+            let l_{{ u }}_{{ a }} = vec4<f32>({{ part.left }}[(m + {{ u * splits }}u) * {{ part.left_stride // 4 }}u + left_quad + {{ a }}u]);
 {% endfor %}
 {% for b in range(quads) %}
-            let r_{{ u }}_{{ b }} = {{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u];
+            let r_{{ u }}_{{ b }} = vec4<f32>({{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u]);
 {% endfor %}
 {% endfor %}
 {% for u in range(count) %}
@@ -74,18 +76,18 @@ fn main(
 {% for part in parts %}
 {% set quads = part.lane_right // 4 %}
 {% set n_sums = part.lane_left * quads %}
-{% set left_blocks = part.n_left // part.lane_left %}
-{% set right_blocks = part.n_right // part.lane_right %}
     {{ "if (group.x < %du) {" % part.n_groups if loop.first else "} else {" }}
-        let block = {{ "group.x" if loop.first else "(group.x - %du)" % parts[0].n_groups }} * blocks + lane % blocks;
-        let inside = block < {{ left_blocks * right_blocks }}u;
-        // Neighbouring lanes differ along the longer side, whose loads then lie side by side.
+{% set short_groups = part.short_blocks // part.short_lanes %}
+        let tile = {{ "group.x" if loop.first else "group.x - %du" % parts[0].n_groups }};
+        let short_block = tile % {{ short_groups }}u * {{ part.short_lanes }}u + lane % blocks % {{ part.short_lanes }}u;
+        let long_block = tile / {{ short_groups }}u * {{ blocks // part.short_lanes }}u + lane % blocks / {{ part.short_lanes }}u;
+        let inside = lane % blocks < {{ blocks // part.short_lanes * part.short_lanes }}u && long_block < {{ part.long_blocks }}u;
 {% if part.n_left > part.n_right %}
-        let i = block % {{ left_blocks }}u * {{ part.lane_left }}u;
-        let j = block / {{ left_blocks }}u * {{ part.lane_right }}u;
+        let i = long_block * {{ part.lane_left }}u;
+        let j = short_block * {{ part.lane_right }}u;
 {% else %}
-        let i = block / {{ right_blocks }}u * {{ part.lane_left }}u;
-        let j = block % {{ right_blocks }}u * {{ part.lane_right }}u;
+        let i = short_block * {{ part.lane_left }}u;
+        let j = long_block * {{ part.lane_right }}u;
 {% endif %}
         var left_quad = ({{ part.members[0].shift }}u + i) / 4u;
         var right_quad = ({{ part.members[0].right_column }}u + j) / 4u;

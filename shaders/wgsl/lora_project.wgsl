@@ -1,6 +1,10 @@
-{% set quads = block_columns // 4 %}
-{% set n_sums = block_rows * quads %}
-{% set parts = [lanes // 8, 1] | max %}
+{% set quads = lane_columns // 4 %}
+{% set lane_sums = lane_rows * quads %}
+{% set lanes = splits * column_lanes * row_lanes %}
+{% set parts = [splits // 8, 1] | max %}
+{% set block_rows = lane_rows * row_lanes %}
+{% set block_columns = lane_columns * column_lanes %}
+{% set n_sums = lane_sums * column_lanes * row_lanes %}
 // z[m, g · columns + j] = scale · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
 {% if transposed %}
 // F_g[j, k] = factor[factor_row_g + k, j]
@@ -8,50 +12,50 @@
 // F_g[j, k] = factor[factor_row_g + j, k]
 {% endif %}
 //
-// Bindings: x [rows, {{ x_stride }}], factor [.., {{ factor_stride }}], z [rows, members · columns].
-// Few outputs and a long sum: a workgroup owns {{ block_rows }} rows × {{ block_columns }} columns of one
-// member, and its lanes share the contraction. A lane sums k = 4 · lane, 4 · (lane + {{ lanes }}), … (four
-// at a time) in named accumulators; the lanes' sums meet in workgroup memory{% if parts > 1 %}: those of 8 lanes, {{ parts }}
-// apart, then these {{ parts }} parts{% endif %}. A row's sums do not depend on the block that it is in.
+// Bindings: x [rows, {{ x_stride }}] of {{ x_type }}, factor [.., {{ factor_stride }}], z [rows, members · columns].
+// Few outputs and a long sum: a workgroup owns {{ block_rows }} rows × {{ block_columns }} columns of one member, a lane {{ lane_rows }} × {{ lane_columns }}
+// of them, and {{ splits }} lanes share the contraction of the same ones. Neighbouring lanes differ in their columns
+// ({{ column_lanes }}), then in the contraction, then in their rows ({{ row_lanes }}): they read the same of x, and side by side of the
+// factor. A lane sums k = 4 · split, 4 · (split + {{ splits }}), … (four at a time) in named accumulators; the splits'
+// sums meet in workgroup memory{% if parts > 1 %}: those of 8 splits, {{ parts }} apart, then these {{ parts }} parts{% endif %}. A row's sums do not depend
+// on the block that it is in.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
 
 const lanes = {{ lanes }}u;
-const block_rows = {{ block_rows }}u;
-const block_columns = {{ block_columns }}u;
 const member_blocks = {{ columns // block_columns }}u; // blocks of columns of a member
 const column_blocks = {{ members | length * (columns // block_columns) }}u;
 
-var<workgroup> sums: array<vec4<f32>, {{ lanes * n_sums }}>; // [sums of the block, lanes]
+var<workgroup> sums: array<vec4<f32>, {{ lanes * lane_sums }}>; // [sums of a lane, lanes]
 
 {# Adds `count` steps of the contraction from k on; all are loaded before the first is used. #}
 {% macro add_steps(count) %}
 {% for u in range(count) %}
-{% for i in range(block_rows) %}
-        let v_{{ u }}_{{ i }} = x[x_{{ i }} + k / 4u + {{ u * lanes }}u];
+{% for i in range(lane_rows) %}
+        let v_{{ u }}_{{ i }} = vec4<f32>(x[x_{{ i }} + k / 4u + {{ u * splits }}u]);
 {% endfor %}
 {% if transposed %}
-        let at_{{ u }} = ((factor_row + k + {{ 4 * u * lanes }}u) * {{ factor_stride }}u + column) / 4u;
+        let at_{{ u }} = ((factor_row + k + {{ 4 * u * splits }}u) * {{ factor_stride }}u + column) / 4u;
 {% for q in range(4) %}
 {% for c in range(quads) %}
         let f_{{ u }}_{{ q }}_{{ c }} = factor[at_{{ u }} + {{ q * factor_stride // 4 + c }}u];
 {% endfor %}
 {% endfor %}
 {% else %}
-        let at_{{ u }} = ((factor_row + column) * {{ factor_stride }}u + k) / 4u + {{ u * lanes }}u;
-{% for j in range(block_columns) %}
+        let at_{{ u }} = ((factor_row + column) * {{ factor_stride }}u + k) / 4u + {{ u * splits }}u;
+{% for j in range(lane_columns) %}
         let f_{{ u }}_{{ j }} = factor[at_{{ u }} + {{ j * factor_stride // 4 }}u];
 {% endfor %}
 {% endif %}
 {% endfor %}
 {% for u in range(count) %}
 {% for c in range(quads) %}
-{% for i in range(block_rows) %}
+{% for i in range(lane_rows) %}
 {% if transposed %}
 {% for q in range(4) %}
         sum_{{ i }}_{{ c }} += v_{{ u }}_{{ i }}[{{ q }}] * f_{{ u }}_{{ q }}_{{ c }};
@@ -71,10 +75,13 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = group.x + group.y * groups.x;
-    let first_row = index / column_blocks * block_rows;
+    let first_row = index / column_blocks * {{ block_rows }}u;
     if (first_row >= extent.rows) { return; }
     let member = index % column_blocks / member_blocks;
-    let column = index % member_blocks * block_columns; // within the member
+    let first_column = index % member_blocks * {{ block_columns }}u; // within the member
+    let column = first_column + lane % {{ column_lanes }}u * {{ lane_columns }}u;
+    let split = lane / {{ column_lanes }}u % {{ splits }}u;
+    let lane_row = first_row + lane / {{ column_lanes * splits }}u * {{ lane_rows }}u;
     var x_column = {{ members[0].x_column }}u;
     var factor_row = {{ members[0].factor_row }}u;
     var length = {{ members[0].length }}u;
@@ -85,49 +92,66 @@ fn main(
         length = {{ m.length }}u;
     }
 {% endfor %}
-{% for i in range(block_rows) %}
-    let x_{{ i }} = (min(first_row + {{ i }}u, extent.rows - 1u) * {{ x_stride }}u + x_column) / 4u;
+{% for i in range(lane_rows) %}
+    let x_{{ i }} = (min(lane_row + {{ i }}u, extent.rows - 1u) * {{ x_stride }}u + x_column) / 4u;
 {% for c in range(quads) %}
     var sum_{{ i }}_{{ c }} = vec4<f32>();
 {% endfor %}
 {% endfor %}
 
-    var k = 4u * lane;
+    var k = 4u * split;
 {% if unroll > 1 %}
-    for (; k + {{ (unroll - 1) * 4 * lanes }}u < length; k += {{ unroll * 4 * lanes }}u) {
+    for (; k + {{ (unroll - 1) * 4 * splits }}u < length; k += {{ unroll * 4 * splits }}u) {
 {{ add_steps(unroll) }}
     }
-{% endif %}
-    for (; k < length; k += {{ 4 * lanes }}u) {
+    // What is left, in as few rounds of loads as it can be.
+{% for count in (16, 8, 4, 2) if count < unroll %}
+    if (k + {{ (count - 1) * 4 * splits }}u < length) {
+{{ add_steps(count) }}
+        k += {{ count * 4 * splits }}u;
+    }
+{% endfor %}
+    if (k < length) {
 {{ add_steps(1) }}
     }
+{% else %}
+    for (; k < length; k += {{ 4 * splits }}u) {
+{{ add_steps(1) }}
+    }
+{% endif %}
 
-{% for i in range(block_rows) %}
+{% for i in range(lane_rows) %}
 {% for c in range(quads) %}
     sums[{{ (i * quads + c) * lanes }}u + lane] = sum_{{ i }}_{{ c }};
 {% endfor %}
 {% endfor %}
     workgroupBarrier();
+    // The sums of splits s of a block's part lie at sums[base + s · column_lanes].
+{% set group_lanes = column_lanes * splits %}
 {% if parts > 1 %}
+{% set group_tasks = column_lanes * parts %}
     for (var task = lane; task < {{ n_sums * parts }}u; task += lanes) {
-        let part = task / {{ parts }}u * lanes + task % {{ parts }}u;
+        let part = task / {{ group_tasks }}u * {{ group_lanes }}u + task % {{ group_tasks }}u;
         var part_sum = sums[part];
-{% for t in range(parts, lanes, parts) %}
-        part_sum += sums[part + {{ t }}u];
+{% for t in range(parts, splits, parts) %}
+        part_sum += sums[part + {{ t * column_lanes }}u];
 {% endfor %}
         sums[part] = part_sum; // where no other lane reads
     }
     workgroupBarrier();
 {% endif %}
     for (var n = lane; n < {{ n_sums }}u; n += lanes) {
-        let row = first_row + n / {{ quads }}u;
-        var sum = sums[n * lanes];
-{% for t in range(1, parts if parts > 1 else lanes) %}
-        sum += sums[n * lanes + {{ t }}u];
+        let base = n / {{ column_lanes }}u * {{ group_lanes }}u + n % {{ column_lanes }}u;
+        var sum = sums[base];
+{% for t in range(1, parts if parts > 1 else splits) %}
+        sum += sums[base + {{ t * column_lanes }}u];
 {% endfor %}
+        // n counts columns of lanes, then their rows, then a lane's vectors.
+        let vector = n / {{ column_lanes * row_lanes }}u;
+        let row = first_row + n / {{ column_lanes }}u % {{ row_lanes }}u * {{ lane_rows }}u + vector / {{ quads }}u;
         if (row < extent.rows) {
-            let at = (row * {{ members | length * columns }}u + member * {{ columns }}u + column) / 4u;
-            z[at + n % {{ quads }}u] = {{ scale }} * sum;
+            let at = (row * {{ members | length * columns }}u + member * {{ columns }}u + first_column) / 4u;
+            z[at + n % {{ column_lanes }}u * {{ quads }}u + vector % {{ quads }}u] = {{ scale }} * sum;
         }
     }
 }

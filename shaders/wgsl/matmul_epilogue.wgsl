@@ -1,3 +1,5 @@
+{% from "stored.wgsl" import stored %}
+{% set out_type = out_type | default("f32") %}
 // What a finished product passes on its way out: + bias, the soft cap cap · tanh(y / cap), + residual.
 // `at` is the place of four columns in out, `quad` of the same in a bias.
 fn write_out(at: u32, quad: u32, product: vec4<f32>) {
@@ -10,10 +12,9 @@ fn write_out(at: u32, quad: u32, product: vec4<f32>) {
     value = {{ softcap }} * tanh(clamp(value / {{ softcap }}, vec4<f32>(-10.0), vec4<f32>(10.0)));
 {% endif %}
 {% if epilogue == "residual" %}
-    out[at] = residual[at] + value;
+    value += residual[at];
 {% elif epilogue == "accumulate" %}
-    out[at] += value;
-{% else %}
-    out[at] = value;
+    value += vec4<f32>(out[at]);
 {% endif %}
+    out[at] = {{ stored("value", out_type) }};
 }

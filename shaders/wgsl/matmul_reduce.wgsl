@@ -6,7 +6,7 @@ struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
 @group(0) @binding(1) var<storage, read> partial: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> out: array<vec4<{{ out_type }}>>;
 {% if epilogue == "residual" %}
 @group(0) @binding(3) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}

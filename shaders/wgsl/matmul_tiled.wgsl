@@ -9,12 +9,19 @@
 // accumulators. The low-rank part comes first, then the weight, each in order of the contraction:
 // an output depends on its row of x and its column of W only, not on where its tile lies.
 //
-// The next tile is fetched into registers while the present one is multiplied. Neighbouring lanes
-// fetch along the contraction, where memory is contiguous, and store across it: an exclusive-or of
-// the place with the step keeps such stores off each other's banks.
+// The next tile is fetched into registers while the present one is multiplied, without a branch, so that
+// the compiler can decode between products{% if buffers == 2 %}, and stored beside it: one barrier a tile{% endif %}. Neighbouring lanes fetch along
+// the contraction, where memory is contiguous, and store across it (x in blocks of 4 × 4 where a lane
+// has so many): an exclusive-or of the place with the step keeps such stores off each other's banks.
+{% if half %}
+//
+// The tiles hold f16, products and the sums of {{ carry }} steps are f16, those of all steps f32.
+{% endif %}
 
 {% include "matmul_bindings.wgsl" %}
 
+{% from "stored.wgsl" import stored %}
+{% set tile_type = "f16" if half else "f32" %}
 const tile_rows = {{ tile_rows }}u;
 const tile_columns = {{ tile_columns }}u;
 const depth = {{ depth }}u;
@@ -26,15 +33,16 @@ const depth = {{ depth }}u;
 {% set x_quads = depth * tile_rows // 4 %}
 {% set w_quads = depth * tile_columns // 4 %}
 {% set x_units = x_quads // lanes %}
+{% set x_blocks = x_units // 4 if x_units % 4 == 0 else 0 %}
 {% set w_units = w_quads // 2 // lanes %}
 {% set low_steps = [depth, rank] | min %}
 {% set low_x_units = (low_steps * tile_rows // 4 + lanes - 1) // lanes %}
 {% set low_w_units = (low_steps * tile_columns // 4 + lanes - 1) // lanes %}
 {% set whole = contraction % depth == 0 %}
 
-// [depth][tile / 4], a vec4 holding four neighbouring rows (columns).
-var<workgroup> x_tile: array<vec4<f32>, {{ x_quads }}>;
-var<workgroup> w_tile: array<vec4<f32>, {{ w_quads }}>;
+// [{{ "buffer][" if buffers == 2 }}depth][tile / 4], a vec4 holding four neighbouring rows (columns).
+var<workgroup> x_tile: array<vec4<{{ tile_type }}>, {{ buffers * x_quads }}>;
+var<workgroup> w_tile: array<vec4<{{ tile_type }}>, {{ buffers * w_quads }}>;
 
 // Where the four rows (columns) `quad` of a step lie.
 fn x_at(step: u32, quad: u32) -> u32 { return step * {{ tile_rows // 4 }}u + (quad ^ (step / 4u & 7u)); }
@@ -46,15 +54,17 @@ fn w_at(step: u32, quad: u32) -> u32 {
 {% endif %}
 }
 
-fn store_x(m: u32, step: u32, value: vec4<f32>) {
+fn store_x(at: u32, m: u32, step: u32, value: vec4<{{ tile_type }}>) {
 {% for c in range(4) %}
-    x_tile[x_at(step + {{ c }}u, m / 4u)][m % 4u] = value[{{ c }}];
+    x_tile[at + x_at(step + {{ c }}u, m / 4u)][m % 4u] = value[{{ c }}];
 {% endfor %}
 }
 
-fn store_w(n: u32, step: u32, w: Eight) {
+fn store_w(at: u32, n: u32, step: u32, w: Eight) {
+    let a = vec4<{{ tile_type }}>(w.a);
+    let b = vec4<{{ tile_type }}>(w.b);
 {% for c in range(8) %}
-    w_tile[w_at(step + {{ c }}u, n / 4u)][n % 4u] = w.{{ "a" if c < 4 else "b" }}[{{ c % 4 }}];
+    w_tile[at + w_at(step + {{ c }}u, n / 4u)][n % 4u] = {{ "a" if c < 4 else "b" }}[{{ c % 4 }}];
 {% endfor %}
 }
 
@@ -63,7 +73,7 @@ fn store_w(n: u32, step: u32, w: Eight) {
 {% for i in range(x_units) %}
         fetched_x_{{ i }} = x[x_from_{{ i }} + {{ k }} / 4u];
 {% if not whole %}
-        if ({{ k }} + 4u * x_quad_{{ i }} >= contraction) { fetched_x_{{ i }} = vec4<f32>(); }
+        if ({{ k }} + 4u * x_quad_{{ i }} >= contraction) { fetched_x_{{ i }} = vec4<{{ x_type }}>(); }
 {% endif %}
 {% endfor %}
 {% for i in range(w_units) %}
@@ -89,18 +99,71 @@ fn store_w(n: u32, step: u32, w: Eight) {
 {% endfor %}
 {% endmacro %}
 
+{# What the steps of a stretch are summed in: with f16, parts of their own, added to the sums after it. #}
+{% set part = "part" if half else "sum" %}
+{% macro begin_parts() %}
+{% if half %}
+{% for i in range(lane_rows) %}
+{% for j in range(column_quads) %}
+        var part_{{ i }}_{{ j }} = vec4<f16>();
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+{% macro end_parts() %}
+{% if half %}
+{% for i in range(lane_rows) %}
+{% for j in range(column_quads) %}
+        sum_{{ i }}_{{ j }} += vec4<f32>(part_{{ i }}_{{ j }});
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+
+{# Where the tiles of the buffer in use begin. #}
+{% set x_buffer = "buffer * %du + " % x_quads if buffers == 2 else "" %}
+{% set w_buffer = "buffer * %du + " % w_quads if buffers == 2 else "" %}
+{# Four numbers of x as fetched, as the tile holds them. #}
+{% macro as_tile(fetched) -%}
+{{ stored(fetched, tile_type) if x_type == "f32" else fetched if half else "vec4<f32>(" ~ fetched ~ ")" }}
+{%- endmacro %}
+{# Stores what was fetched into the tiles. #}
+{% macro store_tiles() %}
+{% for i in range(x_blocks) %}
+        {
+{% for u in range(4) %}
+            let line_{{ u }} = {{ as_tile("fetched_x_" ~ (4 * i + u)) }};
+{% endfor %}
+{% for c in range(4) %}
+            x_tile[{{ x_buffer }}x_at(4u * x_quad_{{ 4 * i }} + {{ c }}u, x_row_{{ 4 * i }} / 4u)] = vec4<{{ tile_type }}>(line_0[{{ c }}], line_1[{{ c }}], line_2[{{ c }}], line_3[{{ c }}]);
+{% endfor %}
+        }
+{% endfor %}
+{% for i in range(0 if x_blocks else x_units) %}
+        store_x({{ x_buffer }}0u, x_row_{{ i }}, 4u * x_quad_{{ i }}, {{ as_tile("fetched_x_" ~ i) }});
+{% endfor %}
+{% for i in range(w_units) %}
+{% if transposed %}
+        w_tile[{{ w_buffer }}w_at(w_row_{{ i }}, 2u * w_eight_{{ i }})] = vec4<{{ tile_type }}>(fetched_w_{{ i }}.a);
+        w_tile[{{ w_buffer }}w_at(w_row_{{ i }}, 2u * w_eight_{{ i }} + 1u)] = vec4<{{ tile_type }}>(fetched_w_{{ i }}.b);
+{% else %}
+        store_w({{ w_buffer }}0u, w_line_{{ i }}, 8u * w_eight_{{ i }}, fetched_w_{{ i }});
+{% endif %}
+{% endfor %}
+{% endmacro %}
+
 {# Multiplies one step of the two tiles into the accumulators. #}
 {% macro multiply_step(step) %}
         {
 {% for i in range(row_quads) %}
-            let a_{{ i }} = x_tile[x_at({{ step }}, {{ i * lanes_y }}u + lane_y)];
+            let a_{{ i }} = x_tile[{{ x_buffer }}x_at({{ step }}, {{ i * lanes_y }}u + lane_y)];
 {% endfor %}
 {% for j in range(column_quads) %}
-            let b_{{ j }} = w_tile[w_at({{ step }}, {{ j * lanes_x }}u + lane_x)];
+            let b_{{ j }} = w_tile[{{ w_buffer }}w_at({{ step }}, {{ j * lanes_x }}u + lane_x)];
 {% endfor %}
 {% for i in range(lane_rows) %}
 {% for j in range(column_quads) %}
-            sum_{{ i }}_{{ j }} += a_{{ i // 4 }}[{{ i % 4 }}] * b_{{ j }};
+            {{ part }}_{{ i }}_{{ j }} += a_{{ i // 4 }}[{{ i % 4 }}] * b_{{ j }};
 {% endfor %}
 {% endfor %}
         }
@@ -126,10 +189,15 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% for i in range(x_units) %}
+{% if x_blocks %}
+    let x_quad_{{ i }} = (lane + {{ i // 4 * lanes }}u) % {{ depth // 4 }}u;
+    let x_row_{{ i }} = (lane + {{ i // 4 * lanes }}u) / {{ depth // 4 }}u * 4u + {{ i % 4 }}u;
+{% else %}
     let x_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ depth // 4 }}u;
     let x_row_{{ i }} = (lane + {{ i * lanes }}u) / {{ depth // 4 }}u;
+{% endif %}
     let x_from_{{ i }} = (min(first_row + x_row_{{ i }}, last_row) * x_stride + x_column) / 4u + x_quad_{{ i }};
-    var fetched_x_{{ i }} = vec4<f32>();
+    var fetched_x_{{ i }} = vec4<{{ x_type }}>();
 {% endfor %}
 {% for i in range(w_units) %}
 {% if transposed %}
@@ -151,6 +219,9 @@ fn main(
 {% else %}
     let first_k = 0u;
     let last_k = contraction;
+{% endif %}
+{% if buffers == 2 %}
+    var buffer = 0u;
 {% endif %}
 {{ fetch("first_k") }}
 {% if splits > 1 %}
@@ -193,29 +264,31 @@ fn main(
 {% for i in range(low_x_units) %}
 {% if (i + 1) * lanes > low_steps * tile_rows // 4 %}
         if (low_unit_{{ i }} < {{ low_steps * tile_rows // 4 }}u) {
-            store_x(low_row_{{ i }}, 4u * low_quad_{{ i }}, low_{{ i }});
+            store_x(0u, low_row_{{ i }}, 4u * low_quad_{{ i }}, {{ stored("low_" ~ i, tile_type) }});
         }
 {% else %}
-        store_x(low_row_{{ i }}, 4u * low_quad_{{ i }}, low_{{ i }});
+        store_x(0u, low_row_{{ i }}, 4u * low_quad_{{ i }}, {{ stored("low_" ~ i, tile_type) }});
 {% endif %}
 {% endfor %}
 {% for i in range(low_w_units) %}
         if (lane + {{ i * lanes }}u < {{ low_steps * tile_columns // 4 }}u) {
 {% if transposed %}
-            w_tile[w_at(factor_step_{{ i }}, factor_quad_{{ i }})] = factor_{{ i }};
+            w_tile[w_at(factor_step_{{ i }}, factor_quad_{{ i }})] = vec4<{{ tile_type }}>(factor_{{ i }});
 {% else %}
 {% for c in range(4) %}
-            w_tile[w_at(4u * factor_quad_{{ i }} + {{ c }}u, factor_line_{{ i }} / 4u)][factor_line_{{ i }} % 4u] = factor_{{ i }}[{{ c }}];
+            w_tile[w_at(4u * factor_quad_{{ i }} + {{ c }}u, factor_line_{{ i }} / 4u)][factor_line_{{ i }} % 4u] = {{ tile_type }}(factor_{{ i }}[{{ c }}]);
 {% endfor %}
 {% endif %}
         }
 {% endfor %}
         workgroupBarrier();
+{{ begin_parts() }}
         for (var step = 0u; step < {{ low_steps }}u; step += 4u) {
 {% for s in range(4) %}
 {{ multiply_step("step + " ~ s ~ "u") }}
 {% endfor %}
         }
+{{ end_parts() }}
     }
 {% if not transposed %}
     }
@@ -225,33 +298,42 @@ fn main(
     }
 {% endif %}
 
-    for (var k = first_k; k < last_k; k += depth) {
-        workgroupBarrier();
-{% for i in range(x_units) %}
-        store_x(x_row_{{ i }}, 4u * x_quad_{{ i }}, fetched_x_{{ i }});
-{% endfor %}
-{% for i in range(w_units) %}
-{% if transposed %}
-        w_tile[w_at(w_row_{{ i }}, 2u * w_eight_{{ i }})] = fetched_w_{{ i }}.a;
-        w_tile[w_at(w_row_{{ i }}, 2u * w_eight_{{ i }} + 1u)] = fetched_w_{{ i }}.b;
-{% else %}
-        store_w(w_line_{{ i }}, 8u * w_eight_{{ i }}, fetched_w_{{ i }});
+{% if buffers == 2 %}
+    workgroupBarrier();
+{{ store_tiles() }}
+    workgroupBarrier();
 {% endif %}
-{% endfor %}
+    for (var k = first_k; k < last_k; k += depth) {
+{% if buffers == 1 %}
         workgroupBarrier();
-        if (k + depth < last_k) {
-{{ fetch("(k + depth)") }}
-        }
+{{ store_tiles() }}
+        workgroupBarrier();
+{% endif %}
+        let ahead = select(k, k + depth, k + depth < last_k);
+{{ fetch("ahead") }}
 {% if unroll >= depth %}
-{% for step in range(depth) %}
+{% for first in range(0, depth, carry) %}
+        {
+{{ begin_parts() }}
+{% for step in range(first, [first + carry, depth] | min) %}
 {{ multiply_step(step ~ "u") }}
+{% endfor %}
+{{ end_parts() }}
+        }
 {% endfor %}
 {% else %}
         for (var step = 0u; step < depth; step += {{ unroll }}u) {
+{{ begin_parts() }}
 {% for s in range(unroll) %}
 {{ multiply_step("step + " ~ s ~ "u") }}
 {% endfor %}
+{{ end_parts() }}
         }
+{% endif %}
+{% if buffers == 2 %}
+        buffer = 1u - buffer;
+{{ store_tiles() }}
+        workgroupBarrier();
 {% endif %}
     }
 

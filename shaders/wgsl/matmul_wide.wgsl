@@ -67,7 +67,7 @@ fn main(
 {% if transposed %}
     for (var k = 0u; k < contraction; k += 4u) {
 {% for i in range(lane_rows) %}
-        let v_{{ i }} = x[(row_{{ i }} * x_stride + x_column + k) / 4u];
+        let v_{{ i }} = vec4<f32>(x[(row_{{ i }} * x_stride + x_column + k) / 4u]);
 {% endfor %}
 {% for q in range(4) %}
         {
@@ -83,11 +83,11 @@ fn main(
     for (var k = 0u; k < contraction; k += 8u) {
 {% for i in range(lane_rows) %}
         let at_{{ i }} = (row_{{ i }} * x_stride + x_column + k) / 4u;
-        let va_{{ i }} = x[at_{{ i }}];
+        let va_{{ i }} = vec4<f32>(x[at_{{ i }}]);
 {% if contraction % 8 %}
-        let vb_{{ i }} = select(vec4<f32>(), x[at_{{ i }} + 1u], k + 4u < contraction);
+        let vb_{{ i }} = select(vec4<f32>(), vec4<f32>(x[at_{{ i }} + 1u]), k + 4u < contraction);
 {% else %}
-        let vb_{{ i }} = x[at_{{ i }} + 1u];
+        let vb_{{ i }} = vec4<f32>(x[at_{{ i }} + 1u]);
 {% endif %}
 {% endfor %}
 {% for j in range(8) %}

@@ -1,15 +1,15 @@
 // y[m, i] = x[m, i] · rstd[m] · weight[i] (+ residual[m, i]),   rstd[m] = 1 / sqrt(mean_i x[m, i]² + epsilon)
 //
-// Bindings: x [rows, width], weight [width], y [rows, width], residual [rows, width].
+// Bindings: x [rows, width] of {{ x_type }}, weight [width], y [rows, width] of {{ out_type }}, residual [rows, width].
 // One workgroup a row. A lane holds the quads of columns lane, lane + {{ lanes }}, … and sums them in that
 // order; the lanes' sums meet in row_sum.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read_write> y: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read_write> y: array<vec4<{{ out_type }}>>;
 {% if residual %}
 @group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
@@ -17,6 +17,7 @@ struct Extent { rows: u32 }
 {% set quads = width // 4 %}
 {% set steps = (quads + lanes - 1) // lanes %}
 {% from "row_parts.wgsl" import load_row, store_row %}
+{% from "stored.wgsl" import stored %}
 {% include "row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -41,7 +42,7 @@ fn main(
     let rstd = inverseSqrt(row_sum(dot(squares, vec4(1.0)), lane) / {{ width }}.0 + {{ epsilon }});
 {% for s in range(steps) %}
 {% call store_row(s, quads, lanes) %}
-y[base + {{ s * lanes }}u] = {{ "past_%d + " % s if residual }}value_{{ s }} * rstd * w_{{ s }};
+y[base + {{ s * lanes }}u] = {{ stored(("past_%d + " % s if residual else "") ~ "value_%d * rstd * w_%d" % (s, s), out_type) }};
 {% endcall %}
 {% endfor %}
 }

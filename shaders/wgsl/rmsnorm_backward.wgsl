@@ -1,17 +1,17 @@
 // d_x[m, i] = rstd · (g[i] − x[m, i] · rstd² · mean_i(g · x)) + residual[m, i],
 //   g[i] = d_y[m, i] · weight[i],   rstd = 1 / sqrt(mean_i x[m, i]² + epsilon).
 //
-// Bindings: x, d_y, residual, d_x [rows, width], weight [width]. In place (d_x is the residual) the
-// residual is read from d_x. One workgroup a row; columns and sums as in rmsnorm.wgsl, the two sums
+// Bindings: x of {{ x_type }}, d_y of {{ d_y_type }}, d_x of {{ out_type }}, residual [rows, width], weight [width]. In place
+// (d_x is the residual) the residual is read from d_x. One workgroup a row; columns and sums as in rmsnorm.wgsl, the two sums
 // at once.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_y: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> d_x: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ d_y_type }}>>;
+@group(0) @binding(4) var<storage, read_write> d_x: array<vec4<{{ out_type }}>>;
 {% if residual == "separate" %}
 @group(0) @binding(5) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
@@ -20,6 +20,7 @@ struct Extent { rows: u32 }
 {% set steps = (quads + lanes - 1) // lanes %}
 {% set sum_type = "vec2<f32>" %}
 {% from "row_parts.wgsl" import load_row, store_row %}
+{% from "stored.wgsl" import stored %}
 {% include "row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -50,7 +51,7 @@ fn main(
     let slope = sums.y / {{ width }}.0 * rstd * rstd;
 {% for s in range(steps) %}
 {% call store_row(s, quads, lanes) %}
-d_x[base + {{ s * lanes }}u] = {{ "past_%d + " % s if residual != "none" }}rstd * (g_{{ s }} - value_{{ s }} * slope);
+d_x[base + {{ s * lanes }}u] = {{ stored(("past_%d + " % s if residual != "none" else "") ~ "rstd * (g_%d - value_%d * slope)" % (s, s), out_type) }};
 {% endcall %}
 {% endfor %}
 }

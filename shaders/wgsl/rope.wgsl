@@ -1,15 +1,19 @@
 // Rotates pairs of columns of the q and k heads by the angle of their position, in place:
 //   (a, b) → (a · cos − b · sin, b · cos + a · sin);   backward: the inverse rotation (−sin).
 //
-// Bindings: qkv [rows, stride], positions u32 [rows], tables [n_positions, half, 2] (cos, sin).
+// Bindings: qkv [rows, stride] of {{ qkv_type }}, positions u32 [rows], tables [n_positions, half, 2] (cos, sin).
 // Pairs are (2j, 2j + 1) where interleaved (GGUFs of the llama architecture, whose q and k rows are
 // permuted for it), else (j, j + half). One lane {{ unit }} pair{{ "s" if unit > 1 }} of a head.
 
 struct Extent { rows: u32 }
 
 {% set type = "vec4<f32>" if unit == 4 else "f32" %}
+{% from "stored.wgsl" import stored %}
+{% macro as_stored(value) -%}
+{% if unit == 1 and qkv_type == "f16" %}f16({{ value }}){% else %}{{ stored(value, qkv_type) }}{% endif %}
+{%- endmacro %}
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read_write> qkv: array<{{ type }}>;
+@group(0) @binding(1) var<storage, read_write> qkv: array<{{ "vec4<%s>" % qkv_type if unit == 4 else qkv_type }}>;
 @group(0) @binding(2) var<storage, read> positions: array<u32>;
 @group(0) @binding(3) var<storage, read> tables: array<{{ "vec4<f32>" if unit == 4 else "vec2<f32>" }}>;
 
@@ -35,8 +39,8 @@ fn main(
     let at_a = base + j;
     let at_b = at_a + units;
 {% endif %}
-    let first = qkv[at_a];
-    let second = qkv[at_b];
+    let first = {{ type }}(qkv[at_a]);
+    let second = {{ type }}(qkv[at_b]);
 {% if unit == 4 %}
     let table = 2u * (positions[row] * units + j);
     let angles_0 = tables[table];
@@ -58,10 +62,10 @@ fn main(
     let turned_a = a * cosine - b * sine;
     let turned_b = b * cosine + a * sine;
 {% if unit == 4 and interleaved %}
-    qkv[at_a] = vec4(turned_a.x, turned_b.x, turned_a.y, turned_b.y);
-    qkv[at_b] = vec4(turned_a.z, turned_b.z, turned_a.w, turned_b.w);
+    qkv[at_a] = {{ as_stored("vec4(turned_a.x, turned_b.x, turned_a.y, turned_b.y)") }};
+    qkv[at_b] = {{ as_stored("vec4(turned_a.z, turned_b.z, turned_a.w, turned_b.w)") }};
 {% else %}
-    qkv[at_a] = turned_a;
-    qkv[at_b] = turned_b;
+    qkv[at_a] = {{ as_stored("turned_a") }};
+    qkv[at_b] = {{ as_stored("turned_b") }};
 {% endif %}
 }

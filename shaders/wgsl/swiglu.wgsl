@@ -1,14 +1,16 @@
-// y[m, i] = activation(gate[m, i]) · up[m, i];  gate_up [rows, 2n] holds the gate first; y [rows, n].
+// y[m, i] = activation(gate[m, i]) · up[m, i];  gate_up [rows, 2n] of {{ x_type }} holds the gate
+// first; y [rows, n] of {{ out_type }}.
 // One lane {{ quads }} times four columns, {{ lanes }} times four apart.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> gate_up: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read_write> y: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> gate_up: array<vec4<{{ x_type }}>>;
+@group(0) @binding(2) var<storage, read_write> y: array<vec4<{{ out_type }}>>;
 
 const row_quads = {{ width // 4 }}u; // of y
 
+{% from "stored.wgsl" import stored %}
 {% include "activation.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -25,10 +27,10 @@ fn main(
     let index_{{ q }} = min(index_0 + {{ q * lanes }}u, n - 1u);
 {% endif %}
     let at_{{ q }} = index_{{ q }} / row_quads * 2u * row_quads + index_{{ q }} % row_quads;
-    let gate_{{ q }} = gate_up[at_{{ q }}];
-    let up_{{ q }} = gate_up[at_{{ q }} + row_quads];
+    let gate_{{ q }} = vec4<f32>(gate_up[at_{{ q }}]);
+    let up_{{ q }} = vec4<f32>(gate_up[at_{{ q }} + row_quads]);
 {% endfor %}
 {% for q in range(quads) %}
-    {{ "if (index_0 + %du < n) " % (q * lanes) if q > 0 }}{ y[index_{{ q }}] = gate_value(gate_{{ q }}) * up_{{ q }}; }
+    {{ "if (index_0 + %du < n) " % (q * lanes) if q > 0 }}{ y[index_{{ q }}] = {{ stored("gate_value(gate_%d) * up_%d" % (q, q), out_type) }}; }
 {% endfor %}
 }

@@ -1,18 +1,20 @@
-// d_gate = d_y · up · activation'(gate),  d_up = d_y · activation(gate); layouts as in swiglu.wgsl.
+// d_gate = d_y · up · activation'(gate),  d_up = d_y · activation(gate); layouts as in swiglu.wgsl, d_y
+// of {{ d_y_type }}, gate_up of {{ x_type }}, d_gate_up of {{ out_type }}.
 // In place (d_gate_up is gate_up) both are read before they are overwritten. Lanes as in swiglu.wgsl.
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> d_y: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read_write> d_gate_up: array<vec4<f32>>;
+@group(0) @binding(1) var<storage, read> d_y: array<vec4<{{ d_y_type }}>>;
+@group(0) @binding(2) var<storage, read_write> d_gate_up: array<vec4<{{ out_type }}>>;
 {% if not in_place %}
-@group(0) @binding(3) var<storage, read> gate_up: array<vec4<f32>>;
+@group(0) @binding(3) var<storage, read> gate_up: array<vec4<{{ x_type }}>>;
 {% endif %}
 {% set source = "d_gate_up" if in_place else "gate_up" %}
 
 const row_quads = {{ width // 4 }}u; // of d_y
 
+{% from "stored.wgsl" import stored %}
 {% include "activation.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -30,14 +32,14 @@ fn main(
     let inside_{{ q }} = index_0 + {{ q * lanes }}u < n; // in place, the last must not be done again
 {% endif %}
     let at_{{ q }} = index_{{ q }} / row_quads * 2u * row_quads + index_{{ q }} % row_quads;
-    let gate_{{ q }} = {{ source }}[at_{{ q }}];
-    let up_{{ q }} = {{ source }}[at_{{ q }} + row_quads];
-    let d_{{ q }} = d_y[index_{{ q }}];
+    let gate_{{ q }} = vec4<f32>({{ source }}[at_{{ q }}]);
+    let up_{{ q }} = vec4<f32>({{ source }}[at_{{ q }} + row_quads]);
+    let d_{{ q }} = vec4<f32>(d_y[index_{{ q }}]);
 {% endfor %}
 {% for q in range(quads) %}
     {{ "if (inside_%d) " % q if q > 0 }}{
-        d_gate_up[at_{{ q }}] = d_{{ q }} * up_{{ q }} * gate_slope(gate_{{ q }});
-        d_gate_up[at_{{ q }} + row_quads] = d_{{ q }} * gate_value(gate_{{ q }});
+        d_gate_up[at_{{ q }}] = {{ stored("d_%d * up_%d * gate_slope(gate_%d)" % (q, q, q), out_type) }};
+        d_gate_up[at_{{ q }} + row_quads] = {{ stored("d_%d * gate_value(gate_%d)" % (q, q), out_type) }};
     }
 {% endfor %}
 }

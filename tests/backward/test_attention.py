@@ -14,6 +14,7 @@ from shaders.device import Device
 from shaders.program import Program
 from tests.forward.test_attention import (
     CASES,
+    HALF_CASES,
     ON_CPU,
     ON_GPU,
     TILES,
@@ -133,6 +134,32 @@ def test_attention_backward(
     np.testing.assert_allclose(
         d_qkv[:rows], expected, rtol=0, atol=5e-6 * steepness * np.abs(expected).max()
     )
+    assert (d_qkv[rows:] == -7.0).all()  # rows that are not in use stay untouched
+
+
+@pytest.mark.parametrize(("lengths", "shape", "tile"), HALF_CASES)
+def test_f16_tensors(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    shape: Shape,
+    tile: Tile,
+) -> None:
+    if "shader-f16" not in device.features:
+        pytest.skip("the adapter lacks shader-f16")
+    rows, spare = sum(lengths), 9
+    use_tile(monkeypatch, tile)
+    qkv, segments = normal(rows, rows, shape.width).astype(np.float16), segments_of(lengths)
+    d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size).astype(np.float16)
+    d_qkv = run_backward(device, qkv, d_out, segments, shape, spare)
+    assert d_qkv.dtype == np.float16
+    expected = attention_backward_reference(qkv, d_out, segments, shape)
+    # A gradient is rounded once. The forward's output is f16, off by 2^-12 of itself, and the dots
+    # with it by less than 2^-11 of the largest. With f16 products scores and d_p are off by some
+    # 2^-11 and, the worst of 1e4, by four times that; weights and sums add a step each.
+    largest = np.abs(expected).max()
+    miss = 2**-11 * largest * (8 if tile.half else 1)
+    np.testing.assert_allclose(d_qkv[:rows], expected, rtol=2**-11, atol=miss)
     assert (d_qkv[rows:] == -7.0).all()  # rows that are not in use stay untouched
 
 

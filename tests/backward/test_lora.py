@@ -8,9 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
+import backward.lora
 from backward.lora import lora_gradients, lora_project_gradient
 from forward.adapter import LoraFactors
-from forward.lora import lora_project
+from forward.lora import GPU_TUNINGS, Tuning, lora_project
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -58,6 +59,10 @@ CASES = [
     Case(70, 70, 36, 256, ((0, 1028),), 2),
     Case(65, 0, 36, 8, ((0, 16),), 2),
     Case(37, 35, 2052, 8, ((0, 1032), (1032, 1044)), 4),  # long contractions, by more lanes
+]
+F16_CASES = [
+    Case(7, 7, 36, 8, ((0, 36), (36, 48), (48, 60)), 4),
+    Case(130, 129, 580, 16, ((0, 576), (576, 768), (768, 964)), 3),
 ]
 
 
@@ -137,7 +142,14 @@ class Recorded:
     slices: Sequence[LoraFactors]
 
 
-def record(device: Device, case: Case, values: Values, start: float) -> Recorded:
+def record(
+    device: Device,
+    case: Case,
+    values: Values,
+    start: float,
+    x_type: str = "f32",
+    d_y_type: str = "f32",
+) -> Recorded:
     """All kernels of a case; gradients begin at `start`, z and d_z at UNTOUCHED.
 
     Rows that are not in use hold NaN, which would spread into every sum that read them.
@@ -145,8 +157,8 @@ def record(device: Device, case: Case, values: Values, start: float) -> Recorded
     extent = device.extent(case.rows)
     device.set_rows(extent, case.in_use)
 
-    def activation(array: np.ndarray) -> Tensor:
-        tensor = device.empty(array.shape, extent=extent)
+    def activation(array: np.ndarray, dtype: str) -> Tensor:
+        tensor = device.empty(array.shape, dtype, extent=extent)
         stale = array.copy()
         stale[case.in_use :] = np.nan
         device.write(tensor, stale)
@@ -166,7 +178,7 @@ def record(device: Device, case: Case, values: Values, start: float) -> Recorded
             case.ranges,
         )
 
-    x, d_y = activation(values.x), activation(values.d_y)
+    x, d_y = activation(values.x, x_type), activation(values.d_y, d_y_type)
     lora = factors(values.a, values.b)
     slices = [
         factors(np.full_like(values.a, start), np.full_like(values.b, start))
@@ -188,6 +200,37 @@ def test_lora(device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cp
     values = values_of(case)
     recorded = record(device, case, values, start=0.0)
     recorded.program.run()
+    check(device, case, values, recorded)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
+@pytest.mark.parametrize(("x_type", "d_y_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
+@pytest.mark.parametrize("case", F16_CASES, ids=str)
+def test_lora_of_halves(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    case: Case,
+    x_type: str,
+    d_y_type: str,
+    is_cpu: bool,
+) -> None:
+    if "shader-f16" not in device.features:
+        pytest.skip(f"{device.name} has no shader-f16")
+    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    full = values_of(case)
+    x, d_y = (
+        v.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
+        for v, dtype in ((full.x, x_type), (full.d_y, d_y_type))
+    )
+    values = Values(x, d_y, full.a, full.b)
+    recorded = record(device, case, values, 0.0, x_type, d_y_type)
+    recorded.program.run()
+    # Only what goes in is f16: products, sums and results are f32, and as close as there.
+    check(device, case, values, recorded)
+
+
+def check(device: Device, case: Case, values: Values, recorded: Recorded) -> None:
+    """Everything that a case's program has written, once, to zeroed gradients."""
     used = slice(0, case.in_use)
     x, d_y = values.x[used], values.d_y[used]
     x_size, d_y_size, a_size, b_size = (np.abs(v) for v in (x, d_y, values.a, values.b))
@@ -265,6 +308,48 @@ def test_a_row_does_not_depend_on_the_number_of_rows(
         recorded.program.run()
         found.append([device.read(t)[row].tobytes() for t in (recorded.z, recorded.d_z)])
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("splits", [16, 64])
+def test_every_block_gives_the_same_bits(
+    device: Device, monkeypatch: pytest.MonkeyPatch, splits: int
+) -> None:
+    """So that the tables may take another block for another number of rows."""
+    monkeypatch.setattr(device, "is_cpu", False)
+    case = Case(37, 35, 900, 16, ((0, 332), (332, 344)), 1)
+    values = values_of(case)
+    found = set()
+    for block in [(8, 1, 4, 4), (2, 2, 2, 2), (3, 4, 1, 8), (1, 1, 2, 1)]:
+        tuning = Tuning((block,), 1, splits)
+        monkeypatch.setattr("forward.lora.GPU_TUNINGS", dict.fromkeys(GPU_TUNINGS, tuning))
+        recorded = record(device, case, values, start=0.0)
+        recorded.program.run()
+        check(device, case, values, recorded)
+        found.add((device.read(recorded.z).tobytes(), device.read(recorded.d_z).tobytes()))
+    assert len(found) == 1
+
+
+@pytest.mark.parametrize("sides", [(4, 8), (8, 8), (4, 4)])
+@pytest.mark.parametrize(
+    ("blocks", "short_lanes", "splits", "unroll"), [(16, 2, 8, 4), (32, 4, 4, 2), (8, 3, 16, 8)]
+)
+def test_gradients_divided_in_other_ways(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    blocks: int,
+    short_lanes: int,
+    splits: int,
+    unroll: int,
+    sides: tuple[int, int],
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", False)
+    tuning = backward.lora.Tuning(blocks, short_lanes, splits, unroll, sides)
+    monkeypatch.setattr("backward.lora.GPU_TUNING", tuning)
+    case = Case(101, 99, 100, 24, ((0, 36), (36, 48), (48, 64)), 2)
+    values = values_of(case)
+    recorded = record(device, case, values, start=0.0)
+    recorded.program.run()
+    check(device, case, values, recorded)
 
 
 def test_gradients_are_added_to_what_is_there(device: Device) -> None:

@@ -6,6 +6,13 @@ import pytest
 from backward.rmsnorm import rmsnorm_backward
 from shaders.device import Device
 from shaders.program import Program
+from tests.forward.half_tensors import (
+    assert_rounded_once,
+    needs_halves,
+    rounded,
+    typed,
+    typed_marked,
+)
 from tests.forward.test_rmsnorm import rmsnorm_reference
 from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
 
@@ -71,3 +78,32 @@ def test_another_range_of_the_same_buffer_is_no_residual_in_place(device: Device
             Program(device), x, device.upload(np.ones(64)), EPSILON, d_y,
             residual=both.rows(0, 1), out=both.rows(1, 2),
         )  # fmt: skip
+
+
+@pytest.mark.parametrize("in_place", [False, True], ids=["no residual", "in place"])
+@pytest.mark.parametrize(
+    ("x_type", "d_y_type", "out_type"),
+    [("f32", "f16", "f32"), ("f16", "f32", "f16"), ("f16", "f16", "f32"), ("f16", "f16", "f16")],
+)
+def test_rmsnorm_backward_of_halves(
+    device: Device, x_type: str, d_y_type: str, out_type: str, in_place: bool
+) -> None:
+    needs_halves(device)
+    rng = np.random.default_rng(4)
+    x, d_y, past = rng.normal(size=(3, 67, 100)).astype(np.float32)
+    x, d_y, past = rounded(x, x_type), rounded(d_y, d_y_type), rounded(past, out_type)
+    weight = rng.normal(size=100).astype(np.float32)
+    extent = extent_in_use(device, 67, 66)
+    out = typed_marked(device, out_type, extent, 100)
+    if in_place:
+        device.write(out, past)
+    program = Program(device)
+    rmsnorm_backward(
+        program, typed(device, x, x_type, extent), device.upload(weight), EPSILON,
+        typed(device, d_y, d_y_type, extent), residual=out if in_place else None, out=out,
+    )  # fmt: skip
+    result = run_twice(program, out)
+    expected = rmsnorm_backward_reference(x, weight, d_y) + in_place * past
+    # As in test_rmsnorm_backward, and the rounding of the result.
+    assert_rounded_once(result[:66], expected[:66], rtol=1e-5, atol=3e-6)
+    assert (result[66:] == (past[66:] if in_place else MARKER)).all()

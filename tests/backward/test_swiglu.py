@@ -6,6 +6,13 @@ import pytest
 from backward.swiglu import swiglu_backward
 from shaders.device import Device
 from shaders.program import Program
+from tests.forward.half_tensors import (
+    assert_rounded_once,
+    needs_halves,
+    rounded,
+    typed,
+    typed_marked,
+)
 from tests.forward.test_swiglu import ACTIVATIONS, SHAPES, gate_reference, make_inputs
 from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
 
@@ -63,6 +70,28 @@ def test_swiglu_backward(
     np.testing.assert_allclose(result[:in_use], expected[:in_use], rtol=4e-6, atol=2e-5)
     untouched = gate_up if in_place else np.full_like(gate_up, MARKER)
     assert (result[in_use:] == untouched[in_use:]).all()
+
+
+@pytest.mark.parametrize("in_place", [False, True])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("d_y_type", ["f16", "f32"])
+def test_swiglu_backward_of_halves(
+    device: Device, name: str, in_place: bool, d_y_type: str
+) -> None:
+    needs_halves(device)
+    gate_up, d_y = make_inputs(67, 100)
+    gate_up, d_y = rounded(gate_up, "f16"), rounded(d_y, d_y_type)
+    extent = extent_in_use(device, 67, 66)
+    source = typed(device, gate_up, "f16", extent)
+    out = source if in_place else typed_marked(device, "f16", extent, 200)
+    program = Program(device)
+    d_y_tensor = typed(device, d_y, d_y_type, extent)
+    swiglu_backward(program, source, d_y_tensor, activation_name=name, out=out)
+    result = run_twice(program, out)
+    expected = swiglu_backward_reference(gate_up, d_y, name)
+    # As in test_swiglu_backward, and the rounding of the result.
+    assert_rounded_once(result[:66], expected[:66], rtol=4e-6, atol=2e-5)
+    assert (result[66:] == (gate_up[66:] if in_place else MARKER)).all()
 
 
 @pytest.mark.parametrize("columns", [12, 9])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import forward.attention
-from forward.attention import Tile, attention, choose_tile
+from forward.attention import GPU_TILES, Tile, attention, choose_tile
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Extent, Tensor
@@ -46,6 +46,9 @@ TILES = [
     Tile(teams=2, team_lanes=128, per_lane=1, chunk=8, held=False),
     Tile(teams=4, per_lane=1, chunk=8, prefetch=False),
     Tile(team_lanes=256, per_lane=1, chunk=16, unroll=16, held=False),
+    Tile(teams=2, slices=2, per_lane=2),
+    Tile(team_lanes=128, slices=4, chunk=32, per_lane=2, held=False),
+    Tile(team_lanes=256, slices=4, chunk=32, held=False, per_lane=1),
 ]
 
 # Lengths of the examples that lie end to end, the shape, and the tile.
@@ -64,6 +67,17 @@ CASES = [
     ([130], Shape(4, 2, 96, 0.1), TILES[2]),
     ([40, 25], Shape(4, 1, 128, 0.08, softcap=5.0, window=20), TILES[7]),
     ([64, 66], Shape(4, 1, 256, 0.0625), replace(ON_CPU, per_lane=1, held=False)),
+    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[8]),
+    ([40, 25], Shape(4, 2, 128, 0.08, window=20), TILES[9]),
+    ([3, 90], Shape(2, 1, 256, 0.0625), TILES[10]),
+]
+
+# The same with f16 tensors.
+HALF_CASES = [
+    ([33, 5, 92], Shape(3, 1, 20, 0.2, window=37), ON_CPU),
+    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.125), Tile(teams=2, half=True)),
+    ([65, 64], Shape(2, 2, 96, 0.1, softcap=5.0), Tile(chunk=8, held=False, half=True)),
+    ([40, 26], Shape(2, 1, 256, 0.0625), replace(TILES[10], half=True)),
 ]
 
 
@@ -119,9 +133,10 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def activation_of(device: Device, extent: Extent, array: np.ndarray) -> Tensor:
-    """The array on the device; the recorded rows that are not in use hold NaN."""
-    tensor = device.empty((extent.maximum, *array.shape[1:]), extent=extent)
-    padded = np.full(tensor.shape, np.nan, np.float32)
+    """The array, f32 or f16, on the device; the recorded rows that are not in use hold NaN."""
+    dtype = "f16" if array.dtype == np.float16 else "f32"
+    tensor = device.empty((extent.maximum, *array.shape[1:]), dtype, extent=extent)
+    padded = np.full(tensor.shape, np.nan, tensor.numpy_dtype)
     padded[: len(array)] = array
     device.write(tensor, padded)
     return tensor
@@ -177,6 +192,32 @@ def test_attention(
     assert (lse[rows:] == -7.0).all()
 
 
+@pytest.mark.parametrize(("lengths", "shape", "tile"), HALF_CASES)
+def test_f16_tensors(
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    lengths: list[int],
+    shape: Shape,
+    tile: Tile,
+) -> None:
+    if "shader-f16" not in device.features:
+        pytest.skip("the adapter lacks shader-f16")
+    rows, spare = sum(lengths), 9
+    use_tile(monkeypatch, tile)
+    qkv, segments = normal(rows, rows, shape.width).astype(np.float16), segments_of(lengths)
+    out, lse = run_attention(device, qkv, segments, shape, spare)
+    assert (out.dtype, lse.dtype) == (np.float16, np.float32)
+    expected_out, expected_lse = attention_reference(qkv, segments, shape)
+    # An output is rounded once. With f16 products a score's head_size sums, some 0.3 · steepness
+    # each, are rounded by 2^-12 of themselves, which walks to 2^-11 of steepness, four times that
+    # for the worst of 1e4; its error is that of its weight, and values are spread by 1.
+    steepness = max(1.0, shape.scale * np.sqrt(shape.head_size))
+    miss = 6 * 2**-11 * steepness if tile.half else 1e-5 * steepness
+    np.testing.assert_allclose(out[:rows], expected_out, rtol=2**-11, atol=miss)
+    np.testing.assert_allclose(lse[:rows], expected_lse, rtol=1e-6, atol=miss)
+    assert (out[rows:] == -7.0).all()  # rows that are not in use stay untouched
+
+
 def test_two_runs_agree_bit_for_bit(device: Device) -> None:
     shape = Shape(9, 3, 64, 0.125, window=37)
     qkv, segments = normal(1, 130, shape.width), segments_of([65, 65])
@@ -211,19 +252,42 @@ def test_tiles_of_as_many_teams_agree_bit_for_bit(
     assert results[0] == results[1] == results[2]
 
 
+@pytest.mark.parametrize("tile_type", ["f16", "f32"])
 @pytest.mark.parametrize("memory", [16384, 32768, 49152])
 @pytest.mark.parametrize("kernel", ["attention", "attention_backward_q", "attention_backward_kv"])
 @pytest.mark.parametrize("is_cpu", [False, True])
 def test_a_chosen_tile_fits_every_head(
-    device: Device, monkeypatch: pytest.MonkeyPatch, kernel: str, memory: int, is_cpu: bool
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    kernel: str,
+    memory: int,
+    is_cpu: bool,
+    tile_type: str,
 ) -> None:
     monkeypatch.setattr(device, "is_cpu", is_cpu)
     monkeypatch.setattr(forward.attention, "workgroup_memory", lambda _: memory)
     for head_size in range(4, 257, 4):
-        tiles = [choose_tile(kernel, device, rows, 4, head_size) for rows in (1, 512, 8192)]
-        assert all(tile.memory(kernel, head_size) <= memory for tile in tiles)
-        assert all(tile.block <= 32 and tile.teams * tile.team_lanes <= 256 for tile in tiles)
-        assert len({tile.teams for tile in tiles}) == 1  # or results would depend on the rows
+        tiles = [
+            choose_tile(kernel, device, rows, 4, head_size, tile_type) for rows in (1, 512, 8192)
+        ]
+        for tile in tiles:
+            assert tile.memory(kernel, head_size, tile_type) <= memory
+            assert tile.cuts(head_size)
+            assert tile.block <= 32
+            assert tile.teams * tile.team_lanes <= 256
+            assert tile_type == "f16" or not tile.half
+        # What decides the order of sums is the same for all rows, or results would depend on them.
+        assert len({replace(tile, per_lane=1, held=True) for tile in tiles}) == 1
+
+
+@pytest.mark.parametrize(("kernel", "tile_type", "head_size"), GPU_TILES)
+def test_a_row_of_the_table_is_taken_where_it_fits(
+    device: Device, monkeypatch: pytest.MonkeyPatch, kernel: str, tile_type: str, head_size: int
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", False)
+    monkeypatch.setattr(forward.attention, "workgroup_memory", lambda _: 49152)  # NVIDIA's
+    tile = choose_tile(kernel, device, 1 << 20, 4, head_size, tile_type)
+    assert tile == GPU_TILES[kernel, tile_type, head_size]
 
 
 def test_large_scores_and_padding_rows_give_no_nan(device: Device) -> None:
@@ -246,6 +310,7 @@ def test_large_scores_and_padding_rows_give_no_nan(device: Device) -> None:
         ({"head_size": 32}, "qkv has shape"),
         ({"window": 0}, "window of 0 rows"),
         ({"softcap": 0.0}, "softcap is 0.0"),
+        ({"scale": 0.0}, "scale is 0.0"),
     ],
 )
 def test_what_cannot_be_computed_is_refused(

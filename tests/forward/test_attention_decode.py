@@ -5,11 +5,19 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forward.attention_decode import attention_decode, choose_stretch
+from forward.attention_decode import (
+    Heads,
+    RowPlace,
+    RowRope,
+    attention_decode,
+    attention_decode_row,
+)
 from forward.kv_cache import LayerCache, store_keys_values
 from shaders.device import Device
 from shaders.program import Program
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+
+EPSILON = 1e-5  # of the norm of heads
 
 
 def reference(
@@ -38,7 +46,6 @@ def reference(
     return out
 
 
-@pytest.mark.parametrize("stretch", [None, 64, 128])
 @pytest.mark.parametrize(
     ("n_heads", "n_kv_heads", "head_size", "window", "softcap"),
     [
@@ -51,14 +58,13 @@ def reference(
 )
 def test_rows_against_a_filled_cache(
     device: Device,
-    stretch: int | None,
     n_heads: int,
     n_kv_heads: int,
     head_size: int,
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Positions at the edges of blocks and stretches; a cache that is not full; one row unused."""
+    """Positions at the edges of blocks; a cache that is not full; one row unused."""
     room, scale = 333, 0.3
     positions = np.array([0, 63, 64, 127, 128, 200, 332, 9], np.uint32)
     rows, in_use = len(positions), len(positions) - 1
@@ -89,8 +95,7 @@ def test_rows_against_a_filled_cache(
     program = Program(device)
     attention_decode(
         program, activation(device, queries, extent), activation(device, positions, extent), cache,
-        n_heads=n_heads, n_kv_heads=n_kv_heads, head_size=head_size, scale=scale, window=window,
-        softcap=softcap, stretch=stretch, out=out,
+        Heads(n_heads, n_kv_heads, head_size, scale, window, softcap), out=out,
     )  # fmt: skip
     result = run_twice(program, out)
 
@@ -109,12 +114,103 @@ def test_rows_against_a_filled_cache(
     assert (result[in_use:] == MARKER).all()
 
 
-def test_stretches() -> None:
-    """Few rows share out a head's keys, on a GPU; all is one stretch elsewhere."""
-    assert choose_stretch(False, 1, 32, 4096) == 128
-    assert choose_stretch(False, 512, 32, 4096) == 4096
-    assert choose_stretch(True, 1, 32, 4096) == 4096
-    assert choose_stretch(False, 1, 32, 100) == 128
+def prepared(
+    head: np.ndarray, weight: np.ndarray | None, angles: np.ndarray, interleaved: bool
+) -> np.ndarray:
+    """Heads [n, head_size] normed and turned by one position's angles [half], in float64."""
+    x = head.astype(np.float64)
+    if weight is not None:
+        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPSILON) * weight
+    half = len(angles)
+    pairs = np.arange(half)
+    first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + half)
+    turned = x.copy()
+    turned[:, first] = x[:, first] * np.cos(angles) - x[:, second] * np.sin(angles)
+    turned[:, second] = x[:, second] * np.cos(angles) + x[:, first] * np.sin(angles)
+    return turned
+
+
+@pytest.mark.parametrize("position", [0, 63, 64, 200, 332])
+@pytest.mark.parametrize(
+    ("n_heads", "n_kv_heads", "head_size", "half", "interleaved", "qk_norm", "window", "softcap"),
+    [
+        (4, 2, 24, 12, True, False, None, None),
+        (3, 1, 64, 32, False, True, None, 2.0),
+        (2, 2, 256, 128, False, False, 70, None),
+        (8, 2, 4, 1, True, True, 1, None),
+        (2, 1, 100, 25, False, True, 64, 1.5),
+    ],
+)
+def test_one_row_on_its_way_into_the_cache(
+    device: Device,
+    position: int,
+    n_heads: int,
+    n_kv_heads: int,
+    head_size: int,
+    half: int,
+    interleaved: bool,
+    qk_norm: bool,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """The row's k and v join those of rows before it; what lies after it is not seen."""
+    room, scale, rope_row = 333, 0.3, 5
+    rng = np.random.default_rng(head_size + position)
+    q_size, kv_size = n_heads * head_size, n_kv_heads * head_size
+
+    def numbers(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    keys, values = numbers(room, kv_size), numbers(room, kv_size)
+    keys[position:], values[position:] = 1e4, 1e4  # left there by a longer text
+    cache = LayerCache(device.empty((kv_size // 4, room, 4)), device.empty((room, kv_size)))
+    as_stored = np.ascontiguousarray(keys.reshape(room, kv_size // 4, 4).transpose(1, 0, 2))
+    qkv = numbers(1, q_size + 2 * kv_size)
+    angles = rng.uniform(-3, 3, (9, half))
+    tables = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
+    weights = [numbers(head_size) for _ in range(2)] if qk_norm else [None, None]
+    place = RowPlace(device.upload(np.array([7, position, rope_row])), 1, 2)
+    rope = RowRope(
+        device.upload(tables), interleaved,
+        *(None if w is None else device.upload(w) for w in weights), EPSILON,
+    )  # fmt: skip
+    extent = extent_in_use(device, 1, 1)
+    out = marked(device, extent, q_size)
+    program = Program(device)
+    heads = Heads(n_heads, n_kv_heads, head_size, scale, window, softcap)
+    attention_decode_row(
+        program, activation(device, qkv, extent), place, cache, heads, rope, out=out
+    )
+    results = []
+    for _ in range(2):
+        device.write(cache.keys, as_stored)
+        device.write(cache.values, values)
+        program.run()
+        results.append(device.read(out))
+    assert results[0].tobytes() == results[1].tobytes()
+
+    exact = qkv[0].reshape(-1, head_size)
+    q, k = (
+        prepared(part, weight, angles[rope_row], interleaved)
+        for part, weight in zip(
+            (exact[:n_heads], exact[n_heads : n_heads + n_kv_heads]), weights, strict=True
+        )
+    )
+    all_keys = keys.astype(np.float64).reshape(room, n_kv_heads, head_size)
+    all_values = values.astype(np.float64).reshape(room, n_kv_heads, head_size)
+    all_keys[position], all_values[position] = k, exact[n_heads + n_kv_heads :]
+    expected = reference(
+        q[None], all_keys, all_values, np.array([position]), scale, window, softcap
+    ).reshape(1, q_size)
+    # As above; the norm and rope before it round q and k a few times more.
+    np.testing.assert_allclose(results[0], expected, rtol=0, atol=2e-5)
+    stored = device.read(cache.keys).transpose(1, 0, 2).reshape(room, kv_size)
+    np.testing.assert_allclose(stored[position], k.reshape(-1), rtol=0, atol=1e-5)
+    others = np.arange(room) != position
+    assert (stored[others] == keys[others]).all()
+    stored = device.read(cache.values)
+    assert (stored[position] == qkv[0, q_size + kv_size :]).all()
+    assert (stored[others] == values[others]).all()
 
 
 def test_what_the_kernels_cannot_do_is_refused(device: Device) -> None:
@@ -122,16 +218,22 @@ def test_what_the_kernels_cannot_do_is_refused(device: Device) -> None:
     extent = extent_in_use(device, 1, 1)
     qkv = activation(device, np.zeros((1, 64), np.float32), extent)
     positions = activation(device, np.zeros(1, np.uint32), extent)
-    sizes = {"n_heads": 4, "n_kv_heads": 2, "head_size": 8}
-
-    def refused(match: str, **changes: int) -> None:
-        with pytest.raises(ValueError, match=match):
-            attention_decode(Program(device), qkv, positions, cache, scale=1.0, **sizes | changes)
-
-    refused("cannot share", n_kv_heads=3)
-    refused("multiple of 4 up to 256", head_size=6)
-    refused("sees nothing", window=0)
-    refused("no multiple of 64", stretch=32)
-    refused("qkv has shape", head_size=16)
+    with pytest.raises(ValueError, match="cannot share"):
+        Heads(4, 3, 8, 1.0)
+    with pytest.raises(ValueError, match="multiple of 4 up to 256"):
+        Heads(4, 2, 6, 1.0)
+    with pytest.raises(ValueError, match="sees nothing"):
+        Heads(4, 2, 8, 1.0, window=0)
+    with pytest.raises(ValueError, match="qkv has shape"):
+        attention_decode(Program(device), qkv, positions, cache, Heads(6, 2, 8, 1.0))
+    with pytest.raises(ValueError, match="keys has shape"):
+        wrong = LayerCache(device.empty((4, 9, 4)), device.empty((8, 16)))
+        attention_decode(Program(device), qkv, positions, wrong, Heads(4, 2, 8, 1.0))
+    place = RowPlace(positions, 0, 0)
+    with pytest.raises(ValueError, match="turn more than 8"):
+        attention_decode_row(
+            Program(device), qkv, place, cache, Heads(4, 2, 8, 1.0),
+            RowRope(device.empty((3, 5, 2)), True),
+        )  # fmt: skip
     with pytest.raises(ValueError, match="kv_store qkv has shape"):
         store_keys_values(Program(device), qkv, positions, cache, query_size=16)

@@ -1,4 +1,4 @@
-"""Products of a few rows with matrices of every tensor type, against float64 numpy."""
+"""Products of one row with matrices of every tensor type, against float64 numpy."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from forward.adapter import LoraFactors
-from forward.matmul_row import MAX_ROWS, choose_tiling, matmul_row
+from forward.matmul_row import InputNorm, choose_tiling, matmul_row, project_row
 from forward.quantization import QUANTIZATIONS
 from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
@@ -22,6 +22,8 @@ from tests.forward.test_quantization import (
     type_name,
 )
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+
+EPSILON = 1e-5
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
@@ -43,66 +45,135 @@ def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(np.float32)
 
 
+def normed(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
+    """RMSNorm in float64; x itself without a weight."""
+    exact = x.astype(np.float64)
+    if weight is None:
+        return exact
+    return exact / np.sqrt(np.mean(exact**2) + EPSILON) * weight
+
+
+def activated(name: str, gate: np.ndarray) -> np.ndarray:
+    if name == "silu":
+        return gate / (1 + np.exp(-gate))
+    return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
+
+
+def random_matrix(
+    device: Device, kind: GGMLQuantizationType, out_features: int, columns: int, seed: int
+) -> tuple[FrozenMatrix, np.ndarray]:
+    """A matrix on the device, and what it decodes to."""
+    tensor = tensor_of(kind, random_blocks(kind, out_features, columns, seed=seed), columns)
+    return load_matrix(device, [tensor]), dequantized(tensor).astype(np.float64)
+
+
 @pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
-@pytest.mark.parametrize(
-    ("rows", "in_use", "out_features", "blocks"), [(1, 1, 36, 1), (4, 3, 4, 3), (2, 2, 100, 9)]
-)
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(("out_features", "blocks"), [(36, 1), (4, 3), (104, 9)])
 def test_random_blocks(
-    device: Device,
-    kind: GGMLQuantizationType,
-    rows: int,
-    in_use: int,
-    out_features: int,
-    blocks: int,
+    device: Device, kind: GGMLQuantizationType, with_norm: bool, out_features: int, blocks: int
 ) -> None:
     """Outputs that fill no workgroup; widths that fill no step, where the type has such."""
     block_size = QUANTIZATIONS[kind].block_size
     columns = 32 * blocks + 4 if block_size == 1 else block_size * blocks
-    tensor = tensor_of(kind, random_blocks(kind, out_features, columns, seed=rows), columns)
-    matrix, w = load_matrix(device, [tensor]), dequantized(tensor).astype(np.float64)
-    x = numbers(np.random.default_rng(rows), rows, columns)
-    extent = extent_in_use(device, rows, in_use)
+    matrix, w = random_matrix(device, kind, out_features, columns, seed=blocks)
+    rng = np.random.default_rng(blocks)
+    x, weight = numbers(rng, 1, columns), numbers(rng, columns) if with_norm else None
+    extent = extent_in_use(device, 1, 1)
     y = marked(device, extent, out_features)
     program = Program(device)
-    matmul_row(program, activation(device, x, extent), matrix, out=y)
+    norm = None if weight is None else InputNorm(device.upload(weight), EPSILON)
+    matmul_row(program, activation(device, x, extent), matrix, norm=norm, out=y)
+    v = normed(x, weight)
+    magnitude = np.abs(v) @ np.abs(w).T
     result = run_twice(program, y)
-    bound = error_bound(np.abs(x) @ np.abs(w).T, columns)
-    assert (np.abs(result - x @ w.T) <= bound)[:in_use].all()
-    assert (result[in_use:] == MARKER).all()
+    assert (np.abs(result - v @ w.T) <= error_bound(magnitude, columns)).all()
+    assert (result != MARKER).all()
 
 
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize("rows", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("contraction", "shape"),
+    ("kind", "columns"), [("F32", 100), ("Q4_0", 96), ("Q4_K", 512), ("Q8_0", 2080)]
+)
+@pytest.mark.parametrize(("out_features", "adapted"), [(8, ()), (40, (0, 1)), (264, (1,))])
+@pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
+def test_norm_and_gate(
+    device: Device,
+    kind: str,
+    columns: int,
+    out_features: int,
+    adapted: tuple[int, ...],
+    activation_name: str,
+) -> None:
+    """The whole way from the residual stream to what `down` takes, adapter and biases included."""
+    matrix, w = random_matrix(device, GGMLQuantizationType[kind], out_features, columns, seed=7)
+    rng, half, rank, scale = np.random.default_rng(columns), out_features // 2, 8, 1.5
+    # Sums of a size for which the activations bend; weights of random blocks come in any.
+    x = numbers(rng, 1, columns) * 3
+    weight = numbers(rng, columns) / np.float32(np.abs(w).max() * np.sqrt(columns))
+    bias = numbers(rng, out_features)
+    a = numbers(rng, len(adapted) * rank, columns)
+    b = numbers(rng, len(adapted) * half, rank)
+    extent = extent_in_use(device, 1, 1)
+    norm = InputNorm(device.upload(weight), EPSILON)
+    row = activation(device, x, extent)
+    program = Program(device)
+    lora, z = None, None
+    if adapted:
+        ranges = tuple((member * half, (member + 1) * half) for member in adapted)
+        lora = LoraFactors(device.upload(a), device.upload(b), rank, scale, ranges)
+        z = project_row(program, row, lora, norm=norm)
+    y = marked(device, extent, half)
+    matmul_row(
+        program, row, matrix, norm=norm, gate=activation_name, lora=lora, z=z,
+        bias=device.upload(bias), out=y,
+    )  # fmt: skip
+    result = run_twice(program, y)
+
+    v = normed(x, weight)
+    product, magnitude = v @ w.T + bias, (np.abs(v) @ np.abs(w).T)[0] + np.abs(bias)
+    for index, member in enumerate(adapted):
+        low = v @ a[index * rank : (index + 1) * rank].astype(np.float64).T
+        factor = b[index * half : (index + 1) * half].astype(np.float64)
+        columns_of = slice(member * half, (member + 1) * half)
+        product[:, columns_of] += scale * low @ factor.T
+        size = np.abs(v) @ np.abs(a[index * rank : (index + 1) * rank]).T
+        magnitude[columns_of] += (scale * size @ np.abs(factor).T)[0]
+    gate, up = product[:, :half], product[:, half:]
+    expected = activated(activation_name, gate) * up
+    # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
+    bound = error_bound(magnitude, columns + rank)
+    bound = 1.13 * bound[:half] * np.abs(up) + bound[half:] * np.abs(gate) + 2.0**-20 * np.abs(up)
+    assert (np.abs(result - expected) <= bound + 2.0**-20 * np.abs(expected)).all()
+
+
+@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize(
+    ("contraction", "columns", "shape"),
     [
-        (2048, (128, 2, 0, 0)),
-        (4100, (256, 2, 0, 1)),  # half an eight is left
-        (8192, (256, 4, 0, 0)),
-        (14336, (256, 7, 3, 0)),
-        (18464, (256, 9, 1, 4)),
-        (18468, (256, 9, 1, 5)),
+        (2048, 20, (128, 1, 2, 0, 0)),
+        (4100, 20, (256, 1, 2, 0, 1)),  # half an eight is left
+        (8192, 20, (256, 1, 4, 0, 0)),
+        (8192, 1024, (256, 2, 4, 0, 0)),
+        (14336, 20, (256, 1, 7, 3, 0)),
+        (18464, 20, (256, 1, 9, 1, 4)),
+        (18468, 20, (256, 1, 9, 1, 5)),
     ],
 )
 def test_long_contractions(
-    device: Device, rows: int, contraction: int, shape: tuple[int, int, int, int]
+    device: Device, contraction: int, columns: int, shape: tuple[int, int, int, int, int]
 ) -> None:
     """Rounds of several eights, the rest of them, and eights (`last`) that some lanes have."""
-    share, eights, rest, last = shape
-    tiling = choose_tiling(False, rows, 20, contraction)
-    assert (tiling.share, contraction // 8 // share) == (share, eights)
-    assert rows > 1 or eights % tiling.steps == rest
+    share, quads, eights, rest, last = shape
+    tiling = choose_tiling(False, columns, contraction)
+    assert (tiling.share, tiling.quads, contraction // 8 // share) == (share, quads, eights)
+    assert eights % tiling.steps == rest
     assert -(-contraction // 8) % share == last
-    tensor = tensor_of(
-        GGMLQuantizationType.F16,
-        random_blocks(GGMLQuantizationType.F16, 20, contraction, seed=rows),
-        contraction,
-    )
-    matrix, w = load_matrix(device, [tensor]), dequantized(tensor).astype(np.float64)
-    x = numbers(np.random.default_rng(contraction), rows, contraction)
-    extent = extent_in_use(device, rows, rows)
-    y = marked(device, extent, 20)
+    matrix, w = random_matrix(device, GGMLQuantizationType.F16, columns, contraction, seed=1)
+    x = numbers(np.random.default_rng(contraction), 1, contraction)
+    extent = extent_in_use(device, 1, 1)
+    y = marked(device, extent, columns)
     program = Program(device)
     matmul_row(program, activation(device, x, extent), matrix, out=y)
     bound = error_bound(np.abs(x) @ np.abs(w).T, contraction)
@@ -127,17 +198,17 @@ def test_adapters_bias_cap_and_residual(
     device: Device, rank: int, adapted: tuple[int, ...], softcap: float | None
 ) -> None:
     """Some members of a stacked matrix are adapted, across its parts."""
-    rows, columns, sizes, scale = 2, 96, [36, 8, 20], 1.5
+    columns, sizes, scale = 96, [36, 8, 20], 1.5
     matrix, w = stacked(device, sizes, columns)
     assert len(matrix.parts) == 2
     rng = np.random.default_rng(rank)
     starts = np.cumsum([0, *sizes])
     ranges = tuple((int(starts[i]), int(starts[i + 1])) for i in adapted)
     n_out = sum(sizes)
-    x, residual = numbers(rng, rows, columns), numbers(rng, rows, n_out)
-    z = numbers(rng, rows, len(adapted) * rank)
+    x, residual = numbers(rng, 1, columns), numbers(rng, 1, n_out)
+    z = numbers(rng, 1, len(adapted) * rank)
     b, bias = numbers(rng, sum(sizes[i] for i in adapted), rank), numbers(rng, n_out)
-    extent = extent_in_use(device, rows, rows)
+    extent = extent_in_use(device, 1, 1)
     lora = LoraFactors(
         device.empty((len(adapted) * rank, columns)), device.upload(b), rank, scale, ranges
     )
@@ -169,24 +240,27 @@ def test_adapters_bias_cap_and_residual(
 
 @pytest.mark.parametrize("contraction", [4, 32, 128, 576, 1536, 2048, 4096, 8192, 14336])
 @pytest.mark.parametrize("columns", [4, 576, 2048, 16384, 128256])
-@pytest.mark.parametrize("rows", [1, 2, 3, 4])
-def test_lanes_have_work(rows: int, columns: int, contraction: int) -> None:
+@pytest.mark.parametrize("gated", [False, True])
+def test_lanes_have_work(gated: bool, columns: int, contraction: int) -> None:
     """A GPU's lanes: two eights each where the contraction has them, and all loads in use."""
-    tiling = choose_tiling(False, rows, columns, contraction)
+    tiling = choose_tiling(False, columns, contraction, gated=gated)
     assert tiling.share in (8, 16, 32, 64, 128, 256)
     assert tiling.lanes % tiling.share == 0
     assert tiling.share == 8 or contraction >= 16 * tiling.share
     assert tiling.steps == 1 or 8 * tiling.share * tiling.steps <= contraction
-    assert tiling.steps * rows <= 4  # a lane's registers hold what it loads at once
+    assert tiling.steps * tiling.quads <= 4  # a lane's registers hold what it loads at once
+    assert tiling.quads == 2 or not gated
 
 
-def test_wrong_shapes_are_refused(device: Device) -> None:
+def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:
     matrix, _ = stacked(device, [4, 4, 4], 32)
-    extent = extent_in_use(device, MAX_ROWS + 1, 1)
-    x = activation(device, np.zeros((MAX_ROWS + 1, 32), np.float32), extent)
-    with pytest.raises(ValueError, match="up to 4 rows, not 5"):
+    x = activation(device, np.zeros((2, 32), np.float32), extent_in_use(device, 2, 1))
+    with pytest.raises(ValueError, match="matmul_row input has shape"):
         matmul_row(Program(device), x, matrix)
     extent = extent_in_use(device, 1, 1)
     x = activation(device, np.zeros((1, 36), np.float32), extent)
     with pytest.raises(ValueError, match="matmul_row input has shape"):
         matmul_row(Program(device), x, matrix)
+    x = activation(device, np.zeros((1, 32), np.float32), extent)
+    with pytest.raises(ValueError, match="a gate takes one part"):
+        matmul_row(Program(device), x, matrix, gate="silu")

@@ -6,7 +6,14 @@ import pytest
 from forward.rmsnorm import rmsnorm
 from shaders.device import Device
 from shaders.program import Program
-from tests.kernels import activation
+from tests.forward.half_tensors import (
+    assert_rounded_once,
+    needs_halves,
+    rounded,
+    typed,
+    typed_marked,
+)
+from tests.kernels import MARKER, activation, extent_in_use, run_twice
 
 
 def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
@@ -50,6 +57,41 @@ def test_rmsnorm(
         result[:in_use], expected[:in_use], rtol=2e-6, atol=2e-6 if with_residual else 1e-7
     )
     assert (result[in_use:] == -7.0).all()  # rows that are not in use stay untouched
+
+
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("x_type", "out_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
+def test_rmsnorm_of_halves(device: Device, x_type: str, out_type: str, with_residual: bool) -> None:
+    needs_halves(device)
+    rng = np.random.default_rng(3)
+    x, past = rng.normal(size=(2, 67, 100)).astype(np.float32)
+    x = rounded(x, x_type)
+    weight = rng.normal(size=100).astype(np.float32)
+    extent = extent_in_use(device, 67, 66)
+    out = typed_marked(device, out_type, extent, 100)
+    program = Program(device)
+    rmsnorm(
+        program, typed(device, x, x_type, extent), device.upload(weight), 1e-5,
+        residual=activation(device, past, extent) if with_residual else None, out=out,
+    )  # fmt: skip
+    result = run_twice(program, out)
+    expected = rmsnorm_reference(x, weight, 1e-5) + with_residual * past
+    # As in test_rmsnorm, and the rounding of the result.
+    atol = 2e-6 if with_residual else 1e-7
+    assert_rounded_once(result[:66], expected[:66], rtol=2e-6, atol=atol)
+    assert (result[66:] == MARKER).all()
+
+
+def test_beyond_its_largest_number_a_half_is_infinite(device: Device) -> None:
+    """So that the loss shows it: a silent 65504 would train on with wrong numbers."""
+    needs_halves(device)
+    extent = device.extent(1)
+    out = typed_marked(device, "f16", extent, 4)
+    program = Program(device)
+    x = activation(device, np.array([[1, -1, 1, 1]], np.float32), extent)
+    weight = device.upload(np.array([1e6, 1e6, 1e4, -1e30], np.float32))
+    rmsnorm(program, x, weight, 0.0, out=out)
+    assert (run_twice(program, out) == [[np.inf, -np.inf, 1e4, -np.inf]]).all()
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])

@@ -7,6 +7,7 @@ from forward.rope import rope
 from forward.rope_frequencies import Rope
 from shaders.device import Device
 from shaders.program import Program
+from tests.forward.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.kernels import activation, extent_in_use, run_twice
 
 # rows, in use, rotated heads, head size, rotated columns of a head, width; what is wider than the
@@ -63,6 +64,29 @@ def test_rope(
     np.testing.assert_allclose(result[:in_use], expected[:in_use], atol=2e-6)
     assert (result[in_use:] == qkv[in_use:]).all()
     assert (result[:, n_heads * head_size :] == qkv[:, n_heads * head_size :]).all()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dimensions", [8, 12], ids=["in fours", "one by one"])
+def test_rope_of_halves(device: Device, dimensions: int, interleaved: bool) -> None:
+    needs_halves(device)
+    rng = np.random.default_rng(5)
+    qkv = rounded(rng.normal(size=(67, 100)), "f16")
+    positions = rng.integers(0, 5000, 67)
+    extent = extent_in_use(device, 67, 66)
+    tensor = typed(device, qkv, "f16", extent)
+    tables = device.upload(Rope(10000.0, dimensions, interleaved).tables(5000))
+    program = Program(device)
+    rope(
+        program, tensor, activation(device, positions, extent), tables,
+        n_rotated_heads=3, head_size=20, interleaved=interleaved,
+    )  # fmt: skip
+    result = run_twice(program, tensor)
+    expected = rope_reference(qkv, positions, 10000.0, dimensions, 3, 20, interleaved)
+    # As in test_rope, and the rounding of the result.
+    assert_rounded_once(result[:66], expected[:66], rtol=0, atol=2e-6)
+    assert (result[66:] == qkv[66:]).all()
+    assert (result[:, 60:] == qkv[:, 60:]).all()
 
 
 def test_heads_that_do_not_fit_are_refused(device: Device) -> None:

@@ -6,6 +6,13 @@ import pytest
 from forward.swiglu import swiglu
 from shaders.device import Device
 from shaders.program import Program
+from tests.forward.half_tensors import (
+    assert_rounded_once,
+    needs_halves,
+    rounded,
+    typed,
+    typed_marked,
+)
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 ACTIVATIONS = ["silu", "gelu_tanh"]
@@ -47,6 +54,22 @@ def test_swiglu(
         result[:in_use], (gate_reference(g, name) * up)[:in_use], rtol=4e-6, atol=1e-5
     )
     assert (result[in_use:] == MARKER).all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize(("x_type", "out_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
+def test_swiglu_of_halves(device: Device, name: str, x_type: str, out_type: str) -> None:
+    needs_halves(device)
+    gate_up = rounded(make_inputs(67, 100)[0], x_type)
+    extent = extent_in_use(device, 67, 66)
+    out = typed_marked(device, out_type, extent, 100)
+    program = Program(device)
+    swiglu(program, typed(device, gate_up, x_type, extent), activation_name=name, out=out)
+    result = run_twice(program, out)
+    expected = gate_reference(gate_up[:, :100].astype(np.float64), name) * gate_up[:, 100:]
+    # As in test_swiglu, and the rounding of the result.
+    assert_rounded_once(result[:66], expected[:66], rtol=4e-6, atol=1e-5)
+    assert (result[66:] == MARKER).all()
 
 
 def test_an_unknown_activation_is_refused(device: Device) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 from collections.abc import Callable, Iterator
@@ -10,7 +11,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora.chat import Chat, chat, named_adapters
+from lora.chat import Chat, chat, check_can_chat, named_adapters
+from lora.cli import generate
 from lora.config import Config
 from lora.generation import TextGenerator, open_generator
 from lora.sampling import GREEDY, Sampling
@@ -225,6 +227,37 @@ def test_the_command(
     assert "adapter first; /help lists" in written
     assert "adapter first]" in written and "adapter off]" in written
     assert "(adapter off; loaded: first, polite)" in written
+
+
+def test_a_template_is_missed_before_the_model_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model.gguf"
+    write_tiny_llama(model, metadata={"tokenizer.chat_template": None})
+    monkeypatch.setattr("lora.chat.open_generator", lambda *_, **__: pytest.fail("loaded"))
+    monkeypatch.setattr("lora.generation.open_generator", lambda *_, **__: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="no chat template"):
+        chat(
+            str(model), [], system=None, sampling=GREEDY, max_tokens=3, max_length=16, device="auto"
+        )
+    with pytest.raises(InputError, match="no chat template"):
+        generate(str(model), prompt="a", chat=True)
+    # A tokenizer of its own may bring one along.
+    alphabet = {character: i for i, character in enumerate("abc")}
+    tokenizer = {"model": {"type": "BPE", "vocab": alphabet, "merges": []}}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with pytest.raises(InputError, match="no chat template"):
+        check_can_chat(str(model), str(tmp_path))
+    (tmp_path / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    check_can_chat(str(model), str(tmp_path))
+
+
+def test_paths_with_an_equals_sign(tmp_path: Path) -> None:
+    path = tmp_path / "rank=4"
+    assert named_adapters([str(path)]) == {str(tmp_path / "rank"): Path("4")}  # nothing there
+    path.mkdir()
+    assert named_adapters([str(path)]) == {"rank=4": path}
+    assert named_adapters([f"a={path}", str(path)]) == {"a": path, "rank=4": path}
 
 
 def test_names_of_adapters() -> None:

@@ -70,6 +70,7 @@ def test_the_contracts_defaults(path: str) -> None:
             "max_grad_norm": 1.0,
             "precision": "f32",
             "recompute": "auto",
+            "tuning": "auto",
             "reuse_frozen_prefix": "auto",
             "seed": 0,
             "eval_every": None,
@@ -177,7 +178,7 @@ def test_overrides(path: str) -> None:
         ("train.betas=[0.9]", "got [0.9]; allowed here: two numbers from 0 to below 1."),
         ("train.epsilon=0", "got 0; allowed here: a number above 0."),
         ("train.max_grad_norm=0", "got 0; allowed here: a number above 0, or null for no clip"),
-        ("train.precision=bf16", "got 'bf16'; allowed here: f32."),
+        ("train.precision=bf16", "got 'bf16'; allowed here: f32 or f16."),
         ("train.recompute=always", "got 'always'; allowed here: auto, on or off."),
         ("train.reuse_frozen_prefix=2", "got 2; allowed here: auto, on or off."),
         ("train.seed=-1", "got -1; allowed here: a whole number from 0 to 4294967295."),
@@ -198,7 +199,6 @@ def test_refused_values(path: str, override: str, words: str) -> None:
     [
         ("adapter.dropout=0.1", "got 0.1; dropout is not supported yet; allowed here: 0 (try "),
         ("adapter.variant=dora", "got 'dora'; it is not supported yet; allowed here: lora or r"),
-        ("train.precision=f16", "got 'f16'; it is not supported yet; allowed here: f32."),
     ],
 )
 def test_what_is_not_supported_yet_is_refused(path: str, override: str, words: str) -> None:

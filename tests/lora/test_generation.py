@@ -147,6 +147,34 @@ def test_adapters_of_other_ranks_side_by_side(
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(
+    ("types", "dispatches"),
+    [({"weight": "Q4_0", "norm.weight": "F32"}, 6), ({"ffn_up.weight": "Q8_0"}, 8)],
+    ids=["one type", "gate and up differ"],
+)
+def test_the_dispatches_of_a_gpu(
+    tmp_path: Path, device: Device, types: dict[str, str], dispatches: int, ids: list[int]
+) -> None:
+    """Norms and activations inside the products, against those of an adapter on the CPU."""
+    n_layers = 3
+    write_tiny_llama(tmp_path / "model.gguf", n_layers=n_layers, types=types)
+    found = []
+    before = device.is_cpu
+    for device.is_cpu in (True, False):
+        try:
+            generator = open_generator(str(tmp_path / "model.gguf"), device=device)
+            generator.next_logits(ids[:70])
+            found.append(generator.next_logits(ids[:71]))
+            layers, head = generator._programs_of(None, generator._step)
+        finally:
+            device.is_cpu = before
+    # As in test_every_architecture_token_by_token.
+    np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
+    # Those of a GPU: the embedding and the layers; the logits and the most likely token.
+    assert len(layers.commands) == 1 + dispatches * n_layers
+    assert len(head.commands) == 2
+
+
 def test_only_what_is_new_is_computed(generator: TextGenerator, ids: list[int]) -> None:
     """A text that goes on, one that turns off, and one that is a part of the last."""
     other = [*ids[:40], *reversed(ids[40:90])]
@@ -235,6 +263,31 @@ def test_bytes_that_are_no_text_are_shown_in_the_end(
         monkeypatch.setattr(generator, "stream_ids", lambda *_, t=tokens, **__: iter(t))
         text = "".join(generator.stream(list(b"Say"), max_tokens=99))
         assert text == bytes(tokens).decode(errors="replace")
+
+
+def test_a_room_beyond_the_models_context(tiny: Path, device: Device) -> None:
+    path = str(tiny / "model.gguf")
+    with pytest.raises(InputError, match=r"max_length is 129, but .* up to 128 tokens"):
+        open_generator(path, max_length=129, device=device)
+    assert open_generator(path, max_length=128, device=device).room == 128
+
+
+@pytest.mark.parametrize("missing", ["weights", "key-value cache"])
+def test_no_memory(tiny: Path, missing: str) -> None:
+    """The model itself does not fit, or the keys and values after it: all figures are told."""
+    path, device = str(tiny / "model.gguf"), Device()
+    open_generator(path, device=device)
+    by_purpose, total = dict(device.allocated), sum(device.allocated.values())
+    small = Device()
+    small.memory_limit = by_purpose["weights"] - 1 if missing == "weights" else total - 1
+    with pytest.raises(InputError, match="does not fit: .* has .* MiB of memory") as raised:
+        open_generator(path, device=small)
+    said = str(raised.value)
+    assert said.startswith("Text of up to 128 tokens" if missing != "weights" else path)
+    assert f"takes {total / 2**20:,.0f} MiB (" in said
+    for purpose, n_bytes in by_purpose.items():
+        assert f"{purpose} {n_bytes / 2**20:,.0f}" in said
+    assert "--max-length" in said
 
 
 def test_adapters_that_do_not_fit(tiny: Path, tmp_path: Path, device: Device) -> None:

@@ -10,9 +10,12 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
+import safetensors.numpy
 from rich.console import Console
+from typer.testing import CliRunner
 
-from lora.inspect import describe_gguf, gguf_facts
+from lora.cli import app
+from lora.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
 from shaders.errors import InputError
 from tests.forward.tiny_gguf import CHATML, write_tiny_llama
 
@@ -245,6 +248,92 @@ def test_models_out_of_stores_and_in_parts(tmp_path: Path, monkeypatch: pytest.M
     n_bytes = sum(path.stat().st_size for path in parts)
     assert facts["bytes"] == n_bytes
     assert f"{parts[0]} (2 files, {n_bytes / 2**20:.1f} MiB, GGUF 3)" in shown(parts[1])
+
+
+@pytest.fixture
+def adapter(tmp_path: Path) -> Path:
+    """One of two ranks and alphas, on three matrices."""
+    tensors = {}
+    for path, rank in (
+        ("model.layers.1.self_attn.q_proj", 4),
+        ("model.layers.3.self_attn.q_proj", 6),
+        ("lm_head", 4),
+    ):
+        tensors[f"base_model.model.{path}.lora_A.weight"] = np.full((rank, 32), 0.5)
+        tensors[f"base_model.model.{path}.lora_B.weight"] = np.full((48, rank), -rank)
+    directory = tmp_path / "rank=4"
+    directory.mkdir()
+    safetensors.numpy.save_file(
+        {name: values.astype(np.float32) for name, values in tensors.items()},
+        directory / "adapter_model.safetensors",
+    )
+    settings = {
+        "peft_type": "LORA",
+        "r": 4,
+        "lora_alpha": 8,
+        "base_model_name_or_path": "some/base",
+        "rank_pattern": {"layers.3.self_attn.q_proj": 6},
+        "alpha_pattern": {"lm_head": 2},
+    }
+    (directory / "adapter_config.json").write_text(json.dumps(settings))
+    return directory
+
+
+def test_facts_of_an_adapter_directory(adapter: Path) -> None:
+    facts = adapter_facts(adapter)
+    assert json.loads(json.dumps(facts)) == facts
+    head, q_proj = facts.pop("matrices")
+    assert facts == {
+        "adapter": str(adapter),
+        "base": "some/base",
+        "rank": 4,
+        "ranks": [4, 6],
+        "alpha": 8.0,
+        "variant": "lora",
+        "layers": [1, 3],
+        "parameters": (4 + 6 + 4) * (32 + 48),
+    }
+    both = {"in_features": 32, "out_features": 48, "mean_a": 0.5}
+    assert head == {
+        "name": "lm_head", "modules": 1, "ranks": [4], "scales": [0.5], "mean_b": 4.0, **both
+    }  # fmt: skip
+    assert q_proj == {
+        "name": "q_proj", "modules": 2, "ranks": [4, 6], "scales": [8 / 6, 2.0], "mean_b": 5.0,
+        **both,
+    }  # fmt: skip
+
+
+def test_the_command_takes_either(adapter: Path, tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    for path, facts in ((adapter, adapter_facts), (tmp_path / "tiny.gguf", gguf_facts)):
+        result = CliRunner().invoke(app, ["inspect", str(path), "--json"])
+        assert result.exit_code == 0, result.output
+        assert json.loads(result.stdout) == facts(path)
+
+
+def test_how_an_adapter_directory_is_shown(adapter: Path) -> None:
+    console = Console(width=200)
+    with console.capture() as capture:
+        for part in describe_adapter(adapter):
+            console.print(part)
+    text = capture.get()
+    for words in ("rank=4", "some/base", "2: 1 to 3", "1,120", "4, 6", "1.333, 2", "lm_head"):
+        assert words in text
+
+
+def test_dora_is_said(adapter: Path) -> None:
+    path = adapter / "adapter_model.safetensors"
+    tensors = safetensors.numpy.load_file(path)
+    for name in list(tensors):
+        if "lora_A" in name:
+            vector = name.replace("lora_A.weight", "lora_magnitude_vector")
+            tensors[vector] = np.ones(48, np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"use_dora": True}))
+    facts = adapter_facts(adapter)
+    assert facts["variant"] == "dora"
+    assert facts["parameters"] == (4 + 6 + 4) * (32 + 48) + 3 * 48
 
 
 def test_a_real_model(smollm2: Path) -> None:

@@ -69,6 +69,7 @@ class Optimizer:
         n_slices: int,
         *,
         max_norm: float | None = None,
+        loss_scale: float = 1.0,
         weight_decay: float = 0.0,
         max_range: int | None = None,
     ) -> Optimizer:
@@ -84,7 +85,14 @@ class Optimizer:
             device.empty((4,)),
             device.uniform(),
         )
-        gradient_norm(o.program, o.gradients, o.state, max_norm=max_norm, max_range=max_range)
+        gradient_norm(
+            o.program,
+            o.gradients,
+            o.state,
+            max_norm=max_norm,
+            loss_scale=loss_scale,
+            max_range=max_range,
+        )
         adamw(
             o.program,
             o.parameters,

@@ -72,6 +72,35 @@ def test_eight_steps(
     assert not p[n:].any() and not m[n:].any() and not v[n:].any()  # padding stays exactly zero
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.3])
+@pytest.mark.parametrize(("n_slices", "max_range"), [(1, None), (4, None), (2, 512)])
+def test_a_scaled_loss_trains_the_same_bits(
+    device: Device, max_norm: float | None, n_slices: int, max_range: int | None
+) -> None:
+    """A power of two only moves exponents, as long as nothing over- or underflows."""
+    results = []
+    for loss_scale in (1.0, 1024.0):
+        rng = np.random.default_rng(3)
+        start = parameters_of(rng, 1900)
+        optimizer = Optimizer.record(
+            device,
+            start,
+            n_slices,
+            max_norm=max_norm,
+            loss_scale=loss_scale,
+            weight_decay=0.1,
+            max_range=max_range,
+        )
+        norms = []
+        for t in range(1, 5):
+            slices = [np.float32(loss_scale) * s for s in random_slices(rng, 1900, n_slices)]
+            optimizer.step(slices, 1e-3, t)
+            norms.append(device.read(optimizer.state)[0])
+        assert (optimizer.read()[0] != start).any()
+        results.append([np.array(norms).tobytes(), *(v.tobytes() for v in optimizer.read())])
+    assert results[0] == results[1]
+
+
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
 def test_a_gradient_that_is_not_finite_changes_nothing(device: Device, bad: float) -> None:
     rng = np.random.default_rng(1)

@@ -16,12 +16,15 @@ def run(
     slices: list[np.ndarray],
     max_norm: float | None,
     max_range: int | None = None,
+    loss_scale: float = 1.0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The state [4] and what the first slice holds afterwards."""
     tensors = [device.upload(s) for s in slices]
     state = device.empty((4,))
     program = Program(device)
-    gradient_norm(program, tensors, state, max_norm=max_norm, max_range=max_range)
+    gradient_norm(
+        program, tensors, state, max_norm=max_norm, loss_scale=loss_scale, max_range=max_range
+    )
     program.run()
     return device.read(state), device.read(tensors[0])
 
@@ -61,6 +64,22 @@ def test_factor(device: Device, max_norm: float | None, scale: float) -> None:
     norm, factor = clip_reference(slices[0], max_norm)
     assert state == pytest.approx([norm, factor, 1.0, 0.0], rel=1e-6)
     np.testing.assert_array_equal(total, slices[0])  # the gradient itself is not scaled
+
+
+@pytest.mark.parametrize(
+    ("max_norm", "scale"), [(None, 1.0), (1.0, 1e-3), (0.5, 1.0), (1e-3, 1e-4), (1.0, 0.0)]
+)
+@pytest.mark.parametrize("n_slices", [1, 3])
+def test_loss_scale(device: Device, max_norm: float | None, scale: float, n_slices: int) -> None:
+    slices = [s * np.float32(scale) for s in random_slices(np.random.default_rng(8), 300, n_slices)]
+    plain, total = run(device, slices, max_norm)
+    # A power of two is exact: the same norm bit for bit, and the factor so many times smaller.
+    scaled, scaled_total = run(device, [1024 * s for s in slices], max_norm, loss_scale=1024.0)
+    np.testing.assert_array_equal(scaled * [1, 1024, 1, 1], plain)
+    np.testing.assert_array_equal(scaled_total, 1024 * total)
+    # Another scale costs a rounding here and there.
+    thrice, _ = run(device, [np.float32(3) * s for s in slices], max_norm, loss_scale=3.0)
+    assert thrice * [1, 3, 1, 1] == pytest.approx(plain, rel=1e-6)
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
@@ -117,3 +136,6 @@ def test_what_is_refused(device: Device) -> None:
         gradient_norm(Program(device), [device.empty((63,))], state, max_norm=1.0)
     with pytest.raises(ValueError, match="max_norm of 0"):
         gradient_norm(Program(device), [gradient], state, max_norm=0.0)
+    for scale in (0.0, -1.0, np.inf, np.nan):
+        with pytest.raises(ValueError, match="loss_scale"):
+            gradient_norm(Program(device), [gradient], state, max_norm=1.0, loss_scale=scale)

@@ -1,0 +1,145 @@
+"""Every kernel of a training step at real models' shapes: time, speed, share of the peaks.
+
+Records the step of a real session over a synthetic model (benchmarks/synthetic.py) and times it
+dispatch by dispatch with the device's timestamps, so that no shape is written down twice.
+
+    python benchmarks/kernels.py [--model SmolLM2-135M Llama-1.2B] [--rows 1 4] [--length 512]
+        [--precision f32 f16] [--recompute off]
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import json
+import sys
+import tempfile
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.sessions import (
+    as_examples,
+    describe,
+    markdown_table,
+    random_rows,
+    run_config,
+)
+from benchmarks.synthetic import SHAPES, write_models
+from lora.profiling import kernel_table, measure_peaks
+from lora.session import TrainingSession
+from shaders.errors import InputError
+
+WARM_UP = 2  # steps: every kernel is compiled, and the clocks are up
+
+
+def time_step(
+    model: Path, vocab_size: int, rows: int, length: int, precision: str, recompute: str
+) -> dict[str, Any]:
+    """The kernels of one training step and the device's peaks.
+
+    Raises:
+        InputError: the device has no timestamps, or can't compute in that precision.
+    """
+    config = run_config(
+        model,
+        batch_size=rows,
+        length=length,
+        steps=WARM_UP,
+        precision=precision,
+        recompute=recompute,
+    )
+    examples = as_examples(random_rows(vocab_size, rows * WARM_UP, length))
+    session = TrainingSession(config, examples=examples)
+    list(session.train())
+    kernels = kernel_table(session)
+    return {
+        "rows": rows,
+        "length": length,
+        "precision": precision,
+        "recompute": recompute,
+        "device": describe(session.device),
+        "peaks": asdict(measure_peaks(session.device)),
+        "kernels": [asdict(row) for row in kernels],
+    }
+
+
+def section(timed: dict[str, Any]) -> list[str]:
+    """The Markdown of one shape and precision."""
+    peaks, total = timed["peaks"], sum(row["seconds"] for row in timed["kernels"])
+    rows = []
+    for row in timed["kernels"]:
+        seconds = row["seconds"]
+        flops, speed = row["flops"] / seconds, row["n_bytes"] / seconds
+        rows.append([
+            row["kernel"], "" if row["label"] == row["kernel"] else row["label"], row["calls"],
+            f"{1e6 * seconds / row['calls']:.1f}", f"{1e3 * seconds:.2f}", f"{seconds / total:.1%}",
+            f"{flops / 1e12:.3g}" if flops else "",
+            f"{flops / peaks['flops']:.0%}" if flops else "",
+            f"{speed / 1e9:.3g}", f"{speed / peaks['bytes_per_second']:.0%}",
+        ])  # fmt: skip
+    return [
+        f"## {timed['rows']} × {timed['length']} tokens, {timed['precision']}, "
+        f"recompute {timed['recompute']}: {1e3 * total:.2f} ms of GPU time a step",
+        "",
+        f"Peaks: {peaks['flops'] / 1e12:.3g} TFLOP/s in a product of our own, "
+        f"{peaks['bytes_per_second'] / 1e9:.3g} GB/s in a copy.",
+        "",
+        *markdown_table(
+            ["kernel", "in the step", "calls", "µs a call", "ms a step", "share",
+             "TFLOP/s", "of peak", "GB/s", "of peak"],
+            rows,
+        ),
+        "",
+    ]  # fmt: skip
+
+
+def write_report(output: Path, name: str, timed: list[dict[str, Any]]) -> None:
+    """Writes a model's sections so far as Markdown and all figures as JSON."""
+    output.mkdir(parents=True, exist_ok=True)
+    lines = [
+        f"# The kernels of {name}",
+        "",
+        f"{timed[0]['device']}, through Vulkan, {date.today()}; random weights, LoRA of all linear "
+        "layers. Each kind of dispatch at its best of five steps, each in a pass of its own. GB/s "
+        "count all that is bound, once.",
+        "",
+        *(line for one in timed for line in section(one)),
+    ]
+    (output / f"kernels-{name}.md").write_text("\n".join(lines).rstrip() + "\n")
+    (output / f"kernels-{name}.json").write_text(json.dumps(timed, indent=1) + "\n")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    real = [name for name in SHAPES if name != "tiny"]
+    parser.add_argument("--model", nargs="+", default=real, choices=SHAPES)
+    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--length", nargs="+", type=int, default=[512])
+    parser.add_argument("--precision", nargs="+", default=["f32", "f16"], choices=["f32", "f16"])
+    parser.add_argument("--recompute", default="off", choices=["on", "off"])
+    parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
+    options = parser.parse_args()
+    runs = list(itertools.product(options.rows, options.length, options.precision))
+    with tempfile.TemporaryDirectory() as folder:
+        for name, path in write_models(Path(folder), options.model).items():
+            timed = []
+            for rows, length, precision in runs:
+                vocab_size = SHAPES[name].vocab_size
+                try:
+                    timed.append(
+                        time_step(path, vocab_size, rows, length, precision, options.recompute)
+                    )
+                except InputError as error:
+                    sys.exit(str(error))
+                gc.collect()  # before the next session: the device's memory is not for two
+                write_report(options.output, name, timed)
+                print(f"{name}\n" + "\n".join(section(timed[-1])), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+"""Training sessions over synthetic models, and the device's memory, as the benchmarks need them."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lora.config import Config
+from lora.data import Example
+from lora.session import TrainingSession
+from shaders.device import Device
+from shaders.planning import PlanningDevice
+
+RANK, ALPHA = 16, 32.0
+
+
+def run_config(
+    model: Path,
+    *,
+    batch_size: int,
+    length: int,
+    steps: int,
+    precision: str = "f32",
+    recompute: str = "off",
+    learning_rate: float = 1e-4,
+) -> Config:
+    """LoRA of all linear layers at a constant rate, on rows of one length in the order given."""
+    return Config.model_validate(
+        {
+            "model": {"path": str(model)},
+            "adapter": {"rank": RANK, "alpha": ALPHA},
+            "data": {"train": "none", "max_length": length, "shuffle": False},
+            "train": {
+                "steps": steps,
+                "batch_size": batch_size,
+                "learning_rate": learning_rate,
+                "schedule": "constant",
+                "warmup_ratio": 0.0,
+                "recompute": recompute,
+                "precision": precision,
+            },
+            "output": "none",
+        }
+    )
+
+
+def as_examples(rows: Sequence[np.ndarray]) -> list[Example]:
+    """Rows of token ids as examples of which every token but the first is trained."""
+    return [Example(ids, np.arange(len(ids)) > 0, i) for i, ids in enumerate(rows)]
+
+
+def random_rows(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    """Rows of random tokens, int32 [length] each."""
+    rng = np.random.default_rng(seed)
+    return [rng.integers(3, vocab_size, length).astype(np.int32) for _ in range(n)]
+
+
+def repeating_rows(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    """Rows with something to learn: each repeats a random sequence of 8 tokens out of 16."""
+    rng = np.random.default_rng(seed)
+    alphabet = rng.choice(np.arange(3, vocab_size), 16, replace=False).astype(np.int32)
+    return [np.resize(rng.choice(alphabet, 8), length) for _ in range(n)]
+
+
+def shake_adapter(session: TrainingSession) -> None:
+    """Random numbers in place of B = 0, which would hide half of the gradients."""
+    rng = np.random.default_rng(1)
+    modules = session.layout.to_modules(session.parameters())
+    for path, (a, b) in modules.items():
+        modules[path] = (a, rng.normal(0, 0.02, b.shape).astype(np.float32))
+    session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
+
+
+def planned_memory(session: TrainingSession) -> int:
+    """Bytes that a session of the same config takes as `lora plan` counts them."""
+    planned = PlanningDevice(session.device)
+    TrainingSession(session.config, examples=session.train_examples, device=planned)
+    return sum(planned.allocated.values())
+
+
+def used_memory() -> int | None:
+    """Bytes in use on the first NVIDIA GPU by whoever; None where there is no nvidia-smi."""
+    answer = _nvidia_smi("memory.used")
+    return None if answer is None else int(answer) << 20
+
+
+def describe(device: Device) -> str:
+    """The GPU and its driver."""
+    named = _nvidia_smi("name,driver_version")
+    if named is None or device.is_cpu:
+        return f"{device.name}, {device.info['description']}"
+    return named
+
+
+def _nvidia_smi(fields: str) -> str | None:
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits", "--id=0"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[str]:
+    """A table's lines."""
+    lines = [header, ["---"] * len(header), *rows]
+    return [f"| {' | '.join(str(cell) for cell in line)} |" for line in lines]

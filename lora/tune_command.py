@@ -1,0 +1,60 @@
+"""The command `lora tune`; lora/cli.py registers it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from forward.matmul_tiles import choose_tile
+from forward.tuning import Product, Request, requests_of, tune
+from lora.tile_cache import TileCache
+
+
+def tune_command(
+    config: Annotated[str, typer.Argument(help="A YAML config.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time to spend.")] = 30.0,
+    again: Annotated[bool, typer.Option(help="Forget what is known of this adapter.")] = False,
+) -> None:
+    """Find the fastest tiles for a config's products, with more time than `lora train` takes."""
+    from lora.config import load_config
+    from lora.session import TrainingSession
+    from shaders.device import Device
+    from shaders.errors import InputError
+    from shaders.planning import PlanningDevice
+
+    loaded = load_config(config, set_ or [])
+    device = Device(loaded.device)
+    if device.is_cpu:
+        raise InputError(
+            f"{device.name} runs on the CPU, whose products have no tiles to choose. Name a GPU "
+            "in `device` (see `lora devices`)."
+        )
+    planning = PlanningDevice(device)
+    with requests_of(planning) as requests:
+        TrainingSession(loaded, device=planning)
+    cache = TileCache(device)
+    if again:
+        cache.forget()
+    cache.find(requests, lambda device, missing: tune(device, missing, seconds=seconds))
+    console = Console()
+    table = Table("product", "times a step", "default", "chosen", title=device.name)
+    counts = Counter(request.product for request in requests)
+    first: dict[Product, Request] = {}
+    for request in requests:
+        first.setdefault(request.product, request)
+    for product, count in counts.most_common():
+        default = choose_tile(*first[product].shape(device))
+        chosen = cache.plan(product) or default
+        name = f"{product.rows} x {product.columns} x {product.contraction} {product.quantization}"
+        name += " to the input" if product.transposed else ""
+        table.add_row(name, str(count), default.name, chosen.name)
+    console.print(table)
+    console.print(f"Kept in {cache.path}.", highlight=False)

@@ -1,0 +1,98 @@
+"""The gradient of the norm and rotation of query and key heads against float64 numpy."""
+
+import numpy as np
+import pytest
+
+from backward.head_norm_rope import head_norm_rope_backward
+from shaders.device import Device
+from shaders.program import Program
+from tests.backward.test_rope import rope_backward_reference
+from tests.forward.half_tensors import assert_rounded_once, needs_halves, rounded, typed
+from tests.forward.test_head_norm_rope import (
+    BASE,
+    CASES,
+    EPSILON,
+    HALF_CASES,
+    Case,
+    head_norm_rope_reference,
+)
+from tests.kernels import central_difference, extent_in_use, run_twice
+
+
+def head_norm_rope_backward_reference(
+    qkv: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray, d_y: np.ndarray,
+    positions: np.ndarray, case: Case,
+) -> np.ndarray:  # fmt: skip
+    n_heads, n_normed = case.n_heads, case.n_heads + case.n_kv_heads
+    shape = (len(qkv), n_normed + case.n_kv_heads, case.head_size)
+    x = qkv.astype(np.float64).reshape(shape)
+    d = rope_backward_reference(
+        d_y, positions, BASE, case.dimensions, n_normed, case.head_size, case.interleaved
+    ).reshape(shape)
+    for head in range(n_normed):
+        g = d[:, head] * (q_weight if head < n_heads else k_weight)
+        x_h = x[:, head]
+        rstd = 1 / np.sqrt((x_h * x_h).mean(axis=1, keepdims=True) + EPSILON)
+        d[:, head] = rstd * (g - x_h * rstd**2 * (g * x_h).mean(axis=1, keepdims=True))
+    return d.reshape(qkv.shape)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+def test_reference_is_the_derivative(interleaved: bool) -> None:
+    case = Case(3, 3, 2, 1, 12, 8, interleaved)
+    rng = np.random.default_rng(0)
+    qkv, d_y, direction = (rng.normal(size=(3, case.width)) for _ in range(3))
+    q_weight, k_weight = rng.normal(size=(2, 12))
+    positions = np.array([0, 7, 300])
+    slope = central_difference(
+        lambda v: float(
+            (head_norm_rope_reference(v, q_weight, k_weight, positions, case) * d_y).sum()
+        ),
+        qkv, direction,
+    )  # fmt: skip
+    gradient = head_norm_rope_backward_reference(qkv, q_weight, k_weight, d_y, positions, case)
+    assert slope == pytest.approx((gradient * direction).sum(), rel=1e-7)
+
+
+def check(device: Device, case: Case, x_type: str, d_type: str) -> None:
+    rng = np.random.default_rng(case.rows)
+    qkv, d_y = rng.normal(size=(2, case.rows, case.width))
+    qkv, d_y = rounded(qkv, x_type), rounded(d_y, d_type)
+    q_weight, k_weight = rng.normal(size=(2, case.head_size)).astype(np.float32)
+    extent = extent_in_use(device, case.rows, case.in_use)
+    positions, positions_tensor, tables = case.tensors(device, extent)
+    gradient = typed(device, d_y, d_type, extent)
+    program = Program(device)
+    head_norm_rope_backward(
+        program, typed(device, qkv, x_type, extent), device.upload(q_weight),
+        device.upload(k_weight), EPSILON, positions_tensor, tables, gradient, **case.heads,
+    )  # fmt: skip
+    assert len(program.commands) == case.dispatches
+    result, used = run_twice(program, gradient), slice(0, case.in_use)
+    expected = head_norm_rope_backward_reference(qkv, q_weight, k_weight, d_y, positions, case)
+    # As in test_rmsnorm.py: two sums, then a difference of numbers of about |d_y| rstd, where a
+    # head of four numbers can be small: rstd up to 10. A rope of its own leaves numbers of up to 4
+    # rounded to f16, which the norm multiplies by weights and rstd of up to 3 each.
+    between = 2**-11 * 4 * 9 if d_type == "f16" and case.dispatches == 2 else 0
+    assert_rounded_once(result[used], expected[used], rtol=1e-5, atol=1e-5 + between)
+    v = (case.n_heads + case.n_kv_heads) * case.head_size
+    assert (result[:, v:] == d_y[:, v:]).all()
+    assert (result[case.in_use :] == d_y[case.in_use :]).all()
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_head_norm_rope_backward(
+    device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool
+) -> None:
+    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
+    check(device, case, "f32", "f32")
+
+
+@pytest.mark.parametrize(("x_type", "d_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
+@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+def test_head_norm_rope_backward_of_halves(
+    device: Device, case: Case, x_type: str, d_type: str
+) -> None:
+    needs_halves(device)
+    check(device, case, x_type, d_type)
