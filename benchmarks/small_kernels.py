@@ -333,11 +333,7 @@ class ProjectionSweep:
 
     def table(self, product: Product) -> Any:
         """Which of GPU_TUNINGS the product goes by."""
-        ranges = product.lora.ranges
-        length = max(stop - start for start, stop in ranges)
-        if not self.transposed:
-            length = product.lora.a.shape[1]
-        return self.transposed, length > forward.lora.GPU_LONG
+        return self.transposed
 
     def taken(self, product: Product, tuning: Any) -> Any:
         """The candidate that a tuning comes to at this product."""
@@ -374,7 +370,7 @@ class ProjectionSweep:
 
         The last block, for a row or two, stays as it is.
         """
-        last = forward.lora.GPU_TUNINGS[self.transposed, False].blocks[-1]
+        last = forward.lora.GPU_TUNINGS[self.transposed].blocks[-1]
         for splits in (16, 32, 64):
             blocks = [c.blocks[0] for c in self.candidates if c.splits == splits]
             for block in blocks:

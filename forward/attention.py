@@ -167,13 +167,13 @@ class Tile:
 GPU_TILES = {
     ("attention", "f32", 64): Tile(teams=2),
     ("attention", "f32", 128): Tile(teams=2),
-    ("attention", "f32", 256): Tile(teams=2, per_lane=2),
+    ("attention", "f32", 256): Tile(team_lanes=128, chunk=32, slices=4),
     ("attention", "f16", 64): Tile(teams=2, per_lane=2, half=True),
     ("attention", "f16", 128): Tile(teams=2, half=True),
     ("attention", "f16", 256): Tile(teams=2, team_lanes=128, chunk=32, slices=4, half=True),
     ("attention_backward_q", "f32", 64): Tile(teams=2),
     ("attention_backward_q", "f32", 128): Tile(teams=2, held=False),
-    ("attention_backward_q", "f32", 256): Tile(teams=2, per_lane=2, held=False),
+    ("attention_backward_q", "f32", 256): Tile(team_lanes=128, per_lane=2, slices=2),
     ("attention_backward_q", "f16", 64): Tile(teams=2, half=True),
     ("attention_backward_q", "f16", 128): Tile(teams=2, half=True),
     ("attention_backward_q", "f16", 256): Tile(

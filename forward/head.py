@@ -17,7 +17,9 @@ from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
 
-CHUNK_BYTES = 64 << 20  # the logits that exist at one time
+# The logits that exist at one time: half as much costs a step of Gemma 3 270M 6% on an H200, four times
+# as much saves 3%.
+CHUNK_BYTES = 128 << 20
 
 
 def chunk_rows(device: Device, logits_size: int, maximum_targets: int) -> int:

@@ -22,6 +22,7 @@ from shaders.tensor import Tensor, item_bytes
 # the least that it holds, and the mean over some hundred tokens makes them small. A power of two
 # changes no bit of an f32 (Micikevicius et al. 2018, "Mixed Precision Training").
 LOSS_SCALE = 1024.0
+SLICED_SIZE = 24 << 20  # parameters of all slices of the gradients together
 KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
 
 
@@ -36,15 +37,20 @@ class AdapterState:
 
     @classmethod
     def allocate(cls, device: Device, layout: AdapterLayout) -> AdapterState:
-        """Zeroed tensors. On a GPU four slices: that many workgroups more for each gradient."""
+        """Zeroed tensors. On a GPU slices: that many workgroups more for each gradient.
+
+        Large adapters make enough workgroups by themselves.
+        """
         layout.check_bindings(device)
+
+        n_slices = 1 if device.is_cpu else max(1, min(4, SLICED_SIZE // layout.size))
 
         def flat(purpose: str) -> Tensor:
             return device.empty_flat(layout.size, purpose=purpose)
 
         return cls(
             parameters=flat("adapter"),
-            gradients=tuple(flat("gradients") for _ in range(1 if device.is_cpu else 4)),
+            gradients=tuple(flat("gradients") for _ in range(n_slices)),
             first_moment=flat("optimizer"),
             second_moment=flat("optimizer"),
         )

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 import os
 import tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -127,7 +129,7 @@ class Device:
         self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None
-        self._scratch: dict[tuple[int, ...], Tensor] = {}
+        self._scratch: list[Tensor] = []
         self._constants: dict[tuple[int, ...], Tensor] = {}
         self._pipelines: dict[tuple[str, str], wgpu.GPUComputePipeline] = {}
 
@@ -139,7 +141,7 @@ class Device:
         self.workgroup_memory, self.matmul_body = other.workgroup_memory, other.matmul_body
         self.precision = other.precision
         self.allocated = Counter()
-        self._scratch = {}
+        self._scratch = []
         self._constants = {}
 
     @contextmanager
@@ -194,10 +196,12 @@ class Device:
         return self._create((n,), "f32", purpose, None)
 
     def scratch(self, shape: tuple[int, ...]) -> Tensor:
-        """An f32 tensor for what one dispatch leaves to the next; shared by all of its size."""
-        if shape not in self._scratch:
-            self._scratch[shape] = self.empty(shape, purpose="scratch")
-        return self._scratch[shape]
+        """An f32 tensor for what one dispatch leaves to the next: all share the same memory."""
+        fitting = [tensor for tensor in self._scratch if tensor.size >= math.prod(shape)]
+        if not fitting:
+            fitting = [self.empty(shape, purpose="scratch")]
+            self._scratch += fitting
+        return replace(min(fitting, key=lambda tensor: tensor.size), shape=shape)
 
     def _create(
         self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None

