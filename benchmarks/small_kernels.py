@@ -46,7 +46,7 @@ from backward.rmsnorm import rmsnorm_backward
 from backward.swiglu import swiglu_backward
 from forward.adapter import LoraFactors
 from forward.cross_entropy import cross_entropy
-from forward.head import CHUNK_BYTES
+from forward.head import chunk_rows
 from forward.head_norm_rope import head_norm_rope
 from forward.lora import lora_project
 from forward.rmsnorm import rmsnorm
@@ -218,8 +218,7 @@ def random_factors(device: Device, in_features: int, sizes: list[int], rank: int
 
 def head_kernels(device: Device, shape: Shape, rows: int) -> Iterator[Kernel]:
     """Cross-entropy over a chunk of logits, as large as the head makes them."""
-    most = min(CHUNK_BYTES, device.max_binding) // (4 * shape.vocab_size)
-    chunk = min(rows, max(64, most // 64 * 64))
+    chunk = min(rows, chunk_rows(device, shape.vocab_size, rows))
     extent = device.extent(chunk)
     rng = np.random.default_rng(2)
     logits = device.empty((chunk, shape.vocab_size), extent=extent)

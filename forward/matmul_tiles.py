@@ -23,6 +23,7 @@ _SHORTEST_SPLIT = 96
 # A contraction over a vocabulary may be cut finer: a few rows of a head's gradient fill no GPU.
 _FINE_SPLITS = (16, 32)
 _SHORTEST_FINE_SPLIT = 2048
+MOST_PARTIAL_SUMS = 12 << 20  # of all stretches: memory that every session would hold
 MOST_CANDIDATES = 8  # of one product, to be timed
 
 
@@ -146,6 +147,8 @@ def ranked_plans(
         for wanted in (*_SPLITS, *_FINE_SPLITS):
             shortest = _SHORTEST_FINE_SPLIT if wanted in _FINE_SPLITS else _SHORTEST_SPLIT
             if wanted > 1 and contraction // wanted < shortest:
+                break
+            if wanted > 1 and wanted * rows * columns > MOST_PARTIAL_SUMS:
                 break
             plan = Plan(tile, *cut(contraction, wanted, tile.depth))
             plans[plan] = predicted_microseconds(plan, rows, columns)

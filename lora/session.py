@@ -18,6 +18,7 @@ from forward.head import chunk_rows
 from forward.inputs import Inputs
 from forward.model import load_model
 from forward.tokenizer import Tokenizer
+from forward.tuning import requests_of
 from lora.adapters import load_adapter, open_adapter
 from lora.batches import Batch, DataStream, sequential_batches
 from lora.config import Config, load_config
@@ -140,13 +141,15 @@ class TrainingSession:
             with self.device.computing_in(config.train.precision):
                 self._allocate(gguf_file, architecture, initial, train)
 
-        def record(planning: PlanningDevice) -> None:
-            device, self.device = self.device, planning
+        # All is recorded once on a device that only counts: what it asks for is known beforehand.
+        device, self.device = self.device, PlanningDevice(self.device)
+        with requests_of(self.device) as requests:
             allocate()
-            self.device = device
-
-        use_tiles(self.device, config.train.tuning, record if train else None)
+        scratch, self.device = self.device.largest_scratch, device
+        use_tiles(self.device, config.train.tuning, requests if train else None)
         try:
+            if scratch:
+                self.device.scratch((scratch,))
             allocate()
         except DeviceMemoryError as error:
             raise self._too_large(gguf_file, architecture, initial, train, error) from error

@@ -19,11 +19,10 @@ from typing import Any
 import wgpu
 
 from forward.matmul_tiles import HALF_TILES, TILES, Plan, tiles_of
-from forward.tuning import Product, Request, requests_of, tune, use_source
+from forward.tuning import Product, Request, tune, use_source
 from lora.files import write_file
 from shaders import templates
 from shaders.device import Device
-from shaders.planning import PlanningDevice
 
 if sys.platform == "win32":
     import msvcrt
@@ -151,9 +150,7 @@ def _kernels_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def use_tiles(
-    device: Device, setting: str, record: Callable[[PlanningDevice], None] | None = None
-) -> None:
+def use_tiles(device: Device, setting: str, requests: Sequence[Request] | None = None) -> None:
     """Decides with which plans a device records from now on.
 
     Adapters on the CPU take the model's: they have another body for products.
@@ -161,20 +158,17 @@ def use_tiles(
     Args:
         setting: `train.tuning`: off for the model's choices alone, which depend on nothing else;
             auto for those that are kept in the user's cache.
-        record: records on the device it is given all that training will run; plans that are not
-            known yet are looked for, which takes some 2 seconds once. None (for evaluation and
-            generation) looks for none.
+        requests: all products that training will run; plans that are not known yet are looked
+            for, which takes some 2 seconds once. None (for evaluation and generation) looks for
+            none.
     """
     use_source(device, None)
     if setting == "off" or device.info["adapter_type"] == "CPU" or device.matmul_body == "wide":
         return
     cache = TileCache(device)
-    if record is None or not device.holds_data:
+    if requests is None or not device.holds_data:
         cache.load()
     else:
-        planning = PlanningDevice(device)
-        with requests_of(planning) as requests:
-            record(planning)
         try:
             cache.find(requests)
         except OSError as error:

@@ -196,12 +196,20 @@ class Device:
         return self._create((n,), "f32", purpose, None)
 
     def scratch(self, shape: tuple[int, ...]) -> Tensor:
-        """An f32 tensor for what one dispatch leaves to the next: all share the same memory."""
+        """An f32 tensor for what one dispatch leaves to the next: all share the same memory.
+
+        Ask for the largest first: the memory of smaller ones is not given back.
+        """
         fitting = [tensor for tensor in self._scratch if tensor.size >= math.prod(shape)]
         if not fitting:
             fitting = [self.empty(shape, purpose="scratch")]
             self._scratch += fitting
         return replace(min(fitting, key=lambda tensor: tensor.size), shape=shape)
+
+    @property
+    def largest_scratch(self) -> int:
+        """Elements of the largest scratch tensor so far."""
+        return max((tensor.size for tensor in self._scratch), default=0)
 
     def _create(
         self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None

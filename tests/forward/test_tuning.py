@@ -11,6 +11,7 @@ import wgpu
 from gguf import GGMLQuantizationType, quants
 
 from backward.matmul import matmul_backward
+from backward.rmsnorm import NormBefore
 from forward.matmul import matmul
 from forward.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
 from forward.tuning import (
@@ -30,6 +31,7 @@ from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
 from shaders.planning import PlanningDevice
 from shaders.program import Dispatch, Program
+from shaders.tensor import Tensor
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import activation, extent_in_use
 
@@ -250,6 +252,37 @@ def test_the_real_stopwatch(tiled: Device, stamps: bool, monkeypatch: pytest.Mon
     # The smallest of each, since other processes share the cores.
     assert 0 < times[:, 0].min() < times[:, 1].min()
     assert watch.repeats(1e9) == 1 < watch.repeats(1e-6) <= 16
+
+
+def test_a_product_is_timed_with_its_norm(tiled: Device) -> None:
+    """Which may be the last pass of a plan with stretches; in place stays in place."""
+    planning = PlanningDevice(tiled)
+    extent = planning.extent(64)
+    d_y, d_x, x = (planning.empty((64, 96), extent=extent) for _ in range(3))
+    out, weight = planning.empty((64, 96), extent=extent), planning.empty((96,))
+    matrix = a_matrix(planning, 96, 96)
+    with requests_of(planning) as requests:
+        norm = NormBefore(x, weight, 1e-5, d_x, residual=d_x)
+        matmul_backward(Program(planning), d_y, matrix, out=out, norm=norm)
+        matmul_backward(Program(planning), d_y, matrix, out=out)
+    normed, bare = requests
+    assert normed.product.normed and normed.product != bare.product
+    tile = tiles_of(False)[0]
+    plans = {splits: Plan(tile, *cut(96, splits, tile.depth)) for splits in (1, 3)}
+    kernels = {n: [name for name, _ in kernels_of(tiled, normed, p)] for n, p in plans.items()}
+    assert kernels[1] == kernels[3] == ["matmul_tiled", "rmsnorm_backward"]
+    assert [n for n, _ in kernels_of(tiled, bare, plans[3])] == ["matmul_tiled", "matmul_reduce"]
+    bench = Workbench(tiled)
+    for plan in plans.values():
+        stand_ins: dict[int, Tensor] = {}
+        program = bench.program(normed, plan, stand_ins)
+        _, last = program.commands
+        assert isinstance(last, Dispatch) and last.template == "rmsnorm_backward"
+        held = [stand_ins[id(tensor)].buffer for tensor in (x, weight, d_x)]
+        assert all(any(t.buffer is buffer for t in last.tensors) for buffer in held)
+        assert len(last.tensors) == 5  # the residual is d_x, not bound again
+        program.run()
+    bench.close()
 
 
 def test_stand_ins_hold_ordinary_numbers(tiled: Device) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -42,16 +42,6 @@ def refuse(device: Device, requests: Sequence[Request]) -> Mapping[Product, Plan
 
 def requests_for(device: Device) -> list[Request]:
     return planned_requests(device, [(256, 512, 1024)])
-
-
-def record(requests: list[Request]) -> Callable[[PlanningDevice], None]:
-    """Records products just as `planned_requests` did."""
-
-    def again(planning: PlanningDevice) -> None:
-        for request in requests:
-            plan_of(planning, request)
-
-    return again
 
 
 def test_found_once(gpu: Device, tmp_path: Path) -> None:
@@ -169,14 +159,14 @@ def test_use_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     use_tiles(gpu, "auto")
     assert plans() == model and not calls and not TileCache(gpu).path.exists()
-    use_tiles(gpu, "off", record(requests))
+    use_tiles(gpu, "off", requests)
     assert plans() == model and not calls and not TileCache(gpu).path.exists()
     planning = PlanningDevice(gpu)
-    use_tiles(planning, "auto", record(requests))
+    use_tiles(planning, "auto", requests)
     assert not calls and not TileCache(gpu).path.exists()
-    use_tiles(gpu, "auto", record(requests))
+    use_tiles(gpu, "auto", requests)
     assert plans() == wanted and len(calls) == 1
-    use_tiles(gpu, "auto", record(requests))
+    use_tiles(gpu, "auto", requests)
     assert plans() == wanted and len(calls) == 1
     use_tiles(gpu, "off")
     assert plans() == model
@@ -185,7 +175,7 @@ def test_use_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tiles(planning, "auto")
     assert [plan_of(planning, r) for r in requests] == list(wanted.values())
     monkeypatch.setattr(gpu, "info", gpu.info | {"adapter_type": "CPU"})
-    use_tiles(gpu, "auto", record(requests))
+    use_tiles(gpu, "auto", requests)
     assert plans() == model
     assert len(calls) == 1
 
@@ -198,7 +188,7 @@ def test_without_a_place_to_keep_them_the_model_chooses(
     monkeypatch.setattr(lora.tile_cache.TileCache.find, "__defaults__", (second_choices,))
     (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="train.tuning"):
-        use_tiles(gpu, "auto", record(requests))
+        use_tiles(gpu, "auto", requests)
     assert [plan_of(gpu, r) for r in requests] == [choose_tile(*r.shape(gpu)) for r in requests]
 
 

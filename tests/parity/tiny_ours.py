@@ -81,7 +81,8 @@ def gradients(session: TrainingSession) -> OurGradients:
     programs = session._programs
     assert programs is not None
     batch = make_batch(session.train_examples)
-    session.device.write(programs.loss_weight, loss_weight_words(batch.n_trained))
+    words = loss_weight_words(batch.n_trained, programs.loss_scale)
+    session.device.write(programs.loss_weight, words)
     programs.begin.run()
     session._write(batch)
     session._run_prefix(batch, None)
@@ -89,7 +90,8 @@ def gradients(session: TrainingSession) -> OurGradients:
     loss = float(session.device.read(session._act.totals)[0]) / batch.n_trained
     flat = sum(session.device.read(part).astype(np.float64) for part in session.adapter.gradients)
     tensors = {}
-    for path, (a, b) in session.layout.to_modules(np.asarray(flat)).items():
+    flat = np.asarray(flat) / programs.loss_scale
+    for path, (a, b) in session.layout.to_modules(flat).items():
         tensors[f"base_model.model.{path}.lora_A.weight"] = a
         tensors[f"base_model.model.{path}.lora_B.weight"] = b
     return OurGradients(loss, tensors)
