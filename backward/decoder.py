@@ -9,7 +9,7 @@ from backward.attention import attention_backward
 from backward.head_norm_rope import head_norm_rope_backward
 from backward.lora import lora_gradients, lora_project_gradient
 from backward.matmul import matmul_backward
-from backward.rmsnorm import rmsnorm_backward
+from backward.rmsnorm import NormBefore, rmsnorm_backward
 from backward.rope import rope_backward
 from backward.swiglu import swiglu_backward
 from forward.adapter import Factors, LoraFactors
@@ -177,8 +177,9 @@ def record_layer_backward(
         z: Tensor | None,
         d_y: Tensor,
         out: Tensor | None,
+        norm: NormBefore | None = None,
     ) -> None:
-        """The gradients of a group's factors, and of its input (None: not wanted)."""
+        """The gradients of a group's factors, and of its input (None: not wanted) or its norm's."""
         lora = factors.get((layer, group))
         d_z = None
         if lora is not None and z is not None:
@@ -187,8 +188,9 @@ def record_layer_backward(
             lora_gradients(program, source, z, d_y, d_z, lora, gradients[layer, group])
         if out is not None:
             matmul_backward(
-                program, d_y, matrix, lora=lora, d_z=d_z, out=out, label=f"{group}_backward"
-            )
+                program, d_y, matrix, lora=lora, d_z=d_z, out=out, norm=norm,
+                label=f"{group}_backward",
+            )  # fmt: skip
 
     # Where this is the lowest adapted layer, what lies below its lowest adapted group is not run.
     adapted = [group for group in ("qkv", "attn_output", "gate_up", "down")
@@ -209,13 +211,10 @@ def record_layer_backward(
         through(
             "gate_up", weights.gate_up, act.middle_normed, act.z_gate_up, d_gate_up,
             None if last == "gate_up" else scratch.d_normed,
+            NormBefore(act.middle, weights.ffn_norm, a.norm_epsilon, d_x, residual=d_x),
         )  # fmt: skip
         if last == "gate_up":
             return
-        rmsnorm_backward(
-            program, act.middle, weights.ffn_norm, a.norm_epsilon, scratch.d_normed,
-            residual=d_x, out=d_x,
-        )  # fmt: skip
         through(
             "attn_output", weights.attn_output, act.attended, act.z_attn_output,
             below_norm(act.projected, weights.post_attention_norm),
@@ -259,10 +258,5 @@ def record_layer_backward(
         through(
             "qkv", weights.qkv, act.normed, act.z_qkv, scratch.d_qkv,
             None if last == "qkv" else scratch.d_normed,
-        )  # fmt: skip
-        if last == "qkv":
-            return
-        rmsnorm_backward(
-            program, x, weights.attn_norm, a.norm_epsilon, scratch.d_normed,
-            residual=d_x, out=d_x,
+            NormBefore(x, weights.attn_norm, a.norm_epsilon, d_x, residual=d_x),
         )  # fmt: skip

@@ -5,6 +5,7 @@ from __future__ import annotations
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
 from forward.matmul import Place, record_product
+from forward.rmsnorm import ProductNorm
 from forward.weights import FrozenMatrix
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -18,6 +19,7 @@ def matmul_backward(
     lora: LoraFactors | None = None,
     d_z: Tensor | None = None,
     out: Tensor | None = None,
+    norm: ProductNorm | None = None,
     label: str = "matmul_backward",
 ) -> Tensor:  # [rows, in_features]
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
@@ -28,12 +30,14 @@ def matmul_backward(
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
         out: where to write; a new tensor by default.
+        norm: the backward of the norm that gave x, appended too; d_x may then stay unwritten.
     """
     extent = extent_of(d_y)
     check_shape("matmul_backward input", d_y, None, matrix.out_features)
     d_x = out if out is not None else activation(program, extent, matrix.in_features)
     check_shape("matmul_backward output", d_x, d_y.shape[0], matrix.in_features)
     low_rank = [{"low_start": i * lora.rank} for i in range(lora.n_members)] if lora else []
+    whole = len(matrix.parts) == 1
     for index, part in enumerate(matrix.parts):
         record_product(
             program,
@@ -43,12 +47,15 @@ def matmul_backward(
             d_x,
             transposed=True,
             contraction=part.n_rows,
-            place=Place(part.first_row, 0) if len(matrix.parts) > 1 else None,
+            place=None if whole else Place(part.first_row, 0),
             members=low_rank if index == 0 else [],
             low=d_z,
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
             epilogue="write" if index == 0 else "accumulate",
+            norm=norm if whole else None,
             label=label,
         )
+    if norm is not None and not whole:
+        norm.record(program, d_x)
     return d_x

@@ -2,10 +2,30 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from forward.activations import activation, check_shape, extent_of
-from forward.rmsnorm import row_lanes
+from forward.rmsnorm import Stretches, check_stretches, row_lanes
 from shaders.program import Program
 from shaders.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class NormBefore:
+    """RMSNorm's backward of a product's gradient; attributes as arguments of `rmsnorm_backward`."""
+
+    x: Tensor
+    weight: Tensor
+    epsilon: float
+    out: Tensor
+    residual: Tensor | None = None
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """See `forward.rmsnorm.ProductNorm`; a product in stretches is not written."""
+        rmsnorm_backward(
+            program, self.x, self.weight, self.epsilon, product, residual=self.residual,
+            out=self.out, stretches=stretches,
+        )  # fmt: skip
 
 
 def rmsnorm_backward(
@@ -17,6 +37,7 @@ def rmsnorm_backward(
     *,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    stretches: Stretches | None = None,
 ) -> Tensor:  # [rows, width]
     """Appends d_x = (gradient through the norm) + residual.
 
@@ -27,6 +48,8 @@ def rmsnorm_backward(
         d_y: [rows, width], f32 or f16, the gradient to the norm's output.
         residual: f32 [rows, width], the gradient that flows past the norm; may be `out` itself.
         out: where to write, f32 or f16; a new f32 tensor by default.
+        stretches: where given, d_y is their sum, rounded as d_y would hold it, and d_y itself is
+            neither read nor written.
     """
     width = x.shape[1]
     check_shape("rmsnorm_backward weight", weight, width)
@@ -34,7 +57,7 @@ def rmsnorm_backward(
     extent = extent_of(x)
     d_x = out if out is not None else activation(program, extent, width)
     check_shape("rmsnorm_backward output", d_x, x.shape[0], width)
-    tensors = [extent.uniform, x, weight, d_y, d_x]
+    tensors = [extent.uniform, x, weight, stretches.partial if stretches else d_y, d_x]
     kind = "none"
     if residual is not None:
         check_shape("rmsnorm_backward residual", residual, x.shape[0], width)
@@ -44,6 +67,10 @@ def rmsnorm_backward(
         kind = "in place" if same_buffer else "separate"
         if kind == "separate":
             tensors.append(residual)
+    if stretches is not None:
+        check_stretches("rmsnorm_backward", stretches, extent.maximum, width)
+        if stretches.residual is not None:
+            raise ValueError("rmsnorm_backward: a gradient in stretches has no residual of its own")
     constants = {
         "width": width,
         "x_type": x.dtype,
@@ -52,6 +79,9 @@ def rmsnorm_backward(
         "lanes": row_lanes(program.device, width),
         "epsilon": epsilon,
         "residual": kind,
+        "splits": stretches.splits if stretches else 1,
+        "maximum_rows": extent.maximum if stretches else 0,
     }
-    program.dispatch("rmsnorm_backward", constants, tensors, extent.maximum)
+    label = "reduce_rmsnorm_backward" if stretches else "rmsnorm_backward"
+    program.dispatch("rmsnorm_backward", constants, tensors, extent.maximum, label=label)
     return d_x

@@ -12,7 +12,7 @@ from forward.inputs import Inputs
 from forward.lora import lora_project
 from forward.matmul import matmul
 from forward.model import Model
-from forward.rmsnorm import rmsnorm
+from forward.rmsnorm import NormAfter, rmsnorm
 from forward.rope import rope
 from forward.swiglu import swiglu
 from forward.weights import FrozenMatrix
@@ -112,6 +112,7 @@ def record_layer(
         z: Tensor | None,
         to: Tensor | None,
         residual: Tensor | None = None,
+        norm: NormAfter | None = None,
     ) -> None:
         lora = factors.get((layer, group))
         if lora is not None:
@@ -119,7 +120,7 @@ def record_layer(
         if to is not None:
             matmul(
                 program, source, matrix, lora=lora, z=z, bias=weights.biases.get(group),
-                residual=residual, out=to, label=group,
+                residual=residual, out=to, norm=norm, label=group,
             )  # fmt: skip
 
     with program.scope(f"layers.{layer}"):
@@ -155,24 +156,24 @@ def record_layer(
             lse=act.lse,
         )
         z = act.z_attn_output
+        ffn_norm = NormAfter(weights.ffn_norm, a.norm_epsilon, act.middle_normed)
         if act.projected is not None and weights.post_attention_norm is not None:
-            adapted(act.attended, weights.attn_output, "attn_output", z, act.projected)
-            rmsnorm(
-                program, act.projected, weights.post_attention_norm, a.norm_epsilon,
-                residual=x, out=act.middle,
+            adapted(
+                act.attended, weights.attn_output, "attn_output", z, act.projected,
+                norm=NormAfter(weights.post_attention_norm, a.norm_epsilon, act.middle, residual=x),
             )  # fmt: skip
+            ffn_norm.record(program, act.middle)
         else:
-            adapted(act.attended, weights.attn_output, "attn_output", z, act.middle, x)
-        rmsnorm(program, act.middle, weights.ffn_norm, a.norm_epsilon, out=act.middle_normed)
+            adapted(
+                act.attended, weights.attn_output, "attn_output", z, act.middle, x, norm=ffn_norm
+            )
         adapted(act.middle_normed, weights.gate_up, "gate_up", act.z_gate_up, act.gate_up)
         swiglu(program, act.gate_up, activation_name=a.activation, out=act.gated)
         if act.ffn_output is None or weights.post_ffn_norm is None:
             adapted(act.gated, weights.down, "down", act.z_down, out, act.middle)
             return
         # The norm's backward reads what it was given: recompute needs the product too.
-        adapted(act.gated, weights.down, "down", act.z_down, act.ffn_output)
+        norm = None
         if out is not None:
-            rmsnorm(
-                program, act.ffn_output, weights.post_ffn_norm, a.norm_epsilon,
-                residual=act.middle, out=out,
-            )  # fmt: skip
+            norm = NormAfter(weights.post_ffn_norm, a.norm_epsilon, out, residual=act.middle)
+        adapted(act.gated, weights.down, "down", act.z_down, act.ffn_output, norm=norm)

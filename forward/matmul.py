@@ -8,6 +8,7 @@ from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
+from forward.rmsnorm import ProductNorm, Stretches, adds_up
 from forward.tuning import Request, plan_of
 from forward.weights import FrozenMatrix, MatrixPart
 from shaders.program import Program
@@ -49,6 +50,7 @@ def matmul(
     softcap: float | None = None,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    norm: ProductNorm | None = None,
     label: str = "matmul",
 ) -> Tensor:  # [rows, out_features]
     """Appends y = cap(x · Wᵀ + scale · z · Bᵀ + bias) + residual, decoding W in the kernel's tiles.
@@ -64,6 +66,8 @@ def matmul(
         softcap: y becomes softcap · tanh(y / softcap); None for none.
         residual: [rows, out_features], added where given; not the tensor `out`.
         out: where to write; a new tensor by default.
+        norm: a norm of y, appended too: with what finishes the product, where that is a second
+            pass of its own.
     """
     extent = extent_of(x)
     if bias is not None:
@@ -71,6 +75,7 @@ def matmul(
     check_shape("matmul input", x, None, matrix.in_features)
     y = out if out is not None else activation(program, extent, matrix.out_features)
     check_shape("matmul output", y, x.shape[0], matrix.out_features)
+    whole = len(matrix.parts) == 1
     for part in matrix.parts:
         record_product(
             program,
@@ -80,7 +85,7 @@ def matmul(
             y,
             transposed=False,
             contraction=matrix.in_features,
-            place=Place(0, part.first_row) if len(matrix.parts) > 1 else None,
+            place=None if whole else Place(0, part.first_row),
             members=adapted_members(lora, part),
             low=z,
             factor=lora.b if lora else None,
@@ -90,8 +95,11 @@ def matmul(
             bias=bias,
             softcap=softcap,
             epilogue="write" if residual is None else "residual",
+            norm=norm if whole else None,
             label=label,
         )
+    if norm is not None and not whole:
+        norm.record(program, y)
     return y
 
 
@@ -134,6 +142,7 @@ def record_product(
     bias: Tensor | None = None,
     softcap: float | None = None,
     epilogue: str = "write",
+    norm: ProductNorm | None = None,
     label: str,
 ) -> None:
     """Appends the product with one part: what `matmul` and its backward share.
@@ -147,6 +156,7 @@ def record_product(
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         bias, softcap: see `matmul`; the bias's columns are those of out.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
+        norm: see `matmul`; of a matrix of one part.
     """
     n_columns = out.shape[1] if transposed else part.n_rows
     if contraction % 4 or n_columns % 4 or x.shape[1] % 4 or rank % 4:
@@ -184,8 +194,10 @@ def record_product(
         workgroups = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
         tensors += [*after, *_uniforms(program, place)]
         program.dispatch("matmul_wide", constants, tensors, workgroups, label=label, flops=flops)
+        if norm is not None:
+            norm.record(program, out)
     else:
-        _record_tiled(program, extent, out, constants, tensors, after, place, label, flops)
+        _record_tiled(program, extent, out, constants, tensors, after, place, label, flops, norm)
 
 
 def _record_tiled(
@@ -198,16 +210,20 @@ def _record_tiled(
     place: Place | None,
     label: str,
     flops: int,
+    norm: ProductNorm | None,
 ) -> None:
     """Appends matmul_tiled, in one pass or, where workgroups would be few, in two.
 
     Args:
         tensors: the extent, x, the weights, out, and the low-rank part's.
         after: residual and bias, which the last pass takes.
+        norm: see `matmul`; it is the last pass where it can add stretches up.
     """
     n_columns, device = constants["n_columns"], program.device
     half, given = device.precision == "f16", dict(constants)
-    request = Request(_record_tiled, half, extent, out, given, tensors, after, place, label, flops)
+    request = Request(
+        _record_tiled, half, extent, out, given, tensors, after, place, label, flops, norm
+    )
     tile, splits, length = plan_of(device, request)
     constants |= tile.constants() | {"splits": splits, "split_length": length}
     # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly.
@@ -219,6 +235,8 @@ def _record_tiled(
     if splits == 1:
         tensors = [*tensors, *after, *placed]
         program.dispatch("matmul_tiled", constants, tensors, grid, label=label, flops=flops)
+        if norm is not None:
+            norm.record(program, out)
         return
     partial = device.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
@@ -229,6 +247,10 @@ def _record_tiled(
     if place is not None:
         product += _uniforms(program, Place(place.x_column, 0))
     program.dispatch("matmul_tiled", first_pass, product, grid, label=label, flops=flops)
+    plain = not constants["bias"] and constants["softcap"] is None
+    if norm is not None and plain and adds_up(device, n_columns, splits):
+        norm.record(program, out, Stretches(partial, splits, after[0] if after else None))
+        return
     keys = (
         "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
         "placed", "out_type",
@@ -240,3 +262,5 @@ def _record_tiled(
         -(-extent.maximum * n_columns // 256),
         label=f"{label}.reduce",
     )
+    if norm is not None:
+        norm.record(program, out)

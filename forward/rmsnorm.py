@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Protocol
+
 from forward.activations import activation, check_shape, extent_of
 from shaders.device import Device
 from shaders.program import Program
@@ -13,6 +16,8 @@ from shaders.tensor import Tensor
 GPU_LANES, GPU_QUADS = 64, 4
 CPU_LANES, CPU_QUADS = 16, 16
 _MOST_LANES = 256  # of a workgroup, on every device
+# Most vec4s of partial sums that a lane loads at once: half of the 255 registers of a GPU's lane.
+MOST_PARTIAL_QUADS = 32
 
 
 def row_lanes(device: Device, width: int) -> int:
@@ -25,6 +30,56 @@ def row_lanes(device: Device, width: int) -> int:
     return lanes
 
 
+@dataclass(frozen=True)
+class Stretches:
+    """A product in stretches, which the norm that comes after it adds up.
+
+    Attributes:
+        partial: f32 [splits · maximum rows, width], stretch by stretch.
+        splits: the number of stretches.
+        residual: f32 [rows, width], added to their sum; None for none.
+    """
+
+    partial: Tensor
+    splits: int
+    residual: Tensor | None = None
+
+
+def adds_up(device: Device, width: int, splits: int) -> bool:
+    """Whether a norm over rows of `width` columns can take a product in so many stretches."""
+    steps = -(-width // (4 * row_lanes(device, width)))
+    return steps * splits <= MOST_PARTIAL_QUADS
+
+
+def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> None:
+    """Refuses partial sums of another shape."""
+    check_shape(f"{name} stretches", stretches.partial, stretches.splits * rows, width)
+
+
+class ProductNorm(Protocol):
+    """A norm that is recorded together with the product that it is given: see `matmul`."""
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """Appends the norm of a finished product or, in one dispatch, of one in stretches."""
+
+
+@dataclass(frozen=True)
+class NormAfter:
+    """RMSNorm of a product; attributes as the arguments of `rmsnorm`."""
+
+    weight: Tensor
+    epsilon: float
+    out: Tensor
+    residual: Tensor | None = None
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """See `ProductNorm`; the product is written in either case."""
+        rmsnorm(
+            program, product, self.weight, self.epsilon, residual=self.residual, out=self.out,
+            stretches=stretches,
+        )  # fmt: skip
+
+
 def rmsnorm(
     program: Program,
     x: Tensor,
@@ -33,6 +88,7 @@ def rmsnorm(
     *,
     residual: Tensor | None = None,
     out: Tensor | None = None,
+    stretches: Stretches | None = None,
 ) -> Tensor:  # [rows, width]
     """Appends y = x / sqrt(mean(x²) + epsilon) · weight + residual, row by row.
 
@@ -42,16 +98,23 @@ def rmsnorm(
         epsilon: added to the mean square.
         residual: f32 [rows, width], added where given; not the tensor `out`.
         out: where to write, f32 or f16; a new f32 tensor by default.
+        stretches: where given, x is first written as their sum (and its residual).
     """
     width = x.shape[1]
     check_shape("rmsnorm weight", weight, width)
     extent = extent_of(x)
     y = out if out is not None else activation(program, extent, width)
     check_shape("rmsnorm output", y, x.shape[0], width)
-    tensors = [extent.uniform, x, weight, y]
+    tensors = [extent.uniform, stretches.partial if stretches else x, weight, y]
     if residual is not None:
         check_shape("rmsnorm residual", residual, x.shape[0], width)
         tensors.append(residual)
+    if stretches is not None:
+        check_stretches("rmsnorm", stretches, extent.maximum, width)
+        tensors.append(x)
+        if stretches.residual is not None:
+            check_shape("rmsnorm residual of x", stretches.residual, x.shape[0], width)
+            tensors.append(stretches.residual)
     constants = {
         "width": width,
         "x_type": x.dtype,
@@ -59,6 +122,10 @@ def rmsnorm(
         "lanes": row_lanes(program.device, width),
         "epsilon": epsilon,
         "residual": residual is not None,
+        "splits": stretches.splits if stretches else 1,
+        "maximum_rows": extent.maximum if stretches else 0,
+        "x_residual": stretches is not None and stretches.residual is not None,
     }
-    program.dispatch("rmsnorm", constants, tensors, extent.maximum)
+    label = "reduce_rmsnorm" if stretches else "rmsnorm"
+    program.dispatch("rmsnorm", constants, tensors, extent.maximum, label=label)
     return y

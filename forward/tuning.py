@@ -16,7 +16,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -30,6 +30,7 @@ from forward.matmul_tiles import (
     choose_tile,
     predicted_microseconds,
 )
+from forward.rmsnorm import ProductNorm
 from shaders.device import Device
 from shaders.errors import DeviceMemoryError, InputError
 from shaders.native import encode_dispatches
@@ -59,6 +60,7 @@ class Product:
         rows: the most that the output can have, rounded up to whole smallest tiles.
         members: adapted ranges of the part.
         half: whether the tiles are of f16.
+        normed: whether a norm follows, which may add stretches up.
     """
 
     rows: int
@@ -73,6 +75,7 @@ class Product:
     x_type: str
     out_type: str
     half: bool
+    normed: bool
 
     @property
     def key(self) -> str:
@@ -86,7 +89,7 @@ class Request:
 
     Attributes:
         record: called as record(program, extent, out, constants, tensors, after, place, label,
-            flops); forward/matmul.py's own.
+            flops, norm); forward/matmul.py's own.
         half: whether it is recorded under `precision: f16`.
     """
 
@@ -100,6 +103,7 @@ class Request:
     place: Any
     label: str
     flops: int
+    norm: ProductNorm | None
 
     @property
     def product(self) -> Product:
@@ -118,6 +122,7 @@ class Request:
             x_type=c["x_type"],
             out_type=c["out_type"],
             half=self.half,
+            normed=self.norm is not None,
         )
 
     def shape(self, device: Device) -> tuple[int, int, int, int, bool]:
@@ -304,6 +309,7 @@ class Workbench(Device):
             request.place,
             f"{request.label} {plan.name}",
             request.flops,
+            _on(stand_in, request.norm),
         )
         return program
 
@@ -321,6 +327,15 @@ class Workbench(Device):
         for buffer in self._created:
             buffer.destroy()
         self._created.clear()
+
+
+def _on(stand_in: Callable[[Tensor], Tensor], norm: Any) -> ProductNorm | None:
+    """A norm on other tensors."""
+    if norm is None:
+        return None
+    held = {field.name: getattr(norm, field.name) for field in fields(norm)}
+    changed = {name: stand_in(value) for name, value in held.items() if isinstance(value, Tensor)}
+    return replace(norm, **changed)
 
 
 class _KernelList(PlanningDevice):
@@ -350,6 +365,7 @@ def kernels_of(device: Device, request: Request, plan: Plan) -> Kernels:
         request.place,
         request.label,
         request.flops,
+        request.norm,
     )
     return planning.kernels
 

@@ -3,20 +3,34 @@
 // Bindings: x [rows, width] of {{ x_type }}, weight [width], y [rows, width] of {{ out_type }}, residual [rows, width].
 // One workgroup a row. A lane holds the quads of columns lane, lane + {{ lanes }}, … and sums them in that
 // order; the lanes' sums meet in row_sum.
+{% if splits > 1 %}
+// x is written here: Σ_s partial[s, m, i]{{ " + x_residual[m, i]" if x_residual }}, in the order of matmul_reduce.wgsl, of the
+// partial sums [{{ splits }}, maximum rows, width] that a product leaves.
+{% endif %}
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
+{% if splits == 1 %}
 @group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
+{% else %}
+@group(0) @binding(1) var<storage, read> partial: array<vec4<f32>>;
+{% endif %}
 @group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> y: array<vec4<{{ out_type }}>>;
 {% if residual %}
 @group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
+{% if splits > 1 %}
+@group(0) @binding({{ 4 + residual }}) var<storage, read_write> x: array<vec4<{{ x_type }}>>;
+{% if x_residual %}
+@group(0) @binding({{ 5 + residual }}) var<storage, read> x_residual: array<vec4<f32>>;
+{% endif %}
+{% endif %}
 
 {% set quads = width // 4 %}
 {% set steps = (quads + lanes - 1) // lanes %}
-{% from "row_parts.wgsl" import load_row, store_row %}
+{% from "row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "stored.wgsl" import stored %}
 {% include "row_sum.wgsl" %}
 
@@ -30,10 +44,28 @@ fn main(
     if (row >= extent.rows) { return; }
     let base = row * {{ quads }}u + lane;
     // All at once, so that the loads wait for memory together.
+{% if splits == 1 %}
 {{ load_row("value", "x", "base", quads, lanes) }}
+{% else %}
+{{ load_row("value", "partial", "base", quads, lanes, splits, maximum_rows * quads) }}
+{% if x_residual %}
+{{ load_row("x_past", "x_residual", "base", quads, lanes) }}
+{% endif %}
+{% endif %}
 {{ load_row("w", "weight", "lane", quads, lanes) }}
 {% if residual %}
 {{ load_row("past", "residual", "base", quads, lanes) }}
+{% endif %}
+{% if splits > 1 %}
+{% for s in range(steps) %}
+{% if x_residual %}
+    value_{{ s }} += x_past_{{ s }};
+{% endif %}
+{% call store_row(s, quads, lanes) %}
+x[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, x_type) }};
+{% endcall %}
+{% endfor %}
+{{ round_row("value", x_type, quads, lanes) }}
 {% endif %}
     var squares = vec4<f32>();
 {% for s in range(steps) %}

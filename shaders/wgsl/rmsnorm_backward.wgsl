@@ -4,13 +4,21 @@
 // Bindings: x of {{ x_type }}, d_y of {{ d_y_type }}, d_x of {{ out_type }}, residual [rows, width], weight [width]. In place
 // (d_x is the residual) the residual is read from d_x. One workgroup a row; columns and sums as in rmsnorm.wgsl, the two sums
 // at once.
+{% if splits > 1 %}
+// d_y is in no array: it is Σ_s partial[s, m, i], in the order of matmul_reduce.wgsl, of the partial sums
+// [{{ splits }}, maximum rows, width] that a product leaves.
+{% endif %}
 
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
 @group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
+{% if splits == 1 %}
 @group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ d_y_type }}>>;
+{% else %}
+@group(0) @binding(3) var<storage, read> partial: array<vec4<f32>>;
+{% endif %}
 @group(0) @binding(4) var<storage, read_write> d_x: array<vec4<{{ out_type }}>>;
 {% if residual == "separate" %}
 @group(0) @binding(5) var<storage, read> residual: array<vec4<f32>>;
@@ -19,7 +27,7 @@ struct Extent { rows: u32 }
 {% set quads = width // 4 %}
 {% set steps = (quads + lanes - 1) // lanes %}
 {% set sum_type = "vec2<f32>" %}
-{% from "row_parts.wgsl" import load_row, store_row %}
+{% from "row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "stored.wgsl" import stored %}
 {% include "row_sum.wgsl" %}
 
@@ -34,10 +42,17 @@ fn main(
     let base = row * {{ quads }}u + lane;
     // All at once, so that the loads wait for memory together.
 {{ load_row("value", "x", "base", quads, lanes) }}
+{% if splits == 1 %}
 {{ load_row("g", "d_y", "base", quads, lanes) }}
+{% else %}
+{{ load_row("g", "partial", "base", quads, lanes, splits, maximum_rows * quads) }}
+{% endif %}
 {{ load_row("w", "weight", "lane", quads, lanes) }}
 {% if residual != "none" %}
 {{ load_row("past", "residual" if residual == "separate" else "d_x", "base", quads, lanes) }}
+{% endif %}
+{% if splits > 1 %}
+{{ round_row("g", d_y_type, quads, lanes) }}
 {% endif %}
     var squares = vec4<f32>();
     var products = vec4<f32>();

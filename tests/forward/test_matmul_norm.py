@@ -1,0 +1,284 @@
+"""A product in stretches whose last pass is the norm that follows: bit for bit the two kernels."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+import forward.rmsnorm
+from backward.matmul import matmul_backward
+from backward.rmsnorm import NormBefore, rmsnorm_backward
+from forward.adapter import LoraFactors
+from forward.matmul import matmul
+from forward.matmul_tiles import TILES, Plan, cut, tiles_of
+from forward.rmsnorm import (
+    GPU_LANES,
+    GPU_QUADS,
+    MOST_PARTIAL_QUADS,
+    NormAfter,
+    Stretches,
+    adds_up,
+    rmsnorm,
+)
+from forward.tuning import use_source
+from forward.weights import load_matrix
+from shaders.device import Device
+from shaders.program import Dispatch, Program
+from shaders.tensor import Tensor
+from tests.forward.half_tensors import needs_halves, typed, typed_marked
+from tests.forward.test_quantization import random_blocks, tensor_of
+from tests.kernels import activation, extent_in_use
+from tests.parity.tiny_models import TINY_MODELS
+from tests.parity.tiny_ours import gradients, open_session
+
+Q4_1, Q8_0 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0
+ROWS, IN_USE, N_OTHER, RANK = 67, 66, 224, 4
+EPSILON = 1e-5
+# Columns: fewer quads than lanes, a broken last step, whole steps.
+SHAPES = [(32, 2), (96, 3), (256, 7)]
+TYPES = [(a, b) for a in ("f32", "f16") for b in ("f32", "f16")]
+
+
+@pytest.fixture
+def tiled(device: Device) -> Iterator[Device]:
+    device.matmul_body = "tiled"
+    yield device
+    device.matmul_body = None
+    use_source(device, None)
+
+
+def cut_into(device: Device, splits: int) -> None:
+    """Records every product from now on in so many stretches."""
+    tile = TILES[0]
+    use_source(
+        device,
+        lambda request: Plan(tile, *cut(request.constants["contraction"], splits, tile.depth)),
+    )
+
+
+class Case:
+    """A product of `width` columns in either direction, and the norm that it meets."""
+
+    def __init__(self, device: Device, width: int, parts: int = 1) -> None:
+        rng = np.random.default_rng(width)
+        self.device, self.width = device, width
+        self.extent = extent_in_use(device, ROWS, IN_USE)
+
+        def rows_of(columns: int) -> Tensor:
+            values = rng.normal(size=(ROWS, columns)).astype(np.float32)
+            return activation(device, values, self.extent)
+
+        def frozen(*shape: int) -> Tensor:
+            return device.upload(rng.normal(size=shape).astype(np.float32))
+
+        self.x, self.z, self.past, self.norm_input = (
+            rows_of(columns) for columns in (N_OTHER, RANK, width, width)
+        )
+        self.weight, self.bias = frozen(width), frozen(width)
+        # Two types of quantization make two parts.
+        kinds = (Q4_1, Q8_0)[:parts]
+        self.matrix, self.transposed = (
+            load_matrix(device, [tensor_of(k, random_blocks(k, n_out, n_in), n_in) for k in kinds])
+            for n_out, n_in in ((width // parts, N_OTHER), (N_OTHER // parts, width))
+        )
+        self.lora = LoraFactors(frozen(RANK, N_OTHER), frozen(16, RANK), RANK, 1.5, ((8, 24),))
+        self.lora_backward = LoraFactors(
+            frozen(RANK, width), frozen(16, RANK), RANK, 1.5, ((8, 24),)
+        )
+
+    def forward(
+        self,
+        types: tuple[str, str],
+        *,
+        apart: bool,
+        past_of: str = "none",
+        softcap: float | None = None,
+        biased: bool = False,
+    ) -> tuple[list[str], list[bytes]]:
+        """The kernels of a product and its norm, and what they write.
+
+        Args:
+            types: of the product and of its norm.
+            apart: whether they are asked for one after the other.
+            past_of: what the residual is added to: "product", "norm" or "none".
+        """
+        product, normed = (typed_marked(self.device, t, self.extent, self.width) for t in types)
+        program = Program(self.device)
+        past = self.past if past_of == "norm" else None
+        norm = NormAfter(self.weight, EPSILON, normed, residual=past)
+        matmul(
+            program, self.x, self.matrix, lora=self.lora, z=self.z, softcap=softcap,
+            bias=self.bias if biased else None, out=product,
+            residual=self.past if past_of == "product" else None, norm=None if apart else norm,
+        )  # fmt: skip
+        if apart:
+            rmsnorm(program, product, self.weight, EPSILON, residual=past, out=normed)
+        return run(program, [product, normed])
+
+    def backward(
+        self, types: tuple[str, str], *, apart: bool, in_place: bool = False
+    ) -> tuple[list[str], list[bytes]]:
+        """The kernels of a gradient through a product and its norm, and the gradient below."""
+        d_y = typed_marked(self.device, types[0], self.extent, self.width)
+        d_x = typed(self.device, self.device.read(self.past), types[1], self.extent)
+        program = Program(self.device)
+        residual = d_x if in_place else None
+        norm = NormBefore(self.norm_input, self.weight, EPSILON, d_x, residual=residual)
+        matmul_backward(
+            program, self.x, self.transposed, lora=self.lora_backward, d_z=self.z, out=d_y,
+            norm=None if apart else norm,
+        )  # fmt: skip
+        if apart:
+            rmsnorm_backward(
+                program, self.norm_input, self.weight, EPSILON, d_y, residual=residual, out=d_x
+            )
+        return run(program, [d_x])
+
+
+def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[bytes]]:
+    """Runs a program once: its kernels, and the outputs."""
+    device = program.device
+    before = [device.read(tensor) for tensor in outputs]
+    program.run()
+    after = [device.read(tensor) for tensor in outputs]
+    for start, end in zip(before, after, strict=True):
+        assert np.isfinite(end).all() and len(np.unique(end)) > 100
+        assert (start[IN_USE:] == end[IN_USE:]).all()  # rows that are not in use
+    kernels = [c.template for c in program.commands if isinstance(c, Dispatch)]
+    return kernels, [array.tobytes() for array in after]
+
+
+@pytest.mark.parametrize(("width", "splits"), SHAPES)
+@pytest.mark.parametrize("past_of", ["product", "norm", "none"])
+@pytest.mark.parametrize("types", TYPES)
+def test_the_norm_adds_stretches_up(
+    tiled: Device, width: int, splits: int, past_of: str, types: tuple[str, str]
+) -> None:
+    if "f16" in types:
+        needs_halves(tiled)
+    cut_into(tiled, splits)
+    case = Case(tiled, width)
+    kernels, wanted = case.forward(types, past_of=past_of, apart=True)
+    assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm"]
+    kernels, found = case.forward(types, past_of=past_of, apart=False)
+    assert kernels == ["matmul_tiled", "rmsnorm"]
+    assert found == wanted
+
+
+@pytest.mark.parametrize(("width", "splits"), SHAPES)
+@pytest.mark.parametrize("in_place", [False, True], ids=["no residual", "in place"])
+@pytest.mark.parametrize("types", TYPES)
+def test_the_norms_backward_adds_stretches_up(
+    tiled: Device, width: int, splits: int, in_place: bool, types: tuple[str, str]
+) -> None:
+    if "f16" in types:
+        needs_halves(tiled)
+    cut_into(tiled, splits)
+    case = Case(tiled, width)
+    kernels, wanted = case.backward(types, in_place=in_place, apart=True)
+    assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm_backward"]
+    kernels, found = case.backward(types, in_place=in_place, apart=False)
+    assert kernels == ["matmul_tiled", "rmsnorm_backward"]
+    assert found == wanted
+
+
+def test_with_the_lanes_of_a_gpu(tiled: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of which the last step of a row is broken."""
+    monkeypatch.setattr(forward.rmsnorm, "CPU_LANES", GPU_LANES)
+    monkeypatch.setattr(forward.rmsnorm, "CPU_QUADS", GPU_QUADS)
+    cut_into(tiled, 4)
+    case, types = Case(tiled, 288), ("f32", "f32")
+    kernels, found = case.forward(types, past_of="product", apart=False)
+    assert kernels == ["matmul_tiled", "rmsnorm"]
+    assert found == case.forward(types, past_of="product", apart=True)[1]
+    kernels, found = case.backward(types, in_place=True, apart=False)
+    assert kernels == ["matmul_tiled", "rmsnorm_backward"]
+    assert found == case.backward(types, in_place=True, apart=True)[1]
+
+
+@pytest.mark.parametrize("why", ["one pass", "two parts", "bias", "softcap", "wide row", "wide"])
+def test_otherwise_the_norm_has_a_dispatch_of_its_own(
+    tiled: Device, monkeypatch: pytest.MonkeyPatch, why: str
+) -> None:
+    cut_into(tiled, 1 if why == "one pass" else 2)
+    case, types = Case(tiled, 64, parts=2 if why == "two parts" else 1), ("f32", "f32")
+    if why == "wide row":
+        monkeypatch.setattr(forward.rmsnorm, "MOST_PARTIAL_QUADS", 1)
+    if why == "wide":
+        tiled.matmul_body = "wide"
+    options = {"biased": why == "bias", "softcap": 5.0 if why == "softcap" else None}
+    apart = case.forward(types, past_of="product", apart=True, **options)
+    assert case.forward(types, past_of="product", apart=False, **options) == apart
+    if why not in ("bias", "softcap"):  # of which a gradient's product has none
+        apart = case.backward(types, in_place=True, apart=True)
+        assert case.backward(types, in_place=True, apart=False) == apart
+
+
+def test_a_row_that_fits_no_registers(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device, "is_cpu", False)
+    for width in (576, 4096):  # 3 and 4 quads a lane
+        assert adds_up(device, width, 8)
+    assert not adds_up(device, 4096, 9) and not adds_up(device, 16384, 4)  # 16 quads a lane
+    assert adds_up(device, 4, MOST_PARTIAL_QUADS) and not adds_up(device, 4, MOST_PARTIAL_QUADS + 1)
+
+
+def test_stretches_that_do_not_fit_are_refused(device: Device) -> None:
+    extent = device.extent(2)
+    x, weight, partial = (device.empty(shape, extent=extent) for shape in ((2, 8), (8,), (3, 8)))
+    with pytest.raises(ValueError, match="rmsnorm stretches has shape"):
+        rmsnorm(Program(device), x, weight, EPSILON, stretches=Stretches(partial, 2))
+    whole = device.empty((4, 8))
+    with pytest.raises(ValueError, match="no residual of its own"):
+        rmsnorm_backward(
+            Program(device), x, weight, EPSILON, x, stretches=Stretches(whole, 2, residual=x)
+        )
+
+
+@pytest.mark.parametrize(("name", "precision"), [("llama_q8_0", "f32"), ("gemma2", "f16")])
+def test_a_step_is_the_same(
+    name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Loss and gradients do not tell whether norms add stretches up."""
+
+    def opened(wanted: str | int) -> Device:
+        device = Device(wanted)
+        device.matmul_body = "tiled"
+        if precision == "f16":
+            needs_halves(device)
+        return device
+
+    def in_two(rows: int, columns: int, contraction: int, memory: int, half: bool) -> Plan:
+        tile = tiles_of(half)[1]
+        return Plan(tile, *cut(contraction, 2, tile.depth))
+
+    monkeypatch.setattr("lora.session.Device", opened)
+    monkeypatch.setattr("forward.tuning.choose_tile", in_two)
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    found, labels = [], []
+    for most in (0, MOST_PARTIAL_QUADS):
+        monkeypatch.setattr(forward.rmsnorm, "MOST_PARTIAL_QUADS", most)
+        session = open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
+        )
+        found.append(gradients(session))
+        assert session._programs is not None
+        last = f"layers.{session.model.architecture.n_layers - 1}."
+        commands = [c for c in session._programs.micro_batch.commands if last in c.label]
+        labels.append(Counter(c.label.rsplit(".", 1)[1] for c in commands))
+    # After attention and, with post norms, after the feed-forward; backward below both.
+    forwards = 2 if name == "gemma2" else 1
+    wanted = Counter(reduce_rmsnorm=forwards, reduce_rmsnorm_backward=2)
+    assert labels[1] - labels[0] == wanted
+    assert labels[0] - labels[1] == Counter(
+        reduce=forwards + 2, rmsnorm=forwards, rmsnorm_backward=2
+    )
+    assert found[0].loss == found[1].loss
+    for path, gradient in found[0].gradients.items():
+        assert gradient.any() and np.array_equal(gradient, found[1].gradients[path]), path
