@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 
 import forward.attention
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from forward.attention import activation_like, attention_constants, visible_pairs
 from shaders.device import Device
 from shaders.program import Program
@@ -61,6 +61,7 @@ def attention_backward(
     )
     check_shape("attention output", out, rows, n_heads * head_size)
     check_shape("attention d_out", d_out, rows, n_heads * head_size)
+    check_f32("attention_backward", lse=lse, dots=dots)
     check_shape("attention log-sum-exp", lse, rows, n_heads)
     d_x = d_qkv if d_qkv is not None else activation_like(program, qkv, qkv.shape[1])
     check_shape("attention d_qkv", d_x, *qkv.shape)

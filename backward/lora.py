@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from forward.adapter import LoraFactors
 from forward.lora import Projection, record_projection
 from shaders.program import Program
@@ -98,6 +98,7 @@ def lora_gradients(
     """
     _check_factors(lora)
     _check_output_columns(d_y, lora)
+    check_f32("lora_gradients", z=z, d_z=d_z)
     check_shape("lora_gradients x", x, d_y.shape[0], lora.a.shape[1])
     for name, tensor in (("z", z), ("d_z", d_z)):
         check_shape(f"lora_gradients {name}", tensor, d_y.shape[0], lora.n_members * lora.rank)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from forward.rmsnorm import Stretches, check_stretches, row_lanes
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -53,6 +53,7 @@ def rmsnorm_backward(
     """
     width = x.shape[1]
     check_shape("rmsnorm_backward weight", weight, width)
+    check_f32("rmsnorm_backward", weight=weight)
     check_shape("rmsnorm_backward d_y", d_y, x.shape[0], width)
     extent = extent_of(x)
     d_x = out if out is not None else activation(program, extent, width)

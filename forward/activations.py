@@ -25,3 +25,10 @@ def check_shape(name: str, x: Tensor, *shape: int | None) -> None:
     )
     if not fits:
         raise ValueError(f"{name} has shape {x.shape}, expected {shape}")
+
+
+def check_f32(kernel: str, **tensors: Tensor | None) -> None:
+    """Refuses tensors that a kernel declares as f32 and that are of another type."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.dtype != "f32":
+            raise ValueError(f"{kernel}: {name} is {tensor.dtype}, expected f32")

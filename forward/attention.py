@@ -7,14 +7,13 @@ from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
 
 _SUMS = {"attention": 1, "attention_backward_q": 1, "attention_backward_kv": 2}
 _OWN_TILES = {"attention": 1, "attention_backward_q": 2, "attention_backward_kv": 2}
-_WEBGPU_WORKGROUP_MEMORY = 16_384  # bytes, by WebGPU's default limits
 
 
 def attention(
@@ -57,6 +56,7 @@ def attention(
     y = out if out is not None else activation_like(program, qkv, n_heads * head_size)
     check_shape("attention output", y, qkv.shape[0], n_heads * head_size)
     log_sums = lse if lse is not None else activation(program, extent, n_heads)
+    check_f32("attention", lse=log_sums)
     check_shape("attention log-sum-exp", log_sums, qkv.shape[0], n_heads)
     tile_type = qkv.dtype
     tile = choose_tile("attention", program.device, extent.maximum, n_heads, head_size, tile_type)
@@ -198,7 +198,7 @@ def choose_tile(
 ) -> Tile:
     """The tile of an attention kernel: its row of the table, or what fits the device.
 
-    The number of rows decides `per_lane` and `held` alone: results would depend on anything else.
+    The number of rows decides `per_lane` alone: results would depend on anything else.
 
     Args:
         kernel: one of the templates "attention", "attention_backward_q", "attention_backward_kv".
@@ -208,7 +208,7 @@ def choose_tile(
         head_size: columns of a head.
         tile_type: "f32", or "f16" where all that is read into tiles is.
     """
-    memory = workgroup_memory(device)
+    memory = device.workgroup_memory
     wanted = 1 if device.is_cpu else WORKGROUPS_WANTED
     tile = None if device.is_cpu else _table_tile(kernel, head_size, tile_type, memory)
     if tile is None:
@@ -239,13 +239,6 @@ def _fitting_tile(kernel: str, is_cpu: bool, head_size: int, tile_type: str, mem
         if few and tile.memory(kernel, head_size, tile_type) <= memory:
             return tile
     raise ValueError(f"{kernel}: {memory} bytes of workgroup memory are too few")
-
-
-def workgroup_memory(device: Device) -> int:
-    """Bytes of memory that the lanes of a workgroup can share."""
-    if not device.holds_data:  # compiles nothing
-        return _WEBGPU_WORKGROUP_MEMORY
-    return int(device.wgpu.limits["max-compute-workgroup-storage-size"])
 
 
 def visible_pairs(rows: int, window: int | None) -> int:

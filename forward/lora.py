@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from forward.adapter import LoraFactors
 from shaders.device import Device
 from shaders.program import Program
@@ -123,6 +123,7 @@ def record_projection(
     """
     extent = extent_of(x)
     check_shape(f"{label} output", z, x.shape[0], None)
+    check_f32(label, factor=factor, z=z)
     columns = z.shape[1] // len(members)
     widths = [x.shape[1], factor.shape[1], columns]
     widths += [n for m in members for n in (m.x_column, m.length)]

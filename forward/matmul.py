@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from forward.adapter import LoraFactors
 from forward.rmsnorm import ProductNorm, Stretches, adds_up
 from forward.tuning import Request, plan_of
@@ -186,6 +186,9 @@ def record_product(
         if low is None or factor is None:
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
         tensors += [low, factor]
+    check_f32(label, low=low, factor=factor, residual=residual, bias=bias)
+    if residual is not None:
+        check_shape(f"{label} residual", residual, *out.shape)
     after = [tensor for tensor in (residual, bias) if tensor is not None]
     flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
     body = program.device.matmul_body or ("wide" if program.device.is_cpu else "tiled")

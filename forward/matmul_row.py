@@ -21,7 +21,7 @@ _CPU_LANES = 32
 # their way, which no few thousand lanes with a word or two each make.
 _LANES = 64  # of a workgroup whose sums few lanes share
 _MOST_LANES = 256  # that share the sums of a group of rows of W
-_LANES_WANTED = 2**16  # in one dispatch: five hundred for each multiprocessor of a large GPU
+_LANES_WANTED = 2**18  # in one dispatch: two thousand for each multiprocessor of a large GPU
 _EIGHTS_AT_ONCE = 4  # eights × quads of rows of W that a lane loads before it uses the first
 _BRANCHES = 8  # sums that a lane adds between two barriers
 
@@ -62,9 +62,9 @@ def choose_tiling(
     share = _MOST_LANES
     while share > 8 and contraction < 16 * share:  # two eights a lane or more
         share //= 2
-    quads = 2 if gated or (columns % 8 == 0 and columns // 8 * share >= _LANES_WANTED // 2) else 1
+    quads = 2 if gated else 1
     # Past the lanes wanted, more of them only have more sums to add up.
-    while share > _LANES and columns // (4 * quads) * share // 2 >= _LANES_WANTED:
+    while share > 2 * _LANES and columns // (4 * quads) * share // 2 >= _LANES_WANTED:
         share //= 2
     eights = max(1, contraction // 8 // share)
     return RowTiling(max(share, _LANES), share, quads, min(_EIGHTS_AT_ONCE // quads, eights))

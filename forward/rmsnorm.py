@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from forward.activations import activation, check_shape, extent_of
+from forward.activations import activation, check_f32, check_shape, extent_of
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -105,6 +105,7 @@ def rmsnorm(
     extent = extent_of(x)
     y = out if out is not None else activation(program, extent, width)
     check_shape("rmsnorm output", y, x.shape[0], width)
+    check_f32("rmsnorm", weight=weight, residual=residual)
     tensors = [extent.uniform, stretches.partial if stretches else x, weight, y]
     if residual is not None:
         check_shape("rmsnorm residual", residual, x.shape[0], width)

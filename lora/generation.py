@@ -275,29 +275,25 @@ class TextGenerator:
             inputs = self._step if len(ids) - done == 1 else self._pieces
             tokens = ids[done : done + inputs.rows.maximum]
             with_head = done + len(tokens) == len(ids)
-            commands = None
-            if inputs is self._step:
-                commands = self._prepared.pop(adapter, None)
-            if commands is None:
-                commands = self._encoded(adapter, inputs, with_head=with_head)
             inputs.write(self._device, tokens, done, rope_offset + done)
-            self._device.queue.submit([commands])
+            if inputs is self._step:
+                self._prepare_step(adapter)
+                self._device.queue.submit([self._prepared.pop(adapter)])
+            else:
+                layers, head = self._programs_of(adapter, inputs)
+                layers.run()
+                if with_head:
+                    head.run()
             self._held += tokens
             done += len(tokens)
 
     def _prepare_step(self, adapter: str | None) -> None:
         """Encodes the next token's commands, which do not depend on it, while the device works."""
         if adapter not in self._prepared:
-            self._prepared[adapter] = self._encoded(adapter, self._step, with_head=True)
-
-    def _encoded(self, adapter: str | None, inputs: StepInputs, *, with_head: bool) -> Any:
-        """A command buffer, to be submitted once."""
-        layers, head = self._programs_of(adapter, inputs)
-        encoder = self._device.wgpu.create_command_encoder()
-        layers.encode(encoder)
-        if with_head:
-            head.encode(encoder)
-        return encoder.finish()
+            encoder = self._device.wgpu.create_command_encoder()
+            for program in self._programs_of(adapter, self._step):
+                program.encode(encoder)
+            self._prepared[adapter] = encoder.finish()
 
     def _programs_of(self, adapter: str | None, inputs: StepInputs) -> tuple[Program, Program]:
         """Layers and head for one adapter and size, recorded once."""

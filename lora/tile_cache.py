@@ -18,7 +18,7 @@ from typing import Any
 
 import wgpu
 
-from forward.matmul_tiles import HALF_TILES, TILES, Plan, tiles_of
+from forward.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
 from forward.tuning import Product, Request, tune, use_source
 from lora.files import write_file
 from shaders import templates
@@ -97,6 +97,8 @@ class TileCache:
             return None
         whole = length > 0 and length % tile.depth == 0
         covers = (splits - 1) * length < product.contraction <= splits * length
+        if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
+            return None
         if not whole or not covers or tile.workgroup_bytes > self._device.workgroup_memory:
             return None
         return Plan(tile, splits, length)
@@ -178,5 +180,5 @@ def use_tiles(device: Device, setting: str, requests: Sequence[Request] | None =
                 "train.tuning to off.",
                 stacklevel=2,
             )
-            return
+            cache.load()
     use_source(device, lambda request: cache.plan(request.product))

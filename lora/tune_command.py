@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from forward.matmul_tiles import choose_tile
+from forward.matmul_tiles import Plan, choose_tile
 from forward.tuning import Product, Request, requests_of, tune
 from lora.tile_cache import TileCache
 
@@ -30,6 +31,8 @@ def tune_command(
     from shaders.errors import InputError
     from shaders.planning import PlanningDevice
 
+    if seconds <= 0:
+        raise InputError(f"--seconds {seconds:g}: give some time, such as 30.")
     loaded = load_config(config, set_ or [])
     device = Device(loaded.device)
     if device.is_cpu:
@@ -43,8 +46,18 @@ def tune_command(
     cache = TileCache(device)
     if again:
         cache.forget()
-    cache.find(requests, lambda device, missing: tune(device, missing, seconds=seconds))
+    looked_for: list[Request] = []
+
+    def tuner(device: Device, missing: Sequence[Request]) -> Mapping[Product, Plan]:
+        looked_for.extend(missing)
+        return tune(device, missing, seconds=seconds)
+
+    cache.find(requests, tuner)
     console = Console()
+    if not looked_for:
+        console.print("All of these were found before; --again looks for them anew.")
+    if loaded.train.tuning == "off":
+        console.print("train.tuning is off in this config: its runs take the default tiles.")
     table = Table("product", "times a step", "default", "chosen", title=device.name)
     counts = Counter(request.product for request in requests)
     first: dict[Product, Request] = {}

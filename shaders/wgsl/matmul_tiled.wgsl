@@ -71,8 +71,10 @@ fn store_w(at: u32, n: u32, step: u32, w: Eight) {
 {# Fetches the tile from `k` on into the registers x_… and w_…. #}
 {% macro fetch(k) %}
 {% for i in range(x_units) %}
+{% if whole %}
         fetched_x_{{ i }} = x[x_from_{{ i }} + {{ k }} / 4u];
-{% if not whole %}
+{% else %}
+        fetched_x_{{ i }} = x[min(x_from_{{ i }} + {{ k }} / 4u, last_x)];
         if ({{ k }} + 4u * x_quad_{{ i }} >= contraction) { fetched_x_{{ i }} = vec4<{{ x_type }}>(); }
 {% endif %}
 {% endfor %}
@@ -181,6 +183,9 @@ fn main(
     // Rows and columns past the end repeat the last: what they give is not stored.
     let last_row = extent.rows - 1u;
     let x_column = {{ "place.x_column" if placed else "0u" }};
+{% if not whole %}
+    let last_x = (last_row * x_stride + x_column + contraction) / 4u - 1u;
+{% endif %}
     let lane_x = lane % {{ lanes_x }}u;
     let lane_y = lane / {{ lanes_x }}u;
 {% for i in range(lane_rows) %}

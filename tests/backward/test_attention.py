@@ -9,7 +9,7 @@ import pytest
 
 import backward.attention
 from backward.attention import attention_backward
-from forward.attention import Tile, attention, workgroup_memory
+from forward.attention import Tile, attention
 from shaders.device import Device
 from shaders.program import Program
 from tests.forward.test_attention import (
@@ -81,7 +81,7 @@ def run_backward(
 
 def within(tile: Tile, head_size: int, device: Device) -> Tile:
     """The tile, or one of fewer rows where two tiles of them are too much for the device."""
-    while tile.memory("attention_backward_kv", head_size) > workgroup_memory(device):
+    while tile.memory("attention_backward_kv", head_size) > device.workgroup_memory:
         tile = replace(tile, per_lane=tile.per_lane // 2)
     return tile
 

@@ -265,7 +265,7 @@ def test_a_chosen_tile_fits_every_head(
     tile_type: str,
 ) -> None:
     monkeypatch.setattr(device, "is_cpu", is_cpu)
-    monkeypatch.setattr(forward.attention, "workgroup_memory", lambda _: memory)
+    monkeypatch.setattr(device, "workgroup_memory", memory)
     for head_size in range(4, 257, 4):
         tiles = [
             choose_tile(kernel, device, rows, 4, head_size, tile_type) for rows in (1, 512, 8192)
@@ -285,7 +285,7 @@ def test_a_row_of_the_table_is_taken_where_it_fits(
     device: Device, monkeypatch: pytest.MonkeyPatch, kernel: str, tile_type: str, head_size: int
 ) -> None:
     monkeypatch.setattr(device, "is_cpu", False)
-    monkeypatch.setattr(forward.attention, "workgroup_memory", lambda _: 49152)  # NVIDIA's
+    monkeypatch.setattr(device, "workgroup_memory", 49152)  # NVIDIA's
     tile = choose_tile(kernel, device, 1 << 20, 4, head_size, tile_type)
     assert tile == GPU_TILES[kernel, tile_type, head_size]
 

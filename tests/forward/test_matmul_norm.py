@@ -99,7 +99,7 @@ class Case:
         past_of: str = "none",
         softcap: float | None = None,
         biased: bool = False,
-    ) -> tuple[list[str], list[bytes]]:
+    ) -> tuple[list[str], list[np.ndarray]]:
         """The kernels of a product and its norm, and what they write.
 
         Args:
@@ -122,7 +122,7 @@ class Case:
 
     def backward(
         self, types: tuple[str, str], *, apart: bool, in_place: bool = False
-    ) -> tuple[list[str], list[bytes]]:
+    ) -> tuple[list[str], list[np.ndarray]]:
         """The kernels of a gradient through a product and its norm, and the gradient below."""
         d_y = typed_marked(self.device, types[0], self.extent, self.width)
         d_x = typed(self.device, self.device.read(self.past), types[1], self.extent)
@@ -140,7 +140,7 @@ class Case:
         return run(program, [d_x])
 
 
-def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[bytes]]:
+def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[np.ndarray]]:
     """Runs a program once: its kernels, and the outputs."""
     device = program.device
     before = [device.read(tensor) for tensor in outputs]
@@ -150,7 +150,21 @@ def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[bytes]
         assert np.isfinite(end).all() and len(np.unique(end)) > 100
         assert (start[IN_USE:] == end[IN_USE:]).all()  # rows that are not in use
     kernels = [c.template for c in program.commands if isinstance(c, Dispatch)]
-    return kernels, [array.tobytes() for array in after]
+    return kernels, after
+
+
+def same(device: Device, found: list[np.ndarray], wanted: list[np.ndarray]) -> bool:
+    """Bit for bit; on a GPU, whose compiler contracts sums differently, but for the rounding.
+
+    A value beside the edge between two f16 then comes out as the one or the other.
+    """
+    if device.info["adapter_type"] == "CPU":
+        return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
+    bounds = {np.dtype(np.float16): 2.0**-10, np.dtype(np.float32): 2.0**-18}
+    return all(
+        np.abs(a.astype(np.float64) - b).max() <= bounds[b.dtype] * np.abs(b).max()
+        for a, b in zip(found, wanted, strict=True)
+    )
 
 
 @pytest.mark.parametrize(("width", "splits"), SHAPES)
@@ -167,7 +181,7 @@ def test_the_norm_adds_stretches_up(
     assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm"]
     kernels, found = case.forward(types, past_of=past_of, apart=False)
     assert kernels == ["matmul_tiled", "rmsnorm"]
-    assert found == wanted
+    assert same(tiled, found, wanted)
 
 
 @pytest.mark.parametrize(("width", "splits"), SHAPES)
@@ -184,7 +198,7 @@ def test_the_norms_backward_adds_stretches_up(
     assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm_backward"]
     kernels, found = case.backward(types, in_place=in_place, apart=False)
     assert kernels == ["matmul_tiled", "rmsnorm_backward"]
-    assert found == wanted
+    assert same(tiled, found, wanted)
 
 
 def test_with_the_lanes_of_a_gpu(tiled: Device, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,10 +209,10 @@ def test_with_the_lanes_of_a_gpu(tiled: Device, monkeypatch: pytest.MonkeyPatch)
     case, types = Case(tiled, 288), ("f32", "f32")
     kernels, found = case.forward(types, past_of="product", apart=False)
     assert kernels == ["matmul_tiled", "rmsnorm"]
-    assert found == case.forward(types, past_of="product", apart=True)[1]
+    assert same(tiled, found, case.forward(types, past_of="product", apart=True)[1])
     kernels, found = case.backward(types, in_place=True, apart=False)
     assert kernels == ["matmul_tiled", "rmsnorm_backward"]
-    assert found == case.backward(types, in_place=True, apart=True)[1]
+    assert same(tiled, found, case.backward(types, in_place=True, apart=True)[1])
 
 
 @pytest.mark.parametrize("why", ["one pass", "two parts", "bias", "softcap", "wide row", "wide"])
@@ -212,11 +226,13 @@ def test_otherwise_the_norm_has_a_dispatch_of_its_own(
     if why == "wide":
         tiled.matmul_body = "wide"
     options = {"biased": why == "bias", "softcap": 5.0 if why == "softcap" else None}
-    apart = case.forward(types, past_of="product", apart=True, **options)
-    assert case.forward(types, past_of="product", apart=False, **options) == apart
+    kernels, wanted = case.forward(types, past_of="product", apart=True, **options)
+    again, found = case.forward(types, past_of="product", apart=False, **options)
+    assert again == kernels and same(tiled, found, wanted)
     if why not in ("bias", "softcap"):  # of which a gradient's product has none
-        apart = case.backward(types, in_place=True, apart=True)
-        assert case.backward(types, in_place=True, apart=False) == apart
+        kernels, wanted = case.backward(types, in_place=True, apart=True)
+        again, found = case.backward(types, in_place=True, apart=False)
+        assert again == kernels and same(tiled, found, wanted)
 
 
 def test_a_row_that_fits_no_registers(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

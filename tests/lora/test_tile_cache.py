@@ -187,7 +187,7 @@ def test_without_a_place_to_keep_them_the_model_chooses(
     requests = requests_for(gpu)
     monkeypatch.setattr(lora.tile_cache.TileCache.find, "__defaults__", (second_choices,))
     (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
-    with pytest.warns(UserWarning, match="train.tuning"):
+    with pytest.warns(UserWarning, match="train.tuning"), pytest.warns(match="cannot be read"):
         use_tiles(gpu, "auto", requests)
     assert [plan_of(gpu, r) for r in requests] == [choose_tile(*r.shape(gpu)) for r in requests]
 

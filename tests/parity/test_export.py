@@ -435,7 +435,8 @@ def test_gemmas_distance_is_that_of_the_table(case: RealCase) -> None:
 
     A table makes steps: numbers that differ in their last bit can fall on two sides of one, and
     are then an f16 step apart. So two sums in another order, under the same table, end as far
-    apart as llama.cpp is from either.
+    apart as llama.cpp is from either: transformers in f32 and in f64, both with the table, lie
+    9.3e-4 apart on average and 6.4e-3 at most (measured once, since f64 takes minutes).
     """
     import torch
 
@@ -454,22 +455,19 @@ def test_gemmas_distance_is_that_of_the_table(case: RealCase) -> None:
             return [net(input_ids=row, logits_to_keep=n_kept).logits[0].numpy() for row in rows]
 
     exact, table = logits(gelu), logits(table_gelu)
-    net.double()
-    table_64 = logits(table_gelu)
     theirs = LlamaCpp(case.f32_base, case.gguf_adapter)
     figures = {
         "ours and transformers": case.errors(theirs, case.ours[1], exact),
         "llama.cpp and transformers": case.errors(theirs, exact),
         "llama.cpp and transformers with the table": case.errors(theirs, table),
-        "transformers with the table, in f32 and in f64": case.errors(theirs, table, table_64),
     }
     for pair, (worst, mean) in figures.items():
         print(f"{pair}: log-probabilities differ by {mean:.1e} on average, {worst:.1e} at most")
-    ours, without, with_it, noise = figures.values()
+    ours, without, with_it = figures.values()
     assert ours[0] < 1e-3  # f32 sums in another order
     assert with_it[1] < 0.7 * without[1]
     # The largest of 40,960 differences, so of a few tokens: it is the same within half of itself.
-    assert with_it[1] < 1.2 * noise[1] and with_it[0] < 1.5 * noise[0]
+    assert with_it[1] < 1.2 * 9.3e-4 and with_it[0] < 1.5 * 6.4e-3
 
 
 def test_greedy_continuation(case: RealCase) -> None:
