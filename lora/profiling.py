@@ -20,6 +20,10 @@ from shaders.errors import InputError
 from shaders.program import Dispatch, Program
 
 
+# What a dispatch takes on a GPU beside its products: its start, and waiting for memory.
+GPU_DISPATCH_SECONDS = 9e-6
+
+
 @dataclass(frozen=True)
 class Peaks:
     """What a device reaches here: a large product, and a copy."""
@@ -143,12 +147,17 @@ def print_kernels(console: Console, rows: list[KernelRow], peaks: Peaks) -> None
 def expected_seconds(session: TrainingSession, peaks: Peaks) -> float:
     """About how long a step of the largest micro-batches takes: its products at the peak rate.
 
-    Small products and all other kernels reach less: twice that is usual (docs/log.md).
+    On a GPU every dispatch has its price, too. Within a quarter of nine measured runs on an H200
+    (benchmarks/results); on CPU adapters, where the peak is that of an f32 matrix, twice too long
+    for quantized ones.
     """
-    flops = sum(
-        command.flops
+    dispatches = [
+        command
         for program in session.step_programs()
         for command in program.commands
         if isinstance(command, Dispatch)
-    )
-    return 2.0 * flops * session.config.train.gradient_accumulation / peaks.flops
+    ]
+    seconds = sum(dispatch.flops for dispatch in dispatches) / peaks.flops
+    if not session.device.is_cpu:
+        seconds += GPU_DISPATCH_SECONDS * len(dispatches)
+    return seconds * session.config.train.gradient_accumulation
