@@ -19,7 +19,6 @@ from shaders.device import Device
 from shaders.errors import InputError
 from shaders.program import Dispatch, Program
 
-
 # What a dispatch takes on a GPU beside its products: its start, and waiting for memory.
 GPU_DISPATCH_SECONDS = 9e-6
 
