@@ -157,6 +157,17 @@ def use_source(device: Device, source: PlanSource | None) -> None:
         _sources[device] = source
 
 
+@contextmanager
+def using_source(device: Device, source: PlanSource | None) -> Iterator[None]:
+    """Lets a device record with a source's plans in the block only."""
+    before = _sources.get(device)
+    use_source(device, source)
+    try:
+        yield
+    finally:
+        use_source(device, before)
+
+
 def use_plans(device: Device, plans: Mapping[Product, Plan]) -> None:
     """Lets a device record with these plans, and with the model's for products not among them."""
     use_source(device, lambda request: plans.get(request.product))

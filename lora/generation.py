@@ -24,10 +24,11 @@ from forward.gguf_file import GGUFFile
 from forward.kv_cache import KeyValueCache
 from forward.model import Model, load_model
 from forward.tokenizer import Tokenizer
+from forward.tuning import PlanSource, using_source
 from lora.adapters import load_adapter, open_adapter
 from lora.sampling import GREEDY, Sampler, Sampling
 from lora.stores import resolve_model
-from lora.tile_cache import use_tiles
+from lora.tile_cache import find_tiles
 from shaders.device import Device
 from shaders.errors import DeviceMemoryError, InputError
 from shaders.planning import PlanningDevice
@@ -83,6 +84,7 @@ class TextGenerator:
         model: its rope tables set the room: the tokens of prompt and answer together.
         tokenizer: of the model.
         adapters: by the name that `stream` is given.
+        plans: with which the products of a prompt are recorded; None for the model's choices.
 
     Raises:
         InputError: the device has no memory for the keys and values.
@@ -94,8 +96,11 @@ class TextGenerator:
         model: Model,
         tokenizer: Tokenizer,
         adapters: Mapping[str, Adapter] | None = None,
+        *,
+        plans: PlanSource | None = None,
     ) -> None:
         self.tokenizer = tokenizer
+        self._plans = plans
         self.adapters = dict(adapters or {})
         self.times = GenerationTimes()
         self._device = device
@@ -305,8 +310,9 @@ class TextGenerator:
                 factors = loaded.layout.factors(loaded.flat)
             layers, head = Program(self._device), Program(self._device)
             act = self._act[rows]
-            record_step(layers, self._model, inputs, factors, act, self._cache)
-            record_step_head(head, self._model, inputs, factors, act, self._head)
+            with using_source(self._device, self._plans):
+                record_step(layers, self._model, inputs, factors, act, self._cache)
+                record_step_head(head, self._model, inputs, factors, act, self._head)
             self._programs[adapter, rows] = layers, head
         return self._programs[adapter, rows]
 
@@ -359,7 +365,6 @@ def open_generator(
     else:
         text_tokens = Tokenizer.from_file(tokenizer, gguf_file=gguf_file)
     opened = Device(device) if isinstance(device, str) else device
-    use_tiles(opened, "auto")
     room = max_length or min(architecture.context_length, DEFAULT_ROOM)
     if room > architecture.context_length:
         raise InputError(
@@ -381,4 +386,5 @@ def open_generator(
         loaded,
         text_tokens,
         {name: read_adapter(opened, architecture, path) for name, path in (adapters or {}).items()},
+        plans=find_tiles(opened, "auto"),
     )

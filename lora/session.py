@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from forward.head import chunk_rows
 from forward.inputs import Inputs
 from forward.model import load_model
 from forward.tokenizer import Tokenizer
-from forward.tuning import requests_of
+from forward.tuning import PlanSource, requests_of, using_source
 from lora.adapters import load_adapter, open_adapter
 from lora.batches import Batch, DataStream, sequential_batches
 from lora.config import Config, load_config
@@ -37,7 +38,7 @@ from lora.programs import (
 )
 from lora.sampling import GREEDY, Sampling
 from lora.stores import resolve_model
-from lora.tile_cache import use_tiles
+from lora.tile_cache import find_tiles
 from optim.adamw import step_words
 from optim.schedule import learning_rate
 from shaders.device import Device
@@ -138,21 +139,31 @@ class TrainingSession:
         self.maximum_rows = self._most_rows()
 
         def allocate() -> None:
-            with self.device.computing_in(config.train.precision):
+            with self._recording():
                 self._allocate(gguf_file, architecture, initial, train)
 
         # All is recorded once on a device that only counts: what it asks for is known beforehand.
+        self._plans: PlanSource | None = None
         device, self.device = self.device, PlanningDevice(self.device)
         with requests_of(self.device) as requests:
             allocate()
         scratch, self.device = self.device.largest_scratch, device
-        use_tiles(self.device, config.train.tuning, requests if train else None)
+        self._plans = find_tiles(device, config.train.tuning, requests if train else None)
         try:
             if scratch:
                 self.device.scratch((scratch,))
             allocate()
         except DeviceMemoryError as error:
             raise self._too_large(gguf_file, architecture, initial, train, error) from error
+
+    @contextmanager
+    def _recording(self) -> Iterator[None]:
+        """Programs recorded in the block have this session's precision and tiles."""
+        with (
+            self.device.computing_in(self.config.train.precision),
+            using_source(self.device, self._plans),
+        ):
+            yield
 
     def _allocate(
         self, gguf_file: GGUFFile, architecture: Architecture, initial: np.ndarray, train: bool
@@ -192,7 +203,7 @@ class TrainingSession:
     ) -> InputError:
         """What to say where the device has no room: all figures, and what to change."""
         self.device = PlanningDevice(self.device)
-        with self.device.computing_in(self.config.train.precision):
+        with self._recording():
             self._allocate(gguf_file, architecture, initial, train)
         needed = self.device.allocated
         figures = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in needed.most_common())
@@ -442,7 +453,7 @@ class TrainingSession:
             cache = self._cache("eval", examples)
         if adapted not in self._eval_programs:
             flat = self.adapter.parameters if adapted else None
-            with self.device.computing_in(self.config.train.precision):
+            with self._recording():
                 self._eval_programs[adapted] = record_eval(
                     self.device, self.model, self.inputs, self._act, self.layout, flat
                 )
@@ -500,7 +511,7 @@ class TrainingSession:
         if self._generator is None:
             adapter = Adapter(self.layout, self.adapter.parameters)
             self._generator = TextGenerator(
-                self.device, self.model, self.tokenizer, {"adapter": adapter}
+                self.device, self.model, self.tokenizer, {"adapter": adapter}, plans=self._plans
             )
         self._generator.forget()  # the adapter may have been trained or loaded since
         return self._generator.stream(

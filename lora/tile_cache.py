@@ -19,7 +19,7 @@ from typing import Any
 import wgpu
 
 from forward.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
-from forward.tuning import Product, Request, tune, use_source
+from forward.tuning import PlanSource, Product, Request, tune
 from lora.files import write_file
 from shaders import templates
 from shaders.device import Device
@@ -152,8 +152,10 @@ def _kernels_digest() -> str:
     return digest.hexdigest()[:16]
 
 
-def use_tiles(device: Device, setting: str, requests: Sequence[Request] | None = None) -> None:
-    """Decides with which plans a device records from now on.
+def find_tiles(
+    device: Device, setting: str, requests: Sequence[Request] | None = None
+) -> PlanSource | None:
+    """The plans that a session shall record its products with; None for the model's choices.
 
     Adapters on the CPU take the model's: they have another body for products.
 
@@ -164,9 +166,8 @@ def use_tiles(device: Device, setting: str, requests: Sequence[Request] | None =
             for, which takes some 2 seconds once. None (for evaluation and generation) looks for
             none.
     """
-    use_source(device, None)
     if setting == "off" or device.info["adapter_type"] == "CPU" or device.matmul_body == "wide":
-        return
+        return None
     cache = TileCache(device)
     if requests is None or not device.holds_data:
         cache.load()
@@ -181,4 +182,4 @@ def use_tiles(device: Device, setting: str, requests: Sequence[Request] | None =
                 stacklevel=2,
             )
             cache.load()
-    use_source(device, lambda request: cache.plan(request.product))
+    return lambda request: cache.plan(request.product)

@@ -12,8 +12,8 @@ import pytest
 
 import lora.tile_cache
 from forward.matmul_tiles import Plan, candidates, choose_tile
-from forward.tuning import Product, Request, plan_of, use_source
-from lora.tile_cache import TileCache, cache_folder, use_tiles
+from forward.tuning import PlanSource, Product, Request, plan_of, use_source, using_source
+from lora.tile_cache import TileCache, cache_folder, find_tiles
 from shaders.device import Device
 from shaders.planning import PlanningDevice
 from tests.forward.test_tuning import planned_requests
@@ -140,7 +140,7 @@ def test_an_entry_that_cannot_be_used_is_replaced(
     assert json.loads(cache.path.read_text())["plans"][product.key] == usable
 
 
-def test_use_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training finds plans; evaluation reads them; off and adapters on the CPU know none."""
     calls = []
 
@@ -150,34 +150,40 @@ def test_use_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(lora.tile_cache.TileCache.find, "__defaults__", (tuner,))
     requests = requests_for(gpu)
-    products = [r.product for r in requests]
-    wanted = second_choices(gpu, requests)
-    model = {r.product: choose_tile(*r.shape(gpu)) for r in requests}
+    wanted = list(second_choices(gpu, requests).values())
+    model = [choose_tile(*r.shape(gpu)) for r in requests]
 
-    def plans() -> dict[Product, Plan]:
-        return {p: plan_of(gpu, r) for p, r in zip(products, requests, strict=True)}
+    def plans(source: PlanSource | None, device: Device = gpu) -> list[Plan]:
+        with using_source(device, source):
+            return [plan_of(device, request) for request in requests]
 
-    use_tiles(gpu, "auto")
-    assert plans() == model and not calls and not TileCache(gpu).path.exists()
-    use_tiles(gpu, "off", requests)
-    assert plans() == model and not calls and not TileCache(gpu).path.exists()
+    assert plans(find_tiles(gpu, "auto")) == model
+    assert find_tiles(gpu, "off", requests) is None
     planning = PlanningDevice(gpu)
-    use_tiles(planning, "auto", requests)
+    assert plans(find_tiles(planning, "auto", requests), planning) == model
     assert not calls and not TileCache(gpu).path.exists()
-    use_tiles(gpu, "auto", requests)
-    assert plans() == wanted and len(calls) == 1
-    use_tiles(gpu, "auto", requests)
-    assert plans() == wanted and len(calls) == 1
-    use_tiles(gpu, "off")
-    assert plans() == model
-    use_tiles(gpu, "auto")
-    assert plans() == wanted
-    use_tiles(planning, "auto")
-    assert [plan_of(planning, r) for r in requests] == list(wanted.values())
+    found = find_tiles(gpu, "auto", requests)
+    assert plans(found) == wanted and len(calls) == 1
+    assert plans(find_tiles(gpu, "auto", requests)) == wanted and len(calls) == 1
+    assert plans(None) == model
+    assert plans(find_tiles(gpu, "auto")) == wanted
+    assert plans(find_tiles(planning, "auto"), planning) == wanted
     monkeypatch.setattr(gpu, "info", gpu.info | {"adapter_type": "CPU"})
-    use_tiles(gpu, "auto", requests)
-    assert plans() == model
+    assert find_tiles(gpu, "auto", requests) is None
     assert len(calls) == 1
+
+
+def test_a_source_holds_in_its_block_only(gpu: Device) -> None:
+    """So that two sessions on one device do not record with each other's plans."""
+    requests = requests_for(gpu)
+    model = [choose_tile(*r.shape(gpu)) for r in requests]
+    second = second_choices(gpu, requests)
+    with using_source(gpu, lambda request: second[request.product]):
+        assert [plan_of(gpu, r) for r in requests] == list(second.values())
+        with using_source(gpu, None):
+            assert [plan_of(gpu, r) for r in requests] == model
+        assert [plan_of(gpu, r) for r in requests] == list(second.values())
+    assert [plan_of(gpu, r) for r in requests] == model
 
 
 def test_without_a_place_to_keep_them_the_model_chooses(
@@ -188,8 +194,10 @@ def test_without_a_place_to_keep_them_the_model_chooses(
     monkeypatch.setattr(lora.tile_cache.TileCache.find, "__defaults__", (second_choices,))
     (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="train.tuning"), pytest.warns(match="cannot be read"):
-        use_tiles(gpu, "auto", requests)
-    assert [plan_of(gpu, r) for r in requests] == [choose_tile(*r.shape(gpu)) for r in requests]
+        source = find_tiles(gpu, "auto", requests)
+    with using_source(gpu, source):
+        plans = [plan_of(gpu, r) for r in requests]
+    assert plans == [choose_tile(*r.shape(gpu)) for r in requests]
 
 
 def _find_slowly(rank: int, folder: Path, started: object, results: object) -> None:
