@@ -26,7 +26,6 @@ DEFAULTS = {
     ("body", "is_cpu", "precision"),
     [
         ("wide", True, "f32"),
-        ("tiled", True, "f32"),
         ("tiled", False, "f32"),
         ("tiled", False, "f16"),
     ],
