@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import backward.attention
 import forward.attention
 from backward.attention import attention_backward, choose_split
-from forward.attention import Tile, attention, choose_tile, workgroup_memory
+from forward.attention import Tile, attention, choose_tile
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
 from tests.backward.test_attention import attention_backward_reference
-from tests.forward.test_attention import Shape, attention_reference, segments_of
+from tests.forward.attention_cases import Shape, attention_reference, segments_of
 
 SHAPES = {
     "smollm2": Shape(9, 3, 64, 64**-0.5),
@@ -113,7 +113,7 @@ def tiles(device: Device, kernel: str, head_size: int, dtype: str) -> list[Tile]
                     and tile.block <= 32
                     and tile.teams * tile.team_lanes <= 256
                     and tile.accumulators(kernel, head_size) <= ACCUMULATORS
-                    and tile.memory(kernel, head_size, dtype) <= workgroup_memory(device)
+                    and tile.memory(kernel, head_size, dtype) <= device.workgroup_memory
                 ):
                     found.append(tile)
                     break
@@ -192,7 +192,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=58.0, help="stop after that long")
     args = parser.parse_args()
     device = Device()
-    print(f"{device.name}, {workgroup_memory(device)} bytes of workgroup memory")
+    print(f"{device.name}, {device.workgroup_memory} bytes of workgroup memory")
     stop = time.perf_counter() + args.seconds
     references: dict[Any, list[np.ndarray]] = {}
     figures: list[dict[str, Any]] = []

@@ -40,6 +40,7 @@ from forward.adapter import LoraFactors
 from forward.gguf_file import GGUFTensor
 from forward.head import chunk_rows
 from forward.matmul import matmul
+from forward.matmul_plans import Request, requests_of
 from forward.matmul_tiles import (
     MULTIPROCESSORS,
     Plan,
@@ -48,8 +49,9 @@ from forward.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
-from forward.tuning import Request, Stopwatch, Workbench, fastest, fits, kernels_of, requests_of
+from forward.tuning import fastest
 from forward.weights import FrozenMatrix, load_matrix
+from forward.workbench import Stopwatch, Workbench, fits, kernels_of
 from shaders.device import Device
 from shaders.planning import PlanningDevice
 from shaders.program import Program

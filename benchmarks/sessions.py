@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.synthetic import SHAPES
 from lora.config import Config
 from lora.data import Example
 from lora.session import TrainingSession
@@ -64,6 +66,28 @@ def repeating_rows(vocab_size: int, n: int, length: int, seed: int = 0) -> list[
     rng = np.random.default_rng(seed)
     alphabet = rng.choice(np.arange(3, vocab_size), 16, replace=False).astype(np.int32)
     return [np.resize(rng.choice(alphabet, 8), length) for _ in range(n)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is timed: micro-batches of `rows` rows of `length` tokens, and how many of them."""
+
+    rows: int
+    length: int
+    steps: int
+
+    @property
+    def warm_up(self) -> int:
+        """Steps before those."""
+        return max(1, self.steps // 4)
+
+    def __str__(self) -> str:
+        return f"{self.rows}x{self.length}"
+
+    def data(self, model: str) -> list[np.ndarray]:
+        """The rows of all steps, the same for everyone who asks."""
+        n = self.rows * (self.warm_up + self.steps)
+        return random_rows(SHAPES[model].vocab_size, n, self.length)
 
 
 def shake_adapter(session: TrainingSession) -> None:

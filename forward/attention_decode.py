@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from forward.activations import activation, check_shape, extent_of
+from forward.architecture import Architecture
+from forward.int_row import BLOCK, IntRow, to_int_row
 from forward.kv_cache import LayerCache
 from shaders.program import Program
 from shaders.tensor import Tensor
@@ -35,6 +37,19 @@ class Heads:
     scale: float
     window: int | None = None
     softcap: float | None = None
+
+    @classmethod
+    def of(cls, architecture: Architecture, layer: int) -> Heads:
+        """The heads of one layer of a model."""
+        a = architecture
+        return cls(
+            n_heads=a.n_heads,
+            n_kv_heads=a.n_kv_heads,
+            head_size=a.head_size,
+            scale=a.attention_scale,
+            window=a.layer_kinds[layer].window,
+            softcap=a.attention_softcap,
+        )
 
     def __post_init__(self) -> None:
         """Refuses what the kernels cannot do."""
@@ -153,6 +168,7 @@ def attention_decode_row(
     rope: RowRope,
     *,
     out: Tensor | None = None,
+    int_out: IntRow | None = None,
 ) -> Tensor:  # [1, n_heads · head_size]
     """Appends what becomes of one row's q, k and v: norm of the heads, rope, cache, attention.
 
@@ -165,6 +181,7 @@ def attention_decode_row(
         heads: of the layer.
         rope: of the layer.
         out: where to write; a new tensor by default.
+        int_out: where to write it as whole numbers, too, for the product that takes it.
     """
     extent, room = extent_of(qkv), heads.check_cache(cache)
     check_shape("attention_decode_row qkv", qkv, 1, heads.qkv_size)
@@ -204,10 +221,18 @@ def attention_decode_row(
         flops=4 * heads.query_size * min(room, heads.window or room),
     )
     shared = ("n_heads", "head_size", "window", "splits", "keys", "position_at", "lanes", "teams")
+    # Blocks of whole numbers lie within a head, or a dispatch of their own makes them.
+    stores_ints = int_out is not None and heads.head_size % BLOCK == 0
+    tensors = [place.words, partial, y]
+    if stores_ints and int_out is not None:
+        check_shape("attention_decode_row output", y, 1, int_out.width)
+        tensors.append(int_out.words)
     program.dispatch(
         "attention_decode_combine",
-        {key: constants[key] for key in shared},
-        [place.words, partial, y],
+        {**{key: constants[key] for key in shared}, "int_out": stores_ints},
+        tensors,
         heads.n_heads,
     )
+    if int_out is not None and not stores_ints:
+        to_int_row(program, y, int_out)
     return y

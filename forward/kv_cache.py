@@ -65,4 +65,5 @@ def store_keys_values(
         "room": room,
     }
     tensors = [extent.uniform, qkv, positions, cache.keys, cache.values]
-    program.dispatch("kv_store", constants, tensors, -(-extent.maximum * kv_size // 256))
+    n_groups = -(-extent.maximum * kv_size // 256)  # of 64 lanes with four columns each
+    program.dispatch("kv_store", constants, tensors, n_groups)

@@ -8,8 +8,8 @@ from typing import Any
 
 from forward.activations import activation, check_f32, check_shape, extent_of
 from forward.adapter import LoraFactors
+from forward.matmul_plans import Request, plan_of
 from forward.rmsnorm import ProductNorm, Stretches, adds_up
-from forward.tuning import Request, plan_of
 from forward.weights import FrozenMatrix, MatrixPart
 from shaders.program import Program
 from shaders.tensor import Extent, Tensor

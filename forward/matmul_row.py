@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
-
-from gguf import GGMLQuantizationType
 
 from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
 from forward.matmul import adapted_members
-from forward.quantization import QUANTIZATIONS
 from forward.swiglu import check_activation
-from forward.weights import FrozenMatrix, MatrixPart
+from forward.weights import FrozenMatrix
 from shaders.program import Program
 from shaders.tensor import Tensor
 
@@ -23,6 +20,8 @@ _LANES = 64  # of a workgroup whose sums few lanes share
 _MOST_LANES = 256  # that share the sums of a group of rows of W
 _LANES_WANTED = 2**18  # in one dispatch: two thousand for each multiprocessor of a large GPU
 _EIGHTS_AT_ONCE = 4  # eights × quads of rows of W that a lane loads before it uses the first
+_Z_LANES = 64  # of a workgroup for one z, at least
+_Z_STEPS = 4  # quads of columns that such a lane loads at once
 _BRANCHES = 8  # sums that a lane adds between two barriers
 
 
@@ -76,12 +75,11 @@ class InputNorm:
 
     Attributes:
         weight: [in_features].
-        epsilon: added to the mean square; None leaves the division by the root mean square out: so
-            the z of a product has it, which divides the low-rank part with the rest.
+        epsilon: added to the mean square.
     """
 
     weight: Tensor
-    epsilon: float | None
+    epsilon: float
 
 
 def matmul_row(
@@ -161,6 +159,7 @@ def matmul_row(
             "epilogue": "write" if residual is None else "residual",
             "bias": bias is not None,
             "softcap": softcap,
+            "out_type": "f32",
             "lanes": tiling.lanes,
             "share": tiling.share,
             "quads": quads,
@@ -204,19 +203,31 @@ def project_row(
     out: Tensor | None = None,
     label: str = "z",
 ) -> Tensor:  # [1, members · rank]
-    """Appends z = x · Aᵀ for one row: a product with the stacked A as an f32 matrix.
+    """Appends z = x · Aᵀ for one row.
 
     Args:
         x: [1, in_features].
         lora: A [members · rank, in_features].
-        norm: as for the `matmul_row` that takes z.
+        norm: of the product that takes z, which divides by the root mean square itself: here x is
+            multiplied by the weight only.
         out: where to write; a new tensor by default.
         label: what the dispatch is called in listings.
     """
     n, in_features = lora.a.shape
-    words = replace(lora.a, dtype="u32")
-    part = MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], words, 0)
-    weighted = None if norm is None else InputNorm(norm.weight, None)
-    return matmul_row(
-        program, x, FrozenMatrix(n, in_features, (part,)), norm=weighted, out=out, label=label
+    check_shape("project_row input", x, 1, in_features)
+    if norm is not None:
+        check_shape("project_row norm", norm.weight, in_features)
+    if in_features % 4:
+        raise ValueError(f"{label}: {in_features} columns are no multiple of 4")
+    z = out if out is not None else activation(program, extent_of(x), n)
+    check_shape("project_row output", z, 1, n)
+    quads = in_features // 4
+    lanes = _Z_LANES
+    while lanes * _Z_STEPS < quads and 2 * lanes <= program.device.most_lanes:
+        lanes *= 2
+    constants = {"width": in_features, "lanes": lanes, "norm": norm is not None, "steps": _Z_STEPS}
+    tensors = [x, lora.a, z] + ([norm.weight] if norm is not None else [])
+    program.dispatch(
+        "project_row", constants, tensors, (n, 1, 1), label=label, flops=2 * n * in_features
     )
+    return z

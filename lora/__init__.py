@@ -4,8 +4,9 @@ Imports every other room. What is exported here is the public API; the rest may 
 """
 
 from lora.config import Config, load_config
+from lora.metrics import EvalResult, Metrics
 from lora.run import run_training
-from lora.session import EvalResult, Metrics, TrainingSession
+from lora.session import TrainingSession
 from shaders.errors import InputError, LoraError
 
 __all__ = [

@@ -1,8 +1,8 @@
 """Checkpoints: enough to go on bit for bit.
 
-`OUTPUT/checkpoints/step-000100/` holds the adapter as PEFT saves it, the two moments of AdamW, and
-the position in the data. The order of an epoch follows from (seed, epoch), so that position is all
-of the random state.
+`OUTPUT/checkpoints/step-000100/` holds the adapter as PEFT saves it, the two moments of AdamW, the
+position in the data, and the tiles of the products, which decide in which order sums are taken. The
+order of an epoch follows from (seed, epoch), so that position is all of the random state.
 """
 
 from __future__ import annotations
@@ -10,15 +10,20 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import warnings
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
+from forward.matmul_plans import Product
+from forward.matmul_tiles import Plan
 from lora.files import new_directory
 from lora.peft_files import load_peft_adapter, save_peft_adapter
 from lora.session import TrainingSession
+from lora.tile_cache import circumstances, entry_of, plan_of_entry
 from shaders.errors import InputError
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -46,7 +51,13 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "first_moment": device.read(adapter.first_moment),
         "second_moment": device.read(adapter.second_moment),
     }
-    state = {"step": session.steps_done, "stream": session.stream.state()}
+    state = {
+        "step": session.steps_done,
+        "stream": session.stream.state(),
+        "precision": session.config.train.precision,
+        "found_with": circumstances(device),
+        "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
+    }
     with new_directory(path) as directory:
         save_peft_adapter(directory, session.layout, session.parameters(), session.config)
         (directory / _OPTIMIZER).write_bytes(safetensors.numpy.save(moments))
@@ -59,8 +70,12 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
 def resume(session: TrainingSession, output: Path) -> Path:
     """Puts a session where the last checkpoint of `output` stands; returns its directory.
 
+    The session takes over the checkpoint's plans of products. It warns where it can't, since the
+    last bits of what follows may then differ from those of a run that was never stopped.
+
     Raises:
-        InputError: there is none, or it was made with another adapter or other data.
+        InputError: there is none, or it was made with another adapter, other data or in another
+            precision.
     """
     found = checkpoints(output)
     if not found:
@@ -73,7 +88,8 @@ def resume(session: TrainingSession, output: Path) -> Path:
     flat = load_peft_adapter(path, session.layout)
     try:
         state = json.loads((path / _STATE).read_text())
-        step, stream = int(state["step"]), dict(state["stream"])
+        step, stream, precision = int(state["step"]), dict(state["stream"]), state["precision"]
+        found_with, entries = dict(state["found_with"]), dict(state["plans"])
         with safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file:
             moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -83,7 +99,14 @@ def resume(session: TrainingSession, output: Path) -> Path:
         ) from None
     if any(m.shape != (session.layout.size,) or m.dtype != np.float32 for m in moments):
         raise InputError(f"{path}: its optimizer state does not fit this config's adapter.")
+    now = session.config.train.precision
+    if precision != now:
+        raise InputError(
+            f"The checkpoint was made with train.precision {precision}, and now it is {now}; "
+            "resume with the setting of then, or start anew without --resume."
+        )
     session.stream.restore(stream)
+    session.use_plans(_plans_of_then(session, found_with, entries))
     session.steps_done = step
     for tensor, array in (
         (session.adapter.parameters, flat),
@@ -92,3 +115,38 @@ def resume(session: TrainingSession, output: Path) -> Path:
     ):
         session.device.write(tensor, array)
     return path
+
+
+def _plans_of_then(
+    session: TrainingSession, found_with: dict[str, Any], entries: dict[str, Any]
+) -> dict[Product, Plan]:
+    """The plans that a checkpoint holds for this session's products; warns where it can't be all.
+
+    Args:
+        session: which resumes.
+        found_with, entries: of the checkpoint.
+    """
+    device = session.device
+    changed = [
+        f"{name} {found_with.get(name)} (now {now})"
+        for name, now in circumstances(device).items()
+        if found_with.get(name) != now
+    ]
+    plans = {
+        product: plan_of_entry(device, product, entries.get(product.key))
+        for product in session.plans
+    }
+    usable = {product: plan for product, plan in plans.items() if plan is not None}
+    if changed:
+        usable, reason = {}, f"The checkpoint was made with {', '.join(changed)}"
+    elif len(usable) < len(plans):
+        reason = (
+            f"The checkpoint has no tiles for {len(plans) - len(usable)} of {len(plans)} products"
+        )
+    else:
+        return usable
+    warnings.warn(
+        f"{reason}: the last bits of what follows may differ from a run that was never stopped.",
+        stacklevel=3,
+    )
+    return usable

@@ -6,25 +6,21 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+import wgpu
 
 from forward.adapter import AdapterLayout
 from forward.architecture import Architecture
-from forward.decode_step import (
-    StepActivations,
-    StepHead,
-    StepInputs,
-    record_step,
-    record_step_head,
-)
+from forward.decode_step import record_step, record_step_head
 from forward.gguf_file import GGUFFile
 from forward.kv_cache import KeyValueCache
+from forward.matmul_plans import PlanSource, using_source
 from forward.model import Model, load_model
+from forward.step_tensors import StepActivations, StepHead, StepInputs
 from forward.tokenizer import Tokenizer
-from forward.tuning import PlanSource, using_source
 from lora.adapters import load_adapter, open_adapter
 from lora.sampling import GREEDY, Sampler, Sampling
 from lora.stores import resolve_model
@@ -32,7 +28,7 @@ from lora.tile_cache import find_tiles
 from shaders.device import Device
 from shaders.errors import DeviceMemoryError, InputError
 from shaders.planning import PlanningDevice
-from shaders.program import Program
+from shaders.program import Program, ReadbackRing
 from shaders.tensor import Tensor
 
 # Tokens of a prompt that are computed at once; their activations are what they cost.
@@ -40,6 +36,8 @@ _PIECE_ROWS = 512
 _CPU_PIECE_ROWS = 64
 
 DEFAULT_ROOM = 4096  # tokens
+# Greedy tokens that a GPU is given to compute before the host has heard of the last one.
+_STEPS_AHEAD = 2
 _DECODED_BEFORE = 16  # tokens decoded again before new ones, for what joins them
 _MOST_HELD_BACK = 4  # tokens: a character has at most four bytes
 
@@ -71,6 +69,15 @@ class GenerationTimes:
     def speed(self) -> float:
         """New tokens a second, from the first one on."""
         return max(0, self.new_tokens - 1) / max(self.new_seconds, 1e-9)
+
+
+@dataclass
+class _Ahead:
+    """A greedy text that the device goes on with by itself."""
+
+    ids: list[int]  # what the host knows of it
+    length: int  # tokens that it then has, if nobody changed it
+    n_in_flight: int = 0  # tokens after these that the host has yet to hear of
 
 
 class TextGenerator:
@@ -116,11 +123,12 @@ class TextGenerator:
             self._allocate(plan)
             raise InputError(
                 f"Text of up to {self.room} tokens does not fit: {error}, and it takes "
-                f"{_figures(taken + plan.allocated)}. Lower the room (--max-length, or "
+                f"{memory_figures(taken + plan.allocated)}. Lower the room (--max-length, or "
                 "data.max_length)."
             ) from error
         self._programs: dict[tuple[str | None, int], tuple[Program, Program]] = {}
-        self._prepared: dict[str | None, Any] = {}  # command buffers, by adapter
+        self._prepared: dict[str | None, wgpu.GPUCommandBuffer] = {}  # by adapter
+        self._ahead: _Ahead | None = None
         self.forget()
 
     def _allocate(self, device: Device) -> None:
@@ -129,15 +137,16 @@ class TextGenerator:
         piece = min(self.room, _CPU_PIECE_ROWS if device.is_cpu else _PIECE_ROWS)
         self._cache = KeyValueCache.allocate(device, architecture, self.room)
         self._pieces = StepInputs.allocate(device, piece)
-        self._step = StepInputs.allocate(device, 1)
+        self._head = StepHead.allocate(device, self._model)
+        self._step = StepInputs.allocate(device, 1, self._head.token)
         self._act = {
             inputs.rows.maximum: StepActivations.allocate(device, self._model, inputs.rows)
             for inputs in (self._pieces, self._step)
         }
-        self._head = StepHead.allocate(device, self._model)
 
     def forget(self) -> None:
         """Drops what is kept of the last text; needed once an adapter's numbers have changed."""
+        self._settle()
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._held_under: tuple[str | None, bool] = (None, False)  # adapter, long rope
 
@@ -173,12 +182,12 @@ class TextGenerator:
         times.prompt_tokens = len(ids) - times.reused_tokens
         n_most = min(max_tokens, self.room - len(ids))
         for index in range(n_most):
-            self._run(ids, adapter)
-            if index + 1 < n_most:
-                self._prepare_step(adapter)
             if sampling.only_argmax:
-                token = int(self._device.read(self._head.token)[0])
+                token = self._most_likely(ids, adapter, n_most - index - 1)
             else:
+                self._run(ids, adapter)
+                if index + 1 < n_most:
+                    self._prepare_step(adapter)
                 logits = self._device.read(self._head.logits)[0, : self._vocab_size]
                 token = sampler.choose(logits, ids)
             now = time.perf_counter()
@@ -244,22 +253,77 @@ class TextGenerator:
 
     # -- the device -----------------------------------------------------------------------------
 
-    def _under(self, ids: Sequence[int], adapter: str | None) -> tuple[str | None, bool]:
+    def _under_length(self, length: int, adapter: str | None) -> tuple[str | None, bool]:
         """What decides the keys and values of a text besides its tokens."""
         long = self._model.long_examples
-        return adapter, long is not None and len(ids) > long.longer_than
+        return adapter, long is not None and length > long.longer_than
 
     def _reusable(self, ids: Sequence[int], adapter: str | None) -> int:
         """How many tokens of a text need not be computed: all but the last at most."""
-        if self._under(ids, adapter) != self._held_under:
+        if self._under_length(len(ids), adapter) != self._held_under:
             return 0
         known = list(ids[: min(len(ids) - 1, len(self._held))])
         if known == self._held[: len(known)]:  # the usual case, each new token
             return len(known)
         return next(i for i, token in enumerate(known) if token != self._held[i])
 
+    def _most_likely(self, ids: list[int], adapter: str | None, n_more: int) -> int:
+        """The most likely token after `ids`.
+
+        The host hears of a token some steps late, while the device goes on with it: asking for each
+        and waiting took as long as a third of a step.
+
+        Args:
+            ids: the text; of one text always the same list, with each token appended.
+            n_more: further tokens that may be asked for: no more are computed ahead.
+        """
+        ahead = self._ahead
+        if ahead is None or ahead.ids is not ids or ahead.length != len(ids):
+            self._run(ids, adapter)
+            ahead = self._ahead = _Ahead(ids, len(ids))
+            self._push_token(ahead)
+        most = 0 if self._device.is_cpu else min(n_more, _STEPS_AHEAD)
+        under = self._held_under
+        while ahead.n_in_flight <= most:
+            position = len(ids) + ahead.n_in_flight - 1
+            if self._under_length(position + 1, adapter) != under:
+                break  # all keys turn differently from here on
+            self._step.write(self._device, None, position, self._rope_offset() + position)
+            self._submit_step(adapter)
+            self._push_token(ahead)
+        token: int = self._ring.take()
+        ahead.n_in_flight -= 1
+        ahead.length += 1
+        if ahead.n_in_flight:  # its keys and values are on their way into the cache
+            self._held.append(token)
+        else:
+            self._ahead = None
+        return token
+
+    @cached_property
+    def _ring(self) -> ReadbackRing:
+        """Tokens on their way to the host."""
+        return ReadbackRing(self._device, self._head.token.n_bytes, _STEPS_AHEAD + 1)
+
+    def _push_token(self, ahead: _Ahead) -> None:
+        """Asks for the token that the work submitted so far leaves."""
+        self._ring.push(self._head.token, lambda values: int(values.view(np.uint32)[0]))
+        ahead.n_in_flight += 1
+
+    def _settle(self) -> None:
+        """Waits for what was computed ahead, and drops it."""
+        if self._ahead is not None:
+            self._ring.ready(wait=True)
+            self._ahead = None
+
+    def _rope_offset(self) -> int:
+        """The row of rope's tables where those begin that the held text takes."""
+        long = self._model.long_examples
+        return long.first_position if long is not None and self._held_under[1] else 0
+
     def _run(self, ids: list[int], adapter: str | None) -> None:
         """Puts the logits of the token after `ids` into the head's tensors."""
+        self._settle()
         if adapter is not None and adapter not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
             raise InputError(f"There is no adapter {adapter!r}; loaded: {loaded}.")
@@ -272,18 +336,16 @@ class TextGenerator:
                     f"The text has the token id {token}, but the vocabulary of the model has "
                     f"{self._vocab_size} entries; the tokenizer does not fit the model."
                 )
-        self._held_under = under = self._under(ids, adapter)
+        self._held_under = self._under_length(len(ids), adapter)
         del self._held[done:]
-        long = self._model.long_examples
-        rope_offset = long.first_position if long is not None and under[1] else 0
+        rope_offset = self._rope_offset()
         while done < len(ids):
             inputs = self._step if len(ids) - done == 1 else self._pieces
             tokens = ids[done : done + inputs.rows.maximum]
             with_head = done + len(tokens) == len(ids)
             inputs.write(self._device, tokens, done, rope_offset + done)
             if inputs is self._step:
-                self._prepare_step(adapter)
-                self._device.queue.submit([self._prepared.pop(adapter)])
+                self._submit_step(adapter)
             else:
                 layers, head = self._programs_of(adapter, inputs)
                 layers.run()
@@ -299,6 +361,11 @@ class TextGenerator:
             for program in self._programs_of(adapter, self._step):
                 program.encode(encoder)
             self._prepared[adapter] = encoder.finish()
+
+    def _submit_step(self, adapter: str | None) -> None:
+        """Submits one token's commands."""
+        self._prepare_step(adapter)
+        self._device.queue.submit([self._prepared.pop(adapter)])
 
     def _programs_of(self, adapter: str | None, inputs: StepInputs) -> tuple[Program, Program]:
         """Layers and head for one adapter and size, recorded once."""
@@ -317,13 +384,13 @@ class TextGenerator:
         return self._programs[adapter, rows]
 
 
-def _figures(allocated: Counter[str]) -> str:
+def memory_figures(allocated: Counter[str]) -> str:
     """Memory by purpose, as errors tell it."""
     parts = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in allocated.most_common())
     return f"{sum(allocated.values()) / 2**20:,.0f} MiB ({parts})"
 
 
-def read_adapter(device: Device, architecture: Architecture, path: Path) -> Adapter:
+def upload_adapter(device: Device, architecture: Architecture, path: Path) -> Adapter:
     """Puts an adapter on the device: a PEFT directory, or a GGUF adapter.
 
     Raises:
@@ -344,7 +411,7 @@ def open_generator(
     max_length: int | None = None,
     device: str | Device = "auto",
 ) -> TextGenerator:
-    """Opens a model and PEFT adapters for text, without anything that only training needs.
+    """Opens a model and adapters for text, without anything that only training needs.
 
     Args:
         model: a GGUF file, or a name as in model.path.
@@ -379,12 +446,15 @@ def open_generator(
         TextGenerator(plan, load_model(plan, gguf_file, architecture, room), text_tokens)
         raise InputError(
             f"{model} does not fit: {error}, and with room for texts of {room} tokens it takes "
-            f"{_figures(plan.allocated)}. Take a smaller quantization, or lower --max-length."
+            f"{memory_figures(plan.allocated)}. Take a smaller quantization, or lower --max-length."
         ) from error
     return TextGenerator(
         opened,
         loaded,
         text_tokens,
-        {name: read_adapter(opened, architecture, path) for name, path in (adapters or {}).items()},
+        {
+            name: upload_adapter(opened, architecture, path)
+            for name, path in (adapters or {}).items()
+        },
         plans=find_tiles(opened, "auto"),
     )

@@ -27,6 +27,7 @@ from lora.saved_factors import SavedFactors, pack
 from shaders.errors import InputError
 
 ADAPTER_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
+_SUFFIXES = ("lora_a", "lora_b")  # of the tensors' names, A's and B's
 
 
 def write_gguf_adapter(
@@ -47,23 +48,23 @@ def write_gguf_adapter(
     alpha = Counter(wanted.values()).most_common(1)[0][0]
     if alpha == 0:
         raise InputError("The adapter's alpha is 0, which llama.cpp takes for none; it adds 0.")
-    halves: dict[str, np.ndarray] = {}
+    arrays: dict[str, np.ndarray] = {}
     for tensor in tensors:
         factor = wanted[tensor.name] / alpha
         b = tensor.b if factor == 1 else tensor.b * np.float32(factor)
-        for suffix, values in (("lora_a", tensor.a), ("lora_b", b)):
+        for suffix, values in zip(_SUFFIXES, (tensor.a, b), strict=True):
             name = f"{tensor.name}.{suffix}"
             if kind == GGMLQuantizationType.F16:
                 if np.abs(values).max(initial=0) > np.finfo(np.float16).max:
                     raise InputError(f"{name} has numbers that are too large for F16; take F32.")
                 values = values.astype(np.float16)
-            halves[name] = np.ascontiguousarray(values)
+            arrays[name] = np.ascontiguousarray(values)
     with new_file(path) as temporary:
         writer = gguf.GGUFWriter(temporary, architecture)
         writer.add_type(gguf.GGUFType.ADAPTER)
         writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
         writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, alpha)
-        for name, values in halves.items():
+        for name, values in arrays.items():
             writer.add_tensor(name, values)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -138,7 +139,7 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
     matrices = {name: matrix for _, matrix, name in adaptable(architecture)}
     modules = {}
     for module, name in settings.modules(architecture).items():
-        a, b = (_decoded(file, f"{name}.{half}") for half in ("lora_a", "lora_b"))
+        a, b = (_decoded(file, f"{name}.{suffix}") for suffix in _SUFFIXES)
         heads = matrices[name].permuted_heads(architecture)
         if heads is not None and len(b) == matrices[name].out_size(architecture):
             b = permute_rows_to_hf(b, heads)
@@ -155,16 +156,16 @@ def _settings(file: GGUFFile) -> AdapterSettings:
         )
     ranks: dict[str, dict[str, int]] = {}
     for name, tensor in file.tensors.items():
-        base, _, half = name.rpartition(".")
-        if half not in ("lora_a", "lora_b") or len(tensor.shape) != 2:
+        base, _, suffix = name.rpartition(".")
+        if suffix not in _SUFFIXES or len(tensor.shape) != 2:
             raise InputError(f"{file.path}: {name} is not the A or B of a LoRA adapter.")
-        ranks.setdefault(base, {})[half] = tensor.shape[0 if half == "lora_a" else 1]
-    for base, halves in ranks.items():
-        if len(halves) != 2:
+        ranks.setdefault(base, {})[suffix] = tensor.shape[0 if suffix == "lora_a" else 1]
+    for base, both in ranks.items():
+        if len(both) != 2:
             raise InputError(f"{file.path}: {base} has only one of its A and B.")
-        if len(set(halves.values())) != 1:
+        if len(set(both.values())) != 1:
             raise InputError(
-                f"{file.path}: A of {base} has the rank {halves['lora_a']}, B {halves['lora_b']}."
+                f"{file.path}: A of {base} has the rank {both['lora_a']}, B {both['lora_b']}."
             )
     if not ranks:
         raise InputError(f"{file.path} holds no tensors: the adapter changes nothing.")
@@ -175,7 +176,7 @@ def _settings(file: GGUFFile) -> AdapterSettings:
         path=file.path,
         architecture=str(file.metadata.get("general.architecture")),
         alpha=float(alpha) or None,  # llama.cpp takes 0 for none
-        ranks={base: halves["lora_a"] for base, halves in ranks.items()},
+        ranks={base: both["lora_a"] for base, both in ranks.items()},
     )
 
 

@@ -24,7 +24,8 @@ from lora.adapted_tensor import AdaptedTensor
 from lora.gguf_output import TensorPlace, new_file, padding, write_header
 from shaders.errors import InputError, LoraError
 
-_PIECE = 1 << 20  # weights that a thread merges at a time, and bytes · 4 that are copied at a time
+_MERGED_AT_ONCE = 1 << 20  # weights, by one thread
+_COPIED_AT_ONCE = 4 << 20  # bytes
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
 
 
@@ -108,13 +109,13 @@ def _check_fits(name: str, source: GGUFTensor, kind: GGMLQuantizationType) -> No
 
 def _pieces(rows: int, columns: int) -> list[tuple[int, int]]:
     """First and last row (exclusive) of each piece."""
-    step = max(1, _PIECE // columns)
+    step = max(1, _MERGED_AT_ONCE // columns)
     return [(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
 def _copy(file: BinaryIO, source: GGUFTensor) -> None:
     rows, row_bytes = source.data.shape
-    step = max(1, 4 * _PIECE // row_bytes)
+    step = max(1, _COPIED_AT_ONCE // row_bytes)
     for start in range(0, rows, step):
         file.write(source.data[start : start + step].data)
 

@@ -17,7 +17,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
-from lora.session import EvalResult, Metrics, TrainingSession
+from lora.metrics import EvalResult, Metrics
+from lora.session import TrainingSession
 
 
 def print_plan(

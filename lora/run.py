@@ -14,7 +14,8 @@ from typing import Any
 
 from lora.checkpoint import resume, save_checkpoint
 from lora.files import write_file
-from lora.session import EvalResult, Metrics, TrainingSession
+from lora.metrics import EvalResult, Metrics
+from lora.session import TrainingSession
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"

@@ -78,6 +78,7 @@ class Sampler:
         # The inverse of the distribution function: one uniform number a token.
         edges = np.cumsum(chances)
         place = np.searchsorted(edges, self._random.random() * edges[-1], side="right")
+        # Rounding can carry the number to the very end, past the last token that is left.
         return int(min(place, np.flatnonzero(chances)[-1]))
 
 
@@ -108,6 +109,6 @@ def _penalized(logits: np.ndarray, text: Sequence[int], penalty: float) -> np.nd
     scores = logits.astype(np.float64)
     if penalty != 1:
         seen = np.unique(np.asarray(text, np.int64))
-        seen = seen[seen < len(scores)]
+        seen = seen[seen < len(scores)]  # a tokenizer may know tokens that have no logit
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
     return scores

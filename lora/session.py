@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -17,14 +15,16 @@ from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
 from forward.head import chunk_rows
 from forward.inputs import Inputs
+from forward.matmul_plans import PlanSource, Product, Request, plan_of, requests_of, using_source
+from forward.matmul_tiles import Plan
 from forward.model import load_model
 from forward.tokenizer import Tokenizer
-from forward.tuning import PlanSource, requests_of, using_source
 from lora.adapters import load_adapter, open_adapter
 from lora.batches import Batch, DataStream, sequential_batches
 from lora.config import Config, load_config
 from lora.data import DataSummary, Example, load_examples
-from lora.generation import Adapter, TextGenerator
+from lora.generation import Adapter, TextGenerator, memory_figures
+from lora.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
 from lora.peft_files import save_peft_adapter
 from lora.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.programs import (
@@ -49,38 +49,6 @@ from shaders.program import Program, ReadbackRing
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 
 
-@dataclass(frozen=True)
-class Metrics:
-    """What one optimizer step was: a line of metrics.jsonl."""
-
-    step: int  # counted from 1
-    epoch: float  # passes over the data, this step included
-    loss: float  # mean over the trained tokens
-    grad_norm: float  # before clipping
-    learning_rate: float
-    tokens: int
-    trained_tokens: int
-    tokens_per_second: float
-    seconds: float
-
-    def as_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
-
-
-@dataclass(frozen=True)
-class EvalResult:
-    """How a model does on examples, each token predicted from those before it."""
-
-    loss: float  # mean over the trained tokens
-    perplexity: float
-    token_accuracy: float  # share of trained tokens that are the argmax
-    exact_match: float  # share of examples whose every trained token is the argmax
-    n_exact: int
-    n_examples: int
-    n_tokens: int  # trained ones
-
-
 class TrainingSession:
     """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
 
@@ -92,6 +60,9 @@ class TrainingSession:
         train: False leaves out what only training needs (for evaluation and generation).
         examples: tokenized ones in place of data.train; example i has index i.
         device: one that is open already; by default the config's is opened.
+
+    Attributes:
+        plans: what the products of training are recorded with; none on adapters without tiles.
 
     Raises:
         InputError: the model, the data, an adapter or the device are not what the config needs.
@@ -144,14 +115,18 @@ class TrainingSession:
 
         # All is recorded once on a device that only counts: what it asks for is known beforehand.
         self._plans: PlanSource | None = None
-        device, self.device = self.device, PlanningDevice(self.device)
-        with requests_of(self.device) as requests:
+        planning = PlanningDevice(self.device)
+        device, self.device = self.device, planning
+        with requests_of(planning) as requests:
             allocate()
-        scratch, self.device = self.device.largest_scratch, device
+        self.device = device
         self._plans = find_tiles(device, config.train.tuning, requests if train else None)
+        products = {request.product: request for request in requests if train}
+        with using_source(planning, self._plans):
+            self.plans = {p: plan_of(planning, request) for p, request in products.items()}
         try:
-            if scratch:
-                self.device.scratch((scratch,))
+            if planning.largest_scratch:
+                self.device.scratch((planning.largest_scratch,))
             allocate()
         except DeviceMemoryError as error:
             raise self._too_large(gguf_file, architecture, initial, train, error) from error
@@ -182,9 +157,6 @@ class TrainingSession:
         self._act = Activations.allocate(
             self.device, self.model, self.inputs, self.layout, self.adapter.parameters
         )
-        self._prefix = record_prefix(
-            self.device, self.model, self.inputs, self._act, self.layout.lowest_layer
-        )
         self._eval_programs: dict[bool, Program] = {}
         self._caches: dict[str, PrefixCache | None] = {}
         self._generator: TextGenerator | None = None
@@ -192,6 +164,29 @@ class TrainingSession:
         self.stream: DataStream | None = None
         if train:
             self._prepare_training()
+        self._record_programs()
+
+    def use_plans(self, plans: Mapping[Product, Plan]) -> None:
+        """Records the programs again, with these plans of products; others keep theirs.
+
+        So a run goes on with the order of sums that it began with (lora/checkpoint.py).
+        """
+        if self._programs is None:
+            raise LoraError("This session was opened without training.")
+        if all(self.plans.get(product) == plan for product, plan in plans.items()):
+            return
+        self.plans |= plans
+        found = self._plans
+
+        def source(request: Request) -> Plan | None:
+            return self.plans.get(request.product) or (found(request) if found else None)
+
+        self._plans = source
+        # Their memory goes first: there may be no room for both.
+        self._eval_programs, self._generator, self._programs = {}, None, None
+        self.device.allocated.subtract(self._programs_memory)
+        with self._recording():
+            self._record_programs()
 
     def _too_large(
         self,
@@ -205,11 +200,9 @@ class TrainingSession:
         self.device = PlanningDevice(self.device)
         with self._recording():
             self._allocate(gguf_file, architecture, initial, train)
-        needed = self.device.allocated
-        figures = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in needed.most_common())
         return InputError(
             f"{self.config.model.path} does not fit: {error}, and this run takes "
-            f"{sum(needed.values()) / 2**20:,.0f} MiB ({figures}). Lower train.batch_size or "
+            f"{memory_figures(self.device.allocated)}. Lower train.batch_size or "
             "data.max_length, set train.recompute: on, or take a smaller quantization."
         )
 
@@ -282,6 +275,19 @@ class TrainingSession:
         self.recompute = wants_recompute(
             train.recompute, self.model, self.layout, self.maximum_rows, train.precision
         )
+        self._cache("train", self.train_examples)
+        self.steps_done = 0
+        if self.device.holds_data:
+            self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+
+    def _record_programs(self) -> None:
+        """What every micro-batch begins with and, in training, the rest of a step."""
+        self._prefix = record_prefix(
+            self.device, self.model, self.inputs, self._act, self.layout.lowest_layer
+        )
+        if self.stream is None:
+            return
+        train, before = self.config.train, Counter(self.device.allocated)
         self._programs = TrainingPrograms(
             self.device,
             self.model,
@@ -295,10 +301,9 @@ class TrainingSession:
             epsilon=train.epsilon,
             weight_decay=train.weight_decay,
         )
-        self._cache("train", self.train_examples)
-        self.steps_done = 0
-        if self.device.holds_data:
-            self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+        self._programs_memory = Counter(self.device.allocated)
+        self._programs_memory.subtract(before)
+        self._programs_memory.pop("scratch", None)  # which is the device's
 
     def _cache(self, name: str, examples: Sequence[Example]) -> PrefixCache | None:
         """The prefix cache of a data set, where there is a frozen prefix and it is wanted."""
@@ -353,7 +358,7 @@ class TrainingSession:
         programs.finish.run()
         self._ring.push(
             self._act.metrics,
-            _MetricsAtArrival(
+            MetricsAtArrival(
                 step=self.steps_done,
                 epoch=self.stream.epoch,
                 learning_rate=rate,
@@ -414,17 +419,17 @@ class TrainingSession:
         """
         if self.stream is None:
             raise LoraError("This session was opened without training.")
-        clock = _StepClock()
+        clock = StepClock()
         for batches in self.stream:
             self.step(batches)
             paused = pause()
             for metrics in clock.timed(self.finished_steps(wait=paused)):
-                yield _checked(metrics, self.config.train.precision)
+                yield check_finite(metrics, self.config.train.precision)
             if paused:
                 yield None
-                clock = _StepClock()
+                clock = StepClock()
         for metrics in clock.timed(self.finished_steps(wait=True)):
-            yield _checked(metrics, self.config.train.precision)
+            yield check_finite(metrics, self.config.train.precision)
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
@@ -539,54 +544,3 @@ class TrainingSession:
     def save(self, directory: str | Path) -> None:
         """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""
         save_peft_adapter(Path(directory), self.layout, self.parameters(), self.config)
-
-
-@dataclass(frozen=True)
-class _MetricsAtArrival:
-    """Makes Metrics of a step once its numbers come back from the device."""
-
-    step: int
-    epoch: float
-    learning_rate: float
-    tokens: int
-    trained_tokens: int
-
-    def __call__(self, values: np.ndarray) -> Metrics:
-        return Metrics(
-            step=self.step,
-            epoch=self.epoch,
-            loss=float(values[0]) / self.trained_tokens,
-            grad_norm=float(values[64]),
-            learning_rate=self.learning_rate,
-            tokens=self.tokens,
-            trained_tokens=self.trained_tokens,
-            tokens_per_second=0.0,
-            seconds=0.0,
-        )
-
-
-class _StepClock:
-    """Seconds between the arrivals of steps."""
-
-    def __init__(self) -> None:
-        self._last = time.perf_counter()
-
-    def timed(self, arrived: Sequence[Metrics]) -> list[Metrics]:
-        """The same metrics with the time since the last arrival, shared equally."""
-        if not arrived:
-            return []
-        now = time.perf_counter()
-        seconds = max(now - self._last, 1e-9) / len(arrived)
-        self._last = now
-        return [replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived]
-
-
-def _checked(metrics: Metrics, precision: str) -> Metrics:
-    if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
-        return metrics
-    raise LoraError(
-        f"Step {metrics.step}: the loss is {metrics.loss} and the gradient norm "
-        f"{metrics.grad_norm}; the adapter stays as it was before. Lower train.learning_rate, "
-        + ("set train.precision: f32 (f16 ends at 65504), " if precision == "f16" else "")
-        + "or look for broken rows in the data."
-    )

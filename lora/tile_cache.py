@@ -1,7 +1,7 @@
 """Plans of matmul_tiled that were found once for an adapter and its driver, kept for later runs.
 
-A plan decides the last bits of a result: what stands here is never measured again, so that a seed
-gives one adapter on a machine. One process at a time looks for plans.
+A plan decides the last bits of a result: training never measures again what stands here, so that a
+seed gives one adapter on a machine. One process at a time looks for plans.
 """
 
 from __future__ import annotations
@@ -11,15 +11,16 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import wgpu
 
+from forward.matmul_plans import PlanSource, Product, Request
 from forward.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
-from forward.tuning import PlanSource, Product, Request, tune
+from forward.tuning import TUNING_SECONDS, tune
 from lora.files import write_file
 from shaders import templates
 from shaders.device import Device
@@ -32,7 +33,14 @@ else:
 _KERNELS = Path(templates.__file__).parent / "wgsl"
 _TEMPLATES = ("matmul_*.wgsl", "stored.wgsl", "decode/*.wgsl")
 
-Tuner = Callable[[Device, Sequence[Request]], Mapping[Product, Plan]]
+
+class Tuner(Protocol):
+    """What looks for plans, as `forward.tuning.tune` does."""
+
+    def __call__(
+        self, device: Device, requests: Sequence[Request], /, *, seconds: float
+    ) -> Mapping[Product, Plan]:
+        """A plan for every product of the requests."""
 
 
 def cache_folder() -> Path:
@@ -49,6 +57,40 @@ def cache_folder() -> Path:
     return folder / "webgpu-lora"
 
 
+def circumstances(device: Device) -> dict[str, Any]:
+    """All that the plans found on a device hold for, as values that JSON can hold."""
+    return {
+        "adapter": device.name,
+        "driver": device.info["description"],
+        "backend": device.info["backend_type"],
+        "wgpu": wgpu.__version__,
+        "workgroup_memory": device.workgroup_memory,
+        "kernels": _kernels_digest(),
+    }
+
+
+def entry_of(plan: Plan) -> dict[str, Any]:
+    """A plan as values that JSON can hold."""
+    return {"tile": plan.tile.name, "splits": plan.splits, "length": plan.length}
+
+
+def plan_of_entry(device: Device, product: Product, entry: Any) -> Plan | None:
+    """The plan that `entry_of` gave; None for what is no plan that this product can use here."""
+    if not isinstance(entry, dict):
+        return None
+    tile = next((t for t in tiles_of(product.half) if t.name == entry.get("tile")), None)
+    splits, length = entry.get("splits"), entry.get("length")
+    if tile is None or not isinstance(splits, int) or not isinstance(length, int):
+        return None
+    whole = length > 0 and length % tile.depth == 0
+    covers = (splits - 1) * length < product.contraction <= splits * length
+    if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
+        return None
+    if not whole or not covers or tile.workgroup_bytes > device.workgroup_memory:
+        return None
+    return Plan(tile, splits, length)
+
+
 class TileCache:
     """The plans found for one adapter, driver and version of the kernels: one JSON file.
 
@@ -59,14 +101,7 @@ class TileCache:
 
     def __init__(self, device: Device, folder: Path | None = None) -> None:
         self._device = device
-        self._identity = {
-            "adapter": device.name,
-            "driver": device.info["description"],
-            "backend": device.info["backend_type"],
-            "wgpu": wgpu.__version__,
-            "workgroup_memory": device.workgroup_memory,
-            "kernels": _kernels_digest(),
-        }
+        self._identity = circumstances(device)
         digest = hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()[:16]
         self.path = (folder or cache_folder()) / f"tiles-{digest}.json"
         self._plans: dict[str, Any] = {}
@@ -88,41 +123,45 @@ class TileCache:
 
     def plan(self, product: Product) -> Plan | None:
         """The plan known for a product; None where there is none, or one that can't be used."""
-        entry = self._plans.get(product.key)
-        if not isinstance(entry, dict):
-            return None
-        tile = next((t for t in tiles_of(product.half) if t.name == entry.get("tile")), None)
-        splits, length = entry.get("splits"), entry.get("length")
-        if tile is None or not isinstance(splits, int) or not isinstance(length, int):
-            return None
-        whole = length > 0 and length % tile.depth == 0
-        covers = (splits - 1) * length < product.contraction <= splits * length
-        if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
-            return None
-        if not whole or not covers or tile.workgroup_bytes > self._device.workgroup_memory:
-            return None
-        return Plan(tile, splits, length)
+        return plan_of_entry(self._device, product, self._plans.get(product.key))
 
-    def find(self, requests: Sequence[Request], tuner: Tuner = tune) -> None:
+    def find(
+        self, requests: Sequence[Request], tuner: Tuner = tune, seconds: float = TUNING_SECONDS
+    ) -> None:
         """Loads the file, and lets a tuner find and keep the plans that it doesn't have.
 
         Others who look for plans at the same time wait, and read these.
+
+        Args:
+            requests: the products of a training step, each as often as it occurs.
+            tuner: what looks for plans.
+            seconds: that it may take. A plan that was found with fewer is looked for again: little
+                time leaves products of little weight with a choice that was never timed.
 
         Raises:
             OSError: the file cannot be written.
         """
         with self._alone():
             self.load()
-            missing = [r for r in requests if self.plan(r.product) is None]
+            missing = [
+                request
+                for request in requests
+                if self.plan(request.product) is None or self._seconds(request.product) < seconds
+            ]
             if not missing:
                 return
             found = {
-                product.key: {"tile": plan.tile.name, "splits": plan.splits, "length": plan.length}
-                for product, plan in tuner(self._device, missing).items()
+                product.key: entry_of(plan) | {"seconds": seconds}
+                for product, plan in tuner(self._device, missing, seconds=seconds).items()
             }
             contents = {**self._identity, "plans": self._plans | found}
             write_file(self.path, json.dumps(contents, indent=1) + "\n")
             self._plans |= found
+
+    def _seconds(self, product: Product) -> float:
+        """How long the search took that found a product's plan."""
+        seconds = self._plans[product.key].get("seconds")
+        return seconds if isinstance(seconds, int | float) else 0.0
 
     def forget(self) -> None:
         """Removes the file."""

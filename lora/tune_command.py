@@ -10,8 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from forward.matmul_plans import Product, Request, requests_of
 from forward.matmul_tiles import Plan, choose_tile
-from forward.tuning import Product, Request, requests_of, tune
+from forward.tuning import tune
 from lora.tile_cache import TileCache
 
 
@@ -24,7 +25,10 @@ def tune_command(
     seconds: Annotated[float, typer.Option(help="Time to spend.")] = 30.0,
     again: Annotated[bool, typer.Option(help="Forget what is known of this adapter.")] = False,
 ) -> None:
-    """Find the fastest tiles for a config's products, with more time than `lora train` takes."""
+    """Find the fastest tiles for a config's products, with more time than `lora train` takes.
+
+    Products whose tiles were found with as much time before are left as they are.
+    """
     from lora.config import load_config
     from lora.session import TrainingSession
     from shaders.device import Device
@@ -48,14 +52,18 @@ def tune_command(
         cache.forget()
     looked_for: list[Request] = []
 
-    def tuner(device: Device, missing: Sequence[Request]) -> Mapping[Product, Plan]:
+    def tuner(
+        device: Device, missing: Sequence[Request], /, *, seconds: float
+    ) -> Mapping[Product, Plan]:
         looked_for.extend(missing)
         return tune(device, missing, seconds=seconds)
 
-    cache.find(requests, tuner)
+    cache.find(requests, tuner, seconds)
     console = Console()
     if not looked_for:
-        console.print("All of these were found before; --again looks for them anew.")
+        console.print(
+            "All of these were found with as much time before; --again looks for them anew."
+        )
     if loaded.train.tuning == "off":
         console.print("train.tuning is off in this config: its runs take the default tiles.")
     table = Table("product", "times a step", "default", "chosen", title=device.name)

@@ -125,6 +125,12 @@ class Device:
         )
         self.max_buffer = int(self.wgpu.limits["max-buffer-size"])
         self.workgroup_memory = int(self.wgpu.limits["max-compute-workgroup-storage-size"])
+        self.most_lanes = int(
+            min(
+                self.wgpu.limits["max-compute-invocations-per-workgroup"],
+                self.wgpu.limits["max-compute-workgroup-size-x"],
+            )
+        )
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
@@ -138,7 +144,8 @@ class Device:
         self.info, self.name, self.is_cpu = other.info, other.name, other.is_cpu
         self.features = other.features
         self.max_buffer, self.max_binding = other.max_buffer, other.max_binding
-        self.workgroup_memory, self.matmul_body = other.workgroup_memory, other.matmul_body
+        self.workgroup_memory, self.most_lanes = other.workgroup_memory, other.most_lanes
+        self.matmul_body = other.matmul_body
         self.precision = other.precision
         self.allocated = Counter()
         self._scratch = []

@@ -58,3 +58,31 @@ def encode_dispatches(
             last = pipeline
         set_bind_group(inner, 0, bind_group._internal, 0, no_offsets)
         dispatch(inner, x, y, z)
+
+
+class _NoPoller:
+    """Stands in for a device's polling thread: nothing is to be waited for there."""
+
+    def get_token(self) -> _NoPoller:
+        return self
+
+    def set_done(self) -> None:
+        """The end of what was never begun."""
+
+
+def map_for_reading(buffer: wgpu.GPUBuffer) -> Any:
+    """Asks for a buffer to be mapped; `device._poll()` finds out when it is.
+
+    `buffer.map_async` wakes a thread of wgpu-py that waits until all submitted work is done, and
+    while it waits nobody else can submit: a GPU stood still between steps (docs/log.md). It also
+    submits an empty command buffer first, which the copy into this buffer has made needless.
+
+    Returns:
+        wgpu-py's promise, to be waited for with `sync_wait` once its `_state` isn't "pending".
+    """
+    device = buffer._device
+    poller, device._poller = device._poller, _NoPoller()
+    try:
+        return buffer.map_async("READ_NOSYNC")
+    finally:
+        device._poller = poller

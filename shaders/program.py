@@ -12,14 +12,14 @@ import numpy as np
 import wgpu
 
 from shaders.device import Device
-from shaders.native import encode_dispatches
+from shaders.native import encode_dispatches, map_for_reading
 from shaders.tensor import Tensor
 
 # A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
 # half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.
 MAX_SUBMISSION_FLOPS = 10**11
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
-_POLL_SECONDS = 0.0002
+_POLL_SECONDS = 0.0001
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
 
 
@@ -277,7 +277,7 @@ class ReadbackRing:
         encoder = self._device.wgpu.create_command_encoder()
         encoder.copy_buffer_to_buffer(tensor.buffer, tensor.offset, buffer, 0, self._n_bytes)
         self._device.queue.submit([encoder.finish()])
-        self._in_flight.append((buffer, buffer.map_async("READ"), convert))
+        self._in_flight.append((buffer, map_for_reading(buffer), convert))
 
     def _take_first(self, *, wait: bool) -> bool:
         buffer, promise, convert = self._in_flight[0]
@@ -296,6 +296,12 @@ class ReadbackRing:
         self._free.append(buffer)
         self._arrived.append(convert(values))
         return True
+
+    def take(self) -> Any:
+        """The first that has not been handed out; waits for it."""
+        if not self._arrived:
+            self._take_first(wait=True)
+        return self._arrived.pop(0)
 
     def ready(self, *, wait: bool = False) -> list[Any]:
         """What has arrived since the last call, in order; with `wait`, all that was pushed."""

@@ -2,13 +2,16 @@
 // over the stretches s of {{ keys }} keys that the row sees: the second pass of attention_decode_row.wgsl.
 //
 // Bindings: row u32 (the position at {{ position_at }}), partial [n_heads, splits, head_size / 4 + 1] of vec4, out
-// [n_heads · head_size]. One workgroup a head: a lane adds four columns of every {{ teams }}th stretch, and
+// [n_heads · head_size]{% if int_out %}, int_row u32 (out as whole numbers, int_row_store.wgsl){% endif %}. One workgroup a head: a lane adds four columns of every {{ teams }}th stretch, and
 // these sums meet in order.
 
 {% set quads = head_size // 4 %}
 @group(0) @binding(0) var<storage, read> row: array<u32>;
 @group(0) @binding(1) var<storage, read> partial: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> out: array<vec4<f32>>;
+{% if int_out %}
+@group(0) @binding(3) var<storage, read_write> int_row: array<u32>;
+{% endif %}
 
 const lanes = {{ lanes }}u;
 const quads = {{ quads }}u;
@@ -19,6 +22,9 @@ var<workgroup> sums: array<vec4<f32>, lanes>;
 
 {% with reduction = "max" %}{% include "row_sum.wgsl" %}{% endwith %}
 {% with reduction = "sum" %}{% include "row_sum.wgsl" %}{% endwith %}
+{% if int_out %}
+{% with int_blocks = n_heads * head_size // 32, int_quads = quads %}{% include "int_row_store.wgsl" %}{% endwith %}
+{% endif %}
 
 @compute @workgroup_size(lanes)
 fn main(
@@ -58,10 +64,20 @@ fn main(
     }
     sums[lane] = sum;
     workgroupBarrier();
-    if (lane >= quads) { return; }
-    var result = sums[lane];
+    var result = vec4<f32>();
+    if (lane < quads) {
+        result = sums[lane];
 {% for t in range(1, teams) %}
-    result += sums[lane + {{ t * quads }}u];
+        result += sums[lane + {{ t * quads }}u];
 {% endfor %}
-    out[head * quads + lane] = result / total;
+        result /= total;
+        out[head * quads + lane] = result;
+{% if int_out %}
+        share_quad(lane, result, result);
+{% endif %}
+    }
+{% if int_out %}
+    workgroupBarrier();
+    if (lane < quads) { store_quad(lane, head * quads + lane, result); }
+{% endif %}
 }

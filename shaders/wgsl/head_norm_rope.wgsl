@@ -7,20 +7,10 @@
 // {{ sum_lanes }} lanes a row and head, {{ lanes // sum_lanes }} of these a workgroup. A lane holds every {{ sum_lanes }}th quad of columns of each
 // stretch (head_parts.wgsl) and sums them in that order; the lanes' sums meet in row_sum.
 
-struct Extent { rows: u32 }
-
-@group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
-@group(0) @binding(2) var<storage, read> q_weight: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> k_weight: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> y: array<vec4<{{ out_type }}>>;
-{% if half > 0 %}
-@group(0) @binding(5) var<storage, read> positions: array<u32>;
-@group(0) @binding(6) var<storage, read> tables: array<vec4<f32>>;
-{% endif %}
+{% with output = "y" %}{% include "head_bindings.wgsl" %}{% endwith %}
 
 {% set all_heads = n_heads + 2 * n_kv_heads %}
-{% from "head_parts.wgsl" import registers, load_head, load_angles, turn, store_head with context %}
+{% from "head_parts.wgsl" import registers, take_head, load_head, load_weight, load_angles, turn, store_head with context %}
 {% from "stored.wgsl" import stored %}
 {% include "row_sum.wgsl" %}
 
@@ -30,23 +20,11 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let first_index = (group.x + group.y * groups.x) * {{ lanes // sum_lanes }}u; // row · all heads + head
-    let n_indices = extent.rows * {{ all_heads }}u;
-    if (first_index >= n_indices) { return; } // uniform: the whole workgroup leaves
-    let own_index = first_index + invocation / {{ sum_lanes }}u;
-    let inside = own_index < n_indices; // one that is not repeats the last head and stores nothing
-    let index = min(own_index, n_indices - 1u);
-    let lane = invocation % {{ sum_lanes }}u;
+{{ take_head("all", all_heads) }}
     let head = index % {{ all_heads }}u;
     let base = index * {{ head_size // 4 }}u + lane;
 {{ load_head("value", "x", "base") }}
-{{ load_head("w", "q_weight", "lane") }}
-    if (head >= {{ n_heads }}u) {
-{{ load_head("k_w", "k_weight", "lane") }}
-{% for r in registers %}
-        w_{{ r }} = k_w_{{ r }};
-{% endfor %}
-    }
+{{ load_weight() }}
 {{ load_angles("index / %du" % all_heads) }}
     var squares = vec4<f32>();
 {% for r in registers %}

@@ -6,21 +6,11 @@
 // [rows], tables [n_positions, half, 2]. Lanes, columns and sums as in head_norm_rope.wgsl, the two
 // sums at once.
 
-struct Extent { rows: u32 }
-
-@group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
-@group(0) @binding(2) var<storage, read> q_weight: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> k_weight: array<vec4<f32>>;
-@group(0) @binding(4) var<storage, read_write> d: array<vec4<{{ out_type }}>>;
-{% if half > 0 %}
-@group(0) @binding(5) var<storage, read> positions: array<u32>;
-@group(0) @binding(6) var<storage, read> tables: array<vec4<f32>>;
-{% endif %}
+{% with output = "d" %}{% include "head_bindings.wgsl" %}{% endwith %}
 
 {% set n_normed = n_heads + n_kv_heads %}
 {% set sum_type = "vec2<f32>" %}
-{% from "head_parts.wgsl" import registers, load_head, load_angles, turn, store_head with context %}
+{% from "head_parts.wgsl" import registers, take_head, load_head, load_weight, load_angles, turn, store_head with context %}
 {% from "stored.wgsl" import stored %}
 {% include "row_sum.wgsl" %}
 
@@ -30,25 +20,13 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) invocation: u32,
 ) {
-    let first_index = (group.x + group.y * groups.x) * {{ lanes // sum_lanes }}u; // row · normed heads + head
-    let n_indices = extent.rows * {{ n_normed }}u;
-    if (first_index >= n_indices) { return; } // uniform: the whole workgroup leaves
-    let own_index = first_index + invocation / {{ sum_lanes }}u;
-    let inside = own_index < n_indices; // one that is not repeats the last head and stores nothing
-    let index = min(own_index, n_indices - 1u);
-    let lane = invocation % {{ sum_lanes }}u;
+{{ take_head("normed", n_normed) }}
     let row = index / {{ n_normed }}u;
     let head = index % {{ n_normed }}u;
     let base = (row * {{ n_normed + n_kv_heads }}u + head) * {{ head_size // 4 }}u + lane;
 {{ load_head("value", "x", "base") }}
 {{ load_head("g", "d", "base") }}
-{{ load_head("w", "q_weight", "lane") }}
-    if (head >= {{ n_heads }}u) {
-{{ load_head("k_w", "k_weight", "lane") }}
-{% for r in registers %}
-        w_{{ r }} = k_w_{{ r }};
-{% endfor %}
-    }
+{{ load_weight() }}
 {{ load_angles("row") }}
 {{ turn("g", true) }}
     var squares = vec4<f32>();

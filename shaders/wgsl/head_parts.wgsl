@@ -17,11 +17,33 @@
 {% endfor %}
 {% endfor %}
 
+{# Which head the lane works on: `index` counts the heads of all rows, `n_taken` a row (`taken` says which). #}
+{% macro take_head(taken, n_taken) %}
+    let first_index = (group.x + group.y * groups.x) * {{ lanes // sum_lanes }}u; // row · {{ taken }} heads + head
+    let n_indices = extent.rows * {{ n_taken }}u;
+    if (first_index >= n_indices) { return; } // uniform: the whole workgroup leaves
+    let own_index = first_index + invocation / {{ sum_lanes }}u;
+    let inside = own_index < n_indices; // one that is not repeats the last head and stores nothing
+    let index = min(own_index, n_indices - 1u);
+    let lane = invocation % {{ sum_lanes }}u;
+{%- endmacro %}
+
 {% macro load_head(name, source, from) %}
 {% for stretch, first, count in stretches %}
 {{ load_row(name ~ "_" ~ stretch, source, "%s + %du" % (from, first), count, sum_lanes) -}}
 {% endfor %}
 {% endmacro %}
+
+{# The weight of `head`, in the registers `w`. #}
+{% macro load_weight() %}
+{{ load_head("w", "q_weight", "lane") }}
+    if (head >= {{ n_heads }}u) {
+{{ load_head("k_w", "k_weight", "lane") }}
+{% for r in registers %}
+        w_{{ r }} = k_w_{{ r }};
+{% endfor %}
+    }
+{%- endmacro %}
 
 {# Runs the statement that it is called with, given a register's name and its quad, where it lies inside the head. #}
 {% macro store_head(from) %}

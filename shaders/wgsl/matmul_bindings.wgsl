@@ -1,6 +1,5 @@
 // Bindings, decoding and the epilogue that the bodies of the quantized matmul share. x and out are of
 // x_type and out_type (f32 or f16), all other numbers f32.
-{% set x_type = x_type | default("f32") %}
 
 struct Extent { rows: u32 }
 struct Eight { a: vec4<f32>, b: vec4<f32> }
@@ -8,7 +7,7 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 @group(0) @binding(0) var<uniform> extent: Extent;
 @group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> weights: array<u32>;
-@group(0) @binding(3) var<storage, read_write> out: array<vec4<{{ out_type | default("f32") }}>>;
+@group(0) @binding(3) var<storage, read_write> out: array<vec4<{{ out_type }}>>;
 {% if members %}
 @group(0) @binding(4) var<storage, read> low: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read> factor: array<vec4<f32>>;

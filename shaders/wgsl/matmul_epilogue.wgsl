@@ -1,5 +1,4 @@
 {% from "stored.wgsl" import stored %}
-{% set out_type = out_type | default("f32") %}
 // What a finished product passes on its way out: + bias, the soft cap cap · tanh(y / cap), + residual.
 // `at` is the place of four columns in out, `quad` of the same in a bias.
 fn write_out(at: u32, quad: u32, product: vec4<f32>) {

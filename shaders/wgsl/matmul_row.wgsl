@@ -3,8 +3,8 @@
 //   out[n] = epilogue(rstd · (Σ_k v[k] · W[n, k] + scale · Σ_r low[r] · factor[n, r]))
 //
 {% if norm %}
-// v = x ∘ norm_weight{% if epsilon is not none %}; rstd = 1 / sqrt(mean_k x[k]² + epsilon): the lanes add up the squares of what they load
-// beside the sums, so that the norm costs no pass of its own{% else %} and rstd = 1{% endif %}.
+// v = x ∘ norm_weight; rstd = 1 / sqrt(mean_k x[k]² + epsilon): the lanes add up the squares of what they load
+// beside the sums, so that the norm costs no pass of its own.
 {% else %}
 // v = x and rstd = 1.
 {% endif %}
@@ -62,7 +62,7 @@ const low_rank_scale = {{ scale }};
 {% include "matmul_epilogue.wgsl" %}
 {% endif %}
 
-{% set squares = norm and epsilon is not none %}
+{% set squares = norm %}
 {% if share > 1 %}
 var<workgroup> sums: array<vec4<f32>, {{ lanes * quads }}>; // [quad][lane]
 {% if squares %}

@@ -12,7 +12,7 @@ from backward.attention import attention_backward
 from forward.attention import Tile, attention
 from shaders.device import Device
 from shaders.program import Program
-from tests.forward.test_attention import (
+from tests.forward.attention_cases import (
     CASES,
     HALF_CASES,
     ON_CPU,
@@ -28,6 +28,7 @@ from tests.forward.test_attention import (
     split_heads,
     use_tile,
 )
+from tests.forward.half_tensors import needs_halves
 
 
 def attention_backward_reference(
@@ -145,8 +146,7 @@ def test_f16_tensors(
     shape: Shape,
     tile: Tile,
 ) -> None:
-    if "shader-f16" not in device.features:
-        pytest.skip("the adapter lacks shader-f16")
+    needs_halves(device)
     rows, spare = sum(lengths), 9
     use_tile(monkeypatch, tile)
     qkv, segments = normal(rows, rows, shape.width).astype(np.float16), segments_of(lengths)

@@ -15,6 +15,7 @@ from forward.lora import GPU_TUNINGS, Tuning, lora_project
 from shaders.device import Device
 from shaders.program import Program
 from shaders.tensor import Tensor
+from tests.forward.half_tensors import needs_halves
 
 SCALE = 1.7
 UNTOUCHED = -7.0
@@ -214,8 +215,7 @@ def test_lora_of_halves(
     d_y_type: str,
     is_cpu: bool,
 ) -> None:
-    if "shader-f16" not in device.features:
-        pytest.skip(f"{device.name} has no shader-f16")
+    needs_halves(device)
     monkeypatch.setattr(device, "is_cpu", is_cpu)
     full = values_of(case)
     x, d_y = (

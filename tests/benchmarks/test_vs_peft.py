@@ -10,18 +10,19 @@ import numpy as np
 import pytest
 
 from benchmarks import vs_peft
-from benchmarks.sessions import as_examples, repeating_rows, run_config, used_memory
+from benchmarks.sessions import Case, as_examples, repeating_rows, run_config, used_memory
 from benchmarks.synthetic import SHAPES, write_model
-from benchmarks.vs_peft import (
-    PEFT_VARIANTS,
-    Case,
+from benchmarks.vs_peft import PEFT_VARIANTS, loss_curves, parse_options, parse_shapes
+from benchmarks.vs_peft_report import (
+    LOSS_TOLERANCE,
+    NORM_TOLERANCE,
     largest_difference,
-    loss_curves,
-    parse_options,
-    parse_shapes,
+    memory_lines,
+    write_report,
 )
 from lora.session import TrainingSession
 from shaders.device import Device
+from tests.forward.half_tensors import needs_halves
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +76,7 @@ def test_loss_curves_fall_and_are_those_of_training(tiny: Path) -> None:
 
 
 def test_loss_curves_of_two_precisions_part_a_little(tiny: Path) -> None:
-    if "shader-f16" not in Device().features:
-        pytest.skip("the device has no f16")
+    needs_halves(Device())
     curves = loss_curves(tiny, 6, ["f32", "f16"], rows=2, length=24)
     # Every stored activation of f16 is rounded by up to 2^-11: the losses can't be equal, and
     # those of a step are means over 46 tokens of sums of such errors of either sign.
@@ -92,7 +92,7 @@ def test_a_report(tiny: Path, tmp_path: Path) -> None:
         )
         for recompute in ("on", "off")
     }
-    vs_peft.write_report(tmp_path, "tiny", case, results)
+    write_report(tmp_path, "tiny", case, results)
     saved = json.loads((tmp_path / "vs_peft-tiny-2x20.json").read_text())
     for result in saved.values():
         assert len(result["losses"]) == len(result["norms"]) == case.warm_up + case.steps
@@ -114,7 +114,7 @@ def test_memory_against_the_plan_and_the_card(
         "context_MiB": 150.0,
         "nvidia_smi_MiB": 1228.8,
     }
-    lines = vs_peft.memory_lines({"ours": result, "elsewhere": result | {"nvidia_smi_MiB": None}})
+    lines = memory_lines({"ours": result, "elsewhere": result | {"nvidia_smi_MiB": None}})
     assert lines[2] == (
         "| ours | 1000 | 1000 | 1229 | 150 | +7.9% | 10% | weights 600, activations 400 |"
     )
@@ -146,7 +146,7 @@ def test_peft_leaves_its_model_as_it_was(tiny: Path, tmp_path: Path) -> None:
     for figures in ("losses", "norms"):
         assert checkpointed[figures] == pytest.approx(plain[figures], rel=1e-6)
         assert half_again[figures] == half[figures]
-    assert largest_difference(ours["losses"], plain["losses"]) < vs_peft.LOSS_TOLERANCE
-    assert largest_difference(ours["norms"], plain["norms"]) < vs_peft.NORM_TOLERANCE
+    assert largest_difference(ours["losses"], plain["losses"]) < LOSS_TOLERANCE
+    assert largest_difference(ours["norms"], plain["norms"]) < NORM_TOLERANCE
     # bfloat16 keeps eight bits: it is another computation, of about the same loss.
     assert 1e-5 < largest_difference(half["losses"], plain["losses"]) < 2**-7

@@ -15,6 +15,7 @@ from backward.matmul import matmul_backward
 from backward.rmsnorm import NormBefore, rmsnorm_backward
 from forward.adapter import LoraFactors
 from forward.matmul import matmul
+from forward.matmul_plans import use_source
 from forward.matmul_tiles import TILES, Plan, cut, tiles_of
 from forward.rmsnorm import (
     GPU_LANES,
@@ -25,7 +26,6 @@ from forward.rmsnorm import (
     adds_up,
     rmsnorm,
 )
-from forward.tuning import use_source
 from forward.weights import load_matrix
 from shaders.device import Device
 from shaders.program import Dispatch, Program
@@ -273,7 +273,7 @@ def test_a_step_is_the_same(
         return Plan(tile, *cut(contraction, 2, tile.depth))
 
     monkeypatch.setattr("lora.session.Device", opened)
-    monkeypatch.setattr("forward.tuning.choose_tile", in_two)
+    monkeypatch.setattr("forward.matmul_plans.choose_tile", in_two)
     model = TINY_MODELS[name]
     model.write_gguf(tmp_path / "model.gguf")
     model.write_adapter(tmp_path / "adapter")

@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, quants
 from backward.matmul import matmul_backward
 from forward.adapter import LoraFactors
 from forward.matmul import HALF_CARRY, matmul
+from forward.matmul_plans import use_source
 from forward.matmul_tiles import (
     HALF_TILES,
     MOST_CANDIDATES,
@@ -24,10 +25,10 @@ from forward.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
-from forward.tuning import use_source
 from forward.weights import load_matrix
 from shaders.device import Device
 from shaders.program import Program
+from tests.forward.half_tensors import needs_halves
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import MARKER, extent_in_use, run_twice
 
@@ -127,8 +128,7 @@ def test_both_directions(
 def test_tiles_of_f16(
     tiled: Device, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if "shader-f16" not in tiled.features:
-        pytest.skip("the adapter lacks shader-f16")
+    needs_halves(tiled)
     tiled.precision = "f16"
     force(tiled, tile, splits)
     if unrolled:

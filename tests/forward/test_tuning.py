@@ -13,25 +13,16 @@ from gguf import GGMLQuantizationType, quants
 from backward.matmul import matmul_backward
 from backward.rmsnorm import NormBefore
 from forward.matmul import matmul
+from forward.matmul_plans import Product, Request, plan_of, requests_of, use_plans, use_source
 from forward.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
-from forward.tuning import (
-    Product,
-    Request,
-    Stopwatch,
-    Workbench,
-    fastest,
-    kernels_of,
-    plan_of,
-    requests_of,
-    tune,
-    use_plans,
-    use_source,
-)
+from forward.tuning import fastest, tune
 from forward.weights import FrozenMatrix, load_matrix
+from forward.workbench import Stopwatch, Workbench, kernels_of
 from shaders.device import Device
 from shaders.planning import PlanningDevice
 from shaders.program import Dispatch, Program
 from shaders.tensor import Tensor
+from tests.forward.half_tensors import needs_halves
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import activation, extent_in_use
 
@@ -149,8 +140,8 @@ def test_another_plan_must_be_three_percent_faster(times: list[float], winner: i
 
 @pytest.mark.parametrize("half", [False, True])
 def test_the_choice_follows_the_timings(tiled: Device, half: bool) -> None:
-    if half and "shader-f16" not in tiled.features:
-        pytest.skip("the adapter lacks shader-f16")
+    if half:
+        needs_halves(tiled)
     tiled.precision = "f16" if half else "f32"
     try:
         requests = planned_requests(tiled, [(256, 512, 1024)])

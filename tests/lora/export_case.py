@@ -15,7 +15,7 @@ from forward.architecture import Architecture, permute_rows_to_gguf
 from forward.gguf_file import GGUFFile
 from lora.export import Export, export
 from tests.forward.tiny_gguf import write_tiny_llama
-from tests.parity.tiny_models import TinyModel
+from tests.parity.tiny_model import TinyModel
 
 CASES = ("llama", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3_long")
 

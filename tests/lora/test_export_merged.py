@@ -172,7 +172,8 @@ def test_gemma2_has_no_head_of_its_own(tmp_path: Path, target: str) -> None:
 def test_pieces_and_parts(wide: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """Pieces of three rows give the same file as whole tensors."""
     whole = export(wide[1], "merged-gguf").path.read_bytes()
-    monkeypatch.setattr("lora.merge._PIECE", 3 * 512)
+    monkeypatch.setattr("lora.merge._MERGED_AT_ONCE", 3 * 512)
+    monkeypatch.setattr("lora.merge._COPIED_AT_ONCE", 3 * 4 * 512)
     again = export(wide[1], "merged-gguf", force=True)
     assert again.path.read_bytes() == whole
 
@@ -229,7 +230,8 @@ def test_memory_is_that_of_pieces(wide: tuple[Path, Path], tmp_path: Path) -> No
     tensors = {name: values.astype(np.float32) for name, values in tensors.items()}
     adapter = write_adapter(tmp_path / "large", tensors)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora.merge._PIECE", 1 << 16)
+        patch.setattr("lora.merge._MERGED_AT_ONCE", 1 << 16)
+        patch.setattr("lora.merge._COPIED_AT_ONCE", 4 << 16)
         tracemalloc.start()
         export(adapter, "merged-gguf", base=str(base))
         peak = tracemalloc.get_traced_memory()[1]

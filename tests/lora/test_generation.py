@@ -14,7 +14,7 @@ import pytest
 from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
 from lora.config import Config
-from lora.generation import Adapter, TextGenerator, open_generator, read_adapter
+from lora.generation import Adapter, TextGenerator, open_generator, upload_adapter
 from lora.sampling import Sampling
 from lora.session import TrainingSession
 from shaders.device import Device
@@ -147,17 +147,38 @@ def test_adapters_of_other_ranks_side_by_side(
         np.testing.assert_allclose(ours, expected[name], rtol=0, atol=1e-4)
 
 
+Q4_0 = {"weight": "Q4_0", "norm.weight": "F32"}
+GATE_AND_UP_DIFFER = {"ffn_up.weight": "Q8_0"}
+# Whole numbers for gate, up and down only: of the two parts of qkv one takes none.
+MIXED = {**Q4_0, "attn_v.weight": "F16", "ffn_down.weight": "Q5_0", "attn_output.weight": "F16"}
+
+
 @pytest.mark.parametrize(
-    ("types", "dispatches"),
-    [({"weight": "Q4_0", "norm.weight": "F32"}, 6), ({"ffn_up.weight": "Q8_0"}, 8)],
-    ids=["one type", "gate and up differ"],
+    ("types", "head_size", "first", "dispatches"),
+    # A head that is no whole block of numbers: a dispatch of its own makes them.
+    [(Q4_0, 32, 1, 6), (Q4_0, 16, 1, 7), (GATE_AND_UP_DIFFER, 32, 0, 8), (MIXED, 32, 0, 8)],
+    ids=["one type", "small heads", "gate and up differ", "mixed"],
 )
 def test_the_dispatches_of_a_gpu(
-    tmp_path: Path, device: Device, types: dict[str, str], dispatches: int, ids: list[int]
+    tmp_path: Path,
+    device: Device,
+    types: dict[str, str],
+    head_size: int,
+    first: int,
+    dispatches: int,
+    ids: list[int],
 ) -> None:
-    """Norms and activations inside the products, against those of an adapter on the CPU."""
+    """Norms and activations inside the products, against those of an adapter on the CPU.
+
+    Args:
+        first: dispatches between the embedding and the first layer.
+        dispatches: of a layer.
+    """
     n_layers = 3
-    write_tiny_llama(tmp_path / "model.gguf", n_layers=n_layers, types=types)
+    write_tiny_llama(
+        tmp_path / "model.gguf", n_layers=n_layers, types=types, head_size=head_size,
+        hidden_size=64, intermediate_size=256,
+    )  # fmt: skip
     found = []
     before = device.is_cpu
     for device.is_cpu in (True, False):
@@ -171,7 +192,7 @@ def test_the_dispatches_of_a_gpu(
     # As in test_every_architecture_token_by_token.
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
     # Those of a GPU: the embedding and the layers; the logits and the most likely token.
-    assert len(layers.commands) == 1 + dispatches * n_layers
+    assert len(layers.commands) == 1 + first + dispatches * n_layers
     assert len(head.commands) == 2
 
 
@@ -296,4 +317,4 @@ def test_adapters_that_do_not_fit(tiny: Path, tmp_path: Path, device: Device) ->
         open_generator(str(tmp_path / "one.gguf"), {"b": tiny / "b"}, device=device)
     fused = dataclasses.replace(Architecture.from_gguf(GGUFFile(tmp_path / "one.gguf")), fused=True)
     with pytest.raises(InputError, match=r"adapts .*q_proj.*does not have; it has qkv_proj"):
-        read_adapter(device, fused, tiny / "b")
+        upload_adapter(device, fused, tiny / "b")

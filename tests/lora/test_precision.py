@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 
 from benchmarks.synthetic import SHAPES, write_model
-from benchmarks.vs_peft import largest_difference, loss_curves
+from benchmarks.vs_peft import loss_curves
+from benchmarks.vs_peft_report import largest_difference
 from lora.config import Config
 from lora.data import Example
 from lora.session import TrainingSession
 from shaders.device import Device
 from shaders.errors import InputError, LoraError
 from shaders.planning import PlanningDevice
+from tests.forward.half_tensors import needs_halves
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.parity.tiny_models import TINY_MODELS
 from tests.parity.tiny_ours import gradients, open_session
@@ -25,8 +27,7 @@ NAMES = ["llama_odd", "llama_bias", "qwen3", "gemma2", "gemma3", "phi3_long", "l
 
 @pytest.fixture(autouse=True)
 def half(device: Device) -> Iterator[None]:
-    if "shader-f16" not in device.features:
-        pytest.skip(f"{device.name} lacks shader-f16")
+    needs_halves(device)
     yield
 
 

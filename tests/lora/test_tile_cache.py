@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 
 import lora.tile_cache
+from forward.matmul_plans import PlanSource, Product, Request, plan_of, use_source, using_source
 from forward.matmul_tiles import Plan, candidates, choose_tile
-from forward.tuning import PlanSource, Product, Request, plan_of, use_source, using_source
-from lora.tile_cache import TileCache, cache_folder, find_tiles
+from forward.tuning import TUNING_SECONDS
+from lora.tile_cache import TileCache, Tuner, cache_folder, find_tiles
 from shaders.device import Device
 from shaders.planning import PlanningDevice
 from tests.forward.test_tuning import planned_requests
@@ -31,13 +32,22 @@ def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iter
     use_source(device, None)
 
 
-def second_choices(device: Device, requests: Sequence[Request]) -> dict[Product, Plan]:
+def second_choices(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> dict[Product, Plan]:
     """What a tuner might find that disagrees with the model."""
     return {r.product: candidates(*r.shape(device))[1] for r in requests}
 
 
-def refuse(device: Device, requests: Sequence[Request]) -> Mapping[Product, Plan]:
+def refuse(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> Mapping[Product, Plan]:
     raise AssertionError(f"measured again: {requests}")
+
+
+def use_tuner(monkeypatch: pytest.MonkeyPatch, tuner: Tuner) -> None:
+    """Lets training look for plans with another tuner than the one that times them."""
+    monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
 
 
 def requests_for(device: Device) -> list[Request]:
@@ -47,7 +57,7 @@ def requests_for(device: Device) -> list[Request]:
 def test_found_once(gpu: Device, tmp_path: Path) -> None:
     """A second process reads what the first found; only what is new is looked for."""
     requests = requests_for(gpu)
-    wanted = second_choices(gpu, requests)
+    wanted = second_choices(gpu, requests, seconds=1)
     TileCache(gpu).find(requests, second_choices)
     again = TileCache(gpu)
     again.find(requests, refuse)
@@ -55,20 +65,46 @@ def test_found_once(gpu: Device, tmp_path: Path) -> None:
     assert again.path.parent == tmp_path / "webgpu-lora" == cache_folder()
     looked_for: list[Request] = []
 
-    def note(device: Device, missing: Sequence[Request]) -> dict[Product, Plan]:
+    def note(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
         looked_for.extend(missing)
-        return second_choices(device, missing)
+        return second_choices(device, missing, seconds=seconds)
 
     more = planned_requests(gpu, [(64, 128, 192)])
     again.find([*requests, *more], note)
     assert looked_for == more
     once_more = TileCache(gpu)
     once_more.load()
-    wanted |= second_choices(gpu, more)
+    wanted |= second_choices(gpu, more, seconds=1)
     assert {p: once_more.plan(p) for p in wanted} == wanted
     again.forget()
     again.load()
     assert all(again.plan(p) is None for p in wanted)
+
+
+def test_more_time_looks_again_at_what_less_time_found(gpu: Device) -> None:
+    """As `lora tune` after `lora train`; what comes later with less time keeps what is there."""
+    requests = requests_for(gpu)
+    calls: list[tuple[int, float]] = []
+
+    def note(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+        calls.append((len(missing), seconds))
+        return second_choices(device, missing, seconds=seconds)
+
+    cache = TileCache(gpu)
+    cache.find(requests[:1], note)
+    cache.find(requests, note, 30.0)
+    cache.find(requests, refuse, 30.0)
+    cache.find(requests, refuse, 1.0)
+    TileCache(gpu).find(requests, refuse)
+    cache.find(requests, note, 60.0)
+    n = len(requests)
+    assert n > 1 and calls == [(1, TUNING_SECONDS), (n, 30.0), (n, 60.0)]
+    contents = json.loads(cache.path.read_text())
+    for entry in contents["plans"].values():
+        entry["seconds"] = "long"
+    cache.path.write_text(json.dumps(contents))
+    cache.find(requests, note)
+    assert calls[3:] == [(n, TUNING_SECONDS)]
 
 
 @pytest.mark.parametrize(
@@ -144,13 +180,15 @@ def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Training finds plans; evaluation reads them; off and adapters on the CPU know none."""
     calls = []
 
-    def tuner(device: Device, requests: Sequence[Request]) -> dict[Product, Plan]:
+    def tuner(
+        device: Device, requests: Sequence[Request], *, seconds: float
+    ) -> dict[Product, Plan]:
         calls.append(list(requests))
-        return second_choices(device, requests)
+        return second_choices(device, requests, seconds=seconds)
 
-    monkeypatch.setattr(lora.tile_cache.TileCache.find, "__defaults__", (tuner,))
+    use_tuner(monkeypatch, tuner)
     requests = requests_for(gpu)
-    wanted = list(second_choices(gpu, requests).values())
+    wanted = list(second_choices(gpu, requests, seconds=1).values())
     model = [choose_tile(*r.shape(gpu)) for r in requests]
 
     def plans(source: PlanSource | None, device: Device = gpu) -> list[Plan]:
@@ -177,7 +215,7 @@ def test_a_source_holds_in_its_block_only(gpu: Device) -> None:
     """So that two sessions on one device do not record with each other's plans."""
     requests = requests_for(gpu)
     model = [choose_tile(*r.shape(gpu)) for r in requests]
-    second = second_choices(gpu, requests)
+    second = second_choices(gpu, requests, seconds=1)
     with using_source(gpu, lambda request: second[request.product]):
         assert [plan_of(gpu, r) for r in requests] == list(second.values())
         with using_source(gpu, None):
@@ -191,7 +229,7 @@ def test_without_a_place_to_keep_them_the_model_chooses(
 ) -> None:
     """Plans that are not kept could differ from run to run."""
     requests = requests_for(gpu)
-    monkeypatch.setattr(lora.tile_cache.TileCache.find, "__defaults__", (second_choices,))
+    use_tuner(monkeypatch, second_choices)
     (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="train.tuning"), pytest.warns(match="cannot be read"):
         source = find_tiles(gpu, "auto", requests)
@@ -207,7 +245,7 @@ def _find_slowly(rank: int, folder: Path, started: object, results: object) -> N
     requests = requests_for(device)
     cache = TileCache(device, folder)
 
-    def tuner(device: Device, missing: Sequence[Request]) -> dict[Product, Plan]:
+    def tuner(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
         time.sleep(0.3)
         return {r.product: candidates(*r.shape(device))[rank] for r in missing}
 

@@ -12,11 +12,16 @@ from typer.testing import CliRunner
 
 import lora.tune_command
 import shaders.device
+from forward.matmul_plans import Product, Request, requests_of
 from forward.matmul_tiles import Plan, candidates
-from forward.tuning import Product, Request
+from forward.tuning import TUNING_SECONDS
+from lora.config import load_config
+from lora.session import TrainingSession
+from lora.tile_cache import TileCache, find_tiles
 from lora.tune_command import tune_command
 from shaders.device import Device
 from shaders.errors import InputError
+from shaders.planning import PlanningDevice
 from tests.lora.tiny_run import write_run
 
 app = typer.Typer()
@@ -37,32 +42,56 @@ def test_an_adapter_on_the_cpu_is_refused(tmp_path: Path, device: Device) -> Non
         run(str(write_run(tmp_path)))
 
 
-def test_tune(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = str(write_run(tmp_path))
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
+class Card(Device):
+    """The software adapter, taken for a GPU."""
 
-    class Card(Device):
-        """The software adapter, taken for a GPU."""
+    def __init__(self, wanted: str | int) -> None:
+        super().__init__(wanted)
+        self.is_cpu, self.info["adapter_type"] = False, "DiscreteGPU"
 
-        def __init__(self, wanted: str | int) -> None:
-            super().__init__(wanted)
-            self.is_cpu, self.info["adapter_type"] = False, "DiscreteGPU"
 
-    calls = []
+@pytest.fixture
+def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, dict[str, Any]]]:
+    """The number of products and the options of every search, none of which times anything."""
+    searches = []
 
     def tuner(device: Device, requests: Iterable[Request], **options: Any) -> dict[Product, Plan]:
         found = {r.product: candidates(*r.shape(device))[-1] for r in requests}
-        calls.append((len(found), options))
+        searches.append((len(found), options))
         return found
 
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(shaders.device, "Device", Card)
     monkeypatch.setattr(lora.tune_command, "tune", tuner)
+    monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
+    return searches
+
+
+def test_tune(tmp_path: Path, calls: list[tuple[int, dict[str, Any]]]) -> None:
+    config = str(write_run(tmp_path))
     text = run(config, "--seconds", "7")
     # q k v, output, gate up, down, each in both directions, and the head's two.
     assert calls == [(10, {"seconds": 7.0})]
     assert text.count("q4_1") == 8 and text.count("q8_0") == 2
     assert str(tmp_path / "caches").replace("\n", "") in text.replace("\n", "")
-    again = run(config)
-    assert again.startswith("All of these were found before; --again looks for them anew.")
+    again = run(config, "--seconds", "7")
+    assert again.startswith("All of these were found with as much time before; --again looks")
     assert again.endswith(text) and len(calls) == 1
-    assert run(config, "--again") == text and len(calls) == 2
+    assert run(config, "--seconds", "7", "--again") == text and len(calls) == 2
+    assert run(config) == text and calls[2] == (10, {"seconds": 30.0})
+
+
+def test_what_training_found_in_two_seconds_is_looked_for_again(
+    tmp_path: Path, calls: list[tuple[int, dict[str, Any]]]
+) -> None:
+    """Training keeps a plan for every product, those that it had no time for included."""
+    config = write_run(tmp_path)
+    device = Card("auto")
+    planning = PlanningDevice(device)
+    with requests_of(planning) as requests:
+        TrainingSession(load_config(str(config)), device=planning)
+    find_tiles(device, "auto", requests)
+    run(str(config))
+    assert calls == [(10, {"seconds": TUNING_SECONDS}), (10, {"seconds": 30.0})]
+    find_tiles(device, "auto", requests)
+    assert len(calls) == 2

@@ -16,7 +16,8 @@ import numpy as np
 import pytest
 
 from lora.session import TrainingSession
-from tests.parity.tiny_models import TINY_MODELS, TinyModel
+from tests.parity.tiny_model import TinyModel
+from tests.parity.tiny_models import TINY_MODELS
 from tests.parity.tiny_ours import gradients, logits, open_session
 
 pytestmark = pytest.mark.parity

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from shaders.device import Device
+from tests.forward.half_tensors import needs_halves
 from tests.parity.ours import run_ours
 from tests.parity.peft_reference import REAL_MODELS, make_adapter
 
@@ -18,8 +19,7 @@ def test_eight_steps_in_f16(
     name: str, device: Device, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Losses within 1%, before and after; the gradient norms, which amplify errors, within 5%."""
-    if "shader-f16" not in device.features:
-        pytest.skip(f"{device.name} lacks shader-f16")
+    needs_halves(device)
     request.getfixturevalue(name)  # skips where the file is absent
     model = REAL_MODELS[name]
     make_adapter(model, tmp_path)

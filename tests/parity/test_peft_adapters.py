@@ -23,7 +23,8 @@ from lora.generation import open_generator
 from lora.session import TrainingSession
 from shaders.errors import InputError
 from tests.parity.llama_cpp_logits import LlamaCpp
-from tests.parity.tiny_models import TINY_MODELS, TinyModel
+from tests.parity.tiny_model import TinyModel
+from tests.parity.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.parity
 

@@ -12,7 +12,7 @@ from lora.config import Config
 from lora.data import Example
 from lora.programs import loss_weight_words, record_eval
 from lora.session import TrainingSession
-from tests.parity.tiny_models import LENGTHS, TinyModel
+from tests.parity.tiny_model import LENGTHS, TinyModel
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,196 @@
+"""Products of one row of whole numbers with frozen quantized matrices, as fast as they are read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from forward.activations import activation, check_shape, extent_of
+from forward.adapter import LoraFactors
+from forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
+from forward.matmul import adapted_members
+from forward.matmul_row import can_gate
+from forward.swiglu import check_activation
+from forward.weights import FrozenMatrix
+from shaders.device import Device
+from shaders.program import Program
+from shaders.tensor import Tensor
+
+# Of a dispatch: fewer do not keep the memory of a large GPU busy, more only have more to add up.
+_LANES_WANTED = 2**16
+_GATED_LANES_WANTED = 100_000
+_BYTES_A_LANE = 20  # of workgroup memory: a lane's four sums, and those of what it adds up
+
+
+@dataclass(frozen=True)
+class IntRowTiling:
+    """How the lanes of `matmul_int_row` divide a product.
+
+    Attributes:
+        lanes: of a workgroup.
+        share: lanes that share the sums of a group of rows of W; at least `rows`.
+        rows: of W in such a group, 2, 4 or 8: the row's numbers are loaded once for all of them.
+        steps: blocks of 32 weights, for each of these rows, that a lane loads at once.
+    """
+
+    lanes: int
+    share: int
+    rows: int
+    steps: int
+
+
+def choose_int_tiling(
+    columns: int, contraction: int, *, most_lanes: int, gated: bool = False, stores: bool = False
+) -> IntRowTiling:
+    """How to divide a product: what was fastest on one H200 for layers of 135 M to 8 B.
+
+    Args:
+        columns: rows of W.
+        contraction: columns of W.
+        most_lanes: of a workgroup on the device.
+        gated: the first half of W's rows are a gate's.
+        stores: whole numbers come out, of blocks of 32 columns which a workgroup must have whole.
+    """
+    blocks = contraction // BLOCK
+    if gated:
+        rows, share = 4, 16
+        if most_lanes >= 512 and blocks >= 32 and columns // rows * share < _GATED_LANES_WANTED:
+            share = 32
+        return IntRowTiling(min(most_lanes, 512), share, rows, 1)
+    if stores:
+        rows, share = (4, 128) if blocks >= 128 else (4, 64) if blocks >= 48 else (2, 32)
+        while BLOCK * share // rows > most_lanes:
+            share //= 2
+        return IntRowTiling(BLOCK * share // rows, share, rows, 2 if blocks >= 2 * share else 1)
+    rows, share = 4, 16 if blocks >= 32 else 8
+    while (
+        share < 64 and columns // rows * share < _LANES_WANTED and 2 * share <= max(32, blocks)
+    ):  # fmt: skip
+        share *= 2
+    if share > blocks:
+        rows = 2
+    return IntRowTiling(128, share, rows, 2 if share == 8 and blocks >= 16 else 1)
+
+
+def matmul_int_row(
+    program: Program,
+    x: IntRow,
+    matrix: FrozenMatrix,
+    *,
+    epsilon: float = 0.0,
+    gate: str | None = None,
+    lora: LoraFactors | None = None,
+    z: Tensor | None = None,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    int_out: IntRow | None = None,
+    tiling: IntRowTiling | None = None,
+    label: str = "matmul",
+) -> Tensor:  # [1, out_features], with a gate half of them
+    """Appends y = cap(norm(x) · Wᵀ + scale · z · Bᵀ + bias) + residual for one row.
+
+    Args:
+        x: of in_features columns; where it has the weight of an RMSNorm, that norm is completed.
+        matrix: W [out_features, in_features], one that `takes_int_row`.
+        epsilon: of the norm.
+        gate: an activation of `forward.swiglu`: the first half of W's rows are a gate's, the others
+            those of up, and activation(gate) · up is what comes out. W must be one part
+            (`can_gate`); a softcap or a residual there is none.
+        lora: the factors of the adapted members of W, or None.
+        z: [1, members · rank], by `project_row` under the same norm; needed with `lora`.
+        bias: [out_features], added where given.
+        softcap: y becomes softcap · tanh(y / softcap); None for none.
+        residual: [1, out_features], added where given; not the tensor `out`.
+        out: where to write; a new tensor by default.
+        int_out: where to write y as whole numbers, too, for the product that takes it.
+        tiling: by default chosen for the shape.
+        label: what the dispatches are called in listings.
+    """
+    extent = extent_of(x.words)
+    if x.width != matrix.in_features or not takes_int_row(program.device, matrix):
+        raise ValueError(f"{label}: an int row of {x.width} does not fit {matrix.in_features}")
+    if bias is not None:
+        check_shape("matmul_int_row bias", bias, matrix.out_features)
+    if residual is not None:
+        check_shape("matmul_int_row residual", residual, 1, matrix.out_features)
+    if gate is not None:
+        check_activation(gate)
+        if not can_gate(matrix) or softcap is not None or residual is not None:
+            raise ValueError(f"{label}: a gate takes one part, no softcap and no residual")
+    width = matrix.out_features if gate is None else matrix.out_features // 2
+    y = out if out is not None else activation(program, extent, width)
+    check_shape("matmul_int_row output", y, 1, width)
+    if int_out is not None and int_out.width != width:
+        raise ValueError(f"{label}: an int row of {int_out.width} cannot hold {width} columns")
+    if lora is not None and lora.rank % 4:
+        raise ValueError(f"{label}: a rank of {lora.rank} is no multiple of 4")
+    for part in matrix.parts:
+        if part.n_rows % 4 or part.first_row % 4:
+            raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
+        n_columns = part.n_rows if gate is None else width
+        fits = len(matrix.parts) == 1 and n_columns % BLOCK == 0
+        chosen = tiling or choose_int_tiling(
+            part.n_rows, matrix.in_features, most_lanes=_most_lanes(program.device),
+            gated=gate is not None, stores=int_out is not None and fits,
+        )  # fmt: skip
+        rows = chosen.rows if n_columns % chosen.rows == 0 else 4
+        columns = chosen.lanes // chosen.share * (rows if gate is None else rows // 2)
+        stores_ints = int_out is not None and fits and columns % BLOCK == 0
+        members = adapted_members(lora, part)
+        constants: dict[str, Any] = {
+            "quantization": part.quantization.name,
+            "contraction": matrix.in_features,
+            "n_columns": n_columns,
+            "row_words": part.words.shape[1],
+            "epsilon": None if x.weight is None else epsilon,
+            "gate": gate is not None,
+            "activation": gate,
+            "placed": len(matrix.parts) > 1,
+            "members": members,
+            "rank": lora.rank if lora else 0,
+            "scale": lora.scale if lora else 1.0,
+            "epilogue": "write" if residual is None else "residual",
+            "bias": bias is not None,
+            "softcap": softcap,
+            "out_type": "f32",
+            "int_out": stores_ints,
+            "next_norm": stores_ints and int_out is not None and int_out.weight is not None,
+            "lanes": chosen.lanes,
+            "share": chosen.share,
+            "rows": rows,
+            "steps": chosen.steps,
+            "parts": chosen.share // rows,
+        }
+        tensors = [x.words, part.words, y]
+        if members and lora is not None:
+            if z is None:
+                raise ValueError(f"{label}: an adapted matrix needs z and its factors")
+            check_shape("matmul_int_row z", z, 1, lora.n_members * lora.rank)
+            tensors += [z, lora.b]
+        tensors += [tensor for tensor in (residual, bias) if tensor is not None]
+        if len(matrix.parts) > 1:
+            tensors.append(program.device.constant_uniform((0, part.first_row)))
+        if stores_ints and int_out is not None:
+            tensors.append(int_out.words)
+            if int_out.weight is not None:
+                tensors.append(int_out.weight)
+        terms = matrix.in_features + (lora.rank if lora and members else 0)
+        program.dispatch(
+            "matmul_int_row",
+            constants,
+            tensors,
+            -(-n_columns // columns),
+            label=label,
+            flops=2 * part.n_rows * terms,
+        )
+    if int_out is not None and not stores_ints:
+        to_int_row(program, y, int_out, label=f"{label}.int_row")
+    return y
+
+
+def _most_lanes(device: Device) -> int:
+    """Lanes that a workgroup may have, as a power of two."""
+    most = min(device.most_lanes, device.workgroup_memory // _BYTES_A_LANE)
+    return int(1 << (most.bit_length() - 1))

@@ -1,0 +1,148 @@
+"""What tests of attention and of its gradient share: cases, numpy's answer, their tensors."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+import forward.attention
+from forward.attention import Tile
+from shaders.device import Device
+from shaders.tensor import Extent, Tensor
+
+
+@dataclass(frozen=True)
+class Shape:
+    """The options of one attention, by the names of its keywords."""
+
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @property
+    def width(self) -> int:
+        return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
+
+
+ON_CPU = Tile(prefetch=False)  # what software adapters take, apart from its size
+ON_GPU = Tile(teams=2, per_lane=2)  # two teams, and within the 32 KiB of this device
+TILES = [
+    ON_CPU,
+    replace(ON_CPU, per_lane=2, chunk=8, held=False),
+    Tile(per_lane=1, chunk=32),
+    replace(ON_GPU, chunk=8, per_lane=4),
+    replace(ON_GPU, chunk=8, held=False, unroll=8),
+    Tile(teams=2, team_lanes=128, per_lane=1, chunk=8, held=False),
+    Tile(teams=4, per_lane=1, chunk=8, prefetch=False),
+    Tile(team_lanes=256, per_lane=1, chunk=16, unroll=16, held=False),
+    Tile(teams=2, slices=2, per_lane=2),
+    Tile(team_lanes=128, slices=4, chunk=32, per_lane=2, held=False),
+    Tile(team_lanes=256, slices=4, chunk=32, held=False, per_lane=1),
+]
+
+# Lengths of the examples that lie end to end, the shape, and the tile.
+CASES = [
+    ([1], Shape(1, 1, 4, 0.5), TILES[0]),
+    ([1], Shape(1, 1, 4, 0.5), TILES[3]),
+    ([7], Shape(3, 1, 20, 0.7, window=3), TILES[1]),
+    ([1, 63, 1], Shape(2, 2, 64, 0.125), TILES[4]),
+    ([33, 5, 92], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[3]),
+    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.2), TILES[5]),
+    ([33, 5, 92], Shape(3, 1, 64, 0.2, window=3), TILES[6]),
+    ([65, 65], Shape(9, 3, 64, 0.125, window=37), TILES[0]),
+    ([70, 60], Shape(2, 2, 48, 0.1, window=1), TILES[4]),
+    ([130], Shape(4, 2, 80, 0.1, window=64), TILES[6]),
+    ([200, 150], Shape(2, 1, 32, 0.2, window=100), TILES[3]),
+    ([130], Shape(4, 2, 96, 0.1), TILES[2]),
+    ([40, 25], Shape(4, 1, 128, 0.08, softcap=5.0, window=20), TILES[7]),
+    ([64, 66], Shape(4, 1, 256, 0.0625), replace(ON_CPU, per_lane=1, held=False)),
+    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[8]),
+    ([40, 25], Shape(4, 2, 128, 0.08, window=20), TILES[9]),
+    ([3, 90], Shape(2, 1, 256, 0.0625), TILES[10]),
+]
+
+# The same with f16 tensors.
+HALF_CASES = [
+    ([33, 5, 92], Shape(3, 1, 20, 0.2, window=37), ON_CPU),
+    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.125), Tile(teams=2, half=True)),
+    ([65, 64], Shape(2, 2, 96, 0.1, softcap=5.0), Tile(chunk=8, held=False, half=True)),
+    ([40, 26], Shape(2, 1, 256, 0.0625), replace(TILES[10], half=True)),
+]
+
+
+def segments_of(lengths: list[int]) -> np.ndarray:
+    """[rows, 2]: for each row the first row of its example and the row past its end."""
+    ends = np.cumsum(lengths)
+    return np.concatenate(
+        [np.tile([end - n, end], (n, 1)) for n, end in zip(lengths, ends, strict=True)]
+    ).astype(np.uint32)
+
+
+def split_heads(qkv: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """q [n_heads, rows, head_size], k and v [n_kv_heads, rows, head_size]."""
+    heads = qkv.reshape(len(qkv), -1, shape.head_size).swapaxes(0, 1)
+    n, m = shape.n_heads, shape.n_kv_heads
+    return heads[:n], heads[n : n + m], heads[n + m :]
+
+
+def sees(segments: np.ndarray, shape: Shape) -> np.ndarray:
+    """[rows, rows]: which rows j each row i attends to."""
+    i = np.arange(len(segments))[:, None]
+    j = np.arange(len(segments))[None, :]
+    seen = (j >= segments[:, :1]) & (j <= i)
+    return seen if shape.window is None else seen & (i - j < shape.window)
+
+
+def attention_reference(
+    qkv: np.ndarray, segments: np.ndarray, shape: Shape
+) -> tuple[np.ndarray, np.ndarray]:
+    q, k, v = split_heads(qkv.astype(np.float64), shape)
+    seen = sees(segments, shape)
+    out = np.zeros((len(qkv), shape.n_heads, shape.head_size))
+    lse = np.zeros((len(qkv), shape.n_heads))
+    for h in range(shape.n_heads):
+        kv = h // (shape.n_heads // shape.n_kv_heads)
+        s = shape.scale * q[h] @ k[kv].T
+        if shape.softcap is not None:
+            s = shape.softcap * np.tanh(s / shape.softcap)
+        s = np.where(seen, s, -np.inf)
+        highest = s.max(axis=1)
+        lse[:, h] = highest + np.log(np.exp(s - highest[:, None]).sum(axis=1))
+        out[:, h] = np.exp(s - lse[:, h, None]) @ v[kv]
+    return out.reshape(len(qkv), -1), lse
+
+
+def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
+    """Makes every attention kernel take that tile."""
+    monkeypatch.setattr(forward.attention, "choose_tile", lambda *_: tile)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def activation_of(device: Device, extent: Extent, array: np.ndarray) -> Tensor:
+    """The array, f32 or f16, on the device; the recorded rows that are not in use hold NaN."""
+    dtype = "f16" if array.dtype == np.float16 else "f32"
+    tensor = device.empty((extent.maximum, *array.shape[1:]), dtype, extent=extent)
+    padded = np.full(tensor.shape, np.nan, tensor.numpy_dtype)
+    padded[: len(array)] = array
+    device.write(tensor, padded)
+    return tensor
+
+
+def segments_on(device: Device, extent: Extent, segments: np.ndarray) -> Tensor:
+    """The segments on the device; the rows that are not in use claim to see everything."""
+    padded = np.tile(np.array([0, extent.maximum], np.uint32), (extent.maximum, 1))
+    padded[: len(segments)] = segments
+    return device.upload(padded)

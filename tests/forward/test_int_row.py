@@ -1,0 +1,131 @@
+"""Rows as whole numbers: what they stand for, against float64 numpy."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from forward.int_row import BLOCK, IntRow, RowNorm, takes_int_row, to_int_row
+from forward.quantization import QUANTIZATIONS
+from forward.weights import FrozenMatrix, MatrixPart
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_matmul_row import EPSILON, normed, numbers
+from tests.kernels import activation, extent_in_use, marked
+
+
+def decoded(words: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
+    """The numbers that the words of an int row stand for, and what each block brings besides.
+
+    Returns:
+        f64 [width]; f32 [blocks, 4]: scale, the two sums, the sum of squares.
+    """
+    blocks = width // BLOCK
+    digits = words[0, : 24 * blocks].view(np.int8).reshape(3, 2, blocks, 4, 4)  # … word, byte
+    about = words[0, 24 * blocks :].view(np.float32).reshape(blocks, 4)
+    whole = sum(digits[p].astype(np.int64) << (8 * p) for p in range(3))
+    values = np.moveaxis(whole, 0, 2).reshape(blocks, BLOCK)  # [block, word, half, byte]
+    return (values * about[:, :1].astype(np.float64)).reshape(-1), about
+
+
+def check(words: np.ndarray, v: np.ndarray, y: np.ndarray, error: float = 0.0) -> None:
+    """Each number within half a step of its block's scale, the sums as f32 sums are.
+
+    Args:
+        v: f64 [width], what the numbers stand for.
+        y: f64 [width], of which the squares are.
+        error: of v itself, a share of the block's largest.
+    """
+    values, about = decoded(words, v.size)
+    largest = np.abs(v.reshape(-1, BLOCK)).max(axis=1)
+    # Half a step is 2^-23 of the largest; scaling rounds a number twice, by 2^-24 of it each time.
+    steps = np.repeat(largest, BLOCK) * (2.0**-22 + error) * 1.01
+    assert (np.abs(values - v) <= steps).all()
+    halves = v.reshape(-1, 2, BLOCK // 2)
+    sizes = np.abs(halves).sum(axis=2)
+    assert (np.abs(about[:, 1:3] - halves.sum(axis=2)) <= sizes * (2.0**-21 + error)).all()
+    squares = (y.reshape(-1, BLOCK) ** 2).sum(axis=1)
+    np.testing.assert_allclose(about[:, 3], squares, rtol=2.0**-20 + 2 * error)
+
+
+def int_row_of(device: Device, width: int) -> IntRow:
+    row = IntRow.allocate(device, width, extent_in_use(device, 1, 1))
+    device.write(row.words, np.full(row.words.shape, 0xDEADBEEF, np.uint32))
+    return row
+
+
+@pytest.mark.parametrize("width", [32, 96, 576, 2080, 4096])
+@pytest.mark.parametrize("with_weight", [False, True], ids=["plain", "weight"])
+def test_a_row(device: Device, width: int, with_weight: bool) -> None:
+    rng = np.random.default_rng(width)
+    x = numbers(rng, 1, width) * np.exp(rng.normal(0, 3, (1, width))).astype(np.float32)
+    x[0, :32] = 0  # a block of zeros has a scale, too
+    weight = numbers(rng, width) if with_weight else None
+    to = int_row_of(device, width)
+    if weight is not None:
+        to = to.before_norm(device.upload(weight))
+    program = Program(device)
+    to_int_row(program, activation(device, x, extent_in_use(device, 1, 1)), to)
+    program.run()
+    exact = x[0].astype(np.float64)
+    v = exact if weight is None else exact * weight
+    check(device.read(to.words), v, exact, error=2.0**-24)
+
+
+@pytest.mark.parametrize("width", [32, 640, 1152, 5376])
+@pytest.mark.parametrize("residual", [False, True])
+@pytest.mark.parametrize("with_weight", [False, True], ids=["plain", "weight"])
+def test_a_norm_before(device: Device, width: int, residual: bool, with_weight: bool) -> None:
+    """y = norm(x) ∘ weight + residual, written and as whole numbers."""
+    rng = np.random.default_rng(width)
+    x, weight, before = numbers(rng, 1, width), numbers(rng, width), numbers(rng, 1, width)
+    following = numbers(rng, width) if with_weight else None
+    extent = extent_in_use(device, 1, 1)
+    out = marked(device, extent, width)
+    to = int_row_of(device, width)
+    if following is not None:
+        to = to.before_norm(device.upload(following))
+    past = activation(device, before, extent) if residual else None
+    norm = RowNorm(device.upload(weight), EPSILON, out, past)
+    program = Program(device)
+    to_int_row(program, activation(device, x, extent), to, norm=norm)
+    program.run()
+    y = device.read(out)[0].astype(np.float64)
+    exact = normed(x, weight)[0] + (before[0] if residual else 0.0)
+    # The sum of squares is f32, and so is each product on the way.
+    size = np.abs(normed(x, weight)[0]) + np.abs(before[0] if residual else 0.0)
+    assert (np.abs(y - exact) <= 2.0**-20 * size).all()
+    check(device.read(to.words), y if following is None else y * following, y, error=2.0**-24)
+
+
+def test_which_products_take_one(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def matrix(*names: str) -> FrozenMatrix:
+        parts = []
+        for name in names:
+            quantization = next(q for q in QUANTIZATIONS.values() if q.name == name)
+            words = device.empty((4, quantization.row_words(256)), "u32")
+            parts.append(MatrixPart(quantization, words, 4 * len(parts)))
+        return FrozenMatrix(4 * len(parts), 256, tuple(parts))
+
+    monkeypatch.setattr(device, "is_cpu", False)
+    assert takes_int_row(device, matrix("q4_0", "q6_k"))
+    assert not takes_int_row(device, matrix("q4_0", "f16"))
+    monkeypatch.setitem(device.info, "backend_type", "Metal")
+    assert not takes_int_row(device, matrix("q4_0"))
+    monkeypatch.setitem(device.info, "backend_type", "Vulkan")
+    monkeypatch.setattr(device, "is_cpu", True)
+    assert not takes_int_row(device, matrix("q4_0"))
+
+
+def test_what_cannot_be_is_refused(device: Device) -> None:
+    extent = extent_in_use(device, 1, 1)
+    with pytest.raises(ValueError, match="no whole number of blocks"):
+        IntRow.allocate(device, 48, extent)
+    row = IntRow.allocate(device, 64, extent)
+    with pytest.raises(ValueError, match="int row has shape"):
+        to_int_row(Program(device), activation(device, np.zeros((1, 32), np.float32), extent), row)
+    with pytest.raises(ValueError, match="int row's norm has shape"):
+        row.before_norm(device.empty((32,)))
+    halves = device.empty((1, 64), "f16", extent=extent)
+    with pytest.raises(ValueError, match="cannot become whole numbers"):
+        to_int_row(Program(device), halves, row)

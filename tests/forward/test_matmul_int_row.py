@@ -1,0 +1,268 @@
+"""Products of a row of whole numbers with matrices of every type, against float64 numpy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType
+
+from forward.adapter import LoraFactors
+from forward.int_row import INT_TYPES, IntRow, to_int_row
+from forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
+from forward.matmul_row import InputNorm, project_row
+from forward.quantization import QUANTIZATIONS
+from forward.weights import FrozenMatrix, load_matrix
+from shaders.device import Device
+from shaders.program import Program
+from tests.forward.test_int_row import check
+from tests.forward.test_matmul_row import (
+    EPSILON,
+    activated,
+    error_bound,
+    normed,
+    numbers,
+    random_matrix,
+)
+from tests.forward.test_quantization import dequantized, random_blocks, tensor_of, type_name
+from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+
+KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.name in INT_TYPES]
+
+
+@pytest.fixture(autouse=True)
+def as_a_gpu(device: Device) -> Iterator[None]:
+    before, device.is_cpu = device.is_cpu, False
+    yield
+    device.is_cpu = before
+
+
+def whole(program: Program, x: np.ndarray, norm: np.ndarray | None = None) -> IntRow:
+    """A row on the device, in the form that the products take."""
+    device = program.device
+    extent = extent_in_use(device, 1, 1)
+    row = IntRow.allocate(device, x.size, extent)
+    if norm is not None:
+        row = row.before_norm(device.upload(norm))
+    return to_int_row(program, activation(device, x, extent), row)
+
+
+def rounding(v: np.ndarray, w: np.ndarray) -> np.ndarray:
+    """What rounding v to whole numbers may add to sums with the rows of w: of random signs.
+
+    A number is off by up to 2^-22 of its block's largest (tests/forward/test_int_row.py).
+    """
+    largest = np.repeat(np.abs(v.reshape(-1, 32)).max(axis=1), 32)
+    return 4 * 2.0**-22 * np.sqrt((largest * w) ** 2 @ np.ones(v.size))
+
+
+@pytest.mark.parametrize("kind", KINDS, ids=type_name)
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize(("out_features", "blocks"), [(36, 1), (4, 3), (104, 9), (4104, 2)])
+def test_random_blocks(
+    device: Device, kind: GGMLQuantizationType, with_norm: bool, out_features: int, blocks: int
+) -> None:
+    """Outputs that fill no workgroup, blocks that some lanes lack, and many rows of W a lane."""
+    columns = QUANTIZATIONS[kind].block_size * blocks
+    matrix, w = random_matrix(device, kind, out_features, columns, seed=blocks)
+    rng = np.random.default_rng(blocks)
+    x, weight = numbers(rng, 1, columns), numbers(rng, columns) if with_norm else None
+    y = marked(device, extent_in_use(device, 1, 1), out_features)
+    program = Program(device)
+    matmul_int_row(program, whole(program, x, weight), matrix, epsilon=EPSILON, out=y)
+    v = normed(x, weight)
+    bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + rounding(v, w)
+    result = run_twice(program, y)
+    assert (np.abs(result - v @ w.T) <= bound).all()
+    assert (result != MARKER).all()
+
+
+@pytest.mark.parametrize(
+    "tiling",
+    [
+        IntRowTiling(64, 8, 4, 1), IntRowTiling(128, 128, 8, 1), IntRowTiling(256, 16, 2, 4),
+        IntRowTiling(256, 32, 4, 2), IntRowTiling(256, 64, 8, 1), IntRowTiling(64, 2, 2, 3),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "Q8_0"])
+def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
+    """Every division of a product gives the product."""
+    matrix, w = random_matrix(device, GGMLQuantizationType[kind], 72, 2304, seed=3)
+    x, weight = numbers(np.random.default_rng(3), 1, 2304), np.ones(2304, np.float32)
+    y = marked(device, extent_in_use(device, 1, 1), 72)
+    program = Program(device)
+    row = whole(program, x, weight)
+    matmul_int_row(program, row, matrix, epsilon=EPSILON, out=y, tiling=tiling)
+    v = normed(x, weight)
+    bound = error_bound(np.abs(v) @ np.abs(w).T, 2304) + rounding(v, w)
+    assert (np.abs(run_twice(program, y) - v @ w.T) <= bound).all()
+
+
+@pytest.mark.parametrize(("kind", "columns"), [("Q4_0", 96), ("Q4_K", 512), ("Q8_0", 2080)])
+@pytest.mark.parametrize(("half", "adapted"), [(4, ()), (32, (0, 1)), (160, (1,)), (132, (0,))])
+@pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
+def test_norm_and_gate(
+    device: Device, kind: str, columns: int, half: int, adapted: tuple[int, ...],
+    activation_name: str,
+) -> None:  # fmt: skip
+    """From the residual stream to what `down` takes, as whole numbers, too, where they fit."""
+    matrix, w = random_matrix(device, GGMLQuantizationType[kind], 2 * half, columns, seed=7)
+    rng, rank, scale = np.random.default_rng(columns), 8, 1.5
+    x = numbers(rng, 1, columns) * 3
+    weight = numbers(rng, columns) / np.float32(np.abs(w).max() * np.sqrt(columns))
+    bias = numbers(rng, 2 * half)
+    a = numbers(rng, len(adapted) * rank, columns)
+    b = numbers(rng, len(adapted) * half, rank)
+    extent = extent_in_use(device, 1, 1)
+    program = Program(device)
+    row = whole(program, x, weight)
+    lora, z = None, None
+    if adapted:
+        ranges = tuple((member * half, (member + 1) * half) for member in adapted)
+        lora = LoraFactors(device.upload(a), device.upload(b), rank, scale, ranges)
+        norm = InputNorm(device.upload(weight), EPSILON)
+        z = project_row(program, activation(device, x, extent), lora, norm=norm)
+    y = marked(device, extent, half)
+    int_out = IntRow.allocate(device, half, extent) if half % 32 == 0 else None
+    matmul_int_row(
+        program, row, matrix, epsilon=EPSILON, gate=activation_name, lora=lora, z=z,
+        bias=device.upload(bias), out=y, int_out=int_out,
+    )  # fmt: skip
+    result = run_twice(program, y)
+
+    v = normed(x, weight)
+    product, magnitude = v @ w.T + bias, (np.abs(v) @ np.abs(w).T)[0] + np.abs(bias)
+    for index, member in enumerate(adapted):
+        low = v @ a[index * rank : (index + 1) * rank].astype(np.float64).T
+        factor = b[index * half : (index + 1) * half].astype(np.float64)
+        columns_of = slice(member * half, (member + 1) * half)
+        product[:, columns_of] += scale * low @ factor.T
+        size = np.abs(v) @ np.abs(a[index * rank : (index + 1) * rank]).T
+        magnitude[columns_of] += (scale * size @ np.abs(factor).T)[0]
+    gate, up = product[:, :half], product[:, half:]
+    expected = activated(activation_name, gate) * up
+    # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
+    bound = error_bound(magnitude, columns + rank) + rounding(v, w)
+    bound = 1.13 * bound[:half] * np.abs(up) + bound[half:] * np.abs(gate) + 2.0**-20 * np.abs(up)
+    assert (np.abs(result - expected) <= bound + 2.0**-20 * np.abs(expected)).all()
+    if int_out is not None:
+        stored = result[0].astype(np.float64)
+        check(device.read(int_out.words), stored, stored, error=2.0**-24)
+
+
+def stacked(device: Device, sizes: list[int], columns: int) -> tuple[FrozenMatrix, np.ndarray]:
+    """A matrix of several tensors of two types (two parts), and what it decodes to."""
+    kinds = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0]
+    tensors = [
+        tensor_of(kind, random_blocks(kind, n, columns, seed=n), columns)
+        for kind, n in zip(kinds, sizes, strict=True)
+    ]
+    return load_matrix(device, tensors), np.concatenate([dequantized(t) for t in tensors])
+
+
+@pytest.mark.parametrize("rank", [4, 40])
+@pytest.mark.parametrize("adapted", [(0, 2), (1,)])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize("sizes", [[36, 8, 20], [64, 32, 32]])
+def test_adapters_bias_cap_and_residual(
+    device: Device, rank: int, adapted: tuple[int, ...], softcap: float | None, sizes: list[int]
+) -> None:
+    """Some members of a stacked matrix of two parts are adapted, and the row goes on normed."""
+    columns, scale = 96, 1.5
+    matrix, w = stacked(device, sizes, columns)
+    assert len(matrix.parts) == 2
+    rng = np.random.default_rng(rank)
+    starts = np.cumsum([0, *sizes])
+    ranges = tuple((int(starts[i]), int(starts[i + 1])) for i in adapted)
+    n_out = sum(sizes)
+    x, residual = numbers(rng, 1, columns), numbers(rng, 1, n_out)
+    z, following = numbers(rng, 1, len(adapted) * rank), numbers(rng, n_out)
+    b, bias = numbers(rng, sum(sizes[i] for i in adapted), rank), numbers(rng, n_out)
+    extent = extent_in_use(device, 1, 1)
+    a = device.empty((len(adapted) * rank, columns))
+    lora = LoraFactors(a, device.upload(b), rank, scale, ranges)
+    y = marked(device, extent, n_out)
+    int_out = None
+    if n_out % 32 == 0:
+        int_out = IntRow.allocate(device, n_out, extent).before_norm(device.upload(following))
+    program = Program(device)
+    matmul_int_row(
+        program, whole(program, x), matrix, lora=lora, z=activation(device, z, extent),
+        bias=device.upload(bias), softcap=softcap, residual=activation(device, residual, extent),
+        out=y, int_out=int_out,
+    )  # fmt: skip
+    result = run_twice(program, y)
+
+    exact = x.astype(np.float64)
+    product = exact @ w.T + bias
+    magnitude = np.abs(x) @ np.abs(w).T + np.abs(bias)
+    first = 0
+    for index, (start, stop) in enumerate(ranges):
+        low = z[:, index * rank : (index + 1) * rank].astype(np.float64)
+        factor = b[first : first + stop - start]
+        product[:, start:stop] += scale * low @ factor.T
+        magnitude[:, start:stop] += scale * np.abs(low) @ np.abs(factor).T
+        first += stop - start
+    bound = error_bound(magnitude, columns + rank) + rounding(exact, w)
+    if softcap is not None:
+        product = softcap * np.tanh(product / softcap)
+        bound += 1e-5 * softcap  # WGSL's tanh: 2^-11 at worst, drivers seen stay below 2^-18
+    expected = product + residual
+    assert (np.abs(result - expected) <= bound + 2.0**-23 * np.abs(expected)).all()
+    if int_out is not None:
+        stored = result[0].astype(np.float64)
+        check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+
+
+@pytest.mark.parametrize(("columns", "contraction"), [(96, 576), (64, 4096), (2080, 64)])
+@pytest.mark.parametrize("most_lanes", [256, 1024])
+def test_the_row_that_comes_out(
+    device: Device, monkeypatch: pytest.MonkeyPatch, columns: int, contraction: int, most_lanes: int
+) -> None:
+    """In one dispatch, with the lanes that WebGPU promises and with as many as devices have."""
+    monkeypatch.setattr(device, "most_lanes", min(most_lanes, device.most_lanes))
+    matrix, _ = random_matrix(device, GGMLQuantizationType.Q4_1, columns, contraction, seed=1)
+    rng = np.random.default_rng(columns)
+    x, following = numbers(rng, 1, contraction), numbers(rng, columns)
+    extent = extent_in_use(device, 1, 1)
+    y = marked(device, extent, columns)
+    int_out = IntRow.allocate(device, columns, extent).before_norm(device.upload(following))
+    program = Program(device)
+    row = whole(program, x)
+    matmul_int_row(program, row, matrix, out=y, int_out=int_out)
+    assert len(program.commands) == 2  # whole numbers of x, and the product
+    stored = run_twice(program, y)[0].astype(np.float64)
+    check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+
+
+@pytest.mark.parametrize("contraction", [32, 128, 576, 1536, 2048, 4096, 8192, 14336])
+@pytest.mark.parametrize("columns", [4, 36, 576, 2048, 16384, 128256])
+@pytest.mark.parametrize("most_lanes", [128, 256, 512, 1024])
+@pytest.mark.parametrize(("gated", "stores"), [(0, 0), (0, 1), (1, 1)])
+def test_every_lane_has_its_place(
+    columns: int, contraction: int, most_lanes: int, gated: bool, stores: bool
+) -> None:
+    tiling = choose_int_tiling(
+        columns, contraction, most_lanes=most_lanes, gated=gated, stores=stores
+    )
+    assert tiling.lanes <= most_lanes and tiling.lanes % tiling.share == 0
+    assert tiling.share >= tiling.rows  # or the sums of a workgroup are more than its lanes
+    if stores and not gated:
+        assert tiling.lanes // tiling.share * tiling.rows % 32 == 0
+
+
+def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:
+    matrix, _ = stacked(device, [32, 32, 32], 32)
+    extent = extent_in_use(device, 1, 1)
+    row = IntRow.allocate(device, 64, extent)
+    with pytest.raises(ValueError, match="an int row of 64 does not fit"):
+        matmul_int_row(Program(device), row, matrix)
+    row = IntRow.allocate(device, 32, extent)
+    with pytest.raises(ValueError, match="a gate takes one part"):
+        matmul_int_row(Program(device), row, matrix, gate="silu")
+    with pytest.raises(ValueError, match="cannot hold 96 columns"):
+        matmul_int_row(Program(device), row, matrix, int_out=row)
+    device.is_cpu = True
+    with pytest.raises(ValueError, match="does not fit"):
+        matmul_int_row(Program(device), row, matrix)
