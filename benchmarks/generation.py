@@ -8,7 +8,11 @@ layer into memory of its own.
     python benchmarks/generation.py [--model Llama-1B Llama-8B] [--prompt 512] [--tokens 128]
         [--type Q4_0] [--llama-cpp] [--sweep]
 
-`--sweep` times the products of one row under other tilings than forward/matmul_row.py chooses.
+`--llama-cpp` measures llama.cpp beside it, on the very file (of a shape: one with all its layers is
+written): its Vulkan build (tests/parity/llama_vulkan.py), bare and under a random adapter; where
+that can't be had, or our adapter is a CPU, xllamacpp's CPU build too, as its server reports it. The
+first new token counts to the prompt on both sides, and both choose greedily. `--sweep` times the
+products of one row under other tilings than are chosen.
 """
 
 from __future__ import annotations
@@ -22,34 +26,44 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
+import wgpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from forward.activations import extent_of
 from forward.adapter import AdapterLayout
 from forward.architecture import HEAD, Architecture
 from forward.gguf_file import GGUFFile
-from forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row
+from forward.int_row import IntRow, takes_int_row
+from forward.matmul_int_row import IntRowTiling, matmul_int_row
+from forward.matmul_row import InputNorm, RowTiling, matmul_row
 from forward.model import LayerWeights, Model, load_model
 from forward.tokenizer import Tokenizer
 from forward.weights import FrozenMatrix
 from lora.generation import Adapter, TextGenerator
 from optim.clipping import gradient_norm
 from shaders.device import Device
+from shaders.native import encode_dispatches
 from shaders.program import Dispatch, Program
 from shaders.tensor import Tensor
 from tests.forward.tiny_gguf import add_value, tiny_tokenizer_metadata
+from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
 
 RANK, SCALE = 16, 2.0
+BARE, ADAPTED = "bare", f"adapter, r={RANK}"
 REPEATS = 3
+PROJECT = Path(__file__).parent.parent / "pyproject.toml"
 WARM_UP = 0.1  # seconds
 HEAD_TYPE = "Q8_0"  # of the embedding, which is the head as well
 TILE_ROWS = 64  # rows of random weights that a matrix repeats
@@ -226,78 +240,153 @@ def measure(
     return {"prompt": statistics.median(prompts), "new": statistics.median(speeds)}
 
 
-def best_times(program: Program) -> list[float]:
-    """Seconds of every dispatch, the best of some runs each."""
-    warm_up(program.device, [program])
-    runs = [[kernel.seconds for kernel in program.time()] for _ in range(REPEATS + 1)]
-    return [min(times) for times in zip(*runs, strict=True)]
+def pass_seconds(device: Device, dispatches: Sequence[Dispatch]) -> float:
+    """What dispatches take a GPU one after another in one pass, as a token's do; the best of some.
+
+    Clocks of an idle GPU are low, and rise within a tenth of a second of work.
+    """
+    queries = device.wgpu.create_query_set(type="timestamp", count=2)
+    usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
+    resolved = device.wgpu.create_buffer(size=16, usage=usage)
+    commands = [(d.pipeline, d.bind_group, d.workgroups) for d in dispatches]
+    ends = {
+        "query_set": queries, "beginning_of_pass_write_index": 0, "end_of_pass_write_index": 1,
+    }  # fmt: skip
+
+    def seconds() -> float:
+        encoder = device.wgpu.create_command_encoder()
+        for timed in (False, True):  # the first keeps the clocks up while the second is encoded
+            compute_pass = encoder.begin_compute_pass(timestamp_writes=ends if timed else None)
+            encode_dispatches(compute_pass, commands)
+            compute_pass.end()
+        encoder.resolve_query_set(queries, 0, 2, resolved, 0)
+        device.queue.submit([encoder.finish()])
+        first, last = np.frombuffer(device.queue.read_buffer(resolved), np.uint64)
+        return float(last - first) * 1e-9
+
+    start, best = time.perf_counter(), seconds()
+    while time.perf_counter() - start < WARM_UP:
+        best = min(best, seconds())
+    return min(best, *(seconds() for _ in range(2 * REPEATS)))
 
 
-def kernel_table(generator: TextGenerator, adapter: str | None) -> list[dict[str, Any]]:
-    """GPU time of one new token by kernel, the last step once more: calls, ms, GB/s of weights."""
+def step_dispatches(generator: TextGenerator, adapter: str | None) -> list[Dispatch]:
+    """What the GPU does for one new token, in order."""
+    programs = generator._programs_of(adapter, generator._step)
+    return [c for program in programs for c in program.commands if isinstance(c, Dispatch)]
+
+
+def kernel_table(
+    generator: TextGenerator, adapter: str | None
+) -> tuple[float, list[dict[str, Any]]]:
+    """GPU time of one new token, the last step once more, and of its kernels.
+
+    A kernel's is by what the step is shorter without it: timed alone each would seem some 3 µs
+    longer, which is much beside 5.
+
+    Returns:
+        seconds of the step; of each kernel calls, ms and GB/s of weights.
+    """
+    device = generator._device
     words = {
         id(part.words): part.words.n_bytes
         for matrix in matrices_of(generator._model)
         for part in matrix.parts
     }
-    rows: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0, 0.0, 0])
-    for program in generator._programs_of(adapter, generator._step):
-        dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
-        for command, seconds in zip(dispatches, best_times(program), strict=True):
-            label = re.sub(r"^(layers\.\d+|head)\.", "", command.label)
-            row = rows[command.template, label]
-            row[0] += 1
-            row[1] += seconds
-            row[2] += sum(words.get(id(t), 0) for t in command.tensors)
-    return [
-        {"kernel": template, "label": label, "calls": calls, "ms": 1e3 * seconds,
-         "GB/s": n_bytes / seconds / 1e9 if template == "matmul_row" and n_bytes else None}
-        for (template, label), (calls, seconds, n_bytes) in sorted(
-            rows.items(), key=lambda item: -item[1][1]
-        )
-    ]  # fmt: skip
+    step = step_dispatches(generator, adapter)
+    kinds: dict[tuple[str, str], list[Dispatch]] = defaultdict(list)
+    for dispatch in step:
+        label = re.sub(r"^(layers\.\d+|head)\.", "", dispatch.label)
+        kinds[dispatch.template, label].append(dispatch)
+    whole, rows = pass_seconds(device, step), []
+    for (template, label), calls in kinds.items():
+        rest = [dispatch for dispatch in step if not any(dispatch is call for call in calls)]
+        seconds = max(whole - pass_seconds(device, rest), 0.0)
+        n_bytes = sum(words.get(id(t), 0) for call in calls for t in call.tensors)
+        # The embedding reads one row of what may be the head, too.
+        reads = template.startswith("matmul") and n_bytes > 0 and seconds > 0
+        rows.append(
+            {"kernel": template, "label": label, "calls": len(calls), "ms": 1e3 * seconds,
+             "GB/s": n_bytes / seconds / 1e9 if reads else None}
+        )  # fmt: skip
+    return whole, sorted(rows, key=lambda row: -row["ms"])
 
 
 def sweep(device: Device, model: Model) -> list[dict[str, Any]]:
     """Microseconds of each product of one row under tilings, over the matrices of all layers."""
-    epsilon, row = model.architecture.norm_epsilon, device.extent(1)
-    attn, ffn, last = (
-        InputNorm(weight, epsilon)
-        for weight in (model.layers[0].attn_norm, model.layers[0].ffn_norm, model.output_norm)
-    )
-    cases: list[tuple[str, list[FrozenMatrix], dict[str, Any]]] = [
-        ("qkv", [layer.qkv for layer in model.layers], {"norm": attn}),
-        ("attn_output", [layer.attn_output for layer in model.layers], {}),
-        ("gate_up", [layer.gate_up for layer in model.layers],
-         {"norm": ffn, "gate": model.architecture.activation}),
-        ("down", [layer.down for layer in model.layers], {}),
-        ("logits", [model.head], {"norm": last}),
+    row, layers = device.extent(1), model.layers
+    cases: list[tuple[str, list[FrozenMatrix], Tensor | None, str | None]] = [
+        ("qkv", [layer.qkv for layer in layers], layers[0].attn_norm, None),
+        ("attn_output", [layer.attn_output for layer in layers], None, None),
+        ("gate_up", [layer.gate_up for layer in layers], layers[0].ffn_norm,
+         model.architecture.activation),
+        ("down", [layer.down for layer in layers], None, None),
+        ("logits", [model.head], model.output_norm, None),
     ]  # fmt: skip
     found = []
-    for name, matrices, options in cases:
+    for name, matrices, norm, gate in cases:
         one = matrices[0]
-        chosen = choose_tiling(
-            device.is_cpu, one.out_features, one.in_features, gated="gate" in options
-        )
         x = device.empty((1, one.in_features), extent=row)
-        tried = {
-            RowTiling(max(share, 64), share, quads, steps)
-            for share in (32, 64, 128, 256)
-            for quads in ((2,) if "gate" in options else (1, 2))
-            for steps in (1, 2, 4)
-            if 8 * share * steps <= one.in_features
-        }
-        for tiling in (chosen, *sorted(tried - {chosen}, key=str)):
+        for tiling in _tilings(device, one, gated=gate is not None):
             program = Program(device)
             for matrix in matrices:
-                matmul_row(program, x, matrix, tiling=tiling, **options)
-            seconds = statistics.median(best_times(program))
+                _record_product(program, x, matrix, norm, gate, tiling, stores=norm is None)
+            dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
+            if len(dispatches) > len(matrices):  # no block of whole numbers in a workgroup
+                continue
+            seconds = pass_seconds(device, dispatches) / len(matrices)
             found.append(
-                {"product": name, "share": tiling.share, "quads": tiling.quads,
-                 "steps": tiling.steps, "chosen": tiling == chosen, "us": 1e6 * seconds,
+                {"product": name, "tiling": str(tiling or "chosen"), "us": 1e6 * seconds,
                  "GB/s": one.n_bytes / seconds / 1e9}
             )  # fmt: skip
     return found
+
+
+Tiling = RowTiling | IntRowTiling
+
+
+def _tilings(device: Device, matrix: FrozenMatrix, *, gated: bool) -> list[Tiling | None]:
+    """The tilings to try; None for the one that is chosen otherwise."""
+    blocks = matrix.in_features // 32
+    if takes_int_row(device, matrix):
+        return [None] + [
+            IntRowTiling(lanes, share, rows, steps)
+            for lanes in (64, 128, 256, 512, 1024)
+            for share in (8, 16, 32, 64, 128)
+            for rows in (2, 4, 8)
+            for steps in (1, 2, 4)
+            if lanes <= device.most_lanes and rows <= share <= min(lanes, 2 * blocks)
+            and rows * steps <= 8 and (steps == 1 or share * steps <= blocks)
+            and lanes // share * rows % 8 == 0
+        ]  # fmt: skip
+    return [None] + [
+        RowTiling(max(share, 64), share, quads, steps)
+        for share in (32, 64, 128, 256)
+        for quads in ((2,) if gated else (1, 2))
+        for steps in (1, 2, 4)
+        if share * steps <= 4 * blocks
+    ]
+
+
+def _record_product(
+    program: Program, x: Tensor, matrix: FrozenMatrix, norm: Tensor | None, gate: str | None,
+    tiling: Tiling | None, *, stores: bool,
+) -> None:  # fmt: skip
+    """Appends one product as a layer has it; where no norm follows it, whole numbers come out."""
+    device, extent = program.device, extent_of(x)
+    if takes_int_row(device, matrix):
+        width = matrix.out_features // (1 if gate is None else 2)
+        ints = IntRow.allocate(device, matrix.in_features, extent).before_norm(norm)
+        out = IntRow.allocate(device, width, extent) if stores or gate else None
+        matmul_int_row(
+            program, ints, matrix, epsilon=1e-5, gate=gate, int_out=out,
+            tiling=tiling if isinstance(tiling, IntRowTiling) else None,
+        )  # fmt: skip
+    else:
+        matmul_row(
+            program, x, matrix, norm=None if norm is None else InputNorm(norm, 1e-5), gate=gate,
+            tiling=tiling if isinstance(tiling, RowTiling) else None,
+        )  # fmt: skip
 
 
 def encode_seconds(generator: TextGenerator, adapter: str | None) -> float:
@@ -308,16 +397,67 @@ def encode_seconds(generator: TextGenerator, adapter: str | None) -> float:
         start = time.perf_counter()
         for program in generator._programs_of(adapter, generator._step):
             program.encode(encoder)
-        times.append(time.perf_counter() - start)
         encoder.finish()
+        times.append(time.perf_counter() - start)
     return min(times)
 
 
-def llama_cpp(model: Path, prompt: list[int], n_tokens: int) -> dict[str, Any]:
-    """The same with xllamacpp, in a process of its own: its threads don't end."""
+def write_adapter(path: Path, base: GGUFFile) -> None:
+    """Writes a random GGUF adapter of rank RANK on all matrices of the layers."""
+    rng = np.random.default_rng(2)
+    writer = gguf.GGUFWriter(path, base.metadata["general.architecture"])
+    writer.add_type("adapter")
+    writer.add_string("adapter.type", "lora")
+    writer.add_float32("adapter.lora.alpha", RANK * SCALE)
+    for tensor in base.tensors.values():
+        if tensor.name.startswith("blk.") and len(tensor.shape) == 2:
+            rows, columns = tensor.shape
+            for factor, size in (("lora_a", (RANK, columns)), ("lora_b", (rows, RANK))):
+                values = rng.normal(0, 0.01, size).astype(np.float32)
+                writer.add_tensor(f"{tensor.name}.{factor}", values)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_cpp(
+    model: Path, prompt: list[int], n_tokens: int, folder: Path, *, on_cpu: bool
+) -> list[dict[str, Any]]:
+    """The same with llama.cpp: its Vulkan build, and where that can't be had, its CPU build.
+
+    Args:
+        folder: takes an adapter's file.
+        on_cpu: our own adapter is a CPU: llama.cpp's CPU build is measured as well.
+    """
+    adapter = folder / "adapter.gguf"
+    write_adapter(adapter, GGUFFile(model))
+    builds: list[dict[str, Any]] = []
+
+    def add(backend: str, settings: str, rows: dict[str, dict[str, Any]]) -> None:
+        print(f"llama.cpp ({backend})", rows, flush=True)
+        about = {key: rows[BARE][key] for key in ("device", "version")}
+        builds.append({"backend": backend, **about, "settings": settings, "rows": rows})
+
+    try:
+        rows = {
+            label: LlamaVulkan(model, file).speeds(prompt, n_tokens, REPEATS)
+            for label, file in ((BARE, None), (ADAPTED, adapter))
+        }
+        add("Vulkan", "keys and values f16, flash attention where it chooses to", rows)
+    except NoLlamaVulkan as reason:
+        print(f"llama.cpp (Vulkan): {reason}", flush=True)
+    if on_cpu or not builds:
+        rows = {BARE: xllamacpp_speeds(model, prompt, n_tokens)}
+        add("CPU", "the defaults of xllamacpp's server", rows)
+    return builds
+
+
+def xllamacpp_speeds(model: Path, prompt: list[int], n_tokens: int) -> dict[str, Any]:
+    """xllamacpp's, in a process of its own: its threads don't end."""
     asked = {"model": str(model), "prompt": prompt, "n_tokens": n_tokens}
     done = subprocess.run(
-        [sys.executable, __file__, "--serve-llama-cpp"],
+        [sys.executable, __file__, "--serve-xllamacpp"],
         input=json.dumps(asked), text=True, capture_output=True, timeout=600,
     )  # fmt: skip
     if done.returncode != 0:
@@ -326,8 +466,8 @@ def llama_cpp(model: Path, prompt: list[int], n_tokens: int) -> dict[str, Any]:
     return found
 
 
-def serve_llama_cpp() -> None:
-    """The process that `llama_cpp` starts: settings on stdin, one line of JSON as the answer."""
+def serve_xllamacpp() -> None:
+    """What `xllamacpp_speeds` starts: settings on stdin, one line of JSON as the answer."""
     import xllamacpp
 
     asked = json.load(sys.stdin)
@@ -337,7 +477,7 @@ def serve_llama_cpp() -> None:
     parameters.n_parallel = 1
     parameters.port = 0
     parameters.verbosity = 0
-    parameters.n_gpu_layers = 999
+    parameters.n_gpu_layers = 0
     server = xllamacpp.Server(parameters)
     found = []
     for _ in range(REPEATS + 1):
@@ -352,7 +492,8 @@ def serve_llama_cpp() -> None:
     result = {
         "prompt": statistics.median(t["prompt_per_second"] for t in timings),
         "new": statistics.median(t["predicted_per_second"] for t in timings),
-        "devices": [str(d.get("name")) for d in xllamacpp.get_device_info()],
+        "device": ", ".join(str(d.get("description")) for d in xllamacpp.get_device_info()),
+        "version": f"xllamacpp {version('xllamacpp')}",
     }
     print(json.dumps(result), flush=True)
     os._exit(0)
@@ -365,7 +506,8 @@ def report(options: argparse.Namespace, name: str, results: dict[str, Any]) -> s
     lines = [
         f"# Generation: {name}, prompt of {options.prompt} tokens, {options.tokens} new ones",
         "",
-        f"{results['device']}, {date.today()}. Greedy, one text; medians of {REPEATS} runs. A new "
+        f"{results['device']}, {results['version']}, {date.today()}. Greedy, one text; medians of "
+        f"{REPEATS} runs. A new "
         f"token reads {n_bytes / 2**20:,.0f} MiB of weights; large reads reach "
         f"{speeds['read'] / 1e9:,.1f} GB/s, copies {speeds['copy'] / 1e9:,.1f} (read and written). "
         f"Shares are of the higher, which bounds new tokens at {bandwidth / n_bytes:,.0f}/s. In "
@@ -384,13 +526,25 @@ def report(options: argparse.Namespace, name: str, results: dict[str, Any]) -> s
         )
 
     for label, row in results["ours"].items():
-        rest = f"{row['gpu_ms']:.2f} | {row['dispatches']} | {row['encode_ms']:.2f}"
-        lines.append(speed(label, row, rest))
-    if "llama.cpp" in results:
-        row = results["llama.cpp"]
-        lines.append(speed(f"llama.cpp ({', '.join(row['devices'])})", row, " | | "))
+        gpu = f"{row['gpu_ms']:.2f}" if "gpu_ms" in row else ""
+        rest = f"{gpu} | {row['dispatches']} | {row['encode_ms']:.2f}"
+        lines.append(speed(f"ours (WebGPU), {label}", row, rest))
+    builds = results.get("llama.cpp", [])
+    for build in builds:
+        for label, row in build["rows"].items():
+            lines.append(speed(f"llama.cpp ({build['backend']}), {label}", row, " | | "))
+    for build in builds:
+        lines += [
+            "",
+            f"llama.cpp {build['version']}, {build['backend']}: {build['device']}; "
+            f"{build['settings']}.",
+        ]
     for label, kernels in results["kernels"].items():
-        lines += ["", f"GPU time of the last token by kernel ({label}), each timed alone:", ""]
+        lines += [
+            "",
+            f"GPU time of the last token by kernel ({label}), by what it takes without each:",
+            "",
+        ]
         lines += [
             "| kernel | label | calls | ms | GB/s of weights | share |",
             "| --- | --- | --- | --- | --- | --- |",
@@ -405,14 +559,13 @@ def report(options: argparse.Namespace, name: str, results: dict[str, Any]) -> s
     if results["sweep"]:
         lines += ["", "Products of one row under other tilings:", ""]
         lines += [
-            "| product | share of lanes | quads | steps | µs | GB/s | share | |",
-            "| --- | --- | --- | --- | --- | --- | --- | --- |",
+            "| product | tiling | µs | GB/s | share |",
+            "| --- | --- | --- | --- | --- |",
         ]
         for row in results["sweep"]:
             lines.append(
-                f"| {row['product']} | {row['share']} | {row['quads']} | {row['steps']} | "
-                f"{row['us']:.1f} | {row['GB/s']:,.0f} | {1e9 * row['GB/s'] / bandwidth:.0%} | "
-                f"{'chosen' if row['chosen'] else ''} |"
+                f"| {row['product']} | {row['tiling']} | {row['us']:.1f} | {row['GB/s']:,.0f} | "
+                f"{1e9 * row['GB/s'] / bandwidth:.0%} |"
             )
     return "\n".join(lines) + "\n"
 
@@ -437,8 +590,10 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
     )  # fmt: skip
     rng = np.random.default_rng(1)
     prompt = rng.integers(3, min(architecture.vocab_size, 280), options.prompt).tolist()
+    project = tomllib.loads(PROJECT.read_text())["project"]
     results: dict[str, Any] = {
         "device": f"{device.name}, {device.info['description']}",
+        "version": f"webgpu-lora {project['version']} on wgpu {wgpu.__version__}",
         "bandwidths": bandwidths(device),
         "weight_bytes": sum(matrix.n_bytes for matrix in matrices_of(model)),
         "ours": {},
@@ -447,13 +602,13 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
     }
     timed = "timestamp-query" in device.features
     print(f"{name}: ready after {time.perf_counter() - start:.1f} s", flush=True)
-    for label, adapter in (("bare", None), (f"adapter, r={RANK}", "adapter")):
+    for label, adapter in ((BARE, None), (ADAPTED, "adapter")):
         row: dict[str, Any] = measure(generator, prompt, options.tokens, adapter)
         if timed:
-            results["kernels"][label] = kernel_table(generator, adapter)
+            seconds, results["kernels"][label] = kernel_table(generator, adapter)
+            row["gpu_ms"] = 1e3 * seconds
         programs = generator._programs_of(adapter, generator._step)
         row["dispatches"] = sum(len(program.commands) for program in programs)
-        row["gpu_ms"] = sum(kernel["ms"] for kernel in results["kernels"].get(label, []))
         row["encode_ms"] = 1e3 * encode_seconds(generator, adapter)
         results["ours"][label] = row
         print(label, row, flush=True)
@@ -463,7 +618,12 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
         if shape is not None:
             path = folder / "model.gguf"
             write_model(path, shape, options.type, shape["n_layers"])
-        results["llama.cpp"] = llama_cpp(path, prompt, options.tokens)
+        try:
+            results["llama.cpp"] = llama_cpp(
+                path, prompt, options.tokens, folder, on_cpu=device.is_cpu
+            )
+        except RuntimeError as error:  # ours are measured: they shall not be lost
+            print(f"{name}: no figures of llama.cpp: {error}", file=sys.stderr, flush=True)
     title = path.stem if shape is None else f"{name}-{options.type}"
     text = report(options, title, results)
     print(text)
@@ -486,10 +646,10 @@ def main() -> None:
     parser.add_argument("--llama-cpp", action="store_true")
     parser.add_argument("--sweep", action="store_true", help="other tilings of the products, too")
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
-    parser.add_argument("--serve-llama-cpp", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--serve-xllamacpp", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.serve_llama_cpp:
-        serve_llama_cpp()
+    if options.serve_xllamacpp:
+        serve_xllamacpp()
     for name in options.model:
         with tempfile.TemporaryDirectory() as folder:
             # A device of its own: what the last model took is given back.

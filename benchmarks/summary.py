@@ -38,7 +38,7 @@ SET_UP_TARGET = 5  # seconds before the first step
 BANDWIDTH_TARGET = 0.5  # of what reads reach, for a new token on a GPU
 
 # The tree that was measured, by `digest` of the files of one run: files can't tell it themselves.
-COMMITS = {"e516ad3ba157": "6ea8a16", "1979e7fb604e": "6ea8a16"}
+COMMITS = {"e516ad3ba157": "6ea8a16", "345f9ff0ad14": "f5770ac"}
 
 ATTENTION, REST = "attention", "others"
 KINDS = {  # of a training step's kernels, by what their names begin with
@@ -290,7 +290,11 @@ _NO_SPEEDS = {"device", "bandwidths", "weight_bytes", "kernels", "sweep"}
 def speeds_of(figures: Mapping[str, Any]) -> dict[str, Mapping[str, Any]]:
     """Everyone's tokens a second in a file, by name: ours, and whatever stood beside us."""
     found: dict[str, Mapping[str, Any]] = {}
-    for name, value in figures.items():
+    named = dict(figures)
+    if isinstance(named.get("llama.cpp"), list):  # one of its builds, or two
+        for build in named.pop("llama.cpp"):
+            named[f"llama.cpp ({build['backend']})"] = build["rows"]
+    for name, value in named.items():
         if name in _NO_SPEEDS or not isinstance(value, dict):
             continue
         rows = {name: value} if "new" in value else value

@@ -27,11 +27,7 @@ from shaders.tensor import Tensor
 
 
 def fuses(device: Device) -> bool:
-    """Whether one row takes this way.
-
-    A dispatch costs a GPU about as long as one of these products; an adapter on the CPU pays for
-    the norm in every lane of the product instead.
-    """
+    """Whether one row takes this way; an adapter on the CPU would pay for norms in every lane."""
     return not device.is_cpu
 
 

@@ -55,8 +55,12 @@ class StepInputs:
     @property
     def place(self) -> RowPlace:
         """Where the row is, for the kernels of one row."""
-        width = (self.words.size - _ALIGNMENT) // 3
-        return RowPlace(self.words, position_at=width, rope_row_at=2 * width)
+        return RowPlace(self.words, position_at=self._width, rope_row_at=2 * self._width)
+
+    @property
+    def _width(self) -> int:
+        """Elements of words between the beginnings of two parts."""
+        return (self.words.size - _ALIGNMENT) // 3
 
     def write(
         self,
@@ -72,7 +76,7 @@ class StepInputs:
             first_position: of the first of them, in the cache.
             first_rope_row: its row in rope's tables.
         """
-        n, width = 1 if tokens is None else len(tokens), (self.words.size - _ALIGNMENT) // 3
+        n, width = 1 if tokens is None else len(tokens), self._width
         if n < self.rows.maximum or n > 1:  # with one row at most, it is always in use
             device.set_rows(self.rows, n)
         values = np.zeros(self.words.size, np.uint32)
