@@ -206,7 +206,9 @@ class Tokenizer:
         try:
             ids, offsets = self._codec.encode(text)
         except (TypeError, UnicodeEncodeError) as error:
-            raise InputError(f"The text {text[:40]!r} cannot be tokenized: {error}.") from error
+            half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+            reason = str(error) if half is None else f"{half!r} in it is half a surrogate pair"
+            raise InputError(f"The text {text[:40]!r} cannot be tokenized: {reason}.") from error
         if not (self.add_bos if add_bos is None else add_bos):
             return TokenizedText(ids, offsets)
         if self._bos_id is None:

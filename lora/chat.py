@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import signal
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from forward.chat import render_chat
 from forward.gguf_file import GGUFFile
 from forward.tokenizer import Tokenizer
 from lora.generation import TextGenerator, open_generator
-from lora.sampling import Sampling
+from lora.sampling import Sampler, Sampling
 from lora.stores import resolve_model
 from shaders.errors import InputError
 
@@ -35,7 +37,7 @@ class Chat:
         generator: its first adapter, if it has any, is on at the beginning.
         write: takes the pieces of what is shown.
         max_tokens: of one answer.
-        sampling: how tokens are chosen.
+        sampling: how tokens are chosen; a seed gives one series of draws for all answers.
         system: the system message; None for none.
 
     Raises:
@@ -55,7 +57,7 @@ class Chat:
         self._generator = generator
         self._write = write
         self._max_tokens = max_tokens
-        self._sampling = sampling
+        self._sampler = Sampler(sampling)
         self._system = system
         self._chosen = next(iter(generator.adapters), None)  # what /adapter on means
         self.adapter = self._chosen
@@ -73,11 +75,15 @@ class Chat:
         while True:
             try:
                 line = read().strip()
+                check_is_text(line, "The line")
             except EOFError:
                 self._write("\n")
                 return
             except KeyboardInterrupt:
                 self._write("\n(Ctrl-D or /exit leaves)\n")
+                continue
+            except InputError as error:
+                self._write(f"{error}\n")
                 continue
             if line == "/exit":
                 return
@@ -92,6 +98,8 @@ class Chat:
     def answer(self, text: str) -> None:
         """Takes a user's message and writes the answer as it comes; Ctrl-C stops it.
 
+        A message that was stopped before anything was written is not kept.
+
         Raises:
             InputError: the template refuses it, or the conversation fills the room. The message is
                 not kept then.
@@ -99,23 +107,25 @@ class Chat:
         self.messages.append({"role": "user", "content": text})
         answer = ""
         try:
-            pieces = self._generator.stream(
-                self._rendered(),
-                max_tokens=self._max_tokens,
-                adapter=self.adapter,
-                sampling=self._sampling,
-            )
             with _noticing_interrupts() as interrupted:
-                for piece in pieces:
+                for piece in self._generator.stream(
+                    self._rendered(),
+                    max_tokens=self._max_tokens,
+                    adapter=self.adapter,
+                    sampling=self._sampler,
+                    stopped=interrupted,
+                ):
                     self._write(piece)
                     answer += piece
-                    if interrupted():
-                        break
         except InputError:
             self.messages.pop()
             raise
+        if interrupted() and not answer:
+            self.messages.pop()
+            self._write("\n(stopped before the answer; the message is not kept)\n")
+            return
         self.messages.append({"role": "assistant", "content": answer})
-        self._write(f"\n[{self._summary(stopped=interrupted())}]\n")
+        self._write(f"\n[{self._summary(interrupted=interrupted())}]\n")
 
     def _rendered(self) -> list[int]:
         """The conversation as token ids, up to where the answer begins.
@@ -131,16 +141,24 @@ class Chat:
             )
         return ids
 
-    def _summary(self, *, stopped: bool) -> str:
+    def _summary(self, *, interrupted: bool) -> str:
         times = self._generator.times
         parts = [
-            f"{times.new_tokens} tokens, {times.speed:.1f}/s",
+            f"{times.new_tokens} tokens, {times.speed:.1f}/s"
+            if times.new_tokens > 1
+            else "1 token",  # it came with the prompt: it has no speed
             f"prompt {times.prompt_tokens} new, {times.prompt_speed:.0f}/s, "
             f"{times.reused_tokens} kept",
             f"adapter {self.adapter or 'off'}",
         ]
-        if stopped:
+        if times.ended:
+            pass
+        elif interrupted:
             parts.append("stopped")
+        elif times.new_tokens == self._max_tokens:
+            parts.append(f"cut at --max-tokens {self._max_tokens}")
+        else:
+            parts.append(f"the room of {self._generator.room} tokens is full (--max-length)")
         return "; ".join(parts)
 
     def _obey(self, line: str) -> str:
@@ -186,6 +204,27 @@ def check_has_template(template: str | None) -> str:
             "lora generate, without --chat."
         )
     return template
+
+
+def check_is_text(text: str, what: str) -> None:
+    """Refuses a text that was read from bytes that are not UTF-8.
+
+    Args:
+        text: its wrong bytes are surrogates, as Python reads command lines (PEP 383).
+        what: "The prompt", for the error.
+
+    Raises:
+        InputError: it has surrogates.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        code = ord(text[error.start])
+        found = f"the byte 0x{code - 0xDC00:02X}" if 0xDC80 <= code <= 0xDCFF else ascii(chr(code))
+        raise InputError(
+            f"{what} is not UTF-8: its character {error.start + 1} is {found}. Convert it, for "
+            "example with iconv -f latin1 -t utf-8, or set the terminal to UTF-8."
+        ) from error
 
 
 def check_can_chat(model: str, tokenizer: str | None = None) -> None:
@@ -257,7 +296,7 @@ def named_adapters(values: list[str]) -> dict[str, Path]:
             path = Path(rest)
         else:
             path = Path(value)
-            name = path.resolve().stem
+            name = path.resolve().name.removesuffix(".gguf")
         if name in named or name in ("on", "off", ""):
             raise InputError(
                 f"--adapter {value}: the name {name!r} is taken; give another one: "
@@ -265,6 +304,19 @@ def named_adapters(values: list[str]) -> dict[str, Path]:
             )
         named[name] = path
     return named
+
+
+def open_terminal() -> Callable[[], str]:
+    """What reads the next line: of any length, on a terminal with arrow keys and a history.
+
+    Wrong bytes become surrogates (`check_is_text`), so that they cost their line only.
+    """
+    with suppress(ImportError):  # on Windows, whose terminal has these things
+        # Without it the terminal itself collects a line, and cuts it at 4095 bytes.
+        import readline  # noqa: F401
+    if isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="surrogateescape")
+    return lambda: input("> ")
 
 
 def chat(
@@ -293,6 +345,8 @@ def chat(
     Raises:
         InputError: something can't be opened, or the model has no chat template.
     """
+    if system is not None:
+        check_is_text(system, "The system message (--system)")
     named = named_adapters(adapters)
     check_can_chat(model, tokenizer)
     generator = open_generator(
@@ -308,4 +362,4 @@ def chat(
 
     conversation = Chat(generator, write, max_tokens=max_tokens, sampling=sampling, system=system)
     write(f"{model}; adapter {conversation.adapter or 'off'}; /help lists the commands\n")
-    conversation.run(lambda: input("> "))
+    conversation.run(open_terminal())

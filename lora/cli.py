@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,14 +10,30 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lora.eval_command import eval_command
 from lora.export_command import export_command
 from lora.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
 from lora.pull import pull as pull_model
+from lora.sampling import GREEDY, Sampling
 from lora.tune_command import tune_command
 from shaders.device import list_adapters
 from shaders.errors import InputError, LoraError
 
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; one that Ctrl-C ends says so, with exit status 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would end without a word
+            print("\nlora: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
 app = typer.Typer(
+    cls=_Commands,
     help="Fine-tune the GGUF model you already run, on whatever GPU you have.",
     no_args_is_help=True,
     add_completion=False,
@@ -104,37 +119,7 @@ def bench(config: ConfigArgument, set_: Overrides = None) -> None:
     print_kernels(console, kernel_table(session), measure_peaks(session.device))
 
 
-@app.command(name="eval")
-def evaluate(
-    config: ConfigArgument,
-    adapter: Annotated[
-        Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
-    ] = None,
-    set_: Overrides = None,
-    examples: Annotated[int, typer.Option(help="Answers to write out.")] = 2,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Loss, perplexity and exact match on data.eval, with and without the adapter.
-
-    What the adapter's own files say of its rank and matrices counts, not the config.
-    """
-    from lora.adapters import with_adapter
-    from lora.config import load_config
-    from lora.progress import print_evaluation
-    from lora.session import TrainingSession
-
-    loaded = load_config(config, set_ or [])
-    if adapter is not None:
-        loaded = with_adapter(loaded, adapter)
-    session = TrainingSession(loaded, train=False)
-    results = {"base": session.evaluate(adapted=False)}
-    if adapter is not None:
-        results["adapter"] = session.evaluate()
-    if as_json:
-        values: dict[str, Any] = {name: vars(result) for name, result in results.items()}
-        console.print_json(json.dumps(values))
-        return
-    print_evaluation(console, session, results, examples)
+app.command(name="eval")(eval_command)
 
 
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
@@ -142,7 +127,10 @@ TopK = Annotated[int, typer.Option(min=0, help="So many most likely tokens; 0: a
 TopP = Annotated[float, typer.Option(help="The most likely tokens that reach it together.")]
 MinP = Annotated[float, typer.Option(help="Tokens of this share of the likeliest one's chance.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: fewer repetitions.")]
-Seed = Annotated[int | None, typer.Option(help="Of the draws.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Of the one series of draws, for a chat's answers all together."),
+]
 MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
 MaxLength = Annotated[
     int | None,
@@ -153,12 +141,58 @@ TokenizerFile = Annotated[
     typer.Option(help="A tokenizer.json, or its directory, in place of the GGUF's own."),
 ]
 DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name.")]
+ORDER_OF_SAMPLING = (
+    "A token is chosen as in transformers: repetition penalty over the whole text, temperature, "
+    "top-k, top-p, min-p, in this order (llama.cpp has the temperature last and penalizes the last "
+    "64 tokens only)."
+)
+CHAT_SAMPLING = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05)
 
 
-@app.command()
+def _check_draws(sampling: Sampling, default: Sampling) -> Sampling:
+    """Refuses options that choose between draws where none is made.
+
+    Raises:
+        InputError: the temperature is 0 and one of them is given.
+    """
+    for name in ("top_k", "top_p", "min_p", "seed"):
+        idle = getattr(GREEDY, name), getattr(default, name)
+        if sampling.temperature == 0 and getattr(sampling, name) not in idle:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} chooses between draws, and at temperature 0 none is made: give a "
+                f"--temperature above 0, such as 0.7, or leave {option} out."
+            )
+    return sampling
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt of the command line; "-" reads it from stdin.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    from lora.chat import check_is_text
+
+    what = "The prompt (--prompt)"
+    if prompt == "-":
+        what = "The prompt on stdin"
+        read = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+        prompt = read.replace("\r\n", "\n").removesuffix("\n")
+    check_is_text(prompt, what)
+    return prompt
+
+
+@app.command(epilog=ORDER_OF_SAMPLING)
 def generate(
     model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
-    prompt: Annotated[str, typer.Option(help="The text to go on from.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The text to go on from; - reads it from stdin, as UTF-8 and without the newline "
+            "at its end."
+        ),
+    ],
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
     ] = None,
@@ -177,14 +211,11 @@ def generate(
     """Continue a text with the tuned model."""
     from lora.chat import check_can_chat, conversation_ids
     from lora.generation import open_generator
-    from lora.sampling import Sampling
 
-    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
-    if temperature == 0 and (top_k or top_p < 1 or min_p or seed is not None):
-        raise InputError(
-            "--top-k, --top-p, --min-p and --seed choose between draws, and at temperature 0 none "
-            "is made: add --temperature, such as 0.7."
-        )
+    sampling = _check_draws(
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), GREEDY
+    )
+    prompt = _read_prompt(prompt)
     if chat:
         check_can_chat(model, tokenizer)
     adapters = {} if adapter is None else {"adapter": adapter}
@@ -201,7 +232,7 @@ def generate(
     print()
 
 
-@app.command(name="chat")
+@app.command(name="chat", epilog=ORDER_OF_SAMPLING)
 def converse(
     model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
     adapter: Annotated[
@@ -211,10 +242,10 @@ def converse(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: MaxTokens = 512,
     max_length: MaxLength = None,
-    temperature: Temperature = 0.7,
-    top_k: TopK = 40,
-    top_p: TopP = 0.95,
-    min_p: MinP = 0.05,
+    temperature: Temperature = CHAT_SAMPLING.temperature,
+    top_k: TopK = CHAT_SAMPLING.top_k,
+    top_p: TopP = CHAT_SAMPLING.top_p,
+    min_p: MinP = CHAT_SAMPLING.min_p,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     tokenizer: TokenizerFile = None,
@@ -222,13 +253,13 @@ def converse(
 ) -> None:
     """Converse with a model, with adapters to switch on, off and between."""
     from lora.chat import chat
-    from lora.sampling import Sampling
 
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chat(
         model,
         adapter or [],
         system=system,
-        sampling=Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed),
+        sampling=_check_draws(sampling, CHAT_SAMPLING),
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         max_length=max_length,
@@ -306,9 +337,6 @@ def main() -> None:
             raise
         print(f"lora: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
-    except (KeyboardInterrupt, typer.Abort):
-        print("lora: interrupted", file=sys.stderr)
-        sys.exit(130)
     except Exception as error:
         click_exit = getattr(error, "exit_code", None)
         if click_exit is None or debug:

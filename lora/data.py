@@ -45,11 +45,13 @@ class Example:
         trained: bool [n]; trained[t] says that token t is predicted from those before it and
             counts in the loss. trained[0] is False: nothing stands before it.
         index: its place in the list that `load_examples` returned.
+        cut: data.max_length cut off some of what would be trained, an answer's end at least.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     index: int
+    cut: bool = False
 
 
 @dataclass(frozen=True)
@@ -123,9 +125,11 @@ def load_examples(
             raise InputError(f"{row.place}: {error}") from error
         longest = max(longest, len(ids))
         n_cut += len(ids) > settings.max_length
+        # A row that loses only what isn't trained, as ChatML's last line break, is whole.
+        cut = bool(trained[settings.max_length :].any())
         ids, trained = ids[: settings.max_length], trained[: settings.max_length]
         if trained.any():
-            examples.append(Example(ids, trained, len(examples)))
+            examples.append(Example(ids, trained, len(examples), cut))
     if not examples:
         raise InputError(
             f"data.{split}: no token of its {len(rows)} rows is trained: they are empty, have no "

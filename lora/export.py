@@ -24,9 +24,10 @@ from lora.modelfile import (
     modelfile_of_merged,
     name_of_merged,
 )
-from lora.peft_files import SETTINGS, read_peft_settings, refuse_dora
-from lora.stores import resolve_model
-from shaders.errors import InputError
+from lora.origin import CONFIG, Origin, PromptForm, origin_of
+from lora.peft_files import SETTINGS, WEIGHTS, read_peft_settings, refuse_dora
+from lora.stores import ollama_settings, resolve_model
+from shaders.errors import InputError, LoraError
 
 ADAPTER, MERGED = TARGETS = ("gguf", "merged-gguf")
 # Architectures that always take the embedding for the head: llama.cpp refuses a file of theirs that
@@ -46,6 +47,8 @@ class Export:
         base_path: the base's file.
         n_tensors: how many tensors of the base the adapter touches.
         merged: what merging did to each of them; empty for an adapter alone.
+        prompts: how prompts are written where no chat template is to stand around them; None
+            where one is, or where the adapter's run is not known.
     """
 
     path: Path
@@ -53,6 +56,7 @@ class Export:
     base_path: Path
     n_tensors: int
     merged: list[MergedTensor]
+    prompts: PromptForm | None = None
 
 
 def export(
@@ -80,6 +84,7 @@ def export(
     Raises:
         InputError: the adapter, the base, the target or the type is wrong, they do not fit
             together, or the output is there already.
+        LoraError: the merged weights are not finite, or a file can't be written.
     """
     if target not in TARGETS:
         raise InputError(f"--to {target}: {_nearest(target, TARGETS)}")
@@ -91,23 +96,30 @@ def export(
     path = directory / _DEFAULT_NAMES[target] if output is None else output
     modelfile = path.with_name(OF_ADAPTER if target == ADAPTER else name_of_merged(path))
     name = base or str(settings.get("base_model_name_or_path") or "")
-    file = _open_base(name, directory, given=base is not None)
-    _check_output(path, modelfile, file, force=force)
+    origin = origin_of(directory)
+    file = _open_base(name, directory, origin, given=base is not None)
+    _check_output(path, modelfile, directory, file, force=force)
+    prompts = None if origin is None else origin.prompt_form(file)
     architecture = Architecture.from_gguf(file)
     adapted = read_adapted_tensors(directory, settings, architecture)
     merged: list[MergedTensor] = []
     if "output.weight" in adapted and architecture.tied_head:
         _check_tied_head(directory, architecture.name, target)
+    # The texts before the GGUFs: what can't be said in them leaves no file behind.
     if target == ADAPTER:
+        text = modelfile_of_adapter(path, name, file.path, prompts)
         write_gguf_adapter(
             path, architecture.name, adapted.values(), stored or GGMLQuantizationType.F32
         )
-        text = modelfile_of_adapter(path, name, file.path)
     else:
+        text = modelfile_of_merged(path, prompts, ollama_settings(name))
         merged = write_merged_gguf(path, file, adapted, stored, on_tensor)
-        text = modelfile_of_merged(path)
-    write_file(modelfile, text)
-    return Export(path, modelfile, file.path, len(adapted), merged)
+    try:
+        write_file(modelfile, text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise LoraError(f"{modelfile} could not be written: {reason}. {path} is whole.") from error
+    return Export(path, modelfile, file.path, len(adapted), merged, prompts)
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:
@@ -125,7 +137,7 @@ def _kind(name: str, kinds: tuple[GGMLQuantizationType, ...], target: str) -> GG
     )
 
 
-def _open_base(name: str, directory: Path, *, given: bool) -> GGUFFile:
+def _open_base(name: str, directory: Path, origin: Origin | None, *, given: bool) -> GGUFFile:
     if given:
         return GGUFFile(resolve_model(name))
     source = f"{directory / SETTINGS} names the base {name!r}"
@@ -133,9 +145,12 @@ def _open_base(name: str, directory: Path, *, given: bool) -> GGUFFile:
         path = resolve_model(name)
     except InputError as error:
         raise InputError(f"{source}: {error} Or name the base with --base.") from None
-    if not path.is_file():
+    # A relative path leads from where the run was started, or from the adapter itself.
+    folders = (*(origin.folders if origin else (Path(),)), directory)
+    found = next((file for folder in folders if (file := folder / path).is_file()), None)
+    if found is None:
         raise InputError(f"{source}, which is no GGUF file here; name it with --base MODEL.")
-    return GGUFFile(path)
+    return GGUFFile(found)
 
 
 def _check_tied_head(directory: Path, architecture: str, target: str) -> None:
@@ -152,7 +167,13 @@ def _check_tied_head(directory: Path, architecture: str, target: str) -> None:
         )
 
 
-def _check_output(path: Path, modelfile: Path, base: GGUFFile, *, force: bool) -> None:
+def _check_output(
+    path: Path, modelfile: Path, directory: Path, base: GGUFFile, *, force: bool
+) -> None:
+    for own in (WEIGHTS, SETTINGS, CONFIG):
+        file = directory / own
+        if file.exists() and path.exists() and os.path.samefile(path, file):
+            raise InputError(f"{path} is a part of the adapter itself; choose another --output.")
     for part in base.paths:
         if path.exists() and os.path.samefile(path, part):
             raise InputError(f"{path} is the base itself; choose another --output.")
@@ -160,6 +181,11 @@ def _check_output(path: Path, modelfile: Path, base: GGUFFile, *, force: bool) -
         raise InputError(f"{path} is a directory; --output is the file to write.")
     if path.name == modelfile.name:
         raise InputError(f"{path}: the Modelfile goes by that name; choose another --output.")
+    if modelfile.is_dir():
+        raise InputError(
+            f"{modelfile} is a directory, and the Modelfile goes by that name; move it away, or "
+            "choose an --output in another directory."
+        )
     if force:
         return
     if os.path.lexists(path):

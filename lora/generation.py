@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -59,6 +59,7 @@ class GenerationTimes:
     prompt_seconds: float = 0.0
     new_tokens: int = 0  # the first comes with the prompt; one that ends the text counts
     new_seconds: float = 0.0  # of the others
+    ended: bool = False  # by a token that ends texts; not so one that was stopped or cut off
 
     @property
     def prompt_speed(self) -> float:
@@ -78,6 +79,10 @@ class _Ahead:
     ids: list[int]  # what the host knows of it
     length: int  # tokens that it then has, if nobody changed it
     n_in_flight: int = 0  # tokens after these that the host has yet to hear of
+
+
+class _Stopped(Exception):
+    """The caller wants no more, and the prompt is not done."""
 
 
 class TextGenerator:
@@ -161,10 +166,20 @@ class TextGenerator:
         *,
         max_tokens: int,
         adapter: str | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sampler = GREEDY,
         stop_ids: frozenset[int] = frozenset(),
+        stopped: Callable[[], bool] | None = None,
     ) -> Iterator[int]:
         """New tokens one by one, until one of `stop_ids`, max_tokens, or the end of the room.
+
+        Args:
+            prompt: token ids.
+            max_tokens: new tokens at most.
+            adapter: one of `adapters`; None for the bare model.
+            sampling: how tokens are chosen; a Sampler goes on with its series of draws.
+            stop_ids: tokens that end the text; they are not given.
+            stopped: asked between the pieces of the prompt and before each token; True ends the
+                text. What was computed until then is kept.
 
         Raises:
             InputError: the prompt is empty or leaves no room, or there is no such adapter.
@@ -175,21 +190,28 @@ class TextGenerator:
                 f"The prompt has {len(ids)} tokens; from 1 to {self.room - 1} fit here "
                 "(data.max_length, or --max-length, sets the room)."
             )
-        sampler = Sampler(sampling)
+        sampler = sampling if isinstance(sampling, Sampler) else Sampler(sampling)
         times = self.times = GenerationTimes()
         start = time.perf_counter()
         times.reused_tokens = self._reusable(ids, adapter)
         times.prompt_tokens = len(ids) - times.reused_tokens
         n_most = min(max_tokens, self.room - len(ids))
         for index in range(n_most):
-            if sampling.only_argmax:
-                token = self._most_likely(ids, adapter, n_most - index - 1)
-            else:
-                self._run(ids, adapter)
-                if index + 1 < n_most:
-                    self._prepare_step(adapter)
-                logits = self._device.read(self._head.logits)[0, : self._vocab_size]
-                token = sampler.choose(logits, ids)
+            if index > 0 and stopped is not None and stopped():
+                return
+            try:
+                if sampler.sampling.only_argmax:
+                    token = self._most_likely(ids, adapter, n_most - index - 1, stopped)
+                else:
+                    self._run(ids, adapter, stopped)
+                    if index + 1 < n_most:
+                        self._prepare_step(adapter)
+                    logits = self._device.read(self._head.logits)[0, : self._vocab_size]
+                    token = sampler.choose(logits, ids)
+            except _Stopped:
+                times.prompt_tokens = len(self._held) - times.reused_tokens
+                times.prompt_seconds = time.perf_counter() - start
+                return
             now = time.perf_counter()
             if index == 0:
                 times.prompt_seconds = now - start
@@ -198,6 +220,7 @@ class TextGenerator:
                 times.new_seconds = now - start
             times.new_tokens = index + 1
             if token in stop_ids:
+                times.ended = True
                 return
             ids.append(token)
             yield token
@@ -208,8 +231,9 @@ class TextGenerator:
         *,
         max_tokens: int,
         adapter: str | None = None,
-        sampling: Sampling = GREEDY,
+        sampling: Sampling | Sampler = GREEDY,
         add_bos: bool | None = None,
+        stopped: Callable[[], bool] | None = None,
     ) -> Iterator[str]:
         """Pieces of text until an end-of-turn token, max_tokens, or the end of the room.
 
@@ -217,8 +241,9 @@ class TextGenerator:
             prompt: a text, or token ids.
             max_tokens: new tokens at most.
             adapter: one of `adapters`; None for the bare model.
-            sampling: how tokens are chosen.
+            sampling: how tokens are chosen; a Sampler goes on with its series of draws.
             add_bos: for a text, whether BOS comes before it; None: as the model wants it.
+            stopped: as in `stream_ids`.
 
         Raises:
             InputError: as `stream_ids`.
@@ -234,6 +259,7 @@ class TextGenerator:
             adapter=adapter,
             sampling=sampling,
             stop_ids=self.tokenizer.end_of_turn_ids,
+            stopped=stopped,
         ):
             ids.append(token)
             text = self._text_after(ids, shown)
@@ -267,7 +293,13 @@ class TextGenerator:
             return len(known)
         return next(i for i, token in enumerate(known) if token != self._held[i])
 
-    def _most_likely(self, ids: list[int], adapter: str | None, n_more: int) -> int:
+    def _most_likely(
+        self,
+        ids: list[int],
+        adapter: str | None,
+        n_more: int,
+        stopped: Callable[[], bool] | None = None,
+    ) -> int:
         """The most likely token after `ids`.
 
         The host hears of a token some steps late, while the device goes on with it: asking for each
@@ -276,10 +308,11 @@ class TextGenerator:
         Args:
             ids: the text; of one text always the same list, with each token appended.
             n_more: further tokens that may be asked for: no more are computed ahead.
+            stopped: as in `_run`.
         """
         ahead = self._ahead
         if ahead is None or ahead.ids is not ids or ahead.length != len(ids):
-            self._run(ids, adapter)
+            self._run(ids, adapter, stopped)
             ahead = self._ahead = _Ahead(ids, len(ids))
             self._push_token(ahead)
         most = 0 if self._device.is_cpu else min(n_more, _STEPS_AHEAD)
@@ -321,8 +354,14 @@ class TextGenerator:
         long = self._model.long_examples
         return long.first_position if long is not None and self._held_under[1] else 0
 
-    def _run(self, ids: list[int], adapter: str | None) -> None:
-        """Puts the logits of the token after `ids` into the head's tensors."""
+    def _run(
+        self, ids: list[int], adapter: str | None, stopped: Callable[[], bool] | None = None
+    ) -> None:
+        """Puts the logits of the token after `ids` into the head's tensors.
+
+        Raises:
+            _Stopped: `stopped` said so between two pieces.
+        """
         self._settle()
         if adapter is not None and adapter not in self.adapters:
             loaded = ", ".join(self.adapters) or "none"
@@ -339,6 +378,7 @@ class TextGenerator:
         self._held_under = self._under_length(len(ids), adapter)
         del self._held[done:]
         rope_offset = self._rope_offset()
+        marked = False  # whether the ring holds something
         while done < len(ids):
             inputs = self._step if len(ids) - done == 1 else self._pieces
             tokens = ids[done : done + inputs.rows.maximum]
@@ -353,6 +393,18 @@ class TextGenerator:
                     head.run()
             self._held += tokens
             done += len(tokens)
+            if stopped is not None and not with_head:
+                # A GPU would take all pieces at once, and who stops would wait for all of them. So
+                # the host stays one piece ahead: what it asks for comes when a piece is done.
+                self._ring.push(self._head.token, len)
+                if marked:
+                    self._ring.take()
+                marked = True
+                if stopped():
+                    self._ring.ready(wait=True)
+                    raise _Stopped
+        if marked:
+            self._ring.ready(wait=True)
 
     def _prepare_step(self, adapter: str | None) -> None:
         """Encodes the next token's commands, which do not depend on it, while the device works."""

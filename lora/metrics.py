@@ -39,10 +39,11 @@ class EvalResult:
     loss: float  # mean over the trained tokens
     perplexity: float
     token_accuracy: float  # share of trained tokens that are the argmax
-    exact_match: float  # share of examples whose every trained token is the argmax
-    n_exact: int
+    exact_match: float  # share of examples that are exact
+    n_exact: int  # examples that are not cut and whose every trained token is the argmax
     n_examples: int
     n_tokens: int  # trained ones
+    n_cut: int  # examples whose answers data.max_length cut: never exact
 
 
 @dataclass(frozen=True)

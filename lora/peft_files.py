@@ -32,7 +32,15 @@ _UNSUPPORTED = {
     "modules_to_save": "an adapter with fully trained modules",
     "layer_replication": "an adapter of a model with repeated layers",
     "alora_invocation_tokens": "an aLoRA adapter, which acts from some tokens on only",
+    "use_qalora": "a QA-LoRA adapter, which averages groups of its inputs",
+    "use_bdlora": "a BD-LoRA adapter, of matrices in blocks",
+    "kasa_config": "a KaSA adapter, which cuts singular values out of the base's weights",
+    "arrow_config": "an Arrow adapter, which chooses between others token by token",
 }
+# Values of init_lora_weights: those that took a part out of the base's weights for the adapter to
+# begin with (by their beginnings, since pissa_niter_16 is one), and those that left the base alone.
+_BASE_CHANGING = ("pissa", "corda", "olora", "lora_ga", "loftq")
+_BASE_LEAVING = ("gaussian", "eva", "orthogonal", "mica")
 
 
 def save_peft_adapter(
@@ -80,7 +88,8 @@ def read_peft_settings(directory: Path) -> dict[str, Any]:
     """The adapter_config.json of a LoRA, rsLoRA or DoRA adapter; ranks and alphas are numbers.
 
     Raises:
-        InputError: there is none, or it is not the config of an adapter of these kinds.
+        InputError: there is none, it is not the config of an adapter of these kinds, or the
+            adapter belongs to weights that its initialisation changed.
     """
     path = directory / SETTINGS
     if not path.is_file() or not (directory / WEIGHTS).is_file():
@@ -97,6 +106,8 @@ def read_peft_settings(directory: Path) -> dict[str, Any]:
         for key, number in (("rank_pattern", int), ("alpha_pattern", float)):
             pattern = (settings.get(key) or {}).items()
             settings[key] = {re.compile(name).pattern: number(value) for name, value in pattern}
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror}).") from None
     except (ValueError, KeyError, TypeError, AttributeError, re.error) as error:
         raise InputError(f"{path}: not the config of a LoRA adapter ({error!r}).") from None
     for rank in (settings["r"], *settings["rank_pattern"].values()):
@@ -112,7 +123,33 @@ def read_peft_settings(directory: Path) -> dict[str, Any]:
                 "can merge it, do that and convert the model with llama.cpp's "
                 "convert_hf_to_gguf.py."
             )
+    _check_initialization(path, settings.get("init_lora_weights"))
     return settings
+
+
+def _check_initialization(path: Path, value: Any) -> None:
+    """Refuses an adapter that is no change of the base as its file has it."""
+    if value is None or isinstance(value, bool):
+        return
+    name = value.lower() if isinstance(value, str) else ""
+    if name.startswith(_BASE_CHANGING):
+        # PEFT's conversion is not made for LoftQ, whose base is the rounded one.
+        way_out = (
+            "Merge it into the model it was trained with by PEFT's merge_and_unload(), and convert "
+            "that with llama.cpp's convert_hf_to_gguf.py."
+            if name.startswith("loftq")
+            else "Where it was trained, save it as a plain adapter with PEFT's save_pretrained("
+            "..., path_initial_model_for_weight_conversion=...) and take that one."
+        )
+        raise InputError(
+            f"{path}: init_lora_weights is {value!r}, which changed the base's weights too, so on "
+            f"the base as it is the adapter makes another model. {way_out}"
+        )
+    if name not in _BASE_LEAVING:
+        raise InputError(
+            f"{path}: init_lora_weights is {value!r}, which is not known here; it may have changed "
+            f"the base's weights. Known to leave them are true, false, {', '.join(_BASE_LEAVING)}."
+        )
 
 
 def refuse_dora(directory: Path, settings: Mapping[str, Any]) -> None:

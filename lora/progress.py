@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
@@ -111,35 +110,3 @@ class TrainingProgress:
             f"{result.n_exact}/{result.n_examples}",
             highlight=False,
         )
-
-
-def print_evaluation(
-    console: Console,
-    session: TrainingSession,
-    results: Mapping[str, EvalResult],
-    n_answers: int,
-) -> None:
-    """A table of base against adapter, and some answers written out."""
-    table = Table("", "loss", "perplexity", "token accuracy", "exact match")
-    for name, result in results.items():
-        table.add_row(
-            name,
-            f"{result.loss:.4f}",
-            f"{result.perplexity:.3f}",
-            f"{result.token_accuracy:.1%}",
-            f"{result.n_exact}/{result.n_examples} ({result.exact_match:.1%})",
-        )
-    console.print(table)
-    tokenizer = session.tokenizer
-    for example in session.eval_examples[:n_answers]:
-        first = int(example.trained.argmax())
-        prompt = [int(token) for token in example.ids[:first]]
-        wanted = tokenizer.decode([int(token) for token in example.ids[first:]])
-        length = len(example.ids) - first + 8
-        console.print(
-            f"\nprompt  {tokenizer.decode(prompt).strip()}", highlight=False, markup=False
-        )
-        console.print(f"wanted  {wanted.strip()}", highlight=False, markup=False)
-        for name in results:
-            answer = session.generate(prompt, max_tokens=length, adapted=name == "adapter")
-            console.print(f"{name:8}{answer.strip()!r}", highlight=False, markup=False)

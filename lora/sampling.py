@@ -57,6 +57,9 @@ class Sampling:
 
 GREEDY = Sampling()
 
+# So many of the most likely tokens are sorted first where top_p cuts; then eight times as many.
+_FIRST_SORTED = 256
+
 
 class Sampler:
     """Draws tokens; one seed gives one series of draws."""
@@ -74,16 +77,20 @@ class Sampler:
         """
         if self.sampling.temperature == 0:
             return int(np.argmax(_penalized(logits, text, self.sampling.repetition_penalty)))
-        chances = probabilities(logits, text, self.sampling)
+        ids, chances = candidates(logits, text, self.sampling)
         # The inverse of the distribution function: one uniform number a token.
         edges = np.cumsum(chances)
         place = np.searchsorted(edges, self._random.random() * edges[-1], side="right")
-        # Rounding can carry the number to the very end, past the last token that is left.
-        return int(min(place, np.flatnonzero(chances)[-1]))
+        return int(ids[min(place, len(ids) - 1)])  # rounding can carry the number to the very end
 
 
-def probabilities(logits: np.ndarray, text: Sequence[int], sampling: Sampling) -> np.ndarray:
-    """The distribution that the next token is drawn from, f64 [vocab_size], of sum 1.
+def candidates(
+    logits: np.ndarray, text: Sequence[int], sampling: Sampling
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the next token is drawn from: ids, lowest first, and chances above 0, f64, of sum 1.
+
+    A vocabulary is never sorted as a whole where a few of its tokens will do: that took longer than
+    a GPU takes for the token.
 
     Args:
         logits: [vocab_size].
@@ -91,24 +98,48 @@ def probabilities(logits: np.ndarray, text: Sequence[int], sampling: Sampling) -
         sampling: with a temperature above 0.
     """
     scores = _penalized(logits, text, sampling.repetition_penalty)
-    scores = (scores - scores.max()) / sampling.temperature  # the difference first: no overflow
+    scores -= scores.max()  # before the division: no overflow
+    scores /= sampling.temperature
+    ids = None  # all
+    if 0 < sampling.top_k < len(scores):
+        ids = np.sort(_highest(scores, sampling.top_k))
+        scores = scores[ids]
     chances = np.exp(scores)
-    order = np.argsort(-scores, kind="stable")  # of equal ones the lowest id first
-    kept = len(order) if sampling.top_k == 0 else min(sampling.top_k, len(order))
-    chances[order[kept:]] = 0.0
     chances /= chances.sum()
     if sampling.top_p < 1:
+        kept = _fewest_that_reach(scores, chances, sampling.top_p)
+        ids, chances = kept if ids is None else ids[kept], chances[kept]
+    least = max(sampling.min_p * chances.max(), np.finfo(np.float64).tiny)
+    likely = np.flatnonzero(chances >= least)
+    ids, chances = likely if ids is None else ids[likely], chances[likely]
+    return ids, chances / chances.sum()
+
+
+def _highest(scores: np.ndarray, n: int) -> np.ndarray:
+    """The places of the n highest scores, highest first; of equal ones the first place first."""
+    if n >= len(scores):
+        places = np.arange(len(scores))
+    else:
+        places = np.flatnonzero(scores >= np.partition(scores, -n)[-n])  # more, where some equal it
+    return places[np.argsort(-scores[places], kind="stable")[:n]]
+
+
+def _fewest_that_reach(scores: np.ndarray, chances: np.ndarray, top_p: float) -> np.ndarray:
+    """The places, ascending, of the fewest highest scores whose chances reach top_p together."""
+    n = _FIRST_SORTED
+    while True:
+        order = _highest(scores, n)
         before = np.cumsum(chances[order]) - chances[order]  # what more likely tokens reach
-        chances[order[before >= sampling.top_p]] = 0.0
-    chances[chances < sampling.min_p * chances[order[0]]] = 0.0
-    return chances / chances.sum()
+        if n >= len(scores) or before[-1] >= top_p:
+            return np.sort(order[before < top_p])
+        n *= 8
 
 
 def _penalized(logits: np.ndarray, text: Sequence[int], penalty: float) -> np.ndarray:
     """The logits in float64, lower for tokens that are in the text."""
     scores = logits.astype(np.float64)
     if penalty != 1:
-        seen = np.unique(np.asarray(text, np.int64))
+        seen = np.asarray(text, np.int64)
         seen = seen[seen < len(scores)]  # a tokenizer may know tokens that have no logit
         scores[seen] = np.where(scores[seen] > 0, scores[seen] / penalty, scores[seen] * penalty)
     return scores

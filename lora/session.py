@@ -445,9 +445,11 @@ class TrainingSession:
         """Loss and greedy accuracy on examples (by default data.eval), one forward each.
 
         A greedy answer equals its target exactly when every target token, the end included, is
-        the argmax after those before it.
+        the argmax after those before it. An example that data.max_length cut is never exact: its
+        end was not asked for.
 
         Args:
+            examples: at least one.
             adapted: False for the bare model.
         """
         cache = None
@@ -463,7 +465,8 @@ class TrainingSession:
                     self.device, self.model, self.inputs, self._act, self.layout, flat
                 )
         program, head = self._eval_programs[adapted], self._act.head
-        loss_sum, n_tokens, n_correct, n_exact = 0.0, 0, 0, 0
+        loss_sum, n_tokens, n_correct = 0.0, 0, 0
+        all_correct: list[bool] = []  # of each example
         for batch in sequential_batches(examples, self.config.train.batch_size):
             self._write(batch)
             self._run_prefix(batch, cache)
@@ -474,8 +477,10 @@ class TrainingSession:
             n_tokens += n
             n_correct += int(correct.sum())
             owner = batch.segment_start[batch.targets >= 0]
-            for start in batch.example_starts:
-                n_exact += bool(correct[owner == start].all())
+            all_correct += [bool(correct[owner == start].all()) for start in batch.example_starts]
+        n_exact = sum(
+            right and not example.cut for right, example in zip(all_correct, examples, strict=True)
+        )
         loss = loss_sum / max(1, n_tokens)
         return EvalResult(
             loss=loss,
@@ -485,6 +490,7 @@ class TrainingSession:
             n_exact=n_exact,
             n_examples=len(examples),
             n_tokens=n_tokens,
+            n_cut=sum(example.cut for example in examples),
         )
 
     def generate(

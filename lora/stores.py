@@ -25,7 +25,11 @@ _OLLAMA, _HUB = "ollama:", "hf:"
 _MODEL_LAYER = "application/vnd.ollama.image.model"
 _ADAPTER_LAYER = "application/vnd.ollama.image.adapter"
 _TENSOR_LAYER = "application/vnd.ollama.image.tensor"
+_TEMPLATE_LAYER = "application/vnd.ollama.image.template"
+_SYSTEM_LAYER = "application/vnd.ollama.image.system"
+_PARAMETERS_LAYER = "application/vnd.ollama.image.params"
 _MOST_MANIFEST_BYTES = 1 << 24  # a model of 10,000 tensor layers has 2 MB
+_MOST_TEXT_BYTES = 1 << 24
 _MOST_LISTED = 8
 
 # Where Ollama keeps models when it runs as a service on Linux, under a user of its own.
@@ -65,6 +69,16 @@ def resolve_model(name: str | Path) -> Path:
     return source if isinstance(source, Path) else source.locate()
 
 
+def ollama_settings(name: str) -> OllamaSettings | None:
+    """Returns what Ollama's store holds of a model beside its weights; None for other names.
+
+    Raises:
+        InputError: there is no such model, or it is damaged.
+    """
+    source = _parse(name)
+    return source.settings() if isinstance(source, OllamaModel) else None
+
+
 def _parse(name: str) -> Path | OllamaModel | HubFile:
     if name.startswith(_OLLAMA):
         return OllamaModel.parse(name)
@@ -82,6 +96,21 @@ def _nearest_first(wanted: str, names: Iterable[str]) -> str:
 
 
 # -- Ollama's store -------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class OllamaSettings:
+    """What a model of Ollama's store is run with.
+
+    Attributes:
+        template: in Go's language of templates; None where the model brings none.
+        system: the system message; None for none.
+        parameters: such as `temperature`, or `stop` with a list of texts.
+    """
+
+    template: str | None
+    system: str | None
+    parameters: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -132,11 +161,35 @@ class OllamaModel:
         Raises:
             InputError: it is not there, is damaged, or is not one GGUF.
         """
+        return self._gguf(*self._find())
+
+    def settings(self) -> OllamaSettings:
+        """Returns its template, system message and parameters.
+
+        Raises:
+            InputError: it is not there, or is damaged.
+        """
+        store, manifest = self._find()
+        texts = {}
+        for layer in _layers(manifest, store / "manifests"):
+            kind = layer.get("mediaType")
+            if kind in (_TEMPLATE_LAYER, _SYSTEM_LAYER, _PARAMETERS_LAYER):
+                texts[kind] = self._text(store, manifest, layer)
+        try:
+            parameters = json.loads(texts.get(_PARAMETERS_LAYER, "{}"))
+        except (ValueError, RecursionError):
+            parameters = None
+        if not isinstance(parameters, dict):
+            raise InputError(f"{self}: its parameters are no JSON object. {self._again()}")
+        return OllamaSettings(texts.get(_TEMPLATE_LAYER), texts.get(_SYSTEM_LAYER), parameters)
+
+    def _find(self) -> tuple[Path, Path]:
+        """The store that has it, and its manifest there."""
         stores = _ollama_stores()
         for store in stores:
             manifest = store.joinpath("manifests", *astuple(self))
             if os.path.lexists(manifest):
-                return self._gguf(store, manifest)
+                return store, manifest
         installed = {str(model) for store in stores for model in _installed(store)}
         if not installed:
             raise InputError(
@@ -167,23 +220,40 @@ class OllamaModel:
                 f"{self}: {manifest} lists {len(models)} model layers; one GGUF is expected"
                 f"{'' if models else ' (models that run in the cloud have none)'}."
             )
-        match = _DIGEST.fullmatch(str(models[0].get("digest")))
+        return self._blob(store, manifest, models[0])
+
+    def _text(self, store: Path, manifest: Path, layer: dict[str, Any]) -> str:
+        """A layer that is a text."""
+        blob = self._blob(store, manifest, layer)
+        try:
+            if blob.stat().st_size <= _MOST_TEXT_BYTES:
+                return blob.read_text(encoding="utf-8")
+        except OSError as error:
+            raise InputError(f"{self}: {blob} cannot be read: {error.strerror}.") from None
+        except UnicodeDecodeError:
+            pass
+        raise InputError(f"{self}: its file {blob} should be a text, and is none. {self._again()}")
+
+    def _blob(self, store: Path, manifest: Path, layer: dict[str, Any]) -> Path:
+        """The file of a layer."""
+        match = _DIGEST.fullmatch(str(layer.get("digest")))
         if match is None:
+            what = str(layer.get("mediaType")).rpartition(".")[2]
             raise InputError(
-                f"{manifest} is damaged: the digest of its model is not sha256: and 64 hex "
-                f"digits. Run `ollama pull {str(self).removeprefix(_OLLAMA)}` again."
+                f"{manifest} is damaged: the digest of its {what} is not sha256: and 64 hex "
+                f"digits. {self._again()}"
             )
         blob = store / "blobs" / f"sha256-{match[1]}"
         _check_inside(blob, store / "blobs")
-        size = models[0].get("size")
+        size = layer.get("size")
         found = os.path.getsize(blob) if os.path.isfile(blob) else None
         if found is None or (isinstance(size, int) and size != found):
             state = "is missing" if found is None else f"has {found:,} bytes instead of {size:,}"
-            raise InputError(
-                f"{self}: its file {blob} {state}. Run "
-                f"`ollama pull {str(self).removeprefix(_OLLAMA)}` again."
-            )
+            raise InputError(f"{self}: its file {blob} {state}. {self._again()}")
         return blob
+
+    def _again(self) -> str:
+        return f"Run `ollama pull {str(self).removeprefix(_OLLAMA)}` again."
 
 
 def _ollama_stores() -> list[Path]:

@@ -198,6 +198,52 @@ def test_halves(several: tuple[Path, dict[str, np.ndarray]], dtype: str) -> None
         assert np.abs(layout.scale * b @ a - product).max() > 0
 
 
+@pytest.mark.parametrize(
+    ("init", "message"),
+    [
+        ("pissa", r"changed the base's weights too.* path_initial_model_for_weight_conversion"),
+        ("pissa_niter_16", r"init_lora_weights is 'pissa_niter_16'"),
+        ("OLoRA", r"changed the base's weights too"),
+        ("corda", r"changed the base's weights too"),
+        ("lora_ga", r"changed the base's weights too"),
+        ("loftq", r"changed the base's weights too.* merge_and_unload\(\)"),
+        ("novel", r"init_lora_weights is 'novel', which is not known here"),
+        (["pissa"], r"which is not known here"),
+    ],
+)
+def test_an_adapter_of_other_weights_than_the_bases(
+    several: tuple[Path, dict[str, np.ndarray]], init: object, message: str
+) -> None:
+    """PiSSA and its like take out of W what A and B begin with: nothing may load them on W."""
+    folder, _ = several
+    architecture = Architecture.from_gguf(GGUFFile(folder / "model.gguf"))
+    layout = open_adapter(folder / "adapter", architecture).layout(architecture)
+    change(folder / "adapter", init_lora_weights=init)
+    for load in (
+        lambda: open_adapter(folder / "adapter", architecture),
+        lambda: load_adapter(folder / "adapter", layout),
+        lambda: export(folder / "adapter", "gguf", base=str(folder / "model.gguf")),
+        lambda: export(folder / "adapter", "merged-gguf", base=str(folder / "model.gguf")),
+        lambda: open_generator(
+            str(folder / "model.gguf"), {"it": folder / "adapter"}, max_length=32
+        ),
+        lambda: open_session(TINY_MODELS["llama"], folder / "model.gguf", folder / "adapter"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load()
+
+
+@pytest.mark.parametrize("init", [True, False, None, "gaussian", "eva", "orthogonal", "mica"])
+def test_beginnings_that_leave_the_base(
+    several: tuple[Path, dict[str, np.ndarray]], init: object
+) -> None:
+    folder, products = several
+    change(folder / "adapter", init_lora_weights=init)
+    architecture = Architecture.from_gguf(GGUFFile(folder / "model.gguf"))
+    layout = open_adapter(folder / "adapter", architecture).layout(architecture)
+    check_products(layout, load_adapter(folder / "adapter", layout), products)
+
+
 def test_a_config_with_the_adapters_own_settings(
     several: tuple[Path, dict[str, np.ndarray]], tmp_path: Path
 ) -> None:
@@ -248,6 +294,7 @@ def test_eval_takes_rank_and_targets_from_the_adapter(tmp_path: Path) -> None:
     arguments = ["eval", str(path), "--adapter", str(tmp_path / "adapter"), "--json", *others]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
-    for name, values in json.loads(result.stdout).items():
-        assert values["loss"] == pytest.approx(wanted[name].loss, rel=1e-6)
-        assert values["n_exact"] == wanted[name].n_exact
+    values = json.loads(result.stdout)
+    for name, expected in wanted.items():
+        assert values[name]["loss"] == pytest.approx(expected.loss, rel=1e-6)
+        assert values[name]["n_exact"] == expected.n_exact

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+import pty
+import select
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from lora.chat import Chat, chat, check_can_chat, named_adapters
+from lora.chat import Chat, chat, check_can_chat, conversation_ids, named_adapters
 from lora.cli import generate
 from lora.config import Config
 from lora.generation import TextGenerator, open_generator
@@ -58,10 +62,16 @@ def generator(folder: Path, device: Device) -> TextGenerator:
 class Conversation:
     """A chat whose lines are given, and what it wrote."""
 
-    def __init__(self, generator: TextGenerator, max_tokens: int = 4, **options: object) -> None:
+    def __init__(
+        self,
+        generator: TextGenerator,
+        max_tokens: int = 4,
+        sampling: Sampling = GREEDY,
+        **options: object,
+    ) -> None:
         generator.forget()
         self.written: list[str] = []
-        self.chat = Chat(generator, self.write, max_tokens=max_tokens, sampling=GREEDY, **options)
+        self.chat = Chat(generator, self.write, max_tokens=max_tokens, sampling=sampling, **options)
 
     def write(self, piece: str) -> None:
         self.written.append(piece)
@@ -171,6 +181,152 @@ def test_ctrl_c_stops_the_answer_only(generator: TextGenerator) -> None:
     assert len(conversation.chat.messages) == 4
 
 
+def test_ctrl_c_while_the_prompt_is_computed(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between two pieces; the message is not kept, what was computed of it is."""
+    conversation = Conversation(generator)
+    text = "a b" * 25
+    expected = conversation.say(text)
+    conversation = Conversation(generator)
+    programs_of, recorded = generator._programs_of, []
+
+    def interrupt(*args: object) -> object:
+        recorded.append(args)
+        if len(recorded) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return programs_of(*args)
+
+    monkeypatch.setattr(generator, "_programs_of", interrupt)
+    written = conversation.say(text)
+    assert written == "\n(stopped before the answer; the message is not kept)\n\n"
+    assert conversation.chat.messages == []
+    assert len(recorded) == 1 and len(generator._held) == 64  # a piece on the CPU
+    again = conversation.say(text)
+    assert generator.times.reused_tokens == 64
+    assert again.split("\n")[0] == expected.split("\n")[0]
+
+
+def test_ctrl_c_where_tokens_give_no_text(
+    generator: TextGenerator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    conversation = Conversation(generator, max_tokens=30)
+    monkeypatch.setattr(generator, "_text_after", lambda *_: "")
+    most_likely, n = generator._most_likely, [0]
+
+    def interrupt(*args: object) -> int:
+        n[0] += 1
+        if n[0] == 3:
+            os.kill(os.getpid(), signal.SIGINT)
+        return most_likely(*args)
+
+    monkeypatch.setattr(generator, "_most_likely", interrupt)
+    assert "the message is not kept" in conversation.say("hello")
+    assert n == [3]
+
+
+def test_how_an_answer_ended(generator: TextGenerator, monkeypatch: pytest.MonkeyPatch) -> None:
+    def summary(max_tokens: int) -> str:
+        return Conversation(generator, max_tokens).say("hello").strip().split("\n")[-1]
+
+    tokenizer = generator.tokenizer
+    monkeypatch.setattr(tokenizer, "_end_of_turn_ids", frozenset())
+    assert summary(3).startswith("[3 tokens, ")
+    assert summary(3).endswith("; cut at --max-tokens 3]")
+    assert summary(500).endswith(f"; the room of {ROOM} tokens is full (--max-length)]")
+    one = summary(1)
+    assert one.startswith("[1 token; prompt ") and one.endswith("; cut at --max-tokens 1]")
+    # An answer that ends by itself, though with the last token that it may have.
+    prompt = conversation_ids(tokenizer, [{"role": "user", "content": "hello"}])
+    third = list(generator.stream_ids(prompt, max_tokens=3, adapter="polite"))[-1]
+    monkeypatch.setattr(tokenizer, "_end_of_turn_ids", frozenset([third]))
+    assert summary(3).endswith("; adapter polite]")
+
+
+def test_one_series_of_draws(generator: TextGenerator) -> None:
+    """The same message is answered otherwise the second time, and the same way in another run."""
+
+    def answers() -> list[str]:
+        sampling = Sampling(temperature=2.0, seed=5)
+        conversation = Conversation(generator, max_tokens=12, sampling=sampling)
+        return [conversation.say("hello", "/reset").split("\n[")[0] for _ in range(2)]
+
+    first, second = answers()
+    assert first != second
+    assert answers() == [first, second]
+
+
+def test_lines_that_are_not_utf_8(generator: TextGenerator) -> None:
+    conversation = Conversation(generator)
+    written = conversation.say(b"caf\xe9".decode("utf-8", "surrogateescape"), "/exit")
+    assert written == (
+        "The line is not UTF-8: its character 4 is the byte 0xE9. Convert it, for example with "
+        "iconv -f latin1 -t utf-8, or set the terminal to UTF-8.\n"
+    )
+    assert conversation.chat.messages == []
+    assert "'\\ud83d'" in conversation.say("\ud83d")  # half a pair that no byte became
+
+
+# Lines as `lora chat` reads them: how long each is, in a process of its own.
+READER = """
+from lora.chat import check_is_text, open_terminal
+from shaders.errors import InputError
+read = open_terminal()
+while True:
+    try:
+        line = read()
+    except EOFError:
+        break
+    try:
+        check_is_text(line, "It")
+        print(f"<{len(line)}>", flush=True)
+    except InputError as error:
+        print(error, flush=True)
+"""
+
+
+def test_bytes_on_stdin_that_are_not_utf_8() -> None:
+    """They cost their line only."""
+    result = subprocess.run(
+        [sys.executable, "-c", READER],
+        input=b"ab\ncaf\xe9\nabc\n",
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "", "PYTHONUTF8": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    shown = result.stdout.decode()
+    assert "<2>" in shown and "character 4 is the byte 0xE9" in shown and "<3>" in shown
+
+
+def test_long_lines_on_a_terminal() -> None:
+    """Terminals cut at 4095 bytes what they collect themselves."""
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "-c", READER],
+        stdin=follower, stdout=follower, stderr=follower, start_new_session=True,
+    )  # fmt: skip
+    os.close(follower)
+    shown = b""
+
+    def read_until(wanted: bytes, seconds: float, times: int = 1) -> None:
+        nonlocal shown
+        while shown.count(wanted) < times and select.select([leader], [], [], seconds)[0]:
+            shown += os.read(leader, 4096)
+
+    try:
+        read_until(b"> ", 20)
+        for n in range(90):
+            os.write(leader, b"x" * 99 + b"y")
+            read_until(b"y", 0.2, n + 1)  # neither side's buffer may fill
+        os.write(leader, b"\n")
+        read_until(b"<9000>", 20)
+        assert b"<9000>" in shown, shown[-200:]
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+
+
 def test_ctrl_c_at_the_prompt(generator: TextGenerator) -> None:
     conversation = Conversation(generator)
 
@@ -225,7 +381,7 @@ def test_the_command(
     )
     written = capsys.readouterr().out
     assert "adapter first; /help lists" in written
-    assert "adapter first]" in written and "adapter off]" in written
+    assert "adapter first; cut" in written and "adapter off; cut" in written
     assert "(adapter off; loaded: first, polite)" in written
 
 
@@ -261,6 +417,8 @@ def test_paths_with_an_equals_sign(tmp_path: Path) -> None:
 
 
 def test_names_of_adapters() -> None:
+    names = named_adapters(["runs/smol-v1.5", "runs/smol-v1.gguf"])
+    assert list(names) == ["smol-v1.5", "smol-v1"]
     assert named_adapters(["runs/a/", "x=runs/b"]) == {"a": Path("runs/a"), "x": Path("runs/b")}
     for values in (["runs/a", "other/a"], ["off=runs/a"], ["=runs/a"]):
         with pytest.raises(InputError, match="is taken; give another one: --adapter NAME="):

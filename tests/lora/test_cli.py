@@ -1,19 +1,19 @@
 """The command line: exit statuses, one clear line for wrong input, nothing half-written."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
+from lora.cli import main
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.lora.tiny_run import write_run
 
 
 def lora(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    import os
-
     return subprocess.run(
         [sys.executable, "-m", "lora.cli", *map(str, arguments)],
         capture_output=True,
@@ -31,9 +31,71 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
 
 
 @pytest.mark.parametrize("option", [("--top-k", 5), ("--top-p", 0.9), ("--seed", 3)])
-def test_sampling_options_without_a_temperature(option: tuple[str, float]) -> None:
+@pytest.mark.parametrize(
+    "command",
+    [["generate", "absent.gguf", "--prompt", "a"], ["chat", "absent.gguf", "--temperature", "0"]],
+    ids=["generate", "chat"],
+)
+def test_sampling_options_without_a_temperature(
+    command: list[str], option: tuple[str, float]
+) -> None:
     """They would do nothing; the model is not even looked for."""
-    refused(lora("generate", "absent.gguf", "--prompt", "a", *option), "--temperature")
+    words = f"{option[0]} chooses between draws", "--temperature above 0"
+    refused(lora(*command, *option), *words)
+    # What a chat has by default may stand: only the model is missed.
+    refused(lora(*command), "absent.gguf")
+
+
+def test_the_order_of_sampling_is_told() -> None:
+    for command in ("generate", "chat"):
+        shown = " ".join(lora(command, "--help", COLUMNS="200").stdout.split())
+        assert "penalty over the whole text, temperature, top-k, top-p, min-p, in this" in shown
+
+
+def test_a_prompt_on_stdin(tmp_path: Path) -> None:
+    """Without the newline at its end; UTF-8 whatever the locale says."""
+    model = tmp_path / "model.gguf"
+    write_tiny_llama(model)
+
+    def generate(prompt: str | bytes, given: bytes = b"") -> subprocess.CompletedProcess:
+        arguments = [sys.executable, "-m", "lora.cli", "generate", model, "--max-tokens", "8"]
+        return subprocess.run(
+            [*arguments, "--prompt", prompt], input=given, capture_output=True,
+            env=os.environ | {"PYTHONIOENCODING": "latin-1:replace"},
+        )  # fmt: skip
+
+    whole = generate("say é\nand").stdout
+    assert whole and whole != generate("say é").stdout
+    assert generate("-", "say é\r\nand\n".encode()).stdout == whole
+    for wrong, words in (
+        (generate("-", b"caf\xe9"), b"prompt on stdin is not UTF-8: its character 4 is the byte"),
+        (generate(b"caf\xe9"), b"prompt (--prompt) is not UTF-8: its character 4 is the byte 0xE9"),
+    ):
+        assert wrong.returncode == 2 and words in wrong.stderr, wrong.stderr
+
+
+@pytest.mark.parametrize(
+    ("where", "arguments"),
+    [
+        ("lora.generation.open_generator", ["generate", "model.gguf", "--prompt", "a"]),
+        ("lora.config.load_config", ["plan", "config.yaml"]),
+    ],
+)
+def test_ctrl_c_says_so(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    where: str,
+    arguments: list[str],
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(where, interrupted)
+    monkeypatch.setattr(sys, "argv", ["lora", *arguments])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 130
+    assert capsys.readouterr().err == "\nlora: interrupted\n"  # below what was written so far
 
 
 def test_train_eval_generate_inspect(tmp_path: Path) -> None:

@@ -251,11 +251,25 @@ def test_cutting_leaving_out_and_the_summary(tmp_path: Path) -> None:
         [False, False, True, True, True],
         [False, False, False, False, True, True],
     ]
+    assert [example.cut for example in examples] == [False, True]
     assert summary == DataSummary("completion", 2, 11, 5, 2, 1, 10, 6)
     assert str(summary) == (
         "2 completion examples, 11 tokens, 5 of them trained; the longest row has 10; 2 cut to 6; "
         "1 left out, none of their tokens is trained"
     )
+
+
+def test_cut_is_what_lost_a_trained_token(tmp_path: Path) -> None:
+    """ChatML's last line break is never trained: without it the answer is still whole."""
+    rows = [{"messages": [user("a"), assistant("b")]}]
+    path = write_rows(tmp_path / "a.jsonl", rows)
+    whole = load(path)[1].longest
+    cut = []
+    for length in (whole, whole - 1, whole - 2):
+        (example,), summary = load(path, max_length=length)
+        assert summary.n_cut == (length < whole)
+        cut.append(example.cut)
+    assert cut == [False, False, True]
 
 
 def test_several_files_blank_lines_marks_and_line_separators(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from forward.architecture import Architecture
 from forward.gguf_file import GGUFFile
 from lora.config import Config
 from lora.generation import Adapter, TextGenerator, open_generator, upload_adapter
-from lora.sampling import Sampling
+from lora.sampling import GREEDY, Sampler, Sampling
 from lora.session import TrainingSession
 from shaders.device import Device
 from shaders.errors import InputError
@@ -252,6 +252,70 @@ def test_seeds(generator: TextGenerator, ids: list[int]) -> None:
         return list(generator.stream_ids(ids[:10], max_tokens=10, sampling=sampling))
 
     assert draw(1) == draw(1) != draw(2)
+
+
+def test_one_sampler_for_several_texts(generator: TextGenerator, ids: list[int]) -> None:
+    """It goes on with its draws, and the same seed gives all of them again."""
+
+    def draw() -> list[list[int]]:
+        sampler = Sampler(Sampling(temperature=1.5, seed=1))
+        return [
+            list(generator.stream_ids(ids[:10], max_tokens=10, sampling=sampler)) for _ in range(2)
+        ]
+
+    first, second = draw()
+    assert first != second
+    assert draw() == [first, second]
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=1.0, top_k=1)])
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["cpu", "gpu"])
+def test_stopping(
+    tiny: Path,
+    ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
+    sampling: Sampling,
+    is_cpu: bool,
+) -> None:
+    """Between pieces of the prompt and after every token; what is held then is what was computed.
+
+    "gpu": where greedy tokens are computed ahead.
+    """
+    monkeypatch.setattr("lora.generation._CPU_PIECE_ROWS", 16)
+    monkeypatch.setattr("lora.generation._PIECE_ROWS", 16)
+    device = Device()
+    device.is_cpu = is_cpu
+    generator = open_generator(str(tiny / "model.gguf"), max_length=120, device=device)
+
+    def generate(asked: int) -> list[int]:
+        """Ten tokens, unless `stopped` says so when asked that many times."""
+        left = [asked]
+
+        def stopped() -> bool:
+            left[0] -= 1
+            return left[0] == 0
+
+        new = generator.stream_ids(ids, max_tokens=10, sampling=sampling, stopped=stopped)
+        return list(new)
+
+    expected = list(generator.stream_ids(ids, max_tokens=10, sampling=sampling))
+    assert len(expected) == 10
+    for n_pieces in (1, 2, 5):  # of the seven of the prompt
+        generator.forget()
+        assert generate(n_pieces) == []
+        assert generator._held == ids[: 16 * n_pieces]
+        times = generator.times
+        assert (times.prompt_tokens, times.new_tokens) == (16 * n_pieces, 0)
+        assert times.prompt_seconds > 0 and not times.ended
+        # It goes on from there, and nothing is left of the stopped text.
+        assert generate(99) == expected
+        assert generator.times.reused_tokens == 16 * n_pieces
+    generator.forget()
+    assert generate(6 + 4) == expected[:4]  # six times in the prompt
+    assert generator._held[:103] == [*ids, *expected[:3]]
+    # Once in the prompt now, whose last token alone is computed again: never between pieces.
+    assert generate(2) == expected[:2]
+    assert generate(99) == expected
 
 
 class _ByteTokenizer:

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.sampling import Sampler, Sampling, probabilities
+from lora import sampling as sampling_module
+from lora.sampling import Sampler, Sampling, candidates
 from shaders.errors import InputError
 
 # No subnormals: llvmpipe leaves its threads flushing them to zero, numpy's comparisons included.
@@ -24,6 +25,99 @@ SETTINGS = st.builds(
     min_p=st.floats(0, 1),
     repetition_penalty=st.floats(0.5, 2),
 )
+
+
+def probabilities(logits: np.ndarray, text: list[int], sampling: Sampling) -> np.ndarray:
+    """What is drawn from, over the whole vocabulary."""
+    ids, chances = candidates(logits, text, sampling)
+    whole = np.zeros(len(logits))
+    whole[ids] = chances
+    return whole
+
+
+def plain_choice(
+    logits: np.ndarray, text: list[int], sampling: Sampling, random: np.random.Generator
+) -> int:
+    """A draw as its definition says it: the whole vocabulary sorted, every step on all of it."""
+    scores = logits.astype(np.float64)
+    for token in {token for token in text if token < len(scores)}:
+        penalty = sampling.repetition_penalty
+        scores[token] = scores[token] / penalty if scores[token] > 0 else scores[token] * penalty
+    scores = (scores - scores.max()) / sampling.temperature
+    chances = np.exp(scores)
+    order = np.argsort(-scores, kind="stable")  # of equal ones the lowest id first
+    chances[order[sampling.top_k or len(order) :]] = 0.0
+    chances /= chances.sum()
+    if sampling.top_p < 1:
+        before = np.cumsum(chances[order]) - chances[order]
+        chances[order[before >= sampling.top_p]] = 0.0
+    chances[chances < sampling.min_p * chances.max()] = 0.0
+    edges = np.cumsum(chances / chances.sum())
+    place = np.searchsorted(edges, random.random() * edges[-1], side="right")
+    return int(min(place, np.flatnonzero(chances)[-1]))
+
+
+@pytest.mark.parametrize("first_sorted", [1, sampling_module._FIRST_SORTED])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_same_draws_as_by_the_definition(
+    monkeypatch: pytest.MonkeyPatch, first_sorted: int, ties: bool
+) -> None:
+    """Without sorting a vocabulary, equal logits and several rounds of top_p included.
+
+    On fixed seeds: the sums are the definition's but for rounding, so that one draw in some 1e12
+    may differ.
+    """
+    monkeypatch.setattr(sampling_module, "_FIRST_SORTED", first_sorted)
+    rng = np.random.default_rng(0)
+    for seed in range(600):
+        size = int(rng.choice([1, 5, 60, 3000]))
+        logits = rng.normal(0, rng.choice([0.01, 1, 6]), size).astype(np.float32)
+        if ties:
+            logits = np.round(logits)
+        text = rng.integers(0, size + 5, 8).tolist()
+        settings_ = Sampling(
+            temperature=float(rng.choice([0.02, 0.7, 3])),
+            top_k=int(rng.choice([0, 1, 3, 40, 4000])),
+            top_p=float(rng.choice([1, 0.3, 0.95, 0.9999])),
+            min_p=float(rng.choice([0, 0.05, 1])),
+            repetition_penalty=float(rng.choice([1, 1.1])),
+            seed=seed,
+        )
+        sampler, random = Sampler(settings_), np.random.default_rng(seed)
+        for _ in range(3):
+            assert sampler.choose(logits, text) == plain_choice(logits, text, settings_, random)
+
+
+@pytest.mark.parametrize(
+    ("options", "longest"),
+    [
+        ({"temperature": 0, "repetition_penalty": 1.2}, 0),
+        ({"temperature": 0.7, "top_k": 40, "top_p": 0.95, "min_p": 0.05}, 40),
+        ({"temperature": 0.7, "min_p": 0.05}, 0),
+        ({"temperature": 0.7, "top_p": 0.95}, 256),
+    ],
+)
+def test_a_whole_vocabulary_is_never_sorted(
+    monkeypatch: pytest.MonkeyPatch, options: dict, longest: int
+) -> None:
+    """Of peaked logits, as models give them: so many are sorted at most."""
+    logits = np.random.default_rng(0).normal(0, 1, 50_000).astype(np.float32)
+    logits[1234:1240] += 20
+    sorted_, argsort, sort = [0], np.argsort, np.sort
+
+    def noting(function):
+        def noted(values, *args, **kwargs):
+            sorted_.append(len(values))
+            return function(values, *args, **kwargs)
+
+        return noted
+
+    monkeypatch.setattr(np, "argsort", noting(argsort))
+    monkeypatch.setattr(np, "sort", noting(sort))
+    monkeypatch.setattr(np, "unique", noting(np.unique))
+    token = Sampler(Sampling(**options, seed=0)).choose(logits, list(range(1000)))
+    assert token in range(1234, 1240)
+    assert max(sorted_) == longest
 
 
 @given(LOGITS, TEXTS, SETTINGS)

@@ -1,6 +1,7 @@
 """Training, evaluation and generation on a tiny model."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from lora import InputError, LoraError, TrainingSession
 from lora.batches import make_batch
 from lora.data import Example
+from lora.generation import TextGenerator
 from shaders.device import Device
 from tests.lora.tiny_run import write_run
 
@@ -152,6 +154,25 @@ def test_generation_agrees_with_evaluation(tmp_path: Path) -> None:
         answer = session.generate(prompt, max_tokens=len(example.ids) - first)
         wanted = session.tokenizer.decode([int(token) for token in example.ids[first:]])
         assert (answer == wanted) == (result.n_exact == 1)
+
+
+def test_an_example_that_was_cut_is_never_exact(tmp_path: Path) -> None:
+    """Made exact by construction: what follows the prompt is what the model says itself."""
+    session = TrainingSession.from_config(write_run(tmp_path), train=False)
+    prompt = session.eval_examples[0].ids[:4].tolist()
+    generator = TextGenerator(session.device, session.model, session.tokenizer)
+    said = list(generator.stream_ids(prompt, max_tokens=3))
+    ids = np.array([*prompt, *said], dtype=np.int32)
+    whole = Example(ids, np.arange(len(ids)) >= len(prompt), 0)
+    cut = replace(whole, cut=True)
+    wrong_ids = ids.copy()
+    wrong_ids[-1] += 1
+    wrong = replace(whole, ids=wrong_ids)
+    # Two micro-batches, of which each holds examples of both kinds.
+    result = session.evaluate([whole, cut, wrong, cut, whole], adapted=False)
+    assert (result.n_exact, result.n_cut, result.n_examples) == (2, 2, 5)
+    assert result.exact_match == 2 / 5
+    assert result.token_accuracy == pytest.approx(14 / 15)  # those of the cut ones count
 
 
 def test_init_from_continues_an_adapter(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ import pytest
 
 import lora.stores
 from forward.gguf_file import GGUFFile
-from lora.stores import check_model_name, resolve_model
+from lora.stores import OllamaSettings, check_model_name, ollama_settings, resolve_model
 from shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 
@@ -81,6 +81,46 @@ def test_ollama_names(store: Path, name: str, manifest: str) -> None:
     install(store, manifest, layer(store))
     assert resolve_model(name).read_bytes() == b"a model"
     check_model_name(name)
+
+
+KIND = "application/vnd.ollama.image."
+
+
+def test_ollama_settings(store: Path) -> None:
+    install(
+        store,
+        f"{REGISTRY}/m/latest",
+        layer(store),
+        layer(store, "Be kind — é".encode(), KIND + "system"),
+        layer(store, b'{"stop": ["<end>"], "temperature": 1}', KIND + "params"),
+    )
+    assert ollama_settings("ollama:m") == OllamaSettings(
+        "{{ .Prompt }}", "Be kind — é", {"stop": ["<end>"], "temperature": 1}
+    )
+    install(store, f"{REGISTRY}/bare/latest", layer(store))
+    assert ollama_settings("ollama:bare") == OllamaSettings("{{ .Prompt }}", None, {})
+    assert ollama_settings("models/x.gguf") is None
+    assert ollama_settings("hf:a/b/c") is None
+
+
+@pytest.mark.parametrize(
+    ("kind", "contents", "message"),
+    [
+        ("params", b"[1]", "its parameters are no JSON object. Run `ollama pull m:latest` again"),
+        ("params", b"{", "its parameters are no JSON object"),
+        ("system", b"\xff", "should be a text, and is none"),
+        ("template", None, "is missing. Run `ollama pull"),
+    ],
+)
+def test_damaged_ollama_settings(
+    store: Path, kind: str, contents: bytes | None, message: str
+) -> None:
+    damaged = layer(store, contents or b"gone", KIND + kind)
+    if contents is None:
+        (store / "blobs" / damaged["digest"].replace(":", "-")).unlink()
+    install(store, f"{REGISTRY}/m/latest", layer(store), damaged)
+    with pytest.raises(InputError, match=message):
+        ollama_settings("ollama:m")
 
 
 @pytest.mark.parametrize(
