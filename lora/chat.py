@@ -143,22 +143,18 @@ class Chat:
 
     def _summary(self, *, interrupted: bool) -> str:
         times = self._generator.times
+        tokens = f"{times.new_tokens} tokens, {times.speed:.1f}/s"
         parts = [
-            f"{times.new_tokens} tokens, {times.speed:.1f}/s"
-            if times.new_tokens > 1
-            else "1 token",  # it came with the prompt: it has no speed
+            tokens if times.new_tokens > 1 else "1 token",  # it came with the prompt: no speed
             f"prompt {times.prompt_tokens} new, {times.prompt_speed:.0f}/s, "
             f"{times.reused_tokens} kept",
             f"adapter {self.adapter or 'off'}",
         ]
-        if times.ended:
-            pass
-        elif interrupted:
-            parts.append("stopped")
-        elif times.new_tokens == self._max_tokens:
-            parts.append(f"cut at --max-tokens {self._max_tokens}")
-        else:
-            parts.append(f"the room of {self._generator.room} tokens is full (--max-length)")
+        if not times.ended:
+            cut = f"cut at --max-tokens {self._max_tokens}"
+            full = f"the room of {self._generator.room} tokens is full (--max-length)"
+            reason = cut if times.new_tokens == self._max_tokens else full
+            parts.append("stopped" if interrupted else reason)
         return "; ".join(parts)
 
     def _obey(self, line: str) -> str:
@@ -310,6 +306,10 @@ def open_terminal() -> Callable[[], str]:
     """What reads the next line: of any length, on a terminal with arrow keys and a history.
 
     Wrong bytes become surrogates (`check_is_text`), so that they cost their line only.
+
+    To be called before a device is opened: LLVM, inside Mesa's drivers, brings along libedit, whose
+    functions have the names of readline's. Loaded after it, readline overwrote memory when a line
+    was long.
     """
     with suppress(ImportError):  # on Windows, whose terminal has these things
         # Without it the terminal itself collects a line, and cuts it at 4095 bytes.
@@ -347,6 +347,7 @@ def chat(
     """
     if system is not None:
         check_is_text(system, "The system message (--system)")
+    read_line = open_terminal()
     named = named_adapters(adapters)
     check_can_chat(model, tokenizer)
     generator = open_generator(
@@ -362,4 +363,4 @@ def chat(
 
     conversation = Chat(generator, write, max_tokens=max_tokens, sampling=sampling, system=system)
     write(f"{model}; adapter {conversation.adapter or 'off'}; /help lists the commands\n")
-    conversation.run(open_terminal())
+    conversation.run(read_line)

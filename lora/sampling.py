@@ -79,7 +79,7 @@ class Sampler:
             return int(np.argmax(_penalized(logits, text, self.sampling.repetition_penalty)))
         ids, chances = candidates(logits, text, self.sampling)
         # The inverse of the distribution function: one uniform number a token.
-        edges = np.cumsum(chances)
+        edges = np.cumsum(chances, out=chances)
         place = np.searchsorted(edges, self._random.random() * edges[-1], side="right")
         return int(ids[min(place, len(ids) - 1)])  # rounding can carry the number to the very end
 
@@ -112,7 +112,8 @@ def candidates(
     least = max(sampling.min_p * chances.max(), np.finfo(np.float64).tiny)
     likely = np.flatnonzero(chances >= least)
     ids, chances = likely if ids is None else ids[likely], chances[likely]
-    return ids, chances / chances.sum()
+    chances /= chances.sum()
+    return ids, chances
 
 
 def _highest(scores: np.ndarray, n: int) -> np.ndarray:

@@ -244,7 +244,7 @@ def test_bytes_without_a_token_are_left_out(tmp_path: Path) -> None:
 
 
 def test_half_a_surrogate_pair(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be tokenized"):
+    with pytest.raises(InputError, match="cannot be tokenized: .* is half a surrogate pair"):
         Tokenizer.from_gguf(_gguf(tmp_path)).encode("a\ud800")
 
 
