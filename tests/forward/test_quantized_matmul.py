@@ -83,7 +83,7 @@ def check(device: Device, tensor: GGUFTensor, rows: int, in_use: int) -> None:
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
 @pytest.mark.parametrize(
     ("rows", "in_use", "out_features", "blocks"),
-    [(1, 1, 36, 1), (7, 5, 4, 3), (33, 33, 100, 2), (130, 129, 68, 3)],
+    [(1, 1, 36, 1), (7, 5, 4, 3), (130, 129, 68, 3)],
 )
 def test_random_blocks(
     device: Device,

@@ -23,14 +23,16 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("body", "is_cpu", "precision"),
+    ("name", "body", "is_cpu", "precision"),
     [
-        ("wide", True, "f32"),
-        ("tiled", False, "f32"),
-        ("tiled", False, "f16"),
+        ("llama_bias", "wide", True, "f32"),
+        ("gemma3", "wide", True, "f32"),
+        ("llama_bias", "tiled", False, "f32"),
+        ("gemma3", "tiled", False, "f16"),
+        ("phi3_long", "tiled", False, "f32"),
+        ("llama_head", "tiled", False, "f16"),
     ],
 )
-@pytest.mark.parametrize("name", ["llama_bias", "gemma3", "phi3_long", "llama_head"])
 def test_a_step_within_the_default_limits(
     name: str,
     body: str,

@@ -53,17 +53,25 @@ def generator_of(session: TrainingSession) -> TextGenerator:
     return TextGenerator(session.device, session.model, session.tokenizer, {"tuned": adapter})
 
 
-@pytest.mark.parametrize(
-    ("adapted", "body"), [(False, "wide"), (True, "tiled")], ids=["bare", "adapted"]
-)
 def test_every_architecture_token_by_token(
-    name: str, session: Callable[[], TrainingSession], adapted: bool, body: str
+    name: str, session: Callable[[], TrainingSession]
 ) -> None:
-    """40 given tokens, beyond every window and past LongRoPE's change of divisors.
+    """By the kernels with the lanes and stretches that a GPU gets."""
+    check_token_by_token(name, session(), adapted=True, body="tiled")
 
-    "tiled": the kernels with the lanes and stretches that a GPU gets.
-    """
-    opened = session()
+
+@pytest.mark.parametrize(
+    "plain", ["llama_odd", "llama_head", "qwen3", "gemma2_q8_0", "gemma3", "phi3_long"]
+)
+def test_without_an_adapter_on_a_cpu(plain: str, tmp_path: Path) -> None:
+    TINY_MODELS[plain].write_gguf(tmp_path / "model.gguf")
+    TINY_MODELS[plain].write_adapter(tmp_path / "adapter")
+    opened = open_session(TINY_MODELS[plain], tmp_path / "model.gguf", tmp_path / "adapter")
+    check_token_by_token(plain, opened, adapted=False, body="wide")
+
+
+def check_token_by_token(name: str, opened: TrainingSession, *, adapted: bool, body: str) -> None:
+    """40 given tokens, beyond every window and past LongRoPE's change of divisors."""
     device = opened.device
     before = device.matmul_body, device.is_cpu
     device.matmul_body, device.is_cpu = body, body == "wide"

@@ -166,6 +166,7 @@ def skipping_without_vulkan() -> Iterator[None]:
         pytest.skip(f"llama.cpp's Vulkan build: {reason}")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_tiny_gemmas_in_llama_cpp_vulkan(name: str, tmp_path: Path) -> None:
     """Where llama.cpp computes its GELU, Gemmas are as near as other models are on its CPU."""

@@ -14,7 +14,10 @@ from tests.parity.peft_reference import REAL_MODELS, make_adapter
 pytestmark = pytest.mark.parity
 
 
-@pytest.mark.parametrize("name", REAL_MODELS)
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=[pytest.mark.long] if n == "gemma3" else []) for n in REAL_MODELS],
+)
 def test_eight_steps_in_f16(
     name: str, device: Device, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:

@@ -21,6 +21,7 @@ RANK, ALPHA = 8, 16
 IDS = [2, 651, 3018, 576, 573, 10012, 1013, 235248, 2094, 107]
 
 
+@pytest.mark.long
 def test_adapter_on_a_split_head(gemma3: Path, tmp_path: Path) -> None:
     import torch
 
