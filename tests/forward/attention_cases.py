@@ -61,7 +61,7 @@ CASES = [
     ([200, 150], Shape(2, 1, 32, 0.2, window=100), TILES[3]),
     ([130], Shape(4, 2, 96, 0.1), TILES[2]),
     ([40, 25], Shape(4, 1, 128, 0.08, softcap=5.0, window=20), TILES[7]),
-    ([64, 66], Shape(4, 1, 256, 0.0625), replace(ON_CPU, per_lane=1, held=False)),
+    ([64, 66], Shape(4, 1, 112, 0.09), replace(ON_CPU, per_lane=1, held=False)),
     ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[8]),
     ([40, 25], Shape(4, 2, 128, 0.08, window=20), TILES[9]),
     ([3, 90], Shape(2, 1, 256, 0.0625), TILES[10]),

@@ -29,8 +29,7 @@ DEFAULTS = {
         ("gemma3", "wide", True, "f32"),
         ("llama_bias", "tiled", False, "f32"),
         ("gemma3", "tiled", False, "f16"),
-        ("phi3_long", "tiled", False, "f32"),
-        ("llama_head", "tiled", False, "f16"),
+        ("llama_head", "tiled", False, "f32"),
     ],
 )
 def test_a_step_within_the_default_limits(
