@@ -9,8 +9,7 @@ from forward.activations import activation, check_shape, extent_of
 from forward.adapter import LoraFactors
 from forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from forward.matmul import adapted_members
-from forward.matmul_row import can_gate
-from forward.swiglu import check_activation
+from forward.matmul_row import check_row_product
 from forward.weights import FrozenMatrix
 from shaders.device import Device
 from shaders.program import Program
@@ -108,37 +107,40 @@ def matmul_int_row(
         tiling: by default chosen for the shape.
         label: what the dispatches are called in listings.
     """
-    extent = extent_of(x.words)
-    if x.width != matrix.in_features or not takes_int_row(program.device, matrix):
+    device = program.device
+    if x.width != matrix.in_features or not takes_int_row(device, matrix):
         raise ValueError(f"{label}: an int row of {x.width} does not fit {matrix.in_features}")
-    if bias is not None:
-        check_shape("matmul_int_row bias", bias, matrix.out_features)
-    if residual is not None:
-        check_shape("matmul_int_row residual", residual, 1, matrix.out_features)
-    if gate is not None:
-        check_activation(gate)
-        if not can_gate(matrix) or softcap is not None or residual is not None:
-            raise ValueError(f"{label}: a gate takes one part, no softcap and no residual")
+    check_row_product(
+        matrix, gate=gate, lora=lora, z=z, bias=bias, softcap=softcap, residual=residual,
+        label=label,
+    )  # fmt: skip
     width = matrix.out_features if gate is None else matrix.out_features // 2
-    y = out if out is not None else activation(program, extent, width)
+    y = out if out is not None else activation(program, extent_of(x.words), width)
     check_shape("matmul_int_row output", y, 1, width)
     if int_out is not None and int_out.width != width:
         raise ValueError(f"{label}: an int row of {int_out.width} cannot hold {width} columns")
-    if lora is not None and lora.rank % 4:
-        raise ValueError(f"{label}: a rank of {lora.rank} is no multiple of 4")
     for part in matrix.parts:
-        if part.n_rows % 4 or part.first_row % 4:
-            raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
         n_columns = part.n_rows if gate is None else width
-        fits = len(matrix.parts) == 1 and n_columns % BLOCK == 0
+        members = adapted_members(lora, part)
+        tensors = [x.words, part.words, y]
+        if members and lora is not None and z is not None:
+            tensors += [z, lora.b]
+        tensors += [tensor for tensor in (residual, bias) if tensor is not None]
+        stored = [] if int_out is None else [int_out.words]
+        if int_out is not None and int_out.weight is not None:
+            stored.append(int_out.weight)
+        # WebGPU promises eight buffers: an adapted product with a bias would take nine.
+        fits = (
+            len(matrix.parts) == 1 and n_columns % BLOCK == 0
+            and len(tensors) + len(stored) <= device.most_storage_buffers
+        )  # fmt: skip
         chosen = tiling or choose_int_tiling(
-            part.n_rows, matrix.in_features, most_lanes=_most_lanes(program.device),
+            part.n_rows, matrix.in_features, most_lanes=_most_lanes(device),
             gated=gate is not None, stores=int_out is not None and fits,
         )  # fmt: skip
         rows = chosen.rows if n_columns % chosen.rows == 0 else 4
         columns = chosen.lanes // chosen.share * (rows if gate is None else rows // 2)
         stores_ints = int_out is not None and fits and columns % BLOCK == 0
-        members = adapted_members(lora, part)
         constants: dict[str, Any] = {
             "quantization": part.quantization.name,
             "contraction": matrix.in_features,
@@ -163,19 +165,10 @@ def matmul_int_row(
             "steps": chosen.steps,
             "parts": chosen.share // rows,
         }
-        tensors = [x.words, part.words, y]
-        if members and lora is not None:
-            if z is None:
-                raise ValueError(f"{label}: an adapted matrix needs z and its factors")
-            check_shape("matmul_int_row z", z, 1, lora.n_members * lora.rank)
-            tensors += [z, lora.b]
-        tensors += [tensor for tensor in (residual, bias) if tensor is not None]
         if len(matrix.parts) > 1:
-            tensors.append(program.device.constant_uniform((0, part.first_row)))
-        if stores_ints and int_out is not None:
-            tensors.append(int_out.words)
-            if int_out.weight is not None:
-                tensors.append(int_out.weight)
+            tensors.append(device.constant_uniform((0, part.first_row)))
+        if stores_ints:
+            tensors += stored
         terms = matrix.in_features + (lora.rank if lora and members else 0)
         program.dispatch(
             "matmul_int_row",

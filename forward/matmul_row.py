@@ -116,31 +116,22 @@ def matmul_row(
         tiling: by default chosen for the device.
         label: what the dispatches are called in listings.
     """
-    extent = extent_of(x)
     check_shape("matmul_row input", x, 1, matrix.in_features)
     if x.dtype != "f32":
         raise ValueError(f"{label}: one row is computed in f32, not from {x.dtype}")
-    if bias is not None:
-        check_shape("matmul_row bias", bias, matrix.out_features)
-    if residual is not None:
-        check_shape("matmul_row residual", residual, 1, matrix.out_features)
     if norm is not None:
         check_shape("matmul_row norm", norm.weight, matrix.in_features)
-    if gate is not None:
-        check_activation(gate)
-        if not can_gate(matrix) or softcap is not None or residual is not None:
-            raise ValueError(f"{label}: a gate takes one part, no softcap and no residual")
+    check_row_product(
+        matrix, gate=gate, lora=lora, z=z, bias=bias, softcap=softcap, residual=residual,
+        label=label,
+    )  # fmt: skip
     width = matrix.out_features if gate is None else matrix.out_features // 2
-    y = out if out is not None else activation(program, extent, width)
+    y = out if out is not None else activation(program, extent_of(x), width)
     check_shape("matmul_row output", y, 1, width)
-    if matrix.in_features % 4 or (lora is not None and lora.rank % 4):
-        raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}")
     tiling = tiling or choose_tiling(
         program.device.is_cpu, matrix.out_features, matrix.in_features, gated=gate is not None
     )
     for part in matrix.parts:
-        if part.n_rows % 4 or part.first_row % 4:
-            raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
         members = adapted_members(lora, part)
         quads = 1 if part.n_rows % 8 and gate is None else tiling.quads
         constants: dict[str, Any] = {
@@ -169,10 +160,7 @@ def matmul_row(
         tensors = [x, part.words, y]
         if norm is not None:
             tensors.append(norm.weight)
-        if members and lora is not None:
-            if z is None:
-                raise ValueError(f"{label}: an adapted matrix needs z and its factors")
-            check_shape("matmul_row z", z, 1, lora.n_members * lora.rank)
+        if members and lora is not None and z is not None:
             tensors += [z, lora.b]
         tensors += [tensor for tensor in (residual, bias) if tensor is not None]
         if len(matrix.parts) > 1:
@@ -187,6 +175,37 @@ def matmul_row(
             flops=2 * part.n_rows * terms,
         )
     return y
+
+
+def check_row_product(
+    matrix: FrozenMatrix,
+    *,
+    gate: str | None,
+    lora: LoraFactors | None,
+    z: Tensor | None,
+    bias: Tensor | None,
+    softcap: float | None,
+    residual: Tensor | None,
+    label: str,
+) -> None:
+    """Refuses what no product of one row can do; arguments as for `matmul_row`."""
+    if bias is not None:
+        check_shape(f"{label} bias", bias, matrix.out_features)
+    if residual is not None:
+        check_shape(f"{label} residual", residual, 1, matrix.out_features)
+    if gate is not None:
+        check_activation(gate)
+        if not can_gate(matrix) or softcap is not None or residual is not None:
+            raise ValueError(f"{label}: a gate takes one part, no softcap and no residual")
+    if matrix.in_features % 4 or (lora is not None and lora.rank % 4):
+        raise ValueError(f"{label}: widths must be multiples of 4: {matrix.in_features}")
+    if lora is not None:
+        if z is None:
+            raise ValueError(f"{label}: an adapted matrix needs z and its factors")
+        check_shape(f"{label} z", z, 1, lora.n_members * lora.rank)
+    for part in matrix.parts:
+        if part.n_rows % 4 or part.first_row % 4:
+            raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
 
 
 def can_gate(matrix: FrozenMatrix) -> bool:

@@ -101,6 +101,8 @@ class Device:
     Attributes:
         memory_limit: bytes of all buffers together; None where the device itself says when they
             are too many. An adapter on the CPU has the host's memory, and would be killed first.
+        most_lanes: of a workgroup.
+        most_storage_buffers: that one kernel may bind.
     """
 
     holds_data = True  # False for a device that only counts (shaders/planning.py)
@@ -131,6 +133,7 @@ class Device:
                 self.wgpu.limits["max-compute-workgroup-size-x"],
             )
         )
+        self.most_storage_buffers = int(self.wgpu.limits["max-storage-buffers-per-shader-stage"])
         self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
         self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
@@ -145,6 +148,7 @@ class Device:
         self.features = other.features
         self.max_buffer, self.max_binding = other.max_buffer, other.max_binding
         self.workgroup_memory, self.most_lanes = other.workgroup_memory, other.most_lanes
+        self.most_storage_buffers = other.most_storage_buffers
         self.matmul_body = other.matmul_body
         self.precision = other.precision
         self.allocated = Counter()

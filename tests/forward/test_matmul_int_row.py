@@ -15,12 +15,13 @@ from forward.matmul_row import InputNorm, project_row
 from forward.quantization import QUANTIZATIONS
 from forward.weights import FrozenMatrix, load_matrix
 from shaders.device import Device
-from shaders.program import Program
+from shaders.program import Dispatch, Program
 from tests.forward.test_int_row import check
 from tests.forward.test_matmul_row import (
     EPSILON,
     activated,
     error_bound,
+    gated_reference,
     normed,
     numbers,
     random_matrix,
@@ -132,15 +133,7 @@ def test_norm_and_gate(
     result = run_twice(program, y)
 
     v = normed(x, weight)
-    product, magnitude = v @ w.T + bias, (np.abs(v) @ np.abs(w).T)[0] + np.abs(bias)
-    for index, member in enumerate(adapted):
-        low = v @ a[index * rank : (index + 1) * rank].astype(np.float64).T
-        factor = b[index * half : (index + 1) * half].astype(np.float64)
-        columns_of = slice(member * half, (member + 1) * half)
-        product[:, columns_of] += scale * low @ factor.T
-        size = np.abs(v) @ np.abs(a[index * rank : (index + 1) * rank]).T
-        magnitude[columns_of] += (scale * size @ np.abs(factor).T)[0]
-    gate, up = product[:, :half], product[:, half:]
+    gate, up, magnitude = gated_reference(v, w, bias, a, b, adapted, scale)
     expected = activated(activation_name, gate) * up
     # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
     bound = error_bound(magnitude, columns + rank) + rounding(v, w)
@@ -232,6 +225,30 @@ def test_the_row_that_comes_out(
     row = whole(program, x)
     matmul_int_row(program, row, matrix, out=y, int_out=int_out)
     assert len(program.commands) == 2  # whole numbers of x, and the product
+    stored = run_twice(program, y)[0].astype(np.float64)
+    check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+
+
+def test_within_the_buffers_that_webgpu_promises(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An adapter, a bias, a residual and the row that comes out, normed: nine buffers, or eight."""
+    monkeypatch.setattr(device, "most_storage_buffers", 8)
+    rng, columns, rank = np.random.default_rng(0), 64, 4
+    matrix, _ = random_matrix(device, GGMLQuantizationType.Q8_0, columns, 32, seed=1)
+    extent = extent_in_use(device, 1, 1)
+    x, following, z = numbers(rng, 1, 32), numbers(rng, columns), numbers(rng, 1, rank)
+    b = device.upload(numbers(rng, columns, rank))
+    lora = LoraFactors(device.empty((rank, 32)), b, rank, 1.0, ((0, columns),))
+    y = marked(device, extent, columns)
+    int_out = IntRow.allocate(device, columns, extent).before_norm(device.upload(following))
+    program = Program(device)
+    matmul_int_row(
+        program, whole(program, x), matrix, lora=lora, z=activation(device, z, extent),
+        bias=device.upload(numbers(rng, columns)), out=y, int_out=int_out,
+        residual=activation(device, numbers(rng, 1, columns), extent),
+    )  # fmt: skip
+    assert max(len(c.tensors) for c in program.commands if isinstance(c, Dispatch)) <= 8
     stored = run_twice(program, y)[0].astype(np.float64)
     check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
 

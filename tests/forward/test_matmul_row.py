@@ -59,6 +59,33 @@ def activated(name: str, gate: np.ndarray) -> np.ndarray:
     return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
 
 
+def gated_reference(
+    v: np.ndarray, w: np.ndarray, bias: np.ndarray, a: np.ndarray, b: np.ndarray,
+    adapted: tuple[int, ...], scale: float,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
+    """Gate and up of one row, in float64.
+
+    Args:
+        v: [1, in_features], normed.
+        w: [2 · n, in_features], the gate's rows and those of up.
+        a: [members · rank, in_features]; b [members · n, rank].
+        adapted: which of gate (0) and up (1) have factors.
+
+    Returns:
+        gate and up [1, n]; the sum of the sizes of each one's terms [2 · n].
+    """
+    half, rank = len(w) // 2, b.shape[1]
+    product, magnitude = v @ w.T + bias, (np.abs(v) @ np.abs(w).T)[0] + np.abs(bias)
+    for index, member in enumerate(adapted):
+        low = v @ a[index * rank : (index + 1) * rank].astype(np.float64).T
+        factor = b[index * half : (index + 1) * half].astype(np.float64)
+        columns_of = slice(member * half, (member + 1) * half)
+        product[:, columns_of] += scale * low @ factor.T
+        size = np.abs(v) @ np.abs(a[index * rank : (index + 1) * rank]).T
+        magnitude[columns_of] += (scale * size @ np.abs(factor).T)[0]
+    return product[:, :half], product[:, half:], magnitude
+
+
 def random_matrix(
     device: Device, kind: GGMLQuantizationType, out_features: int, columns: int, seed: int
 ) -> tuple[FrozenMatrix, np.ndarray]:
@@ -134,15 +161,7 @@ def test_norm_and_gate(
     result = run_twice(program, y)
 
     v = normed(x, weight)
-    product, magnitude = v @ w.T + bias, (np.abs(v) @ np.abs(w).T)[0] + np.abs(bias)
-    for index, member in enumerate(adapted):
-        low = v @ a[index * rank : (index + 1) * rank].astype(np.float64).T
-        factor = b[index * half : (index + 1) * half].astype(np.float64)
-        columns_of = slice(member * half, (member + 1) * half)
-        product[:, columns_of] += scale * low @ factor.T
-        size = np.abs(v) @ np.abs(a[index * rank : (index + 1) * rank]).T
-        magnitude[columns_of] += (scale * size @ np.abs(factor).T)[0]
-    gate, up = product[:, :half], product[:, half:]
+    gate, up, magnitude = gated_reference(v, w, bias, a, b, adapted, scale)
     expected = activated(activation_name, gate) * up
     # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
     bound = error_bound(magnitude, columns + rank)
@@ -241,6 +260,31 @@ def test_adapters_bias_cap_and_residual(
         bound += 1e-5 * softcap  # WGSL's tanh: 2^-11 at worst, drivers seen stay below 2^-18
     expected = product + residual
     assert (np.abs(result - expected) <= bound + 2.0**-23 * np.abs(expected)).all()
+
+
+@pytest.mark.parametrize(("members", "width"), [(1, 100), (3, 576), (2, 4100), (1, 14336)])
+@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
+@pytest.mark.parametrize("most_lanes", [256, 1024])
+def test_project_row(
+    device: Device, monkeypatch: pytest.MonkeyPatch, members: int, width: int, with_norm: bool,
+    most_lanes: int,
+) -> None:  # fmt: skip
+    """With the lanes that WebGPU promises and with more; the norm's weight, not its division."""
+    monkeypatch.setattr(device, "most_lanes", min(most_lanes, device.most_lanes))
+    rng, rank = np.random.default_rng(width), 8
+    x, weight = numbers(rng, 1, width), numbers(rng, width)
+    a = numbers(rng, members * rank, width)
+    ranges = tuple((4 * m, 4 * m + 4) for m in range(members))
+    b = device.empty((4 * members, rank))
+    lora = LoraFactors(device.upload(a), b, rank, 1.0, ranges)
+    extent = extent_in_use(device, 1, 1)
+    z = marked(device, extent, members * rank)
+    norm = InputNorm(device.upload(weight), EPSILON) if with_norm else None
+    program = Program(device)
+    project_row(program, activation(device, x, extent), lora, norm=norm, out=z)
+    v = x.astype(np.float64) * (weight if with_norm else 1.0)
+    bound = error_bound(np.abs(v) @ np.abs(a).T, width)
+    assert (np.abs(run_twice(program, z) - v @ a.astype(np.float64).T) <= bound).all()
 
 
 @pytest.mark.parametrize("contraction", [4, 32, 128, 576, 1536, 2048, 4096, 8192, 14336])

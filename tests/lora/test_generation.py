@@ -204,6 +204,32 @@ def test_the_dispatches_of_a_gpu(
     assert len(head.commands) == 2
 
 
+def test_two_greedy_texts_in_turn(tiny: Path, ids: list[int]) -> None:
+    """Each as it is alone, though the device goes on with one before the other is asked for."""
+    device = Device()
+    device.is_cpu = False  # steps ahead are a GPU's
+    adapters = {name: tiny / name for name in "ab"}
+    generator = open_generator(str(tiny / "model.gguf"), adapters, max_length=120, device=device)
+    texts = {"a": ids[:9], "b": ids[:30], None: ids[20:41]}
+    alone = {
+        adapter: list(generator.stream_ids(text, max_tokens=7, adapter=adapter))
+        for adapter, text in texts.items()
+    }
+    streams = {
+        adapter: generator.stream_ids(text, max_tokens=7, adapter=adapter)
+        for adapter, text in texts.items()
+    }
+    found: dict[str | None, list[int]] = {adapter: [] for adapter in texts}
+    for _ in range(7):
+        for adapter, stream in streams.items():
+            found[adapter].append(next(stream))
+    assert found == alone
+    stream = generator.stream_ids(texts["a"], max_tokens=7, adapter="a")
+    first = [next(stream), next(stream)]
+    generator.forget()  # as after a step of training
+    assert first + list(stream) == alone["a"]
+
+
 def test_only_what_is_new_is_computed(generator: TextGenerator, ids: list[int]) -> None:
     """A text that goes on, one that turns off, and one that is a part of the last."""
     other = [*ids[:40], *reversed(ids[40:90])]

@@ -13,12 +13,10 @@ from shaders.device import Device
 TEXT = "The capital of France is Paris, and the capital of Germany is"
 
 
-@pytest.mark.parametrize("name", ["SmolLM2-135M-Instruct.Q4_1.gguf", "gemma-3-270m-q4_k_m.gguf"])
-def test_whole_numbers_are_as_good_as_f32(name: str) -> None:
+@pytest.mark.parametrize("name", ["smollm2", "gemma3"])
+def test_whole_numbers_are_as_good_as_f32(name: str, request: pytest.FixtureRequest) -> None:
     """Q4_1, Q8_0; Q4_K, Q5_0, Q6_K, Q8_0: products of bytes on one side, of floats on the other."""
-    path = Path("models") / name
-    if not path.exists():
-        pytest.skip(f"{path} is not there")
+    path: Path = request.getfixturevalue(name)  # skips where the file is absent
     found, texts = [], []
     for is_cpu in (True, False):
         device = Device()

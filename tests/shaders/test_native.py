@@ -6,6 +6,7 @@ import wgpu
 
 from shaders.device import Device
 from shaders.native import encode_dispatches, trusted_shader_module
+from shaders.program import ReadbackRing
 
 CODE = """
 @group(0) @binding(0) var<storage, read_write> out: array<u32>;
@@ -49,3 +50,21 @@ def test_a_wrong_dispatch_is_an_error_when_the_encoder_finishes(device: Device) 
     compute_pass.end()
     with pytest.raises(wgpu.GPUError, match="70000|dispatch"):
         device.queue.submit([encoder.finish()])
+
+
+def test_results_come_back_without_the_polling_thread(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That thread, once woken, waits for all that was submitted and keeps others from submitting."""
+    poller = device.wgpu._poller
+
+    def refuse() -> None:
+        raise AssertionError("the polling thread was woken")
+
+    monkeypatch.setattr(poller, "get_token", refuse)
+    ring = ReadbackRing(device, 8, slots=2)
+    for first in range(5):  # more than there are slots
+        ring.push(device.upload(np.array([first, 0.5], np.float32)), np.ndarray.tolist)
+    assert [ring.take(), ring.take()] == [[0.0, 0.5], [1.0, 0.5]]
+    assert ring.ready(wait=True) == [[2.0, 0.5], [3.0, 0.5], [4.0, 0.5]]
+    assert device.wgpu._poller is poller
