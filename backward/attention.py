@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import forward.attention
-from forward.activations import activation, check_f32, check_shape, extent_of
-from forward.attention import activation_like, attention_constants, visible_pairs
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward import attention as forward_attention
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.forward.attention import activation_like, attention_constants, visible_pairs
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 SPLIT_BELOW = 512  # workgroups of key heads on a GPU; set it by benchmarks/attention.py
 
@@ -71,7 +71,7 @@ def attention_backward(
 
     tile_type = "f16" if qkv.dtype == d_out.dtype == "f16" else "f32"
     types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "d_out_type": d_out.dtype}
-    tile = forward.attention.choose_tile(
+    tile = forward_attention.choose_tile(
         "attention_backward_q", device, rows, n_heads, head_size, tile_type
     )
     program.dispatch(
@@ -83,7 +83,7 @@ def attention_backward(
     )
     split = choose_split(device, rows, n_heads, n_kv_heads, d_x.dtype)
     owners = n_heads if split else n_kv_heads
-    tile = forward.attention.choose_tile(
+    tile = forward_attention.choose_tile(
         "attention_backward_kv", device, rows, owners, head_size, tile_type
     )
     sums = device.scratch((rows, 2 * n_heads * head_size)) if split else d_x

@@ -5,29 +5,29 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from backward.attention import attention_backward
-from backward.head_norm_rope import head_norm_rope_backward
-from backward.lora import lora_gradients, lora_project_gradient
-from backward.matmul import matmul_backward
-from backward.rmsnorm import NormBefore, rmsnorm_backward
-from backward.rope import rope_backward
-from backward.swiglu import swiglu_backward
-from forward.adapter import Factors, LoraFactors
-from forward.decoder import LayerActivations
-from forward.gather import gather_rows
-from forward.head import (
+from lora.backward.attention import attention_backward
+from lora.backward.head_norm_rope import head_norm_rope_backward
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.matmul import matmul_backward
+from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
+from lora.backward.rope import rope_backward
+from lora.backward.swiglu import swiglu_backward
+from lora.forward.adapter import Factors, LoraFactors
+from lora.forward.decoder import LayerActivations
+from lora.forward.gather import gather_rows
+from lora.forward.head import (
     HeadActivations,
     chunk_of,
     record_chunk_loss,
     record_head_input,
     record_totals,
 )
-from forward.inputs import Inputs
-from forward.model import Model
-from forward.weights import FrozenMatrix
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.inputs import Inputs
+from lora.forward.model import Model
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from backward.rope import rope_backward
-from forward.activations import check_shape, extent_of
-from forward.head_norm_rope import (
+from lora.backward.rope import rope_backward
+from lora.forward.activations import check_shape, extent_of
+from lora.forward.head_norm_rope import (
     check_head_shapes,
     head_constants,
     heads_a_workgroup,
     turns_whole_quads,
 )
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 def head_norm_rope_backward(

@@ -10,11 +10,11 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from forward.activations import activation, check_f32, check_shape, extent_of
-from forward.adapter import LoraFactors
-from forward.lora import Projection, record_projection
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.forward.adapter import LoraFactors
+from lora.forward.lora import Projection, record_projection
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 MAX_SLICES = 4  # with the four inputs, the eight storage buffers that every device binds
 

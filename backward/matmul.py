@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from forward.activations import activation, check_shape, extent_of
-from forward.adapter import LoraFactors
-from forward.matmul import Place, record_product
-from forward.rmsnorm import ProductNorm
-from forward.weights import FrozenMatrix
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul import Place, record_product
+from lora.forward.rmsnorm import ProductNorm
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 def matmul_backward(

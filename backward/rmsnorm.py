@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forward.activations import activation, check_f32, check_shape, extent_of
-from forward.rmsnorm import Stretches, check_stretches, row_lanes
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.forward.rmsnorm import Stretches, check_stretches, row_lanes
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,7 @@ class NormBefore:
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """See `forward.rmsnorm.ProductNorm`; a product in stretches is not written."""
+        """See `lora.forward.rmsnorm.ProductNorm`; a product in stretches is not written."""
         rmsnorm_backward(
             program, self.x, self.weight, self.epsilon, product, residual=self.residual,
             out=self.out, stretches=stretches,

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from forward.rope import rope
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.rope import rope
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 def rope_backward(
@@ -17,7 +17,7 @@ def rope_backward(
     head_size: int,
     interleaved: bool,
 ) -> None:
-    """Appends the inverse rotation of the first heads of `d_qkv`, in place; see `forward.rope`."""
+    """Appends the inverse rotation of the first heads of `d_qkv`, in place; see `rope`."""
     rope(
         program,
         d_qkv,

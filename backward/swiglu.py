@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from forward.activations import activation, check_shape, extent_of
-from forward.swiglu import check_activation, gated_width, lane_constants
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.forward.swiglu import check_activation, gated_width, lane_constants
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 def swiglu_backward(

@@ -27,13 +27,13 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import backward.attention
-import forward.attention
-from backward.attention import attention_backward, choose_split
-from forward.attention import Tile, attention, choose_tile
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.backward import attention as backward_attention
+from lora.backward.attention import attention_backward, choose_split
+from lora.forward import attention as forward_attention
+from lora.forward.attention import Tile, attention, choose_tile
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 from tests.backward.test_attention import attention_backward_reference
 from tests.forward.attention_cases import Shape, attention_reference, segments_of
 
@@ -197,7 +197,7 @@ def main() -> None:
     references: dict[Any, list[np.ndarray]] = {}
     figures: list[dict[str, Any]] = []
     if args.split is not None:
-        backward.attention.choose_split = lambda *_: bool(args.split)
+        backward_attention.choose_split = lambda *_: bool(args.split)
 
     warm_up(record(device, SHAPES["tiny"], [512], "f32")[0], 0.0 if device.is_cpu else 1.0)
     for dtype, run, kernel in itertools.product(args.types, args.runs, args.kernels):
@@ -217,7 +217,7 @@ def main() -> None:
         for tile in dict.fromkeys([present, *tiles(device, kernel, shape.head_size, dtype)]):
             if time.perf_counter() > stop:
                 break
-            forward.attention.choose_tile = choosing(kernel, tile)
+            forward_attention.choose_tile = choosing(kernel, tile)
             try:
                 if not is_right(device, shape, dtype, references):
                     print(f"{run} {kernel} {dtype}: {tile} is WRONG", flush=True)
@@ -225,7 +225,7 @@ def main() -> None:
                 program = record(device, shape, [length] * examples, dtype)[0]
                 timed.append((microseconds(program, kernel, args.repeats), tile))
             finally:
-                forward.attention.choose_tile = choose_tile
+                forward_attention.choose_tile = choose_tile
         print(f"\n{run} {kernel} {dtype}{' split' if split else ''}")
         for us, tile in sorted(timed, key=lambda entry: entry[0]):
             mark = "*" if tile == present else " "

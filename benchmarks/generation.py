@@ -41,22 +41,22 @@ import wgpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from forward.activations import extent_of
-from forward.adapter import AdapterLayout
-from forward.architecture import HEAD, Architecture
-from forward.gguf_file import GGUFFile
-from forward.int_row import IntRow, takes_int_row
-from forward.matmul_int_row import IntRowTiling, matmul_int_row
-from forward.matmul_row import InputNorm, RowTiling, matmul_row
-from forward.model import LayerWeights, Model, load_model
-from forward.tokenizer import Tokenizer
-from forward.weights import FrozenMatrix
+from lora.forward.activations import extent_of
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import HEAD, Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.int_row import IntRow, takes_int_row
+from lora.forward.matmul_int_row import IntRowTiling, matmul_int_row
+from lora.forward.matmul_row import InputNorm, RowTiling, matmul_row
+from lora.forward.model import LayerWeights, Model, load_model
+from lora.forward.tokenizer import Tokenizer
+from lora.forward.weights import FrozenMatrix
 from lora.generation import Adapter, TextGenerator
-from optim.clipping import gradient_norm
-from shaders.device import Device
-from shaders.native import encode_dispatches
-from shaders.program import Dispatch, Program
-from shaders.tensor import Tensor
+from lora.optim.clipping import gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.native import encode_dispatches
+from lora.shaders.program import Dispatch, Program
+from lora.shaders.tensor import Tensor
 from tests.forward.tiny_gguf import add_value, tiny_tokenizer_metadata
 from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
 

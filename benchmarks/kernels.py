@@ -32,7 +32,7 @@ from benchmarks.sessions import (
 from benchmarks.synthetic import SHAPES, write_models
 from lora.profiling import kernel_table, measure_peaks
 from lora.session import TrainingSession
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 WARM_UP = 2  # steps: every kernel is compiled, and the clocks are up
 

@@ -25,16 +25,16 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-import backward.lora
-import forward.lora
-from backward.lora import lora_gradients, lora_project_gradient
 from benchmarks.small_kernels import MODELS, random_factors, write_records
-from forward.adapter import LoraFactors
-from forward.lora import lora_project
-from forward.workbench import KernelList, Stopwatch
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.backward import lora as backward_lora
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.forward import lora as forward_lora
+from lora.forward.adapter import LoraFactors
+from lora.forward.lora import lora_project
+from lora.forward.workbench import KernelList, Stopwatch
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 ROUNDS, WARM_UP = 3, 0.5  # rounds over the candidates, seconds for the clocks
 
@@ -70,7 +70,7 @@ class Product:
             f"{model} {rows} {group} {dtype}",
             rows,
             random_factors(device, n_in, sizes, rank),
-            [random_factors(device, n_in, sizes, rank) for _ in range(backward.lora.MAX_SLICES)],
+            [random_factors(device, n_in, sizes, rank) for _ in range(backward_lora.MAX_SLICES)],
             new(n_in, dtype),
             new(sum(sizes), dtype),
             new(width),
@@ -79,7 +79,7 @@ class Product:
 
 
 class ProjectionSweep:
-    """z (`transposed` False) or d_z over how a GPU divides it; see forward.lora.Tuning."""
+    """z (`transposed` False) or d_z over how a GPU divides it; see forward_lora.Tuning."""
 
     def __init__(self, device: Device, transposed: bool) -> None:
         self.device, self.transposed = device, transposed
@@ -88,7 +88,7 @@ class ProjectionSweep:
         blocks = [(*shape, 4) for shape in shapes]
         blocks += [(8, 1, 4, 2), (4, 1, 4, 2), (8, 2, 4, 2), (4, 1, 4, 8)]
         self.candidates = [
-            forward.lora.Tuning((block,), 0, splits)
+            forward_lora.Tuning((block,), 0, splits)
             for block, splits in itertools.product(blocks, (16, 32, 64))
             if splits * block[1] * block[2] <= 256
             and 16 * splits * block[0] * block[1] * block[2] <= device.workgroup_memory
@@ -104,58 +104,58 @@ class ProjectionSweep:
         columns, n_members = lora.rank, lora.n_members
         if not self.transposed:
             columns, n_members = columns * n_members, 1
-        block = forward.lora.gpu_block(self.device, tuning, product.rows, columns, n_members)
+        block = forward_lora.gpu_block(self.device, tuning, product.rows, columns, n_members)
         for candidate in tuning.blocks:
             one = replace(tuning, blocks=(candidate,), enough_groups=0)
-            if forward.lora.gpu_block(self.device, one, product.rows, columns, n_members) == block:
+            if forward_lora.gpu_block(self.device, one, product.rows, columns, n_members) == block:
                 return one
         raise AssertionError("a tuning takes one of its own blocks")
 
-    def record(self, program: Program, product: Product, tuning: forward.lora.Tuning) -> None:
+    def record(self, program: Program, product: Product, tuning: forward_lora.Tuning) -> None:
         """Appends the kernel, divided so."""
         table = self.table(product)
-        present = forward.lora.GPU_TUNINGS[table]
-        forward.lora.GPU_TUNINGS[table] = tuning
+        present = forward_lora.GPU_TUNINGS[table]
+        forward_lora.GPU_TUNINGS[table] = tuning
         try:
             if self.transposed:
                 lora_project_gradient(program, product.d_y, product.lora, out=product.d_z)
             else:
                 lora_project(program, product.x, product.lora, out=product.z)
         finally:
-            forward.lora.GPU_TUNINGS[table] = present
+            forward_lora.GPU_TUNINGS[table] = present
 
     def present(self, table: Any) -> Any:
         """The tuning of that key."""
-        return forward.lora.GPU_TUNINGS[table]
+        return forward_lora.GPU_TUNINGS[table]
 
-    def rules(self) -> Iterator[forward.lora.Tuning]:
+    def rules(self) -> Iterator[forward_lora.Tuning]:
         """Tunings of two blocks, of which a product takes the first if that makes enough groups.
 
         The last block, for a row or two, stays as it is.
         """
-        last = forward.lora.GPU_TUNINGS[self.transposed].blocks[-1]
+        last = forward_lora.GPU_TUNINGS[self.transposed].blocks[-1]
         for splits in (16, 32, 64):
             blocks = [c.blocks[0] for c in self.candidates if c.splits == splits]
             for block in blocks:
-                yield forward.lora.Tuning((block, last), 16, splits)
+                yield forward_lora.Tuning((block, last), 16, splits)
             for pair, enough in itertools.product(
                 itertools.permutations(blocks, 2), (96, 132, 200, 300, 500)
             ):
-                yield forward.lora.Tuning((*pair, last), enough, splits)
+                yield forward_lora.Tuning((*pair, last), enough, splits)
 
 
 class GradientSweep:
-    """d_A and d_B over how a GPU divides them; see backward.lora.Tuning."""
+    """d_A and d_B over how a GPU divides them; see backward_lora.Tuning."""
 
     name = "d_A d_B"
 
     def __init__(self, device: Device) -> None:
         lanes = [(8, 8), (16, 8), (16, 16), (32, 4), (32, 8), (8, 16)]
         small = [
-            backward.lora.Tuning(blocks, short, splits, unroll, (4, 8))
+            backward_lora.Tuning(blocks, short, splits, unroll, (4, 8))
             for (blocks, splits), short, unroll in itertools.product(lanes, (1, 2), (4, 8))
         ]
-        large = [backward.lora.Tuning(n, 2, splits, 4, (8, 8)) for n, splits in lanes]
+        large = [backward_lora.Tuning(n, 2, splits, 4, (8, 8)) for n, splits in lanes]
         self.candidates = [
             t
             for t in [*small, *large]
@@ -170,20 +170,20 @@ class GradientSweep:
         """The tuning itself: all products go by one."""
         return tuning
 
-    def record(self, program: Program, product: Product, tuning: backward.lora.Tuning) -> None:
+    def record(self, program: Program, product: Product, tuning: backward_lora.Tuning) -> None:
         """Appends the kernel, divided so."""
-        present, backward.lora.GPU_TUNING = backward.lora.GPU_TUNING, tuning
+        present, backward_lora.GPU_TUNING = backward_lora.GPU_TUNING, tuning
         p = product
         try:
             lora_gradients(program, p.x, p.z, p.d_y, p.d_z, p.lora, p.gradients)
         finally:
-            backward.lora.GPU_TUNING = present
+            backward_lora.GPU_TUNING = present
 
     def present(self, table: Any) -> Any:
         """The tuning of all products."""
-        return backward.lora.GPU_TUNING
+        return backward_lora.GPU_TUNING
 
-    def rules(self) -> Iterator[backward.lora.Tuning]:
+    def rules(self) -> Iterator[backward_lora.Tuning]:
         """All candidates."""
         yield from self.candidates
 

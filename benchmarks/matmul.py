@@ -34,14 +34,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from backward.matmul import matmul_backward
 from benchmarks.synthetic import SHAPES
-from forward.adapter import LoraFactors
-from forward.gguf_file import GGUFTensor
-from forward.head import chunk_rows
-from forward.matmul import matmul
-from forward.matmul_plans import Request, requests_of
-from forward.matmul_tiles import (
+from lora.backward.matmul import matmul_backward
+from lora.forward.adapter import LoraFactors
+from lora.forward.gguf_file import GGUFTensor
+from lora.forward.head import chunk_rows
+from lora.forward.matmul import matmul
+from lora.forward.matmul_plans import Request, requests_of
+from lora.forward.matmul_tiles import (
     MULTIPROCESSORS,
     Plan,
     candidates,
@@ -49,13 +49,13 @@ from forward.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
-from forward.tuning import fastest
-from forward.weights import FrozenMatrix, load_matrix
-from forward.workbench import Stopwatch, Workbench, fits, kernels_of
-from shaders.device import Device
-from shaders.planning import PlanningDevice
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.tuning import fastest
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.forward.workbench import Stopwatch, Workbench, fits, kernels_of
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 RUNS = "SmolLM2-135M:512,SmolLM2-135M:2048,Gemma-3-270M:512,Gemma-3-270M:2048,Llama-1.2B:512"
 RANK = 16

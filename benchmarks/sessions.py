@@ -14,8 +14,8 @@ from benchmarks.synthetic import SHAPES
 from lora.config import Config
 from lora.data import Example
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.planning import PlanningDevice
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
 
 RANK, ALPHA = 16, 32.0
 

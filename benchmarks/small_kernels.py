@@ -4,7 +4,7 @@ A kernel's tunables are the constants of its module; `--set` gives one another v
 values (separated by `/`) a column each, so that one run compares them:
 
     python benchmarks/small_kernels.py [--models SmolLM2] [--rows 128 512] [--only rmsnorm]
-        [--set forward.rmsnorm.GPU_QUADS=1/2/4]
+        [--set lora.forward.rmsnorm.GPU_QUADS=1/2/4]
 
 Every kernel is recorded 20 times in one program, run once to warm up, and timed once with a
 timestamp around each dispatch; the median counts. A kernel of several dispatches is their sum.
@@ -31,24 +31,24 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from backward.head_norm_rope import head_norm_rope_backward
-from backward.lora import lora_gradients, lora_project_gradient
-from backward.rmsnorm import rmsnorm_backward
-from backward.swiglu import swiglu_backward
-from forward.adapter import LoraFactors
-from forward.cross_entropy import cross_entropy
-from forward.head import chunk_rows
-from forward.head_norm_rope import head_norm_rope
-from forward.lora import lora_project
-from forward.rmsnorm import rmsnorm
-from forward.rope import rope
-from forward.rope_frequencies import Rope
-from forward.swiglu import swiglu
-from optim.adamw import adamw, step_words
-from optim.clipping import gradient_norm
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.backward.head_norm_rope import head_norm_rope_backward
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.rmsnorm import rmsnorm_backward
+from lora.backward.swiglu import swiglu_backward
+from lora.forward.adapter import LoraFactors
+from lora.forward.cross_entropy import cross_entropy
+from lora.forward.head import chunk_rows
+from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.lora import lora_project
+from lora.forward.rmsnorm import rmsnorm
+from lora.forward.rope import rope
+from lora.forward.rope_frequencies import Rope
+from lora.forward.swiglu import swiglu
+from lora.optim.adamw import adamw, step_words
+from lora.optim.clipping import gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 REPEATS = 20
 EPSILON = 1e-5

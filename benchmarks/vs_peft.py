@@ -39,11 +39,11 @@ from benchmarks.sessions import (
 )
 from benchmarks.synthetic import SHAPES, write_models
 from benchmarks.vs_peft_report import write_curves, write_report
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
 from lora.profiling import kernel_table
 from lora.session import TrainingSession
-from shaders.device import Device
+from lora.shaders.device import Device
 
 LEARNING_RATE = 1e-4
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 
 def activation(program: Program, extent: Extent, *shape: int) -> Tensor:

@@ -11,16 +11,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forward.architecture import (
+from lora.forward.architecture import (
     HEAD,
     AdaptableMatrix,
     Architecture,
     permute_rows_to_gguf,
     permute_rows_to_hf,
 )
-from shaders.device import Device
-from shaders.errors import InputError
-from shaders.tensor import Tensor
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.tensor import Tensor
 
 _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 

@@ -13,12 +13,12 @@ from functools import cached_property
 
 import numpy as np
 
-from forward.families import Family, family_of
-from forward.gguf_file import GGUFFile
-from forward.metadata import Metadata
-from forward.model_tensors import check_tensors
-from forward.rope_frequencies import Rope, read_rope
-from shaders.errors import InputError
+from lora.forward.families import Family, family_of
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.metadata import Metadata
+from lora.forward.model_tensors import check_tensors
+from lora.forward.rope_frequencies import Rope, read_rope
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

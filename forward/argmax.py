@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from forward.activations import check_shape, extent_of
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import check_shape, extent_of
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 _STEPS = 4  # quads of columns that a lane loads at once
 

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
 
-from forward.activations import activation, check_f32, check_shape, extent_of
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 _SUMS = {"attention": 1, "attention_backward_q": 1, "attention_backward_kv": 2}
 _OWN_TILES = {"attention": 1, "attention_backward_q": 2, "attention_backward_kv": 2}

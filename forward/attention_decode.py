@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
-from forward.architecture import Architecture
-from forward.int_row import BLOCK, IntRow, to_int_row
-from forward.kv_cache import LayerCache
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.forward.architecture import Architecture
+from lora.forward.int_row import BLOCK, IntRow, to_int_row
+from lora.forward.kv_cache import LayerCache
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # Of the workgroups of one row: keys that each takes, and lanes. A GPU waits for memory, so that
 # many workgroups load all that they need at once.

@@ -8,10 +8,10 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
 
-from forward.gguf_file import GGUFFile
-from forward.pre_tokenizers import PreTokenizer
-from forward.vocabulary import Vocabulary, merges
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.pre_tokenizers import PreTokenizer
+from lora.forward.vocabulary import Vocabulary, merges
+from lora.shaders.errors import InputError
 
 
 class LibraryCodec:

@@ -19,7 +19,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 
 def render_chat(

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from forward.activations import check_shape, extent_of
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import check_shape, extent_of
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # Lanes of a workgroup, and quads of columns that a lane of it holds at once. A workgroup of a GPU
 # takes one such stretch of a row, so that few rows fill it too; one of a CPU adapter a whole row,

@@ -10,20 +10,20 @@ from __future__ import annotations
 
 from functools import partial
 
-from forward.adapter import Factors, LoraFactors
-from forward.attention_decode import Heads, RowRope, attention_decode_row
-from forward.int_row import RowNorm, to_int_row
-from forward.kv_cache import KeyValueCache
-from forward.matmul_int_row import matmul_int_row
-from forward.matmul_row import InputNorm, can_gate, matmul_row, project_row
-from forward.model import Model
-from forward.rmsnorm import rmsnorm
-from forward.step_tensors import Row, StepActivations, StepInputs
-from forward.swiglu import swiglu
-from forward.weights import FrozenMatrix
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.adapter import Factors, LoraFactors
+from lora.forward.attention_decode import Heads, RowRope, attention_decode_row
+from lora.forward.int_row import RowNorm, to_int_row
+from lora.forward.kv_cache import KeyValueCache
+from lora.forward.matmul_int_row import matmul_int_row
+from lora.forward.matmul_row import InputNorm, can_gate, matmul_row, project_row
+from lora.forward.model import Model
+from lora.forward.rmsnorm import rmsnorm
+from lora.forward.step_tensors import Row, StepActivations, StepInputs
+from lora.forward.swiglu import swiglu
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 def fuses(device: Device) -> bool:

@@ -2,26 +2,26 @@
 
 from __future__ import annotations
 
-from forward.adapter import Factors
-from forward.argmax import argmax
-from forward.attention_decode import Heads, attention_decode
-from forward.decode_row import fuses, record_first_row, record_row_layer, row_product
-from forward.embedding import embedding
-from forward.gather import gather_rows
-from forward.head_norm_rope import head_norm_rope
-from forward.int_row import to_int_row
-from forward.kv_cache import KeyValueCache, store_keys_values
-from forward.lora import lora_project
-from forward.matmul import matmul
-from forward.matmul_row import matmul_row
-from forward.model import Model
-from forward.rmsnorm import rmsnorm
-from forward.rope import rope
-from forward.step_tensors import Row, StepActivations, StepHead, StepInputs
-from forward.swiglu import swiglu
-from forward.weights import FrozenMatrix
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.adapter import Factors
+from lora.forward.argmax import argmax
+from lora.forward.attention_decode import Heads, attention_decode
+from lora.forward.decode_row import fuses, record_first_row, record_row_layer, row_product
+from lora.forward.embedding import embedding
+from lora.forward.gather import gather_rows
+from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.int_row import to_int_row
+from lora.forward.kv_cache import KeyValueCache, store_keys_values
+from lora.forward.lora import lora_project
+from lora.forward.matmul import matmul
+from lora.forward.matmul_row import matmul_row
+from lora.forward.model import Model
+from lora.forward.rmsnorm import rmsnorm
+from lora.forward.rope import rope
+from lora.forward.step_tensors import Row, StepActivations, StepHead, StepInputs
+from lora.forward.swiglu import swiglu
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 def record_step(

@@ -4,21 +4,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forward.adapter import Factors
-from forward.attention import attention
-from forward.embedding import embedding
-from forward.head_norm_rope import head_norm_rope
-from forward.inputs import Inputs
-from forward.lora import lora_project
-from forward.matmul import matmul
-from forward.model import Model
-from forward.rmsnorm import NormAfter, rmsnorm
-from forward.rope import rope
-from forward.swiglu import swiglu
-from forward.weights import FrozenMatrix
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.adapter import Factors
+from lora.forward.attention import attention
+from lora.forward.embedding import embedding
+from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.inputs import Inputs
+from lora.forward.lora import lora_project
+from lora.forward.matmul import matmul
+from lora.forward.model import Model
+from lora.forward.rmsnorm import NormAfter, rmsnorm
+from lora.forward.rope import rope
+from lora.forward.swiglu import swiglu
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from forward.activations import activation, check_shape
-from forward.weights import FrozenMatrix
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.activations import activation, check_shape
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 
 def embedding(

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 SUPPORTED_VERSIONS = (2, 3)
 

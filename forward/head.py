@@ -4,18 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from forward.adapter import Factors
-from forward.cross_entropy import cross_entropy
-from forward.gather import gather_rows
-from forward.inputs import CHUNK_ALIGNMENT, Inputs
-from forward.lora import lora_project
-from forward.matmul import matmul
-from forward.model import Model
-from forward.rmsnorm import rmsnorm
-from forward.sums import sum_into
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.adapter import Factors
+from lora.forward.cross_entropy import cross_entropy
+from lora.forward.gather import gather_rows
+from lora.forward.inputs import CHUNK_ALIGNMENT, Inputs
+from lora.forward.lora import lora_project
+from lora.forward.matmul import matmul
+from lora.forward.model import Model
+from lora.forward.rmsnorm import rmsnorm
+from lora.forward.sums import sum_into
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # The logits that exist at one time: so many bytes, or those of so many rows where that is more. On
 # an H200 half as many rows cost a step of Gemma 3 270M 6%, four times as many would save 3%.

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
-from forward.rope import rope
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.forward.rope import rope
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # Lanes of a workgroup, and quads of columns a lane until there are more lanes a head, at least 8.
 GPU_LANES, GPU_QUADS = 64, 4

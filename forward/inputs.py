@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forward.gather import NO_ROW
-from shaders.device import Device
-from shaders.tensor import Extent, Tensor
+from lora.forward.gather import NO_ROW
+from lora.shaders.device import Device
+from lora.shaders.tensor import Extent, Tensor
 
 CHUNK_ALIGNMENT = 64  # rows: labels and losses of a chunk begin on 256 bytes
 

@@ -11,12 +11,12 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from forward.activations import check_shape
-from forward.rmsnorm import row_lanes
-from forward.weights import FrozenMatrix
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.activations import check_shape
+from lora.forward.rmsnorm import row_lanes
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 BLOCK = 32  # columns that share a scale
 _BLOCK_WORDS = 28  # three digits of 32 numbers, a scale, two sums, a sum of squares

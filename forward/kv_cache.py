@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forward.activations import check_shape, extent_of
-from forward.architecture import Architecture
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import check_shape, extent_of
+from lora.forward.architecture import Architecture
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from forward.activations import activation, check_f32, check_shape, extent_of
-from forward.adapter import LoraFactors
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.forward.adapter import LoraFactors
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)

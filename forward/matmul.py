@@ -6,13 +6,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from forward.activations import activation, check_f32, check_shape, extent_of
-from forward.adapter import LoraFactors
-from forward.matmul_plans import Request, plan_of
-from forward.rmsnorm import ProductNorm, Stretches, adds_up
-from forward.weights import FrozenMatrix, MatrixPart
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul_plans import Request, plan_of
+from lora.forward.rmsnorm import ProductNorm, Stretches, adds_up
+from lora.forward.weights import FrozenMatrix, MatrixPart
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 BODIES = ("wide", "tiled")  # for adapters on the CPU; for GPUs
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
-from forward.adapter import LoraFactors
-from forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
-from forward.matmul import adapted_members
-from forward.matmul_row import check_row_product
-from forward.weights import FrozenMatrix
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.forward.adapter import LoraFactors
+from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
+from lora.forward.matmul import adapted_members
+from lora.forward.matmul_row import check_row_product
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # Of a dispatch: fewer do not keep the memory of a large GPU busy, more only have more to add up.
 _LANES_WANTED = 2**16
@@ -94,8 +94,8 @@ def matmul_int_row(
         x: of in_features columns; where it has the weight of an RMSNorm, that norm is completed.
         matrix: W [out_features, in_features], one that `takes_int_row`.
         epsilon: of the norm.
-        gate: an activation of `forward.swiglu`: the first half of W's rows are a gate's, the others
-            those of up, and activation(gate) · up is what comes out. W must be one part
+        gate: an activation that forward/swiglu.py lists: the first half of W's rows are a gate's,
+            the others those of up, and activation(gate) · up is what comes out. W must be one part
             (`can_gate`); a softcap or a residual there is none.
         lora: the factors of the adapted members of W, or None.
         z: [1, members · rank], by `project_row` under the same norm; needed with `lora`.

@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from forward.matmul_tiles import Plan, choose_tile
-from forward.rmsnorm import ProductNorm
-from shaders.device import Device
-from shaders.tensor import Extent, Tensor
+from lora.forward.matmul_tiles import Plan, choose_tile
+from lora.forward.rmsnorm import ProductNorm
+from lora.shaders.device import Device
+from lora.shaders.tensor import Extent, Tensor
 
 _ROW_STEP = 32  # rows of the smallest tile: between its multiples no tile's grid changes
 

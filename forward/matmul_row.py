@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from forward.activations import activation, check_shape, extent_of
-from forward.adapter import LoraFactors
-from forward.matmul import adapted_members
-from forward.swiglu import check_activation
-from forward.weights import FrozenMatrix
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul import adapted_members
+from lora.forward.swiglu import check_activation
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 _CPU_LANES = 32
 # Of a GPU. Its memory answers after half a microsecond or more: 4 TB/s need some 3 MB of loads on
@@ -104,8 +104,8 @@ def matmul_row(
         x: [1, in_features].
         matrix: W [out_features, in_features].
         norm: what x passes first; None for nothing.
-        gate: an activation of `forward.swiglu`: the first half of W's rows are a gate's, the others
-            those of up, and activation(gate) · up is what comes out. W must be one part
+        gate: an activation that forward/swiglu.py lists: the first half of W's rows are a gate's,
+            the others those of up, and activation(gate) · up is what comes out. W must be one part
             (`can_gate`); a softcap or a residual there is none.
         lora: the factors of the adapted members of W, or None.
         z: [1, members · rank], by `project_row` under the same norm; needed with `lora`.

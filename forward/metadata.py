@@ -5,8 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from forward.gguf_file import GGUFFile, shortened
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile, shortened
+from lora.shaders.errors import InputError
 
 
 class Metadata:

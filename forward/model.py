@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forward.architecture import AdaptableMatrix, Architecture
-from forward.gguf_file import GGUFFile
-from forward.inputs import LongExamples
-from forward.rope_frequencies import Rope, read_vector
-from forward.weights import FrozenMatrix, load_matrix
-from shaders.device import Device
-from shaders.tensor import Tensor
+from lora.forward.architecture import AdaptableMatrix, Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.inputs import LongExamples
+from lora.forward.rope_frequencies import Rope, read_vector
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ from collections.abc import Mapping
 
 from gguf import GGMLQuantizationType as Type
 
-from forward.gguf_file import GGUFFile
-from forward.quantization import QUANTIZATIONS
-from forward.rope_frequencies import ROPE_TENSORS
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.rope_frequencies import ROPE_TENSORS
+from lora.shaders.errors import InputError
 
 VECTOR_TYPES = (Type.F16, Type.BF16, Type.F32)  # norms and biases are never quantized
 

@@ -12,8 +12,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from forward.gguf_file import GGUFFile
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

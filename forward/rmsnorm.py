@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from forward.activations import activation, check_f32, check_shape, extent_of
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # Fewest lanes a row, and quads of columns a lane until there are more lanes. A GPU waits for
 # memory: few quads, all loaded at once. An adapter on the CPU runs 8 lanes as one vector and pays

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from gguf import quants
 
-from forward.gguf_file import GGUFFile, GGUFTensor
-from forward.metadata import Metadata
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile, GGUFTensor
+from lora.forward.metadata import Metadata
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from functools import lru_cache
 
 from gguf import TokenType
 
-from forward.vocabulary import Vocabulary
+from lora.forward.vocabulary import Vocabulary
 
 _SPACE = "▁"
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)

@@ -7,14 +7,14 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from forward.activations import extent_of
-from forward.adapter import LoraFactors
-from forward.attention_decode import RowPlace
-from forward.int_row import IntRow, takes_int_row
-from forward.model import Model
-from forward.weights import FrozenMatrix
-from shaders.device import Device
-from shaders.tensor import Extent, Tensor
+from lora.forward.activations import extent_of
+from lora.forward.adapter import LoraFactors
+from lora.forward.attention_decode import RowPlace
+from lora.forward.int_row import IntRow, takes_int_row
+from lora.forward.model import Model
+from lora.forward.weights import FrozenMatrix
+from lora.shaders.device import Device
+from lora.shaders.tensor import Extent, Tensor
 
 _ALIGNMENT = 64  # elements: the parts of StepInputs.words begin on 256 bytes
 

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from forward.activations import check_shape
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.activations import check_shape
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 
 def sum_into(program: Program, values: Tensor, extent: Extent, totals: Tensor, slot: int) -> None:

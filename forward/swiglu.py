@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from forward.activations import activation, check_shape, extent_of
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import activation, check_shape, extent_of
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 # Lanes of a workgroup, and quads of columns that a lane takes.
 GPU_LANES, GPU_QUADS = 128, 1

@@ -15,12 +15,12 @@ from typing import Any, Protocol
 import tokenizers
 from gguf import TokenType
 
-from forward import sentencepiece
-from forward.byte_level import LibraryCodec, byte_level
-from forward.gguf_file import GGUFFile
-from forward.pre_tokenizers import named_pre_tokenizer
-from forward.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
-from shaders.errors import InputError
+from lora.forward import sentencepiece
+from lora.forward.byte_level import LibraryCodec, byte_level
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.pre_tokenizers import named_pre_tokenizer
+from lora.forward.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

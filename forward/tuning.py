@@ -17,18 +17,18 @@ from dataclasses import dataclass
 
 import wgpu
 
-from forward.matmul_plans import Product, Request
-from forward.matmul_tiles import (
+from lora.forward.matmul_plans import Product, Request
+from lora.forward.matmul_tiles import (
     MOST_CANDIDATES,
     Plan,
     candidates,
     choose_tile,
     predicted_microseconds,
 )
-from forward.workbench import Kernels, Stopwatch, Workbench, fits, kernels_of
-from shaders.device import Device
-from shaders.errors import DeviceMemoryError
-from shaders.tensor import Tensor
+from lora.forward.workbench import Kernels, Stopwatch, Workbench, fits, kernels_of
+from lora.shaders.device import Device
+from lora.shaders.errors import DeviceMemoryError
+from lora.shaders.tensor import Tensor
 
 TUNING_SECONDS = 2.0  # that the first start of a training may take longer
 _COMPILING_SHARE = 0.6  # of them, for kernels that training might not need

@@ -9,8 +9,8 @@ from typing import Any
 
 from gguf import TokenType
 
-from forward.gguf_file import GGUFFile
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.shaders.errors import InputError
 
 # Tokens that end a turn or a text, by name, as llama.cpp finds them (llama-vocab.cpp, "EOG"):
 # most metadata names one eos_token_id only, and models stop at others too.

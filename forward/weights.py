@@ -7,11 +7,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from forward.gguf_file import GGUFTensor
-from forward.quantization import QUANTIZATIONS, Quantization
-from shaders.device import UPLOAD_PIECE, Device
-from shaders.errors import InputError
-from shaders.tensor import Tensor
+from lora.forward.gguf_file import GGUFTensor
+from lora.forward.quantization import QUANTIZATIONS, Quantization
+from lora.shaders.device import UPLOAD_PIECE, Device
+from lora.shaders.errors import InputError
+from lora.shaders.tensor import Tensor
 
 # On an adapter that runs on the CPU a part and its share of the activations stay in the cache
 # while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).

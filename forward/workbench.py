@@ -11,15 +11,15 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from forward.matmul_plans import Request, use_source
-from forward.matmul_tiles import Plan
-from forward.rmsnorm import ProductNorm
-from shaders.device import Device
-from shaders.errors import InputError
-from shaders.native import encode_dispatches
-from shaders.planning import PlanningDevice
-from shaders.program import MAX_SUBMISSION_FLOPS, Dispatch, Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.matmul_plans import Request, use_source
+from lora.forward.matmul_tiles import Plan
+from lora.forward.rmsnorm import ProductNorm
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.native import encode_dispatches
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import MAX_SUBMISSION_FLOPS, Dispatch, Program
+from lora.shaders.tensor import Extent, Tensor
 
 _MOST_REPEATS = 16  # of a program in one pass
 _PATTERN_BYTES = 4 << 20  # of ordinary numbers, copied into every stand-in

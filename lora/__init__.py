@@ -1,13 +1,31 @@
 """What users touch: config, data, TrainingSession, checkpoints, export, command line.
 
-Imports every other room. What is exported here is the public API; the rest may change.
+Imports every other room. What is exported here is the public API; the rest may change. Each name is
+imported when it is first asked for, so that `import lora` costs nothing.
 """
 
-from lora.config import Config, load_config
-from lora.metrics import EvalResult, Metrics
-from lora.run import run_training
-from lora.session import TrainingSession
-from shaders.errors import InputError, LoraError
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lora.config import Config, load_config
+    from lora.metrics import EvalResult, Metrics
+    from lora.run import run_training
+    from lora.session import TrainingSession
+    from lora.shaders.errors import InputError, LoraError
+
+_HOMES = {
+    "Config": "lora.config",
+    "EvalResult": "lora.metrics",
+    "InputError": "lora.shaders.errors",
+    "LoraError": "lora.shaders.errors",
+    "Metrics": "lora.metrics",
+    "TrainingSession": "lora.session",
+    "load_config": "lora.config",
+    "run_training": "lora.run",
+}
 
 __all__ = [
     "Config",
@@ -19,3 +37,15 @@ __all__ = [
     "load_config",
     "run_training",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'lora' has no attribute {name!r}")
+    value = getattr(import_module(_HOMES[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -9,14 +9,14 @@ from typing import Any
 
 import numpy as np
 
-from forward.architecture import (
+from lora.forward.architecture import (
     HEAD,
     AdaptableMatrix,
     Architecture,
     permute_rows_to_gguf,
 )
 from lora.peft_files import WEIGHTS, read_peft_factors
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Literal
 
 import numpy as np
 
-from forward.adapter import AdapterLayout
-from forward.architecture import MODULE_NAMES, Architecture
-from forward.gguf_file import GGUFFile
 from lora.config import AdapterConfig, Config
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import MODULE_NAMES, Architecture
+from lora.forward.gguf_file import GGUFFile
 from lora.gguf_adapter import load_gguf_adapter, read_adapter_settings
 from lora.peft_files import (
     load_peft_adapter,
@@ -20,8 +20,8 @@ from lora.peft_files import (
     refuse_dora,
 )
 from lora.saved_factors import common_scale
+from lora.shaders.errors import InputError
 from lora.stores import resolve_model
-from shaders.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from lora.data import Example
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 IGNORED = -100  # the target of a token whose successor isn't trained, as in PyTorch
 

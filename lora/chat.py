@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from forward.chat import render_chat
-from forward.gguf_file import GGUFFile
-from forward.tokenizer import Tokenizer
+from lora.forward.chat import render_chat
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.tokenizer import Tokenizer
 from lora.generation import TextGenerator, open_generator
 from lora.sampling import Sampler, Sampling
+from lora.shaders.errors import InputError
 from lora.stores import resolve_model
-from shaders.errors import InputError
 
 HELP = """\
 /adapter           which adapter is on, and which are loaded

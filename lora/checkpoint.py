@@ -18,13 +18,13 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from forward.matmul_plans import Product
-from forward.matmul_tiles import Plan
 from lora.files import new_directory
+from lora.forward.matmul_plans import Product
+from lora.forward.matmul_tiles import Plan
 from lora.peft_files import load_peft_adapter, save_peft_adapter
 from lora.session import TrainingSession
+from lora.shaders.errors import InputError
 from lora.tile_cache import circumstances, entry_of, plan_of_entry
-from shaders.errors import InputError
 
 _NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"

@@ -15,9 +15,9 @@ from lora.export_command import export_command
 from lora.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
 from lora.pull import pull as pull_model
 from lora.sampling import GREEDY, Sampling
+from lora.shaders.device import list_adapters
+from lora.shaders.errors import InputError, LoraError
 from lora.tune_command import tune_command
-from shaders.device import list_adapters
-from shaders.errors import InputError, LoraError
 
 
 class _Commands(typer.core.TyperGroup):
@@ -92,8 +92,8 @@ def plan(config: ConfigArgument, set_: Overrides = None) -> None:
     from lora.profiling import expected_seconds, measure_peaks
     from lora.progress import print_plan
     from lora.session import TrainingSession
-    from shaders.device import Device
-    from shaders.planning import PlanningDevice
+    from lora.shaders.device import Device
+    from lora.shaders.planning import PlanningDevice
 
     loaded = load_config(config, set_ or [])
     device = Device(loaded.device)

@@ -22,11 +22,11 @@ from pydantic import (
     model_validator,
 )
 
-from forward.architecture import HEAD, MODULE_NAMES, Architecture
 from lora.config_errors import config_problems, did_you_mean
+from lora.forward.architecture import HEAD, MODULE_NAMES, Architecture
+from lora.shaders.errors import InputError
 from lora.stores import MODEL_NAME_FORMS, check_model_name
 from lora.yaml_file import parse_yaml, read_yaml_mapping
-from shaders.errors import InputError
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 

@@ -12,17 +12,17 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-from forward.chat import render_chat
-from forward.tokenizer import TokenizedText
 from lora.config import DataConfig
+from lora.forward.chat import render_chat
+from lora.forward.tokenizer import TokenizedText
 from lora.rows import load_rows
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
 
 class TextTokenizer(Protocol):
-    """What is asked of a tokenizer here; `forward.tokenizer.Tokenizer` is one."""
+    """What is asked of a tokenizer here; `lora.forward.tokenizer.Tokenizer` is one."""
 
     @property
     def bos_id(self) -> int | None: ...

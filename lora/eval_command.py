@@ -42,7 +42,7 @@ def eval_command(
     from lora.adapters import with_adapter
     from lora.config import load_config
     from lora.session import TrainingSession
-    from shaders.errors import InputError
+    from lora.shaders.errors import InputError
 
     loaded = load_config(config, set_ or [])
     if loaded.data.eval is None:  # said before the model is loaded for nothing

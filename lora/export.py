@@ -10,11 +10,11 @@ from pathlib import Path
 
 from gguf import GGMLQuantizationType
 
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
-from forward.quantization import QUANTIZATIONS
 from lora.adapted_tensor import read_adapted_tensors
 from lora.files import write_file
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.quantization import QUANTIZATIONS
 from lora.gguf_adapter import ADAPTER_TYPES, write_gguf_adapter
 from lora.merge import MergedTensor, write_merged_gguf
 from lora.modelfile import (
@@ -26,8 +26,8 @@ from lora.modelfile import (
 )
 from lora.origin import CONFIG, Origin, PromptForm, origin_of
 from lora.peft_files import SETTINGS, WEIGHTS, read_peft_settings, refuse_dora
+from lora.shaders.errors import InputError, LoraError
 from lora.stores import ollama_settings, resolve_model
-from shaders.errors import InputError, LoraError
 
 ADAPTER, MERGED = TARGETS = ("gguf", "merged-gguf")
 # Architectures that always take the embedding for the head: llama.cpp refuses a file of theirs that

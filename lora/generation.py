@@ -12,24 +12,24 @@ from pathlib import Path
 import numpy as np
 import wgpu
 
-from forward.adapter import AdapterLayout
-from forward.architecture import Architecture
-from forward.decode_step import record_step, record_step_head
-from forward.gguf_file import GGUFFile
-from forward.kv_cache import KeyValueCache
-from forward.matmul_plans import PlanSource, using_source
-from forward.model import Model, load_model
-from forward.step_tensors import StepActivations, StepHead, StepInputs
-from forward.tokenizer import Tokenizer
 from lora.adapters import load_adapter, open_adapter
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import Architecture
+from lora.forward.decode_step import record_step, record_step_head
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.kv_cache import KeyValueCache
+from lora.forward.matmul_plans import PlanSource, using_source
+from lora.forward.model import Model, load_model
+from lora.forward.step_tensors import StepActivations, StepHead, StepInputs
+from lora.forward.tokenizer import Tokenizer
 from lora.sampling import GREEDY, Sampler, Sampling
+from lora.shaders.device import Device
+from lora.shaders.errors import DeviceMemoryError, InputError
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import Program, ReadbackRing
+from lora.shaders.tensor import Tensor
 from lora.stores import resolve_model
 from lora.tile_cache import find_tiles
-from shaders.device import Device
-from shaders.errors import DeviceMemoryError, InputError
-from shaders.planning import PlanningDevice
-from shaders.program import Program, ReadbackRing
-from shaders.tensor import Tensor
 
 # Tokens of a prompt that are computed at once; their activations are what they cost.
 _PIECE_ROWS = 512

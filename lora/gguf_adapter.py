@@ -17,14 +17,14 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from forward.adapter import AdapterLayout
-from forward.architecture import Architecture, permute_rows_to_hf
-from forward.gguf_file import GGUFFile, shortened
-from forward.quantization import QUANTIZATIONS
 from lora.adapted_tensor import AdaptedTensor, adaptable
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import Architecture, permute_rows_to_hf
+from lora.forward.gguf_file import GGUFFile, shortened
+from lora.forward.quantization import QUANTIZATIONS
 from lora.gguf_output import new_file
 from lora.saved_factors import SavedFactors, pack
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 ADAPTER_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
 _SUFFIXES = ("lora_a", "lora_b")  # of the tensors' names, A's and B's

@@ -14,8 +14,8 @@ from typing import BinaryIO
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType, GGUFValueType
 
-from forward.gguf_file import GGUFFile
-from shaders.errors import LoraError
+from lora.forward.gguf_file import GGUFFile
+from lora.shaders.errors import LoraError
 
 _SCALAR_BYTES = {
     GGUFValueType.UINT8: 1,

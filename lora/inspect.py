@@ -11,15 +11,15 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
-from forward.quantization import QUANTIZATIONS
-from forward.tokenizer import Tokenizer
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.tokenizer import Tokenizer
 from lora.gguf_adapter import read_adapter_settings
 from lora.peft_files import read_peft_factors, read_peft_settings
 from lora.saved_factors import SavedFactors
+from lora.shaders.errors import InputError
 from lora.stores import resolve_model
-from shaders.errors import InputError
 
 # What the sizes are called, by their keys without the architecture's prefix.
 _SIZES = {

@@ -18,11 +18,11 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from forward.gguf_file import GGUFFile, GGUFTensor
-from forward.requantize import quantize
 from lora.adapted_tensor import AdaptedTensor
+from lora.forward.gguf_file import GGUFFile, GGUFTensor
+from lora.forward.requantize import quantize
 from lora.gguf_output import TensorPlace, new_file, padding, write_header
-from shaders.errors import InputError, LoraError
+from lora.shaders.errors import InputError, LoraError
 
 _MERGED_AT_ONCE = 1 << 20  # weights, by one thread
 _COPIED_AT_ONCE = 4 << 20  # bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from shaders.errors import LoraError
+from lora.shaders.errors import LoraError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from lora.origin import PromptForm
+from lora.shaders.errors import InputError
 from lora.stores import OllamaSettings
-from shaders.errors import InputError
 
 _FIRST_LINE = "# Written by lora export."
 

@@ -6,11 +6,11 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from forward.gguf_file import GGUFFile
-from forward.tokenizer import Tokenizer
 from lora.config import Config, load_config
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.tokenizer import Tokenizer
 from lora.rows import Row, load_rows
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 CONFIG = "config.yaml"
 

@@ -13,12 +13,12 @@ import numpy as np
 import safetensors
 import safetensors.numpy
 
-from forward.adapter import AdapterLayout
-from forward.architecture import HEAD
 from lora.config import Config
 from lora.files import write_file
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import HEAD
 from lora.saved_factors import SavedFactors, pack
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

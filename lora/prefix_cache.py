@@ -9,8 +9,8 @@ import wgpu
 
 from lora.batches import Batch
 from lora.data import Example
-from shaders.device import Device
-from shaders.tensor import Tensor
+from lora.shaders.device import Device
+from lora.shaders.tensor import Tensor
 
 AUTO_LIMIT = 512 << 20  # bytes: `reuse_frozen_prefix: auto` keeps up to here
 

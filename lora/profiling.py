@@ -10,14 +10,14 @@ from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.table import Table
 
-from forward.gather import gather_rows
-from forward.gguf_file import GGUFTensor
-from forward.matmul import matmul
-from forward.weights import load_matrix
+from lora.forward.gather import gather_rows
+from lora.forward.gguf_file import GGUFTensor
+from lora.forward.matmul import matmul
+from lora.forward.weights import load_matrix
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.errors import InputError
-from shaders.program import Dispatch, Program
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.program import Dispatch, Program
 
 # What a dispatch takes on a GPU beside its products: its start, and waiting for memory.
 GPU_DISPATCH_SECONDS = 9e-6

@@ -6,17 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from backward.decoder import Scratch, record_head_backward, record_layer_backward
-from forward.adapter import AdapterLayout
-from forward.decoder import LayerActivations, record_embedding, record_layer
-from forward.head import HeadActivations, record_evaluation
-from forward.inputs import Inputs
-from forward.model import Model
-from optim.adamw import adamw
-from optim.clipping import gradient_norm
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor, item_bytes
+from lora.backward.decoder import Scratch, record_head_backward, record_layer_backward
+from lora.forward.adapter import AdapterLayout
+from lora.forward.decoder import LayerActivations, record_embedding, record_layer
+from lora.forward.head import HeadActivations, record_evaluation
+from lora.forward.inputs import Inputs
+from lora.forward.model import Model
+from lora.optim.adamw import adamw
+from lora.optim.clipping import gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor, item_bytes
 
 # What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
 # the least that it holds, and the mean over some hundred tokens makes them small. A power of two
@@ -171,7 +171,7 @@ class TrainingPrograms:
     ) -> None:
         self.loss_weight = device.uniform()  # `loss_weight_words`
         self.loss_scale = LOSS_SCALE if device.precision == "f16" else 1.0
-        self.step_words = device.uniform()  # optim.adamw.step_words
+        self.step_words = device.uniform()  # lora.optim.adamw.step_words
         self.begin = Program(device)
         for gradient in adapter.gradients:
             self.begin.clear(gradient, label="clear gradients")

@@ -13,7 +13,7 @@ import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from shaders.errors import InputError, LoraError
+from lora.shaders.errors import InputError, LoraError
 
 _PIECE = 1 << 20  # bytes copied at a time: a model is never whole in memory
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 # The first format all of whose columns are there is the one that auto takes.
 FORMATS: dict[str, tuple[str, ...]] = {

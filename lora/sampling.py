@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import numpy as np
 
-from forward.adapter import AdapterLayout
-from shaders.errors import InputError
+from lora.forward.adapter import AdapterLayout
+from lora.shaders.errors import InputError
 
 
 @dataclass(frozen=True)

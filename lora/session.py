@@ -10,21 +10,30 @@ from pathlib import Path
 
 import numpy as np
 
-from forward.adapter import AdapterLayout
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
-from forward.head import chunk_rows
-from forward.inputs import Inputs
-from forward.matmul_plans import PlanSource, Product, Request, plan_of, requests_of, using_source
-from forward.matmul_tiles import Plan
-from forward.model import load_model
-from forward.tokenizer import Tokenizer
 from lora.adapters import load_adapter, open_adapter
 from lora.batches import Batch, DataStream, sequential_batches
 from lora.config import Config, load_config
 from lora.data import DataSummary, Example, load_examples
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.head import chunk_rows
+from lora.forward.inputs import Inputs
+from lora.forward.matmul_plans import (
+    PlanSource,
+    Product,
+    Request,
+    plan_of,
+    requests_of,
+    using_source,
+)
+from lora.forward.matmul_tiles import Plan
+from lora.forward.model import load_model
+from lora.forward.tokenizer import Tokenizer
 from lora.generation import Adapter, TextGenerator, memory_figures
 from lora.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
+from lora.optim.adamw import step_words
+from lora.optim.schedule import learning_rate
 from lora.peft_files import save_peft_adapter
 from lora.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.programs import (
@@ -37,14 +46,12 @@ from lora.programs import (
     wants_recompute,
 )
 from lora.sampling import GREEDY, Sampling
+from lora.shaders.device import Device
+from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import Program, ReadbackRing
 from lora.stores import resolve_model
 from lora.tile_cache import find_tiles
-from optim.adamw import step_words
-from optim.schedule import learning_rate
-from shaders.device import Device
-from shaders.errors import DeviceMemoryError, InputError, LoraError
-from shaders.planning import PlanningDevice
-from shaders.program import Program, ReadbackRing
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 

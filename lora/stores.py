@@ -16,8 +16,8 @@ from dataclasses import astuple, dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from forward.gguf_file import part_names
-from shaders.errors import InputError, LoraError
+from lora.forward.gguf_file import part_names
+from lora.shaders.errors import InputError, LoraError
 
 MODEL_NAME_FORMS = "the path of a GGUF file, ollama:NAME[:TAG], or hf:ORG/REPO/FILE"
 

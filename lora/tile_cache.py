@@ -18,12 +18,12 @@ from typing import Any, Protocol
 
 import wgpu
 
-from forward.matmul_plans import PlanSource, Product, Request
-from forward.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
-from forward.tuning import TUNING_SECONDS, tune
 from lora.files import write_file
-from shaders import templates
-from shaders.device import Device
+from lora.forward.matmul_plans import PlanSource, Product, Request
+from lora.forward.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
+from lora.forward.tuning import TUNING_SECONDS, tune
+from lora.shaders import templates
+from lora.shaders.device import Device
 
 if sys.platform == "win32":
     import msvcrt
@@ -35,7 +35,7 @@ _TEMPLATES = ("matmul_*.wgsl", "stored.wgsl", "decode/*.wgsl")
 
 
 class Tuner(Protocol):
-    """What looks for plans, as `forward.tuning.tune` does."""
+    """What looks for plans, as `lora.forward.tuning.tune` does."""
 
     def __call__(
         self, device: Device, requests: Sequence[Request], /, *, seconds: float

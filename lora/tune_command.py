@@ -10,9 +10,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from forward.matmul_plans import Product, Request, requests_of
-from forward.matmul_tiles import Plan, choose_tile
-from forward.tuning import tune
+from lora.forward.matmul_plans import Product, Request, requests_of
+from lora.forward.matmul_tiles import Plan, choose_tile
+from lora.forward.tuning import tune
 from lora.tile_cache import TileCache
 
 
@@ -31,9 +31,9 @@ def tune_command(
     """
     from lora.config import load_config
     from lora.session import TrainingSession
-    from shaders.device import Device
-    from shaders.errors import InputError
-    from shaders.planning import PlanningDevice
+    from lora.shaders.device import Device
+    from lora.shaders.errors import InputError
+    from lora.shaders.planning import PlanningDevice
 
     if seconds <= 0:
         raise InputError(f"--seconds {seconds:g}: give some time, such as 30.")

@@ -8,7 +8,7 @@ from typing import Any
 
 import yaml
 
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 
 def read_yaml_mapping(path: str | Path) -> dict[str, Any]:

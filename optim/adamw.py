@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from forward.activations import check_shape
-from optim.clipping import flat_ranges
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import check_shape
+from lora.optim.clipping import flat_ranges
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 LANES = 256  # of a workgroup; each takes four parameters
 _SMALLEST = float(np.finfo(np.float32).tiny)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from forward.activations import check_shape
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.forward.activations import check_shape
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 MAX_SLICES = 4  # with the partial sums, five of the eight storage buffers that every device binds
 _PARTIALS = 1024  # partial sums of squares: short enough sums for f32, few enough for one workgroup

@@ -2,7 +2,7 @@
 # Installs Debian's software Vulkan driver where WebGPU finds no adapter. $1: the Python to ask.
 set -euo pipefail
 python=$1
-has_adapter() { "$python" -c 'import sys; from shaders.device import list_adapters; sys.exit(not list_adapters())' 2>/dev/null; }
+has_adapter() { "$python" -c 'import sys; from lora.shaders.device import list_adapters; sys.exit(not list_adapters())' 2>/dev/null; }
 has_adapter && exit 0
 if ! command -v apt-get >/dev/null; then
     echo "WebGPU finds no adapter, and this is no Debian: install a Vulkan driver for your GPU." >&2

@@ -19,10 +19,10 @@ if "XDG_RUNTIME_DIR" not in os.environ and os.name == "posix":
 
 import wgpu
 
-from shaders.errors import DeviceMemoryError, InputError
-from shaders.native import trusted_shader_module
-from shaders.templates import render
-from shaders.tensor import Extent, Tensor, item_bytes
+from lora.shaders.errors import DeviceMemoryError, InputError
+from lora.shaders.native import trusted_shader_module
+from lora.shaders.templates import render
+from lora.shaders.tensor import Extent, Tensor, item_bytes
 
 ALIGNMENT = 256  # the largest offset alignment that WebGPU may ask of a binding
 UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a few of these
@@ -134,7 +134,9 @@ class Device:
             )
         )
         self.most_storage_buffers = int(self.wgpu.limits["max-storage-buffers-per-shader-stage"])
-        self.matmul_body: str | None = None  # one of forward.matmul.BODIES; None: by the adapter
+        self.matmul_body: str | None = (
+            None  # one of lora.forward.matmul.BODIES; None: by the adapter
+        )
         self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None

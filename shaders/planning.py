@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from shaders.device import Device, padded_bytes
-from shaders.tensor import Extent, Tensor
+from lora.shaders.device import Device, padded_bytes
+from lora.shaders.tensor import Extent, Tensor
 
 
 class PlanningDevice(Device):

@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 import wgpu
 
-from shaders.device import Device
-from shaders.native import encode_dispatches, map_for_reading
-from shaders.tensor import Tensor
+from lora.shaders.device import Device
+from lora.shaders.native import encode_dispatches, map_for_reading
+from lora.shaders.tensor import Tensor
 
 # A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
 # half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.

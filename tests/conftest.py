@@ -7,7 +7,7 @@ from pathlib import Path
 import hypothesis
 import pytest
 
-from shaders.device import Device
+from lora.shaders.device import Device
 
 # One commit gives one result.
 hypothesis.settings.register_profile("fixed", derandomize=True)

@@ -6,9 +6,9 @@ from collections.abc import Callable
 
 import numpy as np
 
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 
 MARKER = -7.0  # what outputs hold before a kernel runs: rows not in use must keep it
 

@@ -7,11 +7,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-import backward.attention
-from backward.attention import attention_backward
-from forward.attention import Tile, attention
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward import attention as backward_attention
+from lora.backward.attention import attention_backward
+from lora.forward.attention import Tile, attention
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.attention_cases import (
     CASES,
     HALF_CASES,
@@ -122,7 +122,7 @@ def test_attention_backward(
     tile = within(tile, shape.head_size, device)
     use_tile(monkeypatch, tile)
     monkeypatch.setattr(
-        backward.attention, "choose_split", lambda *_: sum(lengths) % 2 == 0
+        backward_attention, "choose_split", lambda *_: sum(lengths) % 2 == 0
     )  # both ways in turn
     qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
     d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size)
@@ -194,7 +194,7 @@ def test_split_heads_and_tiles_of_as_many_teams_agree_bit_for_bit(
     results = []
     for tile, split in ((TILES[3], False), (TILES[4], True), (TILES[4], False)):
         use_tile(monkeypatch, within(tile, 64, device))
-        monkeypatch.setattr(backward.attention, "choose_split", lambda *_, split=split: split)
+        monkeypatch.setattr(backward_attention, "choose_split", lambda *_, split=split: split)
         results.append(run_backward(device, qkv, d_out, segments_of([45, 5, 120]), shape))
     for result in results:
         if device.is_cpu:

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from backward.head_norm_rope import head_norm_rope_backward
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward.head_norm_rope import head_norm_rope_backward
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.backward.test_rope import rope_backward_reference
 from tests.forward.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.forward.test_head_norm_rope import (

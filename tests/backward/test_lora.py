@@ -8,13 +8,13 @@ from dataclasses import dataclass
 import numpy as np
 import pytest
 
-import backward.lora
-from backward.lora import lora_gradients, lora_project_gradient
-from forward.adapter import LoraFactors
-from forward.lora import GPU_TUNINGS, Tuning, lora_project
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.backward import lora as backward_lora
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.forward.adapter import LoraFactors
+from lora.forward.lora import GPU_TUNINGS, Tuning, lora_project
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 from tests.forward.half_tensors import needs_halves
 
 SCALE = 1.7
@@ -321,7 +321,7 @@ def test_every_block_gives_the_same_bits(
     found = set()
     for block in [(8, 1, 4, 4), (2, 2, 2, 2), (3, 4, 1, 8), (1, 1, 2, 1)]:
         tuning = Tuning((block,), 1, splits)
-        monkeypatch.setattr("forward.lora.GPU_TUNINGS", dict.fromkeys(GPU_TUNINGS, tuning))
+        monkeypatch.setattr("lora.forward.lora.GPU_TUNINGS", dict.fromkeys(GPU_TUNINGS, tuning))
         recorded = record(device, case, values, start=0.0)
         recorded.program.run()
         check(device, case, values, recorded)
@@ -345,8 +345,8 @@ def test_gradients_divided_in_other_ways(
     sides: tuple[int, int],
 ) -> None:
     monkeypatch.setattr(device, "is_cpu", False)
-    tuning = backward.lora.Tuning(blocks, short_lanes, splits, unroll, sides)
-    monkeypatch.setattr("backward.lora.GPU_TUNING", tuning)
+    tuning = backward_lora.Tuning(blocks, short_lanes, splits, unroll, sides)
+    monkeypatch.setattr("lora.backward.lora.GPU_TUNING", tuning)
     case = Case(101, 99, 100, 24, ((0, 36), (36, 48), (48, 64)), 2)
     values = values_of(case)
     recorded = record(device, case, values, start=0.0)

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from backward.rmsnorm import rmsnorm_backward
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward.rmsnorm import rmsnorm_backward
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.half_tensors import (
     assert_rounded_once,
     needs_halves,

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from backward.rope import rope_backward
-from forward.rope import rope
-from forward.rope_frequencies import Rope
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward.rope import rope_backward
+from lora.forward.rope import rope
+from lora.forward.rope_frequencies import Rope
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_rope import SHAPES, rope_reference
 from tests.kernels import activation, central_difference, extent_in_use, run_twice
 

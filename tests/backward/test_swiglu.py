@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from backward.swiglu import swiglu_backward
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward.swiglu import swiglu_backward
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -55,8 +55,8 @@ def test_swiglu_backward(
     device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
     in_place: bool, quads: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("forward.swiglu.CPU_QUADS", quads)
-    monkeypatch.setattr("forward.swiglu.GPU_QUADS", quads)
+    monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
+    monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
     gate_up, d_y = make_inputs(rows, width)
     extent = extent_in_use(device, rows, in_use)
     source = activation(device, gate_up, extent)

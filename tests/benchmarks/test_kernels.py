@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.kernels import section, time_step, write_report
 from benchmarks.synthetic import SHAPES, write_model
-from shaders.device import Device
+from lora.shaders.device import Device
 
 
 def test_a_step_of_a_tiny_model(tmp_path: Path) -> None:

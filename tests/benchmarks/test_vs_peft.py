@@ -21,7 +21,7 @@ from benchmarks.vs_peft_report import (
     write_report,
 )
 from lora.session import TrainingSession
-from shaders.device import Device
+from lora.shaders.device import Device
 from tests.forward.half_tensors import needs_halves
 
 

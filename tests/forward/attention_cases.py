@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-import forward.attention
-from forward.attention import Tile
-from shaders.device import Device
-from shaders.tensor import Extent, Tensor
+from lora.forward import attention as forward_attention
+from lora.forward.attention import Tile
+from lora.shaders.device import Device
+from lora.shaders.tensor import Extent, Tensor
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ def attention_reference(
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:
     """Makes every attention kernel take that tile."""
-    monkeypatch.setattr(forward.attention, "choose_tile", lambda *_: tile)
+    monkeypatch.setattr(forward_attention, "choose_tile", lambda *_: tile)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:

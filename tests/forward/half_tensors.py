@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from shaders.device import Device
-from shaders.tensor import Extent, Tensor
+from lora.shaders.device import Device
+from lora.shaders.tensor import Extent, Tensor
 from tests.kernels import MARKER
 
 

@@ -5,11 +5,11 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from forward.adapter import AdapterLayout
-from forward.architecture import Architecture, LayerKind, permute_rows_to_hf
-from forward.rope_frequencies import Rope
-from shaders.device import Device
-from shaders.errors import InputError
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import Architecture, LayerKind, permute_rows_to_hf
+from lora.forward.rope_frequencies import Rope
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
 
 LLAMA = Architecture(
     name="llama", n_layers=3, hidden_size=32, intermediate_size=64, n_heads=4, n_kv_heads=2,

@@ -8,15 +8,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forward.architecture import (
+from lora.forward.architecture import (
     Architecture,
     LayerKind,
     permute_rows_to_gguf,
     permute_rows_to_hf,
 )
-from forward.gguf_file import GGUFFile
-from forward.rope_frequencies import Rope
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.rope_frequencies import Rope
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.parity.tiny_models import TINY_MODELS
 

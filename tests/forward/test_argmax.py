@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forward.argmax import argmax
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.argmax import argmax
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.kernels import activation, extent_in_use
 
 

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forward.attention import GPU_TILES, Tile, attention, choose_tile
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.attention import GPU_TILES, Tile, attention, choose_tile
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.attention_cases import (
     CASES,
     HALF_CASES,

@@ -5,17 +5,17 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forward.attention_decode import (
+from lora.forward.attention_decode import (
     Heads,
     RowPlace,
     RowRope,
     attention_decode,
     attention_decode_row,
 )
-from forward.int_row import IntRow
-from forward.kv_cache import LayerCache, store_keys_values
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.int_row import IntRow
+from lora.forward.kv_cache import LayerCache, store_keys_values
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_int_row import check
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 

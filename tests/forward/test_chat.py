@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 
-from forward.chat import render_chat
-from shaders.errors import InputError
+from lora.forward.chat import render_chat
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import CHATML
 
 MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "<Hello> & é"}]

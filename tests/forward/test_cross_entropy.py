@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from forward.cross_entropy import cross_entropy
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.cross_entropy import cross_entropy
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked
 
 

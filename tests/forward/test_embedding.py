@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from forward.embedding import embedding
-from forward.gguf_file import GGUFTensor
-from forward.quantization import QUANTIZATIONS
-from forward.weights import FrozenMatrix, MatrixPart, load_matrix
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.embedding import embedding
+from lora.forward.gguf_file import GGUFTensor
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.weights import FrozenMatrix, MatrixPart, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 # gguf writes these itself; the others are decoded through the embedding in test_quantization.py.

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from forward.gather import NO_ROW, gather_rows
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.gather import NO_ROW, gather_rows
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 

@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forward.gguf_file import (
+from lora.forward.gguf_file import (
     MAX_ARRAY_VALUES,
     MAX_ENTRIES,
     MAX_HEADER_BYTES,
@@ -23,7 +23,7 @@ from forward.gguf_file import (
     GGUFFile,
     part_names,
 )
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 
 TYPES = {

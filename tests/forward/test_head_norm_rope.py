@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forward.head_norm_rope import head_norm_rope
-from forward.rope_frequencies import Rope
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Extent, Tensor
+from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.rope_frequencies import Rope
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Extent, Tensor
 from tests.forward.half_tensors import (
     assert_rounded_once,
     needs_halves,

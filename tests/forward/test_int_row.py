@@ -5,11 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forward.int_row import BLOCK, IntRow, RowNorm, takes_int_row, to_int_row
-from forward.quantization import QUANTIZATIONS
-from forward.weights import FrozenMatrix, MatrixPart
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.int_row import BLOCK, IntRow, RowNorm, takes_int_row, to_int_row
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.weights import FrozenMatrix, MatrixPart
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_matmul_row import EPSILON, normed, numbers
 from tests.kernels import activation, extent_in_use, marked
 

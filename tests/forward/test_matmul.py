@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from backward.matmul import matmul_backward
-from forward.adapter import LoraFactors
-from forward.matmul import BODIES, matmul
-from forward.weights import FrozenMatrix, load_matrix
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward.matmul import matmul_backward
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul import BODIES, matmul
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
 
@@ -144,8 +144,8 @@ def test_split_by_the_largest_binding(
 ) -> None:
     data = random_blocks(Q8_0, 300, 64)
     w = quants.dequantize(data, Q8_0).reshape(300, 64)
-    monkeypatch.setattr("forward.weights.CPU_PART_BYTES", 10_000)
-    monkeypatch.setattr("forward.weights.MAX_PART_BYTES", 10_000)
+    monkeypatch.setattr("lora.forward.weights.CPU_PART_BYTES", 10_000)
+    monkeypatch.setattr("lora.forward.weights.MAX_PART_BYTES", 10_000)
     matrix = load_matrix(device, [tensor_of(Q8_0, data, 64)])
     assert len(matrix.parts) == 5
     check(device, matrix, w, 10, 9, [(0, 100), (104, 300)], 8)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from forward.matmul import BODIES, matmul
-from forward.matmul_tiles import choose_tile
-from forward.weights import load_matrix
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.matmul import BODIES, matmul
+from lora.forward.matmul_tiles import choose_tile
+from lora.forward.weights import load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
@@ -36,8 +36,10 @@ def test_epilogue(
     rng = np.random.default_rng(n_in)
     data = random_blocks(F32, n_out, n_in)
     row_bytes = 4 * n_in
-    monkeypatch.setattr("forward.weights.CPU_PART_BYTES", 64 * row_bytes)  # two parts of 68 rows
-    monkeypatch.setattr("forward.weights.MAX_PART_BYTES", 64 * row_bytes)
+    monkeypatch.setattr(
+        "lora.forward.weights.CPU_PART_BYTES", 64 * row_bytes
+    )  # two parts of 68 rows
+    monkeypatch.setattr("lora.forward.weights.MAX_PART_BYTES", 64 * row_bytes)
     matrix = load_matrix(device, [tensor_of(F32, data, n_in)])
     w = quants.dequantize(data, F32).reshape(n_out, n_in).astype(np.float64)
     x = (4 / np.sqrt(n_in) * rng.normal(size=(rows, n_in))).astype(np.float32)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from forward.adapter import LoraFactors
-from forward.int_row import INT_TYPES, IntRow, to_int_row
-from forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
-from forward.matmul_row import InputNorm, project_row
-from forward.quantization import QUANTIZATIONS
-from forward.weights import FrozenMatrix, load_matrix
-from shaders.device import Device
-from shaders.program import Dispatch, Program
+from lora.forward.adapter import LoraFactors
+from lora.forward.int_row import INT_TYPES, IntRow, to_int_row
+from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
+from lora.forward.matmul_row import InputNorm, project_row
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Dispatch, Program
 from tests.forward.test_int_row import check
 from tests.forward.test_matmul_row import (
     EPSILON,

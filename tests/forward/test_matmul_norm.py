@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-import forward.rmsnorm
-from backward.matmul import matmul_backward
-from backward.rmsnorm import NormBefore, rmsnorm_backward
-from forward.adapter import LoraFactors
-from forward.matmul import matmul
-from forward.matmul_plans import use_source
-from forward.matmul_tiles import TILES, Plan, cut, tiles_of
-from forward.rmsnorm import (
+from lora.backward.matmul import matmul_backward
+from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
+from lora.forward import rmsnorm as forward_rmsnorm
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul import matmul
+from lora.forward.matmul_plans import use_source
+from lora.forward.matmul_tiles import TILES, Plan, cut, tiles_of
+from lora.forward.rmsnorm import (
     GPU_LANES,
     GPU_QUADS,
     MOST_PARTIAL_QUADS,
@@ -26,10 +26,10 @@ from forward.rmsnorm import (
     adds_up,
     rmsnorm,
 )
-from forward.weights import load_matrix
-from shaders.device import Device
-from shaders.program import Dispatch, Program
-from shaders.tensor import Tensor
+from lora.forward.weights import load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Dispatch, Program
+from lora.shaders.tensor import Tensor
 from tests.forward.half_tensors import needs_halves, typed, typed_marked
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import activation, extent_in_use
@@ -207,8 +207,8 @@ def test_the_norms_backward_adds_stretches_up(
 
 def test_with_the_lanes_of_a_gpu(tiled: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the last step of a row is broken."""
-    monkeypatch.setattr(forward.rmsnorm, "CPU_LANES", GPU_LANES)
-    monkeypatch.setattr(forward.rmsnorm, "CPU_QUADS", GPU_QUADS)
+    monkeypatch.setattr(forward_rmsnorm, "CPU_LANES", GPU_LANES)
+    monkeypatch.setattr(forward_rmsnorm, "CPU_QUADS", GPU_QUADS)
     cut_into(tiled, 4)
     case, types = Case(tiled, 288), ("f32", "f32")
     kernels, found = case.forward(types, past_of="product", apart=False)
@@ -226,7 +226,7 @@ def test_otherwise_the_norm_has_a_dispatch_of_its_own(
     cut_into(tiled, 1 if why == "one pass" else 2)
     case, types = Case(tiled, 64, parts=2 if why == "two parts" else 1), ("f32", "f32")
     if why == "wide row":
-        monkeypatch.setattr(forward.rmsnorm, "MOST_PARTIAL_QUADS", 1)
+        monkeypatch.setattr(forward_rmsnorm, "MOST_PARTIAL_QUADS", 1)
     if why == "wide":
         tiled.matmul_body = "wide"
     options = {"biased": why == "bias", "softcap": 5.0 if why == "softcap" else None}
@@ -277,13 +277,13 @@ def test_a_step_is_the_same(
         return Plan(tile, *cut(contraction, 2, tile.depth))
 
     monkeypatch.setattr("lora.session.Device", opened)
-    monkeypatch.setattr("forward.matmul_plans.choose_tile", in_two)
+    monkeypatch.setattr("lora.forward.matmul_plans.choose_tile", in_two)
     model = TINY_MODELS[name]
     model.write_gguf(tmp_path / "model.gguf")
     model.write_adapter(tmp_path / "adapter")
     found, labels = [], []
     for most in (0, MOST_PARTIAL_QUADS):
-        monkeypatch.setattr(forward.rmsnorm, "MOST_PARTIAL_QUADS", most)
+        monkeypatch.setattr(forward_rmsnorm, "MOST_PARTIAL_QUADS", most)
         session = open_session(
             model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
         )

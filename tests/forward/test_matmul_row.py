@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from forward.adapter import LoraFactors
-from forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row, project_row
-from forward.quantization import QUANTIZATIONS
-from forward.weights import FrozenMatrix, load_matrix
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row, project_row
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_quantization import (
     ALL_TYPES,
     dequantized,

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from backward.matmul import matmul_backward
-from forward.adapter import LoraFactors
-from forward.matmul import HALF_CARRY, matmul
-from forward.matmul_plans import use_source
-from forward.matmul_tiles import (
+from lora.backward.matmul import matmul_backward
+from lora.forward.adapter import LoraFactors
+from lora.forward.matmul import HALF_CARRY, matmul
+from lora.forward.matmul_plans import use_source
+from lora.forward.matmul_tiles import (
     HALF_TILES,
     MOST_CANDIDATES,
     TILES,
@@ -25,9 +25,9 @@ from forward.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
-from forward.weights import load_matrix
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.weights import load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.half_tensors import needs_halves
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import MARKER, extent_in_use, run_twice

@@ -13,13 +13,13 @@ import numpy as np
 import pytest
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
 
-from forward.embedding import embedding
-from forward.gguf_file import GGUFFile, GGUFTensor
-from forward.quantization import QUANTIZATIONS
-from forward.weights import FrozenMatrix, load_matrix
-from shaders.device import Device
-from shaders.errors import InputError
-from shaders.program import Program
+from lora.forward.embedding import embedding
+from lora.forward.gguf_file import GGUFFile, GGUFTensor
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.program import Program
 from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 ALL_TYPES = list(QUANTIZATIONS)
@@ -161,10 +161,10 @@ def test_split_by_the_largest_binding(
     row_bytes = 4 * QUANTIZATIONS[kind].row_words(columns)
     tensor = tensor_of(kind, random_blocks(kind, 152, columns), columns)
     with monkeypatch.context() as patch:
-        patch.setattr("forward.weights.CPU_PART_BYTES", 100 * row_bytes)
-        patch.setattr("forward.weights.MAX_PART_BYTES", 100 * row_bytes)
+        patch.setattr("lora.forward.weights.CPU_PART_BYTES", 100 * row_bytes)
+        patch.setattr("lora.forward.weights.MAX_PART_BYTES", 100 * row_bytes)
         # Pieces of an upload that end within parts.
-        patch.setattr("forward.weights.UPLOAD_PIECE", 50 * row_bytes)
+        patch.setattr("lora.forward.weights.UPLOAD_PIECE", 50 * row_bytes)
         matrix = load_matrix(device, [tensor])
     assert [(part.first_row, part.n_rows) for part in matrix.parts] == [
         (0, 64),
@@ -245,7 +245,7 @@ def test_non_finite_numbers_are_refused(
     """In the last block of row 9, in the second of the pieces of an upload."""
     columns = 3 * max(32, QUANTIZATIONS[kind].block_size)
     row_bytes = 4 * QUANTIZATIONS[kind].row_words(columns)
-    monkeypatch.setattr("forward.weights.UPLOAD_PIECE", 6 * row_bytes)
+    monkeypatch.setattr("lora.forward.weights.UPLOAD_PIECE", 6 * row_bytes)
     data = random_blocks(kind, 12, columns)
     end = data.shape[1] - GGML_QUANT_SIZES[kind][1] + offset
     data[9, end : end + len(bits)] = np.frombuffer(bits, np.uint8)

@@ -7,13 +7,13 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from backward.matmul import matmul_backward
-from forward.gguf_file import GGUFFile, GGUFTensor
-from forward.matmul import BODIES, matmul
-from forward.quantization import QUANTIZATIONS
-from forward.weights import load_matrix
-from shaders.device import Device
-from shaders.program import Program
+from lora.backward.matmul import matmul_backward
+from lora.forward.gguf_file import GGUFFile, GGUFTensor
+from lora.forward.matmul import BODIES, matmul
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.weights import load_matrix
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.test_quantization import (
     ALL_TYPES,
     dequantized,

@@ -8,8 +8,8 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from forward.quantization import QUANTIZATIONS
-from forward.requantize import quantize
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.requantize import quantize
 
 SEARCHED = (
     *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"),

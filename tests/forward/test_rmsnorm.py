@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from forward.rmsnorm import rmsnorm
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.rmsnorm import rmsnorm
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.half_tensors import (
     assert_rounded_once,
     needs_halves,

@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 
-from forward.rope import rope
-from forward.rope_frequencies import Rope
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.rope import rope
+from lora.forward.rope_frequencies import Rope
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.kernels import activation, extent_in_use, run_twice
 

@@ -5,7 +5,7 @@ import math
 import numpy as np
 import pytest
 
-from forward.rope_frequencies import LongRope, Rope, Yarn
+from lora.forward.rope_frequencies import LongRope, Rope, Yarn
 
 PLAIN = Rope(10000.0, 16, interleaved=False)
 

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from forward.tokenizer import Tokenizer
 from lora.config import DataConfig
 from lora.data import tokenize_row
-from shaders.errors import InputError
+from lora.forward.tokenizer import Tokenizer
+from lora.shaders.errors import InputError
 from tests.forward.tiny_sentencepiece import spaced_gguf, spaced_metadata
 
 TOKENS: list[str] = spaced_metadata()["tokenizer.ggml.tokens"]

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from forward.sums import sum_into
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.sums import sum_into
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.kernels import activation, extent_in_use, run_twice
 
 

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
-from forward.swiglu import swiglu
-from shaders.device import Device
-from shaders.program import Program
+from lora.forward.swiglu import swiglu
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.forward.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -40,8 +40,8 @@ def test_swiglu(
     device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
     quads: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr("forward.swiglu.CPU_QUADS", quads)
-    monkeypatch.setattr("forward.swiglu.GPU_QUADS", quads)
+    monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
+    monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
     gate_up, _ = make_inputs(rows, width)
     extent = extent_in_use(device, rows, in_use)
     out = marked(device, extent, width)

@@ -11,10 +11,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, normalizers, processors
 
-from forward.gguf_file import GGUFFile
-from forward.pre_tokenizers import PRE_TOKENIZERS
-from forward.tokenizer import Tokenizer
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.pre_tokenizers import PRE_TOKENIZERS
+from lora.forward.tokenizer import Tokenizer
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import tiny_tokenizer_metadata, write_tiny_llama
 from tests.forward.tiny_sentencepiece import spaced_gguf, spaced_metadata
 

@@ -10,18 +10,18 @@ import pytest
 import wgpu
 from gguf import GGMLQuantizationType, quants
 
-from backward.matmul import matmul_backward
-from backward.rmsnorm import NormBefore
-from forward.matmul import matmul
-from forward.matmul_plans import Product, Request, plan_of, requests_of, use_plans, use_source
-from forward.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
-from forward.tuning import fastest, tune
-from forward.weights import FrozenMatrix, load_matrix
-from forward.workbench import Stopwatch, Workbench, kernels_of
-from shaders.device import Device
-from shaders.planning import PlanningDevice
-from shaders.program import Dispatch, Program
-from shaders.tensor import Tensor
+from lora.backward.matmul import matmul_backward
+from lora.backward.rmsnorm import NormBefore
+from lora.forward.matmul import matmul
+from lora.forward.matmul_plans import Product, Request, plan_of, requests_of, use_plans, use_source
+from lora.forward.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
+from lora.forward.tuning import fastest, tune
+from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.forward.workbench import Stopwatch, Workbench, kernels_of
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import Dispatch, Program
+from lora.shaders.tensor import Tensor
 from tests.forward.half_tensors import needs_halves
 from tests.forward.test_quantization import random_blocks, tensor_of
 from tests.kernels import activation, extent_in_use

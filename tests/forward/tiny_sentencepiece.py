@@ -7,7 +7,7 @@ from typing import Any
 
 from gguf import TokenType
 
-from forward.gguf_file import GGUFFile
+from lora.forward.gguf_file import GGUFFile
 from tests.forward.tiny_gguf import write_gguf
 
 _SPECIAL = {

@@ -10,10 +10,10 @@ import gguf
 import numpy as np
 import safetensors.numpy
 
-from forward.adapter import AdapterLayout
-from forward.architecture import Architecture, permute_rows_to_gguf
-from forward.gguf_file import GGUFFile
 from lora.export import Export, export
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import Architecture, permute_rows_to_gguf
+from lora.forward.gguf_file import GGUFFile
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.parity.tiny_model import TinyModel
 

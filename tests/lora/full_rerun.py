@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 
-from forward.head import record_head_input, record_logits
+from lora.forward.head import record_head_input, record_logits
 from lora.programs import last_states, record_forward_only
 from lora.session import TrainingSession
-from shaders.program import Program
+from lora.shaders.program import Program
 
 
 class FullRerun:

@@ -11,17 +11,17 @@ import safetensors
 import safetensors.numpy
 from typer.testing import CliRunner
 
-from forward.adapter import AdapterLayout
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
 from lora.adapters import load_adapter, open_adapter, with_adapter
 from lora.cli import app
 from lora.config import Config
 from lora.export import export
+from lora.forward.adapter import AdapterLayout
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
 from lora.generation import open_generator
 from lora.inspect import gguf_facts
 from lora.session import TrainingSession
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.lora.tiny_run import write_run
 from tests.parity.tiny_models import TINY_MODELS
 from tests.parity.tiny_ours import open_session

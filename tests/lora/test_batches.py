@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from lora.batches import IGNORED, Batch, DataStream, make_batch, sequential_batches
 from lora.data import Example
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 
 def make_examples(lengths: list[int], seed: int = 0) -> list[Example]:

@@ -20,8 +20,8 @@ from lora.config import Config
 from lora.generation import TextGenerator, open_generator
 from lora.sampling import GREEDY, Sampling
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.errors import InputError
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 
 ROOM = 128
@@ -269,7 +269,7 @@ def test_lines_that_are_not_utf_8(generator: TextGenerator) -> None:
 # Lines as `lora chat` reads them: how long each is, in a process of its own.
 READER = """
 from lora.chat import check_is_text, open_terminal
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 read = open_terminal()
 while True:
     try:

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from forward.matmul_plans import Product, Request
-from forward.matmul_tiles import Plan, candidates
 from lora.checkpoint import checkpoints, resume
 from lora.config import load_config
+from lora.forward.matmul_plans import Product, Request
+from lora.forward.matmul_tiles import Plan, candidates
 from lora.run import run_training
 from lora.session import TrainingSession
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
 from lora.tile_cache import TileCache
-from shaders.device import Device
-from shaders.errors import InputError
 from tests.forward.half_tensors import needs_halves
 from tests.lora.test_tile_cache import gpu, second_choices, use_tuner
 from tests.lora.tiny_run import write_run

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from forward.gguf_file import GGUFFile
-from forward.tokenizer import Tokenizer
 from lora.config import load_config
 from lora.data import load_examples
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
 COMMANDS = ROOT / "configs" / "commands"

@@ -9,7 +9,7 @@ import pytest
 import yaml
 
 from lora.config import AdapterConfig, Config, load_config
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.forward import test_adapter
 
 LEAST = "model: {path: m.gguf}\ndata: {train: t.jsonl}\noutput: runs/x\n"

@@ -19,11 +19,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from forward.gguf_file import GGUFFile
-from forward.tokenizer import TokenizedText, Tokenizer
 from lora.config import DataConfig
 from lora.data import DataSummary, Example, load_examples, tokenize_row
-from shaders.errors import InputError
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.tokenizer import TokenizedText, Tokenizer
+from lora.shaders.errors import InputError
 
 CHATML = (
     "{% for message in messages %}"

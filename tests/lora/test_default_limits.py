@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora.session import TrainingSession
-from shaders.device import Device
+from lora.shaders.device import Device
 from tests.parity.tiny_models import TINY_MODELS
 from tests.parity.tiny_ours import gradients, open_session
 

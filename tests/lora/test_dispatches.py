@@ -10,9 +10,9 @@ import pytest
 from benchmarks.sessions import as_examples, random_rows, run_config
 from benchmarks.synthetic import SHAPES, write_model
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.planning import PlanningDevice
-from shaders.program import Dispatch
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import Dispatch
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16"])

@@ -16,7 +16,7 @@ from lora.data import DataSummary, Example
 from lora.eval_command import describe_examples, first_answer
 from lora.metrics import EvalResult
 from lora.session import TrainingSession
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.lora.tiny_run import write_run
 
 # Of 5, 10 and 8 tokens with their ends.

@@ -23,7 +23,7 @@ from lora.export_command import describe, export_command, loss_warning
 from lora.gguf_output import new_file
 from lora.merge import MergedTensor
 from lora.origin import PromptForm
-from shaders.errors import InputError, LoraError
+from lora.shaders.errors import InputError, LoraError
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.lora.export_case import Case, write_faint, write_wide
 from tests.lora.test_stores import REGISTRY, install, layer

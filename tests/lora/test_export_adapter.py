@@ -11,12 +11,12 @@ import pytest
 import safetensors.numpy
 from gguf import GGMLQuantizationType as Type
 
-from forward.architecture import permute_rows_to_gguf
-from forward.gguf_file import GGUFFile
-from forward.requantize import quantize
+from lora.forward.architecture import permute_rows_to_gguf
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.requantize import quantize
 from lora.gguf_adapter import load_gguf_adapter, read_adapter_settings
 from lora.peft_files import load_peft_adapter
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.lora.export_case import CASES, Case, products
 from tests.parity.tiny_models import TINY_MODELS
 

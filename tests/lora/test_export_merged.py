@@ -11,11 +11,11 @@ import pytest
 import safetensors.numpy
 from gguf import GGMLQuantizationType as Type
 
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
 from lora.export import export
 from lora.export_command import describe
-from shaders.errors import InputError, LoraError
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.shaders.errors import InputError, LoraError
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.lora.export_case import CASES, Case, decoded, write_adapter, write_faint, write_wide
 from tests.parity.tiny_models import TINY_MODELS

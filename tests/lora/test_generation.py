@@ -11,14 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
 from lora.config import Config
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
 from lora.generation import Adapter, TextGenerator, open_generator, upload_adapter
 from lora.sampling import GREEDY, Sampler, Sampling
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.errors import InputError
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.lora.full_rerun import FullRerun
 from tests.lora.tiny_run import TYPES

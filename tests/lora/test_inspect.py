@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lora.cli import app
 from lora.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.forward.tiny_gguf import CHATML, write_tiny_llama
 
 

@@ -11,9 +11,9 @@ import wgpu
 from lora.config import Config
 from lora.data import Example
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.errors import DeviceMemoryError, InputError
-from shaders.planning import PlanningDevice
+from lora.shaders.device import Device
+from lora.shaders.errors import DeviceMemoryError, InputError
+from lora.shaders.planning import PlanningDevice
 from tests.forward.tiny_gguf import write_tiny_llama
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import yaml
 
-from forward.gguf_file import GGUFFile
+from lora.forward.gguf_file import GGUFFile
 from lora.origin import PromptForm, origin_of
 from tests.forward.tiny_gguf import write_tiny_llama
 

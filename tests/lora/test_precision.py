@@ -14,9 +14,9 @@ from benchmarks.vs_peft_report import largest_difference
 from lora.config import Config
 from lora.data import Example
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.errors import InputError, LoraError
-from shaders.planning import PlanningDevice
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError, LoraError
+from lora.shaders.planning import PlanningDevice
 from tests.forward.half_tensors import needs_halves
 from tests.forward.tiny_gguf import write_tiny_llama
 from tests.parity.tiny_models import TINY_MODELS

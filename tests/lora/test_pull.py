@@ -11,7 +11,7 @@ import pytest
 
 import lora.pull
 from lora.pull import KNOWN_MODELS, KnownModel, pull
-from shaders.errors import InputError, LoraError
+from lora.shaders.errors import InputError, LoraError
 
 PARTS = [b"first part " * 1000, b"second part"]
 

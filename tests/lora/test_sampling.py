@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from lora import sampling as sampling_module
 from lora.sampling import Sampler, Sampling, candidates
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 
 # No subnormals: llvmpipe leaves its threads flushing them to zero, numpy's comparisons included.
 _LOGIT = st.floats(-30, 30, width=32, allow_subnormal=False)

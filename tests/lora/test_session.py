@@ -11,7 +11,7 @@ from lora import InputError, LoraError, TrainingSession
 from lora.batches import make_batch
 from lora.data import Example
 from lora.generation import TextGenerator
-from shaders.device import Device
+from lora.shaders.device import Device
 from tests.lora.tiny_run import write_run
 
 

@@ -19,9 +19,9 @@ import numpy as np
 import pytest
 
 import lora.stores
-from forward.gguf_file import GGUFFile
+from lora.forward.gguf_file import GGUFFile
+from lora.shaders.errors import InputError
 from lora.stores import OllamaSettings, check_model_name, ollama_settings, resolve_model
-from shaders.errors import InputError
 from tests.forward.tiny_gguf import write_tiny_llama
 
 MODEL = "application/vnd.ollama.image.model"

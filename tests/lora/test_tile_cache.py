@@ -11,12 +11,19 @@ from pathlib import Path
 import pytest
 
 import lora.tile_cache
-from forward.matmul_plans import PlanSource, Product, Request, plan_of, use_source, using_source
-from forward.matmul_tiles import Plan, candidates, choose_tile
-from forward.tuning import TUNING_SECONDS
+from lora.forward.matmul_plans import (
+    PlanSource,
+    Product,
+    Request,
+    plan_of,
+    use_source,
+    using_source,
+)
+from lora.forward.matmul_tiles import Plan, candidates, choose_tile
+from lora.forward.tuning import TUNING_SECONDS
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
 from lora.tile_cache import TileCache, Tuner, cache_folder, find_tiles
-from shaders.device import Device
-from shaders.planning import PlanningDevice
 from tests.forward.test_tuning import planned_requests
 
 

@@ -10,18 +10,18 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
+import lora.shaders.device
 import lora.tune_command
-import shaders.device
-from forward.matmul_plans import Product, Request, requests_of
-from forward.matmul_tiles import Plan, candidates
-from forward.tuning import TUNING_SECONDS
 from lora.config import load_config
+from lora.forward.matmul_plans import Product, Request, requests_of
+from lora.forward.matmul_tiles import Plan, candidates
+from lora.forward.tuning import TUNING_SECONDS
 from lora.session import TrainingSession
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.planning import PlanningDevice
 from lora.tile_cache import TileCache, find_tiles
 from lora.tune_command import tune_command
-from shaders.device import Device
-from shaders.errors import InputError
-from shaders.planning import PlanningDevice
 from tests.lora.tiny_run import write_run
 
 app = typer.Typer()
@@ -61,7 +61,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
         return found
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
-    monkeypatch.setattr(shaders.device, "Device", Card)
+    monkeypatch.setattr(lora.shaders.device, "Device", Card)
     monkeypatch.setattr(lora.tune_command, "tune", tuner)
     monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
     return searches

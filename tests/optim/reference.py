@@ -6,11 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from optim.adamw import adamw, step_words
-from optim.clipping import gradient_norm
-from shaders.device import Device
-from shaders.program import Program
-from shaders.tensor import Tensor
+from lora.optim.adamw import adamw, step_words
+from lora.optim.clipping import gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
 
 BETAS = (0.9, 0.999)
 EPSILON = 1e-8

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optim.adamw import adamw, step_words
-from shaders.device import Device
-from shaders.program import Program
+from lora.optim.adamw import adamw, step_words
+from lora.shaders.device import Device
+from lora.shaders.program import Program
 from tests.optim.reference import (
     BETAS,
     EPSILON,

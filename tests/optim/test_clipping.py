@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from optim.clipping import flat_ranges, gradient_norm
-from shaders.device import Device
-from shaders.program import Dispatch, Program
+from lora.optim.clipping import flat_ranges, gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.program import Dispatch, Program
 from tests.optim.reference import clip_reference, padded, random_slices
 
 

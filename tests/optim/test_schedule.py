@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from optim.schedule import learning_rate, warmup_steps
+from lora.optim.schedule import learning_rate, warmup_steps
 
 SCHEDULES = ("constant", "linear", "cosine")
 

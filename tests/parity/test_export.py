@@ -17,21 +17,21 @@ import pytest
 import safetensors.numpy
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
-from forward.quantization import QUANTIZATIONS
-from forward.requantize import quantize
 from lora.adapted_tensor import adaptable
 from lora.batches import make_batch
 from lora.config import Config
 from lora.data import Example
 from lora.export import Export, export
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.quantization import QUANTIZATIONS
+from lora.forward.requantize import quantize
 from lora.generation import open_generator
 from lora.gguf_output import TensorPlace, padding, write_header
 from lora.programs import record_eval
 from lora.session import TrainingSession
-from shaders.device import Device
-from shaders.errors import InputError
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
 from tests.parity.llama_cpp_logits import LlamaCpp
 from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
 from tests.parity.peft_reference import REAL_MODELS, eval_losses, token_ids

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from shaders.device import Device
+from lora.shaders.device import Device
 from tests.forward.half_tensors import needs_halves
 from tests.parity.ours import run_ours
 from tests.parity.peft_reference import REAL_MODELS, make_adapter

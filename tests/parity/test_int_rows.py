@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora.generation import open_generator
-from shaders.device import Device
+from lora.shaders.device import Device
 
 TEXT = "The capital of France is Paris, and the capital of Germany is"
 

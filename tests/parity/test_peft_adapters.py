@@ -13,15 +13,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forward.architecture import Architecture
-from forward.gguf_file import GGUFFile
 from lora.adapters import open_adapter, with_adapter
 from lora.config import Config
 from lora.data import Example
 from lora.export import export
+from lora.forward.architecture import Architecture
+from lora.forward.gguf_file import GGUFFile
 from lora.generation import open_generator
 from lora.session import TrainingSession
-from shaders.errors import InputError
+from lora.shaders.errors import InputError
 from tests.parity.llama_cpp_logits import LlamaCpp
 from tests.parity.tiny_model import TinyModel
 from tests.parity.tiny_models import TINY_MODELS

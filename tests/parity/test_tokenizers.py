@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from forward.gguf_file import GGUFFile
-from forward.pre_tokenizers import PRE_TOKENIZERS
-from forward.tokenizer import Tokenizer
+from lora.forward.gguf_file import GGUFFile
+from lora.forward.pre_tokenizers import PRE_TOKENIZERS
+from lora.forward.tokenizer import Tokenizer
 from tests.parity.llama_cpp import llama_cpp_ids
 from tests.parity.tiny_tokenizers import (
     SPECIAL_TEXTS,

@@ -19,7 +19,7 @@ import gguf
 import numpy as np
 import safetensors.numpy
 
-from forward.architecture import permute_rows_to_gguf
+from lora.forward.architecture import permute_rows_to_gguf
 from tests.forward.tiny_gguf import tiny_tokenizer_metadata, write_gguf
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from shaders import device as device_module
-from shaders.device import UPLOAD_PIECE, Device, choose_adapter, list_adapters
-from shaders.errors import InputError
-from shaders.templates import render
+from lora.shaders import device as device_module
+from lora.shaders.device import UPLOAD_PIECE, Device, choose_adapter, list_adapters
+from lora.shaders.errors import InputError
+from lora.shaders.templates import render
 
 
 def adapters(*kinds: tuple[str, str]) -> list[SimpleNamespace]:

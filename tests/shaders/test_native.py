@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 import wgpu
 
-from shaders.device import Device
-from shaders.native import encode_dispatches, trusted_shader_module
-from shaders.program import ReadbackRing
+from lora.shaders.device import Device
+from lora.shaders.native import encode_dispatches, trusted_shader_module
+from lora.shaders.program import ReadbackRing
 
 CODE = """
 @group(0) @binding(0) var<storage, read_write> out: array<u32>;
@@ -55,7 +55,7 @@ def test_a_wrong_dispatch_is_an_error_when_the_encoder_finishes(device: Device) 
 def test_results_come_back_without_the_polling_thread(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """That thread, once woken, waits for all that was submitted and keeps others from submitting."""
+    """Once woken, it waits for all that was submitted and keeps others from submitting."""
     poller = device.wgpu._poller
 
     def refuse() -> None:

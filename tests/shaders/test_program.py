@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 
-from forward.gather import gather_rows
-from forward.sums import sum_into
-from shaders.device import Device
-from shaders.program import MAX_WORKGROUPS, Dispatch, Program, ReadbackRing, fold
-from shaders.tensor import Tensor
+from lora.forward.gather import gather_rows
+from lora.forward.sums import sum_into
+from lora.shaders.device import Device
+from lora.shaders.program import MAX_WORKGROUPS, Dispatch, Program, ReadbackRing, fold
+from lora.shaders.tensor import Tensor
 
 
 def ones(device: Device, n: int) -> Tensor:
@@ -109,7 +109,7 @@ def test_time_runs_every_command_once(
     device: Device, monkeypatch: pytest.MonkeyPatch, queries: int
 ) -> None:
     """Copies before, between and after the dispatches too, also where the queries run out."""
-    monkeypatch.setattr("shaders.program._QUERIES", queries)
+    monkeypatch.setattr("lora.shaders.program._QUERIES", queries)
     values, totals, results = ones(device, 100), device.empty((64,)), device.empty((64,))
     device.write(totals, np.full(64, 9.0))
     program = Program(device)
@@ -186,7 +186,7 @@ def test_a_long_program_is_submitted_in_pieces(
         )  # fmt: skip
         program.copy(doubled, x)
     whole = len(program._pieces())
-    monkeypatch.setattr("shaders.program.MAX_SUBMISSION_FLOPS", 15)
+    monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_FLOPS", 15)
     pieces = program._pieces()
     assert whole == 1 and [len(piece) for piece in pieces] == [3, 3]
     device.write(x, np.arange(256, dtype=np.float32).reshape(64, 4))
