@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict
 
 from lora.forward import attention as forward_attention
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
 from lora.forward.attention import activation_like, attention_constants, visible_pairs
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

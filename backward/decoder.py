@@ -12,19 +12,19 @@ from lora.backward.matmul import matmul_backward
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.backward.rope import rope_backward
 from lora.backward.swiglu import swiglu_backward
-from lora.forward.adapter import Factors, LoraFactors
-from lora.forward.decoder import LayerActivations
-from lora.forward.gather import gather_rows
-from lora.forward.head import (
+from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
     record_chunk_loss,
     record_head_input,
     record_totals,
 )
-from lora.forward.inputs import Inputs
-from lora.forward.model import Model
-from lora.forward.weights import FrozenMatrix
+from lora.forward.decoder.layers import LayerActivations
+from lora.forward.gather import gather_rows
+from lora.forward.model.adapter import Factors, LoraFactors
+from lora.forward.model.frozen_model import Model
+from lora.forward.model.inputs import Inputs
+from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

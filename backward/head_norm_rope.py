@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from lora.backward.rope import rope_backward
-from lora.forward.activations import check_shape, extent_of
 from lora.forward.head_norm_rope import (
     check_head_shapes,
     head_constants,
     heads_a_workgroup,
     turns_whole_quads,
 )
+from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

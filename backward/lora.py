@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
-from lora.forward.adapter import LoraFactors
 from lora.forward.lora import Projection, record_projection
+from lora.forward.model.adapter import LoraFactors
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

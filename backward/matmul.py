@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from lora.forward.activations import activation, check_shape, extent_of
-from lora.forward.adapter import LoraFactors
 from lora.forward.matmul import Place, record_product
-from lora.forward.rmsnorm import ProductNorm
-from lora.forward.weights import FrozenMatrix
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix
+from lora.forward.plans.stretches import ProductNorm
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

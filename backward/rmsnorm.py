@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
-from lora.forward.rmsnorm import Stretches, check_stretches, row_lanes
+from lora.forward.plans.stretches import Stretches
+from lora.forward.rmsnorm import check_stretches, row_lanes
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
@@ -21,7 +22,7 @@ class NormBefore:
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """See `lora.forward.rmsnorm.ProductNorm`; a product in stretches is not written."""
+        """See `lora.forward.plans.stretches.ProductNorm`; a product in stretches is not written."""
         rmsnorm_backward(
             program, self.x, self.weight, self.epsilon, product, residual=self.residual,
             out=self.out, stretches=stretches,

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora.forward.activations import activation, check_shape, extent_of
 from lora.forward.swiglu import check_activation, gated_width, lane_constants
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

@@ -35,7 +35,7 @@ from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 from tests.backward.test_attention import attention_backward_reference
-from tests.forward.attention_cases import Shape, attention_reference, segments_of
+from tests.support.attention_cases import Shape, attention_reference, segments_of
 
 SHAPES = {
     "smollm2": Shape(9, 3, 64, 64**-0.5),

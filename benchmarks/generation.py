@@ -41,24 +41,24 @@ import wgpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from lora.forward.activations import extent_of
-from lora.forward.adapter import AdapterLayout
-from lora.forward.architecture import HEAD, Architecture
-from lora.forward.gguf_file import GGUFFile
+from lora.forward.gguf.file import GGUFFile
 from lora.forward.int_row import IntRow, takes_int_row
 from lora.forward.matmul_int_row import IntRowTiling, matmul_int_row
 from lora.forward.matmul_row import InputNorm, RowTiling, matmul_row
-from lora.forward.model import LayerWeights, Model, load_model
-from lora.forward.tokenizer import Tokenizer
-from lora.forward.weights import FrozenMatrix
-from lora.generation import Adapter, TextGenerator
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.architecture import HEAD, Architecture
+from lora.forward.model.frozen_model import LayerWeights, Model, load_model
+from lora.forward.model.weights import FrozenMatrix
+from lora.forward.text.tokenizer import Tokenizer
+from lora.generation.generator import Adapter, TextGenerator
 from lora.optim.clipping import gradient_norm
+from lora.shaders.activations import extent_of
 from lora.shaders.device import Device
 from lora.shaders.native import encode_dispatches
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.tensor import Tensor
-from tests.forward.tiny_gguf import add_value, tiny_tokenizer_metadata
 from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
+from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 RANK, SCALE = 16, 2.0
 BARE, ADAPTED = "bare", f"adapter, r={RANK}"

@@ -30,9 +30,9 @@ from benchmarks.sessions import (
     run_config,
 )
 from benchmarks.synthetic import SHAPES, write_models
-from lora.profiling import kernel_table, measure_peaks
-from lora.session import TrainingSession
 from lora.shaders.errors import InputError
+from lora.training.profiling import kernel_table, measure_peaks
+from lora.training.session import TrainingSession
 
 WARM_UP = 2  # steps: every kernel is compiled, and the clocks are up
 

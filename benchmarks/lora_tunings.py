@@ -29,9 +29,9 @@ from benchmarks.small_kernels import MODELS, random_factors, write_records
 from lora.backward import lora as backward_lora
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.forward import lora as forward_lora
-from lora.forward.adapter import LoraFactors
 from lora.forward.lora import lora_project
-from lora.forward.workbench import KernelList, Stopwatch
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.plans.workbench import KernelList, Stopwatch
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

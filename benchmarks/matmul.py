@@ -6,7 +6,7 @@
 
 A run is a model of benchmarks/synthetic.py and the tokens of a micro-batch; its products are those
 of a layer, adapted with rank 16, and of a chunk of the head, in both directions. For each the plans
-that the model of forward/matmul_tiles.py thinks at most --within times slower than its choice are
+that forward/plans/matmul_tiles.py thinks at most --within times slower than its choice are
 timed in turns (the median counts), and a line says what the model chooses, what the tuner would
 choose among its candidates, and the best of all, with what the first two lose. --output (by
 default $OUT/matmul.json, where OUT is set) gets all timings.
@@ -36,12 +36,13 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.synthetic import SHAPES
 from lora.backward.matmul import matmul_backward
-from lora.forward.adapter import LoraFactors
-from lora.forward.gguf_file import GGUFTensor
-from lora.forward.head import chunk_rows
+from lora.forward.decoder.head import chunk_rows
+from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
-from lora.forward.matmul_plans import Request, requests_of
-from lora.forward.matmul_tiles import (
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.forward.plans.matmul_plans import Request, requests_of
+from lora.forward.plans.matmul_tiles import (
     MULTIPROCESSORS,
     Plan,
     candidates,
@@ -49,9 +50,8 @@ from lora.forward.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
-from lora.forward.tuning import fastest
-from lora.forward.weights import FrozenMatrix, load_matrix
-from lora.forward.workbench import Stopwatch, Workbench, fits, kernels_of
+from lora.forward.plans.tuning import fastest
+from lora.forward.plans.workbench import Stopwatch, Workbench, fits, kernels_of
 from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
 from lora.shaders.program import Program

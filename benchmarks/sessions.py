@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 
 from benchmarks.synthetic import SHAPES
-from lora.config import Config
-from lora.data import Example
-from lora.session import TrainingSession
+from lora.config.schema import Config
+from lora.data.examples import Example
 from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
+from lora.training.session import TrainingSession
 
 RANK, ALPHA = 16, 32.0
 

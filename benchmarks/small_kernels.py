@@ -35,14 +35,14 @@ from lora.backward.head_norm_rope import head_norm_rope_backward
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.rmsnorm import rmsnorm_backward
 from lora.backward.swiglu import swiglu_backward
-from lora.forward.adapter import LoraFactors
 from lora.forward.cross_entropy import cross_entropy
-from lora.forward.head import chunk_rows
+from lora.forward.decoder.head import chunk_rows
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.lora import lora_project
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rmsnorm import rmsnorm
 from lora.forward.rope import rope
-from lora.forward.rope_frequencies import Rope
 from lora.forward.swiglu import swiglu
 from lora.optim.adamw import adamw, step_words
 from lora.optim.clipping import gradient_norm

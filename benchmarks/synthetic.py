@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
-from tests.forward.tiny_gguf import add_value, tiny_tokenizer_metadata
+from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 
 @dataclass(frozen=True)

@@ -39,11 +39,11 @@ from benchmarks.sessions import (
 )
 from benchmarks.synthetic import SHAPES, write_models
 from benchmarks.vs_peft_report import write_curves, write_report
-from lora.forward.architecture import Architecture
-from lora.forward.gguf_file import GGUFFile
-from lora.profiling import kernel_table
-from lora.session import TrainingSession
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.architecture import Architecture
 from lora.shaders.device import Device
+from lora.training.profiling import kernel_table
+from lora.training.session import TrainingSession
 
 LEARNING_RATE = 1e-4
 

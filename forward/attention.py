@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
 
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

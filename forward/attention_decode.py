@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora.forward.activations import activation, check_shape, extent_of
-from lora.forward.architecture import Architecture
 from lora.forward.int_row import BLOCK, IntRow, to_int_row
-from lora.forward.kv_cache import LayerCache
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.kv_cache import LayerCache
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from lora.forward.activations import activation, check_shape
-from lora.forward.weights import FrozenMatrix
+from lora.forward.model.weights import FrozenMatrix
+from lora.shaders.activations import activation, check_shape
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
 

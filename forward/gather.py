@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from lora.forward.activations import activation, check_shape
+from lora.shaders.activations import activation, check_shape
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
-
-NO_ROW = 0xFFFFFFFF  # an index that stands for a row of zeros
 
 
 def gather_rows(

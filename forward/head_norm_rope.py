@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora.forward.activations import activation, check_shape, extent_of
 from lora.forward.rope import rope
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

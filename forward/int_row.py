@@ -11,9 +11,9 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora.forward.activations import check_shape
+from lora.forward.model.weights import FrozenMatrix
 from lora.forward.rmsnorm import row_lanes
-from lora.forward.weights import FrozenMatrix
+from lora.shaders.activations import check_shape
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
@@ -30,7 +30,7 @@ class IntRow:
     """A row v = y ∘ weight, or y itself, as whole numbers.
 
     Attributes:
-        words: u32 [width / 32 · 28]; see shaders/wgsl/int_row_store.wgsl.
+        words: u32 [width / 32 · 28]; see shaders/wgsl/parts/int_row_store.wgsl.
         width: columns of the row, a multiple of 32.
         weight: [width] of the RMSNorm that the row is on its way into, which is in v; None for v =
             y. The product that takes the row divides by the root mean square of y.

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
-from lora.forward.adapter import LoraFactors
+from lora.forward.model.adapter import LoraFactors
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
-from lora.forward.adapter import LoraFactors
-from lora.forward.matmul_plans import Request, plan_of
-from lora.forward.rmsnorm import ProductNorm, Stretches, adds_up
-from lora.forward.weights import FrozenMatrix, MatrixPart
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix, MatrixPart
+from lora.forward.plans.matmul_plans import Request, plan_of
+from lora.forward.plans.stretches import ProductNorm, Stretches
+from lora.forward.rmsnorm import adds_up
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora.forward.activations import activation, check_shape, extent_of
-from lora.forward.adapter import LoraFactors
 from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from lora.forward.matmul import adapted_members
 from lora.forward.matmul_row import check_row_product
-from lora.forward.weights import FrozenMatrix
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora.forward.activations import activation, check_shape, extent_of
-from lora.forward.adapter import LoraFactors
 from lora.forward.matmul import adapted_members
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix
 from lora.forward.swiglu import check_activation
-from lora.forward.weights import FrozenMatrix
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
 
-from lora.forward.activations import activation, check_f32, check_shape, extent_of
+from lora.forward.plans.stretches import Stretches
+from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -30,21 +30,6 @@ def row_lanes(device: Device, width: int) -> int:
     return lanes
 
 
-@dataclass(frozen=True)
-class Stretches:
-    """A product in stretches, which the norm that comes after it adds up.
-
-    Attributes:
-        partial: f32 [splits · maximum rows, width], stretch by stretch.
-        splits: the number of stretches.
-        residual: f32 [rows, width], added to their sum; None for none.
-    """
-
-    partial: Tensor
-    splits: int
-    residual: Tensor | None = None
-
-
 def adds_up(device: Device, width: int, splits: int) -> bool:
     """Whether a norm over rows of `width` columns can take a product in so many stretches."""
     steps = -(-width // (4 * row_lanes(device, width)))
@@ -54,13 +39,6 @@ def adds_up(device: Device, width: int, splits: int) -> bool:
 def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> None:
     """Refuses partial sums of another shape."""
     check_shape(f"{name} stretches", stretches.partial, stretches.splits * rows, width)
-
-
-class ProductNorm(Protocol):
-    """A norm that is recorded together with the product that it is given: see `matmul`."""
-
-    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """Appends the norm of a finished product or, in one dispatch, of one in stretches."""
 
 
 @dataclass(frozen=True)

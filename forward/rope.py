@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora.forward.activations import check_shape, extent_of
+from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora.forward.activations import activation, check_shape, extent_of
+from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

@@ -10,21 +10,21 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lora.config import Config, load_config
-    from lora.metrics import EvalResult, Metrics
-    from lora.run import run_training
-    from lora.session import TrainingSession
+    from lora.config.schema import Config, load_config
     from lora.shaders.errors import InputError, LoraError
+    from lora.training.metrics import EvalResult, Metrics
+    from lora.training.run import run_training
+    from lora.training.session import TrainingSession
 
 _HOMES = {
-    "Config": "lora.config",
-    "EvalResult": "lora.metrics",
+    "Config": "lora.config.schema",
+    "EvalResult": "lora.training.metrics",
     "InputError": "lora.shaders.errors",
     "LoraError": "lora.shaders.errors",
-    "Metrics": "lora.metrics",
-    "TrainingSession": "lora.session",
-    "load_config": "lora.config",
-    "run_training": "lora.run",
+    "Metrics": "lora.training.metrics",
+    "TrainingSession": "lora.training.session",
+    "load_config": "lora.config.schema",
+    "run_training": "lora.training.run",
 }
 
 __all__ = [

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from lora.forward.activations import check_shape
 from lora.optim.clipping import flat_ranges
+from lora.shaders.activations import check_shape
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

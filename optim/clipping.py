@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from lora.forward.activations import check_shape
+from lora.shaders.activations import check_shape
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 

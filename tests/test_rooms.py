@@ -1,49 +1,60 @@
-"""The direction of imports between the rooms."""
-
-import ast
-from pathlib import Path
+"""The direction of imports between rooms and between their wings, without a circle anywhere."""
 
 import pytest
 
-REPOSITORY = Path(__file__).parent.parent
+from tests.support.imports import (
+    ROOMS,
+    circle,
+    home_of,
+    homes_graph,
+    import_graph,
+    imported_names,
+    module_files,
+)
+
+# What a room or wing may import, besides itself; a room without wings stands for its own files.
 MAY_IMPORT = {
-    "shaders": {"shaders"},
-    "forward": {"forward", "shaders"},
-    "backward": {"backward", "forward", "shaders"},
-    "optim": {"optim", "forward", "shaders"},
-    "lora": {"lora", "optim", "backward", "forward", "shaders"},
+    "shaders": set(),
+    "forward/gguf": {"shaders"},
+    "forward/text": {"forward/gguf", "shaders"},
+    "forward/model": {"forward/gguf", "shaders"},
+    "forward/plans": {"shaders"},
+    "forward": {"forward/model", "forward/plans", "shaders"},
+    "forward/decoder": {"forward", "forward/model", "shaders"},
+    "backward": {"forward", "forward/decoder", "forward/model", "forward/plans", "shaders"},
+    "optim": {"shaders"},
 }
-JUDGES = {"torch", "transformers", "peft", "xllamacpp", "accelerate", "tests"}
+_FORWARD = {name for name in MAY_IMPORT if name.startswith("forward")} | {"shaders"}
+_WINGS = ("storage", "config", "data", "adapters", "generation", "export", "training", "commands")
+for _place, _wing in enumerate(_WINGS):
+    MAY_IMPORT[f"lora/{_wing}"] = _FORWARD | {f"lora/{below}" for below in _WINGS[:_place]}
+MAY_IMPORT["lora/export"] -= {"lora/generation"}
+MAY_IMPORT["lora/training"] = MAY_IMPORT["lora/training"] - {"lora/export"} | {"backward", "optim"}
+MAY_IMPORT["lora"] = {name for name in MAY_IMPORT if name.startswith("lora/")} | {"shaders"}
+
+JUDGES = {"torch", "transformers", "peft", "xllamacpp", "accelerate", "tests", "benchmarks"}
 
 
-def imported_modules(path: Path) -> set[str]:
-    """What a file imports, dotted."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: a relative import"
-            found.add(node.module or "")
-    return found
+def test_every_home_has_its_directions() -> None:
+    assert {home_of(module) for module in module_files()} == set(MAY_IMPORT)
 
 
-def room_of(module: str) -> str:
-    """The room of a module of ours: `lora.forward.x` lies in forward/."""
-    parts = module.split(".")
-    return parts[1] if len(parts) > 1 and parts[1] in MAY_IMPORT else parts[0]
+@pytest.mark.parametrize("home", MAY_IMPORT)
+def test_imports_go_downwards(home: str) -> None:
+    assert homes_graph()[home] <= MAY_IMPORT[home]
 
 
-@pytest.mark.parametrize("room", MAY_IMPORT)
-def test_a_room_imports_only_from_rooms_below_it(room: str) -> None:
-    files = list((REPOSITORY / room).rglob("*.py"))
-    assert files
-    for path in files:
-        modules = imported_modules(path)
-        bare = {m for m in modules if m.split(".")[0] in set(MAY_IMPORT) - {"lora"}}
-        assert not bare, f"{path.relative_to(REPOSITORY)} imports {sorted(bare)} without lora."
-        ours = {room_of(m) for m in modules if m.split(".")[0] == "lora"}
-        upwards = ours - MAY_IMPORT[room]
-        assert not upwards, f"{path.relative_to(REPOSITORY)} imports {sorted(upwards)}"
-        judges = {m.split(".")[0] for m in modules} & JUDGES
-        assert not judges, f"{path.relative_to(REPOSITORY)} imports {sorted(judges)}"
+@pytest.mark.parametrize("graph", [import_graph, homes_graph])
+def test_there_is_no_circle(graph: object) -> None:
+    assert callable(graph)
+    assert circle(graph()) == []
+
+
+def test_a_circle_is_found() -> None:
+    assert set(circle({"a": {"b"}, "b": {"c"}, "c": {"a"}})) == {"a", "b", "c"}
+
+
+def test_nothing_imports_a_judge_or_a_room_by_its_bare_name() -> None:
+    for module, path in module_files().items():
+        first = {name.split(".")[0] for name in imported_names(path)}
+        assert not first & (JUDGES | (set(ROOMS) - {"lora"})), module

@@ -18,8 +18,8 @@
 // Sums of up to 32 products are f16, those of all f32.
 {% endif %}
 
-{% import "attention_tiles.wgsl" as tiles with context %}
-{% from "stored.wgsl" import stored %}
+{% import "parts/attention_tiles.wgsl" as tiles with context %}
+{% from "parts/stored.wgsl" import stored %}
 {% set keys = ["qkv", "own", "stop", stride, "k_column"] %}
 {% set values = ["qkv", "own", "stop", stride, "v_column"] %}
 {% set next_keys = ["qkv", "own + pace", "stop", stride, "k_column", "0u"] %}

@@ -22,8 +22,8 @@
 // Sums of up to 32 products are f16, those of all f32; the sums over queries are scaled after them.
 {% endif %}
 
-{% import "attention_tiles.wgsl" as tiles with context %}
-{% from "stored.wgsl" import stored %}
+{% import "parts/attention_tiles.wgsl" as tiles with context %}
+{% from "parts/stored.wgsl" import stored %}
 {% set shared_heads = n_heads // n_kv_heads %}
 {% set out_stride = n_heads * tiles.head %}
 {% set last_chunk = tiles.chunks - 1 %}

@@ -5,7 +5,7 @@
 // (only the columns of k and v are written).
 // One lane a vec4 of d_k or d_v; heads ascend.
 
-{% from "stored.wgsl" import stored %}
+{% from "parts/stored.wgsl" import stored %}
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;

@@ -16,8 +16,8 @@
 {% endif %}
 // dots: eight lanes a row, each sums every eighth vec4; the 8 sums meet in order.
 
-{% import "attention_tiles.wgsl" as tiles with context %}
-{% from "stored.wgsl" import stored %}
+{% import "parts/attention_tiles.wgsl" as tiles with context %}
+{% from "parts/stored.wgsl" import stored %}
 {% set out_stride = n_heads * tiles.head %}
 {% set last_chunk = tiles.chunks - 1 %}
 {% set keys = ["qkv", "own", "stop", stride, "k_column"] %}

@@ -28,7 +28,7 @@ var<workgroup> maxima: array<f32, 64>;
 var<workgroup> weights: array<f32, 64>;
 var<workgroup> sums: array<vec4<f32>, 64>;
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size(lanes)
 fn main(

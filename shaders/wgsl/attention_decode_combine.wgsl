@@ -20,10 +20,10 @@ const lowest = -3.0e38;
 
 var<workgroup> sums: array<vec4<f32>, lanes>;
 
-{% with reduction = "max" %}{% include "row_sum.wgsl" %}{% endwith %}
-{% with reduction = "sum" %}{% include "row_sum.wgsl" %}{% endwith %}
+{% with reduction = "max" %}{% include "parts/row_sum.wgsl" %}{% endwith %}
+{% with reduction = "sum" %}{% include "parts/row_sum.wgsl" %}{% endwith %}
 {% if int_out %}
-{% with int_blocks = n_heads * head_size // 32, int_quads = quads %}{% include "int_row_store.wgsl" %}{% endwith %}
+{% with int_blocks = n_heads * head_size // 32, int_quads = quads %}{% include "parts/int_row_store.wgsl" %}{% endwith %}
 {% endif %}
 
 @compute @workgroup_size(lanes)

@@ -39,8 +39,8 @@ var<workgroup> parts: array<f32, {{ lanes }}>;
 var<workgroup> weights: array<f32, {{ keys }}>;
 var<workgroup> sums: array<vec4<f32>, {{ lanes }}>;
 
-{% with sum_lanes = keys, reduction = "max" %}{% include "row_sum.wgsl" %}{% endwith %}
-{% with sum_lanes = keys, reduction = "sum" %}{% include "row_sum.wgsl" %}{% endwith %}
+{% with sum_lanes = keys, reduction = "max" %}{% include "parts/row_sum.wgsl" %}{% endwith %}
+{% with sum_lanes = keys, reduction = "sum" %}{% include "parts/row_sum.wgsl" %}{% endwith %}
 
 fn put_head(first: u32, quad: u32, value: vec4<f32>) {
 {% for e in range(4) %}

@@ -18,11 +18,11 @@ struct Extent { rows: u32 }
 const lowest = -3.4e38;
 {% set n_quads = (vocab_size + 3) // 4 %}
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 {% set reduction = "max" %}
 {% set sum_type = "vec2<f32>" %}
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 
 fn highest_of(v: vec4<f32>) -> f32 { return max(max(v.x, v.y), max(v.z, v.w)); }
 

@@ -7,7 +7,7 @@
 @group(0) @binding(0) var<storage, read> partial: array<f32>;
 @group(0) @binding(1) var<storage, read_write> state: array<f32>;
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(@builtin(local_invocation_index) lane: u32) {

@@ -10,7 +10,7 @@
 @group(0) @binding({{ 1 + s }}) var<storage, read> gradient_{{ s }}: array<vec4<f32>>;
 {% endfor %}
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(

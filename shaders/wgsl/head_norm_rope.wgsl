@@ -7,12 +7,12 @@
 // {{ sum_lanes }} lanes a row and head, {{ lanes // sum_lanes }} of these a workgroup. A lane holds every {{ sum_lanes }}th quad of columns of each
 // stretch (head_parts.wgsl) and sums them in that order; the lanes' sums meet in row_sum.
 
-{% with output = "y" %}{% include "head_bindings.wgsl" %}{% endwith %}
+{% with output = "y" %}{% include "parts/head_bindings.wgsl" %}{% endwith %}
 
 {% set all_heads = n_heads + 2 * n_kv_heads %}
-{% from "head_parts.wgsl" import registers, take_head, load_head, load_weight, load_angles, turn, store_head with context %}
-{% from "stored.wgsl" import stored %}
-{% include "row_sum.wgsl" %}
+{% from "parts/head_parts.wgsl" import registers, take_head, load_head, load_weight, load_angles, turn, store_head with context %}
+{% from "parts/stored.wgsl" import stored %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(

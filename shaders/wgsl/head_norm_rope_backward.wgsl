@@ -6,13 +6,13 @@
 // [rows], tables [n_positions, half, 2]. Lanes, columns and sums as in head_norm_rope.wgsl, the two
 // sums at once.
 
-{% with output = "d" %}{% include "head_bindings.wgsl" %}{% endwith %}
+{% with output = "d" %}{% include "parts/head_bindings.wgsl" %}{% endwith %}
 
 {% set n_normed = n_heads + n_kv_heads %}
 {% set sum_type = "vec2<f32>" %}
-{% from "head_parts.wgsl" import registers, take_head, load_head, load_weight, load_angles, turn, store_head with context %}
-{% from "stored.wgsl" import stored %}
-{% include "row_sum.wgsl" %}
+{% from "parts/head_parts.wgsl" import registers, take_head, load_head, load_weight, load_angles, turn, store_head with context %}
+{% from "parts/stored.wgsl" import stored %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(

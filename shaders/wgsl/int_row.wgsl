@@ -31,9 +31,9 @@
 const lanes = {{ lanes }}u;
 const quads = {{ quads }}u;
 
-{% with int_blocks = width // 32, int_quads = lanes %}{% include "int_row_store.wgsl" %}{% endwith %}
+{% with int_blocks = width // 32, int_quads = lanes %}{% include "parts/int_row_store.wgsl" %}{% endwith %}
 {% if norm %}
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 {% endif %}
 
 @compute @workgroup_size(lanes)

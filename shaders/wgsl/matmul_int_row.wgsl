@@ -69,15 +69,15 @@ var<workgroup> lane_squares: array<f32, share>;
 var<workgroup> part_squares: array<f32, {{ square_parts }}>;
 {% endif %}
 
-{% include "matmul_int_row_quants.wgsl" %}
-{% from "matmul_int_row_quants.wgsl" import load_block, unpack_eight, halved, zero, minimum with context %}
+{% include "parts/matmul_int_row_quants.wgsl" %}
+{% from "parts/matmul_int_row_quants.wgsl" import load_block, unpack_eight, halved, zero, minimum with context %}
 {% if gate %}
-{% include "activation.wgsl" %}
+{% include "parts/activation.wgsl" %}
 {% else %}
-{% include "matmul_epilogue.wgsl" %}
+{% include "parts/matmul_epilogue.wgsl" %}
 {% endif %}
 {% if int_out %}
-{% with int_blocks = n_columns // 32, int_quads = columns // 4 %}{% include "int_row_store.wgsl" %}{% endwith %}
+{% with int_blocks = n_columns // 32, int_quads = columns // 4 %}{% include "parts/int_row_store.wgsl" %}{% endwith %}
 {% endif %}
 
 // Sums of products with the three digits of v as one number.

@@ -20,7 +20,7 @@ struct Place { x_column: u32, out_column: u32 }
 
 const quads = {{ n_columns // 4 }}u;
 
-{% include "matmul_epilogue.wgsl" %}
+{% include "parts/matmul_epilogue.wgsl" %}
 
 @compute @workgroup_size(64)
 fn main(

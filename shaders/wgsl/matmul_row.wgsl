@@ -55,11 +55,11 @@ const n_columns = {{ n_columns }}u; // of the output
 const row_words = {{ row_words }}u;
 const low_rank_scale = {{ scale }};
 
-{% include "matmul_row_quants.wgsl" %}
+{% include "parts/matmul_row_quants.wgsl" %}
 {% if gate %}
-{% include "activation.wgsl" %}
+{% include "parts/activation.wgsl" %}
 {% else %}
-{% include "matmul_epilogue.wgsl" %}
+{% include "parts/matmul_epilogue.wgsl" %}
 {% endif %}
 
 {% set squares = norm %}

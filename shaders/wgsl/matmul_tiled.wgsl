@@ -18,9 +18,9 @@
 // The tiles hold f16, products and the sums of {{ carry }} steps are f16, those of all steps f32.
 {% endif %}
 
-{% include "matmul_bindings.wgsl" %}
+{% include "parts/matmul_bindings.wgsl" %}
 
-{% from "stored.wgsl" import stored %}
+{% from "parts/stored.wgsl" import stored %}
 {% set tile_type = "f16" if half else "f32" %}
 const tile_rows = {{ tile_rows }}u;
 const tile_columns = {{ tile_columns }}u;

@@ -2,7 +2,7 @@
 // the formula and the bindings). A lane holds {{ lane_rows }} rows × 8 columns of the output in
 // named accumulators; the contraction runs in order, the low-rank part first, then the weight.
 
-{% include "matmul_bindings.wgsl" %}
+{% include "parts/matmul_bindings.wgsl" %}
 
 const lane_rows = {{ lane_rows }}u;
 const column_blocks = {{ (n_columns + 7) // 8 }}u;

@@ -15,7 +15,7 @@
 const lanes = {{ lanes }}u;
 const quads = {{ quads }}u;
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index) lane: u32) {

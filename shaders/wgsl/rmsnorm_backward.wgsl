@@ -27,9 +27,9 @@ struct Extent { rows: u32 }
 {% set quads = width // 4 %}
 {% set steps = (quads + lanes - 1) // lanes %}
 {% set sum_type = "vec2<f32>" %}
-{% from "row_parts.wgsl" import load_row, round_row, store_row %}
-{% from "stored.wgsl" import stored %}
-{% include "row_sum.wgsl" %}
+{% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
+{% from "parts/stored.wgsl" import stored %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(

@@ -8,7 +8,7 @@
 struct Extent { rows: u32 }
 
 {% set type = "vec4<f32>" if unit == 4 else "f32" %}
-{% from "stored.wgsl" import stored %}
+{% from "parts/stored.wgsl" import stored %}
 {% macro as_stored(value) -%}
 {% if unit == 1 and qkv_type == "f16" %}f16({{ value }}){% else %}{{ stored(value, qkv_type) }}{% endif %}
 {%- endmacro %}

@@ -8,7 +8,7 @@ struct Extent { rows: u32 }
 
 const lanes = 64u;
 
-{% include "row_sum.wgsl" %}
+{% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size(lanes)
 fn main(@builtin(local_invocation_index) lane: u32) {

@@ -10,8 +10,8 @@ struct Extent { rows: u32 }
 
 const row_quads = {{ width // 4 }}u; // of y
 
-{% from "stored.wgsl" import stored %}
-{% include "activation.wgsl" %}
+{% from "parts/stored.wgsl" import stored %}
+{% include "parts/activation.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(

@@ -12,7 +12,7 @@ from lora.backward.attention import attention_backward
 from lora.forward.attention import Tile, attention
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.attention_cases import (
+from tests.support.attention_cases import (
     CASES,
     HALF_CASES,
     ON_CPU,
@@ -28,7 +28,7 @@ from tests.forward.attention_cases import (
     split_heads,
     use_tile,
 )
-from tests.forward.half_tensors import needs_halves
+from tests.support.half_tensors import needs_halves
 
 
 def attention_backward_reference(

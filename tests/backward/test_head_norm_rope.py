@@ -7,7 +7,6 @@ from lora.backward.head_norm_rope import head_norm_rope_backward
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from tests.backward.test_rope import rope_backward_reference
-from tests.forward.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.forward.test_head_norm_rope import (
     BASE,
     CASES,
@@ -16,7 +15,8 @@ from tests.forward.test_head_norm_rope import (
     Case,
     head_norm_rope_reference,
 )
-from tests.kernels import central_difference, extent_in_use, run_twice
+from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
+from tests.support.kernels import central_difference, extent_in_use, run_twice
 
 
 def head_norm_rope_backward_reference(

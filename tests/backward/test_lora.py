@@ -10,12 +10,12 @@ import pytest
 
 from lora.backward import lora as backward_lora
 from lora.backward.lora import lora_gradients, lora_project_gradient
-from lora.forward.adapter import LoraFactors
 from lora.forward.lora import GPU_TUNINGS, Tuning, lora_project
+from lora.forward.model.adapter import LoraFactors
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
-from tests.forward.half_tensors import needs_halves
+from tests.support.half_tensors import needs_halves
 
 SCALE = 1.7
 UNTOUCHED = -7.0

@@ -6,15 +6,22 @@ import pytest
 from lora.backward.rmsnorm import rmsnorm_backward
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.half_tensors import (
+from tests.forward.test_rmsnorm import rmsnorm_reference
+from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
     rounded,
     typed,
     typed_marked,
 )
-from tests.forward.test_rmsnorm import rmsnorm_reference
-from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+from tests.support.kernels import (
+    MARKER,
+    activation,
+    central_difference,
+    extent_in_use,
+    marked,
+    run_twice,
+)
 
 EPSILON = 1e-5
 

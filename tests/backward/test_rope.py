@@ -4,12 +4,12 @@ import numpy as np
 import pytest
 
 from lora.backward.rope import rope_backward
+from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
-from lora.forward.rope_frequencies import Rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from tests.forward.test_rope import SHAPES, rope_reference
-from tests.kernels import activation, central_difference, extent_in_use, run_twice
+from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
 
 BASE = 10000.0
 

@@ -20,9 +20,9 @@ from benchmarks.vs_peft_report import (
     memory_lines,
     write_report,
 )
-from lora.session import TrainingSession
 from lora.shaders.device import Device
-from tests.forward.half_tensors import needs_halves
+from lora.training.session import TrainingSession
+from tests.support.half_tensors import needs_halves
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import pytest
 from lora.forward.argmax import argmax
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.kernels import activation, extent_in_use
+from tests.support.kernels import activation, extent_in_use
 
 
 @pytest.mark.parametrize(("length", "width"), [(1, 4), (255, 256), (257, 260), (3000, 3004)])

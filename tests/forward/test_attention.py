@@ -11,7 +11,7 @@ import pytest
 from lora.forward.attention import GPU_TILES, Tile, attention, choose_tile
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.attention_cases import (
+from tests.support.attention_cases import (
     CASES,
     HALF_CASES,
     ON_CPU,
@@ -25,7 +25,7 @@ from tests.forward.attention_cases import (
     segments_on,
     use_tile,
 )
-from tests.forward.half_tensors import needs_halves
+from tests.support.half_tensors import needs_halves
 
 
 def run_attention(

@@ -13,11 +13,11 @@ from lora.forward.attention_decode import (
     attention_decode_row,
 )
 from lora.forward.int_row import IntRow
-from lora.forward.kv_cache import LayerCache, store_keys_values
+from lora.forward.model.kv_cache import LayerCache, store_keys_values
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from tests.forward.test_int_row import check
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 EPSILON = 1e-5  # of the norm of heads
 

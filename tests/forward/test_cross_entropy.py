@@ -7,7 +7,7 @@ from lora.forward.cross_entropy import cross_entropy
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
-from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked
+from tests.support.kernels import MARKER, activation, central_difference, extent_in_use, marked
 
 
 def losses_reference(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:

@@ -8,12 +8,12 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lora.forward.embedding import embedding
-from lora.forward.gguf_file import GGUFTensor
-from lora.forward.quantization import QUANTIZATIONS
-from lora.forward.weights import FrozenMatrix, MatrixPart, load_matrix
+from lora.forward.gguf.file import GGUFTensor
+from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.model.weights import FrozenMatrix, MatrixPart, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 # gguf writes these itself; the others are decoded through the embedding in test_quantization.py.
 TYPES = [

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
-from lora.forward.gather import NO_ROW, gather_rows
+from lora.forward.gather import gather_rows
+from lora.forward.model.inputs import NO_ROW
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 
 @pytest.mark.parametrize(

@@ -9,19 +9,19 @@ import numpy as np
 import pytest
 
 from lora.forward.head_norm_rope import head_norm_rope
-from lora.forward.rope_frequencies import Rope
+from lora.forward.model.rope_frequencies import Rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
-from tests.forward.half_tensors import (
+from tests.forward.test_rope import rope_reference
+from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
     rounded,
     typed,
     typed_marked,
 )
-from tests.forward.test_rope import rope_reference
-from tests.kernels import MARKER, activation, extent_in_use, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, run_twice
 
 EPSILON, BASE, N_POSITIONS = 1e-6, 10000.0, 5000
 

@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import BLOCK, IntRow, RowNorm, takes_int_row, to_int_row
-from lora.forward.quantization import QUANTIZATIONS
-from lora.forward.weights import FrozenMatrix, MatrixPart
+from lora.forward.model.weights import FrozenMatrix, MatrixPart
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from tests.forward.test_matmul_row import EPSILON, normed, numbers
-from tests.kernels import activation, extent_in_use, marked
+from tests.support.kernels import activation, extent_in_use, marked
 
 
 def decoded(words: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:

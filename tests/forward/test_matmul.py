@@ -7,13 +7,20 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lora.backward.matmul import matmul_backward
-from lora.forward.adapter import LoraFactors
 from lora.forward.matmul import BODIES, matmul
-from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_quantization import random_blocks, tensor_of
-from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+from tests.forward.gguf.test_quantization import random_blocks, tensor_of
+from tests.support.kernels import (
+    MARKER,
+    activation,
+    central_difference,
+    extent_in_use,
+    marked,
+    run_twice,
+)
 
 F32, F16, Q4_1, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "Q4_1", "Q8_0"))
 
@@ -144,8 +151,8 @@ def test_split_by_the_largest_binding(
 ) -> None:
     data = random_blocks(Q8_0, 300, 64)
     w = quants.dequantize(data, Q8_0).reshape(300, 64)
-    monkeypatch.setattr("lora.forward.weights.CPU_PART_BYTES", 10_000)
-    monkeypatch.setattr("lora.forward.weights.MAX_PART_BYTES", 10_000)
+    monkeypatch.setattr("lora.forward.model.weights.CPU_PART_BYTES", 10_000)
+    monkeypatch.setattr("lora.forward.model.weights.MAX_PART_BYTES", 10_000)
     matrix = load_matrix(device, [tensor_of(Q8_0, data, 64)])
     assert len(matrix.parts) == 5
     check(device, matrix, w, 10, 9, [(0, 100), (104, 300)], 8)

@@ -7,12 +7,12 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lora.forward.matmul import BODIES, matmul
-from lora.forward.matmul_tiles import choose_tile
-from lora.forward.weights import load_matrix
+from lora.forward.model.weights import load_matrix
+from lora.forward.plans.matmul_tiles import choose_tile
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_quantization import random_blocks, tensor_of
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.forward.gguf.test_quantization import random_blocks, tensor_of
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 F32 = GGMLQuantizationType.F32
 
@@ -37,9 +37,9 @@ def test_epilogue(
     data = random_blocks(F32, n_out, n_in)
     row_bytes = 4 * n_in
     monkeypatch.setattr(
-        "lora.forward.weights.CPU_PART_BYTES", 64 * row_bytes
+        "lora.forward.model.weights.CPU_PART_BYTES", 64 * row_bytes
     )  # two parts of 68 rows
-    monkeypatch.setattr("lora.forward.weights.MAX_PART_BYTES", 64 * row_bytes)
+    monkeypatch.setattr("lora.forward.model.weights.MAX_PART_BYTES", 64 * row_bytes)
     matrix = load_matrix(device, [tensor_of(F32, data, n_in)])
     w = quants.dequantize(data, F32).reshape(n_out, n_in).astype(np.float64)
     x = (4 / np.sqrt(n_in) * rng.normal(size=(rows, n_in))).astype(np.float32)

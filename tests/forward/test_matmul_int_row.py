@@ -8,14 +8,15 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from lora.forward.adapter import LoraFactors
+from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import INT_TYPES, IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
 from lora.forward.matmul_row import InputNorm, project_row
-from lora.forward.quantization import QUANTIZATIONS
-from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
+from tests.forward.gguf.test_quantization import dequantized, random_blocks, tensor_of, type_name
 from tests.forward.test_int_row import check
 from tests.forward.test_matmul_row import (
     EPSILON,
@@ -26,8 +27,7 @@ from tests.forward.test_matmul_row import (
     numbers,
     random_matrix,
 )
-from tests.forward.test_quantization import dequantized, random_blocks, tensor_of, type_name
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.name in INT_TYPES]
 

@@ -13,10 +13,11 @@ from gguf import GGMLQuantizationType
 from lora.backward.matmul import matmul_backward
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.forward import rmsnorm as forward_rmsnorm
-from lora.forward.adapter import LoraFactors
 from lora.forward.matmul import matmul
-from lora.forward.matmul_plans import use_source
-from lora.forward.matmul_tiles import TILES, Plan, cut, tiles_of
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import load_matrix
+from lora.forward.plans.matmul_plans import use_source
+from lora.forward.plans.matmul_tiles import TILES, Plan, cut, tiles_of
 from lora.forward.rmsnorm import (
     GPU_LANES,
     GPU_QUADS,
@@ -26,15 +27,14 @@ from lora.forward.rmsnorm import (
     adds_up,
     rmsnorm,
 )
-from lora.forward.weights import load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.tensor import Tensor
-from tests.forward.half_tensors import needs_halves, typed, typed_marked
-from tests.forward.test_quantization import random_blocks, tensor_of
-from tests.kernels import activation, extent_in_use
-from tests.parity.tiny_models import TINY_MODELS
-from tests.parity.tiny_ours import gradients, open_session
+from tests.forward.gguf.test_quantization import random_blocks, tensor_of
+from tests.support.half_tensors import needs_halves, typed, typed_marked
+from tests.support.kernels import activation, extent_in_use
+from tests.support.tiny_models import TINY_MODELS
+from tests.support.tiny_ours import gradients, open_session
 
 Q4_1, Q8_0 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0
 ROWS, IN_USE, N_OTHER, RANK = 67, 66, 224, 4
@@ -276,8 +276,8 @@ def test_a_step_is_the_same(
         tile = tiles_of(half)[1]
         return Plan(tile, *cut(contraction, 2, tile.depth))
 
-    monkeypatch.setattr("lora.session.Device", opened)
-    monkeypatch.setattr("lora.forward.matmul_plans.choose_tile", in_two)
+    monkeypatch.setattr("lora.training.session.Device", opened)
+    monkeypatch.setattr("lora.forward.plans.matmul_plans.choose_tile", in_two)
     model = TINY_MODELS[name]
     model.write_gguf(tmp_path / "model.gguf")
     model.write_adapter(tmp_path / "adapter")

@@ -8,20 +8,20 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from lora.forward.adapter import LoraFactors
+from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row, project_row
-from lora.forward.quantization import QUANTIZATIONS
-from lora.forward.weights import FrozenMatrix, load_matrix
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_quantization import (
+from tests.forward.gguf.test_quantization import (
     ALL_TYPES,
     dequantized,
     random_blocks,
     tensor_of,
     type_name,
 )
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 EPSILON = 1e-5
 

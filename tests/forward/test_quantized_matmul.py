@@ -8,13 +8,13 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from lora.backward.matmul import matmul_backward
-from lora.forward.gguf_file import GGUFFile, GGUFTensor
+from lora.forward.gguf.file import GGUFFile, GGUFTensor
+from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul import BODIES, matmul
-from lora.forward.quantization import QUANTIZATIONS
-from lora.forward.weights import load_matrix
+from lora.forward.model.weights import load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_quantization import (
+from tests.forward.gguf.test_quantization import (
     ALL_TYPES,
     dequantized,
     first_rows,
@@ -22,7 +22,14 @@ from tests.forward.test_quantization import (
     tensor_of,
     type_name,
 )
-from tests.kernels import MARKER, activation, central_difference, extent_in_use, marked, run_twice
+from tests.support.kernels import (
+    MARKER,
+    activation,
+    central_difference,
+    extent_in_use,
+    marked,
+    run_twice,
+)
 
 
 @pytest.fixture(params=BODIES)

@@ -6,14 +6,14 @@ import pytest
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.half_tensors import (
+from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
     rounded,
     typed,
     typed_marked,
 )
-from tests.kernels import MARKER, activation, extent_in_use, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, run_twice
 
 
 def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:

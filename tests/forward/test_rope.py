@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
-from lora.forward.rope_frequencies import Rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.half_tensors import assert_rounded_once, needs_halves, rounded, typed
-from tests.kernels import activation, extent_in_use, run_twice
+from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
+from tests.support.kernels import activation, extent_in_use, run_twice
 
 # rows, in use, rotated heads, head size, rotated columns of a head, width; what is wider than the
 # rotated heads stands for v.

@@ -6,7 +6,7 @@ import pytest
 from lora.forward.sums import sum_into
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.kernels import activation, extent_in_use, run_twice
+from tests.support.kernels import activation, extent_in_use, run_twice
 
 
 @pytest.mark.parametrize(

@@ -6,14 +6,14 @@ import pytest
 from lora.forward.swiglu import swiglu
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.half_tensors import (
+from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
     rounded,
     typed,
     typed_marked,
 )
-from tests.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 ACTIVATIONS = ["silu", "gelu_tanh"]
 SHAPES = [(1, 1, 4), (3, 2, 36), (67, 67, 100), (130, 129, 576)]

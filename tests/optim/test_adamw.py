@@ -8,7 +8,7 @@ import pytest
 from lora.optim.adamw import adamw, step_words
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.optim.reference import (
+from tests.support.optim_reference import (
     BETAS,
     EPSILON,
     AdamWReference,

@@ -8,7 +8,7 @@ import pytest
 from lora.optim.clipping import flat_ranges, gradient_norm
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
-from tests.optim.reference import clip_reference, padded, random_slices
+from tests.support.optim_reference import clip_reference, padded, random_slices
 
 
 def run(

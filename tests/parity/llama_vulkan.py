@@ -73,7 +73,9 @@ def library_folder() -> Path:
     Raises:
         NoLlamaVulkan: neither is possible.
     """
-    from lora.tile_cache import cache_folder  # the process that answers needs no package of ours
+    from lora.storage.tile_cache import (
+        cache_folder,  # the process that answers needs no package of ours
+    )
 
     named = os.environ.get(FOLDER_VARIABLE)
     if named:

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from lora.batches import make_batch
-from lora.config import Config
-from lora.data import Example
-from lora.session import TrainingSession
+from lora.config.schema import Config
+from lora.data.batches import make_batch
+from lora.data.examples import Example
+from lora.training.session import TrainingSession
 from tests.parity.peft_reference import (
     ALPHA,
     BETAS,

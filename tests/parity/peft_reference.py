@@ -118,8 +118,8 @@ def make_adapter(model: RealModel, directory: Path, seed: int = 0) -> dict[str, 
 
 def token_ids(model_path: Path) -> dict[str, list[list[int]]]:
     """The texts as ids, by the GGUF's own tokenizer (transformers drops its digit splitting)."""
-    from lora.forward.gguf_file import GGUFFile
-    from lora.forward.tokenizer import Tokenizer
+    from lora.forward.gguf.file import GGUFFile
+    from lora.forward.text.tokenizer import Tokenizer
 
     tokenizer = Tokenizer.from_gguf(GGUFFile(model_path))
     return {split: [tokenizer.encode(t).ids for t in texts] for split, texts in TEXTS.items()}

@@ -59,7 +59,7 @@ def load_record() -> dict[str, Recorded]:
 
 def main() -> None:
     from tests.parity.tiny_judge import judge
-    from tests.parity.tiny_models import TINY_MODELS
+    from tests.support.tiny_models import TINY_MODELS
 
     arrays = {}
     for name, model in TINY_MODELS.items():

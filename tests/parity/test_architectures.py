@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora.session import TrainingSession
-from tests.parity.tiny_model import TinyModel
-from tests.parity.tiny_models import TINY_MODELS
-from tests.parity.tiny_ours import gradients, logits, open_session
+from lora.training.session import TrainingSession
+from tests.support.tiny_model import TinyModel
+from tests.support.tiny_models import TINY_MODELS
+from tests.support.tiny_ours import gradients, logits, open_session
 
 pytestmark = pytest.mark.parity
 

@@ -17,25 +17,25 @@ import pytest
 import safetensors.numpy
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from lora.adapted_tensor import adaptable
-from lora.batches import make_batch
-from lora.config import Config
-from lora.data import Example
-from lora.export import Export, export
-from lora.forward.architecture import Architecture
-from lora.forward.gguf_file import GGUFFile
-from lora.forward.quantization import QUANTIZATIONS
-from lora.forward.requantize import quantize
-from lora.generation import open_generator
-from lora.gguf_output import TensorPlace, padding, write_header
-from lora.programs import record_eval
-from lora.session import TrainingSession
+from lora.adapters.adapted_tensor import adaptable
+from lora.config.schema import Config
+from lora.data.batches import make_batch
+from lora.data.examples import Example
+from lora.export.to_gguf import Export, export
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.gguf.requantize import quantize
+from lora.forward.model.architecture import Architecture
+from lora.generation.generator import open_generator
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
+from lora.storage.gguf_output import TensorPlace, padding, write_header
+from lora.training.programs import record_eval
+from lora.training.session import TrainingSession
 from tests.parity.llama_cpp_logits import LlamaCpp
 from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
 from tests.parity.peft_reference import REAL_MODELS, eval_losses, token_ids
-from tests.parity.tiny_models import TINY_MODELS
+from tests.support.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.parity
 

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from lora.config import Config
-from lora.data import Example
-from lora.session import TrainingSession
+from lora.config.schema import Config
+from lora.data.examples import Example
+from lora.training.session import TrainingSession
 from tests.parity.peft_reference import load_peft_model
-from tests.parity.tiny_ours import gradients
+from tests.support.tiny_ours import gradients
 
 pytestmark = pytest.mark.parity
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora.generation import open_generator
+from lora.generation.generator import open_generator
 from lora.shaders.device import Device
 
 TEXT = "The capital of France is Paris, and the capital of Germany is"

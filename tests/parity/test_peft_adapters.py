@@ -13,18 +13,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora.adapters import open_adapter, with_adapter
-from lora.config import Config
-from lora.data import Example
-from lora.export import export
-from lora.forward.architecture import Architecture
-from lora.forward.gguf_file import GGUFFile
-from lora.generation import open_generator
-from lora.session import TrainingSession
+from lora.adapters.files import open_adapter, with_adapter
+from lora.config.schema import Config
+from lora.data.examples import Example
+from lora.export.to_gguf import export
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.architecture import Architecture
+from lora.generation.generator import open_generator
 from lora.shaders.errors import InputError
+from lora.training.session import TrainingSession
 from tests.parity.llama_cpp_logits import LlamaCpp
-from tests.parity.tiny_model import TinyModel
-from tests.parity.tiny_models import TINY_MODELS
+from tests.support.tiny_model import TinyModel
+from tests.support.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.parity
 
@@ -111,7 +111,7 @@ def test_padding_stays_zero_in_training(tmp_path: Path) -> None:
     from peft import PeftModel
 
     from tests.parity.tiny_judge import build, logits
-    from tests.parity.tiny_ours import logits as our_logits
+    from tests.support.tiny_ours import logits as our_logits
 
     model = TINY_MODELS["llama"]
     made = Made(model, tmp_path, **PATTERNS)

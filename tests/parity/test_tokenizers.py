@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from lora.forward.gguf_file import GGUFFile
-from lora.forward.pre_tokenizers import PRE_TOKENIZERS
-from lora.forward.tokenizer import Tokenizer
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.text.pre_tokenizers import PRE_TOKENIZERS
+from lora.forward.text.tokenizer import Tokenizer
 from tests.parity.llama_cpp import llama_cpp_ids
 from tests.parity.tiny_tokenizers import (
     SPECIAL_TEXTS,
@@ -35,7 +35,7 @@ REAL = {
     ),
     "gemma-3-270m-q4_k_m.gguf": (*GEMMA_TEXTS, "</h1>", "<0x0A>", "\n\n\n", "<unk>"),
 }
-# Words are cut at marks and capitals differently, see forward/pre_tokenizers.py.
+# Words are cut at marks and capitals differently, see forward/text/pre_tokenizers.py.
 WORDS_BY_CASE = ("gpt-4o", "llama4", "kanana2", "minimax-m2", "tekken")
 
 

@@ -13,7 +13,7 @@ import xllamacpp
 from peft import PeftModel
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from tests.parity.tiny_model import TinyModel
+from tests.support.tiny_model import TinyModel
 
 torch.set_num_threads(1)
 

@@ -1,0 +1,4 @@
+"""GGUF files: metadata, tensors, and how each tensor type lies in the file and on the device.
+
+Imports shaders.
+"""

@@ -1,0 +1,88 @@
+"""A GGUF's metadata under its architecture's prefix, each value checked as it is read."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from lora.forward.gguf.file import GGUFFile, shortened
+from lora.shaders.errors import InputError
+
+
+class Metadata:
+    """Reads keys such as `llama.block_count` by what follows the architecture's name.
+
+    Attributes:
+        path: of the file, for messages.
+        name: general.architecture.
+        values: all metadata of the file.
+    """
+
+    def __init__(self, gguf_file: GGUFFile) -> None:
+        self.path = gguf_file.path
+        self.values = gguf_file.metadata
+        self.name = str(self.values.get("general.architecture"))
+
+    def get(self, key: str, default: Any = None) -> Any:
+        """The value as it is, or the default where the file has none."""
+        return self.values.get(f"{self.name}.{key}", default)
+
+    def size(self, key: str, default: int | None = None, *, multiple_of: int = 1) -> int:
+        """A whole number above 0; a list of equal numbers (one a layer) counts as one.
+
+        Raises:
+            InputError: it is missing and has no default, or is something else.
+        """
+        value = self._required(key, default)
+        if isinstance(value, list) and value and all(item == value[0] for item in value):
+            value = value[0]
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise InputError(
+                f"{self.path}: {self.name}.{key} is {shortened(value)}; one whole number above "
+                "0 is supported."
+            )
+        if value % multiple_of:
+            raise InputError(
+                f"{self.path}: {self.name}.{key} is {value}; supported are multiples of "
+                f"{multiple_of}."
+            )
+        return value
+
+    def positive_number(self, key: str, default: float | None = None) -> float:
+        """A finite number above 0.
+
+        Raises:
+            InputError: it is missing and has no default, or is something else.
+        """
+        value = self._required(key, default)
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not math.isfinite(value) or value <= 0:
+            raise InputError(
+                f"{self.path}: {self.name}.{key} is {shortened(value)}; a number above 0 is "
+                "expected."
+            )
+        return float(value)
+
+    def optional_number(self, key: str, default: float = 0.0) -> float | None:
+        """A finite number above 0, or None where it is 0: an option that is switched off."""
+        value = self.get(key, default)
+        return None if value == 0 else self.positive_number(key, default)
+
+    def require(self, key: str, *neutral: Any) -> None:
+        """Refuses a key that says anything but one of these, or is absent.
+
+        Raises:
+            InputError: it says something else, which nothing here would do.
+        """
+        value = self.get(key, neutral[0])
+        if value not in neutral:
+            raise InputError(
+                f"{self.path}: {self.name}.{key} is {shortened(value)}, which is not supported; "
+                f"supported is {' or '.join(map(repr, neutral))}."
+            )
+
+    def _required(self, key: str, default: Any) -> Any:
+        value = self.get(key, default)
+        if value is None:
+            raise InputError(f"{self.path} lacks the metadata key {self.name}.{key}.")
+        return value

@@ -1,0 +1,119 @@
+"""What a micro-batch brings: tokens, positions, segments, targets, in buffers of fixed place."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora.shaders.device import Device
+from lora.shaders.tensor import Extent, Tensor
+
+NO_ROW = 0xFFFFFFFF  # an index that stands for a row of zeros
+CHUNK_ALIGNMENT = 64  # rows: labels and losses of a chunk begin on 256 bytes
+
+
+@dataclass(frozen=True)
+class LongExamples:
+    """Examples that take LongRoPE's long divisors: the second half of the tables.
+
+    Each example decides for itself, as transformers does with one row in a batch.
+    """
+
+    longer_than: int  # tokens
+    first_position: int  # in the tables
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Device buffers for up to `rows.maximum` tokens, written before each replay.
+
+    There is no batch dimension: the examples of a micro-batch lie end to end, without padding
+    between them, and attention is kept apart by `segments`. Rows with a target are listed
+    compactly, so that the head works on those only, in chunks.
+    """
+
+    rows: Extent
+    tokens: Tensor  # u32 [rows]
+    positions: Tensor  # u32 [rows], within each example; see LongExamples
+    segments: Tensor  # u32 [rows, 2]: first row and end (exclusive) of the row's example
+    targets: Extent  # rows that have a target
+    target_rows: Tensor  # u32 [targets]: their rows
+    target_slots: Tensor  # u32 [rows]: the inverse; NO_ROW without a target
+    labels: Tensor  # u32 [targets]
+    chunks: tuple[tuple[int, int, Extent], ...]  # of the targets: start, stop, extent
+    long_examples: LongExamples | None
+
+    @classmethod
+    def allocate(
+        cls,
+        device: Device,
+        maximum_rows: int,
+        maximum_targets: int,
+        chunk_rows: int,
+        long_examples: LongExamples | None = None,
+    ) -> Inputs:
+        """Buffers for micro-batches of at most `maximum_rows` tokens.
+
+        Args:
+            maximum_targets: rows of these that may have a target.
+            chunk_rows: target rows whose logits exist at one time; a multiple of 64.
+            long_examples: of the model.
+        """
+        padded = -(-maximum_targets // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
+        rows, targets = device.extent(maximum_rows), device.extent(padded)
+        chunks = []
+        for start in range(0, padded, chunk_rows):
+            stop = min(start + chunk_rows, padded)
+            chunks.append((start, stop, device.extent(stop - start)))
+
+        def integers(extent: Extent, *shape: int) -> Tensor:
+            return device.empty((extent.maximum, *shape), "u32", purpose="inputs", extent=extent)
+
+        return cls(
+            rows=rows,
+            tokens=integers(rows),
+            positions=integers(rows),
+            segments=integers(rows, 2),
+            targets=targets,
+            target_rows=integers(targets),
+            target_slots=integers(rows),
+            labels=integers(targets),
+            chunks=tuple(chunks),
+            long_examples=long_examples,
+        )
+
+    def write(
+        self,
+        device: Device,
+        token_ids: np.ndarray,
+        positions: np.ndarray,
+        segment_start: np.ndarray,
+        segment_end: np.ndarray,
+        targets: np.ndarray,
+    ) -> int:
+        """Writes one micro-batch and sets the extents; returns the number of targets.
+
+        Args:
+            token_ids, positions, segment_start, segment_end: integers [n].
+            targets: [n], the next token where it is trained, else negative.
+        """
+        n = len(token_ids)
+        if self.long_examples is not None:
+            long = segment_end - segment_start > self.long_examples.longer_than
+            positions = positions + long * self.long_examples.first_position
+        (target_rows,) = np.nonzero(targets >= 0)
+        slots = np.full(n, NO_ROW, np.uint32)
+        slots[target_rows] = np.arange(len(target_rows), dtype=np.uint32)
+        device.set_rows(self.rows, n)
+        device.write_rows(self.tokens, 0, token_ids)
+        device.write_rows(self.positions, 0, positions)
+        device.write_rows(self.segments, 0, np.stack([segment_start, segment_end], axis=1))
+        device.write_rows(self.target_slots, 0, slots)
+        device.set_rows(self.targets, len(target_rows))
+        if len(target_rows):
+            device.write_rows(self.target_rows, 0, target_rows)
+            device.write_rows(self.labels, 0, targets[target_rows])
+        for start, stop, extent in self.chunks:
+            device.set_rows(extent, min(max(len(target_rows) - start, 0), stop - start))
+        return len(target_rows)

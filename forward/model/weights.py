@@ -1,0 +1,137 @@
+"""Frozen matrices on the device: quantized, stacked by their input, split where large."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora.forward.gguf.file import GGUFTensor
+from lora.forward.gguf.quantization import QUANTIZATIONS, Quantization
+from lora.shaders.device import UPLOAD_PIECE, Device
+from lora.shaders.errors import InputError
+from lora.shaders.tensor import Tensor
+
+# On an adapter that runs on the CPU a part and its share of the activations stay in the cache
+# while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
+CPU_PART_BYTES = 2 << 20
+MAX_PART_BYTES = 1 << 30
+
+
+@dataclass(frozen=True)
+class MatrixPart:
+    """Some rows of a frozen matrix, of one tensor type, in one binding.
+
+    Attributes:
+        quantization: how `words` are to be decoded.
+        words: u32 [n_rows, words a row].
+        first_row: the row of the whole matrix (column of the output) where it begins.
+    """
+
+    quantization: Quantization
+    words: Tensor
+    first_row: int
+
+    @property
+    def n_rows(self) -> int:
+        """Rows it holds."""
+        return self.words.shape[0]
+
+
+@dataclass(frozen=True)
+class FrozenMatrix:
+    """A matrix W [out_features, in_features] that never changes, in parts along its rows.
+
+    Matrices that share an input (q k v; gate up) are stacked into one. There are several parts
+    where their tensor types differ or where the device's largest binding is smaller than the whole.
+    """
+
+    out_features: int
+    in_features: int
+    parts: tuple[MatrixPart, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes on the device."""
+        return sum(part.words.n_bytes for part in self.parts)
+
+
+def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
+    """Uploads GGUF tensors [out_i, in] stacked along their rows, piece by piece.
+
+    A vocabulary's size may be anything, but kernels take four rows at once: a run of tensors of
+    one type is padded with rows of zeros to a multiple of four. The host never holds more than a
+    piece of some megabytes beside the memory-mapped file.
+
+    Raises:
+        InputError: a scale (of F32, F16, BF16: a weight) is NaN or infinite.
+    """
+    in_features = tensors[0].shape[1]
+    if any(t.shape[1] != in_features for t in tensors):
+        raise ValueError(
+            f"tensors of unequal width cannot be stacked: {[t.shape for t in tensors]}"
+        )
+    parts = []
+    first_row = 0
+    for run in _runs_of_one_type(tensors):
+        quantization = QUANTIZATIONS[run[0].type]
+        row_words = quantization.row_words(in_features)
+        n_rows = sum(t.shape[0] for t in run)
+        # A multiple of 64 rows, so that parts begin on whole tiles.
+        part_bytes = min(device.max_binding, CPU_PART_BYTES if device.is_cpu else MAX_PART_BYTES)
+        most = max(64, part_bytes // (4 * row_words) // 64 * 64)
+        pieces = _packed_pieces(
+            run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words))
+        )
+        pending = np.zeros((0, row_words), np.uint32)
+        padded_rows = -(-n_rows // 4) * 4
+        for start in range(0, n_rows, most):
+            count = min(most, n_rows - start)
+            shape = (min(most, padded_rows - start), row_words)
+            words = device.empty(shape, "u32", purpose="weights")
+            filled = 0 if device.holds_data else count
+            while filled < count:
+                if len(pending) == 0:
+                    pending = next(pieces)
+                take = min(len(pending), count - filled)
+                device.write_rows(words, filled, pending[:take])
+                pending = pending[take:]
+                filled += take
+            parts.append(MatrixPart(quantization, words, first_row + start))
+        first_row += padded_rows
+    return FrozenMatrix(first_row, in_features, tuple(parts))
+
+
+def _runs_of_one_type(tensors: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:
+    runs: list[list[GGUFTensor]] = []
+    for tensor in tensors:
+        if runs and runs[-1][0].type == tensor.type:
+            runs[-1].append(tensor)
+        else:
+            runs.append([tensor])
+    return runs
+
+
+def _packed_pieces(
+    tensors: Iterable[GGUFTensor], quantization: Quantization, columns: int, piece_rows: int
+) -> Iterator[np.ndarray]:
+    for tensor in tensors:
+        for start in range(0, tensor.shape[0], piece_rows):
+            data = tensor.data[start : start + piece_rows]
+            _check_finite(tensor, quantization, data, start)
+            yield quantization.pack(data, columns)
+
+
+def _check_finite(
+    tensor: GGUFTensor, quantization: Quantization, data: np.ndarray, first_row: int
+) -> None:
+    """Refuses rows that would turn everything they are multiplied with into NaN."""
+    broken = np.flatnonzero(~quantization.finite_rows(data))
+    if len(broken):
+        what = "weight" if quantization.block_size == 1 else "scale"
+        raise InputError(
+            f"Row {first_row + broken[0]} of the tensor {tensor.name!r} ({tensor.type.name}) has a "
+            f"{what} that is NaN or infinite: the file is damaged or was converted wrongly. "
+            "Fetch or convert it again."
+        )

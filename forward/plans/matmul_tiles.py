@@ -1,0 +1,193 @@
+"""Which tile of matmul_tiled, and into how many stretches a contraction is cut.
+
+A model of the time of one product, fitted to 3,900 timings of 100 products on an H200
+(benchmarks/matmul.py; there it chooses within 2.4% of the best in f32, 1.6% in f16, on average): a
+step of a tile takes at least its latency, and as long as the work of all workgroups that share a
+multiprocessor. Its choice depends on shapes and the device's limits only; forward/plans/tuning.py
+times its best few.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import cache
+from typing import NamedTuple
+
+MULTIPROCESSORS = 132
+_PRODUCT = 7.0  # microseconds of a dispatch beside its steps
+_REDUCE = 2.5  # of the second pass
+_REDUCE_MILLION = 0.5  # and for a million partial sums
+_SPLITS = (1, 2, 4, 8)
+_SHORTEST_SPLIT = 96
+# A contraction over a vocabulary may be cut finer: a few rows of a head's gradient fill no GPU.
+_FINE_SPLITS = (16, 32)
+_SHORTEST_FINE_SPLIT = 2048
+MOST_PARTIAL_SUMS = 12 << 20  # of all stretches: memory that every session would hold
+MOST_CANDIDATES = 8  # of one product, to be timed
+
+
+@dataclass(frozen=True)
+class Tile:
+    """Tunables of matmul_tiled: outputs of a workgroup, depth of a step, outputs of a lane.
+
+    Attributes:
+        latency: microseconds of a step however few workgroups there are.
+        work: microseconds of a step for each workgroup of a multiprocessor.
+        item_bytes: bytes of a number in workgroup memory: 4, or 2 under `precision: f16`.
+        buffers: 1, or 2 where the next tiles are stored while these are multiplied.
+    """
+
+    tile_rows: int
+    tile_columns: int
+    depth: int
+    lane_rows: int
+    lane_columns: int
+    latency: float = 0.0
+    work: float = 0.0
+    item_bytes: int = 4
+    buffers: int = 1
+
+    @property
+    def workgroup_bytes(self) -> int:
+        """Workgroup memory of the tiles of both sides."""
+        return self.buffers * self.item_bytes * self.depth * (self.tile_rows + self.tile_columns)
+
+    @property
+    def name(self) -> str:
+        """Its sizes, as files and tables name it: 64x128x16/8x8."""
+        tile = f"{self.tile_rows}x{self.tile_columns}x{self.depth}"
+        double = " double" if self.buffers == 2 else ""
+        return f"{tile}/{self.lane_rows}x{self.lane_columns}{double}"
+
+    def constants(self) -> dict[str, int]:
+        """What the template needs of it."""
+        names = ("tile_rows", "tile_columns", "depth", "lane_rows", "lane_columns", "buffers")
+        return {name: getattr(self, name) for name in names}
+
+
+class Plan(NamedTuple):
+    """How one product is computed: its tile, the number of stretches and their length."""
+
+    tile: Tile
+    splits: int
+    length: int
+
+    @property
+    def name(self) -> str:
+        """The tile and the number of stretches: 64x128x16/8x8 in 2."""
+        return f"{self.tile.name} in {self.splits}"
+
+
+# The first eight fit 16 KiB of workgroup memory and 256 lanes, WebGPU's defaults.
+TILES = (
+    Tile(32, 32, 32, 4, 4, 0.15, 0.31),
+    Tile(32, 64, 32, 4, 4, 1.25, 0.57),
+    Tile(64, 32, 32, 4, 4, 0.23, 0.55),
+    Tile(64, 64, 16, 8, 4, 0.64, 0.48),
+    Tile(64, 64, 16, 8, 4, 0.51, 0.46, buffers=2),
+    Tile(64, 64, 32, 8, 4, 1.18, 0.91),
+    Tile(64, 128, 16, 8, 8, 1.14, 0.88),
+    Tile(128, 64, 16, 8, 8, 1.11, 0.83),
+    Tile(128, 64, 16, 8, 8, 1.00, 0.85, buffers=2),
+    Tile(128, 128, 16, 8, 8, 1.86, 1.68),
+    Tile(128, 128, 16, 8, 8, 1.25, 1.65, buffers=2),
+    Tile(128, 128, 32, 8, 8, 2.20, 3.36),
+)
+
+# With tiles of f16, half the memory.
+HALF_TILES = (
+    Tile(32, 64, 32, 4, 4, 1.02, 0.41, 2),
+    Tile(64, 32, 32, 4, 4, 0.19, 0.37, 2),
+    Tile(64, 64, 32, 4, 4, 0.55, 0.77, 2),
+    Tile(64, 64, 16, 8, 4, 0.52, 0.40, 2, 2),
+    Tile(64, 64, 32, 8, 4, 1.44, 0.70, 2),
+    Tile(64, 64, 32, 8, 4, 0.47, 0.75, 2, 2),
+    Tile(64, 128, 32, 8, 8, 1.87, 1.50, 2),
+    Tile(128, 64, 32, 8, 8, 1.77, 1.45, 2),
+    Tile(128, 64, 32, 8, 8, 0.87, 1.44, 2, 2),
+    Tile(128, 128, 32, 8, 8, 2.01, 3.00, 2),
+    Tile(128, 128, 32, 8, 8, 2.05, 2.76, 2, 2),
+)
+
+
+def tiles_of(half: bool) -> tuple[Tile, ...]:
+    """The tiles of one precision: f16 where `half`."""
+    return HALF_TILES if half else TILES
+
+
+def predicted_microseconds(plan: Plan, rows: int, columns: int) -> float:
+    """The model's time of a product of rows x columns outputs."""
+    tile, splits, length = plan
+    workgroups = -(-rows // tile.tile_rows) * -(-columns // tile.tile_columns)
+    load = -(-workgroups * splits // MULTIPROCESSORS)
+    time = _PRODUCT + length / tile.depth * max(tile.latency, load * tile.work)
+    if splits > 1:
+        time += _REDUCE + _REDUCE_MILLION * rows * columns * splits / 1e6
+    return time
+
+
+@cache
+def ranked_plans(
+    rows: int, columns: int, contraction: int, workgroup_bytes: int, half: bool = False
+) -> tuple[Plan, ...]:
+    """All plans for one product, the one that the model thinks fastest first.
+
+    Args:
+        rows: of the output.
+        columns: of the output.
+        contraction: length of each sum.
+        workgroup_bytes: workgroup memory that the device has.
+        half: whether the tiles are of f16.
+    """
+    plans: dict[Plan, float] = {}
+    for tile in tiles_of(half):
+        if tile.workgroup_bytes > workgroup_bytes:
+            continue
+        for wanted in (*_SPLITS, *_FINE_SPLITS):
+            shortest = _SHORTEST_FINE_SPLIT if wanted in _FINE_SPLITS else _SHORTEST_SPLIT
+            if wanted > 1 and contraction // wanted < shortest:
+                break
+            if wanted > 1 and wanted * rows * columns > MOST_PARTIAL_SUMS:
+                break
+            plan = Plan(tile, *cut(contraction, wanted, tile.depth))
+            plans[plan] = predicted_microseconds(plan, rows, columns)
+    return tuple(sorted(plans, key=plans.__getitem__))
+
+
+def choose_tile(
+    rows: int, columns: int, contraction: int, workgroup_bytes: int, half: bool = False
+) -> Plan:
+    """The plan that the model thinks fastest; arguments as of `ranked_plans`."""
+    return ranked_plans(rows, columns, contraction, workgroup_bytes, half)[0]
+
+
+def candidates(
+    rows: int, columns: int, contraction: int, workgroup_bytes: int, half: bool = False
+) -> list[Plan]:
+    """The few plans that are worth timing, the model's choice first.
+
+    At most two of one tile, since the model may be wrong about a tile on another device, and none
+    that it thinks twice as slow as its choice.
+    """
+    plans = ranked_plans(rows, columns, contraction, workgroup_bytes, half)
+    slowest = 2 * predicted_microseconds(plans[0], rows, columns)
+    chosen: list[Plan] = []
+    of_tile: Counter[Tile] = Counter()
+    for plan in plans:
+        if len(chosen) == MOST_CANDIDATES or predicted_microseconds(plan, rows, columns) > slowest:
+            break
+        if of_tile[plan.tile] < 2:
+            of_tile[plan.tile] += 1
+            chosen.append(plan)
+    return chosen
+
+
+def cut(contraction: int, splits: int, depth: int) -> tuple[int, int]:
+    """Cuts a contraction into about `splits` stretches of whole steps.
+
+    Returns:
+        The number of stretches, and their length, a multiple of `depth`.
+    """
+    length = -(-contraction // (splits * depth)) * depth
+    return -(-contraction // length), length

@@ -1,0 +1,91 @@
+"""Byte-level BPE tokenizers out of a GGUF, merged by Hugging Face's tokenizers library."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import tokenizers
+from gguf import TokenType
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.text.pre_tokenizers import PreTokenizer
+from lora.forward.text.vocabulary import Vocabulary, merges
+from lora.shaders.errors import InputError
+
+
+class LibraryCodec:
+    """A tokenizer of the tokenizers library.
+
+    Attributes:
+        vocab_size: number of tokens; the library's ids from here on are left out.
+    """
+
+    def __init__(self, tokenizer: tokenizers.Tokenizer, vocab_size: int | None = None) -> None:
+        """Wraps a tokenizer and takes its post-processor, truncation and padding off."""
+        # Post-processors trim spaces off the offsets and add tokens; BOS is added elsewhere.
+        tokenizer.post_processor = None
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        self._tokenizer = tokenizer
+        self._n_library: int = tokenizer.get_vocab_size(with_added_tokens=True)
+        self.vocab_size = self._n_library if vocab_size is None else vocab_size
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """The text's ids and, in characters of it, where each begins and ends."""
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, offsets = encoding.ids, encoding.offsets
+        if self.vocab_size < self._n_library and max(ids, default=0) >= self.vocab_size:
+            kept = [place for place, token in enumerate(ids) if token < self.vocab_size]
+            return [ids[place] for place in kept], [offsets[place] for place in kept]
+        return ids, offsets
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str:
+        """The text of the ids; those that are no tokens have none."""
+        known = [token for token in ids if token < self.vocab_size]
+        return str(self._tokenizer.decode(known, skip_special_tokens=skip_special))
+
+
+def byte_level(
+    gguf_file: GGUFFile, vocabulary: Vocabulary, pre_tokenizer: PreTokenizer
+) -> LibraryCodec:
+    """The tokenizer of a GGUF whose kind is gpt2.
+
+    Args:
+        gguf_file: the model.
+        vocabulary: its tokens.
+        pre_tokenizer: how text is cut.
+
+    Raises:
+        InputError: the merges are damaged.
+    """
+    pairs = merges(gguf_file)
+    # SmolLM2 has no tokens for some bytes. llama.cpp leaves these out after merging, the library
+    # before, so that their neighbours would merge: here they get ids, which are left out after.
+    n_tokens = len(vocabulary.texts)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    absent = [character for character in alphabet if character not in vocabulary.ids]
+    ids = vocabulary.ids | {text: n_tokens + place for place, text in enumerate(absent)}
+    try:
+        model = models.BPE(ids, pairs, ignore_merges=pre_tokenizer.ignore_merges)
+    except Exception as error:  # tokenizers raises bare Exception
+        raise InputError(
+            f"{gguf_file.path} is damaged: its tokenizer's merges are wrong ({error})."
+        ) from None
+    tokenizer = tokenizers.Tokenizer(model)
+    if pre_tokenizer.compose:
+        tokenizer.normalizer = normalizers.NFC()
+    splits = [
+        pre_tokenizers.Split(Regex(pattern), behavior="isolated")
+        for pattern in pre_tokenizer.patterns
+    ]
+    as_bytes = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([*splits, as_bytes])
+    tokenizer.decoder = decoders.ByteLevel()
+    added = []
+    for text, kind in zip(vocabulary.texts, vocabulary.kinds, strict=True):
+        special = kind in (TokenType.CONTROL, TokenType.UNKNOWN)
+        if special or kind == TokenType.USER_DEFINED:
+            added.append(AddedToken(text, special=special, normalized=False))
+    tokenizer.add_tokens(added)
+    return LibraryCodec(tokenizer, n_tokens)

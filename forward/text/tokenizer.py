@@ -1,0 +1,312 @@
+"""Text to token ids and back: the tokenizer inside a GGUF, or a Hugging Face tokenizer.json.
+
+`tokenizer.ggml.model` says of which kind the GGUF's is: gpt2 is byte-level BPE and merged by the
+tokenizers library (forward/text/byte_level.py), llama is SentencePiece
+(forward/text/sentencepiece.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import tokenizers
+from gguf import TokenType
+
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.text import sentencepiece
+from lora.forward.text.byte_level import LibraryCodec, byte_level
+from lora.forward.text.pre_tokenizers import named_pre_tokenizer
+from lora.forward.text.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
+from lora.shaders.errors import InputError
+
+
+@dataclass(frozen=True)
+class TokenizedText:
+    """A text as tokens.
+
+    Attributes:
+        ids: one id a token.
+        offsets: (start, end) a token, in characters of the text, end exclusive. A character
+            spread over several tokens (an emoji) is in the offsets of each; a BOS that was
+            added has (0, 0).
+    """
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+
+class _Codec(Protocol):
+    """What turns text into ids and back, without BOS."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+
+    def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
+
+
+class Tokenizer:
+    """Turns text into token ids and back.
+
+    Attributes:
+        add_bos: whether `encode` puts BOS first unless told otherwise.
+    """
+
+    def __init__(
+        self,
+        codec: _Codec,
+        *,
+        bos_id: int | None,
+        eos_id: int | None,
+        add_bos: bool,
+        end_of_turn_ids: frozenset[int],
+        chat_template: str | None,
+    ) -> None:
+        """Completes a codec; use `from_gguf` or `from_file`."""
+        self._codec = codec
+        self._bos_id = bos_id
+        self._eos_id = eos_id
+        self._end_of_turn_ids = end_of_turn_ids
+        self._chat_template = chat_template
+        self.add_bos = add_bos and bos_id is not None
+
+    @classmethod
+    def from_gguf(cls, gguf_file: GGUFFile) -> Tokenizer:
+        """Builds the tokenizer that the GGUF holds.
+
+        Raises:
+            InputError: the file holds none, or one of a kind that is not supported.
+        """
+        metadata = gguf_file.metadata
+        kind = _kind(gguf_file)
+        codec: _Codec
+        if kind == "gpt2":
+            pre_tokenizer = named_pre_tokenizer(gguf_file)
+            vocabulary = Vocabulary.from_gguf(gguf_file)
+            codec = byte_level(gguf_file, vocabulary, pre_tokenizer)
+            add_bos = pre_tokenizer.add_bos
+        elif kind == "gemma4":
+            vocabulary = Vocabulary.from_gguf(gguf_file)
+            unknown_id = special_id(gguf_file, "unknown", len(vocabulary.texts))
+            pairs = merges(gguf_file)
+            codec = sentencepiece.by_merges(vocabulary, pairs, unknown_id=unknown_id)
+            add_bos = True
+        else:
+            vocabulary = Vocabulary.from_gguf(gguf_file, bos=1, eos=2)
+            codec = _by_scores(gguf_file, vocabulary)
+            add_bos = True
+        if kind != "gemma4":  # converters wrote False for Gemma 4, which was trained with BOS
+            add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
+        return cls(
+            codec,
+            bos_id=vocabulary.bos_id,
+            eos_id=vocabulary.eos_id,
+            add_bos=add_bos,
+            end_of_turn_ids=vocabulary.end_ids,
+            chat_template=metadata.get("tokenizer.chat_template"),
+        )
+
+    @classmethod
+    def from_file(cls, path: str | Path, *, gguf_file: GGUFFile | None = None) -> Tokenizer:
+        """Reads a tokenizer.json, or a directory that holds one, as Hugging Face writes them.
+
+        `tokenizer_config.json` (BOS, EOS, chat template) and `chat_template.jinja` are read from
+        beside it where they are. BOS is added if the tokenizer.json itself adds it.
+
+        Args:
+            path: the file or the directory.
+            gguf_file: the model: says what BOS, EOS and the chat template are where the
+                directory doesn't.
+
+        Raises:
+            InputError: there is no such file, or it is no tokenizer.
+        """
+        file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
+        if not file.is_file():
+            raise InputError(f"There is no tokenizer {file}.")
+        try:
+            tokenizer = tokenizers.Tokenizer.from_file(str(file))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise InputError(f"{file} is not a tokenizer.json: {error}.") from error
+        first_id = _prefixed_id(tokenizer)
+        config = _read_config(file.parent / "tokenizer_config.json")
+        bos_id = _configured_id(tokenizer, config, "bos_token")
+        eos_id = _configured_id(tokenizer, config, "eos_token")
+        template = _configured_template(file.parent / "chat_template.jinja", config)
+        tokens: dict[str, int] = tokenizer.get_vocab()
+        end_ids = {tokens[text] for text in end_texts(tokens)}
+        if gguf_file is not None:
+            n_tokens = tokenizer.get_vocab_size()
+            for name in ("bos", "eos"):
+                token = gguf_file.metadata.get(f"tokenizer.ggml.{name}_token_id")
+                if isinstance(token, int) and token >= n_tokens:
+                    raise InputError(
+                        f"{file} has {n_tokens:,} tokens, but {name.upper()} of {gguf_file.path} "
+                        f"is token {token:,}: the tokenizer is another model's."
+                    )
+            model_bos, model_eos = (
+                special_id(gguf_file, name, n_tokens) for name in ("bos", "eos")
+            )
+            bos_id = model_bos if bos_id is None else bos_id
+            eos_id = model_eos if eos_id is None else eos_id
+            end_ids |= metadata_end_ids(gguf_file, n_tokens)
+            template = template or gguf_file.metadata.get("tokenizer.chat_template")
+        return cls(
+            LibraryCodec(tokenizer),
+            bos_id=bos_id if first_id is None else first_id,
+            eos_id=eos_id,
+            add_bos=first_id is not None,
+            end_of_turn_ids=frozenset(end_ids if eos_id is None else end_ids | {eos_id}),
+            chat_template=template,
+        )
+
+    @property
+    def bos_id(self) -> int | None:
+        """The token that begins a text; None where the model has none."""
+        return self._bos_id
+
+    @property
+    def eos_id(self) -> int | None:
+        """The token that ends a text; None where the model has none."""
+        return self._eos_id
+
+    @property
+    def end_of_turn_ids(self) -> frozenset[int]:
+        """Every token at which generation stops: EOS, <|im_end|>, <|eot_id|> and their like."""
+        return self._end_of_turn_ids
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens; the model's vocabulary may have padding rows beyond it."""
+        return self._codec.vocab_size
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja template that turns messages into text; None where there is none."""
+        return self._chat_template
+
+    def encode(self, text: str, *, add_bos: bool | None = None) -> TokenizedText:
+        """Cuts a text into tokens; special tokens written in it become their ids.
+
+        EOS is never added here; whether a text for training ends with it, data.append_eos says.
+
+        Args:
+            text: any text.
+            add_bos: puts BOS first; by default where the model asks for it. Say False for a
+                rendered chat template, which writes BOS itself.
+
+        Raises:
+            InputError: BOS is asked for and the model has none, or the text holds half a
+                surrogate pair.
+        """
+        try:
+            ids, offsets = self._codec.encode(text)
+        except (TypeError, UnicodeEncodeError) as error:
+            half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
+            reason = str(error) if half is None else f"{half!r} in it is half a surrogate pair"
+            raise InputError(f"The text {text[:40]!r} cannot be tokenized: {reason}.") from error
+        if not (self.add_bos if add_bos is None else add_bos):
+            return TokenizedText(ids, offsets)
+        if self._bos_id is None:
+            raise InputError("The tokenizer has no BOS token to put first.")
+        return TokenizedText([self._bos_id, *ids], [(0, 0), *offsets])
+
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
+        """Returns the text of the tokens; bytes that are no UTF-8 become U+FFFD.
+
+        Some SentencePiece tokenizers (Llama 2) put a space before a text. It is taken off the
+        beginning here, so the text of ids that go on from others may lack one: decode them all.
+
+        Args:
+            ids: token ids; those beyond the vocabulary have no text.
+            skip_special: leaves out control tokens (BOS, <|im_end|>, …).
+        """
+        return self._codec.decode(ids, skip_special)
+
+
+def _kind(gguf_file: GGUFFile) -> str:
+    """gpt2, llama or gemma4."""
+    model = gguf_file.metadata.get("tokenizer.ggml.model")
+    if model is None:
+        raise InputError(f"{gguf_file.path} holds no tokenizer; name one with model.tokenizer.")
+    if model not in ("gpt2", "llama", "gemma4"):
+        raise InputError(
+            f"{gguf_file.path} has a tokenizer of the kind {model!r}, which is not supported; "
+            "supported are gpt2 (byte-level BPE), llama (SentencePiece) and gemma4. Name the "
+            "model's tokenizer.json with model.tokenizer."
+        )
+    # Ollama's converter gives Gemma 4 the kind llama.
+    gemma4 = gguf_file.metadata.get("tokenizer.ggml.pre") == "gemma4"
+    return "gemma4" if gemma4 else str(model)
+
+
+def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiece:
+    path, metadata = gguf_file.path, gguf_file.metadata
+    scores = metadata.get("tokenizer.ggml.scores")
+    if not isinstance(scores, list) or len(scores) != len(vocabulary.texts):
+        raise InputError(
+            f"{path} is damaged: tokenizer.ggml.scores must hold {len(vocabulary.texts)} numbers, "
+            "one a token."
+        )
+    return sentencepiece.by_scores(
+        vocabulary,
+        scores,
+        unknown_id=special_id(gguf_file, "unknown", len(vocabulary.texts), 0),
+        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        right_stripped=_right_stripped(gguf_file, vocabulary),
+    )
+
+
+def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
+    """Special tokens that swallow white space behind them; no GGUF says so, llama.cpp knows."""
+    name = str(gguf_file.metadata.get("general.name", "")).lower()
+    if "phi-3" not in name and "phi3" not in name:
+        return set()
+    special = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
+    found = {token for token, kind in enumerate(vocabulary.kinds) if kind in special}
+    return found - {vocabulary.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
+
+
+def _prefixed_id(tokenizer: tokenizers.Tokenizer) -> int | None:
+    """The token that the tokenizer.json puts before a text, found by what it does to one."""
+    plain = tokenizer.encode("a", add_special_tokens=False).ids
+    prefixed = tokenizer.encode("a", add_special_tokens=True).ids
+    return None if plain[:1] == prefixed[:1] else int(prefixed[0])
+
+
+def _read_config(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        return {}
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{file} is not JSON: {error}.") from error
+    if not isinstance(config, dict):
+        raise InputError(f"{file} holds no JSON object.")
+    return config
+
+
+def _configured_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], key: str) -> int | None:
+    value = config.get(key)
+    text = value.get("content") if isinstance(value, dict) else value
+    if not isinstance(text, str):
+        return None
+    token = tokenizer.token_to_id(text)
+    if token is None:
+        raise InputError(f"tokenizer_config.json names the {key} {text!r}, no token of it.")
+    return int(token)
+
+
+def _configured_template(file: Path, config: dict[str, Any]) -> str | None:
+    if file.is_file():
+        return file.read_text(encoding="utf-8")
+    template = config.get("chat_template")
+    if isinstance(template, list):  # several named templates; transformers takes "default"
+        named = {entry.get("name"): entry.get("template") for entry in template}
+        template = named.get("default")
+    return template if isinstance(template, str) else None

@@ -1,0 +1,100 @@
+"""Where an adapter comes from: the config of the run that saved it, and what follows from that."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from lora.config.schema import Config, load_config
+from lora.data.rows import Row, load_rows
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.text.tokenizer import Tokenizer
+from lora.shaders.errors import InputError
+
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class PromptForm:
+    """How an adapter's prompts are written, where no chat template stands around them.
+
+    Attributes:
+        data_format: completion, instruct or text.
+        ending: white space that ends each prompt; "" for none, or where it isn't known.
+    """
+
+    data_format: str
+    ending: str
+
+
+@dataclass(frozen=True)
+class Origin:
+    """The run that an adapter comes from.
+
+    Attributes:
+        config: of the run.
+        folders: where relative paths of its config may lead from, likeliest first.
+    """
+
+    config: Config
+    folders: tuple[Path, ...]
+
+    def find(self, name: str) -> Path | None:
+        """The file or directory that the run's config calls by a path; None if it is gone."""
+        return next((path for f in self.folders if (path := f / name).exists()), None)
+
+    def prompt_form(self, base: GGUFFile) -> PromptForm | None:
+        """How prompts are written; None where a chat template writes them or it can't be known."""
+        data_format, rows = self._rows()
+        if data_format == "instruct" and self._has_chat_template(base) is False:
+            return PromptForm(data_format, "\n\n")  # as lora/data/examples.py writes them
+        if data_format == "completion":
+            return PromptForm(data_format, _common_ending([r.columns["prompt"] for r in rows]))
+        return PromptForm(data_format, "") if data_format == "text" else None
+
+    def _rows(self) -> tuple[str, list[Row]]:
+        """The format, "auto" if it can't be known; rows, if they matter and the file is there."""
+        data = self.config.data
+        if data.format not in ("auto", "completion"):  # the others' rows say nothing more
+            return data.format, []
+        path = self.find(data.train if isinstance(data.train, str) else data.train[0])
+        if path is None or not path.is_file():
+            return data.format, []
+        try:
+            return load_rows(str(path), data.format)
+        except InputError:
+            return data.format, []
+
+    def _has_chat_template(self, base: GGUFFile) -> bool | None:
+        """Whether rows of instructions went through a chat template; None: it can't be known."""
+        name = self.config.model.tokenizer
+        if name is None:
+            return base.metadata.get("tokenizer.chat_template") is not None
+        path = self.find(name)
+        try:
+            tokenizer = None if path is None else Tokenizer.from_file(path, gguf_file=base)
+        except InputError:
+            return None
+        return None if tokenizer is None else tokenizer.chat_template is not None
+
+
+def origin_of(directory: Path) -> Origin | None:
+    """The run of an adapter directory or of a checkpoint; None if no config lies there."""
+    run = Path(os.path.abspath(directory))
+    if run.parent.name == "checkpoints":
+        run = run.parents[1]
+    try:
+        config = load_config(str(run / CONFIG))
+    except InputError:  # none, or that of another program
+        return None
+    # A run that wrote to runs/a and lies in /home/x/runs/a was started in /home/x.
+    output = Path(os.path.normpath(config.output)).parts
+    started = [Path(*run.parts[: -len(output)])] if run.parts[-len(output) :] == output else []
+    return Origin(config, (Path(), *started))
+
+
+def _common_ending(texts: list[str]) -> str:
+    """The spaces, tabs and line breaks with which all of some texts end."""
+    shared = os.path.commonprefix([text[::-1] for text in texts])[::-1]
+    return shared[len(shared.rstrip(" \t\r\n")) :]

@@ -1,0 +1,4 @@
+"""The command line: one file a command, and what they show on a terminal.
+
+Imports every other wing.
+"""

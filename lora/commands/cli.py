@@ -1,0 +1,349 @@
+"""The command line: `lora COMMAND`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lora.commands.evaluate import eval_command
+from lora.commands.export import export_command
+from lora.commands.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
+from lora.commands.tune import tune_command
+from lora.generation.sampling import GREEDY, Sampling
+from lora.shaders.device import list_adapters
+from lora.shaders.errors import InputError, LoraError
+from lora.storage.pull import pull as pull_model
+
+
+class _Commands(typer.core.TyperGroup):
+    """The commands; one that Ctrl-C ends says so, with exit status 130."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Runs the command that was asked for."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt:  # typer would end without a word
+            print("\nlora: interrupted", file=sys.stderr)
+            raise typer.Exit(130) from None
+
+
+app = typer.Typer(
+    cls=_Commands,
+    help="Fine-tune the GGUF model you already run, on whatever GPU you have.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+console = Console()
+
+ConfigArgument = Annotated[str, typer.Argument(help="A YAML config.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
+]
+
+
+@app.callback()
+def options(
+    debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
+) -> None:
+    """Options of all commands; `main` reads --debug itself, before any command runs."""
+
+
+@app.command()
+def train(
+    config: ConfigArgument,
+    set_: Overrides = None,
+    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
+) -> None:
+    """Train an adapter; Ctrl-C saves a checkpoint and says how to resume."""
+    from lora.commands.progress import TrainingProgress, print_plan
+    from lora.config.schema import load_config
+    from lora.training.run import Interrupted, run_training
+    from lora.training.session import TrainingSession
+
+    session = TrainingSession(load_config(config, set_ or []))
+    print_plan(console, session)
+    if dry_run:
+        return
+    try:
+        with TrainingProgress(console, session) as progress:
+            output = run_training(
+                session, resuming=resume, on_step=progress.step, on_eval=progress.evaluated
+            )
+    except Interrupted as stop:
+        given = "".join(f" --set {value}" for value in set_ or [])
+        console.print(f"Stopped; saved {stop.checkpoint}.")
+        console.print(f"Go on with: lora train {config}{given} --resume", highlight=False)
+        raise typer.Exit(130) from None
+    console.print(f"Saved the adapter to {output}.")
+
+
+@app.command()
+def plan(config: ConfigArgument, set_: Overrides = None) -> None:
+    """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
+    from lora.commands.progress import print_plan
+    from lora.config.schema import load_config
+    from lora.shaders.device import Device
+    from lora.shaders.planning import PlanningDevice
+    from lora.training.profiling import expected_seconds, measure_peaks
+    from lora.training.session import TrainingSession
+
+    loaded = load_config(config, set_ or [])
+    device = Device(loaded.device)
+    session = TrainingSession(loaded, device=PlanningDevice(device))
+    seconds = None
+    if "timestamp-query" in device.features:
+        seconds = expected_seconds(session, measure_peaks(device))
+    print_plan(console, session, seconds_a_step=seconds)
+
+
+@app.command()
+def bench(config: ConfigArgument, set_: Overrides = None) -> None:
+    """Where a step's time goes, kernel by kernel, against the device's measured peaks."""
+    from lora.config.schema import load_config
+    from lora.training.profiling import kernel_table, measure_peaks, print_kernels
+    from lora.training.session import TrainingSession
+
+    session = TrainingSession(load_config(config, set_ or []))
+    assert session.stream is not None
+    for _, batches in zip(range(3), session.stream, strict=False):
+        session.step(batches)
+    session.finished_steps(wait=True)
+    print_kernels(console, kernel_table(session), measure_peaks(session.device))
+
+
+app.command(name="eval")(eval_command)
+
+
+Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
+TopK = Annotated[int, typer.Option(min=0, help="So many most likely tokens; 0: all.")]
+TopP = Annotated[float, typer.Option(help="The most likely tokens that reach it together.")]
+MinP = Annotated[float, typer.Option(help="Tokens of this share of the likeliest one's chance.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="Above 1: fewer repetitions.")]
+Seed = Annotated[
+    int | None,
+    typer.Option(help="Of the one series of draws, for a chat's answers all together."),
+]
+MaxTokens = Annotated[int, typer.Option(min=1, help="Of an answer.")]
+MaxLength = Annotated[
+    int | None,
+    typer.Option(min=2, help="Room for prompt and answer; by default the model's, 4096 at most."),
+]
+TokenizerFile = Annotated[
+    str | None,
+    typer.Option(help="A tokenizer.json, or its directory, in place of the GGUF's own."),
+]
+DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name.")]
+ORDER_OF_SAMPLING = (
+    "A token is chosen as in transformers: repetition penalty over the whole text, temperature, "
+    "top-k, top-p, min-p, in this order (llama.cpp has the temperature last and penalizes the last "
+    "64 tokens only)."
+)
+CHAT_SAMPLING = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05)
+
+
+def _check_draws(sampling: Sampling, default: Sampling) -> Sampling:
+    """Refuses options that choose between draws where none is made.
+
+    Raises:
+        InputError: the temperature is 0 and one of them is given.
+    """
+    for name in ("top_k", "top_p", "min_p", "seed"):
+        idle = getattr(GREEDY, name), getattr(default, name)
+        if sampling.temperature == 0 and getattr(sampling, name) not in idle:
+            option = "--" + name.replace("_", "-")
+            raise InputError(
+                f"{option} chooses between draws, and at temperature 0 none is made: give a "
+                f"--temperature above 0, such as 0.7, or leave {option} out."
+            )
+    return sampling
+
+
+def _read_prompt(prompt: str) -> str:
+    """The prompt of the command line; "-" reads it from stdin.
+
+    Raises:
+        InputError: it is not UTF-8.
+    """
+    from lora.commands.chat import check_is_text
+
+    what = "The prompt (--prompt)"
+    if prompt == "-":
+        what = "The prompt on stdin"
+        read = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape")
+        prompt = read.replace("\r\n", "\n").removesuffix("\n")
+    check_is_text(prompt, what)
+    return prompt
+
+
+@app.command(epilog=ORDER_OF_SAMPLING)
+def generate(
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    prompt: Annotated[
+        str,
+        typer.Option(
+            help="The text to go on from; - reads it from stdin, as UTF-8 and without the newline "
+            "at its end."
+        ),
+    ],
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
+    ] = None,
+    chat: Annotated[bool, typer.Option(help="Render the prompt as a user's turn.")] = False,
+    max_tokens: MaxTokens = 64,
+    max_length: MaxLength = None,
+    temperature: Temperature = 0.0,
+    top_k: TopK = 0,
+    top_p: TopP = 1.0,
+    min_p: MinP = 0.0,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    tokenizer: TokenizerFile = None,
+    device: DeviceName = "auto",
+) -> None:
+    """Continue a text with the tuned model."""
+    from lora.commands.chat import check_can_chat, conversation_ids
+    from lora.generation.generator import open_generator
+
+    sampling = _check_draws(
+        Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), GREEDY
+    )
+    prompt = _read_prompt(prompt)
+    if chat:
+        check_can_chat(model, tokenizer)
+    adapters = {} if adapter is None else {"adapter": adapter}
+    generator = open_generator(
+        model, adapters, tokenizer=tokenizer, max_length=max_length, device=device
+    )
+    text: str | list[int] = prompt
+    if chat:
+        text = conversation_ids(generator.tokenizer, [{"role": "user", "content": prompt}])
+    for piece in generator.stream(
+        text, max_tokens=max_tokens, adapter=next(iter(adapters), None), sampling=sampling
+    ):
+        print(piece, end="", flush=True)
+    print()
+
+
+@app.command(name="chat", epilog=ORDER_OF_SAMPLING)
+def converse(
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="[NAME=]PATH", help="Adapters; the first one is on."),
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="A system message.")] = None,
+    max_tokens: MaxTokens = 512,
+    max_length: MaxLength = None,
+    temperature: Temperature = CHAT_SAMPLING.temperature,
+    top_k: TopK = CHAT_SAMPLING.top_k,
+    top_p: TopP = CHAT_SAMPLING.top_p,
+    min_p: MinP = CHAT_SAMPLING.min_p,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    tokenizer: TokenizerFile = None,
+    device: DeviceName = "auto",
+) -> None:
+    """Converse with a model, with adapters to switch on, off and between."""
+    from lora.commands.chat import chat
+
+    sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
+    chat(
+        model,
+        adapter or [],
+        system=system,
+        sampling=_check_draws(sampling, CHAT_SAMPLING),
+        max_tokens=max_tokens,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        device=device,
+    )
+
+
+@app.command()
+def inspect(
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="FILE_OR_DIR",
+            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter.",
+        ),
+    ],
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """What a GGUF or an adapter holds."""
+    is_adapter = Path(model).is_dir()
+    if as_json:
+        console.print_json(data=adapter_facts(Path(model)) if is_adapter else gguf_facts(model))
+        return
+    for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
+        console.print(part)
+
+
+app.command(name="export")(export_command)
+app.command(name="tune")(tune_command)
+
+
+@app.command()
+def devices() -> None:
+    """The adapters that WebGPU sees, their limits and features."""
+    adapters = list_adapters()
+    if not adapters:
+        raise InputError(
+            "WebGPU found no adapter on this machine. Install a Vulkan driver "
+            "(Debian: apt-get install mesa-vulkan-drivers)."
+        )
+    table = Table("index", "name", "kind", "backend", "driver", "binding", "workgroup", "features")
+    for index, adapter in enumerate(adapters):
+        info, limits = adapter.info, adapter.limits
+        table.add_row(
+            str(index),
+            info["device"],
+            info["adapter_type"],
+            info["backend_type"],
+            info["description"],
+            f"{limits['max-storage-buffer-binding-size'] / 2**20:.0f} MiB",
+            f"{limits['max-compute-workgroup-storage-size'] / 2**10:.0f} KiB",
+            ", ".join(f for f in ("shader-f16", "subgroup", "timestamp-query")
+                      if f in adapter.features),
+        )  # fmt: skip
+    console.print(table)
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(help="smollm2-135m or gemma3-270m.")],
+    directory: Annotated[Path, typer.Option(help="Where to put it.")] = Path("models"),
+) -> None:
+    """Fetch a known small model."""
+    console.print(str(pull_model(name, directory)))
+
+
+def main() -> None:
+    """Runs the command line. Exit status: 0 done, 1 failed, 2 wrong input, 130 interrupted."""
+    debug = "--debug" in sys.argv
+    arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
+    try:
+        status = app(arguments, standalone_mode=False)
+    except (InputError, LoraError) as error:
+        if debug:
+            raise
+        print(f"lora: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        click_exit = getattr(error, "exit_code", None)
+        if click_exit is None or debug:
+            if debug:
+                raise
+            print(f"lora: {type(error).__name__}: {error} (see --debug)", file=sys.stderr)
+            sys.exit(1)
+        getattr(error, "show", lambda: None)()
+        sys.exit(click_exit)
+    sys.exit(status if isinstance(status, int) else 0)

@@ -1,0 +1,128 @@
+"""The command `lora eval`; lora/commands/cli.py registers it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import numpy as np
+import typer
+from rich.console import Console
+from rich.table import Table
+
+if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
+    from lora.data.examples import DataSummary, Example
+    from lora.training.metrics import EvalResult
+    from lora.training.session import TrainingSession
+
+_MORE_TOKENS = 8  # that a written-out answer may have than the wanted one: it shows rambling
+
+
+def eval_command(
+    config: Annotated[str, typer.Argument(help="A YAML config.")],
+    adapter: Annotated[
+        Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
+    ] = None,
+    examples: Annotated[
+        int, typer.Option(min=0, help="So many first examples with their answers; not in JSON.")
+    ] = 2,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Loss, perplexity and exact match on data.eval: the bare model, and with --adapter both.
+
+    Exact are examples whose every answer is right to its end; never those cut at data.max_length.
+    What the adapter's own files say of its rank and matrices counts, not the config.
+    """
+    from lora.adapters.files import with_adapter
+    from lora.config.schema import load_config
+    from lora.shaders.errors import InputError
+    from lora.training.session import TrainingSession
+
+    loaded = load_config(config, set_ or [])
+    if loaded.data.eval is None:  # said before the model is loaded for nothing
+        raise InputError(
+            "data.eval is null: there is nothing to evaluate on. Name a file of examples in the "
+            "config, or with --set data.eval=FILE."
+        )
+    if adapter is not None:
+        loaded = with_adapter(loaded, adapter)
+    session = TrainingSession(loaded, train=False)
+    results = {"base": session.evaluate(adapted=False)}
+    if adapter is not None:
+        results["adapter"] = session.evaluate()
+    summary = session.eval_summary
+    assert summary is not None  # data.eval is set
+    if as_json:
+        values = {
+            "model_path": loaded.model.path,
+            "adapter_path": None if adapter is None else str(adapter),
+            "data": loaded.data.eval,
+            "max_length": summary.max_length,
+            "n_rows": summary.n_examples + summary.n_untrained,
+            "n_left_out": summary.n_untrained,
+            **{name: vars(result) for name, result in results.items()},
+        }
+        print(json.dumps(values, indent=2))
+        return
+    print(describe_examples(summary, results["base"]))
+    Console().print(_table(results))
+    _print_answers(session, list(results), examples)
+
+
+def describe_examples(summary: DataSummary, result: EvalResult) -> str:
+    """How many examples the figures are of, and which of them or beside them to know about."""
+    text = f"{result.n_examples} examples"
+    some_too_long = summary.longest > summary.max_length
+    if result.n_cut:
+        text += f", {result.n_cut} cut to {summary.max_length} tokens (never counted as exact)"
+    if summary.n_untrained:
+        text += f"; {summary.n_untrained} left out, without an answer"
+        text += f" in the first {summary.max_length} tokens" if some_too_long else ""
+    if some_too_long and (result.n_cut or summary.n_untrained):
+        text += f"; data.max_length: {summary.longest} would hold them all"
+    return text
+
+
+def _table(results: Mapping[str, EvalResult]) -> Table:
+    table = Table("", "loss", "perplexity", "token accuracy", "exact match")
+    for name, result in results.items():
+        table.add_row(
+            name,
+            f"{result.loss:.4f}",
+            f"{result.perplexity:.3f}",
+            f"{result.token_accuracy:.1%}",
+            f"{result.n_exact}/{result.n_examples} ({result.exact_match:.1%})",
+        )
+    return table
+
+
+def first_answer(example: Example) -> tuple[list[int], list[int]]:
+    """The tokens before an example's first trained stretch, and that stretch."""
+    start = int(example.trained.argmax())
+    untrained = np.flatnonzero(~example.trained[start:])
+    end = start + int(untrained[0]) if len(untrained) else len(example.ids)
+    return example.ids[:start].tolist(), example.ids[start:end].tolist()
+
+
+def _print_answers(session: TrainingSession, names: list[str], n_examples: int) -> None:
+    """Writes out the first answers of the first examples.
+
+    With print: rich would break long lines and read `:smile:` and brackets as its own.
+    """
+    decode = session.tokenizer.decode
+    for example in session.eval_examples[:n_examples]:
+        prompt, wanted = first_answer(example)
+        reaches_end = len(prompt) + len(wanted) == len(example.ids)
+        print(f"\nprompt  {decode(prompt).strip()}")
+        print(f"wanted  {decode(wanted)!r}{' (cut)' if example.cut and reaches_end else ''}")
+        for name in names:
+            answer = session.generate(
+                prompt, max_tokens=len(wanted) + _MORE_TOKENS, adapted=name == "adapter"
+            )
+            print(f"{name:8}{answer!r}")

@@ -1,0 +1,112 @@
+"""What a run shows on the terminal."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+
+from lora.training.metrics import EvalResult, Metrics
+from lora.training.session import TrainingSession
+
+
+def print_plan(
+    console: Console, session: TrainingSession, *, seconds_a_step: float | None = None
+) -> None:
+    """What is about to be trained: device, adapter, data, memory by purpose, time."""
+    layout, config = session.layout, session.config
+    allocated = session.device.allocated
+    memory = ", ".join(
+        f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
+    )
+    rows = {
+        "device": session.device.name,
+        "model": f"{config.model.path} ({layout.architecture.name}, "
+        f"{layout.architecture.n_layers} layers)",
+        "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
+        f"{', '.join(sorted(layout.targets))} of {len(layout.layers)} layers",
+        "data": str(session.train_summary),
+        "steps": f"{session.total_steps}, micro-batches of at most {session.maximum_rows} tokens, "
+        f"recompute {'on' if session.recompute else 'off'}",
+        "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
+    }
+    if seconds_a_step is not None:
+        minutes = seconds_a_step * session.total_steps / 60
+        rows["time"] = f"about {seconds_a_step:.2g} s a step, {minutes:.2g} min in all"
+    table = Table.grid(padding=(0, 2))
+    for name, value in rows.items():
+        table.add_row(f"[dim]{name}[/dim]", value)
+    console.print(table)
+
+
+class TrainingProgress:
+    """A live bar: steps, loss, tokens a second, time left; evaluations as lines above it.
+
+    Where the output is no terminal, a line is printed for every tenth of the run.
+    """
+
+    def __init__(self, console: Console, session: TrainingSession) -> None:
+        self._console = console
+        self._session = session
+        self._progress = Progress(
+            TextColumn("step"),
+            MofNCompleteColumn(),
+            BarColumn(),
+            TextColumn("loss {task.fields[loss]:.4f}"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self._task = self._progress.add_task(
+            "train", total=session.total_steps, loss=float("nan"), rate=0.0
+        )
+
+    def __enter__(self) -> Self:
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def step(self, metrics: Metrics) -> None:
+        """Shows one step."""
+        self._progress.update(
+            self._task,
+            completed=metrics.step,
+            loss=metrics.loss,
+            rate=metrics.tokens_per_second,
+        )
+        tenth = max(1, self._session.total_steps // 10)
+        last = metrics.step == self._session.total_steps
+        if not self._console.is_terminal and (metrics.step % tenth == 0 or last):
+            self._console.print(
+                f"step {metrics.step}/{self._session.total_steps}  loss {metrics.loss:.4f}  "
+                f"{metrics.tokens_per_second:,.0f} tokens/s",
+                highlight=False,
+            )
+
+    def evaluated(self, step: int, result: EvalResult) -> None:
+        """Shows one evaluation."""
+        self._console.print(
+            f"step {step}: eval loss {result.loss:.4f}, exact match "
+            f"{result.n_exact}/{result.n_examples}",
+            highlight=False,
+        )

@@ -1,0 +1,81 @@
+"""The command `lora tune`; lora/commands/cli.py registers it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from lora.forward.plans.matmul_plans import Product, Request, requests_of
+from lora.forward.plans.matmul_tiles import Plan, choose_tile
+from lora.forward.plans.tuning import tune
+from lora.storage.tile_cache import TileCache
+
+
+def tune_command(
+    config: Annotated[str, typer.Argument(help="A YAML config.")],
+    set_: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time to spend.")] = 30.0,
+    again: Annotated[bool, typer.Option(help="Forget what is known of this adapter.")] = False,
+) -> None:
+    """Find the fastest tiles for a config's products, with more time than `lora train` takes.
+
+    Products whose tiles were found with as much time before are left as they are.
+    """
+    from lora.config.schema import load_config
+    from lora.shaders.device import Device
+    from lora.shaders.errors import InputError
+    from lora.shaders.planning import PlanningDevice
+    from lora.training.session import TrainingSession
+
+    if seconds <= 0:
+        raise InputError(f"--seconds {seconds:g}: give some time, such as 30.")
+    loaded = load_config(config, set_ or [])
+    device = Device(loaded.device)
+    if device.is_cpu:
+        raise InputError(
+            f"{device.name} runs on the CPU, whose products have no tiles to choose. Name a GPU "
+            "in `device` (see `lora devices`)."
+        )
+    planning = PlanningDevice(device)
+    with requests_of(planning) as requests:
+        TrainingSession(loaded, device=planning)
+    cache = TileCache(device)
+    if again:
+        cache.forget()
+    looked_for: list[Request] = []
+
+    def tuner(
+        device: Device, missing: Sequence[Request], /, *, seconds: float
+    ) -> Mapping[Product, Plan]:
+        looked_for.extend(missing)
+        return tune(device, missing, seconds=seconds)
+
+    cache.find(requests, tuner, seconds)
+    console = Console()
+    if not looked_for:
+        console.print(
+            "All of these were found with as much time before; --again looks for them anew."
+        )
+    if loaded.train.tuning == "off":
+        console.print("train.tuning is off in this config: its runs take the default tiles.")
+    table = Table("product", "times a step", "default", "chosen", title=device.name)
+    counts = Counter(request.product for request in requests)
+    first: dict[Product, Request] = {}
+    for request in requests:
+        first.setdefault(request.product, request)
+    for product, count in counts.most_common():
+        default = choose_tile(*first[product].shape(device))
+        chosen = cache.plan(product) or default
+        name = f"{product.rows} x {product.columns} x {product.contraction} {product.quantization}"
+        name += " to the input" if product.transposed else ""
+        table.add_row(name, str(count), default.name, chosen.name)
+    console.print(table)
+    console.print(f"Kept in {cache.path}.", highlight=False)

@@ -1,0 +1,352 @@
+"""The config of a run: every key, its default, and what it allows.
+
+A key that stands here is used somewhere; what this version cannot do yet is refused here, so
+that no option is accepted and then dropped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Literal, Self
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+from lora.config.errors import config_problems, did_you_mean
+from lora.config.yaml_file import parse_yaml, read_yaml_mapping
+from lora.forward.model.architecture import HEAD, MODULE_NAMES, Architecture
+from lora.shaders.errors import InputError
+from lora.storage.stores import MODEL_NAME_FORMS, check_model_name
+
+_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
+
+
+def _number_from_text(value: Any) -> Any:
+    """PyYAML reads 1e-5 as text: YAML 1.1 wants a dot in it (1.0e-5)."""
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
+
+
+def _word_from_switch(value: Any) -> Any:
+    """YAML 1.1 reads on and off as true and false."""
+    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
+
+
+def _section_from_nothing(value: Any) -> Any:
+    """A section whose keys are all commented out is null in YAML; it means the defaults."""
+    return {} if value is None else value
+
+
+Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_from_switch)]
+Text = Annotated[str, Field(min_length=1)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    """Unknown keys and values of another type are refused; a config doesn't change."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+
+
+class LastLayers(_Section):
+    """`{last: N}`: the N layers nearest to the head."""
+
+    last: Count
+
+
+class ModelConfig(_Section):
+    """`model:`, the frozen base."""
+
+    path: Text = Field(description=MODEL_NAME_FORMS)
+    tokenizer: Text | None = Field(
+        default=None, description="null, a tokenizer.json, or a directory that holds one"
+    )
+
+    @field_validator("path")
+    @classmethod
+    def _well_formed_path(cls, path: str) -> str:
+        try:
+            check_model_name(path)
+        except InputError as error:
+            raise ValueError(str(error)) from None
+        return path
+
+
+class AdapterConfig(_Section):
+    """`adapter:`, what is trained."""
+
+    rank: Count = Field(default=16, description="a whole number of at least 1")
+    alpha: Number = Field(default=32.0, gt=0, description="a number above 0")
+    dropout: Number = Field(default=0.0, description="0")
+    targets: Literal["all-linear"] | list[str] = Field(
+        default="all-linear", description=f"all-linear, or a list of {', '.join(MODULE_NAMES)}"
+    )
+    layers: Literal["all"] | LastLayers | list[Annotated[int, Field(ge=0)]] = Field(
+        default="all",
+        description="all, {last: N} with N at least 1, or a list of layer numbers (the first is 0)",
+    )
+    variant: Literal["lora", "rslora", "dora"] = Field(default="lora", description="lora or rslora")
+    init_from: Text | None = Field(
+        default=None,
+        description="null, or a PEFT adapter directory or GGUF adapter to continue from",
+    )
+
+    @field_validator("dropout")
+    @classmethod
+    def _supported_dropout(cls, dropout: float) -> float:
+        if dropout != 0:
+            raise ValueError(
+                f"got {dropout:g}; dropout is not supported yet; allowed here: 0 (try "
+                "train.weight_decay against overfitting)."
+            )
+        return dropout
+
+    @field_validator("variant")
+    @classmethod
+    def _supported_variant(cls, variant: str) -> str:
+        if variant == "dora":
+            raise ValueError("got 'dora'; it is not supported yet; allowed here: lora or rslora.")
+        return variant
+
+    @field_validator("targets")
+    @classmethod
+    def _known_targets(cls, targets: str | list[str]) -> str | list[str]:
+        if isinstance(targets, str):
+            return targets
+        allowed = f"allowed here: all-linear, or a list of {', '.join(MODULE_NAMES)}."
+        if not targets:
+            raise ValueError(f"got an empty list, so nothing would be trained; {allowed}")
+        for index, target in enumerate(targets):
+            if target not in MODULE_NAMES:
+                suggestion = did_you_mean(target, list(MODULE_NAMES))
+                raise ValueError(f"got {target!r}{suggestion or '; ' + allowed}")
+            if target in targets[:index]:
+                raise ValueError(f"got {target!r} twice; name each matrix once.")
+        return targets
+
+    @field_validator("layers")
+    @classmethod
+    def _distinct_layers(cls, layers: str | LastLayers | list[int]) -> str | LastLayers | list[int]:
+        if isinstance(layers, list):
+            if not layers:
+                raise ValueError("got an empty list, so nothing would be trained; try all.")
+            twice = next((n for i, n in enumerate(layers) if n in layers[:i]), None)
+            if twice is not None:
+                raise ValueError(f"got the layer {twice} twice; name each layer once.")
+        return layers
+
+    @property
+    def scale(self) -> float:
+        """What the product B·A is multiplied by: alpha / rank, in rslora alpha / √rank."""
+        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
+
+    def resolve_targets(self, architecture: Architecture) -> list[str]:
+        """Returns the PEFT names of the adapted matrices; all-linear leaves out lm_head, as PEFT.
+
+        Raises:
+            InputError: one is asked for that the model doesn't have.
+        """
+        names = list(architecture.matrices)
+        if isinstance(self.targets, str):
+            return [name for name in names if name != HEAD.module]
+        for target in self.targets:
+            if target not in names:
+                raise InputError(
+                    f"adapter.targets: got {target!r}, but a model of the architecture "
+                    f"{architecture.name!r} has {', '.join(names)}."
+                )
+        return [name for name in names if name in self.targets]
+
+    def resolve_layers(self, n_layers: int) -> list[int]:
+        """Returns the numbers of the adapted layers, lowest first.
+
+        Args:
+            n_layers: layers that the model has.
+
+        Raises:
+            InputError: more layers are asked for than the model has, or one that it lacks.
+        """
+        if isinstance(self.layers, LastLayers):
+            if self.layers.last > n_layers:
+                raise InputError(
+                    f"adapter.layers: got {{last: {self.layers.last}}}, but the model has "
+                    f"{n_layers} layers."
+                )
+            return list(range(n_layers - self.layers.last, n_layers))
+        if isinstance(self.layers, str):
+            return list(range(n_layers))
+        if max(self.layers) >= n_layers:
+            raise InputError(
+                f"adapter.layers: got the layer {max(self.layers)}, but the model has {n_layers} "
+                f"layers, numbered 0 to {n_layers - 1}."
+            )
+        return sorted(self.layers)
+
+
+_SOURCE = "a JSONL file, a list of them, or the name of a Hugging Face data set"
+
+
+class DataConfig(_Section):
+    """`data:`, the examples and how they become tokens."""
+
+    train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description=_SOURCE)
+    eval: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+        default=None, description=f"null, {_SOURCE}"
+    )
+    format: Literal["auto", "chat", "completion", "instruct", "text"] = Field(
+        default="auto", description="auto, chat, completion, instruct or text"
+    )
+    max_length: int = Field(default=512, ge=2, description="a whole number of tokens, at least 2")
+    packing: bool = Field(default=False, description="true or false")
+    train_on: Literal["completion", "all"] = Field(
+        default="completion", description="completion or all"
+    )
+    append_eos: Switch = Field(default="auto", description="auto, on or off")
+    shuffle: bool = Field(default=True, description="true or false")
+
+
+class TrainConfig(_Section):
+    """`train:`, how the adapter is fitted."""
+
+    epochs: Number = Field(default=1.0, gt=0, description="a number above 0")
+    steps: Count | None = Field(default=None, description="null, or a whole number of at least 1")
+    batch_size: Count = Field(default=4, description="a whole number of at least 1")
+    gradient_accumulation: Count = Field(default=1, description="a whole number of at least 1")
+    learning_rate: Number = Field(default=2.0e-4, gt=0, description="a number above 0")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        default="cosine", description="constant, linear or cosine"
+    )
+    warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
+        default=0.03, description="a number from 0 to below 1, the share of all steps"
+    )
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
+        default=None, description="null, or a whole number of at least 0"
+    )
+    weight_decay: Number = Field(default=0.0, ge=0, description="a number of at least 0")
+    betas: list[Annotated[Number, Field(ge=0, lt=1)]] = Field(
+        default=[0.9, 0.999],
+        min_length=2,
+        max_length=2,
+        description="two numbers from 0 to below 1",
+    )
+    epsilon: Number = Field(default=1.0e-8, gt=0, description="a number above 0")
+    max_grad_norm: Annotated[Number, Field(gt=0)] | None = Field(
+        default=1.0, description="a number above 0, or null for no clipping"
+    )
+    precision: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
+    recompute: Switch = Field(default="auto", description="auto, on or off")
+    tuning: Annotated[Literal["auto", "off"], BeforeValidator(_word_from_switch)] = Field(
+        default="auto", description="auto or off"
+    )
+    reuse_frozen_prefix: Switch = Field(default="auto", description="auto, on or off")
+    seed: int = Field(
+        default=0, ge=0, le=2**32 - 1, description="a whole number from 0 to 4294967295"
+    )
+    eval_every: Count | None = Field(
+        default=None, description="null, or a whole number of steps, at least 1"
+    )
+    save_every: Count | None = Field(
+        default=None, description="null, or a whole number of steps, at least 1"
+    )
+    keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
+
+    @model_validator(mode="after")
+    def _one_warmup(self) -> Self:
+        given = self.model_fields_set
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            if "warmup_ratio" in given:
+                raise ValueError(
+                    f"warmup_ratio ({self.warmup_ratio:g}) and warmup_steps ({self.warmup_steps}) "
+                    "are both given; keep one and set the other to null."
+                )
+            # The default ratio gives way; object.__setattr__ because the config is frozen.
+            object.__setattr__(self, "warmup_ratio", None)
+        return self
+
+    def resolve_warmup(self, total_steps: int) -> int:
+        """Returns the number of warm-up steps, rounded up as transformers does."""
+        if self.warmup_steps is not None:
+            return self.warmup_steps
+        return math.ceil((self.warmup_ratio or 0.0) * total_steps)
+
+
+class Config(_Section):
+    """A whole config."""
+
+    model: ModelConfig = Field(description="the base model")
+    adapter: Annotated[AdapterConfig, BeforeValidator(_section_from_nothing)] = AdapterConfig()
+    data: DataConfig = Field(description="the data")
+    train: Annotated[TrainConfig, BeforeValidator(_section_from_nothing)] = TrainConfig()
+    device: Text | Annotated[int, Field(ge=0)] = Field(
+        default="auto", description="auto, an adapter's index, or part of its name"
+    )
+    output: Text = Field(description="the directory that the run writes to")
+
+    @model_validator(mode="after")
+    def _evaluated_on_something(self) -> Self:
+        if self.train.eval_every is not None and self.data.eval is None:
+            raise ValueError(
+                f"train.eval_every is {self.train.eval_every}, but data.eval is null; name the "
+                "examples to evaluate on, or leave train.eval_every out."
+            )
+        return self
+
+    def dump_yaml(self) -> str:
+        """Returns the config as YAML, defaults filled in; `load_config` reads it back equal."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+
+
+def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+    """Reads and checks a config file.
+
+    Args:
+        path: a YAML file.
+        overrides: `KEY=VALUE` each, the key dotted (`train.steps=10`), the value in YAML; a
+            later one wins.
+
+    Raises:
+        InputError: the file can't be read or is no YAML; or keys or values are wrong, one line
+            for each: where, the key, what was given, what is allowed.
+    """
+    values = read_yaml_mapping(path)
+    overridden: dict[str, str] = {}
+    for override in overrides:
+        overridden[_apply_override(values, override)] = override
+    try:
+        return Config.model_validate(values)
+    except ValidationError as error:
+        problems = config_problems(error, Config, values)
+    lines = []
+    for key, sentence in problems.items():
+        source = f"--set {overridden[key]}" if key in overridden else path
+        lines.append(f"{source}: {key}: {sentence}" if key else f"{source}: {sentence}")
+    raise InputError("\n".join(lines))
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str:
+    """Puts one `KEY=VALUE` into the nested mappings and returns its key."""
+    key, equals, text = override.partition("=")
+    key = key.strip()
+    names = key.split(".")
+    if not equals or not all(names):
+        raise InputError(f"--set {override}: write it as KEY=VALUE, for example train.steps=10.")
+    section = values
+    for depth, name in enumerate(names[:-1]):
+        if section.get(name) is None:
+            section[name] = {}
+        section = section[name]
+        if not isinstance(section, dict):
+            outer = ".".join(names[: depth + 1])
+            raise InputError(f"--set {override}: {outer} holds {section!r}, not a mapping.")
+    section[names[-1]] = parse_yaml(text, f"--set {override}")
+    return key

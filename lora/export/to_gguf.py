@@ -1,0 +1,197 @@
+"""`lora export`: an adapter as a GGUF that llama.cpp and Ollama load, alone or merged."""
+
+from __future__ import annotations
+
+import difflib
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from gguf import GGMLQuantizationType
+
+from lora.adapters.adapted_tensor import read_adapted_tensors
+from lora.adapters.gguf_files import ADAPTER_TYPES, write_gguf_adapter
+from lora.adapters.origin import CONFIG, Origin, PromptForm, origin_of
+from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings, refuse_dora
+from lora.export.merge import MergedTensor, write_merged_gguf
+from lora.export.modelfile import (
+    OF_ADAPTER,
+    may_replace,
+    modelfile_of_adapter,
+    modelfile_of_merged,
+    name_of_merged,
+)
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.model.architecture import Architecture
+from lora.shaders.errors import InputError, LoraError
+from lora.storage.files import write_file
+from lora.storage.stores import ollama_settings, resolve_model
+
+ADAPTER, MERGED = TARGETS = ("gguf", "merged-gguf")
+# Architectures that always take the embedding for the head: llama.cpp refuses a file of theirs that
+# has an output.weight (tried with xllamacpp 2026-10; gemma3, llama, qwen2, qwen3 and phi3 load it).
+_NEVER_OWN_HEAD = ("gemma2",)
+_DEFAULT_NAMES = {ADAPTER: "adapter.gguf", MERGED: "merged.gguf"}
+
+
+@dataclass(frozen=True)
+class Export:
+    """What was written.
+
+    Attributes:
+        path: the GGUF.
+        modelfile: for `ollama create`, beside it: `Modelfile` for an adapter, and for merged.gguf
+            `merged.Modelfile`.
+        base_path: the base's file.
+        n_tensors: how many tensors of the base the adapter touches.
+        merged: what merging did to each of them; empty for an adapter alone.
+        prompts: how prompts are written where no chat template is to stand around them; None
+            where one is, or where the adapter's run is not known.
+    """
+
+    path: Path
+    modelfile: Path
+    base_path: Path
+    n_tensors: int
+    merged: list[MergedTensor]
+    prompts: PromptForm | None = None
+
+
+def export(
+    directory: Path,
+    target: str,
+    *,
+    output: Path | None = None,
+    base: str | None = None,
+    kind: str | None = None,
+    force: bool = False,
+    on_tensor: Callable[[MergedTensor], None] = lambda tensor: None,
+) -> Export:
+    """Writes a PEFT adapter directory as a GGUF, and a Modelfile beside it.
+
+    Args:
+        directory: holds adapter_config.json and adapter_model.safetensors.
+        target: "gguf" for the adapter alone, "merged-gguf" for base and adapter in one.
+        output: the file to write; by default adapter.gguf or merged.gguf in the directory.
+        base: a path, ollama:NAME or hf:ORG/REPO/FILE; by default what the adapter names.
+        kind: tensor type of what is written, e.g. "F16"; by default F32 for an adapter, and for
+            a merged tensor the base's own.
+        force: replaces files that are there.
+        on_tensor: called after each tensor that was merged.
+
+    Raises:
+        InputError: the adapter, the base, the target or the type is wrong, they do not fit
+            together, or the output is there already.
+        LoraError: the merged weights are not finite, or a file can't be written.
+    """
+    if target not in TARGETS:
+        raise InputError(f"--to {target}: {_nearest(target, TARGETS)}")
+    kinds = ADAPTER_TYPES if target == ADAPTER else tuple(QUANTIZATIONS)
+    stored = None if kind is None else _kind(kind, kinds, target)
+    settings = read_peft_settings(directory)
+    if target == ADAPTER:
+        refuse_dora(directory, settings)
+    path = directory / _DEFAULT_NAMES[target] if output is None else output
+    modelfile = path.with_name(OF_ADAPTER if target == ADAPTER else name_of_merged(path))
+    name = base or str(settings.get("base_model_name_or_path") or "")
+    origin = origin_of(directory)
+    file = _open_base(name, directory, origin, given=base is not None)
+    _check_output(path, modelfile, directory, file, force=force)
+    prompts = None if origin is None else origin.prompt_form(file)
+    architecture = Architecture.from_gguf(file)
+    adapted = read_adapted_tensors(directory, settings, architecture)
+    merged: list[MergedTensor] = []
+    if "output.weight" in adapted and architecture.tied_head:
+        _check_tied_head(directory, architecture.name, target)
+    # The texts before the GGUFs: what can't be said in them leaves no file behind.
+    if target == ADAPTER:
+        text = modelfile_of_adapter(path, name, file.path, prompts)
+        write_gguf_adapter(
+            path, architecture.name, adapted.values(), stored or GGMLQuantizationType.F32
+        )
+    else:
+        text = modelfile_of_merged(path, prompts, ollama_settings(name))
+        merged = write_merged_gguf(path, file, adapted, stored, on_tensor)
+    try:
+        write_file(modelfile, text)
+    except OSError as error:
+        reason = error.strerror or error
+        raise LoraError(f"{modelfile} could not be written: {reason}. {path} is whole.") from error
+    return Export(path, modelfile, file.path, len(adapted), merged, prompts)
+
+
+def _nearest(word: str, known: tuple[str, ...]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"did you mean {close[0]}?" if close else f"it must be {' or '.join(known)}."
+
+
+def _kind(name: str, kinds: tuple[GGMLQuantizationType, ...], target: str) -> GGMLQuantizationType:
+    for kind in kinds:
+        if kind.name == name.upper():
+            return kind
+    raise InputError(
+        f"--type {name}: with --to {target} it must be one of "
+        f"{', '.join(kind.name for kind in kinds)}."
+    )
+
+
+def _open_base(name: str, directory: Path, origin: Origin | None, *, given: bool) -> GGUFFile:
+    if given:
+        return GGUFFile(resolve_model(name))
+    source = f"{directory / SETTINGS} names the base {name!r}"
+    try:
+        path = resolve_model(name)
+    except InputError as error:
+        raise InputError(f"{source}: {error} Or name the base with --base.") from None
+    # A relative path leads from where the run was started, or from the adapter itself.
+    folders = (*(origin.folders if origin else (Path(),)), directory)
+    found = next((file for folder in folders if (file := folder / path).is_file()), None)
+    if found is None:
+        raise InputError(f"{source}, which is no GGUF file here; name it with --base MODEL.")
+    return GGUFFile(found)
+
+
+def _check_tied_head(directory: Path, architecture: str, target: str) -> None:
+    """Refuses an adapter on a head that is the embedding, where llama.cpp could not load it."""
+    what = f"{directory} adapts lm_head, but the base's head is its embedding"
+    if architecture in _NEVER_OWN_HEAD:
+        raise InputError(
+            f"{what}, and llama.cpp gives {architecture} no head of its own. Train with "
+            "adapter.targets that leave lm_head out; PEFT and `lora generate` run this one."
+        )
+    if target == ADAPTER:
+        raise InputError(
+            f"{what}: llama.cpp has no place for such an adapter. Take --to merged-gguf."
+        )
+
+
+def _check_output(
+    path: Path, modelfile: Path, directory: Path, base: GGUFFile, *, force: bool
+) -> None:
+    for own in (WEIGHTS, SETTINGS, CONFIG):
+        file = directory / own
+        if file.exists() and path.exists() and os.path.samefile(path, file):
+            raise InputError(f"{path} is a part of the adapter itself; choose another --output.")
+    for part in base.paths:
+        if path.exists() and os.path.samefile(path, part):
+            raise InputError(f"{path} is the base itself; choose another --output.")
+    if path.is_dir():
+        raise InputError(f"{path} is a directory; --output is the file to write.")
+    if path.name == modelfile.name:
+        raise InputError(f"{path}: the Modelfile goes by that name; choose another --output.")
+    if modelfile.is_dir():
+        raise InputError(
+            f"{modelfile} is a directory, and the Modelfile goes by that name; move it away, or "
+            "choose an --output in another directory."
+        )
+    if force:
+        return
+    if os.path.lexists(path):
+        raise InputError(f"{path} is there already; --force replaces it, --output avoids it.")
+    if not may_replace(modelfile, path):
+        raise InputError(
+            f"{modelfile} is there and was not written by lora export for {path.name}; --force "
+            "replaces it, --output in another directory avoids it."
+        )

@@ -1,0 +1,4 @@
+"""Text from a model: the prompt, then token by token.
+
+Imports adapters and below.
+"""

@@ -1,0 +1,4 @@
+"""Where things lie: models, files written whole, and what is kept between runs.
+
+Imports no other wing.
+"""

@@ -1,0 +1,4 @@
+"""TrainingSession, its programs, and a run with its files.
+
+Imports generation and below.
+"""

@@ -1,0 +1,152 @@
+"""Checkpoints: enough to go on bit for bit.
+
+`OUTPUT/checkpoints/step-000100/` holds the adapter as PEFT saves it, the two moments of AdamW, the
+position in the data, and the tiles of the products, which decide in which order sums are taken. The
+order of an epoch follows from (seed, epoch), so that position is all of the random state.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lora.adapters.peft_files import load_peft_adapter, save_peft_adapter
+from lora.forward.plans.matmul_plans import Product
+from lora.forward.plans.matmul_tiles import Plan
+from lora.shaders.errors import InputError
+from lora.storage.files import new_directory
+from lora.storage.tile_cache import circumstances, entry_of, plan_of_entry
+from lora.training.session import TrainingSession
+
+_NAME = re.compile(r"step-(\d{6,})")
+_OPTIMIZER = "optimizer.safetensors"
+_STATE = "state.json"
+
+
+def checkpoints(output: Path) -> list[Path]:
+    """The whole checkpoints of a run, oldest first."""
+    folder = output / "checkpoints"
+    found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)] if folder.exists() else []
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def save_checkpoint(session: TrainingSession, output: Path) -> Path:
+    """Writes a checkpoint of the steps done so far; waits for them. Returns its directory.
+
+    Only the newest train.keep_checkpoints stay.
+    """
+    if session.stream is None:
+        raise ValueError("a session without training has no checkpoints")
+    path = output / "checkpoints" / f"step-{session.steps_done:06d}"
+    device, adapter = session.device, session.adapter
+    moments = {
+        "first_moment": device.read(adapter.first_moment),
+        "second_moment": device.read(adapter.second_moment),
+    }
+    state = {
+        "step": session.steps_done,
+        "stream": session.stream.state(),
+        "precision": session.config.train.precision,
+        "found_with": circumstances(device),
+        "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
+    }
+    with new_directory(path) as directory:
+        save_peft_adapter(directory, session.layout, session.parameters(), session.config)
+        (directory / _OPTIMIZER).write_bytes(safetensors.numpy.save(moments))
+        (directory / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+    for old in checkpoints(output)[: -session.config.train.keep_checkpoints]:
+        shutil.rmtree(old)
+    return path
+
+
+def resume(session: TrainingSession, output: Path) -> Path:
+    """Puts a session where the last checkpoint of `output` stands; returns its directory.
+
+    The session takes over the checkpoint's plans of products. It warns where it can't, since the
+    last bits of what follows may then differ from those of a run that was never stopped.
+
+    Raises:
+        InputError: there is none, or it was made with another adapter, other data or in another
+            precision.
+    """
+    found = checkpoints(output)
+    if not found:
+        raise InputError(
+            f"--resume: {output}/checkpoints holds no checkpoint; run without --resume."
+        )
+    path = found[-1]
+    if session.stream is None:
+        raise ValueError("a session without training cannot resume")
+    flat = load_peft_adapter(path, session.layout)
+    try:
+        state = json.loads((path / _STATE).read_text())
+        step, stream, precision = int(state["step"]), dict(state["stream"]), state["precision"]
+        found_with, entries = dict(state["found_with"]), dict(state["plans"])
+        with safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file:
+            moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
+    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        raise InputError(
+            f"{path}: not a checkpoint that can be read ({error}); remove it to resume from the "
+            "one before."
+        ) from None
+    if any(m.shape != (session.layout.size,) or m.dtype != np.float32 for m in moments):
+        raise InputError(f"{path}: its optimizer state does not fit this config's adapter.")
+    now = session.config.train.precision
+    if precision != now:
+        raise InputError(
+            f"The checkpoint was made with train.precision {precision}, and now it is {now}; "
+            "resume with the setting of then, or start anew without --resume."
+        )
+    session.stream.restore(stream)
+    session.use_plans(_plans_of_then(session, found_with, entries))
+    session.steps_done = step
+    for tensor, array in (
+        (session.adapter.parameters, flat),
+        (session.adapter.first_moment, moments[0]),
+        (session.adapter.second_moment, moments[1]),
+    ):
+        session.device.write(tensor, array)
+    return path
+
+
+def _plans_of_then(
+    session: TrainingSession, found_with: dict[str, Any], entries: dict[str, Any]
+) -> dict[Product, Plan]:
+    """The plans that a checkpoint holds for this session's products; warns where it can't be all.
+
+    Args:
+        session: which resumes.
+        found_with, entries: of the checkpoint.
+    """
+    device = session.device
+    changed = [
+        f"{name} {found_with.get(name)} (now {now})"
+        for name, now in circumstances(device).items()
+        if found_with.get(name) != now
+    ]
+    plans = {
+        product: plan_of_entry(device, product, entries.get(product.key))
+        for product in session.plans
+    }
+    usable = {product: plan for product, plan in plans.items() if plan is not None}
+    if changed:
+        usable, reason = {}, f"The checkpoint was made with {', '.join(changed)}"
+    elif len(usable) < len(plans):
+        reason = (
+            f"The checkpoint has no tiles for {len(plans) - len(usable)} of {len(plans)} products"
+        )
+    else:
+        return usable
+    warnings.warn(
+        f"{reason}: the last bits of what follows may differ from a run that was never stopped.",
+        stacklevel=3,
+    )
+    return usable

@@ -1,0 +1,162 @@
+"""Where a step's time goes, kernel by kernel, against what the device can do."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from dataclasses import dataclass
+
+import numpy as np
+from gguf import GGMLQuantizationType
+from rich.console import Console
+from rich.table import Table
+
+from lora.forward.gather import gather_rows
+from lora.forward.gguf.file import GGUFTensor
+from lora.forward.matmul import matmul
+from lora.forward.model.weights import load_matrix
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.program import Dispatch, Program
+from lora.training.session import TrainingSession
+
+# What a dispatch takes on a GPU beside its products: its start, and waiting for memory.
+GPU_DISPATCH_SECONDS = 9e-6
+
+
+@dataclass(frozen=True)
+class Peaks:
+    """What a device reaches here: a large product, and a copy."""
+
+    flops: float  # a second
+    bytes_per_second: float  # read and written
+
+
+@dataclass(frozen=True)
+class KernelRow:
+    """All dispatches of one kind in a step.
+
+    Attributes:
+        kernel: the template.
+        label: what it does in the step.
+        calls: dispatches.
+        seconds: of GPU time together.
+        flops: floating-point operations together; 0 where they don't matter.
+        n_bytes: of all that is bound: what it may read and write at least once.
+    """
+
+    kernel: str
+    label: str
+    calls: int
+    seconds: float
+    flops: int
+    n_bytes: int
+
+
+def measure_peaks(device: Device) -> Peaks:
+    """Times a product and a copy, the best of some runs after a warm-up."""
+    n = 256 if device.is_cpu else 2048
+    rng = np.random.default_rng(0)
+    kind = GGMLQuantizationType.F32
+    data = (rng.normal(size=(n, n)) / np.sqrt(n)).astype(np.float32).view(np.uint8)
+    matrix = load_matrix(device, [GGUFTensor("product", kind, (n, n), data)])
+    extent = device.extent(n)
+    x = device.empty((n, n), extent=extent)
+    device.write(x, rng.normal(size=(n, n)))
+    product = Program(device)
+    for _ in range(5):
+        matmul(product, x, matrix, out=device.scratch((n, n)))
+    rows = (4 if device.is_cpu else 64) << 10
+    many = device.extent(rows)
+    source, copied = device.empty((rows, 256), extent=many), device.empty((rows, 256), extent=many)
+    order = device.upload(np.arange(rows, dtype=np.uint32))
+    copy = Program(device)
+    for _ in range(5):
+        gather_rows(copy, source, order, many, out=copied)
+    return Peaks(
+        flops=2 * n**3 * 5 / _best_seconds(product),
+        bytes_per_second=2 * source.n_bytes * 5 / _best_seconds(copy),
+    )
+
+
+def _best_seconds(program: Program, repeats: int = 5) -> float:
+    program.run()
+    return min(sum(kernel.seconds for kernel in program.time()) for _ in range(repeats))
+
+
+def kernel_table(session: TrainingSession, repeats: int = 5) -> list[KernelRow]:
+    """GPU time of one step with one micro-batch, by kernel, the most costly first.
+
+    Whatever micro-batch was written last is run again; the adapter changes as in training.
+
+    Raises:
+        InputError: the device has no timestamps.
+    """
+    if "timestamp-query" not in session.device.features:
+        raise InputError(f"{session.device.name} has no timestamps: kernels can't be timed on it.")
+    best: dict[tuple[str, str], KernelRow] = {}
+    for _ in range(repeats):
+        found: dict[tuple[str, str], list[KernelRow]] = defaultdict(list)
+        for program in session.step_programs():
+            dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
+            for dispatch, kernel in zip(dispatches, program.time(), strict=True):
+                label = dispatch.label.split(".")[-1]
+                n_bytes = sum(tensor.n_bytes for tensor in dispatch.tensors)
+                found[dispatch.template, label].append(
+                    KernelRow(dispatch.template, label, 1, kernel.seconds, dispatch.flops, n_bytes)
+                )
+        for key, rows in found.items():
+            row = KernelRow(
+                *key,
+                calls=len(rows),
+                seconds=sum(row.seconds for row in rows),
+                flops=sum(row.flops for row in rows),
+                n_bytes=sum(row.n_bytes for row in rows),
+            )
+            if key not in best or row.seconds < best[key].seconds:
+                best[key] = row
+    return sorted(best.values(), key=lambda row: -row.seconds)
+
+
+def print_kernels(console: Console, rows: list[KernelRow], peaks: Peaks) -> None:
+    """The table of `kernel_table`, with what each reaches of the device's measured peaks."""
+    total = sum(row.seconds for row in rows)
+    table = Table("kernel", "in the step", title=f"{1e3 * total:.2f} ms of GPU time a step")
+    for name in ("calls", "ms", "share", "GFLOP/s", "of peak", "GB/s", "of peak"):
+        table.add_column(name, justify="right")
+    for row in rows:
+        rate, speed = row.flops / row.seconds, row.n_bytes / row.seconds
+        table.add_row(
+            row.kernel,
+            "" if row.label == row.kernel else row.label,
+            str(row.calls),
+            f"{1e3 * row.seconds:.2f}",
+            f"{row.seconds / total:.1%}",
+            f"{rate / 1e9:,.0f}" if row.flops else "",
+            f"{rate / peaks.flops:.0%}" if row.flops else "",
+            f"{speed / 1e9:,.0f}",
+            f"{speed / peaks.bytes_per_second:.0%}",
+        )
+    console.print(table)
+    console.print(
+        f"Measured peaks: {peaks.flops / 1e9:,.0f} GFLOP/s in a large product, "
+        f"{peaks.bytes_per_second / 1e9:,.0f} GB/s in a copy. Bytes count all that is bound, once."
+    )
+
+
+def expected_seconds(session: TrainingSession, peaks: Peaks) -> float:
+    """About how long a step of the largest micro-batches takes: its products at the peak rate.
+
+    On a GPU every dispatch has its price, too. Within a quarter of nine measured runs on an H200
+    (benchmarks/results); on CPU adapters, where the peak is that of an f32 matrix, twice too long
+    for quantized ones.
+    """
+    dispatches = [
+        command
+        for program in session.step_programs()
+        for command in program.commands
+        if isinstance(command, Dispatch)
+    ]
+    seconds = sum(dispatch.flops for dispatch in dispatches) / peaks.flops
+    if not session.device.is_cpu:
+        seconds += GPU_DISPATCH_SECONDS * len(dispatches)
+    return seconds * session.config.train.gradient_accumulation

@@ -1,0 +1,273 @@
+"""The programs of a run: everything that happens on the device, recorded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora.backward.decoder import Scratch, record_head_backward, record_layer_backward
+from lora.forward.decoder.head import HeadActivations, record_evaluation
+from lora.forward.decoder.layers import LayerActivations, record_embedding, record_layer
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.frozen_model import Model
+from lora.forward.model.inputs import Inputs
+from lora.optim.adamw import adamw
+from lora.optim.clipping import gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor, item_bytes
+
+# What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
+# the least that it holds, and the mean over some hundred tokens makes them small. A power of two
+# changes no bit of an f32 (Micikevicius et al. 2018, "Mixed Precision Training").
+LOSS_SCALE = 1024.0
+SLICED_SIZE = 24 << 20  # parameters of all slices of the gradients together
+KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
+
+
+@dataclass(frozen=True)
+class AdapterState:
+    """The trainable parameters and all that belongs to them, flat f32 tensors [layout.size]."""
+
+    parameters: Tensor
+    gradients: tuple[Tensor, ...]  # slices that are summed by the optimizer
+    first_moment: Tensor
+    second_moment: Tensor
+
+    @classmethod
+    def allocate(cls, device: Device, layout: AdapterLayout) -> AdapterState:
+        """Zeroed tensors. On a GPU slices: that many workgroups more for each gradient.
+
+        Large adapters make enough workgroups by themselves.
+        """
+        layout.check_bindings(device)
+
+        n_slices = 1 if device.is_cpu else max(1, min(4, SLICED_SIZE // layout.size))
+
+        def flat(purpose: str) -> Tensor:
+            return device.empty_flat(layout.size, purpose=purpose)
+
+        return cls(
+            parameters=flat("adapter"),
+            gradients=tuple(flat("gradients") for _ in range(n_slices)),
+            first_moment=flat("optimizer"),
+            second_moment=flat("optimizer"),
+        )
+
+
+@dataclass(frozen=True)
+class Activations:
+    """Tensors between the layers, shared by training and evaluation."""
+
+    boundary: Tensor  # [rows, hidden_size], what enters the lowest adapted layer
+    final: Tensor  # [rows, hidden_size], the output of the last layer
+    shared: LayerActivations  # of the layer that is being computed
+    head: HeadActivations
+    totals: Tensor  # [64]: sum of losses, number of correct rows
+    state: Tensor  # [64], of gradient_norm; beside `totals` in one buffer
+    metrics: Tensor  # [128], both
+
+    @classmethod
+    def allocate(
+        cls, device: Device, model: Model, inputs: Inputs, layout: AdapterLayout, flat: Tensor
+    ) -> Activations:
+        """Tensors for micro-batches of up to inputs.rows.maximum tokens."""
+        shape = (inputs.rows.maximum, model.architecture.hidden_size)
+        metrics = device.empty((128,))
+        factors = layout.factors(flat)
+        return cls(
+            boundary=device.empty(shape, extent=inputs.rows),
+            final=device.empty(shape, extent=inputs.rows),
+            shared=LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer),
+            head=HeadActivations.allocate(device, model, inputs, factors),
+            totals=metrics.rows(0, 64),
+            state=metrics.rows(64, 128),
+            metrics=metrics,
+        )
+
+
+def record_prefix(
+    device: Device, model: Model, inputs: Inputs, act: Activations, lowest_layer: int
+) -> Program:
+    """Embedding and the layers below the lowest adapted one: act.boundary from the tokens."""
+    program = Program(device)
+    with program.scope("prefix"):
+        record_embedding(program, model, inputs, act.boundary)
+        for layer in range(lowest_layer):
+            # In place: a layer's input is not read after its attention block.
+            record_layer(program, model, layer, inputs, {}, act.shared, act.boundary, act.boundary)
+    return program
+
+
+def record_forward_only(
+    device: Device,
+    model: Model,
+    inputs: Inputs,
+    act: Activations,
+    layout: AdapterLayout,
+    flat: Tensor | None,
+) -> Program:
+    """From act.boundary through the upper layers: `last_states`.
+
+    Args:
+        flat: the adapter's parameters; None for the bare model.
+    """
+    program = Program(device)
+    factors = {} if flat is None else layout.factors(flat)
+    x = act.boundary
+    for layer in range(layout.lowest_layer, model.architecture.n_layers):
+        record_layer(program, model, layer, inputs, factors, act.shared, x, act.final)
+        x = act.final
+    return program
+
+
+def record_eval(
+    device: Device,
+    model: Model,
+    inputs: Inputs,
+    act: Activations,
+    layout: AdapterLayout,
+    flat: Tensor | None,
+) -> Program:
+    """From act.boundary to the losses and argmaxes of all targets, without gradients."""
+    program = record_forward_only(device, model, inputs, act, layout, flat)
+    factors = {} if flat is None else layout.factors(flat)
+    x = last_states(model, layout, act)
+    record_evaluation(program, model, inputs, factors, act.head, x, act.totals)
+    return program
+
+
+def last_states(model: Model, layout: AdapterLayout, act: Activations) -> Tensor:
+    """Where the output of the last layer lies: with no layer adapted, the prefix ends in it."""
+    only_head = layout.lowest_layer == model.architecture.n_layers
+    return act.boundary if only_head else act.final
+
+
+class TrainingPrograms:
+    """The programs of one optimizer step.
+
+    begin; then for each micro-batch prefix (or its result out of a cache) and `micro_batch`; then
+    finish. Between them the host only writes inputs; nothing waits.
+
+    Args:
+        recompute: keep only each layer's input, and run the layer again in the backward pass.
+    """
+
+    def __init__(
+        self,
+        device: Device,
+        model: Model,
+        inputs: Inputs,
+        act: Activations,
+        layout: AdapterLayout,
+        adapter: AdapterState,
+        *,
+        recompute: bool,
+        max_norm: float | None,
+        betas: tuple[float, float],
+        epsilon: float,
+        weight_decay: float,
+    ) -> None:
+        self.loss_weight = device.uniform()  # `loss_weight_words`
+        self.loss_scale = LOSS_SCALE if device.precision == "f16" else 1.0
+        self.step_words = device.uniform()  # lora.optim.adamw.step_words
+        self.begin = Program(device)
+        for gradient in adapter.gradients:
+            self.begin.clear(gradient, label="clear gradients")
+        self.begin.clear(act.totals, label="clear totals")
+        self.micro_batch = self._record_micro_batch(
+            device, model, inputs, act, layout, adapter, recompute
+        )
+        self.finish = Program(device)
+        with self.finish.scope("optimizer"):
+            gradient_norm(
+                self.finish, adapter.gradients, act.state, max_norm=max_norm,
+                loss_scale=self.loss_scale,
+            )  # fmt: skip
+            adamw(
+                self.finish,
+                adapter.parameters,
+                adapter.gradients[0],
+                adapter.first_moment,
+                adapter.second_moment,
+                act.state,
+                self.step_words,
+                betas=betas,
+                epsilon=epsilon,
+                weight_decay=weight_decay,
+            )
+
+    def _record_micro_batch(
+        self,
+        device: Device,
+        model: Model,
+        inputs: Inputs,
+        act: Activations,
+        layout: AdapterLayout,
+        adapter: AdapterState,
+        recompute: bool,
+    ) -> Program:
+        program = Program(device)
+        factors = layout.factors(adapter.parameters)
+        slices = [layout.factors(gradient) for gradient in adapter.gradients]
+        gradients = {key: [s[key] for s in slices] for key in factors}
+        layers = range(layout.lowest_layer, model.architecture.n_layers)
+        scratch = Scratch.allocate(device, model, inputs, factors)
+        shape = act.boundary.shape
+        kept = {
+            layer: act.boundary
+            if layer == layout.lowest_layer
+            else device.empty(shape, extent=inputs.rows, purpose="kept inputs")
+            for layer in layers
+        }
+        if layers:
+            kept[layers.stop] = act.final
+        computed = {
+            layer: act.shared
+            if recompute or layer == layers[-1]
+            else LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer)
+            for layer in layers
+        }
+
+        for layer in layers:
+            record_layer(
+                program, model, layer, inputs, factors, computed[layer], kept[layer],
+                kept[layer + 1],
+            )  # fmt: skip
+        with program.scope("backward"):
+            record_head_backward(
+                program, model, inputs, factors, gradients, act.head, scratch,
+                last_states(model, layout, act), self.loss_weight, act.totals, lowest=not layers,
+            )  # fmt: skip
+            for layer in reversed(layers):
+                # The last layer's activations are still there.
+                if recompute and layer != layers[-1]:
+                    with program.scope("recompute"):
+                        record_layer(
+                            program, model, layer, inputs, factors, act.shared, kept[layer], None
+                        )
+                record_layer_backward(
+                    program, model, layer, inputs, factors, gradients, computed[layer], scratch,
+                    kept[layer], lowest=layer == layout.lowest_layer,
+                )  # fmt: skip
+        return program
+
+
+def wants_recompute(
+    setting: str, model: Model, layout: AdapterLayout, maximum_rows: int, precision: str = "f32"
+) -> bool:
+    """What `train.recompute` means: auto keeps all activations where they are few."""
+    if setting != "auto":
+        return setting == "on"
+    a = model.architecture
+    width = 2 * a.hidden_size + a.query_size + a.qkv_size + 3 * a.intermediate_size
+    width += a.qkv_size * a.qk_norm + 2 * a.hidden_size * a.post_norms
+    row_bytes = item_bytes(precision) * width + item_bytes("f32") * a.hidden_size
+    n_layers = a.n_layers - layout.lowest_layer
+    return row_bytes * maximum_rows * n_layers > KEPT_ACTIVATIONS_LIMIT
+
+
+def loss_weight_words(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:
+    """The uniform of the loss: the f32 bits of loss_scale / n_trained, u32 [4]."""
+    return np.array([loss_scale / n_trained, 0.0, 0.0, 0.0], np.float32).view(np.uint32)

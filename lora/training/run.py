@@ -1,0 +1,130 @@
+"""A training run with its files: metrics, checkpoints, evaluation, the adapter at the end."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+from lora.storage.files import write_file
+from lora.training.checkpoint import resume, save_checkpoint
+from lora.training.metrics import EvalResult, Metrics
+from lora.training.session import TrainingSession
+
+METRICS = "metrics.jsonl"
+CONFIG = "config.yaml"
+
+
+class Interrupted(Exception):
+    """Ctrl-C: the run stopped between two steps, after a checkpoint."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        super().__init__(str(checkpoint))
+        self.checkpoint = checkpoint
+
+
+def run_training(
+    session: TrainingSession,
+    *,
+    resuming: bool = False,
+    on_step: Callable[[Metrics], None] = lambda metrics: None,
+    on_eval: Callable[[int, EvalResult], None] = lambda step, result: None,
+) -> Path:
+    """Trains to the end and writes the files of a run; returns the output directory.
+
+    Args:
+        resuming: go on from the last checkpoint of the output directory.
+        on_step, on_eval: called with each step's metrics, each evaluation's result.
+
+    Raises:
+        Interrupted: the user pressed Ctrl-C; a checkpoint was saved first.
+        LoraError: the loss was no longer finite; the files so far stay.
+    """
+    output = Path(session.config.output)
+    train = session.config.train
+    if resuming:
+        resume(session, output)
+        _drop_metrics_after(output / METRICS, session.steps_done)
+    else:
+        _set_aside(output)
+    output.mkdir(parents=True, exist_ok=True)
+    write_file(output / CONFIG, session.config.dump_yaml())
+
+    with open(output / METRICS, "a") as metrics_file, _stop_requests() as stop_requested:
+
+        def record(line: dict[str, Any]) -> None:
+            metrics_file.write(json.dumps(line) + "\n")
+            metrics_file.flush()
+
+        def arrived(metrics: Metrics) -> None:
+            record(metrics.as_dict())
+            on_step(metrics)
+
+        def due(every: int | None) -> bool:
+            return every is not None and session.steps_done % every == 0
+
+        for metrics in session.steps(
+            pause=lambda: due(train.eval_every) or due(train.save_every) or stop_requested()
+        ):
+            if metrics is not None:
+                arrived(metrics)
+                continue
+            # A pause: all steps so far have ended.
+            if due(train.eval_every):
+                result = session.evaluate()
+                record({"step": session.steps_done, "eval_loss": result.loss})
+                on_eval(session.steps_done, result)
+            if due(train.save_every):
+                save_checkpoint(session, output)
+            if stop_requested() and session.steps_done < session.total_steps:
+                raise Interrupted(save_checkpoint(session, output))
+    session.save(output)
+    return output
+
+
+def _set_aside(output: Path) -> None:
+    """Gives a run that stands under this name another one: nothing is lost or mixed."""
+    if not (output / METRICS).exists() and not (output / "checkpoints").exists():
+        return
+    number = 1
+    while output.with_name(f"{output.name}.old-{number}").exists():
+        number += 1
+    os.replace(output, output.with_name(f"{output.name}.old-{number}"))
+
+
+def _drop_metrics_after(path: Path, step: int) -> None:
+    """Leaves the lines up to a step; what came after it will be trained again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text().splitlines():
+        try:
+            values = json.loads(line)
+        except ValueError:
+            break  # a crash left half a line
+        if values["step"] <= step:
+            kept.append(line + "\n")
+    write_file(path, "".join(kept))
+
+
+@contextmanager
+def _stop_requests() -> Iterator[Callable[[], bool]]:
+    """Yields whether Ctrl-C was pressed; a second one interrupts at once."""
+    requested: list[float] = []
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if requested:
+            raise KeyboardInterrupt
+        requested.append(time.time())
+
+    previous = signal.signal(signal.SIGINT, handle)
+    try:
+        yield lambda: bool(requested)
+    finally:
+        signal.signal(signal.SIGINT, previous)

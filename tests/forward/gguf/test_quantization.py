@@ -1,0 +1,301 @@
+"""Every tensor type on the device against gguf's own dequantization, through the embedding.
+
+Equal to the bit: every product of scales and quants is exact in f32 (d has 11 significant bits, and
+what it is multiplied with at most 12: s · q has 7 + 5 in Q6_K, 5 + 7 in IQ4_XS); adding m or
+- dmin · m, itself exact, rounds once, fused or not. Only what is no normal f32, below 2^-126, may
+a device take for zero: MXFP4's smallest scales reach there.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType, quants
+
+from lora.forward.embedding import embedding
+from lora.forward.gguf.file import GGUFFile, GGUFTensor
+from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.shaders.program import Program
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+
+ALL_TYPES = list(QUANTIZATIONS)
+TYPES = [kind for kind in ALL_TYPES if QUANTIZATIONS[kind].block_size <= 32]  # fit 32 columns
+PLAIN_TYPES = (
+    GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
+)  # fmt: skip
+BLOCK_TYPES = [kind for kind in ALL_TYPES if kind not in PLAIN_TYPES]
+# Where a block has its f16 scales, by ggml-common.h.
+F16_SCALES = {
+    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
+    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
+}  # fmt: skip
+SMALLEST_NORMAL = np.float32(2.0**-126)
+
+
+def type_name(kind: GGMLQuantizationType) -> str:
+    return kind.name
+
+
+def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int = 0) -> np.ndarray:
+    """Random bytes of whole rows, f16 scales normally distributed and some zero, all finite."""
+    rng = np.random.default_rng(seed)
+    if kind in PLAIN_TYPES:
+        values = rng.normal(size=(rows, columns)).astype(np.float32)
+        values[0, 0] = 0.0
+        return quants.quantize(values, kind).view(np.uint8).reshape(rows, -1)
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    blocks = rng.integers(0, 256, (rows, columns // block_size, block_bytes)).astype(np.uint8)
+    if kind == GGMLQuantizationType.MXFP4:
+        blocks[:, :, 0] = rng.integers(118, 130, blocks.shape[:2])
+    else:
+        offsets = F16_SCALES[kind.name]
+        scales = rng.normal(size=(*blocks.shape[:2], len(offsets))).astype(np.float16)
+        if scales[..., 0].size > 1:
+            scales[0, -1] = 0.0
+        _set_scales(blocks, kind, scales.view(np.uint16))
+    return blocks.reshape(rows, -1)
+
+
+def _set_scales(blocks: np.ndarray, kind: GGMLQuantizationType, bits: np.ndarray) -> None:
+    for index, offset in enumerate(F16_SCALES[kind.name]):
+        blocks[:, :, offset] = bits[:, :, index] & 255
+        blocks[:, :, offset + 1] = bits[:, :, index] >> 8
+
+
+def blocks_of_all_scales(kind: GGMLQuantizationType, seed: int = 0) -> np.ndarray:
+    """Random bytes, scales of every kind of finite number: huge, subnormal, zero, negative."""
+    rng = np.random.default_rng(seed)
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    rows, n_blocks = 37, 7  # 259 blocks
+    blocks = rng.integers(0, 256, (rows, n_blocks, block_bytes)).astype(np.uint8)
+    if kind == GGMLQuantizationType.MXFP4:
+        # From 253 on a weight of the file itself can be infinite: 2^(253 - 128) · 12.
+        blocks[:, :, 0] = (np.arange(rows * n_blocks) % 253).reshape(rows, n_blocks)
+    else:
+        bits = rng.integers(0, 1 << 16, (rows, n_blocks, len(F16_SCALES[kind.name])), np.uint16)
+        infinite = (bits & 0x7C00) == 0x7C00
+        bits[infinite] ^= 0x4000
+        ends = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]
+        bits.reshape(-1, bits.shape[2])[: len(ends)] = np.array(ends, np.uint16)[:, None]
+        _set_scales(blocks, kind, bits)
+    return blocks.reshape(rows, -1)
+
+
+def tensor_of(kind: GGMLQuantizationType, data: np.ndarray, columns: int) -> GGUFTensor:
+    data = data.view()
+    data.flags.writeable = False  # as the mapped file is
+    return GGUFTensor(name="test", type=kind, shape=(len(data), columns), data=data)
+
+
+def first_rows(tensor: GGUFTensor, rows: int) -> GGUFTensor:
+    data = tensor.data[:rows]
+    return GGUFTensor(tensor.name, tensor.type, (len(data), tensor.shape[1]), data)
+
+
+def dequantized(tensor: GGUFTensor) -> np.ndarray:
+    with np.errstate(invalid="ignore", over="ignore"):  # of scales that are NaN
+        return quants.dequantize(np.array(tensor.data), tensor.type).reshape(tensor.shape)
+
+
+def decode_on_device(device: Device, matrix: FrozenMatrix, rows: int) -> np.ndarray:
+    """The first rows of a matrix, looked up as embeddings."""
+    extent = extent_in_use(device, rows + 2, rows)
+    tokens = np.concatenate([np.arange(rows), [0, 0]])
+    out = marked(device, extent, matrix.in_features)
+    program = Program(device)
+    embedding(program, activation(device, tokens, extent), matrix, extent, out=out)
+    result = run_twice(program, out)
+    assert (result[-2:] == MARKER).all()
+    return result[:-2]
+
+
+def check(device: Device, tensor: GGUFTensor) -> None:
+    """A tensor on the device is what gguf says, to the bit."""
+    expected = dequantized(tensor)
+    assert np.isfinite(expected).all()
+    assert len(np.unique(expected)) > 1
+    result = decode_on_device(device, load_matrix(device, [tensor]), tensor.shape[0])
+    if tensor.type == GGMLQuantizationType.MXFP4:
+        flushed = (np.abs(expected) < SMALLEST_NORMAL) & (result == 0)
+        expected = np.where(flushed, 0, expected)
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
+@pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (3, 2), (67, 3), (130, 9)])
+def test_random_blocks(
+    device: Device, kind: GGMLQuantizationType, rows: int, blocks: int
+) -> None:  # odd and even numbers of blocks, or 4, 36, 68, 260 columns
+    block_size = QUANTIZATIONS[kind].block_size
+    columns = 32 * blocks - 28 if block_size == 1 else block_size * blocks
+    check(device, tensor_of(kind, random_blocks(kind, rows, columns, rows), columns))
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=type_name)
+def test_all_scales(device: Device, kind: GGMLQuantizationType) -> None:
+    """Blocks of nearly equal weights have scales below f16's normal numbers (6.1e-5)."""
+    data = blocks_of_all_scales(kind)
+    check(device, tensor_of(kind, data, 7 * QUANTIZATIONS[kind].block_size))
+
+
+def test_mxfp4_below_the_normal_numbers(device: Device) -> None:
+    """The two scales that are no normal f32, with products that are: 2^-128 · 4, 2^-127 · 12, …"""
+    data = random_blocks(GGMLQuantizationType.MXFP4, 4, 128).reshape(4, 4, 17)
+    data[:, :, 0] = [0, 1, 2, 3]
+    tensor = tensor_of(GGMLQuantizationType.MXFP4, data.reshape(4, -1), 128)
+    below_two = np.abs(dequantized(tensor))[:, :64]
+    assert (below_two >= SMALLEST_NORMAL).any()
+    check(device, tensor)
+
+
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
+def test_split_by_the_largest_binding(
+    device: Device, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """152 rows in parts of 64: what a tensor larger than one binding becomes."""
+    columns = max(32, QUANTIZATIONS[kind].block_size)
+    row_bytes = 4 * QUANTIZATIONS[kind].row_words(columns)
+    tensor = tensor_of(kind, random_blocks(kind, 152, columns), columns)
+    with monkeypatch.context() as patch:
+        patch.setattr("lora.forward.model.weights.CPU_PART_BYTES", 100 * row_bytes)
+        patch.setattr("lora.forward.model.weights.MAX_PART_BYTES", 100 * row_bytes)
+        # Pieces of an upload that end within parts.
+        patch.setattr("lora.forward.model.weights.UPLOAD_PIECE", 50 * row_bytes)
+        matrix = load_matrix(device, [tensor])
+    assert [(part.first_row, part.n_rows) for part in matrix.parts] == [
+        (0, 64),
+        (64, 64),
+        (128, 24),
+    ]
+    np.testing.assert_array_equal(decode_on_device(device, matrix, 152), dequantized(tensor))
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [("Q4_1", "Q8_0"), ("Q5_0", "MXFP4"), ("Q4_K", "Q6_K"), ("IQ4_XS", "IQ4_NL"), ("Q3_K", "F16")],
+)
+def test_a_stack_of_two_types(device: Device, first: str, second: str) -> None:
+    tensors = []
+    for index, name in enumerate((first, second)):
+        kind = GGMLQuantizationType[name]
+        tensors.append(tensor_of(kind, random_blocks(kind, 20 + 4 * index, 512, index), 512))
+    expected = np.concatenate([dequantized(tensor) for tensor in tensors])
+    result = decode_on_device(device, load_matrix(device, tensors), 44)
+    np.testing.assert_array_equal(result, expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "columns"),
+    [
+        (kind, columns)
+        for kind in ALL_TYPES
+        for columns in (576, 640, 1024, 2048, 8192)
+        if columns % QUANTIZATIONS[kind].block_size == 0
+    ],
+)
+def test_bits_a_weight(kind: GGMLQuantizationType, columns: int) -> None:
+    """At most half a bit a weight more than in the file, at real widths; never less."""
+    block_size, block_bytes = GGML_QUANT_SIZES[kind]
+    file_bits = 8 * block_bytes / block_size
+    assert file_bits <= 32 * QUANTIZATIONS[kind].row_words(columns) / columns <= file_bits + 0.5
+
+
+# -- NaN and infinity --------------------------------------------------------------------------
+
+
+def non_finite_places() -> Iterator[tuple[GGMLQuantizationType, int, bytes]]:
+    """(type, offset in a block, bytes): every scale with infinity, -infinity, and NaNs."""
+    for name, offsets in F16_SCALES.items():
+        for offset in offsets:
+            for bits in (0x7C00, 0xFC00, 0x7C01, 0xFFFF):
+                yield GGMLQuantizationType[name], offset, bits.to_bytes(2, "little")
+    yield GGMLQuantizationType.MXFP4, 0, b"\xff"
+    for value in (np.inf, -np.inf, np.nan):
+        for kind, dtype in (
+            (GGMLQuantizationType.F32, "<f4"), (GGMLQuantizationType.F16, "<f2")
+        ):  # fmt: skip
+            yield kind, 0, np.array(value, dtype).tobytes()
+        yield GGMLQuantizationType.BF16, 0, np.array(value, "<f4").tobytes()[2:]
+    yield GGMLQuantizationType.F32, 0, 0x7F800001.to_bytes(4, "little")  # its upper half: infinity
+    yield GGMLQuantizationType.BF16, 0, 0xFF81.to_bytes(2, "little")
+
+
+def test_every_type_is_in_the_test_of_non_finite_numbers() -> None:
+    assert {kind for kind, _, _ in non_finite_places()} == set(ALL_TYPES)
+
+
+@pytest.mark.parametrize(
+    ("kind", "offset", "bits"),
+    [
+        pytest.param(*place, id=f"{place[0].name}-{place[1]}-{place[2].hex()}")
+        for place in non_finite_places()
+    ],
+)
+def test_non_finite_numbers_are_refused(
+    device: Device,
+    kind: GGMLQuantizationType,
+    offset: int,
+    bits: bytes,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """In the last block of row 9, in the second of the pieces of an upload."""
+    columns = 3 * max(32, QUANTIZATIONS[kind].block_size)
+    row_bytes = 4 * QUANTIZATIONS[kind].row_words(columns)
+    monkeypatch.setattr("lora.forward.model.weights.UPLOAD_PIECE", 6 * row_bytes)
+    data = random_blocks(kind, 12, columns)
+    end = data.shape[1] - GGML_QUANT_SIZES[kind][1] + offset
+    data[9, end : end + len(bits)] = np.frombuffer(bits, np.uint8)
+    assert not np.isfinite(dequantized(tensor_of(kind, data, columns))[9]).all() or (
+        kind == GGMLQuantizationType.MXFP4  # gguf makes 2^127 of the NaN
+    )
+    finite = QUANTIZATIONS[kind].finite_rows(data)
+    np.testing.assert_array_equal(finite, np.arange(12) != 9)
+    number = "weight" if kind in PLAIN_TYPES else "scale"
+    with pytest.raises(
+        InputError, match=f"Row 9 of the tensor 'test' \\({kind.name}\\) has a {number}"
+    ):
+        load_matrix(device, [tensor_of(kind, data, columns)])
+
+
+@pytest.mark.parametrize("kind", BLOCK_TYPES, ids=type_name)
+def test_all_finite_scales_are_accepted(kind: GGMLQuantizationType) -> None:
+    """Quants that look like infinities, and scales up to the largest."""
+    data = blocks_of_all_scales(kind)
+    assert QUANTIZATIONS[kind].finite_rows(data).all()
+
+
+@pytest.mark.parametrize("kind", PLAIN_TYPES, ids=type_name)
+def test_the_largest_finite_weights_are_accepted(kind: GGMLQuantizationType) -> None:
+    largest = {"F32": 0x7F7FFFFF, "F16": 0x7BFF, "BF16": 0x7F7F}[kind.name]
+    size = GGML_QUANT_SIZES[kind][1]
+    data = np.frombuffer(largest.to_bytes(size, "little") * 4, np.uint8).reshape(1, -1)
+    assert QUANTIZATIONS[kind].finite_rows(data).all()
+
+
+# -- real tensors --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["blk.7.attn_q.weight", "blk.29.ffn_down.weight", "token_embd.weight"]
+)
+def test_real_tensors(device: Device, smollm2: Path, name: str) -> None:
+    check(device, first_rows(GGUFFile(smollm2).tensors[name], 700))
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("token_embd.weight", "Q8_0"),
+        ("blk.0.ffn_gate.weight", "Q5_0"),
+        ("blk.0.attn_output.weight", "Q4_K"),
+        ("blk.0.ffn_down.weight", "Q6_K"),
+    ],
+)
+def test_real_tensors_of_a_mixed_file(device: Device, gemma3: Path, name: str, kind: str) -> None:
+    tensor = GGUFFile(gemma3).tensors[name]
+    assert tensor.type.name == kind
+    check(device, first_rows(tensor, 700))

@@ -1,0 +1,186 @@
+"""Every tile of the tiled matmul, as written out for a GPU too, and the choice among them."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+from gguf import GGMLQuantizationType, quants
+
+from lora.backward.matmul import matmul_backward
+from lora.forward.matmul import HALF_CARRY, matmul
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import load_matrix
+from lora.forward.plans.matmul_plans import use_source
+from lora.forward.plans.matmul_tiles import (
+    HALF_TILES,
+    MOST_CANDIDATES,
+    TILES,
+    Plan,
+    Tile,
+    candidates,
+    choose_tile,
+    cut,
+    predicted_microseconds,
+    ranked_plans,
+    tiles_of,
+)
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+from tests.forward.gguf.test_quantization import random_blocks, tensor_of
+from tests.support.half_tensors import needs_halves
+from tests.support.kernels import MARKER, extent_in_use, run_twice
+
+Q4_1 = GGMLQuantizationType.Q4_1
+ROWS, IN_USE, N_OUT, N_IN, RANK = 70, 67, 100, 224, 4
+
+
+@pytest.fixture
+def tiled(device: Device) -> Iterator[Device]:
+    device.matmul_body = "tiled"
+    yield device
+    device.matmul_body, device.precision = None, "f32"
+    use_source(device, None)
+
+
+def force(device: Device, tile: Tile, splits: int) -> None:
+    use_source(
+        device,
+        lambda request: Plan(tile, *cut(request.constants["contraction"], splits, tile.depth)),
+    )
+
+
+def write_out(device: Device, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    """Lets kernels be written out whole, as on a GPU; llvmpipe takes seconds for each."""
+    pipeline = device.pipeline
+
+    def written_out(template: str, constants: dict[str, Any]) -> Any:
+        if template == "matmul_tiled":
+            constants = constants | {"unroll": depth}
+        return pipeline(template, constants)
+
+    monkeypatch.setattr(device, "pipeline", written_out)
+
+
+def check_both_directions(device: Device, dtype: str, rounding: float) -> None:
+    """Compares both directions with float64.
+
+    Args:
+        dtype: of x, y and their gradients.
+        rounding: relative error of a result of some hundred terms.
+    """
+    rng = np.random.default_rng(0)
+    data = random_blocks(Q4_1, N_OUT, N_IN)
+    w = quants.dequantize(data, Q4_1).reshape(N_OUT, N_IN).astype(np.float64)
+    matrix = load_matrix(device, [tensor_of(Q4_1, data, N_IN)])
+    shapes = {"x": N_IN, "z": RANK, "d_y": N_OUT, "d_z": RANK}
+    arrays = {k: rng.normal(size=(ROWS, n)).astype(np.float32) for k, n in shapes.items()}
+    a, b = (rng.normal(size=s).astype(np.float32) for s in ((RANK, N_IN), (36, RANK)))
+    extent = extent_in_use(device, ROWS, IN_USE)
+    tensors = {}
+    for name, array in arrays.items():
+        stored = "f32" if name in ("z", "d_z") else dtype
+        tensors[name] = device.empty(array.shape, stored, extent=extent)
+        device.write(tensors[name], array)
+        arrays[name] = array.astype(tensors[name].numpy_dtype)
+    lora = LoraFactors(device.upload(a), device.upload(b), RANK, 1.5, ((8, 44),))
+    results = []
+    for width in (N_OUT, N_IN):
+        results.append(device.empty((ROWS, width), dtype, extent=extent))
+        device.write(results[-1], np.full((ROWS, width), MARKER, np.float32))
+    forward, backward = Program(device), Program(device)
+    matmul(forward, tensors["x"], matrix, lora=lora, z=tensors["z"], out=results[0])
+    matmul_backward(backward, tensors["d_y"], matrix, lora=lora, d_z=tensors["d_z"], out=results[1])
+    x, z, d_y, d_z = (arrays[name].astype(np.float64) for name in ("x", "z", "d_y", "d_z"))
+    expected = x @ w.T
+    expected[:, 8:44] += 1.5 * z @ b.T
+    for program, result, wanted in zip(
+        (forward, backward), results, (expected, d_y @ w + d_z @ a), strict=True
+    ):
+        found = run_twice(program, result).astype(np.float64)
+        bound = rounding * np.abs(wanted).max()
+        assert np.abs(found[:IN_USE] - wanted[:IN_USE]).max() < bound
+        assert (found[IN_USE:] == MARKER).all()
+
+
+# Written out whole, as on a GPU, for one small and the largest.
+@pytest.mark.parametrize(
+    ("tile", "unrolled"),
+    [(tile, False) for tile in TILES] + [(TILES[0], True), (TILES[5], True)],
+)
+@pytest.mark.parametrize("splits", [1, 2])
+def test_both_directions(
+    tiled: Device, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(tiled, tile, splits)
+    if unrolled:
+        write_out(tiled, monkeypatch, tile.depth)
+    # As in test_matmul.py: errors grow as sqrt(n) · 2^-24 of the largest result.
+    check_both_directions(tiled, "f32", 4 * np.sqrt(min(N_IN, N_OUT) + RANK) * 2.0**-24)
+
+
+@pytest.mark.parametrize(
+    ("tile", "unrolled", "splits"),
+    [(tile, False, 1) for tile in HALF_TILES]
+    + [(HALF_TILES[0], False, 2), (HALF_TILES[4], True, 1)],
+)
+def test_tiles_of_f16(
+    tiled: Device, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs_halves(tiled)
+    tiled.precision = "f16"
+    force(tiled, tile, splits)
+    if unrolled:
+        write_out(tiled, monkeypatch, tile.depth)
+    # Up to HALF_CARRY steps are summed in f16, each sum within 2^-12 of a part of the result: over
+    # a part errors grow as the root of its steps, over parts as the results do.
+    check_both_directions(tiled, "f16", 4 * np.sqrt(HALF_CARRY) * 2.0**-12)
+
+
+def test_stretches_cover_the_contraction() -> None:
+    for contraction in (4, 36, 576, 1536, 49152):
+        for splits in (1, 2, 4, 8):
+            for depth in (16, 32):
+                n, length = cut(contraction, splits, depth)
+                assert (n - 1) * length < contraction <= n * length and n <= splits
+                assert length % depth == 0
+
+
+def test_choice() -> None:
+    """Small products get small tiles and stretches, large ones large tiles and one pass."""
+    small, splits, _ = choose_tile(128, 576, 3072, 16384)
+    assert small.tile_rows * small.tile_columns <= 4096 and splits > 1
+    large, splits, length = choose_tile(4096, 4096, 4096, 49152)
+    assert (large.tile_rows, large.tile_columns, splits, length) == (128, 128, 1, 4096)
+    for rows in (1, 100, 5000):
+        for columns in (4, 576, 49152):
+            for contraction in (4, 576, 49152):
+                for half in (False, True):
+                    shape = rows, columns, contraction, 16384, half
+                    assert all(plan.tile.workgroup_bytes <= 16384 for plan in ranked_plans(*shape))
+                    assert choose_tile(*shape).tile in tiles_of(half)
+
+
+def test_candidates() -> None:
+    """A few, of several tiles, the model's choice first, none that it thinks much slower."""
+    for shape in ((128, 576, 3072), (512, 16384, 2048), (2048, 960, 576), (64, 640, 262144)):
+        for half in (False, True):
+            plans = candidates(*shape, 49152, half)
+            assert plans[0] == choose_tile(*shape, 49152, half)
+            assert 6 <= len(plans) == len(set(plans)) <= MOST_CANDIDATES
+            tiles = Counter(plan.tile for plan in plans)
+            assert len(tiles) >= 4 and max(tiles.values()) <= 2
+            times = [predicted_microseconds(plan, *shape[:2]) for plan in plans]
+            assert times == sorted(times) and times[-1] <= 2 * times[0]
+
+
+def test_tiles_have_names_of_their_own() -> None:
+    for tiles in (TILES, HALF_TILES):
+        assert len({tile.name for tile in tiles}) == len(tiles)
+        for tile in tiles:
+            lanes = tile.tile_rows // tile.lane_rows * (tile.tile_columns // tile.lane_columns)
+            # Every lane fetches whole units: four numbers of x, eight weights.
+            assert tile.depth * tile.tile_rows % (4 * lanes) == 0
+            assert tile.depth * tile.tile_columns % (8 * lanes) == 0
+            assert lanes <= 256 and tile.workgroup_bytes <= 32768

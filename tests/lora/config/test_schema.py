@@ -1,0 +1,343 @@
+"""The config: defaults as the contract has them, and every refusal with its words."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+
+from lora.config.schema import AdapterConfig, Config, load_config
+from lora.shaders.errors import InputError
+from tests.forward.model import test_adapter
+
+LEAST = "model: {path: m.gguf}\ndata: {train: t.jsonl}\noutput: runs/x\n"
+
+
+@pytest.fixture
+def path(tmp_path: Path) -> str:
+    file = tmp_path / "x.yaml"
+    file.write_text(LEAST)
+    return str(file)
+
+
+def write(path: str, text: str) -> str:
+    Path(path).write_text(text)
+    return path
+
+
+def refusal(path: str, *overrides: str) -> str:
+    with pytest.raises(InputError) as caught:
+        load_config(path, list(overrides))
+    return str(caught.value)
+
+
+def test_the_contracts_defaults(path: str) -> None:
+    assert load_config(path).model_dump() == {
+        "model": {"path": "m.gguf", "tokenizer": None},
+        "adapter": {
+            "rank": 16,
+            "alpha": 32.0,
+            "dropout": 0.0,
+            "targets": "all-linear",
+            "layers": "all",
+            "variant": "lora",
+            "init_from": None,
+        },
+        "data": {
+            "train": "t.jsonl",
+            "eval": None,
+            "format": "auto",
+            "max_length": 512,
+            "packing": False,
+            "train_on": "completion",
+            "append_eos": "auto",
+            "shuffle": True,
+        },
+        "train": {
+            "epochs": 1.0,
+            "steps": None,
+            "batch_size": 4,
+            "gradient_accumulation": 1,
+            "learning_rate": 2e-4,
+            "schedule": "cosine",
+            "warmup_ratio": 0.03,
+            "warmup_steps": None,
+            "weight_decay": 0.0,
+            "betas": [0.9, 0.999],
+            "epsilon": 1e-8,
+            "max_grad_norm": 1.0,
+            "precision": "f32",
+            "recompute": "auto",
+            "tuning": "auto",
+            "reuse_frozen_prefix": "auto",
+            "seed": 0,
+            "eval_every": None,
+            "save_every": None,
+            "keep_checkpoints": 3,
+        },
+        "device": "auto",
+        "output": "runs/x",
+    }
+
+
+def test_numbers_that_pyyaml_leaves_as_text(path: str) -> None:
+    text = LEAST + "train: {learning_rate: 1e-5, epsilon: 1E-6, betas: [9e-1, .5e0]}\n"
+    assert yaml.safe_load(text)["train"]["learning_rate"] == "1e-5"
+    train = load_config(write(path, text)).train
+    assert (train.learning_rate, train.epsilon, train.betas) == (1e-5, 1e-6, [0.9, 0.5])
+
+
+def test_on_and_off_which_pyyaml_reads_as_booleans(path: str) -> None:
+    text = LEAST + "train: {recompute: on, reuse_frozen_prefix: off}\n"
+    config = load_config(write(path, text), ["data.append_eos=off"])
+    assert (config.train.recompute, config.train.reuse_frozen_prefix) == ("on", "off")
+    assert config.data.append_eos == "off"
+
+
+def test_a_section_of_comments_only_means_the_defaults(path: str) -> None:
+    assert load_config(write(path, LEAST + "train:\n  # steps: 3\nadapter:\n")) == load_config(
+        write(path, LEAST)
+    )
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["adapter.layers={last: 8}", "adapter.targets=[q_proj, v_proj]", "adapter.variant=rslora"],
+        ["adapter.layers=[1, 5]", "train.learning_rate=1e-5", "train.recompute=on"],
+        ["train.warmup_steps=3", "data.train=[a.jsonl, b.jsonl]", "data.eval=e.jsonl", "device=1"],
+        ["train.warmup_ratio=null", "train.max_grad_norm=null", "train.eval_every=null"],
+    ],
+)
+def test_the_dump_reads_back_equal(path: str, overrides: list[str], tmp_path: Path) -> None:
+    config = load_config(path, overrides)
+    again = load_config(write(str(tmp_path / "again.yaml"), config.dump_yaml()))
+    assert again == config
+    assert again.dump_yaml() == config.dump_yaml()
+
+
+def test_overrides(path: str) -> None:
+    config = load_config(path, ["train.steps=10", "train.steps=20", "model.tokenizer=dir=x"])
+    assert config.train.steps == 20
+    assert config.model.tokenizer == "dir=x"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("train.learning_rat=1", "unknown key; did you mean learning_rate?"),
+        ("learning_rate=1", "unknown key; did you mean train.learning_rate?"),
+        ("trian={}", "unknown key; did you mean train?"),
+        ("zzz=1", "unknown key; allowed here: model, adapter, data, train, device, output."),
+        ("data.zzz=1", "unknown key; allowed here: train, eval, format, max_length, packing, "),
+        ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
+        ("train=[1]", "got [1]; allowed here: a mapping with the keys epochs, steps, batch_size"),
+        ("model.path=", "got None; allowed here: the path of a GGUF file, ollama:N"),
+        ("model.path=''", "got ''; allowed here: the path of a GGUF file, ollama:NAM"),
+        ("model.tokenizer=3", "got 3; allowed here: null, a tokenizer.json, or a directory"),
+        ("adapter.rank=0", "got 0; allowed here: a whole number of at least 1."),
+        ("adapter.rank=true", "got True; allowed here: a whole number of at least 1."),
+        ("adapter.rank=8.0", "got 8.0; allowed here: a whole number of at least 1."),
+        ("adapter.rank='8'", "got '8'; allowed here: a whole number of at least 1."),
+        ("adapter.alpha=0", "got 0; allowed here: a number above 0."),
+        ("adapter.alpha=.nan", "got nan; allowed here: a number above 0."),
+        ("adapter.targets=q_proj", "got 'q_proj'; allowed here: all-linear, or a list of q_proj"),
+        ("adapter.targets=[q_prj]", "got 'q_prj'; did you mean q_proj?"),
+        ("adapter.targets=[xyz]", "got 'xyz'; allowed here: all-linear, or a list of q_proj, k_"),
+        ("adapter.targets=[]", "got an empty list, so nothing would be trained; allowed here"),
+        ("adapter.targets=[q_proj, q_proj]", "got 'q_proj' twice; name each matrix once."),
+        ("adapter.layers=some", "got 'some'; allowed here: all, {last: N} with N at least 1, or"),
+        ("adapter.layers={last: 0}", "got {'last': 0}; allowed here: all, {last: N} with N at"),
+        ("adapter.layers={first: 2}", "got {'first': 2}; allowed here: all, {last: N} with N"),
+        ("adapter.layers=[-1]", "got [-1]; allowed here: all, {last: N} with N at least 1, or"),
+        ("adapter.layers=[]", "got an empty list, so nothing would be trained; try all."),
+        ("adapter.layers=[3, 3]", "got the layer 3 twice; name each layer once."),
+        ("adapter.variant=lokr", "got 'lokr'; allowed here: lora or rslora."),
+        ("data.train=[]", "got []; allowed here: a JSONL file, a list of them, or the name of a"),
+        ("data.eval=[3]", "got [3]; allowed here: null, a JSONL file, a list of them, or the"),
+        ("data.format=chatt", "got 'chatt'; allowed here: auto, chat, completion, instruct or"),
+        ("data.max_length=1", "got 1; allowed here: a whole number of tokens, at least 2."),
+        ("data.packing=1", "got 1; allowed here: true or false."),
+        ("data.train_on=prompt", "got 'prompt'; allowed here: completion or all."),
+        ("data.append_eos=maybe", "got 'maybe'; allowed here: auto, on or off."),
+        ("train.epochs=0", "got 0; allowed here: a number above 0."),
+        ("train.steps=0", "got 0; allowed here: null, or a whole number of at least 1."),
+        ("train.batch_size=0", "got 0; allowed here: a whole number of at least 1."),
+        ("train.gradient_accumulation=x", "got 'x'; allowed here: a whole number of at least 1."),
+        ("train.learning_rate=fast", "got 'fast'; allowed here: a number above 0."),
+        ("train.learning_rate=-1e-5", "got '-1e-5'; allowed here: a number above 0."),
+        ("train.learning_rate=.inf", "got inf; allowed here: a number above 0."),
+        ("train.schedule=cosin", "got 'cosin'; allowed here: constant, linear or cosine."),
+        ("train.warmup_ratio=1", "got 1; allowed here: a number from 0 to below 1, the share of"),
+        ("train.warmup_steps=-1", "got -1; allowed here: null, or a whole number of at least 0."),
+        ("train.weight_decay=-1", "got -1; allowed here: a number of at least 0."),
+        ("train.betas=[0.9, 1.0]", "got [0.9, 1.0]; allowed here: two numbers from 0 to below 1."),
+        ("train.betas=[0.9]", "got [0.9]; allowed here: two numbers from 0 to below 1."),
+        ("train.epsilon=0", "got 0; allowed here: a number above 0."),
+        ("train.max_grad_norm=0", "got 0; allowed here: a number above 0, or null for no clip"),
+        ("train.precision=bf16", "got 'bf16'; allowed here: f32 or f16."),
+        ("train.recompute=always", "got 'always'; allowed here: auto, on or off."),
+        ("train.reuse_frozen_prefix=2", "got 2; allowed here: auto, on or off."),
+        ("train.seed=-1", "got -1; allowed here: a whole number from 0 to 4294967295."),
+        ("train.eval_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
+        ("train.save_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
+        ("train.keep_checkpoints=0", "got 0; allowed here: a whole number of at least 1."),
+        ("device=true", "got True; allowed here: auto, an adapter's index, or part of its name."),
+        ("output=", "got None; allowed here: the directory that the run writes to."),
+    ],
+)
+def test_refused_values(path: str, override: str, words: str) -> None:
+    key = override.partition("=")[0]
+    assert refusal(path, override).startswith(f"--set {override}: {key}: {words}")
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("adapter.dropout=0.1", "got 0.1; dropout is not supported yet; allowed here: 0 (try "),
+        ("adapter.variant=dora", "got 'dora'; it is not supported yet; allowed here: lora or r"),
+    ],
+)
+def test_what_is_not_supported_yet_is_refused(path: str, override: str, words: str) -> None:
+    key = override.partition("=")[0]
+    assert refusal(path, override).startswith(f"--set {override}: {key}: {words}")
+
+
+def test_errors_in_the_file_name_the_file(path: str) -> None:
+    write(path, LEAST + "train: {learning_rat: 1, epochs: -1}\n")
+    assert refusal(path) == (
+        f"{path}: train.epochs: got -1; allowed here: a number above 0.\n"
+        f"{path}: train.learning_rat: unknown key; did you mean learning_rate?"
+    )
+
+
+def test_missing_keys(path: str) -> None:
+    write(path, "model: {}\noutput: runs/x\n")
+    assert refusal(path) == (
+        f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
+        "or hf:ORG/REPO/FILE.\n"
+        f"{path}: data: missing; give a mapping with the keys train, eval, format, max_length, "
+        "packing, train_on, append_eos, shuffle."
+    )
+
+
+def test_keys_that_are_no_text(path: str) -> None:
+    message = refusal(write(path, LEAST + "1: 2\n"))
+    assert message.startswith(f"{path}: 1: unknown key; allowed here: model, adapter, data")
+
+
+def test_both_warmups(path: str) -> None:
+    message = refusal(write(path, LEAST + "train: {warmup_ratio: 0.1, warmup_steps: 5}\n"))
+    assert message == (
+        f"{path}: train: warmup_ratio (0.1) and warmup_steps (5) are both given; keep one and "
+        "set the other to null."
+    )
+    assert load_config(path, ["train.warmup_ratio=null"]).train.resolve_warmup(100) == 5
+
+
+def test_warmup_steps() -> None:
+    def resolve(**values: object) -> int:
+        config = Config.model_validate(
+            {
+                "model": {"path": "m"},
+                "data": {"train": "t"},
+                "output": "o",
+                "train": values,
+            }
+        )
+        return config.train.resolve_warmup(110)
+
+    assert resolve() == 4
+    assert resolve(warmup_steps=7) == 7
+    assert resolve(warmup_steps=0) == 0
+    assert resolve(warmup_ratio=0) == 0
+    assert resolve(warmup_ratio=None) == 0
+
+
+def test_eval_every_needs_something_to_evaluate_on(path: str) -> None:
+    message = refusal(path, "train.eval_every=3")
+    assert message == (
+        f"{path}: train.eval_every is 3, but data.eval is null; name the examples to evaluate on, "
+        "or leave train.eval_every out."
+    )
+    load_config(path, ["train.eval_every=3", "data.eval=e.jsonl"])
+
+
+@pytest.mark.parametrize("override", ["train.steps", "=3", "train.=3", ".=1", ""])
+def test_overrides_that_are_no_key_and_value(path: str, override: str) -> None:
+    assert refusal(path, override) == (
+        f"--set {override}: write it as KEY=VALUE, for example train.steps=10."
+    )
+
+
+def test_overrides_below_a_value(path: str) -> None:
+    assert refusal(path, "model.path.x=1") == (
+        "--set model.path.x=1: model.path holds 'm.gguf', not a mapping."
+    )
+
+
+def test_overrides_that_are_no_yaml(path: str) -> None:
+    assert refusal(path, "train.betas=[1").startswith("--set train.betas=[1, line 1: not valid YA")
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("a: 1\nb: [1, 2\nc: 3\n", ", line 3: not valid YAML: "),
+        ("a: b: c\n", ", line 1: not valid YAML: mapping values are not allowed here."),
+        ("a: 1\n\tb: 2\n", ", line 2: not valid YAML: found character '\\t' that cannot start"),
+        (LEAST + "output: y\n", ", line 4: not valid YAML: the key 'output' stands here a second"),
+        ("", ": holds nothing; a config is a mapping of keys to values."),
+        ("- 1\n", ": holds [1]; a config is a mapping of keys to values."),
+        ("a: 2026-99-99\n", ": not valid YAML: month must be in 1..12"),
+        ("a: \x00\n", ": not valid YAML: unacceptable character"),
+    ],
+)
+def test_files_that_are_no_config(path: str, text: str, words: str) -> None:
+    assert refusal(write(path, text)).startswith(path + words)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    absent = str(tmp_path / "absent.yaml")
+    assert refusal(absent) == f"{absent}: there is no such file."
+    assert refusal(str(tmp_path)).startswith(f"{tmp_path}: cannot be read (")
+    binary = tmp_path / "model.gguf"
+    binary.write_bytes(b"GGUF\xff\xfe")
+    assert refusal(str(binary)) == f"{binary}: not a text file in UTF-8."
+
+
+def test_layers() -> None:
+    def resolve(layers: object, n_layers: int = 5) -> list[int]:
+        return AdapterConfig.model_validate({"layers": layers}).resolve_layers(n_layers)
+
+    assert resolve("all") == [0, 1, 2, 3, 4]
+    assert resolve({"last": 2}) == [3, 4]
+    assert resolve({"last": 5}) == [0, 1, 2, 3, 4]
+    assert resolve([3, 0]) == [0, 3]
+    with pytest.raises(InputError, match=r"got \{last: 6\}, but the model has 5 layers\."):
+        resolve({"last": 6})
+    with pytest.raises(InputError, match="got the layer 5, but the model has 5 layers, numbered 0"):
+        resolve([0, 5])
+
+
+def test_targets_of_a_model() -> None:
+    llama, phi3 = test_adapter.LLAMA, test_adapter.PHI3
+    assert AdapterConfig().resolve_targets(llama) == [
+        *("q_proj", "k_proj", "v_proj", "o_proj"),
+        *("gate_proj", "up_proj", "down_proj"),
+    ]
+    assert AdapterConfig().resolve_targets(phi3) == [
+        *("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
+    ]
+    adapter = AdapterConfig(targets=["lm_head", "v_proj", "q_proj"])
+    assert adapter.resolve_targets(llama) == ["q_proj", "v_proj", "lm_head"]
+    with pytest.raises(InputError, match=r"got 'v_proj', but a model .* 'phi3' has qkv_proj, o_"):
+        adapter.resolve_targets(phi3)
+
+
+def test_scale() -> None:
+    assert AdapterConfig(rank=4, alpha=6).scale == 1.5
+    assert math.isclose(AdapterConfig(rank=4, alpha=6, variant="rslora").scale, 3.0)

@@ -1,0 +1,281 @@
+"""Plans that are kept: read back, never measured again, passed over where they can't be used."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+import lora.storage.tile_cache
+from lora.forward.plans.matmul_plans import (
+    PlanSource,
+    Product,
+    Request,
+    plan_of,
+    use_source,
+    using_source,
+)
+from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile
+from lora.forward.plans.tuning import TUNING_SECONDS
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
+from lora.storage.tile_cache import TileCache, Tuner, cache_folder, find_tiles
+from tests.forward.plans.test_tuning import planned_requests
+
+
+@pytest.fixture
+def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """The software adapter under the name of a GPU, and an empty folder of caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    info = device.info | {"adapter_type": "DiscreteGPU", "description": "driver 1.0"}
+    monkeypatch.setattr(device, "info", info)
+    monkeypatch.setattr(device, "name", "Card 3000")
+    monkeypatch.setattr(device, "matmul_body", "tiled")
+    yield device
+    use_source(device, None)
+
+
+def second_choices(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> dict[Product, Plan]:
+    """What a tuner might find that disagrees with the model."""
+    return {r.product: candidates(*r.shape(device))[1] for r in requests}
+
+
+def refuse(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> Mapping[Product, Plan]:
+    raise AssertionError(f"measured again: {requests}")
+
+
+def use_tuner(monkeypatch: pytest.MonkeyPatch, tuner: Tuner) -> None:
+    """Lets training look for plans with another tuner than the one that times them."""
+    monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
+
+
+def requests_for(device: Device) -> list[Request]:
+    return planned_requests(device, [(256, 512, 1024)])
+
+
+def test_found_once(gpu: Device, tmp_path: Path) -> None:
+    """A second process reads what the first found; only what is new is looked for."""
+    requests = requests_for(gpu)
+    wanted = second_choices(gpu, requests, seconds=1)
+    TileCache(gpu).find(requests, second_choices)
+    again = TileCache(gpu)
+    again.find(requests, refuse)
+    assert {p: again.plan(p) for p in wanted} == wanted
+    assert again.path.parent == tmp_path / "webgpu-lora" == cache_folder()
+    looked_for: list[Request] = []
+
+    def note(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+        looked_for.extend(missing)
+        return second_choices(device, missing, seconds=seconds)
+
+    more = planned_requests(gpu, [(64, 128, 192)])
+    again.find([*requests, *more], note)
+    assert looked_for == more
+    once_more = TileCache(gpu)
+    once_more.load()
+    wanted |= second_choices(gpu, more, seconds=1)
+    assert {p: once_more.plan(p) for p in wanted} == wanted
+    again.forget()
+    again.load()
+    assert all(again.plan(p) is None for p in wanted)
+
+
+def test_more_time_looks_again_at_what_less_time_found(gpu: Device) -> None:
+    """As `lora tune` after `lora train`; what comes later with less time keeps what is there."""
+    requests = requests_for(gpu)
+    calls: list[tuple[int, float]] = []
+
+    def note(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+        calls.append((len(missing), seconds))
+        return second_choices(device, missing, seconds=seconds)
+
+    cache = TileCache(gpu)
+    cache.find(requests[:1], note)
+    cache.find(requests, note, 30.0)
+    cache.find(requests, refuse, 30.0)
+    cache.find(requests, refuse, 1.0)
+    TileCache(gpu).find(requests, refuse)
+    cache.find(requests, note, 60.0)
+    n = len(requests)
+    assert n > 1 and calls == [(1, TUNING_SECONDS), (n, 30.0), (n, 60.0)]
+    contents = json.loads(cache.path.read_text())
+    for entry in contents["plans"].values():
+        entry["seconds"] = "long"
+    cache.path.write_text(json.dumps(contents))
+    cache.find(requests, note)
+    assert calls[3:] == [(n, TUNING_SECONDS)]
+
+
+@pytest.mark.parametrize(
+    "other", ["name", "driver", "backend", "workgroup_memory", "kernel", "precision"]
+)
+def test_what_is_found_holds_for_one_adapter_driver_and_kernel(
+    gpu: Device, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    requests = requests_for(gpu)
+    TileCache(gpu).find(requests, second_choices)
+    key = {"driver": "description", "backend": "backend_type"}.get(other)
+    if key is not None:
+        monkeypatch.setattr(gpu, "info", gpu.info | {key: "another"})
+    elif other == "kernel":
+        (tmp_path / "matmul_tiled.wgsl").write_text("changed")
+        monkeypatch.setattr(lora.storage.tile_cache, "_KERNELS", tmp_path)
+    else:
+        values = {"name": "Card 4000", "workgroup_memory": 16384, "precision": "f16"}
+        monkeypatch.setattr(gpu, other, values[other])
+        requests = requests_for(gpu)
+    cache = TileCache(gpu)
+    cache.load()
+    assert all(cache.plan(r.product) is None for r in requests)
+
+
+@pytest.mark.parametrize(
+    "contents", [b"", b'{"plans": {', b"[]", b'{"plans": 3}', b"\xff\xfe", b'{"other": {}}']
+)
+def test_a_damaged_file_is_passed_over_and_replaced(gpu: Device, contents: bytes) -> None:
+    cache, requests = TileCache(gpu), requests_for(gpu)
+    cache.path.parent.mkdir(parents=True)
+    cache.path.write_bytes(contents)
+    with pytest.warns(UserWarning, match="cannot be read"):
+        cache.find(requests, second_choices)
+    again = TileCache(gpu)
+    again.find(requests, refuse)
+
+
+@pytest.mark.parametrize(
+    "entry",
+    [
+        None,
+        3,
+        {},
+        {"tile": "7x7x7/1x1", "splits": 1, "length": 1024},
+        {"tile": "64x64x16/8x4", "splits": 2, "length": 256},  # half of the contraction
+        {"tile": "64x64x16/8x4", "splits": 3, "length": 512},  # a stretch with nothing in it
+        {"tile": "64x64x16/8x4", "splits": 1, "length": 1030},  # no whole steps
+        {"tile": "64x64x16/8x4", "splits": 0, "length": 0},
+        {"tile": "64x64x16/8x4", "splits": "1", "length": 1024},
+        {"tile": "128x128x32/8x8", "splits": 1, "length": 1024},  # more memory than there is
+    ],
+)
+def test_an_entry_that_cannot_be_used_is_replaced(
+    gpu: Device, entry: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "workgroup_memory", 16384)
+    request, _ = requests_for(gpu)
+    product = request.product
+    cache = TileCache(gpu)
+    cache.find([request], second_choices)
+    contents = json.loads(cache.path.read_text())
+    usable = contents["plans"][product.key]
+    contents["plans"][product.key] = entry
+    cache.path.write_text(json.dumps(contents))
+    cache.load()
+    assert cache.plan(product) is None
+    cache.find([request], second_choices)
+    assert json.loads(cache.path.read_text())["plans"][product.key] == usable
+
+
+def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Training finds plans; evaluation reads them; off and adapters on the CPU know none."""
+    calls = []
+
+    def tuner(
+        device: Device, requests: Sequence[Request], *, seconds: float
+    ) -> dict[Product, Plan]:
+        calls.append(list(requests))
+        return second_choices(device, requests, seconds=seconds)
+
+    use_tuner(monkeypatch, tuner)
+    requests = requests_for(gpu)
+    wanted = list(second_choices(gpu, requests, seconds=1).values())
+    model = [choose_tile(*r.shape(gpu)) for r in requests]
+
+    def plans(source: PlanSource | None, device: Device = gpu) -> list[Plan]:
+        with using_source(device, source):
+            return [plan_of(device, request) for request in requests]
+
+    assert plans(find_tiles(gpu, "auto")) == model
+    assert find_tiles(gpu, "off", requests) is None
+    planning = PlanningDevice(gpu)
+    assert plans(find_tiles(planning, "auto", requests), planning) == model
+    assert not calls and not TileCache(gpu).path.exists()
+    found = find_tiles(gpu, "auto", requests)
+    assert plans(found) == wanted and len(calls) == 1
+    assert plans(find_tiles(gpu, "auto", requests)) == wanted and len(calls) == 1
+    assert plans(None) == model
+    assert plans(find_tiles(gpu, "auto")) == wanted
+    assert plans(find_tiles(planning, "auto"), planning) == wanted
+    monkeypatch.setattr(gpu, "info", gpu.info | {"adapter_type": "CPU"})
+    assert find_tiles(gpu, "auto", requests) is None
+    assert len(calls) == 1
+
+
+def test_a_source_holds_in_its_block_only(gpu: Device) -> None:
+    """So that two sessions on one device do not record with each other's plans."""
+    requests = requests_for(gpu)
+    model = [choose_tile(*r.shape(gpu)) for r in requests]
+    second = second_choices(gpu, requests, seconds=1)
+    with using_source(gpu, lambda request: second[request.product]):
+        assert [plan_of(gpu, r) for r in requests] == list(second.values())
+        with using_source(gpu, None):
+            assert [plan_of(gpu, r) for r in requests] == model
+        assert [plan_of(gpu, r) for r in requests] == list(second.values())
+    assert [plan_of(gpu, r) for r in requests] == model
+
+
+def test_without_a_place_to_keep_them_the_model_chooses(
+    gpu: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Plans that are not kept could differ from run to run."""
+    requests = requests_for(gpu)
+    use_tuner(monkeypatch, second_choices)
+    (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
+    with pytest.warns(UserWarning, match="train.tuning"), pytest.warns(match="cannot be read"):
+        source = find_tiles(gpu, "auto", requests)
+    with using_source(gpu, source):
+        plans = [plan_of(gpu, r) for r in requests]
+    assert plans == [choose_tile(*r.shape(gpu)) for r in requests]
+
+
+def _find_slowly(rank: int, folder: Path, started: object, results: object) -> None:
+    """What one of two processes does: tunes for a while, to another result than the other's."""
+    device = Device()
+    device.matmul_body = "tiled"
+    requests = requests_for(device)
+    cache = TileCache(device, folder)
+
+    def tuner(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+        time.sleep(0.3)
+        return {r.product: candidates(*r.shape(device))[rank] for r in missing}
+
+    started.wait()  # type: ignore[attr-defined]
+    cache.find(requests, tuner)
+    names = [cache.plan(r.product).name for r in requests]  # type: ignore[union-attr]
+    results.put(names)  # type: ignore[attr-defined]
+
+
+def test_two_processes_at_once_take_the_same_plans(device: Device, tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    started, results = context.Barrier(2), context.Queue()
+    processes = [
+        context.Process(target=_find_slowly, args=(rank, tmp_path, started, results))
+        for rank in (1, 2)
+    ]
+    for process in processes:
+        process.start()
+    first, second = results.get(timeout=60), results.get(timeout=60)
+    for process in processes:
+        process.join(60)
+        assert process.exitcode == 0
+    assert first == second
+    (path,) = tmp_path.glob("tiles-*.json")
+    kept = json.loads(path.read_text())["plans"].values()
+    assert sorted(f"{e['tile']} in {e['splits']}" for e in kept) == sorted(first)

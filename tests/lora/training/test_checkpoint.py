@@ -1,0 +1,126 @@
+"""What a checkpoint keeps of how sums were taken, and what resuming does with it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from lora.config.schema import load_config
+from lora.forward.plans.matmul_plans import Product, Request
+from lora.forward.plans.matmul_tiles import Plan, candidates
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError
+from lora.storage.tile_cache import TileCache
+from lora.training.checkpoint import checkpoints, resume
+from lora.training.run import run_training
+from lora.training.session import TrainingSession
+from tests.lora.storage.test_tile_cache import gpu, second_choices, use_tuner
+from tests.support.half_tensors import needs_halves
+from tests.support.tiny_run import write_run
+
+__all__ = ["gpu"]
+ADAPTER = "adapter_model.safetensors"
+
+
+def first_choices(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> dict[Product, Plan]:
+    """What a tuner finds that agrees with the model."""
+    return {r.product: candidates(*r.shape(device))[0] for r in requests}
+
+
+@pytest.fixture
+def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of a run with a checkpoint every two steps; it begins with the tuner's second choices."""
+    use_tuner(monkeypatch, second_choices)
+    return write_run(tmp_path, train={"save_every": 2, "eval_every": 4, "keep_checkpoints": 9})
+
+
+def open_session(config: Path, device: Device, *overrides: str) -> TrainingSession:
+    return TrainingSession(load_config(str(config), overrides), device=device)
+
+
+def stopped_after(output: Path, step: int) -> None:
+    """Leaves a run as if it had been killed after the checkpoint of a step."""
+    for path in checkpoints(output):
+        if int(path.name[-6:]) > step:
+            shutil.rmtree(path)
+    (output / ADAPTER).unlink()
+
+
+@pytest.mark.parametrize("tuning", ["auto", "off"])
+def test_resumed_with_the_plans_of_then(
+    config: Path, gpu: Device, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Byte for byte, though the file of plans was deleted and others were found since."""
+    session = open_session(config, gpu)
+    output = run_training(session)
+    whole = (output / ADAPTER).read_bytes()
+    stopped_after(output, 4)
+
+    TileCache(gpu).forget()
+    use_tuner(monkeypatch, first_choices)
+    setting = f"train.tuning={tuning}"
+    other = open_session(config, gpu, setting, f"output={tmp_path / 'other'}")
+    assert other.plans != session.plans
+    run_training(other)
+    assert (tmp_path / "other" / ADAPTER).read_bytes() != whole
+
+    gpu.allocated.clear()
+    resumed = open_session(config, gpu, setting)
+    assert resumed.plans == other.plans
+    recorded, taken = weakref.ref(resumed._programs), dict(gpu.allocated)
+    run_training(resumed, resuming=True)
+    assert (output / ADAPTER).read_bytes() == whole
+    assert resumed.plans == session.plans
+    assert recorded() is None and gpu.allocated["scratch"] >= taken.pop("scratch", 0)
+    assert {name: gpu.allocated[name] for name in taken} == taken
+    # What it saves is what it used: the next to resume goes on as well.
+    stopped_after(output, 6)
+    assert run_training(open_session(config, gpu, setting), resuming=True) == output
+    assert (output / ADAPTER).read_bytes() == whole
+
+
+def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Plans were found for the other one, and its compiler may order sums as it likes."""
+    run_training(open_session(config, gpu))
+    monkeypatch.setattr(gpu, "info", gpu.info | {"description": "driver 2.0"})
+    use_tuner(monkeypatch, first_choices)
+    session = open_session(config, gpu)
+    own = dict(session.plans)
+    with pytest.warns(UserWarning, match=r"made with driver driver 1\.0 \(now driver 2\.0\): the"):
+        resume(session, Path(session.config.output))
+    assert session.plans == own
+
+
+def test_products_that_the_checkpoint_does_not_know_are_said(
+    config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as those of longer micro-batches, after other data for evaluation."""
+    session = open_session(config, gpu)
+    path = checkpoints(run_training(session))[-1] / "state.json"
+    state, then = json.loads(path.read_text()), dict(session.plans)
+    unknown = next(iter(then))
+    del state["plans"][unknown.key]
+    path.write_text(json.dumps(state))
+    TileCache(gpu).forget()
+    use_tuner(monkeypatch, first_choices)
+    session = open_session(config, gpu)
+    own = session.plans[unknown]
+    assert own != then[unknown]
+    with pytest.warns(UserWarning, match=f"no tiles for 1 of {len(then)} products: the last bits"):
+        resume(session, Path(session.config.output))
+    assert session.plans == then | {unknown: own}
+
+
+def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:
+    needs_halves(device)
+    config = write_run(tmp_path, train={"save_every": 4})
+    run_training(open_session(config, device))
+    with pytest.raises(InputError, match=r"made with train\.precision f32, and now it is f16"):
+        run_training(open_session(config, device, "train.precision=f16"), resuming=True)

@@ -1,0 +1,73 @@
+"""The whole step within WebGPU's default limits, which every adapter must offer."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from lora.shaders.device import Device
+from lora.training.session import TrainingSession
+from tests.support.tiny_models import TINY_MODELS
+from tests.support.tiny_ours import gradients, open_session
+
+# https://www.w3.org/TR/webgpu/#limits
+DEFAULTS = {
+    "max-storage-buffer-binding-size": 128 << 20,
+    "max-buffer-size": 256 << 20,
+    "max-compute-workgroup-storage-size": 16384,
+    "max-compute-invocations-per-workgroup": 256,
+    "max-compute-workgroup-size-x": 256,
+    "max-compute-workgroup-size-y": 256,
+    "max-storage-buffers-per-shader-stage": 8,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "is_cpu", "precision"),
+    [
+        ("llama_bias", "wide", True, "f32"),
+        ("gemma3", "wide", True, "f32"),
+        ("llama_bias", "tiled", False, "f32"),
+        ("gemma3", "tiled", False, "f16"),
+        ("llama_head", "tiled", False, "f32"),
+    ],
+)
+def test_a_step_within_the_default_limits(
+    name: str,
+    body: str,
+    is_cpu: bool,
+    precision: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same loss and gradients as with the adapter's own limits.
+
+    Limits decide between tiles, and tiles the order of sums: f32 rounding may differ.
+    """
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    results = []
+    for limits in (None, DEFAULTS):
+
+        def device(wanted: str | int, limits: dict[str, int] | None = limits) -> Device:
+            opened = Device(wanted, limits)
+            opened.matmul_body, opened.is_cpu = body, is_cpu
+            return opened
+
+        monkeypatch.setattr("lora.training.session.Device", device)
+        session: TrainingSession = open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter", recompute="on",
+            precision=precision,
+        )  # fmt: skip
+        if limits is not None:
+            for key, value in limits.items():
+                assert session.device.wgpu.limits[key] == value, key
+        results.append(gradients(session))
+    own, default = results
+    # f16 rounds to 2^-12 after other sums; see test_precision.py.
+    loss, gradient_bound = (1e-6, 2e-5) if precision == "f32" else (1e-3, 2e-2)
+    assert default.loss == pytest.approx(own.loss, rel=loss)
+    for path, gradient in own.gradients.items():
+        largest = np.abs(gradient).max()
+        np.testing.assert_allclose(default.gradients[path], gradient, atol=gradient_bound * largest)

@@ -1,0 +1,30 @@
+"""Host memory of training the real model, in a process of its own."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+# Peak resident memory above that of the interpreter with its libraries loaded. On the software
+# adapter the device's memory is the host's and counts too.
+SCRIPT = """
+import json, resource, sys
+import lora, datasets, tokenizers, wgpu
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+session = lora.TrainingSession.from_config("configs/quickstart.yaml", ["train.steps=2"])
+n_steps = len(list(session.train()))
+after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(json.dumps([before / 1024, after / 1024, n_steps]))
+"""
+
+
+def test_training_takes_at_most_600_megabytes(smollm2: Path) -> None:
+    repository = Path(__file__).parents[3]
+    result = subprocess.run(
+        [sys.executable, "-c", SCRIPT], cwd=repository, capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+    before, after, n_steps = json.loads(result.stdout.splitlines()[-1])
+    print(f"{before:.0f} MB before, {after:.0f} MB at the peak")
+    assert n_steps == 2
+    assert after - before <= 600

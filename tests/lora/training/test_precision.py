@@ -1,0 +1,179 @@
+"""`train.precision: f16`: as f32 in losses, gradients and a whole training, in less memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from benchmarks.synthetic import SHAPES, write_model
+from benchmarks.vs_peft import loss_curves
+from benchmarks.vs_peft_report import largest_difference
+from lora.config.schema import Config
+from lora.data.examples import Example
+from lora.shaders.device import Device
+from lora.shaders.errors import InputError, LoraError
+from lora.shaders.planning import PlanningDevice
+from lora.training.session import TrainingSession
+from tests.support.half_tensors import needs_halves
+from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tiny_models import TINY_MODELS
+from tests.support.tiny_ours import gradients, open_session
+
+NAMES = ["llama_odd", "qwen3", "gemma2", "gemma3", "llama_head"]
+
+
+@pytest.fixture(autouse=True)
+def half(device: Device) -> Iterator[None]:
+    needs_halves(device)
+    yield
+
+
+@pytest.fixture(params=["wide", "tiled"])
+def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Sessions opened in the test record this body of the matmul."""
+
+    def opened(wanted: str | int) -> Device:
+        device = Device(wanted)
+        device.matmul_body = request.param
+        return device
+
+    monkeypatch.setattr("lora.training.session.Device", opened)
+    return str(request.param)
+
+
+# The bodies differ in the products only: two models suffice for the second.
+@pytest.mark.parametrize(
+    ("name", "body"),
+    [(name, "tiled") for name in NAMES] + [("gemma3", "wide")],
+    indirect=["body"],
+)
+def test_losses_and_gradients(name: str, body: str, tmp_path: Path) -> None:
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    found = {}
+    for precision in ("f32", "f16"):
+        session = open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
+        )
+        found[precision] = gradients(session)
+    # f16 rounds to 2^-12 about a dozen numbers a layer on the way to a logit: errors of some 2^-10
+    # of the logits, which partly cancel in the mean over the tokens.
+    assert found["f16"].loss == pytest.approx(found["f32"].loss, rel=1e-3)
+    assert found["f16"].loss != found["f32"].loss
+    for path, wanted in found["f32"].gradients.items():
+        difference = np.linalg.norm(found["f16"].gradients[path] - wanted)
+        assert difference < 0.02 * np.linalg.norm(wanted), path
+
+
+@pytest.mark.parametrize("recompute", ["on", "off"])
+def test_what_is_f16(recompute: str, tmp_path: Path) -> None:
+    """Activations and their gradients; not the residual stream, the low-rank parts, the adapter."""
+    model = TINY_MODELS["gemma3"]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    sessions = [
+        open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter",
+            precision=precision, recompute=recompute,
+        )
+        for precision in ("f32", "f16")
+    ]  # fmt: skip
+    full, small = (s.device.allocated for s in sessions)
+    assert small["activations"] < 0.75 * full["activations"]
+    for purpose in ("weights", "adapter", "gradients", "optimizer", "logits", "kept inputs"):
+        assert small[purpose] == full[purpose], purpose
+    act = sessions[1]._act
+    halves = (act.shared.normed, act.shared.qkv, act.shared.attended, act.shared.gate_up)
+    assert {tensor.dtype for tensor in halves} == {"f16"}
+    assert {t.dtype for t in (act.boundary, act.final, act.shared.middle, act.shared.lse)} == {
+        "f32"
+    }
+    planned = PlanningDevice(sessions[1].device)
+    TrainingSession(sessions[1].config, examples=sessions[1].train_examples, device=planned)
+    assert planned.allocated == small
+    assert sessions[1].device.precision == "f32"  # outside of what the session records
+
+
+def test_recompute_changes_no_bit(tmp_path: Path) -> None:
+    model = TINY_MODELS["gemma3"]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    on, off = (
+        gradients(
+            open_session(
+                model, tmp_path / "model.gguf", tmp_path / "adapter",
+                precision="f16", recompute=recompute,
+            )
+        )
+        for recompute in ("on", "off")
+    )  # fmt: skip
+    assert on.loss == off.loss
+    for path, gradient in on.gradients.items():
+        assert (gradient == off.gradients[path]).all(), path
+
+
+@pytest.mark.parametrize("body", ["tiled"], indirect=True)
+def test_fifty_steps(body: str, tmp_path: Path) -> None:
+    """The loss curve of f16 stays within 1% of that of f32."""
+    path = tmp_path / "model.gguf"
+    write_model(path, SHAPES["tiny"])
+    curves = loss_curves(path, 50, ["f32", "f16"], rows=2, length=24)
+    assert curves["f32"][-1] < 0.8 * curves["f32"][0]
+    assert 0 < largest_difference(curves["f16"], curves["f32"]) < 0.01
+
+
+def config_of(tmp_path: Path, **train: object) -> Config:
+    path = tmp_path / "tiny.gguf"
+    write_tiny_llama(path, types={"weight": "Q8_0"})
+    return Config.model_validate(
+        {
+            "model": {"path": str(path)},
+            "adapter": {"rank": 4},
+            "data": {"train": "none", "max_length": 64},
+            "train": {"steps": 2, "batch_size": 2, "precision": "f16", **train},
+            "output": "none",
+        }
+    )
+
+
+EXAMPLES = [Example(np.full(50, 7, np.int32), np.arange(50) > 3, i) for i in range(3)]
+
+
+def test_without_the_feature_it_is_refused(tmp_path: Path) -> None:
+    device = Device()
+    device.features = device.features - {"shader-f16"}
+    with pytest.raises(InputError, match="train.precision: f16: .* lacks WebGPU's shader-f16; set"):
+        TrainingSession(config_of(tmp_path), examples=EXAMPLES, device=device)
+
+
+def test_beyond_f16_the_step_is_refused_and_nothing_changes(tmp_path: Path) -> None:
+    """An overflow shows in the norm: the adapter stays, and the message names the way out."""
+    config = config_of(tmp_path)
+    session = TrainingSession(config, examples=EXAMPLES)
+    modules = session.layout.to_modules(session.parameters())
+    for path, (a, b) in modules.items():
+        modules[path] = (a, np.full_like(b, 1e6))
+    before = session.layout.from_modules(modules)
+    session.device.write(session.adapter.parameters, before)
+    with pytest.raises(LoraError, match=r"set train\.precision: f32 \(f16 ends at 65504\)"):
+        list(session.train())
+    assert (session.parameters() == before).all()
+
+
+def test_text_is_written_in_f32(tmp_path: Path) -> None:
+    """Generation has no f16: the text is the same as after opening the session with f32."""
+    model = TINY_MODELS["qwen3"]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    texts = []
+    for precision in ("f32", "f16"):
+        session = open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
+        )
+        prompt = [int(t) for t in session.train_examples[0].ids[:5]]
+        texts.append(session.generate(prompt, max_tokens=8))
+    assert texts[0] == texts[1]

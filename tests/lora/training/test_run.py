@@ -1,0 +1,122 @@
+"""The files of a run: metrics, checkpoints, resume byte for byte, SIGKILL and Ctrl-C."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lora import InputError, TrainingSession, run_training
+from lora.training.checkpoint import checkpoints
+from tests.support.tiny_run import write_run
+
+ADAPTER = "adapter_model.safetensors"
+
+
+def lora(*arguments: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, "-m", "lora", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end and process.poll() is None, process.communicate()
+        time.sleep(0.01)
+
+
+def metrics_of(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_the_files_of_a_run(tmp_path: Path) -> None:
+    path = write_run(tmp_path, train={"save_every": 2, "eval_every": 4, "keep_checkpoints": 2})
+    output = run_training(TrainingSession.from_config(path))
+    lines = metrics_of(output)
+    steps = [line for line in lines if "loss" in line]
+    assert [line["step"] for line in steps] == list(range(1, 9))
+    assert set(steps[0]) == {
+        "step", "epoch", "loss", "grad_norm", "learning_rate", "tokens", "trained_tokens",
+        "tokens_per_second", "seconds",
+    }  # fmt: skip
+    assert [line["step"] for line in lines if "eval_loss" in line] == [4, 8]
+    assert [p.name for p in checkpoints(output)] == ["step-000006", "step-000008"]
+    last = checkpoints(output)[-1] / ADAPTER
+    assert (output / ADAPTER).read_bytes() == last.read_bytes()
+    assert not [p for p in tmp_path.rglob("*.tmp")]
+    # The config as resolved runs again as it is; the first run is set aside, not mixed.
+    again = run_training(TrainingSession.from_config(output / "config.yaml"))
+    assert (again / ADAPTER).read_bytes() == (tmp_path / "run.old-1" / ADAPTER).read_bytes()
+
+
+@pytest.mark.parametrize("layers", ["all", "{last: 1}"])
+def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, layers: str) -> None:
+    """SIGKILL between two steps; byte for byte. With a frozen prefix, its cache is lost too."""
+    path = write_run(tmp_path, n_rows=40, train={"save_every": 3, "epochs": 3})
+    common = [str(path), "--set", f"adapter.layers={layers}"]
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    process = lora("train", *common, "--set", f"output={whole}")
+    assert process.wait() == 0, process.communicate()
+    process = lora("train", *common, "--set", f"output={killed}")
+    wait_for(lambda: len(checkpoints(killed)) >= 2, process)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / ADAPTER).exists()
+    process = lora("train", *common, "--set", f"output={killed}", "--resume")
+    assert process.wait() == 0, process.communicate()
+    assert (killed / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
+    keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens")
+    first, second = ([[m[k] for k in keys] for m in metrics_of(f)] for f in (whole, killed))
+    assert first == second
+
+
+def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
+    path = write_run(tmp_path, n_rows=40, train={"epochs": 50})
+    process = lora("train", str(path))
+    output = tmp_path / "run"
+    wait_for(lambda: (output / "metrics.jsonl").exists() and metrics_of(output), process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "--resume" in printed
+    (checkpoint,) = checkpoints(output)
+    assert metrics_of(output)[-1]["step"] == int(checkpoint.name[-6:])
+
+
+def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
+    session = TrainingSession.from_config(write_run(tmp_path))
+    with pytest.raises(InputError, match="holds no checkpoint; run without --resume"):
+        run_training(session, resuming=True)
+
+
+def test_resume_with_another_adapter_or_other_data(tmp_path: Path) -> None:
+    path = write_run(tmp_path, train={"save_every": 2})
+    run_training(TrainingSession.from_config(path))
+    with pytest.raises(InputError, match="adapter.rank want"):
+        run_training(TrainingSession.from_config(path, ["adapter.rank=4"]), resuming=True)
+    with pytest.raises(InputError, match="batch_size 3, and now it is 2"):
+        run_training(TrainingSession.from_config(path, ["train.batch_size=2"]), resuming=True)
+
+
+def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+    path = write_run(tmp_path, train={"save_every": 4})
+    output = run_training(TrainingSession.from_config(path))
+    (checkpoints(output)[-1] / "state.json").write_text("{")
+    with pytest.raises(InputError, match="not a checkpoint that can be read"):
+        run_training(TrainingSession.from_config(path), resuming=True)
+
+
+def test_a_disk_that_refuses_leaves_no_half_file(tmp_path: Path, monkeypatch) -> None:
+    session = TrainingSession.from_config(write_run(tmp_path))
+    monkeypatch.setattr(os, "replace", lambda *_: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        session.save(tmp_path / "saved")
+    assert list((tmp_path / "saved").iterdir()) == []

@@ -1,0 +1,346 @@
+"""A tiny random model of any supported architecture: Hugging Face's tensors, and the GGUF of them.
+
+Everything here is numpy: the recorded comparison runs without torch. `tiny_judge.py` loads the
+same tensors into transformers. The GGUF holds what llama.cpp's converter writes for the
+architecture: its metadata keys and tensor names, the row order of q and k, Gemma's norms plus one,
+rope factors.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import zlib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import safetensors.numpy
+
+from lora.forward.model.architecture import permute_rows_to_gguf
+from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
+
+# Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
+LENGTHS = (40, 23)
+
+_GAIN = 1.3  # matrices make their output this much larger than their normed input
+_EMBEDDING_STD = 0.4  # logits then spread by about 3
+_NORM_STD = 0.3
+_BIAS_STD = 0.5
+
+_GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where it isn't the family's
+_PERMUTED = ("llama", "mistral", "smollm3")  # q and k rows are interleaved in the GGUF
+_HEAD_NORMS = ("qwen3", "gemma3_text")
+_GEMMA = ("gemma2", "gemma3_text")  # four norms a layer, each stored by Hugging Face less one
+
+
+@dataclass(frozen=True)
+class TinyModel:
+    """One random model, its adapter and its tokens; all of it follows from the fields.
+
+    Attributes:
+        name: of the test case.
+        family: transformers' `model_type`.
+        config: what its transformers config is given.
+        extra_metadata: GGUF keys that llama.cpp's converter would not write, without prefix.
+        matrix_type: how the GGUF stores matrices; the judge gets what that decodes to.
+        rank, alpha: of the adapter.
+        adapted_layers: None for all. Layers below the lowest are a fixed prefix on our side.
+        adapted_head: whether lm_head is adapted, too.
+        transformers_reads: whether transformers' loader knows the GGUF's architecture.
+        llama_cpp: whether llama.cpp computes the same as transformers. With Q8_0 it doesn't: it
+            quantizes activations too.
+    """
+
+    name: str
+    family: str
+    config: dict[str, Any]
+    extra_metadata: dict[str, Any] = field(default_factory=dict)
+    matrix_type: str = "F32"
+    rank: int = 4
+    alpha: int = 8
+    adapted_layers: tuple[int, ...] | None = None
+    adapted_head: bool = False
+    transformers_reads: bool = True
+    llama_cpp: bool = True
+
+    @property
+    def architecture(self) -> str:
+        """The GGUF's `general.architecture`."""
+        return _GGUF_NAMES.get(self.family, self.family)
+
+    @property
+    def head_dim(self) -> int:
+        """Numbers in a head."""
+        default = self.config["hidden_size"] // self.config["num_attention_heads"]
+        return int(self.config.get("head_dim", default))
+
+    @property
+    def rotary_dim(self) -> int:
+        """Leading numbers of a head that rope turns."""
+        rope = self.config["rope_parameters"]
+        return int(self.head_dim * rope.get("partial_rotary_factor", 1.0))
+
+    @property
+    def layers(self) -> list[int]:
+        """The adapted layers."""
+        every = range(self.config["num_hidden_layers"])
+        return list(every if self.adapted_layers is None else self.adapted_layers)
+
+    @property
+    def targets(self) -> list[str]:
+        """PEFT's names of the adapted matrices."""
+        return sorted({name.split(".")[-3] for name in self.adapter()})
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Every parameter of the Hugging Face model."""
+        c = self.config
+        hidden, inner = c["hidden_size"], c["intermediate_size"]
+        queries = c["num_attention_heads"] * self.head_dim
+        keys = c["num_key_value_heads"] * self.head_dim
+        of_layer: dict[str, tuple[int, ...]] = {
+            "input_layernorm.weight": (hidden,),
+            "post_attention_layernorm.weight": (hidden,),
+            "self_attn.o_proj.weight": (hidden, queries),
+            "mlp.down_proj.weight": (hidden, inner),
+        }
+        if self.family == "phi3":
+            of_layer["self_attn.qkv_proj.weight"] = (queries + 2 * keys, hidden)
+            of_layer["mlp.gate_up_proj.weight"] = (2 * inner, hidden)
+        else:
+            for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
+                of_layer[f"self_attn.{letter}_proj.weight"] = (rows, hidden)
+                if self.family == "qwen2" or c.get("attention_bias"):
+                    of_layer[f"self_attn.{letter}_proj.bias"] = (rows,)
+            of_layer["mlp.gate_proj.weight"] = (inner, hidden)
+            of_layer["mlp.up_proj.weight"] = (inner, hidden)
+            if c.get("mlp_bias"):
+                of_layer["mlp.gate_proj.bias"] = (inner,)
+                of_layer["mlp.up_proj.bias"] = (inner,)
+                of_layer["mlp.down_proj.bias"] = (hidden,)
+        if c.get("attention_bias"):
+            of_layer["self_attn.o_proj.bias"] = (hidden,)
+        if self.family in _HEAD_NORMS:
+            of_layer["self_attn.q_norm.weight"] = (self.head_dim,)
+            of_layer["self_attn.k_norm.weight"] = (self.head_dim,)
+        if self.family in _GEMMA:
+            of_layer["pre_feedforward_layernorm.weight"] = (hidden,)
+            of_layer["post_feedforward_layernorm.weight"] = (hidden,)
+        vocabulary = (c["vocab_size"], hidden)
+        shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
+        for layer in range(c["num_hidden_layers"]):
+            shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
+        shapes["model.norm.weight"] = (hidden,)
+        if not c["tie_word_embeddings"]:
+            shapes["lm_head.weight"] = vocabulary
+        return shapes
+
+    def weights(self) -> dict[str, np.ndarray]:
+        """Every parameter by its Hugging Face name, f32: what the GGUF's values decode to."""
+        kind = gguf.GGMLQuantizationType[self.matrix_type]
+        return {
+            name: gguf.quants.dequantize(gguf.quants.quantize(values, kind), kind)
+            if values.ndim == 2
+            else values
+            for name, values in self._exact_weights().items()
+        }
+
+    def _exact_weights(self) -> dict[str, np.ndarray]:
+        weights = {}
+        for name, shape in self.shapes().items():
+            values = _normal((self.name, name), shape)
+            if name.endswith(".bias"):
+                values *= _BIAS_STD
+            elif len(shape) == 1:
+                values = _NORM_STD * values + (0.0 if self.family in _GEMMA else 1.0)
+            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+                values *= _EMBEDDING_STD
+            else:
+                values *= _GAIN / math.sqrt(shape[1])
+            weights[name] = values.astype(np.float32)
+        return weights
+
+    def token_rows(self) -> list[list[int]]:
+        """The token ids of each sequence, LENGTHS of them."""
+        random = np.random.RandomState(_seed(self.name, "tokens"))
+        vocab_size = self.config["vocab_size"]
+        return [random.randint(3, vocab_size, length).tolist() for length in LENGTHS]
+
+    def adapter(self) -> dict[str, np.ndarray]:
+        """A and B of all matrices of the adapted layers by PEFT's names; B is far from zero."""
+        tensors = {}
+        shapes = self.shapes()
+        if self.adapted_head:  # where it is tied, only the head's use of the weight is adapted
+            shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
+        for name, shape in shapes.items():
+            if len(shape) == 1 or name == "model.embed_tokens.weight":
+                continue
+            if name == "lm_head.weight":
+                if not self.adapted_head:
+                    continue
+            elif int(name.split(".")[2]) not in self.layers:
+                continue
+            path = f"base_model.model.{name.removesuffix('.weight')}"
+            a = _normal((self.name, name, "A"), (self.rank, shape[1])) / math.sqrt(shape[1])
+            b = _normal((self.name, name, "B"), (shape[0], self.rank)) * 0.15
+            tensors[f"{path}.lora_A.weight"] = a.astype(np.float32)
+            tensors[f"{path}.lora_B.weight"] = b.astype(np.float32)
+        return tensors
+
+    def write_adapter(self, directory: Path) -> None:
+        """Writes `adapter()` as a PEFT adapter directory."""
+        tensors = self.adapter()
+        directory.mkdir(parents=True, exist_ok=True)
+        safetensors.numpy.save_file(tensors, directory / "adapter_model.safetensors")
+        settings = {
+            "peft_type": "LORA",
+            "task_type": "CAUSAL_LM",
+            "base_model_name_or_path": self.name,
+            "r": self.rank,
+            "lora_alpha": self.alpha,
+            "target_modules": self.targets,
+            "lora_dropout": 0.0,
+            "bias": "none",
+            "inference_mode": False,
+        }
+        if self.adapted_layers and self.adapted_head:  # layers_to_transform drops the head
+            paths = {name.removeprefix("base_model.model.").rsplit(".", 2)[0] for name in tensors}
+            settings["target_modules"] = sorted(paths)
+        elif self.adapted_layers:
+            settings |= {"layers_to_transform": self.adapted_layers, "layers_pattern": "layers"}
+        (directory / "adapter_config.json").write_text(json.dumps(settings))
+
+    def write_gguf(self, path: Path) -> None:
+        """Writes the model as llama.cpp's converter would."""
+        names = gguf.get_tensor_name_map(
+            {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[self.architecture],
+            self.config["num_hidden_layers"],
+        )
+        heads = {
+            "q_proj": self.config["num_attention_heads"],
+            "k_proj": self.config["num_key_value_heads"],
+        }
+        tensors: dict[str, np.ndarray | None] = {}
+        for name, exact in self._exact_weights().items():
+            module = name.split(".")[-2]
+            values = exact
+            if self.family in _PERMUTED and module in heads:
+                values = permute_rows_to_gguf(exact, heads[module])
+            if self.family in _GEMMA and name.endswith("norm.weight"):
+                values = exact + np.float32(1.0)
+            gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
+            if gguf_name is None or gguf_name in tensors:
+                raise ValueError(f"gguf-py has no name of its own for {name}")
+            tensors[gguf_name] = values
+        write_gguf(
+            path,
+            self._metadata(),
+            {**self._rope_tensors(), **tensors},
+            {".weight": self.matrix_type} if self.matrix_type != "F32" else {},
+        )
+
+    def _metadata(self) -> dict[str, Any]:
+        c = self.config
+        sizes: dict[str, Any] = {
+            "block_count": c["num_hidden_layers"],
+            "context_length": c["max_position_embeddings"],
+            "embedding_length": c["hidden_size"],
+            "feed_forward_length": c["intermediate_size"],
+            "attention.head_count": c["num_attention_heads"],
+            "attention.head_count_kv": c["num_key_value_heads"],
+            "attention.layer_norm_rms_epsilon": c["rms_norm_eps"],
+        }
+        if "head_dim" in c:
+            sizes["attention.key_length"] = c["head_dim"]
+            sizes["attention.value_length"] = c["head_dim"]
+        if self.architecture == "llama":
+            sizes["vocab_size"] = c["vocab_size"]
+            sizes["rope.dimension_count"] = self.head_dim
+        if self.family == "phi3":
+            sizes["rope.dimension_count"] = self.rotary_dim
+            sizes["attention.sliding_window"] = c["sliding_window"] or 0
+        if self.family in _GEMMA:
+            sizes["attention.sliding_window"] = c["sliding_window"]
+        if self.family == "gemma2":
+            sizes["attn_logit_softcapping"] = c["attn_logit_softcapping"]
+            sizes["final_logit_softcapping"] = c["final_logit_softcapping"]
+        sizes |= self._rope_metadata() | self.extra_metadata
+        return {
+            "general.architecture": self.architecture,
+            "general.type": "model",
+            "general.name": "tiny",  # with "phi3" in it, llama.cpp expects Phi's special tokens
+            "general.file_type": {"F32": 0, "Q8_0": 7}[self.matrix_type],
+            **{f"{self.architecture}.{key}": value for key, value in sizes.items()},
+            **tiny_tokenizer_metadata(c["vocab_size"]),
+        }
+
+    def _rope_metadata(self) -> dict[str, Any]:
+        rope = self.config["rope_parameters"]
+        keys: dict[str, Any] = {}
+        if self.family == "gemma2":
+            return keys  # the converter writes none; the base is always 10000
+        if self.family == "gemma3_text":
+            if rope["sliding_attention"]["rope_theta"] != 10000.0:
+                # Files made before 2026 lack the key, and all published models have 10000.
+                keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
+            rope = rope["full_attention"]
+        keys["rope.freq_base"] = rope["rope_theta"]
+        if self.family == "phi3":
+            keys["rope.scaling.original_context_length"] = self.config[
+                "original_max_position_embeddings"
+            ]
+            if rope["rope_type"] == "longrope":
+                keys["rope.scaling.attn_factor"] = self._longrope_factor()
+        elif rope["rope_type"] == "linear":
+            keys["rope.scaling.type"] = "linear"
+            keys["rope.scaling.factor"] = rope["factor"]
+        elif rope["rope_type"] == "yarn":
+            keys["rope.scaling.type"] = "yarn"
+            keys["rope.scaling.factor"] = rope["factor"]
+            keys["rope.scaling.original_context_length"] = rope["original_max_position_embeddings"]
+            for key in ("beta_fast", "beta_slow"):
+                if key in rope:
+                    keys[f"rope.scaling.yarn_{key}"] = rope[key]
+        return keys
+
+    def _longrope_factor(self) -> float:
+        original = self.config["original_max_position_embeddings"]
+        scale = self.config["max_position_embeddings"] / original
+        return math.sqrt(1.0 + math.log(scale) / math.log(original)) if scale > 1.0 else 1.0
+
+    def _rope_tensors(self) -> dict[str, np.ndarray]:
+        rope = self.config["rope_parameters"]
+        if rope.get("rope_type") == "longrope":
+            return {
+                f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
+                for length in ("long", "short")
+            }
+        if rope.get("rope_type") == "llama3":
+            return {"rope_freqs.weight": _llama3_divisors(rope, self.head_dim)}
+        return {}
+
+
+def _llama3_divisors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
+    """What Llama 3.1 divides each frequency by, f32 [head_dim / 2].
+
+    Waves that fit high_freq_factor times into the original context keep their frequency, those
+    that fit fewer than low_freq_factor times are slowed by factor; in between, the frequency is
+    a mean of both.
+    """
+    pairs = np.arange(head_dim // 2)
+    frequencies = rope["rope_theta"] ** (-2.0 * pairs / head_dim)
+    turns = rope["original_max_position_embeddings"] * frequencies / (2.0 * np.pi)
+    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+    return (1.0 / ((1.0 - kept) / rope["factor"] + kept)).astype(np.float32)
+
+
+def _seed(*words: str) -> int:
+    return zlib.crc32("/".join(words).encode())
+
+
+def _normal(words: tuple[str, ...], shape: tuple[int, ...]) -> np.ndarray:
+    """Normal numbers by name. RandomState's stream is frozen: records outlive numpy's versions."""
+    return np.random.RandomState(_seed(*words)).standard_normal(shape)
