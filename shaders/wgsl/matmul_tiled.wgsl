@@ -45,12 +45,12 @@ var<workgroup> x_tile: array<vec4<{{ tile_type }}>, {{ buffers * x_quads }}>;
 var<workgroup> w_tile: array<vec4<{{ tile_type }}>, {{ buffers * w_quads }}>;
 
 // Where the four rows (columns) `quad` of a step lie.
-fn x_at(step: u32, quad: u32) -> u32 { return step * {{ tile_rows // 4 }}u + (quad ^ (step / 4u & 7u)); }
+fn x_at(step: u32, quad: u32) -> u32 { return step * {{ tile_rows // 4 }}u + (quad ^ ((step / 4u) & 7u)); }
 fn w_at(step: u32, quad: u32) -> u32 {
 {% if transposed %}
     return step * {{ tile_columns // 4 }}u + quad; // stored whole, along the columns
 {% else %}
-    return step * {{ tile_columns // 4 }}u + (quad ^ (2u * (step / 8u & 3u)));
+    return step * {{ tile_columns // 4 }}u + (quad ^ (2u * ((step / 8u) & 3u)));
 {% endif %}
 }
 

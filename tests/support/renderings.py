@@ -1,0 +1,278 @@
+"""Every kernel that real runs use, as WGSL: recorded on devices that nobody needs to have.
+
+Runs are recorded as they are on a device (shaders/planning.py), for devices of several kinds: what
+they ask to be compiled is all that is kept.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import SimpleNamespace
+from typing import Any, cast
+from unittest import mock
+
+import numpy as np
+
+from lora.config.schema import Config
+from lora.data.examples import Example
+from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut, tiles_of
+from lora.generation.generator import Adapter, TextGenerator
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.templates import render
+from lora.training.programs import record_eval
+from lora.training.session import TrainingSession
+from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tiny_models import TINY_MODELS
+
+WGSL = Path(__file__).parents[2] / "shaders" / "wgsl"
+_MIB = 1 << 20
+_NUMBER = re.compile(r"\d+")
+_ALL = {"layers": "all", "targets": "all-linear"}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What of a device decides which kernels a run asks for; WebGPU's default limits."""
+
+    name: str
+    adapter_type: str = "DiscreteGPU"
+    backend: str = "Vulkan"
+    workgroup_memory: int = 16384
+    most_lanes: int = 256
+    most_storage_buffers: int = 8
+    max_binding: int = 128 * _MIB
+
+    def described(self) -> Device:
+        """As much of a device as another one copies."""
+        return cast(
+            Device,
+            SimpleNamespace(
+                info={"adapter_type": self.adapter_type, "backend_type": self.backend},
+                name=self.name,
+                is_cpu=self.adapter_type == "CPU",
+                features={"shader-f16", "subgroup"},
+                max_buffer=2 * self.max_binding,
+                max_binding=self.max_binding,
+                workgroup_memory=self.workgroup_memory,
+                most_lanes=self.most_lanes,
+                most_storage_buffers=self.most_storage_buffers,
+                matmul_body=None,
+                precision="f32",
+            ),
+        )
+
+
+LARGE_GPU = Kind(
+    "large GPU", workgroup_memory=49152, most_lanes=1024, most_storage_buffers=32,
+    max_binding=2048 * _MIB,
+)  # fmt: skip
+SMALL_GPU = Kind("GPU of default limits")
+METAL = Kind("Metal", backend="Metal", workgroup_memory=32768, most_lanes=1024)
+CPU = Kind("CPU", adapter_type="CPU", workgroup_memory=32768, most_lanes=1024)
+F32, F16 = {"precision": "f32", "recompute": "on"}, {"precision": "f16", "recompute": "off"}
+# Between them they have all that an architecture may have: biases, norms of heads, post norms,
+# caps, windows, layers without rope, heads of their own that are adapted, one tensor for q, k, v.
+_MODELS = (
+    "llama_odd", "llama_head_only", "llama_bias", "smollm3", "qwen3", "gemma2_head", "gemma3",
+    "phi3_short",
+)  # fmt: skip
+_TILED = "llama_odd"  # the model whose products are recorded with every tile
+# Tokens of the two examples that are a micro-batch.
+_SHORT, _LONG = (70, 33), (1500, 500)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A kernel that a device was asked to compile."""
+
+    kind: Kind
+    template: str
+    constants: dict[str, Any]
+
+
+Found = dict[str, Request]  # by template and constants
+Run = Callable[[Found], None]
+
+
+class RecordingDevice(PlanningDevice):
+    """Compiles nothing and keeps what was to be compiled: templates and their constants."""
+
+    def __init__(self, kind: Kind, found: Found) -> None:
+        super().__init__(kind.described())
+        self._kind, self._found = kind, found
+
+    def pipeline(self, template: str, constants: dict[str, Any]) -> Any:
+        """Keeps the kernel."""
+        key = f"{template} {sorted(constants.items())!r}"
+        if key not in self._found or self._kind is SMALL_GPU:
+            self._found[key] = Request(self._kind, template, dict(constants))
+        return None
+
+
+@dataclass
+class Renderings:
+    """Distinct WGSL texts.
+
+    Attributes:
+        templates: each text's template.
+        within_defaults: those that a GPU of WebGPU's default limits asks for.
+        files: what went into them, of shaders/wgsl/: "decode/q4_0.wgsl".
+    """
+
+    templates: dict[str, str] = field(default_factory=dict)
+    within_defaults: set[str] = field(default_factory=set)
+    files: set[str] = field(default_factory=set)
+
+    def covering(self) -> dict[str, str]:
+        """So many of them that every line appears that any of them has, numbers aside."""
+        seen: set[str] = set()
+        chosen = {}
+        for text, template in self.templates.items():
+            lines = {f"{template} {line}" for line in _NUMBER.sub("0", text).splitlines()}
+            if not lines <= seen:
+                seen |= lines
+                chosen[text] = template
+        return chosen
+
+
+@cache
+def all_renderings() -> Renderings:
+    """The kernels of all runs below."""
+    found: Found = {}
+    with TemporaryDirectory() as folder:
+        for record in _runs(Path(folder)):
+            record(found)
+    renderings = Renderings()
+    with _files_read(renderings.files):
+        for request in found.values():
+            text = render(request.template, request.constants)
+            renderings.templates[text] = request.template
+            if request.kind is SMALL_GPU:
+                renderings.within_defaults.add(text)
+    return renderings
+
+
+def _files_read(files: set[str]) -> AbstractContextManager[Any]:
+    """While it lasts, the template files that are loaded are noted."""
+    from lora.shaders.templates import _environment
+
+    _environment.cache_clear()  # what is loaded already is not loaded again
+    loader = _environment().loader
+    assert loader is not None
+    load = loader.load
+
+    def noted(environment: Any, name: str, *rest: Any) -> Any:
+        files.add(name)
+        return load(environment, name, *rest)
+
+    return mock.patch.object(loader, "load", noted)
+
+
+def _runs(folder: Path) -> Iterator[Run]:
+    """Recordings of training, evaluation, prompts and single rows."""
+    for name in _MODELS:
+        path, model = folder / f"{name}.gguf", TINY_MODELS[name]
+        model.write_gguf(path)
+        adapter = {"layers": model.layers or "all", "targets": model.targets}
+        yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), adapter)
+        yield _record(path, (CPU,), (F32,), adapter)
+    tiled = folder / f"{_TILED}.gguf"
+    yield _record(tiled, (METAL,), (F32,))
+    yield _record(tiled, (CPU,), (F16,))
+    for index, tile in enumerate((*TILES, *HALF_TILES)):
+        yield _record_tile(tiled, tile, splits=(1, 3)[index % 2])
+    for kind in QUANTIZATIONS:
+        path = folder / f"{kind.name}.gguf"
+        write_tiny_llama(
+            path, n_layers=1, hidden_size=256, intermediate_size=512, head_size=64,
+            vocab_size=512, types={"weight": kind.name}, metadata={"llama.context_length": 4096},
+        )  # fmt: skip
+        yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
+        yield _record(path, (CPU,), (F32,), lengths=_LONG)
+
+
+def _record(
+    path: Path,
+    kinds: Sequence[Kind],
+    settings: Sequence[dict[str, Any]],
+    adapter: Mapping[str, Any] = _ALL,
+    lengths: Sequence[int] = _SHORT,
+) -> Run:
+    """Training and evaluation of a model on devices of some kinds; text where it is f32."""
+
+    def run(found: Found) -> None:
+        for kind in kinds:
+            for train in settings:
+                session = _session(RecordingDevice(kind, found), path, adapter, train, lengths)
+                if train is F32:  # text has no other
+                    _record_text(session)
+
+    return run
+
+
+def _record_tile(path: Path, tile: Tile, splits: int) -> Run:
+    """Training of a model whose products all have one tile and so many stretches."""
+    half = tile.item_bytes == 2
+
+    def choose(rows: int, columns: int, contraction: int, memory: int, is_half: bool) -> Plan:
+        chosen = tile if is_half == half else tiles_of(is_half)[0]
+        return Plan(chosen, *cut(contraction, splits, chosen.depth))
+
+    def run(found: Found) -> None:
+        with mock.patch("lora.forward.plans.matmul_plans.choose_tile", choose):
+            _session(RecordingDevice(LARGE_GPU, found), path, _ALL, F16 if half else F32)
+
+    return run
+
+
+def _session(
+    device: RecordingDevice,
+    path: Path,
+    adapter: Mapping[str, Any],
+    train: Mapping[str, Any],
+    lengths: Sequence[int] = _SHORT,
+) -> TrainingSession:
+    """Records a training session, and its evaluations with and without the adapter."""
+    config = Config.model_validate(
+        {
+            "model": {"path": str(path)},
+            "adapter": {"rank": 8, "alpha": 16, **adapter},
+            "data": {"train": "none", "max_length": max(lengths), "shuffle": False},
+            "train": {
+                "steps": 1,
+                "batch_size": len(lengths),
+                "tuning": "off",
+                **train,
+            },
+            "output": "none",
+        }
+    )
+    rng = np.random.default_rng(0)
+    examples = [
+        Example(rng.integers(3, 300, n).astype(np.int32), np.arange(n) > 0, i)
+        for i, n in enumerate(lengths)
+    ]
+    session = TrainingSession(config, examples=examples, device=device)
+    for flat in (session.adapter.parameters, None):
+        with session._recording():
+            record_eval(device, session.model, session.inputs, session._act, session.layout, flat)
+    return session
+
+
+def _record_text(session: TrainingSession) -> None:
+    """Records prompts and single rows, of the bare model and of the adapter."""
+    adapter = Adapter(session.layout, session.adapter.parameters)
+    generator = TextGenerator(
+        session.device, session.model, session.tokenizer, {"adapter": adapter}
+    )
+    for name in (None, "adapter"):
+        for inputs in (generator._pieces, generator._step):
+            generator._programs_of(name, inputs)
