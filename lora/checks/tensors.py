@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import gguf
 import numpy as np
+from gguf import GGMLQuantizationType
 
+from lora.forward.gguf.file import GGUFTensor
+from lora.forward.gguf.requantize import quantize
+from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.tensor import Extent, Tensor
 
@@ -47,3 +52,18 @@ def typed(device: Device, values: np.ndarray, dtype: str, extent: Extent) -> Ten
 def typed_marked(device: Device, dtype: str, extent: Extent, *shape: int) -> Tensor:
     """An output [extent.maximum, *shape] of that type filled with MARKER."""
     return typed(device, np.full((extent.maximum, *shape), MARKER), dtype, extent)
+
+
+def normal(seed: int, *shape: int) -> np.ndarray:
+    """f32 numbers, normally distributed."""
+    return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
+
+
+def frozen(
+    device: Device, kind: GGMLQuantizationType, rows: int, columns: int, seed: int = 0
+) -> tuple[FrozenMatrix, np.ndarray]:
+    """A random matrix [rows, columns] on the device, and what it decodes to in float64."""
+    data = quantize(normal(seed, rows, columns), kind)
+    tensor = GGUFTensor("checked", kind, (rows, columns), data)
+    values = gguf.quants.dequantize(data, kind).reshape(rows, columns)
+    return load_matrix(device, [tensor]), values.astype(np.float64)

@@ -50,12 +50,7 @@ class Case:
 
     @property
     def heads(self) -> dict[str, Any]:
-        return {
-            "n_heads": self.n_heads,
-            "n_kv_heads": self.n_kv_heads,
-            "head_size": self.head_size,
-            "interleaved": self.interleaved,
-        }
+        return self.layout.options
 
     def tensors(self, device: Device, extent: Extent) -> tuple[np.ndarray, Tensor, Tensor]:
         """Positions, the same on the device, and the tables."""

@@ -1,0 +1,1 @@
+"""The checks, one file for a few kernels that belong together; each has a list CHECKS."""

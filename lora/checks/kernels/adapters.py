@@ -1,0 +1,129 @@
+"""The low-rank projection, its gradients, and the optimizer."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
+from lora.checks.references.lora import gradients_reference
+from lora.checks.references.matmul import error_bound
+from lora.checks.references.optim import BETAS, EPSILON, AdamWReference, clip_reference
+from lora.checks.tensors import MARKER, extent_in_use, normal, rounded, typed, typed_marked
+from lora.forward.lora import lora_project
+from lora.forward.model.adapter import LoraFactors
+from lora.optim.adamw import adamw, step_words
+from lora.optim.clipping import gradient_norm
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+
+ROWS, IN_USE, IN_FEATURES, RANK, SCALE = 37, 35, 260, 8, 1.7
+RANGES = ((0, 132), (140, 152))
+N_B, OUT_FEATURES = 144, 160  # rows of B; columns of y, of which not all are adapted
+
+
+def factors_on(device: Device, a: np.ndarray, b: np.ndarray) -> LoraFactors:
+    """A and B behind each other in one buffer, on multiples of 64 elements, as in training."""
+    first = -(-a.size // 64) * 64
+    flat = np.full(first + b.size, MARKER, np.float32)
+    flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
+    tensor = device.upload(flat)
+    return LoraFactors(
+        tensor.rows(0, a.size).reshape(*a.shape),
+        tensor.rows(first, flat.size).reshape(*b.shape),
+        RANK, SCALE, RANGES,
+    )  # fmt: skip
+
+
+def check_lora(device: Device, dtype: str) -> Comparison:
+    """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far."""
+    if dtype == "f16":
+        needs_half(device)
+    x, d_y = (
+        rounded(normal(seed, ROWS, n), dtype) for seed, n in ((1, IN_FEATURES), (2, OUT_FEATURES))
+    )
+    a, b = normal(3, 2 * RANK, IN_FEATURES), normal(4, N_B, RANK)
+    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
+    lora = factors_on(device, a, b)
+    slices = [factors_on(device, np.zeros_like(a), np.zeros_like(b)) for _ in range(2)]
+    x_t, d_y_t = typed(device, x, dtype, extent), typed(device, d_y, dtype, extent)
+    z, d_z = (typed_marked(device, "f32", extent, 2 * RANK) for _ in range(2))
+    lora_project(program, x_t, lora, out=z)
+    lora_project_gradient(program, d_y_t, lora, out=d_z)
+    lora_gradients(program, x_t, z, d_y_t, d_z, lora, slices)
+    program.run()
+    used = slice(0, IN_USE)
+    values = (x[used], d_y[used], a, b)
+    expected = gradients_reference(*values, RANGES, SCALE)
+    x_size, d_y_size, a_size, b_size = (np.abs(v) for v in values)
+    sizes = gradients_reference(x_size, d_y_size, a_size, b_size, RANGES, SCALE)
+    terms = (132, IN_USE + 132, IN_USE + IN_FEATURES)
+    bounds = [4 * error_bound(size, n) for size, n in zip(sizes, terms, strict=True)]
+    z_found, d_z_found = device.read(z), device.read(d_z)
+    d_a = sum(device.read(s.a).astype(np.float64) for s in slices)
+    d_b = sum(device.read(s.b).astype(np.float64) for s in slices)
+    z_bound = 4 * error_bound(np.abs(x[used]) @ np.abs(a).T, IN_FEATURES)
+    return worst(
+        compare(z_found[used], x[used].astype(np.float64) @ a.T, bound=z_bound),
+        compare(d_z_found[used], expected[0], bound=bounds[0]),
+        compare(np.asarray(d_a), expected[1], bound=bounds[1]),
+        compare(np.asarray(d_b), expected[2], bound=bounds[2]),
+        untouched(z_found[IN_USE:]),
+        untouched(d_z_found[IN_USE:]),
+    )
+
+
+def check_gradient_norm(device: Device, n_slices: int) -> Comparison:
+    """The slices' sum, exactly as f32 adds them in order; the norm to some roundings of 2^-24."""
+    slices = [normal(seed, 65_600) for seed in range(n_slices)]
+    tensors, state, program = (
+        [device.upload(s) for s in slices],
+        device.empty((4,)),
+        Program(device),
+    )
+    gradient_norm(program, tensors, state, max_norm=1.0)
+    program.run()
+    total = slices[0]
+    for values in slices[1:]:
+        total = total + values
+    expected = np.array([*clip_reference(total, 1.0), 1.0, 0.0])
+    return worst(
+        same(device.read(tensors[0]), total.astype(np.float64)),
+        compare(device.read(state), expected, rtol=1e-6),
+    )
+
+
+def check_adamw(device: Device) -> Comparison:
+    """Three steps; each moves a parameter by a few learning rates, to about 1e-5 of itself."""
+    n, rate = 5056, 1e-3
+    start = normal(20, n)
+    p, m, v, gradient = (device.upload(x) for x in (start, *np.zeros((3, n), np.float32)))
+    state, words, program = device.empty((4,)), device.uniform(), Program(device)
+    gradient_norm(program, [gradient], state, max_norm=1.0)
+    adamw(program, p, gradient, m, v, state, words, betas=BETAS, epsilon=EPSILON, weight_decay=0.1)
+    reference = AdamWReference(start, 0.1)
+    for t in range(1, 4):
+        values = normal(20 + t, n)
+        device.write(gradient, values)
+        device.write(words, step_words(rate, t, BETAS))
+        program.run()
+        reference.step(values * clip_reference(values, 1.0)[1], rate)
+    return worst(
+        compare(device.read(p), reference.p, rtol=1e-6, atol=2e-8),
+        compare(device.read(m), reference.m, rtol=2e-6, atol=1e-7),
+        compare(device.read(v), reference.v, rtol=2e-5, atol=1e-9),
+    )
+
+
+CHECKS = [
+    *(
+        Check("lora", f"{ROWS}x{IN_FEATURES} rank {RANK} {dtype}",
+              partial(check_lora, dtype=dtype), as_cpu)
+        for dtype, as_cpu in (("f32", True), ("f32", False), ("f16", False))
+    ),
+    Check("gradient_norm", "1x65600", partial(check_gradient_norm, n_slices=1), as_cpu=True),
+    Check("gradient_norm", "4x65600", partial(check_gradient_norm, n_slices=4)),
+    Check("adamw", "5056", check_adamw),
+]  # fmt: skip

@@ -1,0 +1,210 @@
+"""Attention, its gradient, and attention to the cache of keys and values."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from lora.backward.attention import attention_backward
+from lora.checks.comparison import (
+    Check,
+    Comparison,
+    compare,
+    needs_half,
+    same,
+    spare_software,
+    untouched,
+    worst,
+)
+from lora.checks.references.attention import (
+    Shape,
+    attention_backward_reference,
+    attention_reference,
+    segments_of,
+)
+from lora.checks.references.attention_decode import attention_decode_reference, prepared_heads
+from lora.checks.tensors import (
+    activation,
+    extent_in_use,
+    marked,
+    normal,
+    rounded,
+    typed,
+)
+from lora.forward.attention import attention
+from lora.forward.attention_decode import (
+    Heads,
+    RowPlace,
+    RowRope,
+    attention_decode,
+    attention_decode_row,
+)
+from lora.forward.model.kv_cache import LayerCache, store_keys_values
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+
+LENGTHS, SPARE = [33, 5, 3, 26], 3  # of examples that lie end to end; rows that are not in use
+ROWS = sum(LENGTHS)
+ROOM, EPSILON = 150, 1e-5  # keys in a cache; of the norm of heads
+
+
+def check_attention(device: Device, shape: Shape, dtype: str, backward: bool) -> Comparison:
+    """The bounds of tests/forward/test_attention.py: roundings of scores, and exp's error."""
+    half = dtype == "f16"
+    if half:
+        needs_half(device)
+    if shape.head_size > 32:
+        spare_software(device)
+    segments = np.concatenate([segments_of(LENGTHS), np.tile([0, ROWS], (SPARE, 1))])
+    qkv = rounded(normal(1, ROWS + SPARE, shape.width), dtype)
+    query_size = shape.n_heads * shape.head_size
+    d_out = rounded(normal(2, ROWS + SPARE, query_size), dtype)
+    extent, program = extent_in_use(device, ROWS + SPARE, ROWS), Program(device)
+    x, where = typed(device, qkv, dtype, extent), device.upload(segments.astype(np.uint32))
+    with device.computing_in(dtype):
+        out, lse = attention(program, x, where, **shape.options)
+        if backward:
+            d_y = typed(device, d_out, dtype, extent)
+            result = attention_backward(program, x, out, lse, d_y, where, **shape.options)
+        else:
+            result = out
+    width = result.shape[1]
+    device.write(result, np.full((ROWS + SPARE, width), -7.0))
+    program.run()
+    found, used = device.read(result), slice(0, ROWS)
+    steepness = max(1.0, shape.scale * np.sqrt(shape.head_size))
+    if backward:
+        expected = attention_backward_reference(qkv[used], d_out[used], segments[used], shape)
+        atol = (8 * 2**-11 if half else 5e-6 * steepness) * float(np.abs(expected).max())
+        return worst(compare(found[used], expected, atol=atol), untouched(found[ROWS:]))
+    expected, scores = attention_reference(qkv[used], segments[used], shape)
+    atol = (6 * 2**-11 if half else 5e-6) * steepness
+    return worst(
+        compare(found[used], expected, atol=atol),
+        compare(device.read(lse)[used], scores, rtol=1e-6, atol=atol),
+        untouched(found[ROWS:]),
+    )
+
+
+def heads_of(columns: np.ndarray, head_size: int) -> np.ndarray:
+    """[rows, heads, head_size] in float64."""
+    return columns.astype(np.float64).reshape(len(columns), -1, head_size)
+
+
+def as_keys_lie(keys: np.ndarray) -> np.ndarray:
+    """Keys [room, kv_size] in the order of the cache, [kv_size / 4, room, 4]."""
+    return np.ascontiguousarray(keys.reshape(len(keys), -1, 4).transpose(1, 0, 2))
+
+
+def check_kv_store(device: Device) -> Comparison:
+    """Keys and values of two rows of three go to their places, exactly."""
+    qkv, where = normal(3, 3, 48), np.array([7, 140, 0], np.uint32)
+    cache = LayerCache(device.empty((4, ROOM, 4)), device.empty((ROOM, 16)))
+    extent, program = extent_in_use(device, 3, 2), Program(device)
+    store_keys_values(
+        program, activation(device, qkv, extent), activation(device, where, extent), cache,
+        query_size=16,
+    )  # fmt: skip
+    program.run()
+    keys, values = np.zeros((2, ROOM, 16), np.float32)
+    keys[where[:2]], values[where[:2]] = qkv[:2, 16:32], qkv[:2, 32:]
+    return worst(
+        same(device.read(cache.keys), as_keys_lie(keys)), same(device.read(cache.values), values)
+    )
+
+
+def check_attention_decode(device: Device, heads: Heads) -> Comparison:
+    """Rows at the edges of blocks; 1e-5 covers the roundings of scores of 256 columns."""
+    kv_size = heads.n_kv_heads * heads.head_size
+    keys, values = normal(4, ROOM, kv_size), normal(5, ROOM, kv_size)
+    cache = LayerCache(device.upload(as_keys_lie(keys)), device.upload(values))
+    positions = np.array([0, 63, 64, 127, 149, 9], np.uint32)
+    qkv, extent = normal(6, 6, heads.qkv_size), extent_in_use(device, 6, 5)
+    out, program = marked(device, extent, heads.query_size), Program(device)
+    attention_decode(
+        program, activation(device, qkv, extent), activation(device, positions, extent), cache,
+        heads, out=out,
+    )  # fmt: skip
+    program.run()
+    size = heads.head_size
+    expected = attention_decode_reference(
+        heads_of(qkv[:, : heads.query_size], size), heads_of(keys, size), heads_of(values, size),
+        positions, heads.scale, heads.window, heads.softcap,
+    ).reshape(6, -1)  # fmt: skip
+    result = device.read(out)
+    return worst(compare(result[:5], expected[:5], atol=1e-5), untouched(result[5:]))
+
+
+def check_attention_decode_row(device: Device, heads: Heads, interleaved: bool) -> Comparison:
+    """One row, whose heads are normed and turned on their way into the cache."""
+    size, position = heads.head_size, 130
+    kv_size, half = heads.n_kv_heads * size, heads.head_size // 2
+    keys, values = normal(7, ROOM, kv_size), normal(8, ROOM, kv_size)
+    keys[position:], values[position:] = 1e4, 1e4  # left there by a longer text
+    cache = LayerCache(device.upload(as_keys_lie(keys)), device.upload(values))
+    qkv, angles = normal(9, 1, heads.qkv_size), normal(10, 9, half).astype(np.float64)
+    weights = normal(11, size), normal(12, size)
+    rope = RowRope(
+        device.upload(np.stack([np.cos(angles), np.sin(angles)], axis=-1)), interleaved,
+        device.upload(weights[0]), device.upload(weights[1]), EPSILON,
+    )  # fmt: skip
+    place = RowPlace(device.upload(np.array([7, position, 5])), 1, 2)
+    extent, program = extent_in_use(device, 1, 1), Program(device)
+    out = marked(device, extent, heads.query_size)
+    attention_decode_row(
+        program, activation(device, qkv, extent), place, cache, heads, rope, out=out
+    )
+    program.run()
+    exact = heads_of(qkv, size)[0]
+    parts = exact[: heads.n_heads], exact[heads.n_heads : heads.n_heads + heads.n_kv_heads]
+    q, k = (
+        prepared_heads(part, weight, angles[5], interleaved, EPSILON)
+        for part, weight in zip(parts, weights, strict=True)
+    )
+    all_keys, all_values = heads_of(keys, size), heads_of(values, size)
+    all_keys[position], all_values[position] = k, exact[heads.n_heads + heads.n_kv_heads :]
+    expected = attention_decode_reference(
+        q[None], all_keys, all_values, np.array([position]), heads.scale, heads.window,
+        heads.softcap,
+    )  # fmt: skip
+    stored = device.read(cache.keys).transpose(1, 0, 2).reshape(ROOM, kv_size)
+    return worst(
+        compare(device.read(out), expected.reshape(1, -1), atol=2e-5),
+        compare(stored[position], k.reshape(-1), atol=1e-5),
+        same(device.read(cache.values)[position], qkv[0, heads.query_size + kv_size :]),
+        same(stored[:position], keys[:position]),
+    )
+
+
+SHAPES = (
+    (Shape(3, 1, 20, 0.7, window=11), "f32", True),
+    (Shape(4, 2, 32, 0.2), "f32", False),
+    (Shape(4, 2, 32, 0.2), "f16", False),
+    (Shape(4, 2, 64, 0.125, softcap=5.0, window=20), "f32", False),
+    (Shape(4, 2, 64, 0.125), "f16", False),
+    (Shape(2, 1, 128, 0.08), "f32", False),
+    (Shape(2, 1, 128, 0.08), "f16", False),
+    (Shape(2, 1, 256, 0.0625), "f32", False),
+)
+HEADS = (Heads(4, 2, 64, 0.125), Heads(3, 1, 100, 0.1, window=64, softcap=2.0))
+CHECKS = [
+    *(
+        Check("attention" + "_backward" * backward,
+              f"{ROWS}, {shape.n_heads}/{shape.n_kv_heads} heads of {shape.head_size} {dtype}",
+              partial(check_attention, shape=shape, dtype=dtype, backward=backward), as_cpu)
+        for backward in (False, True)
+        for shape, dtype, as_cpu in SHAPES
+    ),
+    Check("kv_store", "2x48", check_kv_store),
+    *(
+        Check("attention_decode", f"5, {heads.n_heads} heads of {heads.head_size}",
+              partial(check_attention_decode, heads=heads))
+        for heads in HEADS
+    ),
+    *(
+        Check("attention_decode_row", f"1, {heads.n_heads} heads of {heads.head_size}",
+              partial(check_attention_decode_row, heads=heads, interleaved=interleaved))
+        for heads, interleaved in zip(HEADS, (False, True), strict=True)
+    ),
+]  # fmt: skip

@@ -1,0 +1,59 @@
+"""Whether all lanes of a workgroup run, and wait for each other.
+
+Some integrated GPUs silently ran 64 of a workgroup's 128 lanes: every kernel is wrong then, and
+this says why. It is no kernel of the product, so that its WGSL is here.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+
+from lora.checks.comparison import Check, Comparison, NotHereError, same
+from lora.shaders.device import Device
+from lora.shaders.native import trusted_shader_module
+from lora.shaders.program import Dispatch, Program
+
+_GROUPS = (5, 3)  # of the grid
+_CODE = """
+@group(0) @binding(0) var<storage, read_write> written: array<u32>;
+var<workgroup> places: array<u32, LANES>;
+
+@compute @workgroup_size(X, Y)
+fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group: vec3<u32>) {
+    places[lane] = lane + 1u;
+    workgroupBarrier();
+    let first = (group.x + group.y * GROUPSu) * LANESu;
+    written[first + lane] = first + places[LANESu - 1u - lane];
+}
+"""
+
+
+def check_lanes(device: Device, x: int, y: int) -> Comparison:
+    """Each lane writes what another one left in workgroup memory."""
+    lanes = x * y
+    if lanes > device.most_lanes or 4 * lanes > device.workgroup_memory:
+        raise NotHereError(f"a workgroup has {device.most_lanes} lanes at most")
+    constants = {"GROUPS": _GROUPS[0], "LANES": lanes, "X": x, "Y": y}
+    code = _CODE
+    for name, value in constants.items():
+        code = code.replace(name, str(value))
+    module = trusted_shader_module(device.wgpu, "lanes", code)
+    pipeline = device.wgpu.create_compute_pipeline(
+        layout="auto",
+        compute={"module": module, "entry_point": "main"},
+    )
+    n = lanes * _GROUPS[0] * _GROUPS[1]
+    written, program = device.empty((n,), "u32"), Program(device)
+    group = device.bind_group(pipeline, [written])
+    program.commands.append(Dispatch("lanes", "lanes", pipeline, group, (*_GROUPS, 1)))
+    program.run()
+    first = np.arange(n) // lanes * lanes
+    return same(device.read(written), first + lanes - np.arange(n) % lanes)
+
+
+CHECKS = [
+    Check("lanes", f"{x}x{y}", partial(check_lanes, x=x, y=y))
+    for x, y in ((32, 1), (64, 1), (128, 1), (256, 1), (16, 16), (512, 1), (1024, 1))
+]

@@ -1,0 +1,125 @@
+"""Products of many rows with frozen matrices, in both directions and with every tile."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+from gguf import GGMLQuantizationType
+
+from lora.backward.matmul import matmul_backward
+from lora.checks.comparison import (
+    Check,
+    Comparison,
+    NotHereError,
+    compare,
+    needs_half,
+    spare_software,
+    untouched,
+    worst,
+)
+from lora.checks.references.matmul import error_bound, matmul_reference
+from lora.checks.tensors import (
+    activation,
+    extent_in_use,
+    frozen,
+    normal,
+    rounded,
+    typed,
+    typed_marked,
+)
+from lora.forward.matmul import matmul
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.plans.matmul_plans import Request, using_source
+from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut
+from lora.shaders.device import Device
+from lora.shaders.program import Program
+
+ROWS, IN_USE, RANK, SCALE = 67, 66, 4, 1.5
+OUT_FEATURES, RANGES = 68, ((0, 36), (40, 68))
+
+
+def check_matmul(
+    device: Device, kind: GGMLQuantizationType, columns: int, tile: Tile | None, splits: int = 1
+) -> Comparison:
+    """y with its low-rank part, bias and residual, and d_x.
+
+    In f16 a tile's numbers are rounded to 2^-12, and so is each addition to a sum of at most 32
+    products. These walk to four such roundings of a product for each of the sum's sqrt(terms), and
+    the worst of some thousand results is off by four times that: 16 · 2^-11 with |x · w|'s mean.
+    """
+    half = tile is not None and tile.item_bytes == 2
+    if half:
+        needs_half(device)
+    if tile is not None and tile.workgroup_bytes > device.workgroup_memory:
+        raise NotHereError(f"workgroups have {device.workgroup_memory} bytes of memory")
+    if tile not in (None, TILES[0], HALF_TILES[0]):
+        spare_software(device)
+    dtype = "f16" if half else "f32"
+    matrix, w = frozen(device, kind, OUT_FEATURES, columns)
+    x, d_y = (rounded(normal(s, ROWS, n), dtype) for s, n in ((1, columns), (2, OUT_FEATURES)))
+    z, d_z = normal(3, ROWS, 2 * RANK), normal(4, ROWS, 2 * RANK)
+    a, b = normal(5, 2 * RANK, columns), normal(6, 64, RANK)
+    bias, residual = normal(7, OUT_FEATURES), normal(8, ROWS, OUT_FEATURES)
+    lora = LoraFactors(device.upload(a), device.upload(b), RANK, SCALE, RANGES)
+    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
+    out, d_x = (typed_marked(device, dtype, extent, n) for n in (OUT_FEATURES, columns))
+
+    def plan(request: Request) -> Plan | None:
+        contraction = request.constants["contraction"]
+        return None if tile is None else Plan(tile, *cut(contraction, splits, tile.depth))
+
+    with device.computing_in(dtype), using_source(device, plan):
+        matmul(
+            program, typed(device, x, dtype, extent), matrix, lora=lora,
+            z=activation(device, z, extent), bias=device.upload(bias),
+            residual=activation(device, residual, extent), out=out,
+        )  # fmt: skip
+        matmul_backward(
+            program, typed(device, d_y, dtype, extent), matrix, lora=lora,
+            d_z=activation(device, d_z, extent), out=d_x,
+        )  # fmt: skip
+    program.run()
+    expected = matmul_reference(x, w, z, b, list(RANGES), RANK, SCALE) + bias + residual
+    size = matmul_reference(np.abs(x), np.abs(w), np.abs(z), np.abs(b), list(RANGES), RANK, SCALE)
+    exact = [
+        (out, expected, size + np.abs(bias) + np.abs(residual), columns + RANK + 2),
+        (
+            d_x,
+            d_y.astype(np.float64) @ w + d_z.astype(np.float64) @ a,
+            np.abs(d_y) @ np.abs(w) + np.abs(d_z) @ np.abs(a),
+            OUT_FEATURES + 2 * RANK,
+        ),
+    ]
+    found = []
+    for tensor, wanted, magnitude, terms in exact:
+        bound = 2 * error_bound(magnitude, terms)
+        if half:
+            bound += 16 * 2.0**-11 * magnitude / np.sqrt(terms)
+        result = device.read(tensor)
+        found += [
+            compare(result[:IN_USE], wanted[:IN_USE], bound=bound[:IN_USE]),
+            untouched(result[IN_USE:]),
+        ]
+    return worst(*found)
+
+
+Q4_0, Q4_K, Q6_K, F16 = (GGMLQuantizationType[name] for name in ("Q4_0", "Q4_K", "Q6_K", "F16"))
+CHECKS = [
+    *(
+        Check("matmul_wide", f"{ROWS}x{columns}x{OUT_FEATURES} {kind.name}",
+              partial(check_matmul, kind=kind, columns=columns, tile=None), as_cpu=True)
+        for kind, columns in ((Q4_K, 256), (F16, 100))
+    ),
+    *(
+        Check("matmul_tiled", f"{ROWS}x{columns}x{OUT_FEATURES} {kind.name}",
+              partial(check_matmul, kind=kind, columns=columns, tile=None))
+        for kind, columns in ((Q6_K, 256), (F16, 100))
+    ),
+    *(
+        Check("matmul_tiled", f"{tile.name} in {splits}{' f16' * (tile.item_bytes == 2)}",
+              partial(check_matmul, kind=Q4_0, columns=224, tile=tile, splits=splits))
+        for tiles in (TILES, HALF_TILES)
+        for tile, splits in zip(tiles, (2, 1) * len(tiles), strict=False)
+    ),
+]  # fmt: skip

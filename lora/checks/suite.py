@@ -1,0 +1,89 @@
+"""Runs every check on a device and says what came of each."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import wgpu
+
+from lora.checks.comparison import Check, Comparison, NotHereError
+from lora.checks.kernels import adapters, attention, lanes, norms, one_row, products, small
+from lora.shaders.device import Device
+
+ALL_CHECKS: tuple[Check, ...] = tuple(
+    check
+    for family in (lanes, small, norms, adapters, attention, products, one_row)
+    for check in family.CHECKS
+)
+
+
+class CheckedDevice(Device):
+    """A device that notes which templates it compiles."""
+
+    def __init__(self, wanted: str | int = "auto") -> None:
+        super().__init__(wanted)
+        self.used: set[str] = set()
+
+    def pipeline(self, template: str, constants: dict[str, Any]) -> wgpu.GPUComputePipeline:
+        """As a device does."""
+        self.used.add(template)
+        return super().pipeline(template, constants)
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a check.
+
+    Attributes:
+        comparison: None where nothing was computed.
+        reason: why it failed or was skipped; empty where it passed.
+        skipped: whether the device can't be asked.
+        seconds: compilation included.
+        templates: that were compiled for it or were there already.
+    """
+
+    check: Check
+    comparison: Comparison | None
+    reason: str
+    skipped: bool
+    seconds: float
+    templates: list[str] = field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        """passed, failed or skipped."""
+        return "skipped" if self.skipped else "failed" if self.reason else "passed"
+
+
+def run_checks(
+    open_device: Callable[[], CheckedDevice], checks: Sequence[Check] = ALL_CHECKS
+) -> Iterator[Result]:
+    """Runs checks one after the other; whatever a driver does to one, the others are run, too.
+
+    Args:
+        open_device: opens the device, anew after a check that ended in an error: it may be lost.
+        checks: which.
+    """
+    device: CheckedDevice | None = None
+    for check in checks:
+        start = time.perf_counter()
+        comparison, reason, skipped = None, "", False
+        try:
+            if device is None:
+                device = open_device()
+            device.used.clear()
+            device.is_cpu = check.as_cpu
+            comparison = check.run(device)
+            if not comparison.passed:
+                reason = f"an error of {comparison.error:.2g}, above {comparison.bound:.2g}"
+        except NotHereError as error:
+            reason, skipped = str(error), True
+        except Exception as error:  # a compiler's, a driver's, a lost device's: it is the finding
+            reason = f"{type(error).__name__}: {error}"
+        templates = [] if device is None else sorted(device.used)
+        yield Result(check, comparison, reason, skipped, time.perf_counter() - start, templates)
+        if reason and not skipped and comparison is None:
+            device = None
