@@ -86,7 +86,7 @@ def record_head_backward(
     act: HeadActivations,
     scratch: Scratch,
     x: Tensor,
-    step: Tensor,
+    loss_weight: Tensor,
     totals: Tensor,
     *,
     lowest: bool,
@@ -99,7 +99,7 @@ def record_head_backward(
 
     Args:
         x: [rows, hidden_size], the output of the last layer.
-        step: the uniform whose first word is the f32 weight of one loss.
+        loss_weight: the uniform whose first word is the f32 weight of one loss.
         totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
         lowest: nothing below is adapted: stop after the gradients of the head's own factors.
     """
@@ -108,7 +108,7 @@ def record_head_backward(
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
-            d_logits = record_chunk_loss(program, model, inputs, factors, act, index, step)
+            d_logits = record_chunk_loss(program, model, inputs, factors, act, index, loss_weight)
             d_z = None
             if lora is not None and scratch.d_head_z is not None and act.z is not None:
                 d_z = chunk_of(scratch.d_head_z, inputs, index)

@@ -57,7 +57,7 @@ class IntRow:
 def takes_int_row(device: Device, matrix: FrozenMatrix) -> bool:
     """Whether products of one row with a matrix are to be computed by `matmul_int_row`.
 
-    An adapter on the CPU gains nothing; Metal has no instruction for products of bytes.
+    A CPU device gains nothing; Metal has no instruction for products of bytes.
     """
     return (
         not device.is_cpu

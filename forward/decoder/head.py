@@ -22,7 +22,7 @@ from lora.shaders.tensor import Tensor
 CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 128
 
 
-def chunk_rows(device: Device, logits_size: int, maximum_targets: int) -> int:
+def chunk_size(device: Device, logits_size: int, maximum_targets: int) -> int:
     """Target rows whose logits are made at once: a multiple of 64, by memory, in equal chunks."""
     row_bytes = 4 * logits_size
     most = min(max(CHUNK_BYTES, CHUNK_ROWS * row_bytes), device.max_binding) // row_bytes
@@ -76,7 +76,7 @@ def record_head_input(
 def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
     """The rows of a tensor over targets that belong to one chunk, with the chunk's extent."""
     start, stop, extent = inputs.chunks[index]
-    return replace(tensor.rows(start, stop), extent=extent)
+    return replace(tensor.slice(start, stop), extent=extent)
 
 
 def record_logits(
@@ -108,14 +108,14 @@ def record_chunk_loss(
     factors: Factors,
     act: HeadActivations,
     index: int,
-    step: Tensor | None,
+    loss_weight: Tensor | None,
 ) -> Tensor:  # [chunk, logits_size]
     """Appends the logits of one chunk of targets and their losses.
 
     Args:
         index: of the chunk.
-        step: the uniform that holds the weight of one loss: the logits become their gradient (to
-            what they were before the cap) in place; None leaves them.
+        loss_weight: the uniform that holds the weight of one loss: the logits become their
+            gradient (to what they were before the cap) in place; None leaves them.
     """
     logits = record_logits(program, model, inputs, factors, act, index)
     cross_entropy(
@@ -124,7 +124,7 @@ def record_chunk_loss(
         chunk_of(inputs.labels, inputs, index),
         chunk_of(act.losses, inputs, index),
         chunk_of(act.correct, inputs, index),
-        step,
+        loss_weight,
         vocab_size=model.architecture.vocab_size,
         softcap=model.architecture.logit_softcap,
     )

@@ -81,8 +81,8 @@ class Activations:
             final=device.empty(shape, extent=inputs.rows),
             shared=LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer),
             head=HeadActivations.allocate(device, model, inputs, factors),
-            totals=metrics.rows(0, 64),
-            state=metrics.rows(64, 128),
+            totals=metrics.slice(0, 64),
+            state=metrics.slice(64, 128),
             metrics=metrics,
         )
 

@@ -264,9 +264,9 @@ def test_every_lane_has_its_place(
         columns, contraction, most_lanes=most_lanes, gated=gated, stores=stores
     )
     assert tiling.lanes <= most_lanes and tiling.lanes % tiling.share == 0
-    assert tiling.share >= tiling.rows  # or the sums of a workgroup are more than its lanes
+    assert tiling.share >= tiling.weight_rows  # or the sums of a workgroup are more than its lanes
     if stores and not gated:
-        assert tiling.lanes // tiling.share * tiling.rows % 32 == 0
+        assert tiling.lanes // tiling.share * tiling.weight_rows % 32 == 0
 
 
 def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:

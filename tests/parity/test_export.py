@@ -418,7 +418,7 @@ def test_adapter_on_the_f32_base(case: RealCase) -> None:
 def test_gemma_in_llama_cpp_vulkan(case: RealCase) -> None:
     """Where llama.cpp computes in f32 all through: a row at once, step by step, and merged.
 
-    Few tokens, since a software adapter takes 13 s for a row and one for a step.
+    Few tokens, since a software driver takes 13 s for a row and one for a step.
     """
     if not is_gemma(case.base):
         pytest.skip(

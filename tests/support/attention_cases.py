@@ -34,7 +34,7 @@ class Shape:
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
 
 
-ON_CPU = Tile(prefetch=False)  # what software adapters take, apart from its size
+ON_CPU = Tile(prefetch=False)  # what software drivers take, apart from its size
 ON_GPU = Tile(teams=2, per_lane=2)  # two teams, and within the 32 KiB of this device
 TILES = [
     ON_CPU,

@@ -11,7 +11,7 @@ from tests.support.kernels import MARKER
 
 
 def needs_halves(device: Device) -> None:
-    """Skips the test where the adapter has no f16."""
+    """Skips the test where the device has no f16."""
     if "shader-f16" not in device.features:
         pytest.skip(f"{device.name} has no shader-f16")
 

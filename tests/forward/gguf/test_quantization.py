@@ -166,7 +166,7 @@ def test_split_by_the_largest_binding(
         # Pieces of an upload that end within parts.
         patch.setattr("lora.forward.model.weights.UPLOAD_PIECE", 50 * row_bytes)
         matrix = load_matrix(device, [tensor])
-    assert [(part.first_row, part.n_rows) for part in matrix.parts] == [
+    assert [(part.first_feature, part.out_features) for part in matrix.parts] == [
         (0, 64),
         (64, 64),
         (128, 24),
