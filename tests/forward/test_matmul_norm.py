@@ -285,8 +285,8 @@ def test_a_step_is_the_same(
     for most in (0, MOST_PARTIAL_QUADS):
         monkeypatch.setattr(forward_rmsnorm, "MOST_PARTIAL_QUADS", most)
         session = open_session(
-            model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
-        )
+            model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision, tuning="off"
+        )  # plans that were found on a GPU would come before choose_tile's
         found.append(gradients(session))
         assert session._programs is not None
         last = f"layers.{session.model.architecture.n_layers - 1}."

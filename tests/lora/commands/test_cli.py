@@ -58,15 +58,7 @@ def test_a_prompt_on_stdin(tmp_path: Path) -> None:
     write_tiny_llama(model)
 
     def generate(prompt: str | bytes, given: bytes = b"") -> subprocess.CompletedProcess:
-        arguments = [
-            sys.executable,
-            "-m",
-            "lora.commands.cli",
-            "generate",
-            model,
-            "--max-tokens",
-            "8",
-        ]
+        arguments = [sys.executable, "-m", "lora", "generate", model, "--max-tokens", "8"]
         return subprocess.run(
             [*arguments, "--prompt", prompt], input=given, capture_output=True,
             env=os.environ | {"PYTHONIOENCODING": "latin-1:replace"},
