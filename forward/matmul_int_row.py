@@ -142,7 +142,7 @@ def matmul_int_row(
         columns = chosen.lanes // chosen.share * (weight_rows if gate is None else weight_rows // 2)
         stores_ints = int_out is not None and fits and columns % BLOCK == 0
         constants: dict[str, Any] = {
-            "quantization": part.quantization.name,
+            **part.quantization.row_constants(),
             "contraction": matrix.in_features,
             "n_columns": n_columns,
             "row_words": part.words.shape[1],

@@ -135,7 +135,7 @@ def matmul_row(
         members = adapted_members(lora, part)
         quads = 1 if part.out_features % 8 and gate is None else tiling.quads
         constants: dict[str, Any] = {
-            "quantization": part.quantization.name,
+            **part.quantization.row_constants(),
             "contraction": matrix.in_features,
             "n_columns": part.out_features if gate is None else width,
             "row_words": part.words.shape[1],

@@ -17,6 +17,7 @@ from rich.progress import Progress
 from lora.adapters.origin import PromptForm
 from lora.export.merge import MergedTensor
 from lora.export.to_gguf import MERGED, Export, export
+from lora.forward.gguf.quantization import QUANTIZATIONS
 
 _ENOUGH_KEPT = 0.8  # of the change; with less the file is no longer the model that was trained
 
@@ -144,8 +145,8 @@ def _mean_kept(merged: list[MergedTensor]) -> float:
 
 def _finer(dropping: set[GGMLQuantizationType]) -> GGMLQuantizationType:
     """The smallest type with steps finer than those of every given one."""
-    if dropping & {GGMLQuantizationType.F16, GGMLQuantizationType.BF16}:
-        return GGMLQuantizationType.F32
-    if GGMLQuantizationType.Q8_0 in dropping:
-        return GGMLQuantizationType.F16
-    return GGMLQuantizationType.Q8_0
+    bits = max(QUANTIZATIONS[kind].bits_a_weight for kind in dropping)
+    for finer in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16):
+        if QUANTIZATIONS[finer].bits_a_weight > bits:
+            return finer
+    return GGMLQuantizationType.F32

@@ -70,7 +70,7 @@ var<workgroup> part_squares: array<f32, {{ square_parts }}>;
 {% endif %}
 
 {% include "parts/matmul_int_row_quants.wgsl" %}
-{% from "parts/matmul_int_row_quants.wgsl" import load_block, unpack_eight, halved, zero, minimum with context %}
+{% from "parts/matmul_int_row_quants.wgsl" import load_block, unpack_eight, halved, minimum with context %}
 {% if gate %}
 {% include "parts/activation.wgsl" %}
 {% else %}

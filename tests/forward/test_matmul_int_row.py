@@ -9,7 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.int_row import INT_TYPES, IntRow, to_int_row
+from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
 from lora.forward.matmul_row import InputNorm, project_row
 from lora.forward.model.adapter import LoraFactors
@@ -29,7 +29,7 @@ from tests.forward.test_matmul_row import (
 )
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
-KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.name in INT_TYPES]
+KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.numbers is not None]
 
 
 @pytest.fixture(autouse=True)

@@ -23,8 +23,7 @@ from lora.data.batches import make_batch
 from lora.data.examples import Example
 from lora.export.to_gguf import Export, export
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.gguf.requantize import quantize
+from lora.forward.gguf.quantization import QUANTIZATIONS, quantize
 from lora.forward.model.architecture import Architecture
 from lora.generation.generator import open_generator
 from lora.shaders.device import Device
