@@ -17,7 +17,6 @@ from lora.forward.decoder.head import (
     chunk_of,
     record_chunk_loss,
     record_head_input,
-    record_totals,
 )
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
@@ -25,6 +24,7 @@ from lora.forward.model.adapter import Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.sums import sum_into
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -87,7 +87,7 @@ def record_head_backward(
     scratch: Scratch,
     x: Tensor,
     loss_weight: Tensor,
-    totals: Tensor,
+    loss_sum: Tensor,
     *,
     lowest: bool,
 ) -> None:
@@ -100,7 +100,7 @@ def record_head_backward(
     Args:
         x: [rows, hidden_size], the output of the last layer.
         loss_weight: the uniform whose first word is the f32 weight of one loss.
-        totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
+        loss_sum: [n]; the sum of losses is added to the first.
         lowest: nothing below is adapted: stop after the gradients of the head's own factors.
     """
     key = (model.architecture.n_layers, "head")
@@ -120,7 +120,7 @@ def record_head_backward(
                     program, d_logits, model.head, lora=lora, d_z=d_z,
                     out=chunk_of(scratch.d_head_normed, inputs, index), label="head_backward",
                 )  # fmt: skip
-        record_totals(program, inputs, act, totals)
+        sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return
         rmsnorm_backward(

@@ -12,7 +12,6 @@ from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
 from lora.forward.rmsnorm import rmsnorm
-from lora.forward.sums import sum_into
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -138,22 +137,13 @@ def record_evaluation(
     factors: Factors,
     act: HeadActivations,
     x: Tensor,
-    totals: Tensor,
 ) -> None:
-    """Appends the head without gradients: losses, argmaxes and their sums.
+    """Appends the head without gradients: losses, and whether labels are the argmax.
 
     Args:
         x: [rows, hidden_size], the output of the last layer.
-        totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
     """
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
             record_chunk_loss(program, model, inputs, factors, act, index, None)
-        record_totals(program, inputs, act, totals)
-
-
-def record_totals(program: Program, inputs: Inputs, act: HeadActivations, totals: Tensor) -> None:
-    """Appends totals[0] += Σ losses, totals[1] += Σ correct."""
-    sum_into(program, act.losses, inputs.targets, totals, 0)
-    sum_into(program, act.correct, inputs.targets, totals, 1)
