@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from lora.checks.references.matmul import error_bound
+from lora.checks.references.matmul_row import gated_reference, normed_row
+from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
@@ -20,10 +23,6 @@ from tests.forward.gguf.test_quantization import dequantized, random_blocks, ten
 from tests.forward.test_int_row import check
 from tests.forward.test_matmul_row import (
     EPSILON,
-    activated,
-    error_bound,
-    gated_reference,
-    normed,
     numbers,
     random_matrix,
 )
@@ -72,7 +71,7 @@ def test_random_blocks(
     y = marked(device, extent_in_use(device, 1, 1), out_features)
     program = Program(device)
     matmul_int_row(program, whole(program, x, weight), matrix, epsilon=EPSILON, out=y)
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + rounding(v, w)
     result = run_twice(program, y)
     assert (np.abs(result - v @ w.T) <= bound).all()
@@ -95,7 +94,7 @@ def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
     program = Program(device)
     row = whole(program, x, weight)
     matmul_int_row(program, row, matrix, epsilon=EPSILON, out=y, tiling=tiling)
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, 2304) + rounding(v, w)
     assert (np.abs(run_twice(program, y) - v @ w.T) <= bound).all()
 
@@ -132,9 +131,9 @@ def test_norm_and_gate(
     )  # fmt: skip
     result = run_twice(program, y)
 
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     gate, up, magnitude = gated_reference(v, w, bias, a, b, adapted, scale)
-    expected = activated(activation_name, gate) * up
+    expected = gate_reference(gate, activation_name) * up
     # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
     bound = error_bound(magnitude, columns + rank) + rounding(v, w)
     bound = 1.13 * bound[:half] * np.abs(up) + bound[half:] * np.abs(gate) + 2.0**-20 * np.abs(up)
