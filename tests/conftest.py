@@ -1,4 +1,4 @@
-"""What every test may ask for: the device (the software adapter in CI) and the real models."""
+"""What every test may ask for: the device (the software driver in CI) and the real models."""
 
 from __future__ import annotations
 

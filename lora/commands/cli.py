@@ -317,18 +317,18 @@ app.command(name="tune")(tune_command)
 
 @app.command()
 def devices() -> None:
-    """The adapters that WebGPU sees, their limits and features."""
-    from lora.shaders.device import list_adapters
+    """The devices that WebGPU sees, their limits and features."""
+    from lora.shaders.device import list_devices
 
-    adapters = list_adapters()
-    if not adapters:
+    found = list_devices()
+    if not found:
         raise InputError(
-            "WebGPU found no adapter on this machine. Install a Vulkan driver "
+            "WebGPU found no device on this machine. Install a Vulkan driver "
             "(Debian: apt-get install mesa-vulkan-drivers)."
         )
     table = Table("index", "name", "kind", "backend", "driver", "binding", "workgroup", "features")
-    for index, adapter in enumerate(adapters):
-        info, limits = adapter.info, adapter.limits
+    for index, one in enumerate(found):
+        info, limits = one.info, one.limits
         table.add_row(
             str(index),
             info["device"],
@@ -338,7 +338,7 @@ def devices() -> None:
             f"{limits['max-storage-buffer-binding-size'] / 2**20:.0f} MiB",
             f"{limits['max-compute-workgroup-storage-size'] / 2**10:.0f} KiB",
             ", ".join(f for f in ("shader-f16", "subgroup", "timestamp-query")
-                      if f in adapter.features),
+                      if f in one.features),
         )  # fmt: skip
     console.print(table)
 

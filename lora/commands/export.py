@@ -152,8 +152,10 @@ def _finer(dropping: set[GGMLQuantizationType]) -> GGMLQuantizationType:
     """The smallest type with steps finer than those of every given one."""
     from gguf import GGMLQuantizationType
 
-    if dropping & {GGMLQuantizationType.F16, GGMLQuantizationType.BF16}:
-        return GGMLQuantizationType.F32
-    if GGMLQuantizationType.Q8_0 in dropping:
-        return GGMLQuantizationType.F16
-    return GGMLQuantizationType.Q8_0
+    from lora.forward.gguf.quantization import QUANTIZATIONS
+
+    bits = max(QUANTIZATIONS[kind].bits_a_weight for kind in dropping)
+    for finer in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16):
+        if QUANTIZATIONS[finer].bits_a_weight > bits:
+            return finer
+    return GGMLQuantizationType.F32

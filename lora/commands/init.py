@@ -112,9 +112,9 @@ def _describe_rows(data: str) -> str:
     Raises:
         InputError: the file is missing or a row is wrong.
     """
-    from lora.data.rows import is_file_name, load_rows
+    from lora.data.records import is_file_name, load_records
 
     if not is_file_name(data):
         return ""
-    data_format, rows = load_rows(data)
-    return f" for {len(rows)} rows of the format {data_format}"
+    data_format, records = load_records(data)
+    return f" for {len(records)} rows of the format {data_format}"

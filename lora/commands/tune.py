@@ -22,7 +22,7 @@ def tune_command(
         typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time to spend.")] = 30.0,
-    again: Annotated[bool, typer.Option(help="Forget what is known of this adapter.")] = False,
+    again: Annotated[bool, typer.Option(help="Forget what is known of this device.")] = False,
 ) -> None:
     """Find the fastest tiles for a config's products, with more time than `lora train` takes.
 

@@ -15,7 +15,7 @@ from lora.adapters.files import load_adapter, open_adapter
 from lora.adapters.peft_files import save_peft_adapter
 from lora.data.batches import Batch, DataStream, sequential_batches
 from lora.data.examples import DataSummary, Example, load_examples
-from lora.forward.decoder.head import chunk_rows
+from lora.forward.decoder.head import chunk_size
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
@@ -158,7 +158,7 @@ class TrainingSession:
         longest = max(self.config.data.max_length, *lengths, 1)
         self.model = load_model(self.device, gguf_file, architecture, longest)
         targets = self._most_targets()
-        chunk = chunk_rows(self.device, architecture.logits_size, targets)
+        chunk = chunk_size(self.device, architecture.logits_size, targets)
         self.inputs = Inputs.allocate(
             self.device, self.maximum_rows, targets, chunk, self.model.long_examples
         )

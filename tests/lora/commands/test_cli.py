@@ -141,7 +141,7 @@ def test_devices() -> None:
 
 def test_no_adapter_found() -> None:
     refused(lora("devices", VK_DRIVER_FILES="/nowhere", VK_ICD_FILENAMES="/nowhere"),
-            "WebGPU found no adapter", "mesa-vulkan-drivers")  # fmt: skip
+            "WebGPU found no device", "mesa-vulkan-drivers")  # fmt: skip
 
 
 @pytest.mark.parametrize(
