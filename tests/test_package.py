@@ -10,6 +10,7 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -114,12 +115,15 @@ def wanted_files() -> set[str]:
     return wanted
 
 
-def test_the_wheel_holds_lora_whole_and_nothing_else(wheel: Path) -> None:
+def test_the_wheel_holds_lora_whole_and_nothing_else(
+    wheel: Path, record_property: Callable[[str, object], None]
+) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     packed = {name for name in names if ".dist-info/" not in name}
     assert {name.split("/")[0] for name in packed} == {"lora"}
     assert packed == wanted_files()
-    print(f"{wheel.name}: {len(packed)} files, all in lora/")
+    size = wheel.stat().st_size / 1e6
+    record_property("print", f"{wheel.name}: {size:.2f} MB, {len(packed)} files, all in lora/")
 
 
 def test_a_wheel_of_the_source_distribution_is_the_same(
