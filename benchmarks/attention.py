@@ -45,7 +45,7 @@ SHAPES = {
     "smollm2": Shape(9, 3, 64, 64**-0.5),
     "gemma3": Shape(4, 1, 256, 256**-0.5, window=512),
     "llama": Shape(32, 8, 64, 64**-0.5),
-    "tiny": Shape(2, 1, 64, 64**-0.5),  # for a look at this script on an adapter on the CPU
+    "tiny": Shape(2, 1, 64, 64**-0.5),  # for a look at this script on a CPU device
 }
 KERNELS = ("attention", "attention_backward_q", "attention_backward_kv")
 ACCUMULATORS = 128  # of a lane: tiles with more are not tried

@@ -41,7 +41,7 @@ class Check:
         kernel: its name: of a template, or of what is made of several.
         shape: sizes and types, in a few words.
         run: computes and compares; raises NotHereError where the device can't.
-        as_cpu: whether the device is to take the variant of CPU adapters or of GPUs.
+        as_cpu: whether the device is to take the variant of CPU devices or of GPUs.
     """
 
     kernel: str
@@ -98,10 +98,10 @@ def needs_half(device: Device) -> None:
 
 
 def spare_software(device: Device) -> None:
-    """Refuses adapters on the CPU: what they never run takes their compiler minutes.
+    """Refuses CPU devices: what they never run takes their compiler minutes.
 
     Raises:
         NotHereError: this is one.
     """
     if device.info["adapter_type"] == "CPU":
-        raise NotHereError("adapters on the CPU never run it, and compile it for long")
+        raise NotHereError("CPU devices never run it and compile it for long")

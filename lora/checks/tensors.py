@@ -7,7 +7,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from lora.forward.gguf.file import GGUFTensor
-from lora.forward.gguf.requantize import quantize
+from lora.forward.gguf.quantization import quantize
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.tensor import Extent, Tensor

@@ -144,8 +144,8 @@ def record(
         flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
         tensor = device.upload(flat)
         return LoraFactors(
-            tensor.rows(0, a.size).reshape(*a.shape),
-            tensor.rows(first, flat.size).reshape(*b.shape),
+            tensor.slice(0, a.size).reshape(*a.shape),
+            tensor.slice(first, flat.size).reshape(*b.shape),
             case.rank,
             SCALE,
             case.ranges,

@@ -77,7 +77,7 @@ def test_another_range_of_the_same_buffer_is_no_residual_in_place(device: Device
     with pytest.raises(ValueError, match="another range of the output's buffer"):
         rmsnorm_backward(
             Program(device), x, device.upload(np.ones(64)), EPSILON, d_y,
-            residual=both.rows(0, 1), out=both.rows(1, 2),
+            residual=both.slice(0, 1), out=both.slice(1, 2),
         )  # fmt: skip
 
 

@@ -105,5 +105,5 @@ def test_another_range_of_the_same_buffer_is_refused(device: Device) -> None:
             Program(device),
             type(gate_up)(both.buffer, 0, (1, 64), extent=extent),
             d_y,
-            out=both.rows(1, 2),
+            out=both.slice(1, 2),
         )

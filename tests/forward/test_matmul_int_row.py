@@ -12,7 +12,7 @@ from lora.checks.references.matmul import error_bound
 from lora.checks.references.matmul_row import gated_reference, normed_row
 from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.int_row import INT_TYPES, IntRow, to_int_row
+from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
 from lora.forward.matmul_row import InputNorm, project_row
 from lora.forward.model.adapter import LoraFactors
@@ -28,7 +28,7 @@ from tests.forward.test_matmul_row import (
 )
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
-KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.name in INT_TYPES]
+KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.numbers is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -263,9 +263,9 @@ def test_every_lane_has_its_place(
         columns, contraction, most_lanes=most_lanes, gated=gated, stores=stores
     )
     assert tiling.lanes <= most_lanes and tiling.lanes % tiling.share == 0
-    assert tiling.share >= tiling.rows  # or the sums of a workgroup are more than its lanes
+    assert tiling.share >= tiling.weight_rows  # or the sums of a workgroup are more than its lanes
     if stores and not gated:
-        assert tiling.lanes // tiling.share * tiling.rows % 32 == 0
+        assert tiling.lanes // tiling.share * tiling.weight_rows % 32 == 0
 
 
 def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:

@@ -13,7 +13,7 @@ from lora.forward.attention import Tile
 from lora.shaders.device import Device
 from lora.shaders.tensor import Extent, Tensor
 
-ON_CPU = Tile(prefetch=False)  # what software adapters take, apart from its size
+ON_CPU = Tile(prefetch=False)  # what software drivers take, apart from its size
 ON_GPU = Tile(teams=2, per_lane=2)  # two teams, and within the 32 KiB of this device
 TILES = [
     ON_CPU,

@@ -12,7 +12,7 @@ __all__ = ["assert_rounded_once", "needs_halves", "rounded", "typed", "typed_mar
 
 
 def needs_halves(device: Device) -> None:
-    """Skips the test where the adapter has no f16."""
+    """Skips the test where the device has no f16."""
     if "shader-f16" not in device.features:
         pytest.skip(f"{device.name} has no shader-f16")
 

@@ -10,7 +10,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType, TokenType
 
-from lora.forward.gguf.requantize import quantize
+from lora.forward.gguf.quantization import quantize
 
 CHATML = (
     "{% for message in messages %}"

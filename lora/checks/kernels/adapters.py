@@ -31,8 +31,8 @@ def factors_on(device: Device, a: np.ndarray, b: np.ndarray) -> LoraFactors:
     flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
     tensor = device.upload(flat)
     return LoraFactors(
-        tensor.rows(0, a.size).reshape(*a.shape),
-        tensor.rows(first, flat.size).reshape(*b.shape),
+        tensor.slice(0, a.size).reshape(*a.shape),
+        tensor.slice(first, flat.size).reshape(*b.shape),
         RANK, SCALE, RANGES,
     )  # fmt: skip
 

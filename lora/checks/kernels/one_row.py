@@ -14,7 +14,7 @@ from lora.checks.references.matmul_row import gated_reference, normed_row
 from lora.checks.references.swiglu import gate_reference
 from lora.checks.tensors import activation, extent_in_use, frozen, marked, normal
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.int_row import BLOCK, INT_TYPES, IntRow, takes_int_row, to_int_row
+from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from lora.forward.matmul_int_row import matmul_int_row
 from lora.forward.matmul_row import InputNorm, matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
@@ -141,7 +141,7 @@ CHECKS = [
         Check("matmul_int_row", f"1x{columns_of(kind)}x72 {kind.name}",
               partial(check_matmul_int_row, kind=kind))
         for kind, quantization in QUANTIZATIONS.items()
-        if quantization.name in INT_TYPES
+        if quantization.numbers is not None
     ),
     Check("matmul_int_row", "1x512x128 Q4_K, gate and up", partial(check_gated, whole=True)),
     Check("project_row", "1x576 rank 8", check_project_row),
