@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any
@@ -18,6 +18,9 @@ from lora.shaders.tensor import Tensor
 # A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
 # half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.
 MAX_SUBMISSION_FLOPS = 10**11
+# A GPU begins with the first submission while the host still encodes the next; fewer dispatches to
+# a submission cost the host more than the device gains (benchmarks/submissions.py, docs/log.md).
+MAX_SUBMISSION_DISPATCHES = 128
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
 _POLL_SECONDS = 0.0001
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
@@ -25,15 +28,26 @@ _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One kernel launch: plain data, ready to be encoded."""
+    """One kernel launch: plain data, ready to be encoded.
+
+    Attributes:
+        label: what listings call it.
+        template: name of the WGSL template, without its ending.
+        constants: what the template was rendered with.
+        pipeline, bind_group: both made for the device.
+        workgroups: the grid (x, y, z).
+        flops: floating-point operations at full extent; a multiply-add counts two.
+        tensors: as bound to @group(0), in the order of their @binding numbers.
+    """
 
     label: str
     template: str
+    constants: Mapping[str, Any]
     pipeline: wgpu.GPUComputePipeline
     bind_group: wgpu.GPUBindGroup
     workgroups: tuple[int, int, int]
-    flops: int = 0  # multiply-adds count two; for tables of achieved TFLOP/s
-    tensors: tuple[Tensor, ...] = ()
+    flops: int
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -118,8 +132,10 @@ class Program:
         bind_group = self.device.bind_group(pipeline, tensors)
         name = ".".join([*self._scope, label or template])
         self.commands.append(
-            Dispatch(name, template, pipeline, bind_group, grid, flops, tuple(tensors))
-        )
+            Dispatch(
+                name, template, dict(constants), pipeline, bind_group, grid, flops, tuple(tensors)
+            )
+        )  # fmt: skip
 
     def copy(self, source: Tensor, destination: Tensor, *, label: str = "copy") -> None:
         """Appends a copy of a whole tensor."""
@@ -145,15 +161,20 @@ class Program:
         _encode(encoder, self.commands)
 
     def _pieces(self) -> list[list[Dispatch | Copy]]:
-        """The commands in stretches that none takes too long: drivers of desktops kill those."""
+        """The commands in submissions: none takes too long, and the first is there soon.
+
+        Drivers of desktops kill what takes long. A copy goes with the dispatch before it.
+        """
         pieces: list[list[Dispatch | Copy]] = [[]]
-        flops = 0
+        flops = dispatches = 0
         for command in self.commands:
-            if flops > MAX_SUBMISSION_FLOPS:
-                pieces.append([])
-                flops = 0
+            if isinstance(command, Dispatch):
+                if flops > MAX_SUBMISSION_FLOPS or dispatches == MAX_SUBMISSION_DISPATCHES:
+                    pieces.append([])
+                    flops = dispatches = 0
+                flops += command.flops
+                dispatches += 1
             pieces[-1].append(command)
-            flops += command.flops if isinstance(command, Dispatch) else 0
         return pieces
 
     def time(self) -> list[KernelTime]:

@@ -188,7 +188,25 @@ def test_a_long_program_is_submitted_in_pieces(
     whole = len(program._pieces())
     monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_FLOPS", 15)
     pieces = program._pieces()
-    assert whole == 1 and [len(piece) for piece in pieces] == [3, 3]
+    assert whole == 1 and [len(piece) for piece in pieces] == [4, 2]
     device.write(x, np.arange(256, dtype=np.float32).reshape(64, 4))
     program.run()
     assert (device.read(doubled) == np.arange(256).reshape(64, 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [2, 2, 2, 2]), (2, [4, 4]), (3, [6, 2]), (4, [8]), (9, [8])]
+)
+def test_submissions_have_so_many_dispatches(
+    device: Device, monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int]
+) -> None:
+    """Copies count for none; the last submission takes what is left, and none is empty."""
+    monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_DISPATCHES", most)
+    values, totals = ones(device, 10), device.empty((64,))
+    program = Program(device)
+    for slot in range(4):
+        sum_into(program, values, values.extent, totals, slot)
+        program.copy(totals, device.empty((64,)))
+    assert [len(piece) for piece in program._pieces()] == sizes
+    program.run()
+    assert device.read(totals)[:5].tolist() == [10, 10, 10, 10, 0]
