@@ -39,6 +39,7 @@ from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
 from lora.shaders.planning import PlanningDevice
 from lora.shaders.program import Program, ReadbackRing
+from lora.shaders.program_data import kernels_digest
 from lora.storage.stores import resolve_model
 from lora.storage.tile_cache import find_tiles
 from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
@@ -289,6 +290,7 @@ class TrainingSession:
 
     def _record_programs(self) -> None:
         """What every micro-batch begins with and, in training, the rest of a step."""
+        self._digest: str | None = None
         self._prefix = record_prefix(
             self.device, self.model, self.inputs, self._act, self.layout.lowest_layer
         )
@@ -398,6 +400,17 @@ class TrainingSession:
         else:
             cache.keep(encoder, batch, self._act.boundary)
         self.device.queue.submit([encoder.finish()])
+
+    def kernels_digest(self) -> str:
+        """Of all kernels that a step runs; see `shaders.program_data`."""
+        if self._digest is None:
+            programs = self._programs
+            if programs is None:
+                raise LoraError("This session was opened without training.")
+            self._digest = kernels_digest(
+                (programs.begin, self._prefix, programs.micro_batch, programs.finish)
+            )
+        return self._digest
 
     def finished_steps(self, *, wait: bool = False) -> list[Metrics]:
         """Metrics of the steps that have ended since the last call; with `wait`, of all."""
