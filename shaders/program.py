@@ -12,6 +12,7 @@ import numpy as np
 import wgpu
 
 from lora.shaders.device import Device
+from lora.shaders.errors import LoraError
 from lora.shaders.native import encode_dispatches, map_for_reading
 from lora.shaders.tensor import Tensor
 
@@ -23,6 +24,7 @@ MAX_SUBMISSION_FLOPS = 10**11
 MAX_SUBMISSION_DISPATCHES = 128
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
 _POLL_SECONDS = 0.0001
+RESULT_DEADLINE = 3600.0  # seconds; a step of 8 B takes minutes where a CPU computes it
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
 
 
@@ -278,10 +280,19 @@ class ReadbackRing:
 
     Each `push` copies a tensor into a free staging buffer and asks for it to be mapped; `ready`
     hands out those that have arrived, in order. A push waits only when every slot is in flight.
+
+    Args:
+        device: that computes the results.
+        n_bytes: of each of them.
+        slots: results that can be under way.
+        deadline: seconds that a result may take once it is waited for.
     """
 
-    def __init__(self, device: Device, n_bytes: int, slots: int = 8) -> None:
+    def __init__(
+        self, device: Device, n_bytes: int, slots: int = 8, deadline: float = RESULT_DEADLINE
+    ) -> None:
         self._device = device
+        self._deadline = deadline
         usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
         self._free = [device.wgpu.create_buffer(size=n_bytes, usage=usage) for _ in range(slots)]
         self._n_bytes = n_bytes
@@ -305,7 +316,14 @@ class ReadbackRing:
         # Polling without blocking: a blocking poll, and sync_wait, wait for all that was submitted,
         # later steps included.
         self._device.wgpu._poll()
+        latest = time.monotonic() + self._deadline
         while wait and promise._state == "pending":
+            if time.monotonic() > latest:
+                raise LoraError(
+                    f"{self._device.name} has not given a result for {self._deadline:,.0f} s: its "
+                    "driver hangs, or one step takes longer than that. Lower train.batch_size or "
+                    "data.max_length, or restart the driver."
+                )
             time.sleep(_POLL_SECONDS)
             self._device.wgpu._poll()
         if promise._state == "pending":

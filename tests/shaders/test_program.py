@@ -6,6 +6,7 @@ import pytest
 from lora.forward.gather import gather_rows
 from lora.forward.sums import sum_into
 from lora.shaders.device import Device
+from lora.shaders.errors import LoraError
 from lora.shaders.program import MAX_WORKGROUPS, Dispatch, Program, ReadbackRing, fold
 from lora.shaders.tensor import Tensor
 
@@ -149,6 +150,21 @@ def test_readback_when_full_waits_and_keeps_the_order(device: Device) -> None:
         device.write(tensor, np.full(64, float(step)))
         ring.push(tensor, lambda values: (len(values), float(values[63])))
     assert ring.ready(wait=True) == [(64, float(step)) for step in range(8)]
+
+
+def test_readback_has_a_deadline(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that hangs ends in an error, not in a wait without end; no result is lost."""
+    ring = ReadbackRing(device, 256, slots=1, deadline=0.05)
+    tensor = device.upload(np.ones(64))
+    ring.push(tensor, list)
+    assert len(ring.take()) == 64
+    ring.push(tensor, list)
+    monkeypatch.setattr(type(device.wgpu), "_poll", lambda self: None)
+    with pytest.raises(LoraError, match="has not given a result for 0 s"):
+        ring.ready(wait=True)
+    assert ring.ready() == []
+    monkeypatch.undo()
+    assert ring.ready(wait=True) == [[1.0] * 64]
 
 
 @pytest.mark.parametrize("size", [63, 65])
