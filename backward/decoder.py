@@ -17,7 +17,6 @@ from lora.forward.decoder.head import (
     chunk_of,
     record_chunk_loss,
     record_head_input,
-    record_totals,
 )
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
@@ -25,6 +24,7 @@ from lora.forward.model.adapter import Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.sums import sum_into
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -86,8 +86,8 @@ def record_head_backward(
     act: HeadActivations,
     scratch: Scratch,
     x: Tensor,
-    step: Tensor,
-    totals: Tensor,
+    loss_weight: Tensor,
+    loss_sum: Tensor,
     *,
     lowest: bool,
 ) -> None:
@@ -99,8 +99,8 @@ def record_head_backward(
 
     Args:
         x: [rows, hidden_size], the output of the last layer.
-        step: the uniform whose first word is the f32 weight of one loss.
-        totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
+        loss_weight: the uniform whose first word is the f32 weight of one loss.
+        loss_sum: [n]; the sum of losses is added to the first.
         lowest: nothing below is adapted: stop after the gradients of the head's own factors.
     """
     key = (model.architecture.n_layers, "head")
@@ -108,7 +108,7 @@ def record_head_backward(
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
-            d_logits = record_chunk_loss(program, model, inputs, factors, act, index, step)
+            d_logits = record_chunk_loss(program, model, inputs, factors, act, index, loss_weight)
             d_z = None
             if lora is not None and scratch.d_head_z is not None and act.z is not None:
                 d_z = chunk_of(scratch.d_head_z, inputs, index)
@@ -120,7 +120,7 @@ def record_head_backward(
                     program, d_logits, model.head, lora=lora, d_z=d_z,
                     out=chunk_of(scratch.d_head_normed, inputs, index), label="head_backward",
                 )  # fmt: skip
-        record_totals(program, inputs, act, totals)
+        sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return
         rmsnorm_backward(

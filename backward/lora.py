@@ -60,7 +60,7 @@ def lora_project_gradient(
     d_z = out if out is not None else activation(program, extent_of(d_y), width)
     check_shape("lora_project_gradient output", d_z, d_y.shape[0], width)
     members = [
-        Projection(start, lora.first_row(index), stop - start)
+        Projection(start, lora.first_feature(index), stop - start)
         for index, (start, stop) in enumerate(lora.ranges)
     ]
     record_projection(
@@ -113,7 +113,7 @@ def lora_gradients(
         raise ValueError("lora_gradients: B lies elsewhere behind A in another slice")
     extent = extent_of(x)
     members = [
-        _Member(lora.first_row(index), start - lora.first_row(index), index * lora.rank)
+        _Member(lora.first_feature(index), start - lora.first_feature(index), index * lora.rank)
         for index, (start, _) in enumerate(lora.ranges)
     ]
     tuning = CPU_TUNING if program.device.is_cpu else GPU_TUNING

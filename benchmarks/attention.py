@@ -29,19 +29,23 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora.backward import attention as backward_attention
 from lora.backward.attention import attention_backward, choose_split
+from lora.checks.references.attention import (
+    Shape,
+    attention_backward_reference,
+    attention_reference,
+    segments_of,
+)
 from lora.forward import attention as forward_attention
 from lora.forward.attention import Tile, attention, choose_tile
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
-from tests.backward.test_attention import attention_backward_reference
-from tests.support.attention_cases import Shape, attention_reference, segments_of
 
 SHAPES = {
     "smollm2": Shape(9, 3, 64, 64**-0.5),
     "gemma3": Shape(4, 1, 256, 256**-0.5, window=512),
     "llama": Shape(32, 8, 64, 64**-0.5),
-    "tiny": Shape(2, 1, 64, 64**-0.5),  # for a look at this script on an adapter on the CPU
+    "tiny": Shape(2, 1, 64, 64**-0.5),  # for a look at this script on a CPU device
 }
 KERNELS = ("attention", "attention_backward_q", "attention_backward_kv")
 ACCUMULATORS = 128  # of a lane: tiles with more are not tried

@@ -10,7 +10,7 @@ layer into memory of its own.
 
 `--llama-cpp` measures llama.cpp beside it, on the very file (of a shape: one with all its layers is
 written): its Vulkan build (tests/parity/llama_vulkan.py), bare and under a random adapter; where
-that can't be had, or our adapter is a CPU, xllamacpp's CPU build too, as its server reports it. The
+that can't be had, or our device is a CPU, xllamacpp's CPU build too, as its server reports it. The
 first new token counts to the prompt on both sides, and both choose greedily. `--sweep` times the
 products of one row under other tilings than are chosen.
 """
@@ -428,7 +428,7 @@ def llama_cpp(
 
     Args:
         folder: takes an adapter's file.
-        on_cpu: our own adapter is a CPU: llama.cpp's CPU build is measured as well.
+        on_cpu: our own device is a CPU: llama.cpp's CPU build is measured as well.
     """
     adapter = folder / "adapter.gguf"
     write_adapter(adapter, GGUFFile(model))

@@ -3,7 +3,7 @@
 Records the step of a real session over a synthetic model (benchmarks/synthetic.py) and times it
 dispatch by dispatch with the device's timestamps, so that no shape is written down twice.
 
-    python benchmarks/kernels.py [--model SmolLM2-135M Llama-1.2B] [--rows 1 4] [--length 512]
+    python benchmarks/kernels.py [--model SmolLM2-135M Llama-1.2B] [--batch-size 1 4] [--length 512]
         [--precision f32 f16] [--recompute off]
 """
 
@@ -26,7 +26,7 @@ from benchmarks.sessions import (
     as_examples,
     describe,
     markdown_table,
-    random_rows,
+    random_sequences,
     run_config,
 )
 from benchmarks.synthetic import SHAPES, write_models
@@ -38,7 +38,7 @@ WARM_UP = 2  # steps: every kernel is compiled, and the clocks are up
 
 
 def time_step(
-    model: Path, vocab_size: int, rows: int, length: int, precision: str, recompute: str
+    model: Path, vocab_size: int, batch_size: int, length: int, precision: str, recompute: str
 ) -> dict[str, Any]:
     """The kernels of one training step and the device's peaks.
 
@@ -47,18 +47,18 @@ def time_step(
     """
     config = run_config(
         model,
-        batch_size=rows,
+        batch_size=batch_size,
         length=length,
         steps=WARM_UP,
         precision=precision,
         recompute=recompute,
     )
-    examples = as_examples(random_rows(vocab_size, rows * WARM_UP, length))
+    examples = as_examples(random_sequences(vocab_size, batch_size * WARM_UP, length))
     session = TrainingSession(config, examples=examples)
     list(session.train())
     kernels = kernel_table(session)
     return {
-        "rows": rows,
+        "batch_size": batch_size,
         "length": length,
         "precision": precision,
         "recompute": recompute,
@@ -83,7 +83,7 @@ def section(timed: dict[str, Any]) -> list[str]:
             f"{speed / 1e9:.3g}", f"{speed / peaks['bytes_per_second']:.0%}",
         ])  # fmt: skip
     return [
-        f"## {timed['rows']} × {timed['length']} tokens, {timed['precision']}, "
+        f"## {timed['batch_size']} × {timed['length']} tokens, {timed['precision']}, "
         f"recompute {timed['recompute']}: {1e3 * total:.2f} ms of GPU time a step",
         "",
         f"Peaks: {peaks['flops'] / 1e12:.3g} TFLOP/s in a product of our own, "
@@ -118,21 +118,23 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     real = [name for name in SHAPES if name != "tiny"]
     parser.add_argument("--model", nargs="+", default=real, choices=SHAPES)
-    parser.add_argument("--rows", nargs="+", type=int, default=[1, 4])
+    parser.add_argument("--batch-size", nargs="+", type=int, default=[1, 4])
     parser.add_argument("--length", nargs="+", type=int, default=[512])
     parser.add_argument("--precision", nargs="+", default=["f32", "f16"], choices=["f32", "f16"])
     parser.add_argument("--recompute", default="off", choices=["on", "off"])
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    runs = list(itertools.product(options.rows, options.length, options.precision))
+    runs = list(itertools.product(options.batch_size, options.length, options.precision))
     with tempfile.TemporaryDirectory() as folder:
         for name, path in write_models(Path(folder), options.model).items():
             timed = []
-            for rows, length, precision in runs:
+            for batch_size, length, precision in runs:
                 vocab_size = SHAPES[name].vocab_size
                 try:
                     timed.append(
-                        time_step(path, vocab_size, rows, length, precision, options.recompute)
+                        time_step(
+                            path, vocab_size, batch_size, length, precision, options.recompute
+                        )
                     )
                 except InputError as error:
                     sys.exit(str(error))

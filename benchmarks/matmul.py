@@ -36,7 +36,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.synthetic import SHAPES
 from lora.backward.matmul import matmul_backward
-from lora.forward.decoder.head import chunk_rows
+from lora.forward.decoder.head import chunk_size
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
@@ -134,7 +134,7 @@ def requests_of_run(device: Device, model: str, rows: int) -> list[tuple[str, Re
             while len(names) < len(requests):
                 transposed = requests[len(names)].constants["transposed"]
                 names.append(group.name + (" backward" if transposed else ""))
-        chunk = planning.extent(chunk_rows(device, shape.vocab_size, rows))
+        chunk = planning.extent(chunk_size(device, shape.vocab_size, rows))
         head = matrix_of(((shape.vocab_size, "token_embd"),), shape.hidden_size)
         x, logits = (activation(chunk, n, "f32") for n in (head.in_features, head.out_features))
         matmul(Program(planning), x, head, out=logits)

@@ -50,19 +50,19 @@ def run_config(
     )
 
 
-def as_examples(rows: Sequence[np.ndarray]) -> list[Example]:
-    """Rows of token ids as examples of which every token but the first is trained."""
-    return [Example(ids, np.arange(len(ids)) > 0, i) for i, ids in enumerate(rows)]
+def as_examples(sequences: Sequence[np.ndarray]) -> list[Example]:
+    """Sequences of token ids as examples of which every token but the first is trained."""
+    return [Example(ids, np.arange(len(ids)) > 0, i) for i, ids in enumerate(sequences)]
 
 
-def random_rows(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    """Rows of random tokens, int32 [length] each."""
+def random_sequences(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    """Sequences of random tokens, int32 [length] each."""
     rng = np.random.default_rng(seed)
     return [rng.integers(3, vocab_size, length).astype(np.int32) for _ in range(n)]
 
 
-def repeating_rows(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    """Rows with something to learn: each repeats a random sequence of 8 tokens out of 16."""
+def repeating_sequences(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
+    """Sequences with something to learn: each repeats a random one of 8 tokens out of 16."""
     rng = np.random.default_rng(seed)
     alphabet = rng.choice(np.arange(3, vocab_size), 16, replace=False).astype(np.int32)
     return [np.resize(rng.choice(alphabet, 8), length) for _ in range(n)]
@@ -70,9 +70,9 @@ def repeating_rows(vocab_size: int, n: int, length: int, seed: int = 0) -> list[
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: micro-batches of `rows` rows of `length` tokens, and how many of them."""
+    """What is timed: micro-batches of `batch_size` sequences of `length` tokens, how often."""
 
-    rows: int
+    batch_size: int
     length: int
     steps: int
 
@@ -82,12 +82,12 @@ class Case:
         return max(1, self.steps // 4)
 
     def __str__(self) -> str:
-        return f"{self.rows}x{self.length}"
+        return f"{self.batch_size}x{self.length}"
 
     def data(self, model: str) -> list[np.ndarray]:
-        """The rows of all steps, the same for everyone who asks."""
-        n = self.rows * (self.warm_up + self.steps)
-        return random_rows(SHAPES[model].vocab_size, n, self.length)
+        """The sequences of all steps, the same for everyone who asks."""
+        n = self.batch_size * (self.warm_up + self.steps)
+        return random_sequences(SHAPES[model].vocab_size, n, self.length)
 
 
 def shake_adapter(session: TrainingSession) -> None:

@@ -36,7 +36,7 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.rmsnorm import rmsnorm_backward
 from lora.backward.swiglu import swiglu_backward
 from lora.forward.cross_entropy import cross_entropy
-from lora.forward.decoder.head import chunk_rows
+from lora.forward.decoder.head import chunk_size
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
@@ -196,8 +196,8 @@ def random_factors(device: Device, in_features: int, sizes: list[int], rank: int
     flat = device.upload(0.01 * rng.standard_normal(first + n_b, np.float32))
     stops = list(itertools.accumulate(sizes))
     return LoraFactors(
-        flat.rows(0, n_a).reshape(len(sizes) * rank, in_features),
-        flat.rows(first, first + n_b).reshape(sum(sizes), rank),
+        flat.slice(0, n_a).reshape(len(sizes) * rank, in_features),
+        flat.slice(first, first + n_b).reshape(sum(sizes), rank),
         rank,
         1.0,
         tuple((stop - size, stop) for stop, size in zip(stops, sizes, strict=True)),
@@ -206,7 +206,7 @@ def random_factors(device: Device, in_features: int, sizes: list[int], rank: int
 
 def head_kernels(device: Device, shape: Shape, rows: int) -> Iterator[Kernel]:
     """Cross-entropy over a chunk of logits, as large as the head makes them."""
-    chunk = min(rows, chunk_rows(device, shape.vocab_size, rows))
+    chunk = min(rows, chunk_size(device, shape.vocab_size, rows))
     extent = device.extent(chunk)
     rng = np.random.default_rng(2)
     logits = device.empty((chunk, shape.vocab_size), extent=extent)
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], dest="settings",
                         metavar="MODULE.NAME=V/V")  # fmt: skip
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--slices", type=int, help="of the gradients; 1 on a CPU adapter, else 4")
+    parser.add_argument("--slices", type=int, help="of the gradients; 1 on a CPU device, else 4")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     arguments = parser.parse_args()

@@ -229,7 +229,7 @@ def _misses_of(result: Result, label: str, row: Mapping[str, Any]) -> Iterator[s
     if is_timed and row["set_up_s"] > SET_UP_TARGET:
         yield (
             f"set-up takes {row['set_up_s']:.1f} s, {SET_UP_TARGET} asked; bound by kernels that "
-            "are compiled and timed, once for an adapter and its driver"
+            "are compiled and timed, once for a device and its driver"
         )
 
 

@@ -18,6 +18,7 @@ import gguf
 import numpy as np
 from gguf import GGMLQuantizationType as Type
 
+from lora.forward.gguf.quantization import QUANTIZATIONS
 from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 
@@ -152,30 +153,30 @@ def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
 
 def _random_blocks(rng: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
     """Bytes of a matrix: random quants, scales such that the weights' mean is about zero."""
-    block_size, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    quantization = QUANTIZATIONS[kind]
+    block_size, block_bytes = quantization.block_size, quantization.block_bytes
     data = rng.bytes(rows * columns // block_size * block_bytes)
     blocks = np.frombuffer(data, np.uint8).reshape(rows, columns // block_size, block_bytes).copy()
     std = columns**-0.5
 
-    def put(at: int, value: float) -> None:
-        blocks[:, :, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+    def put(*scales: float) -> None:
+        for at, value in zip(quantization.f16_scales, scales, strict=True):
+            blocks[:, :, at : at + 2] = np.array([value], np.float16).view(np.uint8)
 
     if kind == Type.Q8_0:
-        put(0, std / 74)  # quants of -128 … 127
+        put(std / 74)  # quants of -128 … 127
     elif kind == Type.Q5_0:
-        put(0, std / 9.2)  # -16 … 15
+        put(std / 9.2)  # -16 … 15
     elif kind == Type.Q4_1:
-        put(0, std / 4.6)  # 0 … 15
-        put(2, -7.5 * std / 4.6)
+        put(std / 4.6, -7.5 * std / 4.6)  # 0 … 15
     elif kind == Type.Q4_K:
         # d · 32 · q - dmin · 32 with every six-bit scale and minimum 32.
-        put(0, std / 4.6 / 32)
-        put(2, 7.5 * std / 4.6 / 32)
+        put(std / 4.6 / 32, 7.5 * std / 4.6 / 32)
         blocks[:, :, 4:12] = 0b10_100000  # upper bits of scales 4 … 7 in bits 6 and 7, 32 below
         blocks[:, :, 12:16] = 0
     elif kind == Type.Q6_K:
         blocks[:, :, 192:208] = 32
-        put(208, std / 18.5 / 32)  # -32 … 31
+        put(std / 18.5 / 32)  # -32 … 31
     else:
         raise ValueError(f"no random blocks of {kind.name}")
     return blocks.reshape(rows, -1)

@@ -2,11 +2,11 @@
 
 The models have real ones' shapes and tensor types with random weights (benchmarks/synthetic.py), so
 that no file need travel; transformers loads the very same GGUF, once a model. Both sides train LoRA
-r=16 on all linear layers with AdamW and clipping, from the same adapter on the same random rows.
+r=16 on all linear layers with AdamW and clipping, from the same adapter on the same random tokens.
 PEFT runs eager, as its users run it; its float32 is the reference for losses and gradient norms.
 
     python benchmarks/vs_peft.py --shapes SmolLM2-135M:1x128,1x512 Llama-1.2B:1x512
-    python benchmarks/vs_peft.py --model Llama-1.2B --rows 1 --length 8192 --recompute on \
+    python benchmarks/vs_peft.py --model Llama-1.2B --batch-size 1 --length 8192 --recompute on \
         --no-peft --steps 6
     python benchmarks/vs_peft.py --model tiny --no-peft --curve 50
 """
@@ -32,7 +32,7 @@ from benchmarks.sessions import (
     as_examples,
     describe,
     planned_memory,
-    repeating_rows,
+    repeating_sequences,
     run_config,
     shake_adapter,
     used_memory,
@@ -63,7 +63,7 @@ def ours(model: Path, name: str, case: Case, precision: str, recompute: str,
     before = used_memory()
     config = run_config(
         model,
-        batch_size=case.rows,
+        batch_size=case.batch_size,
         length=case.length,
         steps=case.warm_up + case.steps,
         precision=precision,
@@ -149,11 +149,12 @@ def peft(base: Any, name: str, case: Case, dtype: str, checkpointing: bool,
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     losses, norms, times = [], [], []
-    rows = case.data(name)
-    for first in range(0, len(rows), case.rows):
+    sequences = case.data(name)
+    for first in range(0, len(sequences), case.batch_size):
         _wait(on_gpu)
         begin = time.perf_counter()
-        ids = torch.tensor(np.stack(rows[first : first + case.rows])).to(base.device).long()
+        batch = np.stack(sequences[first : first + case.batch_size])
+        ids = torch.tensor(batch).to(base.device).long()
         loss = net(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -214,24 +215,24 @@ def loss_curves(
     steps: int,
     precisions: list[str],
     *,
-    rows: int = 4,
+    batch_size: int = 4,
     length: int = 64,
     learning_rate: float = 1e-3,
 ) -> dict[str, list[float]]:
     """The losses of training in several precisions, from one start on the same batches.
 
-    The rows repeat short random sequences of a few tokens: the loss falls from the first steps.
+    The sequences repeat short random ones of a few tokens: the loss falls from the first steps.
 
     Returns:
         For each precision the loss of each step.
     """
     vocab_size = Architecture.from_gguf(GGUFFile(model_path)).vocab_size
-    examples = as_examples(repeating_rows(vocab_size, rows * steps, length))
+    examples = as_examples(repeating_sequences(vocab_size, batch_size * steps, length))
     curves = {}
     for precision in precisions:
         config = run_config(
             model_path,
-            batch_size=rows,
+            batch_size=batch_size,
             length=length,
             steps=steps,
             precision=precision,
@@ -259,10 +260,10 @@ def parse_shapes(texts: list[str], steps: int) -> dict[str, list[Case]]:
         if name not in SHAPES:
             raise ValueError(f"{name!r} is none of {', '.join(SHAPES)}")
         for size in sizes.split(","):
-            rows, times, length = size.partition("x")
-            if not (times and rows.isdigit() and length.isdigit()):
+            batch_size, times, length = size.partition("x")
+            if not (times and batch_size.isdigit() and length.isdigit()):
                 raise ValueError(f"{size!r} in {text!r} is not ROWSxLENGTH, as 4x512")
-            cases.setdefault(name, []).append(Case(int(rows), int(length), steps))
+            cases.setdefault(name, []).append(Case(int(batch_size), int(length), steps))
     return cases
 
 
@@ -271,9 +272,9 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser()
     # fmt: off
     parser.add_argument("--shapes", nargs="+", metavar="MODEL:ROWSxLENGTH,…",
-                        help="several at once, in place of --model, --rows and --length")
+                        help="several at once, in place of --model, --batch-size and --length")
     parser.add_argument("--model", default="SmolLM2-135M", choices=SHAPES)
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--precision", default="f32,f16", help="of ours")
     parser.add_argument("--recompute", default="on,off", help="of ours")
@@ -292,7 +293,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     if unknown:
         parser.error(f"--peft: {unknown[0]!r} is none of {', '.join(PEFT_VARIANTS)}")
     options.precision = options.precision.split(",")
-    shapes = options.shapes or [f"{options.model}:{options.rows}x{options.length}"]
+    shapes = options.shapes or [f"{options.model}:{options.batch_size}x{options.length}"]
     try:
         options.cases = parse_shapes(shapes, options.steps)
     except ValueError as error:
@@ -358,7 +359,7 @@ def main() -> None:
                     paths[name],
                     options.curve,
                     options.precision,
-                    rows=case.rows,
+                    batch_size=case.batch_size,
                     length=case.length,
                 )
                 print(write_curves(options.output, name, case, curves), flush=True)

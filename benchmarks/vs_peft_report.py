@@ -42,7 +42,7 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[st
     reference = next((label for label in results if label.startswith("PEFT float32")), None)
     compared = reference or next(iter(results))
     lines = [
-        f"# {name}, {case.rows} × {case.length} tokens, r={RANK}, all linear layers",
+        f"# {name}, {case.batch_size} × {case.length} tokens, r={RANK}, all linear layers",
         "",
         f"{device}, through Vulkan, {date.today()}. Median of {case.steps} steps after "
         f"{case.warm_up}, the device waited for after each; weights random, the same adapter and "
@@ -59,8 +59,9 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[st
         norms = largest_difference(result["norms"], results[compared]["norms"])
         within = losses <= LOSS_TOLERANCE and norms <= NORM_TOLERANCE
         rows.append([
-            label, f"{result['ms']:.1f}", f"{1e3 * case.rows * case.length / result['ms']:,.0f}",
-            ratio, _mib(result["memory_MiB"]), f"{result['losses'][-1]:.6f}",
+            label, f"{result['ms']:.1f}",
+            f"{1e3 * case.batch_size * case.length / result['ms']:,.0f}", ratio,
+            _mib(result["memory_MiB"]), f"{result['losses'][-1]:.6f}",
             f"{losses:.1e}", f"{norms:.1e}",
             "is compared with" if label == compared else "yes" if within else "no",
         ])  # fmt: skip
@@ -140,7 +141,7 @@ def write_curves(output: Path, name: str, case: Case, curves: dict[str, list[flo
     """Writes loss curves and how far they part, as Markdown and JSON; returns the Markdown."""
     first, *others = curves
     steps = len(curves[first])
-    lines = [f"# {name}, {case.rows} × {case.length} tokens: losses of {steps} steps", ""]
+    lines = [f"# {name}, {case.batch_size} × {case.length} tokens: losses of {steps} steps", ""]
     for precision in others:
         worst = largest_difference(curves[precision], curves[first])
         lines += [f"{precision} against {first}: they differ by at most {worst:.1e}.", ""]

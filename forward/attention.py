@@ -229,7 +229,7 @@ def _fitting_tile(kernel: str, is_cpu: bool, head_size: int, tile_type: str, mem
     """A tile without slices: as many rows a lane as registers and memory allow."""
     # Columns are held 16 vec4 at a time where that wastes nothing: fewer barriers than with 8.
     chunks = (16, 8) if -(-head_size // 32) % 2 == 0 else (8,)
-    # Workgroup memory of an adapter on the CPU is its cache, which larger held tiles overflow.
+    # Workgroup memory of a CPU device is its cache, which larger held tiles overflow.
     may_hold = not is_cpu or head_size <= 64
     for teams, per_lane, held, chunk in itertools.product(
         (1,) if is_cpu else (2, 1), (4, 2, 1), (True, False) if may_hold else (False,), chunks

@@ -7,7 +7,7 @@ from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
 # Lanes of a workgroup, and quads of columns that a lane of it holds at once. A workgroup of a GPU
-# takes one such stretch of a row, so that few rows fill it too; one of a CPU adapter a whole row,
+# takes one such stretch of a row, so that few rows fill it too; one of a CPU device a whole row,
 # step by step.
 GPU_LANES, GPU_QUADS = 256, 8
 CPU_LANES, CPU_QUADS = 8, 2
@@ -19,20 +19,20 @@ def cross_entropy(
     labels: Tensor,
     losses: Tensor,
     correct: Tensor,
-    step: Tensor | None,
+    loss_weight: Tensor | None,
     *,
     vocab_size: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Appends the losses of a chunk and, where `step` is given, the gradient to its logits.
+    """Appends the losses of a chunk and, where `loss_weight` is given, the gradient to its logits.
 
     Args:
         logits: [chunk, vocab_size or more], a multiple of 4; overwritten by the gradient.
         labels: u32 [chunk], each a token id (rows without a target never come here).
         losses: [chunk], written: logsumexp(logits) − logits[label].
         correct: [chunk], written: 1 where the label is the argmax, else 0.
-        step: a uniform whose first word is the f32 that every loss is weighted by (one over the
-            trained tokens of the optimizer step); None for no gradient.
+        loss_weight: a uniform whose first word is the f32 that every loss is weighted by (one over
+            the trained tokens of the optimizer step); None for no gradient.
         vocab_size: columns that count; those after them (padding, zero) stay as they are. By
             default all.
         softcap: the logits are softcap · tanh(raw / softcap), and the gradient is the one to the
@@ -69,11 +69,11 @@ def cross_entropy(
         rows * n_stretches,
     )
     tensors = [extent.uniform, sums, labels, losses, correct]
-    if step is not None:
-        tensors += [logits, step]
+    if loss_weight is not None:
+        tensors += [logits, loss_weight]
     program.dispatch(
         "cross_entropy",
-        {**constants, "with_gradient": step is not None, "softcap": softcap},
+        {**constants, "with_gradient": loss_weight is not None, "softcap": softcap},
         tensors,
-        -(-rows // lanes) if step is None else rows * n_stretches,
+        -(-rows // lanes) if loss_weight is None else rows * n_stretches,
     )

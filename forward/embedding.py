@@ -37,8 +37,8 @@ def embedding(
             "quantization": part.quantization.name,
             "width": width,
             "row_words": part.words.shape[1],
-            "first_row": part.first_row,
-            "n_rows": part.n_rows,
+            "first_token": part.first_feature,
+            "n_tokens": part.out_features,
             "scale": scale,
         }
         n_lanes = extent.maximum * -(-width // 8)

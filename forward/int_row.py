@@ -21,8 +21,6 @@ from lora.shaders.tensor import Extent, Tensor
 BLOCK = 32  # columns that share a scale
 _BLOCK_WORDS = 28  # three digits of 32 numbers, a scale, two sums, a sum of squares
 _LANES = 64  # of a workgroup of `to_int_row` without a norm
-# Types whose weights are small whole numbers with a scale for 16 columns or more.
-INT_TYPES = frozenset(("q8_0", "q4_0", "q4_1", "q5_0", "q5_1", "q4_k", "q5_k", "q6_k"))
 
 
 @dataclass(frozen=True)
@@ -57,13 +55,13 @@ class IntRow:
 def takes_int_row(device: Device, matrix: FrozenMatrix) -> bool:
     """Whether products of one row with a matrix are to be computed by `matmul_int_row`.
 
-    An adapter on the CPU gains nothing; Metal has no instruction for products of bytes.
+    A CPU device gains nothing; Metal has no instruction for products of bytes.
     """
     return (
         not device.is_cpu
         and device.info.get("backend_type") != "Metal"
         and matrix.in_features % BLOCK == 0
-        and all(part.quantization.name in INT_TYPES for part in matrix.parts)
+        and all(part.quantization.numbers is not None for part in matrix.parts)
     )
 
 

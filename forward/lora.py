@@ -36,7 +36,7 @@ GPU_TUNINGS = {
     ),
     True: Tuning(((4, 1, 2, 8), (2, 1, 2, 8), (1, 1, 1, 8)), enough_groups=264, splits=64),
 }
-# A CPU adapter runs a workgroup as vectors of 8 lanes and pays for loads and barriers.
+# A CPU device runs a workgroup as vectors of 8 lanes and pays for loads and barriers.
 CPU_SPLITS, CPU_ROWS = 8, 12
 _GROUP_LANES = 256  # that every device can run in a workgroup
 

@@ -15,7 +15,7 @@ from lora.shaders.activations import activation, check_f32, check_shape, extent_
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
 
-BODIES = ("wide", "tiled")  # for adapters on the CPU; for GPUs
+BODIES = ("wide", "tiled")  # for CPU devices; for GPUs
 
 # What matmul_wide's lanes hold, measured on llvmpipe (docs/log.md).
 WIDE_ROWS = 12
@@ -86,7 +86,7 @@ def matmul(
             y,
             transposed=False,
             contraction=matrix.in_features,
-            place=None if whole else Place(0, part.first_row),
+            place=None if whole else Place(0, part.first_feature),
             members=adapted_members(lora, part),
             low=z,
             factor=lora.b if lora else None,
@@ -110,15 +110,15 @@ def adapted_members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str
     if lora is None:
         return members
     for index, (start, stop) in enumerate(lora.ranges):
-        first = max(start, part.first_row)
-        last = min(stop, part.first_row + part.n_rows)
+        first = max(start, part.first_feature)
+        last = min(stop, part.first_feature + part.out_features)
         if first < last:
             members.append(
                 {
-                    "start": first - part.first_row,
-                    "stop": last - part.first_row,
+                    "start": first - part.first_feature,
+                    "stop": last - part.first_feature,
                     "low_start": index * lora.rank,
-                    "factor_start": lora.first_row(index) + first - start,
+                    "factor_start": lora.first_feature(index) + first - start,
                 }
             )
     return members
@@ -159,7 +159,7 @@ def record_product(
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
         norm: see `matmul`; of a matrix of one part.
     """
-    n_columns = out.shape[1] if transposed else part.n_rows
+    n_columns = out.shape[1] if transposed else part.out_features
     if contraction % 4 or n_columns % 4 or x.shape[1] % 4 or rank % 4:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {out.shape}, {rank}")
     constants: dict[str, Any] = {

@@ -27,14 +27,14 @@ class IntRowTiling:
 
     Attributes:
         lanes: of a workgroup.
-        share: lanes that share the sums of a group of rows of W; at least `rows`.
-        rows: of W in such a group, 2, 4 or 8: the row's numbers are loaded once for all of them.
+        share: lanes that share the sums of a group of rows of W; at least `weight_rows`.
+        weight_rows: of W in such a group, 2, 4 or 8: the row's numbers are loaded once for all.
         steps: blocks of 32 weights, for each of these rows, that a lane loads at once.
     """
 
     lanes: int
     share: int
-    rows: int
+    weight_rows: int
     steps: int
 
 
@@ -52,23 +52,23 @@ def choose_int_tiling(
     """
     blocks = contraction // BLOCK
     if gated:
-        rows, share = 4, 16
-        if most_lanes >= 512 and blocks >= 32 and columns // rows * share < _GATED_LANES_WANTED:
+        group, share = 4, 16
+        if most_lanes >= 512 and blocks >= 32 and columns // group * share < _GATED_LANES_WANTED:
             share = 32
-        return IntRowTiling(min(most_lanes, 512), share, rows, 1)
+        return IntRowTiling(min(most_lanes, 512), share, group, 1)
     if stores:
-        rows, share = (4, 128) if blocks >= 128 else (4, 64) if blocks >= 48 else (2, 32)
-        while BLOCK * share // rows > most_lanes:
+        group, share = (4, 128) if blocks >= 128 else (4, 64) if blocks >= 48 else (2, 32)
+        while BLOCK * share // group > most_lanes:
             share //= 2
-        return IntRowTiling(BLOCK * share // rows, share, rows, 2 if blocks >= 2 * share else 1)
-    rows, share = 4, 16 if blocks >= 32 else 8
+        return IntRowTiling(BLOCK * share // group, share, group, 2 if blocks >= 2 * share else 1)
+    group, share = 4, 16 if blocks >= 32 else 8
     while (
-        share < 64 and columns // rows * share < _LANES_WANTED and 2 * share <= max(32, blocks)
+        share < 64 and columns // group * share < _LANES_WANTED and 2 * share <= max(32, blocks)
     ):  # fmt: skip
         share *= 2
     if share > blocks:
-        rows = 2
-    return IntRowTiling(128, share, rows, 2 if share == 8 and blocks >= 16 else 1)
+        group = 2
+    return IntRowTiling(128, share, group, 2 if share == 8 and blocks >= 16 else 1)
 
 
 def matmul_int_row(
@@ -120,7 +120,7 @@ def matmul_int_row(
     if int_out is not None and int_out.width != width:
         raise ValueError(f"{label}: an int row of {int_out.width} cannot hold {width} columns")
     for part in matrix.parts:
-        n_columns = part.n_rows if gate is None else width
+        n_columns = part.out_features if gate is None else width
         members = adapted_members(lora, part)
         tensors = [x.words, part.words, y]
         if members and lora is not None and z is not None:
@@ -135,14 +135,14 @@ def matmul_int_row(
             and len(tensors) + len(stored) <= device.most_storage_buffers
         )  # fmt: skip
         chosen = tiling or choose_int_tiling(
-            part.n_rows, matrix.in_features, most_lanes=_most_lanes(device),
+            part.out_features, matrix.in_features, most_lanes=_most_lanes(device),
             gated=gate is not None, stores=int_out is not None and fits,
         )  # fmt: skip
-        rows = chosen.rows if n_columns % chosen.rows == 0 else 4
-        columns = chosen.lanes // chosen.share * (rows if gate is None else rows // 2)
+        weight_rows = chosen.weight_rows if n_columns % chosen.weight_rows == 0 else 4
+        columns = chosen.lanes // chosen.share * (weight_rows if gate is None else weight_rows // 2)
         stores_ints = int_out is not None and fits and columns % BLOCK == 0
         constants: dict[str, Any] = {
-            "quantization": part.quantization.name,
+            **part.quantization.row_constants(),
             "contraction": matrix.in_features,
             "n_columns": n_columns,
             "row_words": part.words.shape[1],
@@ -161,12 +161,12 @@ def matmul_int_row(
             "next_norm": stores_ints and int_out is not None and int_out.weight is not None,
             "lanes": chosen.lanes,
             "share": chosen.share,
-            "rows": rows,
+            "weight_rows": weight_rows,
             "steps": chosen.steps,
-            "parts": chosen.share // rows,
+            "parts": chosen.share // weight_rows,
         }
         if len(matrix.parts) > 1:
-            tensors.append(device.constant_uniform((0, part.first_row)))
+            tensors.append(device.constant_uniform((0, part.first_feature)))
         if stores_ints:
             tensors += stored
         terms = matrix.in_features + (lora.rank if lora and members else 0)
@@ -176,7 +176,7 @@ def matmul_int_row(
             tensors,
             -(-n_columns // columns),
             label=label,
-            flops=2 * part.n_rows * terms,
+            flops=2 * part.out_features * terms,
         )
     if int_out is not None and not stores_ints:
         to_int_row(program, y, int_out, label=f"{label}.int_row")

@@ -50,12 +50,12 @@ def choose_tiling(
     All the columns of a matrix decide, so that the results do not depend on its parts.
 
     Args:
-        is_cpu: whether the adapter runs on the CPU.
+        is_cpu: whether the device is a CPU.
         columns: of the product (rows of W).
         contraction: columns of W.
         gated: two quads of rows belong together: one of the gate, one of up.
     """
-    # A CPU adapter runs lanes of one workgroup in turn and pays for barriers: no lane shares.
+    # A CPU device runs lanes of one workgroup in turn and pays for barriers: no lane shares.
     if is_cpu:
         return RowTiling(_CPU_LANES, 1, 2 if gated else 1, 1)
     share = _MOST_LANES
@@ -133,11 +133,11 @@ def matmul_row(
     )
     for part in matrix.parts:
         members = adapted_members(lora, part)
-        quads = 1 if part.n_rows % 8 and gate is None else tiling.quads
+        quads = 1 if part.out_features % 8 and gate is None else tiling.quads
         constants: dict[str, Any] = {
-            "quantization": part.quantization.name,
+            **part.quantization.row_constants(),
             "contraction": matrix.in_features,
-            "n_columns": part.n_rows if gate is None else width,
+            "n_columns": part.out_features if gate is None else width,
             "row_words": part.words.shape[1],
             "norm": norm is not None,
             "epsilon": norm.epsilon if norm else None,
@@ -164,15 +164,15 @@ def matmul_row(
             tensors += [z, lora.b]
         tensors += [tensor for tensor in (residual, bias) if tensor is not None]
         if len(matrix.parts) > 1:
-            tensors.append(program.device.constant_uniform((0, part.first_row)))
+            tensors.append(program.device.constant_uniform((0, part.first_feature)))
         terms = matrix.in_features + (lora.rank if lora and members else 0)
         program.dispatch(
             "matmul_row",
             constants,
             tensors,
-            -(-part.n_rows // (4 * quads) * tiling.share // tiling.lanes),
+            -(-part.out_features // (4 * quads) * tiling.share // tiling.lanes),
             label=label,
-            flops=2 * part.n_rows * terms,
+            flops=2 * part.out_features * terms,
         )
     return y
 
@@ -204,7 +204,7 @@ def check_row_product(
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
         check_shape(f"{label} z", z, 1, lora.n_members * lora.rank)
     for part in matrix.parts:
-        if part.n_rows % 4 or part.first_row % 4:
+        if part.out_features % 4 or part.first_feature % 4:
             raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
 
 

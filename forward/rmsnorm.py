@@ -11,7 +11,7 @@ from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
 # Fewest lanes a row, and quads of columns a lane until there are more lanes. A GPU waits for
-# memory: few quads, all loaded at once. An adapter on the CPU runs 8 lanes as one vector and pays
+# memory: few quads, all loaded at once. A CPU device runs 8 lanes as one vector and pays
 # for each vector that meets a barrier; past 16 quads its compiler takes seconds.
 GPU_LANES, GPU_QUADS = 64, 4
 CPU_LANES, CPU_QUADS = 16, 16

@@ -71,7 +71,7 @@ def adamw(
             "epsilon": epsilon,
             "weight_decay": weight_decay,
         }
-        flat = [t.rows(start, stop) for t in (parameters, gradient, first_moment, second_moment)]
+        flat = [t.slice(start, stop) for t in (parameters, gradient, first_moment, second_moment)]
         program.dispatch(
             "adamw", constants, [step, state, *flat], -(-(stop - start) // (4 * LANES))
         )

@@ -70,7 +70,7 @@ def gradient_norm(
                 "stretch": stretch,
                 "first_partial": sum(groups[:index]),
             },
-            [partial, *(g.rows(start, stop) for g in gradients)],
+            [partial, *(g.slice(start, stop) for g in gradients)],
             (groups[index], 1, 1),
         )
     program.dispatch(

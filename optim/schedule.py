@@ -5,11 +5,6 @@ from __future__ import annotations
 import math
 
 
-def warmup_steps(total_steps: int, warmup_ratio: float) -> int:
-    """Steps of the warm-up, rounded up as transformers' TrainingArguments does."""
-    return math.ceil(total_steps * warmup_ratio)
-
-
 def learning_rate(
     step: int, *, total_steps: int, peak: float, schedule: str, warmup_steps: int
 ) -> float:

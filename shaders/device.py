@@ -1,4 +1,4 @@
-"""The device: choice of adapter, buffers, uploads, reads and compiled pipelines."""
+"""The device: its choice, buffers, uploads, reads and compiled pipelines."""
 
 from __future__ import annotations
 
@@ -40,41 +40,44 @@ _WANTED_LIMITS = (
 _COMPUTE_BACKENDS = ("Vulkan", "Metal", "D3D12")
 
 
-def list_adapters() -> list[wgpu.GPUAdapter]:
-    """The adapters that can compute, in wgpu's order; OpenGL ones repeat these and are left out."""
-    adapters = wgpu.gpu.enumerate_adapters_sync()
-    return [a for a in adapters if a.info["backend_type"] in _COMPUTE_BACKENDS]
+def list_devices() -> list[wgpu.GPUAdapter]:
+    """The devices that can compute, in wgpu's order; OpenGL ones repeat these and are left out.
+
+    WebGPU calls such a description of a device an adapter; here that word means LoRA's.
+    """
+    found = wgpu.gpu.enumerate_adapters_sync()
+    return [a for a in found if a.info["backend_type"] in _COMPUTE_BACKENDS]
 
 
-def choose_adapter(wanted: str | int = "auto") -> wgpu.GPUAdapter:
-    """The adapter named by the config's `device:` key.
+def choose_device(wanted: str | int = "auto") -> wgpu.GPUAdapter:
+    """The device named by the config's `device:` key.
 
     Args:
-        wanted: "auto" (a discrete GPU before an integrated one before a software adapter), an index
-            into `list_adapters()`, or part of a name, in any case.
+        wanted: "auto" (a discrete GPU before an integrated one before a software driver), an index
+            into `list_devices()`, or part of a name, in any case.
 
     Raises:
-        InputError: no adapter at all, or none that fits.
+        InputError: no device at all, or none that fits.
     """
-    adapters = list_adapters()
-    if not adapters:
+    found = list_devices()
+    if not found:
         raise InputError(
-            "WebGPU found no adapter on this machine. Install a Vulkan driver "
+            "WebGPU found no device on this machine. Install a Vulkan driver "
             "(Debian: apt-get install mesa-vulkan-drivers) and see `lora devices`."
         )
-    listing = ", ".join(f"{i}: {a.info['device']}" for i, a in enumerate(adapters))
+    listing = ", ".join(f"{i}: {a.info['device']}" for i, a in enumerate(found))
     text = str(wanted)
     if text == "auto":
         order = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 2}
-        return min(adapters, key=lambda a: order.get(a.info["adapter_type"], 3))
+        return min(found, key=lambda a: order.get(a.info["adapter_type"], 3))
     if text.isdigit():
-        if int(text) < len(adapters):
-            return adapters[int(text)]
-        raise InputError(f"device: {text}: there is no adapter of that index; there are {listing}.")
-    for adapter in adapters:
-        if text.lower() in adapter.info["device"].lower():
-            return adapter
-    raise InputError(f"device: {text!r}: no adapter has that in its name; there are {listing}.")
+        if int(text) < len(found):
+            return found[int(text)]
+        raise InputError(f"device: {text}: there is no device of that index; there are {listing}.")
+    for one in found:
+        if text.lower() in one.info["device"].lower():
+            return one
+    raise InputError(f"device: {text!r}: no device has that in its name; there are {listing}.")
 
 
 def padded_bytes(shape: tuple[int, ...], dtype: str = "f32") -> int:
@@ -95,12 +98,12 @@ class Device:
     """One WebGPU device with its queue, the memory taken from it, and its compiled pipelines.
 
     Args:
-        wanted: see `choose_adapter`.
-        limits: limits to request in place of the adapter's own (tests ask for WebGPU's defaults).
+        wanted: see `choose_device`.
+        limits: limits to request in place of the device's own (tests ask for WebGPU's defaults).
 
     Attributes:
         memory_limit: bytes of all buffers together; None where the device itself says when they
-            are too many. An adapter on the CPU has the host's memory, and would be killed first.
+            are too many. A CPU device has the host's memory, and would be killed first.
         most_lanes: of a workgroup.
         most_storage_buffers: that one kernel may bind.
     """
@@ -108,14 +111,14 @@ class Device:
     holds_data = True  # False for a device that only counts (shaders/planning.py)
 
     def __init__(self, wanted: str | int = "auto", limits: dict[str, int] | None = None) -> None:
-        adapter = choose_adapter(wanted)
-        self.info: dict[str, Any] = dict(adapter.info)
-        self.name: str = adapter.info["device"]
-        self.is_cpu = adapter.info["adapter_type"] == "CPU"
-        self.features = {f for f in _WANTED_FEATURES if f in adapter.features}
+        chosen = choose_device(wanted)
+        self.info: dict[str, Any] = dict(chosen.info)
+        self.name: str = chosen.info["device"]
+        self.is_cpu = chosen.info["adapter_type"] == "CPU"
+        self.features = {f for f in _WANTED_FEATURES if f in chosen.features}
         if limits is None:
-            limits = {k: adapter.limits[k] for k in _WANTED_LIMITS if k in adapter.limits}
-        self.wgpu: wgpu.GPUDevice = adapter.request_device_sync(
+            limits = {k: chosen.limits[k] for k in _WANTED_LIMITS if k in chosen.limits}
+        self.wgpu: wgpu.GPUDevice = chosen.request_device_sync(
             required_features=sorted(self.features), required_limits=limits
         )
         self.queue: wgpu.GPUQueue = self.wgpu.queue
@@ -134,7 +137,7 @@ class Device:
             )
         )
         self.most_storage_buffers = int(self.wgpu.limits["max-storage-buffers-per-shader-stage"])
-        self.matmul_body: str | None = None  # a name of forward/matmul.py; None: by the adapter
+        self.matmul_body: str | None = None  # a name of forward/matmul.py; None: by the device
         self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None

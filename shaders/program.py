@@ -226,7 +226,7 @@ class Program:
         encoder.resolve_query_set(queries, 0, count, resolved, 0)
         self.device.queue.submit([encoder.finish()])
         stamps = np.frombuffer(self.device.queue.read_buffer(resolved), np.uint64).reshape(-1, 2)
-        # wgpu gives ticks; one tick is one nanosecond on every adapter seen (NVIDIA, llvmpipe).
+        # wgpu gives ticks; one tick is one nanosecond on every device seen (NVIDIA, llvmpipe).
         return [
             KernelTime(d.label, d.template, float(end - begin) * 1e-9, d.flops)
             for d, (begin, end) in zip(dispatches, stamps, strict=True)

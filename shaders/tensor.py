@@ -73,7 +73,7 @@ class Tensor:
             raise ValueError(f"cannot view {self.shape} as {shape}")
         return replace(self, shape=shape)
 
-    def rows(self, start: int, stop: int) -> Tensor:
+    def slice(self, start: int, stop: int) -> Tensor:
         """Rows start to stop (first dimension), without a copy.
 
         The first byte must lie on a multiple of 256 (the strictest binding alignment of WebGPU).

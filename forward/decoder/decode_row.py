@@ -27,7 +27,7 @@ from lora.shaders.tensor import Tensor
 
 
 def fuses(device: Device) -> bool:
-    """Whether one row takes this way; an adapter on the CPU would pay for norms in every lane."""
+    """Whether one row takes this way; a CPU device would pay for norms in every lane."""
     return not device.is_cpu
 
 

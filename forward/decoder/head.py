@@ -12,7 +12,6 @@ from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
 from lora.forward.rmsnorm import rmsnorm
-from lora.forward.sums import sum_into
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -22,7 +21,7 @@ from lora.shaders.tensor import Tensor
 CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 128
 
 
-def chunk_rows(device: Device, logits_size: int, maximum_targets: int) -> int:
+def chunk_size(device: Device, logits_size: int, maximum_targets: int) -> int:
     """Target rows whose logits are made at once: a multiple of 64, by memory, in equal chunks."""
     row_bytes = 4 * logits_size
     most = min(max(CHUNK_BYTES, CHUNK_ROWS * row_bytes), device.max_binding) // row_bytes
@@ -76,7 +75,7 @@ def record_head_input(
 def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
     """The rows of a tensor over targets that belong to one chunk, with the chunk's extent."""
     start, stop, extent = inputs.chunks[index]
-    return replace(tensor.rows(start, stop), extent=extent)
+    return replace(tensor.slice(start, stop), extent=extent)
 
 
 def record_logits(
@@ -108,14 +107,14 @@ def record_chunk_loss(
     factors: Factors,
     act: HeadActivations,
     index: int,
-    step: Tensor | None,
+    loss_weight: Tensor | None,
 ) -> Tensor:  # [chunk, logits_size]
     """Appends the logits of one chunk of targets and their losses.
 
     Args:
         index: of the chunk.
-        step: the uniform that holds the weight of one loss: the logits become their gradient (to
-            what they were before the cap) in place; None leaves them.
+        loss_weight: the uniform that holds the weight of one loss: the logits become their
+            gradient (to what they were before the cap) in place; None leaves them.
     """
     logits = record_logits(program, model, inputs, factors, act, index)
     cross_entropy(
@@ -124,7 +123,7 @@ def record_chunk_loss(
         chunk_of(inputs.labels, inputs, index),
         chunk_of(act.losses, inputs, index),
         chunk_of(act.correct, inputs, index),
-        step,
+        loss_weight,
         vocab_size=model.architecture.vocab_size,
         softcap=model.architecture.logit_softcap,
     )
@@ -138,22 +137,13 @@ def record_evaluation(
     factors: Factors,
     act: HeadActivations,
     x: Tensor,
-    totals: Tensor,
 ) -> None:
-    """Appends the head without gradients: losses, argmaxes and their sums.
+    """Appends the head without gradients: losses, and whether labels are the argmax.
 
     Args:
         x: [rows, hidden_size], the output of the last layer.
-        totals: [n]; the sum of losses is added to totals[0], of correct rows to totals[1].
     """
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
             record_chunk_loss(program, model, inputs, factors, act, index, None)
-        record_totals(program, inputs, act, totals)
-
-
-def record_totals(program: Program, inputs: Inputs, act: HeadActivations, totals: Tensor) -> None:
-    """Appends totals[0] += Σ losses, totals[1] += Σ correct."""
-    sum_into(program, act.losses, inputs.targets, totals, 0)
-    sum_into(program, act.correct, inputs.targets, totals, 1)

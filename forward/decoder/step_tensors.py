@@ -46,7 +46,7 @@ class StepInputs:
         words = device.empty((3 * width + _ALIGNMENT,), "u32", purpose="inputs")
 
         def part(index: int, length: int) -> Tensor:
-            return replace(words.rows(index * width, index * width + length), extent=rows)
+            return replace(words.slice(index * width, index * width + length), extent=rows)
 
         n = maximum_rows
         tokens = part(0, n) if token is None else replace(token, extent=rows)

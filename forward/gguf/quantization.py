@@ -1,13 +1,9 @@
-"""How each GGUF tensor type lies on the device: one table.
+"""All that is known of each GGUF tensor type: one table, which everyone else reads.
 
 A weight matrix keeps the bits that the file has. Its rows are repacked at load into u32 words in an
-order that a kernel can read aligned: the quants of the row first, in the order of their columns,
-then the scales. `shaders/wgsl/decode/{name}.wgsl` turns eight consecutive weights of a row into
-f32; the matmuls do so inside their tiles, and a matrix never exists as a whole in f32.
-
-Bits of quants are laid out so that four weights are decoded at once: eight weights (an "eight")
-have theirs in the four bytes of a word, weight j in byte j and weight 4 + j in the bits above it.
-So four bits of an eight are one word, two bits are a word for two eights, one bit a word for four.
+order that a kernel can read aligned (repacking.py). `shaders/wgsl/decode/{name}.wgsl` turns eight
+consecutive weights of a row into f32; the matmuls do so inside their tiles, and a matrix never
+exists as a whole in f32. Merging writes blocks again (block_writers.py).
 
 Source of the block formats: ggml-common.h of ggml, and `gguf.quants`, which the tests compare with.
 """
@@ -16,11 +12,41 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import gguf
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from lora.forward.gguf.block_writers import (
+    write_affine,
+    write_iq4_nl,
+    write_iq4_xs,
+    write_q2_k,
+    write_q3_k,
+    write_q4_k,
+    write_q5_k,
+    write_q6_k,
+    write_scaled,
+)
+from lora.forward.gguf.repacking import (
+    repack_iq4_xs,
+    repack_mxfp4,
+    repack_plain,
+    repack_q2_k,
+    repack_q3_k,
+    repack_q4_0,
+    repack_q4_1,
+    repack_q4_k,
+    repack_q5_0,
+    repack_q5_1,
+    repack_q5_k,
+    repack_q6_k,
+    repack_q8_0,
+)
+
 ROW_ALIGNMENT = 4  # words: rows begin on 16 bytes
+_WRITTEN_AT_ONCE = 1 << 16  # weights: the arrays of a batch stay in the cache
 
 # Bits of an exponent in the u16 of a scale (or value): all of them set mean infinity or NaN.
 _F16_EXPONENT = 0x7C00
@@ -29,26 +55,80 @@ _E8M0_NAN = 0x00FF  # a scale of one byte: 255 is NaN, and there is no infinity
 
 
 @dataclass(frozen=True)
+class WholeNumbers:
+    """Weights as scale · (q - zero), or scale · q - minimum, with whole numbers q of few bits.
+
+    Products of one row with them decode no weight to a float by itself: they multiply by the q, and
+    the sums by the scales (shaders/wgsl/parts/matmul_int_row_quants.wgsl, matmul_row_quants.wgsl).
+
+    Attributes:
+        bits: of q: 4 as nibbles; 5, 6 as nibbles and then the upper bits; 8 as bytes with a sign.
+        zero: the q that stands for 0.
+        scales: what lies after the quants: "half", an f16 for 32 weights; "halves", scale and
+            minimum as f16 for 32; "six_bits", five words a super-block with six bits of scale and
+            of minimum for 32; "bytes", a signed byte for 16, then an f16 a super-block.
+        as_floats: whether `matmul_row` (CPU devices, Metal), too, multiplies by q, turned into
+            floats; else it takes decode8.
+    """
+
+    bits: int
+    zero: int
+    scales: str
+    as_floats: bool = True
+
+
+@dataclass(frozen=True)
 class Quantization:
     """One tensor type.
 
     Attributes:
-        name: of the decode snippet, lower case.
+        name: of the decode snippet, shaders/wgsl/decode/NAME.wgsl, and in lower case of the type.
         block_size: weights that share a scale, or a scale of scales.
         block_bytes: bytes of a block in the file.
         packed_bytes: bytes of a block on the device.
+        group_size: weights that share a scale.
         exponents: where a block of the file can say infinity or NaN: the offset of a u16 in the
             block, and the bits of it that are all set then.
         repack: file bytes [rows, blocks, block_bytes] → the sections of the device's rows, each
             u32 [rows, words].
+        write: f32 [blocks, block_size] → file bytes uint8 [blocks, block_bytes], for merging; None
+            where gguf-py does it as well.
+        numbers: how products of one row take the weights as whole numbers; None for types whose
+            weights are none, or rare: these are decoded as everywhere else.
     """
 
     name: str
     block_size: int
     block_bytes: int
     packed_bytes: int
+    group_size: int
     exponents: tuple[tuple[int, int], ...]
     repack: Callable[[np.ndarray], Sequence[np.ndarray]]
+    write: Callable[[np.ndarray], np.ndarray] | None = None
+    numbers: WholeNumbers | None = None
+
+    @property
+    def bits_a_weight(self) -> float:
+        """Bits that a weight takes in the file, scales included."""
+        return 8 * self.block_bytes / self.block_size
+
+    @property
+    def f16_scales(self) -> tuple[int, ...]:
+        """Offsets of the f16 scales in a block; none where the weights are numbers themselves."""
+        halves = [offset for offset, bits in self.exponents if bits == _F16_EXPONENT]
+        return tuple(halves) if self.block_size > 1 else ()
+
+    def row_constants(self) -> dict[str, Any]:
+        """What the kernels of one row are rendered with."""
+        numbers = self.numbers or WholeNumbers(0, 0, "none", as_floats=False)
+        return {
+            "quantization": self.name,
+            "bits": numbers.bits,
+            "zero": numbers.zero,
+            "scales": numbers.scales,
+            "as_floats": numbers.as_floats,
+            "group_size": self.group_size,
+        }
 
     def row_words(self, columns: int) -> int:
         """u32 words of one row on the device."""
@@ -98,266 +178,82 @@ class Quantization:
         return finite
 
 
-# -- pieces of blocks ----------------------------------------------------------------------------
-
-
-def _words(blocks: np.ndarray, start: int, stop: int) -> np.ndarray:
-    """The bytes start … stop of every block as u32.  # [rows, blocks, (stop - start) / 4]"""
-    return np.ascontiguousarray(blocks[:, :, start:stop]).view("<u4")
-
-
-def _row(words: np.ndarray) -> np.ndarray:
-    """Words of blocks as a section of rows.  # [rows, words]"""
-    return words.reshape(len(words), -1)
-
-
-def _packed_row(pieces: np.ndarray) -> np.ndarray:
-    """u8 or u16 of blocks [rows, …], two or four a word, the last word filled with zeros."""
-    data = np.ascontiguousarray(pieces).view(np.uint8).reshape(len(pieces), -1)
-    if data.shape[1] % 4:
-        padding = np.zeros((len(data), -data.shape[1] % 4), np.uint8)
-        data = np.concatenate([data, padding], axis=1)
-    return data.view("<u4")
-
-
-def _byte_mask(bits: int) -> np.uint32:
-    return np.uint32(bits * 0x01010101)
-
-
-def _four_bits(words: np.ndarray) -> np.ndarray:
-    """Nibbles of chunks of n bytes as words of eights.
-
-    Args:
-        words: u32 [..., n / 4]. Byte l holds weights l (lower nibble) and n + l.
-
-    Returns:
-        u32 [..., n / 4], a word for each eight of the chunk's 2n weights.
-    """
-    low, even, odd = _byte_mask(0x0F), words[..., 0::2], words[..., 1::2]
-    return np.concatenate(
-        [
-            (even & low) | ((odd & low) << 4),
-            ((even >> 4) & low) | (odd & ~low),
-        ],
-        axis=-1,
-    )
-
-
-def _transpose_fields(words: np.ndarray, bits: int) -> None:
-    """Exchanges, in each byte, field s of word f with field f of word s; in place.
-
-    Args:
-        words: u32 [n, …]; the bytes hold n = 8 / bits fields.
-    """
-    n = 8 // bits
-    step = 1
-    while step < n:  # as for any matrix of 2^i rows: the off-diagonal halves change places
-        lower = [s for s in range(n) if not s & step]
-        mask, shift = _byte_mask(sum((2**bits - 1) << (bits * s) for s in lower)), bits * step
-        for f in lower:
-            first, second = words[f], words[f + step]
-            exchanged = ((first >> shift) ^ second) & mask
-            second ^= exchanged
-            first ^= exchanged << shift
-        step *= 2
-
-
-def _two_bits(words: np.ndarray) -> np.ndarray:
-    """Two-bit quants of super-blocks as words of sixteen weights, the first eight in lower bits.
-
-    Args:
-        words: u32 [rows, blocks, 16], two chunks of 32 bytes. Bits 2s of byte l hold weight
-            32 s + l of the chunk's 128.
-
-    Returns:
-        u32 [rows, blocks, 16].
-    """
-    # Blocks last, so that numpy's inner loop is long: five times faster.
-    columns = words.reshape(-1, 16).T.copy(order="C")  # `words` may be the file itself
-    chunks = columns.reshape(2, 2, 4, -1)  # [chunk, half of its 32 bytes, four of them, blocks]
-    _transpose_fields(np.moveaxis(chunks, 2, 0), 2)
-    return np.ascontiguousarray(chunks.transpose(3, 0, 2, 1)).reshape(words.shape)
-
-
-def _one_bit(words: np.ndarray) -> np.ndarray:
-    """Single bits of super-blocks as words of 32 weights, the first eight in the lowest bits.
-
-    Args:
-        words: u32 [rows, blocks, 8]. Bit s of byte l holds weight 32 s + l.
-
-    Returns:
-        u32 [rows, blocks, 8].
-    """
-    columns = words.reshape(-1, 8).T.copy(order="C")
-    _transpose_fields(columns, 1)
-    return np.ascontiguousarray(columns.T).reshape(words.shape)
-
-
-def _bits_of_bytes() -> np.ndarray:
-    """For every byte the word in which its bit i is bit i / 4 of byte i % 4.  # u32 [256]"""
-    byte = np.arange(256, dtype=np.uint32)
-    moved = np.zeros(256, np.uint32)
-    for i in range(8):
-        moved |= ((byte >> i) & 1) << (8 * (i % 4) + i // 4)
-    return moved
-
-
-_BITS_OF_BYTES = _bits_of_bytes()
-
-
-def _fifth_bits(blocks: np.ndarray, start: int) -> np.ndarray:
-    """The fifth bits of blocks of 32 (bit i of a u32 at `start` is weight i), as `_one_bit`."""
-    bits = np.zeros(blocks.shape[:2], np.uint32)
-    for eight in range(4):
-        bits |= _BITS_OF_BYTES[blocks[:, :, start + eight]] << (2 * eight)
-    return bits
-
-
-def _scales_and_minima(blocks: np.ndarray) -> np.ndarray:
-    """The six-bit scales and minima of Q4_K and Q5_K, as bytes.
-
-    Returns:
-        u32 [rows, blocks, 4]: a word holds scale, minimum, scale, minimum of two sub-blocks.
-    """
-    scale, minimum, rest = np.moveaxis(_words(blocks, 4, 16), -1, 0)
-    six, four, two = _byte_mask(0x3F), _byte_mask(0x0F), _byte_mask(0x30)
-    scales = np.stack([scale & six, (rest & four) | ((scale >> 2) & two)], axis=-1)
-    minima = np.stack([minimum & six, ((rest >> 4) & four) | ((minimum >> 2) & two)], axis=-1)
-    pairs = np.stack([scales.view(np.uint8), minima.view(np.uint8)], axis=-1)
-    return pairs.reshape(*blocks.shape[:2], 16).view("<u4")
-
-
-def _six_bit_scales(blocks: np.ndarray, start: int) -> np.ndarray:
-    """Q3_K's sixteen six-bit scales as bytes.
-
-    The file has three words: the lower nibbles of the first two are the lower bits of scales
-    0 … 7, the upper nibbles those of scales 8 … 15; bits 2i of the third word's byte j are the
-    upper two of scale 4i + j.
-
-    Returns:
-        u32 [rows, blocks, 4].
-    """
-    first, second, upper = np.moveaxis(_words(blocks, start, start + 12), -1, 0)
-    four, two = _byte_mask(0x0F), _byte_mask(0x30)
-    return np.stack(
-        [
-            (first & four) | ((upper << 4) & two),
-            (second & four) | ((upper << 2) & two),
-            ((first >> 4) & four) | (upper & two),
-            ((second >> 4) & four) | ((upper >> 2) & two),
-        ],
-        axis=-1,
-    )
-
-
-# -- one function a layout -------------------------------------------------------------------------
-
-
-def _repack_plain(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [_packed_row(blocks)]
-
-
-def _repack_q8_0(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [_row(_words(blocks, 2, 34)), _packed_row(blocks[:, :, :2])]
-
-
-def _repack_q4_0(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [_row(_four_bits(_words(blocks, 2, 18))), _packed_row(blocks[:, :, :2])]
-
-
-def _repack_q4_1(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [_row(_four_bits(_words(blocks, 4, 20))), _row(_words(blocks, 0, 4))]
-
-
-def _repack_q5_0(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [
-        _row(_four_bits(_words(blocks, 6, 22))),
-        _fifth_bits(blocks, 2),
-        _packed_row(blocks[:, :, :2]),
-    ]
-
-
-def _repack_q5_1(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [
-        _row(_four_bits(_words(blocks, 8, 24))),
-        _fifth_bits(blocks, 4),
-        _row(_words(blocks, 0, 4)),
-    ]
-
-
-def _repack_mxfp4(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [_row(_four_bits(_words(blocks, 1, 17))), _packed_row(blocks[:, :, :1])]
-
-
-def _repack_q2_k(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    scales = np.concatenate([_words(blocks, 80, 84), _words(blocks, 0, 16)], axis=-1)
-    return [_row(_two_bits(_words(blocks, 16, 80))), _row(scales)]
-
-
-def _repack_q3_k(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    return [
-        _row(_two_bits(_words(blocks, 32, 96))),
-        _row(_one_bit(_words(blocks, 0, 32))),
-        _row(_six_bit_scales(blocks, 96)),
-        _packed_row(blocks[:, :, 108:110]),
-    ]
-
-
-def _four_bits_of_pairs(words: np.ndarray) -> np.ndarray:
-    """The nibbles of Q4_K and Q5_K: chunks of 32 bytes, which hold two sub-blocks."""
-    return _four_bits(words.reshape(len(words), -1, 8))
-
-
-def _repack_q4_k(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    scales = np.concatenate([_words(blocks, 0, 4), _scales_and_minima(blocks)], axis=-1)
-    return [_row(_four_bits_of_pairs(_words(blocks, 16, 144))), _row(scales)]
-
-
-def _repack_q5_k(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    scales = np.concatenate([_words(blocks, 0, 4), _scales_and_minima(blocks)], axis=-1)
-    return [
-        _row(_four_bits_of_pairs(_words(blocks, 48, 176))),
-        _row(_one_bit(_words(blocks, 16, 48))),
-        _row(scales),
-    ]
-
-
-def _repack_q6_k(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    halves = _words(blocks, 0, 128).reshape(len(blocks), -1, 16)  # chunks of 64 bytes
-    return [
-        _row(_four_bits(halves)),
-        _row(_two_bits(_words(blocks, 128, 192))),
-        _row(_words(blocks, 192, 208)),
-        _packed_row(blocks[:, :, 208:210]),
-    ]
-
-
-def _repack_iq4_xs(blocks: np.ndarray) -> Sequence[np.ndarray]:
-    quants = _words(blocks, 8, 136).reshape(len(blocks), -1, 4)  # chunks of 16 bytes
-    return [_row(_four_bits(quants)), _row(_words(blocks, 0, 8))]
-
-
 _HALF = ((0, _F16_EXPONENT),)
 _TWO_HALVES = ((0, _F16_EXPONENT), (2, _F16_EXPONENT))
 
 QUANTIZATIONS: dict[GGMLQuantizationType, Quantization] = {
     getattr(GGMLQuantizationType, quantization.name.upper()): quantization
     for quantization in (
-        Quantization("f32", 1, 4, 4, ((2, _BF16_EXPONENT),), _repack_plain),
-        Quantization("f16", 1, 2, 2, _HALF, _repack_plain),
-        Quantization("bf16", 1, 2, 2, ((0, _BF16_EXPONENT),), _repack_plain),
-        Quantization("q8_0", 32, 34, 34, _HALF, _repack_q8_0),
-        Quantization("q4_0", 32, 18, 18, _HALF, _repack_q4_0),
-        Quantization("q4_1", 32, 20, 20, _TWO_HALVES, _repack_q4_1),
-        Quantization("q5_0", 32, 22, 22, _HALF, _repack_q5_0),
-        Quantization("q5_1", 32, 24, 24, _TWO_HALVES, _repack_q5_1),
-        Quantization("iq4_nl", 32, 18, 18, _HALF, _repack_q4_0),
-        Quantization("mxfp4", 32, 17, 17, ((0, _E8M0_NAN),), _repack_mxfp4),
-        Quantization("q2_k", 256, 84, 84, ((80, _F16_EXPONENT), (82, _F16_EXPONENT)), _repack_q2_k),
-        Quantization("q3_k", 256, 110, 114, ((108, _F16_EXPONENT),), _repack_q3_k),
-        Quantization("q4_k", 256, 144, 148, _TWO_HALVES, _repack_q4_k),
-        Quantization("q5_k", 256, 176, 180, _TWO_HALVES, _repack_q5_k),
-        Quantization("q6_k", 256, 210, 210, ((208, _F16_EXPONENT),), _repack_q6_k),
-        Quantization("iq4_xs", 256, 136, 136, _HALF, _repack_iq4_xs),
+        Quantization("f32", 1, 4, 4, 1, ((2, _BF16_EXPONENT),), repack_plain),
+        Quantization("f16", 1, 2, 2, 1, _HALF, repack_plain),
+        Quantization("bf16", 1, 2, 2, 1, ((0, _BF16_EXPONENT),), repack_plain),
+        Quantization(
+            "q8_0", 32, 34, 34, 32, _HALF, repack_q8_0,
+            numbers=WholeNumbers(8, 0, "half"),
+        ),
+        Quantization(
+            "q4_0", 32, 18, 18, 32, _HALF, repack_q4_0, write_scaled(4),
+            WholeNumbers(4, 8, "half"),
+        ),
+        Quantization(
+            "q4_1", 32, 20, 20, 32, _TWO_HALVES, repack_q4_1, write_affine(4),
+            WholeNumbers(4, 0, "halves"),
+        ),
+        Quantization(
+            "q5_0", 32, 22, 22, 32, _HALF, repack_q5_0, write_scaled(5),
+            WholeNumbers(5, 16, "half", as_floats=False),
+        ),
+        Quantization(
+            "q5_1", 32, 24, 24, 32, _TWO_HALVES, repack_q5_1, write_affine(5),
+            WholeNumbers(5, 0, "halves", as_floats=False),
+        ),
+        Quantization("iq4_nl", 32, 18, 18, 32, _HALF, repack_q4_0, write_iq4_nl),
+        Quantization("mxfp4", 32, 17, 17, 32, ((0, _E8M0_NAN),), repack_mxfp4),
+        Quantization(
+            "q2_k", 256, 84, 84, 16, ((80, _F16_EXPONENT), (82, _F16_EXPONENT)), repack_q2_k,
+            write_q2_k,
+        ),
+        Quantization(
+            "q3_k", 256, 110, 114, 16, ((108, _F16_EXPONENT),), repack_q3_k, write_q3_k
+        ),
+        Quantization(
+            "q4_k", 256, 144, 148, 32, _TWO_HALVES, repack_q4_k, write_q4_k,
+            WholeNumbers(4, 0, "six_bits"),
+        ),
+        Quantization(
+            "q5_k", 256, 176, 180, 32, _TWO_HALVES, repack_q5_k, write_q5_k,
+            WholeNumbers(5, 0, "six_bits"),
+        ),
+        Quantization(
+            "q6_k", 256, 210, 210, 16, ((208, _F16_EXPONENT),), repack_q6_k, write_q6_k,
+            WholeNumbers(6, 32, "bytes"),
+        ),
+        Quantization("iq4_xs", 256, 136, 136, 32, _HALF, repack_iq4_xs, write_iq4_xs),
     )
-}
+}  # fmt: skip
+
+
+def quantize(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
+    """Rows of weights as a tensor of a type holds them.
+
+    Args:
+        values: f32 [rows, columns], finite; columns a multiple of the type's block.
+        kind: one that QUANTIZATIONS lists.
+
+    Returns:
+        uint8 [rows, bytes a row].
+    """
+    rows, columns = values.shape
+    quantization = QUANTIZATIONS[kind]
+    block_size = quantization.block_size
+    if columns % block_size:
+        raise ValueError(f"{columns} columns are no whole blocks of {block_size} ({kind.name})")
+    if quantization.write is None:
+        stored: np.ndarray = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), kind)
+        return stored.view(np.uint8).reshape(rows, -1)
+    blocks = np.ascontiguousarray(values, np.float32).reshape(-1, block_size)
+    data = np.empty((len(blocks), quantization.block_bytes), np.uint8)
+    n = _WRITTEN_AT_ONCE // block_size
+    for start in range(0, len(blocks), n):
+        data[start : start + n] = quantization.write(blocks[start : start + n])
+    return data.reshape(rows, -1)

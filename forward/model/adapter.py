@@ -53,7 +53,7 @@ class LoraFactors:
         """How many matrices it adapts."""
         return len(self.ranges)
 
-    def first_row(self, member: int) -> int:
+    def first_feature(self, member: int) -> int:
         """The row of the stacked B where a member's begins."""
         return sum(stop - start for start, stop in self.ranges[:member])
 
@@ -146,8 +146,8 @@ class AdapterLayout:
         for group in self.groups:
             a_shape = (len(group.members) * self.padded_rank, group.in_features)
             b_shape = (sum(stop - start for start, stop in group.ranges), self.padded_rank)
-            a = flat.rows(group.a_start, group.a_start + a_shape[0] * a_shape[1])
-            b = flat.rows(group.b_start, group.b_start + b_shape[0] * b_shape[1])
+            a = flat.slice(group.a_start, group.a_start + a_shape[0] * a_shape[1])
+            b = flat.slice(group.b_start, group.b_start + b_shape[0] * b_shape[1])
             found[group.layer, group.group] = LoraFactors(
                 a.reshape(*a_shape), b.reshape(*b_shape), self.padded_rank, self.scale, group.ranges
             )

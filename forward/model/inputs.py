@@ -50,21 +50,21 @@ class Inputs:
         device: Device,
         maximum_rows: int,
         maximum_targets: int,
-        chunk_rows: int,
+        chunk_size: int,
         long_examples: LongExamples | None = None,
     ) -> Inputs:
         """Buffers for micro-batches of at most `maximum_rows` tokens.
 
         Args:
             maximum_targets: rows of these that may have a target.
-            chunk_rows: target rows whose logits exist at one time; a multiple of 64.
+            chunk_size: target rows whose logits exist at one time; a multiple of 64.
             long_examples: of the model.
         """
         padded = -(-maximum_targets // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         rows, targets = device.extent(maximum_rows), device.extent(padded)
         chunks = []
-        for start in range(0, padded, chunk_rows):
-            stop = min(start + chunk_rows, padded)
+        for start in range(0, padded, chunk_size):
+            stop = min(start + chunk_size, padded)
             chunks.append((start, stop, device.extent(stop - start)))
 
         def integers(extent: Extent, *shape: int) -> Tensor:

@@ -13,7 +13,7 @@ from lora.shaders.device import UPLOAD_PIECE, Device
 from lora.shaders.errors import InputError
 from lora.shaders.tensor import Tensor
 
-# On an adapter that runs on the CPU a part and its share of the activations stay in the cache
+# On a device that runs on the CPU a part and its share of the activations stay in the cache
 # while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
 CPU_PART_BYTES = 2 << 20
 MAX_PART_BYTES = 1 << 30
@@ -25,17 +25,17 @@ class MatrixPart:
 
     Attributes:
         quantization: how `words` are to be decoded.
-        words: u32 [n_rows, words a row].
-        first_row: the row of the whole matrix (column of the output) where it begins.
+        words: u32 [out_features, words a row].
+        first_feature: the row of the whole matrix (column of the output) where it begins.
     """
 
     quantization: Quantization
     words: Tensor
-    first_row: int
+    first_feature: int
 
     @property
-    def n_rows(self) -> int:
-        """Rows it holds."""
+    def out_features(self) -> int:
+        """Rows of the matrix that it holds."""
         return self.words.shape[0]
 
 
@@ -73,7 +73,7 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
             f"tensors of unequal width cannot be stacked: {[t.shape for t in tensors]}"
         )
     parts = []
-    first_row = 0
+    first_feature = 0
     for run in _runs_of_one_type(tensors):
         quantization = QUANTIZATIONS[run[0].type]
         row_words = quantization.row_words(in_features)
@@ -98,9 +98,9 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
                 device.write_rows(words, filled, pending[:take])
                 pending = pending[take:]
                 filled += take
-            parts.append(MatrixPart(quantization, words, first_row + start))
-        first_row += padded_rows
-    return FrozenMatrix(first_row, in_features, tuple(parts))
+            parts.append(MatrixPart(quantization, words, first_feature + start))
+        first_feature += padded_rows
+    return FrozenMatrix(first_feature, in_features, tuple(parts))
 
 
 def _runs_of_one_type(tensors: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:

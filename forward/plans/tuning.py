@@ -55,7 +55,7 @@ def tune(
     would be needed anyway. Losing kernels are compiled by several threads for 60% of it.
 
     Args:
-        device: no CPU adapter: those compile tiled kernels for seconds each.
+        device: no CPU device: those compile tiled kernels for seconds each.
         requests: the products of a training step, each as often as it occurs.
         seconds: to spend.
         stopwatch: what times programs.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.config.schema import Config, load_config
-from lora.data.rows import Row, load_rows
+from lora.data.records import Record, load_records
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
@@ -46,15 +46,15 @@ class Origin:
 
     def prompt_form(self, base: GGUFFile) -> PromptForm | None:
         """How prompts are written; None where a chat template writes them or it can't be known."""
-        data_format, rows = self._rows()
+        data_format, records = self._records()
         if data_format == "instruct" and self._has_chat_template(base) is False:
             return PromptForm(data_format, "\n\n")  # as lora/data/examples.py writes them
         if data_format == "completion":
-            return PromptForm(data_format, _common_ending([r.columns["prompt"] for r in rows]))
+            return PromptForm(data_format, _common_ending([r.columns["prompt"] for r in records]))
         return PromptForm(data_format, "") if data_format == "text" else None
 
-    def _rows(self) -> tuple[str, list[Row]]:
-        """The format, "auto" if it can't be known; rows, if they matter and the file is there."""
+    def _records(self) -> tuple[str, list[Record]]:
+        """The format, "auto" if not known; records, if they matter and the file is there."""
         data = self.config.data
         if data.format not in ("auto", "completion"):  # the others' rows say nothing more
             return data.format, []
@@ -62,7 +62,7 @@ class Origin:
         if path is None or not path.is_file():
             return data.format, []
         try:
-            return load_rows(str(path), data.format)
+            return load_records(str(path), data.format)
         except InputError:
             return data.format, []
 

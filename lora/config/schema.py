@@ -288,7 +288,7 @@ class Config(_Section):
     data: DataConfig = Field(description="the data")
     train: Annotated[TrainConfig, BeforeValidator(_section_from_nothing)] = TrainConfig()
     device: Text | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="auto, an adapter's index, or part of its name"
+        default="auto", description="auto, a device's index, or part of its name"
     )
     output: Text = Field(description="the directory that the run writes to")
 

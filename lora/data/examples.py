@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from lora.config.schema import DataConfig
-from lora.data.rows import load_rows
-from lora.forward.text.chat_template import render_chat
+from lora.data.records import load_records
 from lora.forward.text.tokenizer import TokenizedText
 from lora.shaders.errors import InputError
+
+if TYPE_CHECKING:
+    from lora.config.schema import DataConfig
 
 Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
@@ -59,11 +60,11 @@ class DataSummary:
     """What was loaded, for printing."""
 
     data_format: str  # chat, completion, instruct or text
-    n_examples: int  # rows that are used
-    n_tokens: int  # of all used rows, after cutting
+    n_examples: int  # records that are used
+    n_tokens: int  # of all used records, after cutting
     n_trained_tokens: int  # of these, tokens that count in the loss
-    n_cut: int  # rows longer than max_length, cut at the end
-    n_untrained: int  # rows left out because no token of theirs is trained
+    n_cut: int  # records longer than max_length, cut at the end
+    n_untrained: int  # records left out because no token of theirs is trained
     longest: int  # tokens of the longest row before cutting
     max_length: int  # tokens that a row may have
 
@@ -101,7 +102,7 @@ class _MarkedText:
 def load_examples(
     settings: DataConfig, tokenizer: TextTokenizer, split: Literal["train", "eval"] = "train"
 ) -> tuple[list[Example], DataSummary]:
-    """Loads and tokenizes the rows of data.train or data.eval.
+    """Loads and tokenizes the records of data.train or data.eval.
 
     Args:
         settings: the config's `data:`.
@@ -115,14 +116,14 @@ def load_examples(
     source = settings.train if split == "train" else settings.eval
     if source is None:
         raise InputError("data.eval: got null; name the examples to evaluate on.")
-    data_format, rows = load_rows(source, settings.format, split)
+    data_format, records = load_records(source, settings.format, split)
     examples: list[Example] = []
     n_cut = longest = 0
-    for row in rows:
+    for record in records:
         try:
-            ids, trained = tokenize_row(row.columns, data_format, settings, tokenizer)
+            ids, trained = tokenize_record(record.columns, data_format, settings, tokenizer)
         except InputError as error:
-            raise InputError(f"{row.place}: {error}") from error
+            raise InputError(f"{record.place}: {error}") from error
         longest = max(longest, len(ids))
         n_cut += len(ids) > settings.max_length
         # A row that loses only what isn't trained, as ChatML's last line break, is whole.
@@ -132,8 +133,8 @@ def load_examples(
             examples.append(Example(ids, trained, len(examples), cut))
     if not examples:
         raise InputError(
-            f"data.{split}: no token of its {len(rows)} rows is trained: they are empty, have no "
-            f"assistant turn, or their answers begin beyond data.max_length "
+            f"data.{split}: no token of its {len(records)} rows is trained: they are empty, have "
+            f"no assistant turn, or their answers begin beyond data.max_length "
             f"({settings.max_length} tokens; the longest row has {longest})."
         )
     summary = DataSummary(
@@ -142,17 +143,17 @@ def load_examples(
         n_tokens=sum(len(example.ids) for example in examples),
         n_trained_tokens=sum(int(example.trained.sum()) for example in examples),
         n_cut=n_cut,
-        n_untrained=len(rows) - len(examples),
+        n_untrained=len(records) - len(examples),
         longest=longest,
         max_length=settings.max_length,
     )
     return examples, summary
 
 
-def tokenize_row(
+def tokenize_record(
     columns: dict[str, Any], data_format: str, settings: DataConfig, tokenizer: TextTokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Turns one row into tokens, before cutting.
+    """Turns one record into tokens, before cutting.
 
     Returns:
         ids int32 [n] and trained bool [n].
@@ -222,6 +223,8 @@ def _mark_chat(
         f"{name}_token": None if token is None else tokenizer.decode([token], skip_special=False)
         for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
     }
+
+    from lora.forward.text.chat_template import render_chat  # with Jinja2, for chats only
 
     def render(n_messages: int, add_generation_prompt: bool = False) -> str:
         return render_chat(

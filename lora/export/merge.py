@@ -20,7 +20,7 @@ from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import AdaptedTensor
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
-from lora.forward.gguf.requantize import quantize
+from lora.forward.gguf.quantization import quantize
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.gguf_output import TensorPlace, new_file, padding, write_header
 

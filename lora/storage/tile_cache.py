@@ -1,4 +1,4 @@
-"""Plans of matmul_tiled that were found once for an adapter and its driver, kept for later runs.
+"""Plans of matmul_tiled that were found once for a device and its driver, kept for later runs.
 
 A plan decides the last bits of a result: training never measures again what stands here, so that a
 seed gives one adapter on a machine. One process at a time looks for plans.
@@ -92,7 +92,7 @@ def plan_of_entry(device: Device, product: Product, entry: Any) -> Plan | None:
 
 
 class TileCache:
-    """The plans found for one adapter, driver and version of the kernels: one JSON file.
+    """The plans found for one device, driver and version of the kernels: one JSON file.
 
     Args:
         device: whose plans.
@@ -196,7 +196,7 @@ def find_tiles(
 ) -> PlanSource | None:
     """The plans that a session shall record its products with; None for the model's choices.
 
-    Adapters on the CPU take the model's: they have another body for products.
+    CPU devices take the model's: they have another body for products.
 
     Args:
         setting: `train.tuning`: off for the model's choices alone, which depend on nothing else;

@@ -57,7 +57,7 @@ class MetricsAtArrival:
     trained_tokens: int
 
     def __call__(self, values: np.ndarray) -> Metrics:
-        """The metrics; `values` is `Activations.metrics`: totals first, from 64 on the norm."""
+        """The metrics; `values` is `Activations.metrics`: the loss first, from 64 on the norm."""
         return Metrics(
             step=self.step,
             epoch=self.epoch,

@@ -147,7 +147,7 @@ def expected_seconds(session: TrainingSession, peaks: Peaks) -> float:
     """About how long a step of the largest micro-batches takes: its products at the peak rate.
 
     On a GPU every dispatch has its price, too. Within a quarter of nine measured runs on an H200
-    (benchmarks/results); on CPU adapters, where the peak is that of an f32 matrix, twice too long
+    (benchmarks/results); on CPU devices, where the peak is that of an f32 matrix, twice too long
     for quantized ones.
     """
     dispatches = [

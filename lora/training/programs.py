@@ -64,8 +64,8 @@ class Activations:
     final: Tensor  # [rows, hidden_size], the output of the last layer
     shared: LayerActivations  # of the layer that is being computed
     head: HeadActivations
-    totals: Tensor  # [64]: sum of losses, number of correct rows
-    state: Tensor  # [64], of gradient_norm; beside `totals` in one buffer
+    loss_sum: Tensor  # [64], the first of which is the sum of losses
+    state: Tensor  # [64], of gradient_norm; beside `loss_sum` in one buffer
     metrics: Tensor  # [128], both
 
     @classmethod
@@ -81,8 +81,8 @@ class Activations:
             final=device.empty(shape, extent=inputs.rows),
             shared=LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer),
             head=HeadActivations.allocate(device, model, inputs, factors),
-            totals=metrics.rows(0, 64),
-            state=metrics.rows(64, 128),
+            loss_sum=metrics.slice(0, 64),
+            state=metrics.slice(64, 128),
             metrics=metrics,
         )
 
@@ -134,7 +134,7 @@ def record_eval(
     program = record_forward_only(device, model, inputs, act, layout, flat)
     factors = {} if flat is None else layout.factors(flat)
     x = last_states(model, layout, act)
-    record_evaluation(program, model, inputs, factors, act.head, x, act.totals)
+    record_evaluation(program, model, inputs, factors, act.head, x)
     return program
 
 
@@ -175,7 +175,7 @@ class TrainingPrograms:
         self.begin = Program(device)
         for gradient in adapter.gradients:
             self.begin.clear(gradient, label="clear gradients")
-        self.begin.clear(act.totals, label="clear totals")
+        self.begin.clear(act.loss_sum, label="clear loss sum")
         self.micro_batch = self._record_micro_batch(
             device, model, inputs, act, layout, adapter, recompute
         )
@@ -238,7 +238,7 @@ class TrainingPrograms:
         with program.scope("backward"):
             record_head_backward(
                 program, model, inputs, factors, gradients, act.head, scratch,
-                last_states(model, layout, act), self.loss_weight, act.totals, lowest=not layers,
+                last_states(model, layout, act), self.loss_weight, act.loss_sum, lowest=not layers,
             )  # fmt: skip
             for layer in reversed(layers):
                 # The last layer's activations are still there.

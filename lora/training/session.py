@@ -7,15 +7,15 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from lora.adapters.files import load_adapter, open_adapter
 from lora.adapters.peft_files import save_peft_adapter
-from lora.config.schema import Config, load_config
 from lora.data.batches import Batch, DataStream, sequential_batches
 from lora.data.examples import DataSummary, Example, load_examples
-from lora.forward.decoder.head import chunk_rows
+from lora.forward.decoder.head import chunk_size
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
@@ -54,6 +54,9 @@ from lora.training.programs import (
     record_prefix,
     wants_recompute,
 )
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 
@@ -157,7 +160,7 @@ class TrainingSession:
         longest = max(self.config.data.max_length, *lengths, 1)
         self.model = load_model(self.device, gguf_file, architecture, longest)
         targets = self._most_targets()
-        chunk = chunk_rows(self.device, architecture.logits_size, targets)
+        chunk = chunk_size(self.device, architecture.logits_size, targets)
         self.inputs = Inputs.allocate(
             self.device, self.maximum_rows, targets, chunk, self.model.long_examples
         )
@@ -221,6 +224,8 @@ class TrainingSession:
         cls, path: str | Path, overrides: Sequence[str] = (), *, train: bool = True
     ) -> TrainingSession:
         """Opens the session of a YAML config; `overrides` are KEY=VALUE each."""
+        from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
+
         return cls(load_config(str(path), overrides), train=train)
 
     # -- set-up ---------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-// y[m] = W[tokens[m]] · scale for tokens in this part's rows [first_row, first_row + n_rows).
+// y[m] = W[tokens[m]] · scale for tokens in this part, [first_token, first_token + n_tokens).
 // Bindings: tokens u32 [rows], weights (quantized words), y [rows, width]. One lane eight columns.
 
 struct Extent { rows: u32 }
@@ -24,9 +24,9 @@ fn main(
     let index = (group.x + group.y * groups.x) * 64u + lane;
     let row = index / eights;
     if (row >= extent.rows) { return; }
-    // Tokens below first_row wrap around to large numbers: one comparison serves both ends.
-    let token = tokens[row] - {{ first_row }}u;
-    if (token >= {{ n_rows }}u) { return; }
+    // Tokens below first_token wrap around to large numbers: one comparison serves both ends.
+    let token = tokens[row] - {{ first_token }}u;
+    if (token >= {{ n_tokens }}u) { return; }
     let column = (index % eights) * 8u;
     let w = decode8(token, column);
     let at = (row * columns + column) / 4u;

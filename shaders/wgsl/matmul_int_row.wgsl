@@ -15,7 +15,7 @@
 {% endif %}
 // Bindings: row u32 [{{ contraction // 32 }} · 28], weights (words of W), out, then what there is of low [members · rank] and factor
 // (B [n, rank]), residual, bias, place, int_out and its next_weight (the row that comes out, for the next product).
-// {{ share }} lanes share the sums of {{ rows }} rows of W: a lane adds its vec4s of the low-rank part and then its blocks,
+// {{ share }} lanes share the sums of {{ weight_rows }} rows of W: a lane adds its vec4s of the low-rank part and then its blocks,
 // those at part, part + {{ share }}, … in this order, {{ steps }} of them loaded at once; a lane then adds every {{ parts }}th of a
 // sum's lanes, and {{ parts }} such sums meet in order. A workgroup has {{ lanes // share }} such groups of rows.
 
@@ -51,9 +51,9 @@ struct Place { unused: u32, out_column: u32 }
 
 {% set blocks = contraction // 32 %}
 {% set groups = lanes // share %}
-{% set group_columns = rows // 2 if gate else rows %}{# of out #}
+{% set group_columns = weight_rows // 2 if gate else weight_rows %}{# of out #}
 {% set columns = groups * group_columns %}{# of a workgroup #}
-{% set sums = groups * rows %}
+{% set sums = groups * weight_rows %}
 const lanes = {{ lanes }}u;
 const share = {{ share }}u;
 const blocks = {{ blocks }}u;
@@ -61,7 +61,7 @@ const n_columns = {{ n_columns }}u; // of the output
 const row_quads = {{ row_words // 4 }}u;
 const low_rank_scale = {{ scale }};
 
-var<workgroup> lane_sums: array<f32, {{ lanes * rows }}>; // [row of the group][lane]
+var<workgroup> lane_sums: array<f32, {{ lanes * weight_rows }}>; // [row of the group][lane]
 var<workgroup> part_sums: array<f32, {{ sums * parts }}>; // [row of the workgroup][part]
 {% if epsilon is not none %}
 {% set square_parts = [share, 8] | min %}
@@ -70,7 +70,7 @@ var<workgroup> part_squares: array<f32, {{ square_parts }}>;
 {% endif %}
 
 {% include "parts/matmul_int_row_quants.wgsl" %}
-{% from "parts/matmul_int_row_quants.wgsl" import load_block, unpack_eight, halved, zero, minimum with context %}
+{% from "parts/matmul_int_row_quants.wgsl" import load_block, unpack_eight, halved, minimum with context %}
 {% if gate %}
 {% include "parts/activation.wgsl" %}
 {% else %}
@@ -89,7 +89,7 @@ fn joined(digit_0: i32, digit_1: i32, digit_2: i32) -> f32 {
 {% macro add_blocks(n) %}
 {% for s in range(n) %}
 {% set at = "b + %du" % (s * share) if s else "b" %}
-{% for r in range(rows) %}
+{% for r in range(weight_rows) %}
 {{ load_block("w_%d_%d" % (s, r), "row_%d" % r, at) -}}
 {% endfor %}
 {% endfor %}
@@ -103,7 +103,7 @@ fn joined(digit_0: i32, digit_1: i32, digit_2: i32) -> f32 {
 {% if epsilon is not none %}
         squares += about_{{ s }}.w;
 {% endif %}
-{% for r in range(rows) %}
+{% for r in range(weight_rows) %}
 {% set w = "w_%d_%d" % (s, r) %}
         {
 {% for half in range(2 if halved else 1) %}
@@ -144,8 +144,8 @@ fn main(
     let first = (group.x + group.y * groups.x) * {{ columns }}u;
     // Lanes past the end compute the last columns once more and do not store them: barriers follow.
     let column = min(first + lane / share * {{ group_columns }}u, n_columns - {{ group_columns }}u);
-{% for r in range(rows) %}
-    let row_{{ r }} = (column + {{ r if not gate or r < rows // 2 else "n_columns + %d" % (r - rows // 2) }}u) * row_quads;
+{% for r in range(weight_rows) %}
+    let row_{{ r }} = (column + {{ r if not gate or r < weight_rows // 2 else "n_columns + %d" % (r - weight_rows // 2) }}u) * row_quads;
     var sum_{{ r }} = 0.0;
 {% endfor %}
 {% if epsilon is not none %}
@@ -153,9 +153,9 @@ fn main(
 {% endif %}
 
 {% for member in members %}
-{% for r in range(rows) %}
+{% for r in range(weight_rows) %}
     {
-        let n = column + {{ r if not gate or r < rows // 2 else "n_columns + %d" % (r - rows // 2) }}u;
+        let n = column + {{ r if not gate or r < weight_rows // 2 else "n_columns + %d" % (r - weight_rows // 2) }}u;
         if (n >= {{ member.start }}u && n < {{ member.stop }}u) {
             let at = (n - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank // 4 }}u;
             for (var i = part; i < {{ rank // 4 }}u; i += share) {
@@ -187,7 +187,7 @@ fn main(
     }
 {% endif %}
 
-{% for r in range(rows) %}
+{% for r in range(weight_rows) %}
     lane_sums[{{ r * lanes }}u + lane] = sum_{{ r }};
 {% endfor %}
 {% if epsilon is not none %}
@@ -196,7 +196,7 @@ fn main(
     workgroupBarrier();
     if (lane < {{ sums * parts }}u) {
         let at = lane / {{ parts }}u; // the row of the workgroup
-        let start = (at % {{ rows }}u) * lanes + at / {{ rows }}u * share + lane % {{ parts }}u;
+        let start = (at % {{ weight_rows }}u) * lanes + at / {{ weight_rows }}u * share + lane % {{ parts }}u;
         var sum = lane_sums[start];
 {% for i in range(parts, share, parts) %}
         sum += lane_sums[start + {{ i }}u];
@@ -214,7 +214,7 @@ fn main(
 {% endif %}
     workgroupBarrier();
 
-{% macro whole_sum(column, up) %}{% set at = "((4u * lane + %du) / %du * %du + (4u * lane + %du) %% %du + %du)" % (column, group_columns, rows, column, group_columns, up) %}
+{% macro whole_sum(column, up) %}{% set at = "((4u * lane + %du) / %du * %du + (4u * lane + %du) %% %du + %du)" % (column, group_columns, weight_rows, column, group_columns, up) %}
 {% for i in range(parts) %}part_sums[{{ at }} * {{ parts }}u + {{ i }}u]{{ " + " if not loop.last }}{% endfor %}{% endmacro %}
     let is_stored = lane < {{ columns // 4 }}u && first + 4u * lane < n_columns;
     let quad = ({{ "place.out_column" if placed else "0u" }} + first) / 4u + lane;
@@ -225,7 +225,7 @@ fn main(
     if (is_stored) {
         var sum = vec4({% for c in range(4) %}{{ whole_sum(c, 0) }}{{ ", " if c < 3 }}{% endfor %});
 {% if gate %}
-        var up = vec4({% for c in range(4) %}{{ whole_sum(c, rows // 2) }}{{ ", " if c < 3 }}{% endfor %});
+        var up = vec4({% for c in range(4) %}{{ whole_sum(c, weight_rows // 2) }}{{ ", " if c < 3 }}{% endfor %});
 {% endif %}
 {% if epsilon is not none %}
         let squares_of_row = {% for i in range(square_parts) %}part_squares[{{ i }}]{{ " + " if not loop.last }}{% endfor %};

@@ -1,4 +1,4 @@
-// The body without workgroup memory, for adapters that run on the CPU (see matmul_tiled.wgsl for
+// The body without workgroup memory, for devices that run on the CPU (see matmul_tiled.wgsl for
 // the formula and the bindings). A lane holds {{ lane_rows }} rows × 8 columns of the output in
 // named accumulators; the contraction runs in order, the low-rank part first, then the weight.
 

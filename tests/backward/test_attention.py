@@ -9,6 +9,12 @@ import pytest
 
 from lora.backward import attention as backward_attention
 from lora.backward.attention import attention_backward
+from lora.checks.references.attention import (
+    Shape,
+    attention_backward_reference,
+    attention_reference,
+    segments_of,
+)
 from lora.forward.attention import Tile, attention
 from lora.shaders.device import Device
 from lora.shaders.program import Program
@@ -18,42 +24,12 @@ from tests.support.attention_cases import (
     ON_CPU,
     ON_GPU,
     TILES,
-    Shape,
     activation_of,
-    attention_reference,
     normal,
-    sees,
-    segments_of,
     segments_on,
-    split_heads,
     use_tile,
 )
 from tests.support.half_tensors import needs_halves
-
-
-def attention_backward_reference(
-    qkv: np.ndarray, d_out: np.ndarray, segments: np.ndarray, shape: Shape
-) -> np.ndarray:
-    q, k, v = split_heads(qkv.astype(np.float64), shape)
-    d_y = d_out.astype(np.float64).reshape(len(qkv), shape.n_heads, shape.head_size)
-    seen = sees(segments, shape)
-    d_q, d_k, d_v = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
-    for h in range(shape.n_heads):
-        kv = h // (shape.n_heads // shape.n_kv_heads)
-        s = shape.scale * q[h] @ k[kv].T
-        slope = np.ones_like(s)
-        if shape.softcap is not None:
-            slope = 1 - np.tanh(s / shape.softcap) ** 2
-            s = shape.softcap * np.tanh(s / shape.softcap)
-        s = np.where(seen, s, -np.inf)
-        p = np.exp(s - s.max(axis=1, keepdims=True))
-        p /= p.sum(axis=1, keepdims=True)
-        d_p = d_y[:, h] @ v[kv].T
-        d_s = p * (d_p - (p * d_p).sum(axis=1, keepdims=True)) * slope
-        d_q[h] = shape.scale * d_s @ k[kv]
-        d_k[kv] += shape.scale * d_s.T @ q[h]
-        d_v[kv] += p.T @ d_y[:, h]
-    return np.concatenate([d_q, d_k, d_v]).swapaxes(0, 1).reshape(len(qkv), -1)
 
 
 def run_backward(

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora.checks.references.gather import gather_backward_reference
 from lora.forward.gather import gather_rows
 from lora.forward.model.inputs import NO_ROW
 from lora.shaders.device import Device
@@ -15,13 +16,6 @@ from tests.support.kernels import (
     marked,
     run_twice,
 )
-
-
-def gather_backward_reference(d_y: np.ndarray, indices: np.ndarray, rows: int) -> np.ndarray:
-    """Each row gets the sum of the gradients of the places it was picked for."""
-    d_x = np.zeros((rows, d_y.shape[1]))
-    np.add.at(d_x, indices, d_y)
-    return d_x
 
 
 def test_reference_is_the_derivative() -> None:

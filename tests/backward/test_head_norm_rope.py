@@ -4,37 +4,20 @@ import numpy as np
 import pytest
 
 from lora.backward.head_norm_rope import head_norm_rope_backward
+from lora.checks.references.head_norm_rope import (
+    head_norm_rope_backward_reference,
+    head_norm_rope_reference,
+)
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.backward.test_rope import rope_backward_reference
 from tests.forward.test_head_norm_rope import (
-    BASE,
     CASES,
     EPSILON,
     HALF_CASES,
     Case,
-    head_norm_rope_reference,
 )
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.support.kernels import central_difference, extent_in_use, run_twice
-
-
-def head_norm_rope_backward_reference(
-    qkv: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray, d_y: np.ndarray,
-    positions: np.ndarray, case: Case,
-) -> np.ndarray:  # fmt: skip
-    n_heads, n_normed = case.n_heads, case.n_heads + case.n_kv_heads
-    shape = (len(qkv), n_normed + case.n_kv_heads, case.head_size)
-    x = qkv.astype(np.float64).reshape(shape)
-    d = rope_backward_reference(
-        d_y, positions, BASE, case.dimensions, n_normed, case.head_size, case.interleaved
-    ).reshape(shape)
-    for head in range(n_normed):
-        g = d[:, head] * (q_weight if head < n_heads else k_weight)
-        x_h = x[:, head]
-        rstd = 1 / np.sqrt((x_h * x_h).mean(axis=1, keepdims=True) + EPSILON)
-        d[:, head] = rstd * (g - x_h * rstd**2 * (g * x_h).mean(axis=1, keepdims=True))
-    return d.reshape(qkv.shape)
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -46,11 +29,13 @@ def test_reference_is_the_derivative(interleaved: bool) -> None:
     positions = np.array([0, 7, 300])
     slope = central_difference(
         lambda v: float(
-            (head_norm_rope_reference(v, q_weight, k_weight, positions, case) * d_y).sum()
+            (head_norm_rope_reference(v, q_weight, k_weight, positions, case.layout) * d_y).sum()
         ),
         qkv, direction,
     )  # fmt: skip
-    gradient = head_norm_rope_backward_reference(qkv, q_weight, k_weight, d_y, positions, case)
+    gradient = head_norm_rope_backward_reference(
+        qkv, q_weight, k_weight, d_y, positions, case.layout
+    )
     assert slope == pytest.approx((gradient * direction).sum(), rel=1e-7)
 
 
@@ -69,7 +54,9 @@ def check(device: Device, case: Case, x_type: str, d_type: str) -> None:
     )  # fmt: skip
     assert len(program.commands) == case.dispatches
     result, used = run_twice(program, gradient), slice(0, case.in_use)
-    expected = head_norm_rope_backward_reference(qkv, q_weight, k_weight, d_y, positions, case)
+    expected = head_norm_rope_backward_reference(
+        qkv, q_weight, k_weight, d_y, positions, case.layout
+    )
     # As in test_rmsnorm.py: two sums, then a difference of numbers of about |d_y| rstd, where a
     # head of four numbers can be small: rstd up to 10. A rope of its own leaves numbers of up to 4
     # rounded to f16, which the norm multiplies by weights and rstd of up to 3 each.

@@ -10,6 +10,7 @@ import pytest
 
 from lora.backward import lora as backward_lora
 from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.checks.references.lora import gradients_reference, low_rank_reference
 from lora.forward.lora import GPU_TUNINGS, Tuning, lora_project
 from lora.forward.model.adapter import LoraFactors
 from lora.shaders.device import Device
@@ -91,35 +92,6 @@ def values_of(case: Case) -> Values:
     )
 
 
-def low_rank_reference(
-    x: np.ndarray, a: np.ndarray, b: np.ndarray, case: Case, scale: float
-) -> np.ndarray:  # [rows, out_features]
-    """The low-rank part of y: scale · (x · A_gᵀ) · B_gᵀ in each member's columns."""
-    y = np.zeros((len(x), case.out_features))
-    b_row = 0
-    for g, (start, stop) in enumerate(case.ranges):
-        z = x @ a[g * case.rank : (g + 1) * case.rank].T
-        y[:, start:stop] = scale * z @ b[b_row : b_row + stop - start].T
-        b_row += stop - start
-    return y
-
-
-def gradients_reference(
-    x: np.ndarray, d_y: np.ndarray, a: np.ndarray, b: np.ndarray, case: Case, scale: float
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """d_z, d_A, d_B for the loss Σ d_y · y, all in float64."""
-    x, d_y, a, b = (v.astype(np.float64) for v in (x, d_y, a, b))
-    d_z, d_b = np.zeros((len(x), case.width)), np.zeros_like(b)
-    b_row = 0
-    for g, (start, stop) in enumerate(case.ranges):
-        low = slice(g * case.rank, (g + 1) * case.rank)
-        rows = slice(b_row, b_row + stop - start)
-        d_z[:, low] = scale * d_y[:, start:stop] @ b[rows]
-        d_b[rows] = scale * d_y[:, start:stop].T @ (x @ a[low].T)
-        b_row += stop - start
-    return d_z, d_z.T @ x, d_b
-
-
 def assert_close(
     actual: np.ndarray, expected: np.ndarray, magnitude: np.ndarray, n_terms: int
 ) -> None:
@@ -172,8 +144,8 @@ def record(
         flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
         tensor = device.upload(flat)
         return LoraFactors(
-            tensor.rows(0, a.size).reshape(*a.shape),
-            tensor.rows(first, flat.size).reshape(*b.shape),
+            tensor.slice(0, a.size).reshape(*a.shape),
+            tensor.slice(first, flat.size).reshape(*b.shape),
             case.rank,
             SCALE,
             case.ranges,
@@ -240,8 +212,8 @@ def check(device: Device, case: Case, values: Values, recorded: Recorded) -> Non
     assert_close(z[used], z_expected, x_size @ a_size.T, case.in_features)
     assert (z[case.in_use :] == UNTOUCHED).all()
 
-    expected = gradients_reference(x, d_y, values.a, values.b, case, SCALE)
-    magnitudes = gradients_reference(x_size, d_y_size, a_size, b_size, case, SCALE)
+    expected = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
+    magnitudes = gradients_reference(x_size, d_y_size, a_size, b_size, case.ranges, SCALE)
     d_z = device.read(recorded.d_z)
     longest = max(stop - start for start, stop in case.ranges)
     assert_close(d_z[used], expected[0], magnitudes[0], longest)
@@ -261,7 +233,7 @@ def test_stretches_of_rows_go_to_their_slices(device: Device) -> None:
     recorded.program.run()
     for s, (first, last) in enumerate([(0, 17), (17, 34), (34, 51), (51, 66)]):
         x, d_y = values.x[first:last], values.d_y[first:last]
-        _, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case, SCALE)
+        _, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
         # Sums of at most 48 · 17 products of numbers around 1: far below a row's share.
         np.testing.assert_allclose(device.read(recorded.slices[s].a), d_a, atol=2e-3)
         np.testing.assert_allclose(device.read(recorded.slices[s].b), d_b, atol=2e-3)
@@ -370,9 +342,10 @@ def test_reference_gradients_by_central_differences() -> None:
     w = np.random.default_rng(1).normal(size=(case.out_features, case.in_features))
 
     def loss() -> float:
-        return float((d_y * (x @ w.T + low_rank_reference(x, a, b, case, SCALE))).sum())
+        low_rank = low_rank_reference(x, a, b, case.ranges, SCALE, case.out_features)
+        return float((d_y * (x @ w.T + low_rank)).sum())
 
-    _, d_a, d_b = gradients_reference(x, d_y, a, b, case, SCALE)
+    _, d_a, d_b = gradients_reference(x, d_y, a, b, case.ranges, SCALE)
     step = 1e-3  # the loss is linear in each single element: only rounding, about 1e-16 / step
     for array, gradient in ((a, d_a), (b, d_b)):
         for index in np.ndindex(array.shape):

@@ -4,9 +4,9 @@ import numpy as np
 import pytest
 
 from lora.backward.rmsnorm import rmsnorm_backward
+from lora.checks.references.rmsnorm import rmsnorm_backward_reference, rmsnorm_reference
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_rmsnorm import rmsnorm_reference
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -26,12 +26,6 @@ from tests.support.kernels import (
 EPSILON = 1e-5
 
 
-def rmsnorm_backward_reference(x: np.ndarray, weight: np.ndarray, d_y: np.ndarray) -> np.ndarray:
-    x, g = x.astype(np.float64), d_y.astype(np.float64) * weight
-    rstd = 1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + EPSILON)
-    return rstd * (g - x * rstd**2 * (g * x).mean(axis=1, keepdims=True))
-
-
 def test_reference_is_the_derivative() -> None:
     rng = np.random.default_rng(0)
     x, d_y, direction = (rng.normal(size=(3, 20)) for _ in range(3))
@@ -39,7 +33,7 @@ def test_reference_is_the_derivative() -> None:
     slope = central_difference(
         lambda v: float((rmsnorm_reference(v, weight, EPSILON) * d_y).sum()), x, direction
     )
-    expected = (rmsnorm_backward_reference(x, weight, d_y) * direction).sum()
+    expected = (rmsnorm_backward_reference(x, weight, d_y, EPSILON) * direction).sum()
     assert slope == pytest.approx(expected, rel=1e-7)
 
 
@@ -66,7 +60,7 @@ def test_rmsnorm_backward(
         residual=None if residual == "none" else past_t, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
-    expected = rmsnorm_backward_reference(x, weight, d_y)
+    expected = rmsnorm_backward_reference(x, weight, d_y, EPSILON)
     if residual != "none":
         expected += past
     # Two sums of `width` terms in f32, then a difference of numbers of about |d_y| rstd.
@@ -83,7 +77,7 @@ def test_another_range_of_the_same_buffer_is_no_residual_in_place(device: Device
     with pytest.raises(ValueError, match="another range of the output's buffer"):
         rmsnorm_backward(
             Program(device), x, device.upload(np.ones(64)), EPSILON, d_y,
-            residual=both.rows(0, 1), out=both.rows(1, 2),
+            residual=both.slice(0, 1), out=both.slice(1, 2),
         )  # fmt: skip
 
 
@@ -110,7 +104,7 @@ def test_rmsnorm_backward_of_halves(
         typed(device, d_y, d_y_type, extent), residual=out if in_place else None, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
-    expected = rmsnorm_backward_reference(x, weight, d_y) + in_place * past
+    expected = rmsnorm_backward_reference(x, weight, d_y, EPSILON) + in_place * past
     # As in test_rmsnorm_backward, and the rounding of the result.
     assert_rounded_once(result[:66], expected[:66], rtol=1e-5, atol=3e-6)
     assert (result[66:] == (past[66:] if in_place else MARKER)).all()

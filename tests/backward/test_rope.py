@@ -4,31 +4,15 @@ import numpy as np
 import pytest
 
 from lora.backward.rope import rope_backward
+from lora.checks.references.rope import rope_backward_reference, rope_reference
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_rope import SHAPES, rope_reference
+from tests.forward.test_rope import SHAPES
 from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
 
 BASE = 10000.0
-
-
-def rope_backward_reference(
-    d_qkv: np.ndarray, positions: np.ndarray, base: float, dimensions: int,
-    n_rotated_heads: int, head_size: int, interleaved: bool,
-) -> np.ndarray:  # fmt: skip
-    """The transpose of the rotation, pair by pair: [[cos, sin], [−sin, cos]]."""
-    out = d_qkv.astype(np.float64).copy()
-    for j in range(dimensions // 2):
-        cos, sin = (f(positions * base ** (-2 * j / dimensions)) for f in (np.cos, np.sin))
-        for head in range(n_rotated_heads):
-            first = head * head_size
-            a = first + (2 * j if interleaved else j)
-            b = first + (2 * j + 1 if interleaved else j + dimensions // 2)
-            out[:, a] = cos * d_qkv[:, a] + sin * d_qkv[:, b]
-            out[:, b] = -sin * d_qkv[:, a] + cos * d_qkv[:, b]
-    return out
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 
 from lora.backward.swiglu import swiglu_backward
+from lora.checks.references.swiglu import gate_reference, swiglu_backward_reference
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_swiglu import ACTIVATIONS, SHAPES, gate_reference, make_inputs
+from tests.forward.test_swiglu import ACTIVATIONS, SHAPES, make_inputs
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -22,22 +23,6 @@ from tests.support.kernels import (
     marked,
     run_twice,
 )
-
-
-def gate_slope_reference(g: np.ndarray, name: str) -> np.ndarray:
-    if name == "silu":
-        s = 1 / (1 + np.exp(-g))
-        return s * (1 + g * (1 - s))
-    t = np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3))
-    inner = np.sqrt(2 / np.pi) * (1 + 3 * 0.044715 * g**2)
-    return 0.5 * (1 + t) + 0.5 * g * (1 - t * t) * inner
-
-
-def swiglu_backward_reference(gate_up: np.ndarray, d_y: np.ndarray, name: str) -> np.ndarray:
-    width = d_y.shape[1]
-    gate, up = gate_up[:, :width].astype(np.float64), gate_up[:, width:].astype(np.float64)
-    d_gate = d_y * up * gate_slope_reference(gate, name)
-    return np.concatenate([d_gate, d_y * gate_reference(gate, name)], axis=1)
 
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
@@ -120,5 +105,5 @@ def test_another_range_of_the_same_buffer_is_refused(device: Device) -> None:
             Program(device),
             type(gate_up)(both.buffer, 0, (1, 64), extent=extent),
             d_y,
-            out=both.rows(1, 2),
+            out=both.slice(1, 2),
         )

@@ -39,7 +39,7 @@ def test_units() -> None:
         "n_bytes": 10**9,
     }
     timed = {
-        "rows": 1,
+        "batch_size": 1,
         "length": 512,
         "precision": "f32",
         "recompute": "off",

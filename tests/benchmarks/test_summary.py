@@ -80,8 +80,8 @@ def test_a_long_context(tmp_path: Path) -> None:
         "encoding takes 30% of a step, 25% asked; bound by the host, 600.0 ms for 500 dispatches, "
         "1200.0 µs each (beside the step before).",
         "attention is 66% of a step, 25% asked; bound by its arithmetic, 15.2 TFLOP/s.",
-        "set-up takes 7.0 s, 5 asked; bound by kernels that are compiled and timed, once for an "
-        "adapter and its driver.",
+        "set-up takes 7.0 s, 5 asked; bound by kernels that are compiled and timed, once for a "
+        "device and its driver.",
     ]
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from benchmarks import vs_peft
-from benchmarks.sessions import Case, as_examples, repeating_rows, run_config, used_memory
+from benchmarks.sessions import Case, as_examples, repeating_sequences, run_config, used_memory
 from benchmarks.synthetic import SHAPES, write_model
 from benchmarks.vs_peft import PEFT_VARIANTS, loss_curves, parse_options, parse_shapes
 from benchmarks.vs_peft_report import (
@@ -60,16 +60,16 @@ def test_the_largest_difference_is_relative_and_over_common_steps() -> None:
 
 
 def test_rows_repeat_and_share_an_alphabet() -> None:
-    rows = repeating_rows(512, 5, 50)
+    rows = repeating_sequences(512, 5, 50)
     assert all(np.array_equal(row[8:], row[:-8]) for row in rows)
     assert len(np.unique(np.concatenate(rows))) <= 16
 
 
 def test_loss_curves_fall_and_are_those_of_training(tiny: Path) -> None:
     steps, rows, length = 8, 2, 32
-    curves = loss_curves(tiny, steps, ["f32"], rows=rows, length=length)
+    curves = loss_curves(tiny, steps, ["f32"], batch_size=rows, length=length)
     config = run_config(tiny, batch_size=rows, length=length, steps=steps, learning_rate=1e-3)
-    examples = as_examples(repeating_rows(SHAPES["tiny"].vocab_size, rows * steps, length))
+    examples = as_examples(repeating_sequences(SHAPES["tiny"].vocab_size, rows * steps, length))
     session = TrainingSession(config, examples=examples)
     assert curves == {"f32": [metrics.loss for metrics in session.train()]}
     assert curves["f32"][-1] < 0.97 * curves["f32"][0]
@@ -77,7 +77,7 @@ def test_loss_curves_fall_and_are_those_of_training(tiny: Path) -> None:
 
 def test_loss_curves_of_two_precisions_part_a_little(tiny: Path) -> None:
     needs_halves(Device())
-    curves = loss_curves(tiny, 6, ["f32", "f16"], rows=2, length=24)
+    curves = loss_curves(tiny, 6, ["f32", "f16"], batch_size=2, length=24)
     # Every stored activation of f16 is rounded by up to 2^-11: the losses can't be equal, and
     # those of a step are means over 46 tokens of sums of such errors of either sign.
     assert 0 < largest_difference(curves["f16"], curves["f32"]) < 2**-9

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora.checks.references.attention import Shape, attention_reference, segments_of
 from lora.forward.attention import GPU_TILES, Tile, attention, choose_tile
 from lora.shaders.device import Device
 from lora.shaders.program import Program
@@ -17,11 +18,8 @@ from tests.support.attention_cases import (
     ON_CPU,
     ON_GPU,
     TILES,
-    Shape,
     activation_of,
-    attention_reference,
     normal,
-    segments_of,
     segments_on,
     use_tile,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora.checks.references.attention_decode import attention_decode_reference, prepared_heads
 from lora.forward.attention_decode import (
     Heads,
     RowPlace,
@@ -20,32 +21,6 @@ from tests.forward.test_int_row import check
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
 EPSILON = 1e-5  # of the norm of heads
-
-
-def reference(
-    q: np.ndarray,
-    keys: np.ndarray,
-    values: np.ndarray,
-    positions: np.ndarray,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> np.ndarray:
-    """softmax(scale · q kᵀ) v in float64: q [rows, heads, d], keys, values [room, kv heads, d]."""
-    rows, n_heads, head_size = q.shape
-    shared = n_heads // keys.shape[1]
-    out = np.zeros((rows, n_heads, head_size))
-    for row, position in enumerate(positions):
-        first = 0 if window is None else max(0, int(position) + 1 - window)
-        for head in range(n_heads):
-            k = keys[first : position + 1, head // shared].astype(np.float64)
-            v = values[first : position + 1, head // shared].astype(np.float64)
-            scores = k @ q[row, head] * scale
-            if softcap is not None:
-                scores = softcap * np.tanh(scores / softcap)
-            weights = np.exp(scores - scores.max())
-            out[row, head] = weights @ v / weights.sum()
-    return out
 
 
 @pytest.mark.parametrize(
@@ -104,7 +79,7 @@ def test_rows_against_a_filled_cache(
     def heads(columns: np.ndarray, n: int) -> np.ndarray:
         return columns.reshape(-1, n, head_size)
 
-    expected = reference(
+    expected = attention_decode_reference(
         heads(queries[:, :q_size], n_heads),
         heads(everything[:, q_size : q_size + kv_size], n_kv_heads),
         heads(everything[:, q_size + kv_size :], n_kv_heads),
@@ -114,22 +89,6 @@ def test_rows_against_a_filled_cache(
     # is that of its weight, of which the output is a mean of values around 1. 1e-5 covers 256.
     np.testing.assert_allclose(result[:in_use], expected[:in_use], rtol=0, atol=1e-5)
     assert (result[in_use:] == MARKER).all()
-
-
-def prepared(
-    head: np.ndarray, weight: np.ndarray | None, angles: np.ndarray, interleaved: bool
-) -> np.ndarray:
-    """Heads [n, head_size] normed and turned by one position's angles [half], in float64."""
-    x = head.astype(np.float64)
-    if weight is not None:
-        x = x / np.sqrt(np.mean(x**2, axis=1, keepdims=True) + EPSILON) * weight
-    half = len(angles)
-    pairs = np.arange(half)
-    first, second = (2 * pairs, 2 * pairs + 1) if interleaved else (pairs, pairs + half)
-    turned = x.copy()
-    turned[:, first] = x[:, first] * np.cos(angles) - x[:, second] * np.sin(angles)
-    turned[:, second] = x[:, second] * np.cos(angles) + x[:, first] * np.sin(angles)
-    return turned
 
 
 @pytest.mark.parametrize("position", [0, 63, 64, 200, 332])
@@ -197,7 +156,7 @@ def test_one_row_on_its_way_into_the_cache(
 
     exact = qkv[0].reshape(-1, head_size)
     q, k = (
-        prepared(part, weight, angles[rope_row], interleaved)
+        prepared_heads(part, weight, angles[rope_row], interleaved, EPSILON)
         for part, weight in zip(
             (exact[:n_heads], exact[n_heads : n_heads + n_kv_heads]), weights, strict=True
         )
@@ -205,7 +164,7 @@ def test_one_row_on_its_way_into_the_cache(
     all_keys = keys.astype(np.float64).reshape(room, n_kv_heads, head_size)
     all_values = values.astype(np.float64).reshape(room, n_kv_heads, head_size)
     all_keys[position], all_values[position] = k, exact[n_heads + n_kv_heads :]
-    expected = reference(
+    expected = attention_decode_reference(
         q[None], all_keys, all_values, np.array([position]), scale, window, softcap
     ).reshape(1, q_size)
     # As above; the norm and rope before it round q and k a few times more.

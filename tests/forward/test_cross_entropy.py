@@ -3,26 +3,12 @@
 import numpy as np
 import pytest
 
+from lora.checks.references.cross_entropy import gradient_reference, losses_reference
 from lora.forward.cross_entropy import cross_entropy
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
 from tests.support.kernels import MARKER, activation, central_difference, extent_in_use, marked
-
-
-def losses_reference(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    top = logits.max(axis=1)
-    lse = top + np.log(np.exp(logits - top[:, None]).sum(axis=1))
-    return lse - logits[np.arange(len(labels)), labels]
-
-
-def gradient_reference(logits: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
-    logits = logits.astype(np.float64)
-    p = np.exp(logits - logits.max(axis=1, keepdims=True))
-    p /= p.sum(axis=1, keepdims=True)
-    p[np.arange(len(labels)), labels] -= 1
-    return p * scale
 
 
 def test_reference_is_the_derivative() -> None:

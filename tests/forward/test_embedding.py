@@ -71,7 +71,8 @@ def test_parts_by_the_largest_binding(
     with monkeypatch.context() as patch:
         patch.setattr(device, "max_binding", 4 * 130 * QUANTIZATIONS[kind].row_words(32))
         matrix = load_matrix(device, [tensor])
-    assert [(p.first_row, p.n_rows) for p in matrix.parts] == [(0, 128), (128, 128), (256, 44)]
+    parts = [(part.first_feature, part.out_features) for part in matrix.parts]
+    assert parts == [(0, 128), (128, 128), (256, 44)]
     # The first and last row of every part, then all of them in disorder.
     tokens = np.concatenate(
         [[0, 127, 128, 255, 256, 299], np.random.default_rng(0).permutation(300)]

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora.checks.references.head_norm_rope import HeadLayout, head_norm_rope_reference
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.model.rope_frequencies import Rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
-from tests.forward.test_rope import rope_reference
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -38,8 +38,15 @@ class Case:
     dispatches: int = 1
 
     @property
+    def layout(self) -> HeadLayout:
+        return HeadLayout(
+            self.n_heads, self.n_kv_heads, self.head_size, self.dimensions, self.interleaved,
+            BASE, EPSILON,
+        )  # fmt: skip
+
+    @property
     def width(self) -> int:
-        return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
+        return self.layout.width
 
     @property
     def heads(self) -> dict[str, Any]:
@@ -75,23 +82,6 @@ CASES = [
 HALF_CASES = [CASES[4], CASES[5], CASES[8]]
 
 
-def head_norm_rope_reference(
-    qkv: np.ndarray, q_weight: np.ndarray, k_weight: np.ndarray, positions: np.ndarray, case: Case
-) -> np.ndarray:
-    n_heads, n_kv_heads = case.n_heads, case.n_kv_heads
-    heads = qkv.astype(np.float64).reshape(len(qkv), n_heads + 2 * n_kv_heads, -1).copy()
-    rstd = 1 / np.sqrt((heads * heads).mean(axis=2, keepdims=True) + EPSILON)
-    k, v = slice(n_heads, n_heads + n_kv_heads), slice(n_heads + n_kv_heads, None)
-    normed = heads * rstd
-    normed[:, :n_heads] *= q_weight
-    normed[:, k] *= k_weight
-    normed[:, v] = heads[:, v]
-    return rope_reference(
-        normed.reshape(qkv.shape), positions, BASE, case.dimensions, n_heads + n_kv_heads,
-        case.head_size, case.interleaved,
-    )  # fmt: skip
-
-
 def check(device: Device, case: Case, x_type: str, out_type: str) -> None:
     rng = np.random.default_rng(case.rows)
     qkv = rounded(rng.normal(size=(case.rows, case.width)), x_type)
@@ -106,7 +96,7 @@ def check(device: Device, case: Case, x_type: str, out_type: str) -> None:
     )  # fmt: skip
     assert len(program.commands) == case.dispatches
     result, used = run_twice(program, out), slice(0, case.in_use)
-    expected = head_norm_rope_reference(qkv, q_weight, k_weight, positions, case)
+    expected = head_norm_rope_reference(qkv, q_weight, k_weight, positions, case.layout)
     v = (case.n_heads + case.n_kv_heads) * case.head_size
     # As in test_rmsnorm.py, a sum of squares in a tree, a root, two products; then as in
     # test_rope.py tables rounded to f32, two products and a sum, of numbers up to 8. A rope of its

@@ -5,27 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora.checks.references.int_row import decoded_int_row
+from lora.checks.references.matmul_row import normed_row
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import BLOCK, IntRow, RowNorm, takes_int_row, to_int_row
 from lora.forward.model.weights import FrozenMatrix, MatrixPart
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_matmul_row import EPSILON, normed, numbers
+from tests.forward.test_matmul_row import EPSILON, numbers
 from tests.support.kernels import activation, extent_in_use, marked
-
-
-def decoded(words: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """The numbers that the words of an int row stand for, and what each block brings besides.
-
-    Returns:
-        f64 [width]; f32 [blocks, 4]: scale, the two sums, the sum of squares.
-    """
-    blocks = width // BLOCK
-    digits = words[0, : 24 * blocks].view(np.int8).reshape(3, 2, blocks, 4, 4)  # … word, byte
-    about = words[0, 24 * blocks :].view(np.float32).reshape(blocks, 4)
-    whole = sum(digits[p].astype(np.int64) << (8 * p) for p in range(3))
-    values = np.moveaxis(whole, 0, 2).reshape(blocks, BLOCK)  # [block, word, half, byte]
-    return (values * about[:, :1].astype(np.float64)).reshape(-1), about
 
 
 def check(words: np.ndarray, v: np.ndarray, y: np.ndarray, error: float = 0.0) -> None:
@@ -36,7 +24,7 @@ def check(words: np.ndarray, v: np.ndarray, y: np.ndarray, error: float = 0.0) -
         y: f64 [width], of which the squares are.
         error: of v itself, a share of the block's largest.
     """
-    values, about = decoded(words, v.size)
+    values, about = decoded_int_row(words, v.size)
     largest = np.abs(v.reshape(-1, BLOCK)).max(axis=1)
     # Half a step is 2^-23 of the largest; scaling rounds a number twice, by 2^-24 of it each time.
     steps = np.repeat(largest, BLOCK) * (2.0**-22 + error) * 1.01
@@ -91,9 +79,9 @@ def test_a_norm_before(device: Device, width: int, residual: bool, with_weight: 
     to_int_row(program, activation(device, x, extent), to, norm=norm)
     program.run()
     y = device.read(out)[0].astype(np.float64)
-    exact = normed(x, weight)[0] + (before[0] if residual else 0.0)
+    exact = normed_row(x, weight, EPSILON)[0] + (before[0] if residual else 0.0)
     # The sum of squares is f32, and so is each product on the way.
-    size = np.abs(normed(x, weight)[0]) + np.abs(before[0] if residual else 0.0)
+    size = np.abs(normed_row(x, weight, EPSILON)[0]) + np.abs(before[0] if residual else 0.0)
     assert (np.abs(y - exact) <= 2.0**-20 * size).all()
     check(device.read(to.words), y if following is None else y * following, y, error=2.0**-24)
 

@@ -7,6 +7,7 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lora.backward.matmul import matmul_backward
+from lora.checks.references.matmul import matmul_reference
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
@@ -31,20 +32,6 @@ def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
     device.matmul_body = request.param
     yield request.param
     device.matmul_body = None
-
-
-def matmul_reference(
-    x: np.ndarray, w: np.ndarray, z: np.ndarray, b: np.ndarray,
-    ranges: list[tuple[int, int]], rank: int, scale: float,
-) -> np.ndarray:  # fmt: skip
-    """y = x Wᵀ + scale · z_g B_gᵀ on each member's columns, in float64."""
-    y = x.astype(np.float64) @ w.astype(np.float64).T
-    row = 0
-    for g, (start, stop) in enumerate(ranges):
-        b_g = b[row : row + stop - start].astype(np.float64)
-        y[:, start:stop] += scale * z[:, g * rank : (g + 1) * rank].astype(np.float64) @ b_g.T
-        row += stop - start
-    return y
 
 
 def test_reference_gradient_is_the_derivative() -> None:

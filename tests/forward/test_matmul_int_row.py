@@ -8,8 +8,11 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from lora.checks.references.matmul import error_bound
+from lora.checks.references.matmul_row import gated_reference, normed_row
+from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.int_row import INT_TYPES, IntRow, to_int_row
+from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
 from lora.forward.matmul_row import InputNorm, project_row
 from lora.forward.model.adapter import LoraFactors
@@ -20,16 +23,12 @@ from tests.forward.gguf.test_quantization import dequantized, random_blocks, ten
 from tests.forward.test_int_row import check
 from tests.forward.test_matmul_row import (
     EPSILON,
-    activated,
-    error_bound,
-    gated_reference,
-    normed,
     numbers,
     random_matrix,
 )
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 
-KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.name in INT_TYPES]
+KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.numbers is not None]
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +71,7 @@ def test_random_blocks(
     y = marked(device, extent_in_use(device, 1, 1), out_features)
     program = Program(device)
     matmul_int_row(program, whole(program, x, weight), matrix, epsilon=EPSILON, out=y)
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + rounding(v, w)
     result = run_twice(program, y)
     assert (np.abs(result - v @ w.T) <= bound).all()
@@ -95,7 +94,7 @@ def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
     program = Program(device)
     row = whole(program, x, weight)
     matmul_int_row(program, row, matrix, epsilon=EPSILON, out=y, tiling=tiling)
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, 2304) + rounding(v, w)
     assert (np.abs(run_twice(program, y) - v @ w.T) <= bound).all()
 
@@ -132,9 +131,9 @@ def test_norm_and_gate(
     )  # fmt: skip
     result = run_twice(program, y)
 
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     gate, up, magnitude = gated_reference(v, w, bias, a, b, adapted, scale)
-    expected = activated(activation_name, gate) * up
+    expected = gate_reference(gate, activation_name) * up
     # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
     bound = error_bound(magnitude, columns + rank) + rounding(v, w)
     bound = 1.13 * bound[:half] * np.abs(up) + bound[half:] * np.abs(gate) + 2.0**-20 * np.abs(up)
@@ -264,9 +263,9 @@ def test_every_lane_has_its_place(
         columns, contraction, most_lanes=most_lanes, gated=gated, stores=stores
     )
     assert tiling.lanes <= most_lanes and tiling.lanes % tiling.share == 0
-    assert tiling.share >= tiling.rows  # or the sums of a workgroup are more than its lanes
+    assert tiling.share >= tiling.weight_rows  # or the sums of a workgroup are more than its lanes
     if stores and not gated:
-        assert tiling.lanes // tiling.share * tiling.rows % 32 == 0
+        assert tiling.lanes // tiling.share * tiling.weight_rows % 32 == 0
 
 
 def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:

@@ -8,6 +8,9 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
+from lora.checks.references.matmul import error_bound
+from lora.checks.references.matmul_row import gated_reference, normed_row
+from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
@@ -35,55 +38,8 @@ def lanes(request: pytest.FixtureRequest, device: Device) -> Iterator[None]:
     device.is_cpu = before
 
 
-def error_bound(magnitude: np.ndarray, terms: int) -> np.ndarray:
-    """Each of n additions rounds the sum so far by at most 2^-24 of Σ |x · w|; their signs are
-    random, so that they grow as sqrt(n)."""
-    return 2 * np.sqrt(terms) * 2.0**-24 * magnitude
-
-
 def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
     return rng.normal(size=shape).astype(np.float32)
-
-
-def normed(x: np.ndarray, weight: np.ndarray | None) -> np.ndarray:
-    """RMSNorm in float64; x itself without a weight."""
-    exact = x.astype(np.float64)
-    if weight is None:
-        return exact
-    return exact / np.sqrt(np.mean(exact**2) + EPSILON) * weight
-
-
-def activated(name: str, gate: np.ndarray) -> np.ndarray:
-    if name == "silu":
-        return gate / (1 + np.exp(-gate))
-    return gate / 2 * (1 + np.tanh(np.sqrt(2 / np.pi) * (gate + 0.044715 * gate**3)))
-
-
-def gated_reference(
-    v: np.ndarray, w: np.ndarray, bias: np.ndarray, a: np.ndarray, b: np.ndarray,
-    adapted: tuple[int, ...], scale: float,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:  # fmt: skip
-    """Gate and up of one row, in float64.
-
-    Args:
-        v: [1, in_features], normed.
-        w: [2 · n, in_features], the gate's rows and those of up.
-        a: [members · rank, in_features]; b [members · n, rank].
-        adapted: which of gate (0) and up (1) have factors.
-
-    Returns:
-        gate and up [1, n]; the sum of the sizes of each one's terms [2 · n].
-    """
-    half, rank = len(w) // 2, b.shape[1]
-    product, magnitude = v @ w.T + bias, (np.abs(v) @ np.abs(w).T)[0] + np.abs(bias)
-    for index, member in enumerate(adapted):
-        low = v @ a[index * rank : (index + 1) * rank].astype(np.float64).T
-        factor = b[index * half : (index + 1) * half].astype(np.float64)
-        columns_of = slice(member * half, (member + 1) * half)
-        product[:, columns_of] += scale * low @ factor.T
-        size = np.abs(v) @ np.abs(a[index * rank : (index + 1) * rank]).T
-        magnitude[columns_of] += (scale * size @ np.abs(factor).T)[0]
-    return product[:, :half], product[:, half:], magnitude
 
 
 def random_matrix(
@@ -112,7 +68,7 @@ def test_random_blocks(
     program = Program(device)
     norm = None if weight is None else InputNorm(device.upload(weight), EPSILON)
     matmul_row(program, activation(device, x, extent), matrix, norm=norm, out=y)
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     magnitude = np.abs(v) @ np.abs(w).T
     result = run_twice(program, y)
     assert (np.abs(result - v @ w.T) <= error_bound(magnitude, columns)).all()
@@ -160,9 +116,9 @@ def test_norm_and_gate(
     )  # fmt: skip
     result = run_twice(program, y)
 
-    v = normed(x, weight)
+    v = normed_row(x, weight, EPSILON)
     gate, up, magnitude = gated_reference(v, w, bias, a, b, adapted, scale)
-    expected = activated(activation_name, gate) * up
+    expected = gate_reference(gate, activation_name) * up
     # The gate's error passes a slope of at most 1.13; exp is good to some 2^-21 of its value.
     bound = error_bound(magnitude, columns + rank)
     bound = 1.13 * bound[:half] * np.abs(up) + bound[half:] * np.abs(gate) + 2.0**-20 * np.abs(up)

@@ -8,6 +8,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from lora.backward.matmul import matmul_backward
+from lora.checks.references.matmul import product_gradient_reference, product_reference
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul import BODIES, matmul
@@ -40,16 +41,6 @@ def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
     device.matmul_body = None
 
 
-def product_reference(x: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """y = x Wᵀ in float64."""
-    return x.astype(np.float64) @ w.astype(np.float64).T
-
-
-def gradient_reference(d_y: np.ndarray, w: np.ndarray) -> np.ndarray:
-    """d_x = d_y W in float64."""
-    return d_y.astype(np.float64) @ w.astype(np.float64)
-
-
 def test_reference_gradient_is_the_derivative() -> None:
     rng = np.random.default_rng(0)
     w, d_y = rng.normal(size=(6, 8)), rng.normal(size=(4, 6))
@@ -58,7 +49,7 @@ def test_reference_gradient_is_the_derivative() -> None:
     def loss(v: np.ndarray) -> float:
         return float((product_reference(v, w) * d_y).sum())
 
-    expected = (gradient_reference(d_y, w) * direction).sum()
+    expected = (product_gradient_reference(d_y, w) * direction).sum()
     assert central_difference(loss, x, direction) == pytest.approx(expected, rel=1e-8)
 
 
@@ -77,8 +68,8 @@ def check(device: Device, tensor: GGUFTensor, rows: int, in_use: int) -> None:
     for name, result, expected, magnitude, terms in (
         ("y", run_twice(forward, y), product_reference(x, w),
          product_reference(np.abs(x), np.abs(w)), n_in),
-        ("d_x", run_twice(backward, d_x), gradient_reference(d_y, w),
-         gradient_reference(np.abs(d_y), np.abs(w)), n_out),
+        ("d_x", run_twice(backward, d_x), product_gradient_reference(d_y, w),
+         product_gradient_reference(np.abs(d_y), np.abs(w)), n_out),
     ):  # fmt: skip
         # The weights are exact. Each of n additions rounds the sum so far by at most 2^-24 of it,
         # and that is at most Σ |x · w|; the errors' signs are random, so they grow as sqrt(n).

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora.checks.references.rmsnorm import rmsnorm_reference
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.device import Device
 from lora.shaders.program import Program
@@ -14,12 +15,6 @@ from tests.support.half_tensors import (
     typed_marked,
 )
 from tests.support.kernels import MARKER, activation, extent_in_use, run_twice
-
-
-def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
-    x = x.astype(np.float64)
-    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon) * weight.astype(np.float64)
-
 
 # Fewer quads than lanes, whole and broken steps, as many lanes as a workgroup has.
 SHAPES = [(1, 1, 4), (5, 3, 100), (70, 70, 576), (3, 2, 2052), (2, 2, 16384)]

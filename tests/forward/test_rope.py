@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora.checks.references.rope import rope_reference
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
 from lora.shaders.device import Device
@@ -19,22 +20,6 @@ SHAPES = [
     (67, 66, 3, 20, 8, 100),
     (130, 130, 6, 64, 64, 576),
 ]
-
-
-def rope_reference(
-    qkv: np.ndarray, positions: np.ndarray, base: float, dimensions: int,
-    n_rotated_heads: int, head_size: int, interleaved: bool, sign: int = 1,
-) -> np.ndarray:  # fmt: skip
-    out = qkv.astype(np.float64).copy()
-    for j in range(dimensions // 2):
-        angle = sign * positions * base ** (-2 * j / dimensions)
-        for head in range(n_rotated_heads):
-            first = head * head_size
-            a = first + (2 * j if interleaved else j)
-            b = first + (2 * j + 1 if interleaved else j + dimensions // 2)
-            out[:, a] = qkv[:, a] * np.cos(angle) - qkv[:, b] * np.sin(angle)
-            out[:, b] = qkv[:, b] * np.cos(angle) + qkv[:, a] * np.sin(angle)
-    return out
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

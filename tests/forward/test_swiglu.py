@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from lora.checks.references.swiglu import gate_reference
 from lora.forward.swiglu import swiglu
 from lora.shaders.device import Device
 from lora.shaders.program import Program
@@ -17,12 +18,6 @@ from tests.support.kernels import MARKER, activation, extent_in_use, marked, run
 
 ACTIVATIONS = ["silu", "gelu_tanh"]
 SHAPES = [(1, 1, 4), (3, 2, 36), (67, 67, 100), (130, 129, 576)]
-
-
-def gate_reference(g: np.ndarray, name: str) -> np.ndarray:
-    if name == "silu":
-        return g / (1 + np.exp(-g))
-    return 0.5 * g * (1 + np.tanh(np.sqrt(2 / np.pi) * (g + 0.044715 * g**3)))
 
 
 def make_inputs(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,18 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora.checks.references.optim import BETAS, EPSILON, AdamWReference, clip_reference
 from lora.optim.adamw import adamw, step_words
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.support.optim_reference import (
-    BETAS,
-    EPSILON,
-    AdamWReference,
-    Optimizer,
-    clip_reference,
-    padded,
-    random_slices,
-)
+from tests.support.recorded_optimizer import Optimizer, padded, random_slices
 
 STEPS = 8
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora.checks.references.optim import clip_reference
 from lora.optim.clipping import flat_ranges, gradient_norm
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
-from tests.support.optim_reference import clip_reference, padded, random_slices
+from tests.support.recorded_optimizer import padded, random_slices
 
 
 def run(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lora.optim.schedule import learning_rate, warmup_steps
+from lora.optim.schedule import learning_rate
 
 SCHEDULES = ("constant", "linear", "cosine")
 
@@ -27,13 +27,6 @@ def test_by_hand() -> None:
     assert rates("cosine", 4, 0)[:5] == pytest.approx(
         [2e-4, 2e-4 * (2 + 2**0.5) / 4, 1e-4, 2e-4 * (2 - 2**0.5) / 4, 0], abs=1e-18
     )
-
-
-@pytest.mark.parametrize(
-    ("total", "ratio", "expected"), [(100, 0.03, 3), (10, 0.03, 1), (10, 0.0, 0), (7, 0.5, 4)]
-)
-def test_warmup_steps_are_rounded_up(total: int, ratio: float, expected: int) -> None:
-    assert warmup_steps(total, ratio) == expected
 
 
 def test_unknown_schedule() -> None:

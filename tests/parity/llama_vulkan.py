@@ -48,7 +48,7 @@ ARCHIVE_DIGEST = "e10577190fc4bd1649d3b655588e5c7a85fc6b6dbf7136fee596cbe9e25521
 FOLDER_VARIABLE = "LLAMA_CPP_VULKAN"
 _LIBRARIES = ("libggml-base.so", "libggml.vulkan.v0.5.0.so", "libllama.vulkan.v0.5.0.so")
 _DEVICE = b"Vulkan0"
-_TIMEOUT = 1800  # seconds; a software adapter takes minutes for large models
+_TIMEOUT = 1800  # seconds; a software driver takes minutes for large models
 
 # Products in f32: no f16 tiles, no matrix units, no whole numbers in place of activations.
 _EXACT = {

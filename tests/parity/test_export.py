@@ -23,8 +23,7 @@ from lora.data.batches import make_batch
 from lora.data.examples import Example
 from lora.export.to_gguf import Export, export
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.gguf.requantize import quantize
+from lora.forward.gguf.quantization import QUANTIZATIONS, quantize
 from lora.forward.model.architecture import Architecture
 from lora.generation.generator import open_generator
 from lora.shaders.device import Device
@@ -418,7 +417,7 @@ def test_adapter_on_the_f32_base(case: RealCase) -> None:
 def test_gemma_in_llama_cpp_vulkan(case: RealCase) -> None:
     """Where llama.cpp computes in f32 all through: a row at once, step by step, and merged.
 
-    Few tokens, since a software adapter takes 13 s for a row and one for a step.
+    Few tokens, since a software driver takes 13 s for a row and one for a step.
     """
     if not is_gemma(case.base):
         pytest.skip(

@@ -1,4 +1,4 @@
-"""The real models' logits of one row, computed as on a GPU, against those of a CPU adapter."""
+"""The real models' logits of one row, computed as on a GPU, against those of a CPU device."""
 
 from __future__ import annotations
 

@@ -62,12 +62,12 @@ def test_movement_of_every_sampled_tensor(run: OurRun, reference: dict[str, Any]
 
 
 def test_the_large_embedding_is_split(run: OurRun, model: RealModel) -> None:
-    """Gemma's is larger than the software adapter's largest binding."""
+    """Gemma's is larger than the software driver's largest binding."""
     embedding = run.session.model.embedding
     if model.name == "gemma3":
         assert embedding.n_bytes > 128 << 20
     limit = run.session.device.max_binding
     assert max(part.words.n_bytes for part in embedding.parts) <= limit
-    rows = [(part.first_row, part.n_rows) for part in embedding.parts]
+    rows = [(part.first_feature, part.out_features) for part in embedding.parts]
     assert sum(n for _, n in rows) == embedding.out_features
     assert all(a + n == b for (a, n), (b, _) in zip(rows, rows[1:], strict=False))

@@ -1,4 +1,4 @@
-"""Adapters, buffers, uploads."""
+"""Choice of device, buffers, uploads."""
 
 from types import SimpleNamespace
 
@@ -6,54 +6,54 @@ import numpy as np
 import pytest
 
 from lora.shaders import device as device_module
-from lora.shaders.device import UPLOAD_PIECE, Device, choose_adapter, list_adapters
+from lora.shaders.device import UPLOAD_PIECE, Device, choose_device, list_devices
 from lora.shaders.errors import InputError
 from lora.shaders.templates import render
 
 
-def adapters(*kinds: tuple[str, str]) -> list[SimpleNamespace]:
+def devices(*kinds: tuple[str, str]) -> list[SimpleNamespace]:
     return [SimpleNamespace(info={"device": name, "adapter_type": kind}) for name, kind in kinds]
 
 
 @pytest.fixture
 def three(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = adapters(("llvmpipe", "CPU"), ("Iris Xe", "IntegratedGPU"), ("RTX 9", "DiscreteGPU"))
-    monkeypatch.setattr(device_module, "list_adapters", lambda: found)
+    found = devices(("llvmpipe", "CPU"), ("Iris Xe", "IntegratedGPU"), ("RTX 9", "DiscreteGPU"))
+    monkeypatch.setattr(device_module, "list_devices", lambda: found)
 
 
 @pytest.mark.parametrize(
     ("wanted", "name"), [("auto", "RTX 9"), ("1", "Iris Xe"), (0, "llvmpipe"), ("xe", "Iris Xe")]
 )
 def test_choice(three: None, wanted: str | int, name: str) -> None:
-    assert choose_adapter(wanted).info["device"] == name
+    assert choose_device(wanted).info["device"] == name
 
 
 def test_wrong_choices(three: None) -> None:
-    with pytest.raises(InputError, match="device: 3: there is no adapter of that index; there are"):
-        choose_adapter("3")
-    with pytest.raises(InputError, match="'voodoo': no adapter has that in its name.*0: llvmpipe"):
-        choose_adapter("voodoo")
+    with pytest.raises(InputError, match="device: 3: there is no device of that index; there are"):
+        choose_device("3")
+    with pytest.raises(InputError, match="'voodoo': no device has that in its name.*0: llvmpipe"):
+        choose_device("voodoo")
 
 
-def test_no_adapter(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "list_adapters", lambda: [])
+def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(device_module, "list_devices", lambda: [])
     with pytest.raises(InputError, match="apt-get install mesa-vulkan-drivers"):
-        choose_adapter()
+        choose_device()
 
 
-def test_adapters_that_repeat_others_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_devices_that_repeat_others_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = ["OpenGL", "Vulkan", "Metal", "Null", "D3D12"]
     found = [SimpleNamespace(info={"backend_type": backend}) for backend in backends]
     monkeypatch.setattr(device_module.wgpu.gpu, "enumerate_adapters_sync", lambda: found)
-    assert [a.info["backend_type"] for a in list_adapters()] == ["Vulkan", "Metal", "D3D12"]
+    assert [a.info["backend_type"] for a in list_devices()] == ["Vulkan", "Metal", "D3D12"]
 
 
-def test_auto_takes_the_software_adapter_where_nothing_else_is(
+def test_auto_takes_the_software_driver_where_nothing_else_is(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = adapters(("unknown", "Unknown"), ("llvmpipe", "CPU"))
-    monkeypatch.setattr(device_module, "list_adapters", lambda: found)
-    assert choose_adapter().info["device"] == "llvmpipe"
+    found = devices(("unknown", "Unknown"), ("llvmpipe", "CPU"))
+    monkeypatch.setattr(device_module, "list_devices", lambda: found)
+    assert choose_device().info["device"] == "llvmpipe"
 
 
 def test_upload_in_pieces(device: Device) -> None:
@@ -106,7 +106,7 @@ def test_wrong_shapes_are_refused(device: Device) -> None:
     with pytest.raises(ValueError, match="does not fit"):
         device.write_rows(tensor, -1, np.zeros((1, 8)))
     with pytest.raises(ValueError, match="not on 256"):
-        tensor.rows(1, 2)
+        tensor.slice(1, 2)
 
 
 def test_a_tensor_too_large_for_a_binding(device: Device) -> None:

@@ -23,7 +23,7 @@ def test_copy_clear_and_replay(device: Device) -> None:
     program = Program(device)
     with program.scope("outer"), program.scope("inner"):
         program.copy(source, target)
-    program.clear(target.rows(64, 128))
+    program.clear(target.slice(64, 128))
     assert [command.label for command in program.commands] == ["outer.inner.copy", "clear"]
     for _ in range(2):
         program.run()

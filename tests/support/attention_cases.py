@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
+from lora.checks.references.attention import Shape
 from lora.forward import attention as forward_attention
 from lora.forward.attention import Tile
 from lora.shaders.device import Device
 from lora.shaders.tensor import Extent, Tensor
 
-
-@dataclass(frozen=True)
-class Shape:
-    """The options of one attention, by the names of its keywords."""
-
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-    @property
-    def options(self) -> dict[str, Any]:
-        return asdict(self)
-
-    @property
-    def width(self) -> int:
-        return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
-
-
-ON_CPU = Tile(prefetch=False)  # what software adapters take, apart from its size
+ON_CPU = Tile(prefetch=False)  # what software drivers take, apart from its size
 ON_GPU = Tile(teams=2, per_lane=2)  # two teams, and within the 32 KiB of this device
 TILES = [
     ON_CPU,
@@ -74,48 +53,6 @@ HALF_CASES = [
     ([65, 64], Shape(2, 2, 96, 0.1, softcap=5.0), Tile(chunk=8, held=False, half=True)),
     ([40, 26], Shape(2, 1, 256, 0.0625), replace(TILES[10], half=True)),
 ]
-
-
-def segments_of(lengths: list[int]) -> np.ndarray:
-    """[rows, 2]: for each row the first row of its example and the row past its end."""
-    ends = np.cumsum(lengths)
-    return np.concatenate(
-        [np.tile([end - n, end], (n, 1)) for n, end in zip(lengths, ends, strict=True)]
-    ).astype(np.uint32)
-
-
-def split_heads(qkv: np.ndarray, shape: Shape) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """q [n_heads, rows, head_size], k and v [n_kv_heads, rows, head_size]."""
-    heads = qkv.reshape(len(qkv), -1, shape.head_size).swapaxes(0, 1)
-    n, m = shape.n_heads, shape.n_kv_heads
-    return heads[:n], heads[n : n + m], heads[n + m :]
-
-
-def sees(segments: np.ndarray, shape: Shape) -> np.ndarray:
-    """[rows, rows]: which rows j each row i attends to."""
-    i = np.arange(len(segments))[:, None]
-    j = np.arange(len(segments))[None, :]
-    seen = (j >= segments[:, :1]) & (j <= i)
-    return seen if shape.window is None else seen & (i - j < shape.window)
-
-
-def attention_reference(
-    qkv: np.ndarray, segments: np.ndarray, shape: Shape
-) -> tuple[np.ndarray, np.ndarray]:
-    q, k, v = split_heads(qkv.astype(np.float64), shape)
-    seen = sees(segments, shape)
-    out = np.zeros((len(qkv), shape.n_heads, shape.head_size))
-    lse = np.zeros((len(qkv), shape.n_heads))
-    for h in range(shape.n_heads):
-        kv = h // (shape.n_heads // shape.n_kv_heads)
-        s = shape.scale * q[h] @ k[kv].T
-        if shape.softcap is not None:
-            s = shape.softcap * np.tanh(s / shape.softcap)
-        s = np.where(seen, s, -np.inf)
-        highest = s.max(axis=1)
-        lse[:, h] = highest + np.log(np.exp(s - highest[:, None]).sum(axis=1))
-        out[:, h] = np.exp(s - lse[:, h, None]) @ v[kv]
-    return out.reshape(len(qkv), -1), lse
 
 
 def use_tile(monkeypatch: pytest.MonkeyPatch, tile: Tile) -> None:

@@ -5,32 +5,16 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lora.checks.tensors import rounded, typed, typed_marked
 from lora.shaders.device import Device
-from lora.shaders.tensor import Extent, Tensor
-from tests.support.kernels import MARKER
+
+__all__ = ["assert_rounded_once", "needs_halves", "rounded", "typed", "typed_marked"]
 
 
 def needs_halves(device: Device) -> None:
-    """Skips the test where the adapter has no f16."""
+    """Skips the test where the device has no f16."""
     if "shader-f16" not in device.features:
         pytest.skip(f"{device.name} has no shader-f16")
-
-
-def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
-    """f32 values as a tensor of that type holds them."""
-    return values.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
-
-
-def typed(device: Device, values: np.ndarray, dtype: str, extent: Extent) -> Tensor:
-    """An activation of that type holding `values` [rows, …]."""
-    tensor = device.empty(values.shape, dtype, extent=extent)
-    device.write(tensor, values)
-    return tensor
-
-
-def typed_marked(device: Device, dtype: str, extent: Extent, *shape: int) -> Tensor:
-    """An output [extent.maximum, *shape] of that type filled with MARKER."""
-    return typed(device, np.full((extent.maximum, *shape), MARKER), dtype, extent)
 
 
 def assert_rounded_once(

@@ -6,33 +6,18 @@ from collections.abc import Callable
 
 import numpy as np
 
-from lora.shaders.device import Device
+from lora.checks.tensors import MARKER, activation, extent_in_use, marked
 from lora.shaders.program import Program
-from lora.shaders.tensor import Extent, Tensor
+from lora.shaders.tensor import Tensor
 
-MARKER = -7.0  # what outputs hold before a kernel runs: rows not in use must keep it
-
-
-def extent_in_use(device: Device, rows: int, in_use: int) -> Extent:
-    """An extent of `rows`, of which `in_use` are."""
-    extent = device.extent(rows)
-    device.set_rows(extent, in_use)
-    return extent
-
-
-def activation(device: Device, values: np.ndarray, extent: Extent) -> Tensor:
-    """An activation holding `values` [rows, …]."""
-    floating = np.issubdtype(values.dtype, np.floating)
-    tensor = device.empty(values.shape, "f32" if floating else "u32", extent=extent)
-    device.write(tensor, values)
-    return tensor
-
-
-def marked(device: Device, extent: Extent, *shape: int) -> Tensor:
-    """An output [extent.maximum, *shape] filled with MARKER."""
-    tensor = device.empty((extent.maximum, *shape), extent=extent)
-    device.write(tensor, np.full(tensor.shape, MARKER, np.float32))
-    return tensor
+__all__ = [
+    "MARKER",
+    "activation",
+    "central_difference",
+    "extent_in_use",
+    "marked",
+    "run_twice",
+]
 
 
 def run_twice(program: Program, output: Tensor, before: np.ndarray | None = None) -> np.ndarray:

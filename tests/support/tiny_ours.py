@@ -87,7 +87,7 @@ def gradients(session: TrainingSession) -> OurGradients:
     session._write(batch)
     session._run_prefix(batch, None)
     programs.micro_batch.run()
-    loss = float(session.device.read(session._act.totals)[0]) / batch.n_trained
+    loss = float(session.device.read(session._act.loss_sum)[0]) / batch.n_trained
     flat = sum(session.device.read(part).astype(np.float64) for part in session.adapter.gradients)
     tensors = {}
     flat = np.asarray(flat) / programs.loss_scale

@@ -28,11 +28,6 @@ PLAIN_TYPES = (
     GGMLQuantizationType.F32, GGMLQuantizationType.F16, GGMLQuantizationType.BF16
 )  # fmt: skip
 BLOCK_TYPES = [kind for kind in ALL_TYPES if kind not in PLAIN_TYPES]
-# Where a block has its f16 scales, by ggml-common.h.
-F16_SCALES = {
-    "Q4_0": (0,), "Q4_1": (0, 2), "Q5_0": (0,), "Q5_1": (0, 2), "Q8_0": (0,), "Q2_K": (80, 82),
-    "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,), "IQ4_NL": (0,), "IQ4_XS": (0,),
-}  # fmt: skip
 SMALLEST_NORMAL = np.float32(2.0**-126)
 
 
@@ -52,7 +47,7 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int
     if kind == GGMLQuantizationType.MXFP4:
         blocks[:, :, 0] = rng.integers(118, 130, blocks.shape[:2])
     else:
-        offsets = F16_SCALES[kind.name]
+        offsets = QUANTIZATIONS[kind].f16_scales
         scales = rng.normal(size=(*blocks.shape[:2], len(offsets))).astype(np.float16)
         if scales[..., 0].size > 1:
             scales[0, -1] = 0.0
@@ -61,7 +56,7 @@ def random_blocks(kind: GGMLQuantizationType, rows: int, columns: int, seed: int
 
 
 def _set_scales(blocks: np.ndarray, kind: GGMLQuantizationType, bits: np.ndarray) -> None:
-    for index, offset in enumerate(F16_SCALES[kind.name]):
+    for index, offset in enumerate(QUANTIZATIONS[kind].f16_scales):
         blocks[:, :, offset] = bits[:, :, index] & 255
         blocks[:, :, offset + 1] = bits[:, :, index] >> 8
 
@@ -76,7 +71,8 @@ def blocks_of_all_scales(kind: GGMLQuantizationType, seed: int = 0) -> np.ndarra
         # From 253 on a weight of the file itself can be infinite: 2^(253 - 128) · 12.
         blocks[:, :, 0] = (np.arange(rows * n_blocks) % 253).reshape(rows, n_blocks)
     else:
-        bits = rng.integers(0, 1 << 16, (rows, n_blocks, len(F16_SCALES[kind.name])), np.uint16)
+        n_scales = len(QUANTIZATIONS[kind].f16_scales)
+        bits = rng.integers(0, 1 << 16, (rows, n_blocks, n_scales), np.uint16)
         infinite = (bits & 0x7C00) == 0x7C00
         bits[infinite] ^= 0x4000
         ends = [0x0000, 0x8000, 0x0001, 0x8001, 0x03FF, 0x83FF, 0x0400, 0x7BFF, 0xFBFF]
@@ -166,7 +162,7 @@ def test_split_by_the_largest_binding(
         # Pieces of an upload that end within parts.
         patch.setattr("lora.forward.model.weights.UPLOAD_PIECE", 50 * row_bytes)
         matrix = load_matrix(device, [tensor])
-    assert [(part.first_row, part.n_rows) for part in matrix.parts] == [
+    assert [(part.first_feature, part.out_features) for part in matrix.parts] == [
         (0, 64),
         (64, 64),
         (128, 24),
@@ -199,9 +195,14 @@ def test_a_stack_of_two_types(device: Device, first: str, second: str) -> None:
 )
 def test_bits_a_weight(kind: GGMLQuantizationType, columns: int) -> None:
     """At most half a bit a weight more than in the file, at real widths; never less."""
-    block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    file_bits = 8 * block_bytes / block_size
+    file_bits = QUANTIZATIONS[kind].bits_a_weight
     assert file_bits <= 32 * QUANTIZATIONS[kind].row_words(columns) / columns <= file_bits + 0.5
+
+
+@pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
+def test_sizes_of_blocks(kind: GGMLQuantizationType) -> None:
+    quantization = QUANTIZATIONS[kind]
+    assert (quantization.block_size, quantization.block_bytes) == GGML_QUANT_SIZES[kind]
 
 
 # -- NaN and infinity --------------------------------------------------------------------------
@@ -209,10 +210,10 @@ def test_bits_a_weight(kind: GGMLQuantizationType, columns: int) -> None:
 
 def non_finite_places() -> Iterator[tuple[GGMLQuantizationType, int, bytes]]:
     """(type, offset in a block, bytes): every scale with infinity, -infinity, and NaNs."""
-    for name, offsets in F16_SCALES.items():
-        for offset in offsets:
+    for kind, quantization in QUANTIZATIONS.items():
+        for offset in quantization.f16_scales:
             for bits in (0x7C00, 0xFC00, 0x7C01, 0xFFFF):
-                yield GGMLQuantizationType[name], offset, bits.to_bytes(2, "little")
+                yield kind, offset, bits.to_bytes(2, "little")
     yield GGMLQuantizationType.MXFP4, 0, b"\xff"
     for value in (np.inf, -np.inf, np.nan):
         for kind, dtype in (

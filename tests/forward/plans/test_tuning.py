@@ -244,7 +244,7 @@ def test_the_real_stopwatch(tiled: Device, stamps: bool, monkeypatch: pytest.Mon
     bench = Workbench(tiled)
     programs = [bench.program(r, choose_tile(*r.shape(tiled)), {}) for r in (small, large)]
     watch = Stopwatch(tiled)
-    watch(programs, 1)  # the software adapter compiles a kernel when it first runs
+    watch(programs, 1)  # the software driver compiles a kernel when it first runs
     times = np.array([watch(programs, 2) for _ in range(5)])
     bench.close()
     # The smallest of each, since other processes share the cores.

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora.config.schema import DataConfig
-from lora.data.examples import tokenize_row
+from lora.data.examples import tokenize_record
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from tests.support.tiny_sentencepiece import spaced_gguf, spaced_metadata
@@ -123,7 +123,7 @@ def test_trained_parts_are_cut_by_offsets(tmp_path: Path) -> None:
     tokenizer = _tokenizer(tmp_path)
     settings = DataConfig(train="unread.jsonl")
     columns = {"prompt": "hi é", "completion": " hi🎉"}
-    ids, trained = tokenize_row(columns, "completion", settings, tokenizer)
+    ids, trained = tokenize_record(columns, "completion", settings, tokenizer)
     assert tokenizer.decode(ids.tolist()) == "hi é hi🎉"
     pieces = [TOKENS[token] for token in ids[trained]]
     assert pieces == ["▁hi", "<0xF0>", "<0x9F>", "<0x8E>", "<0x89>", "</s>"]

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import lora.commands.tune
+import lora.forward.plans.tuning
 import lora.shaders.device
 from lora.commands.tune import tune_command
 from lora.config.schema import load_config
@@ -35,15 +35,15 @@ def run(*arguments: str) -> str:
     return result.output
 
 
-def test_an_adapter_on_the_cpu_is_refused(tmp_path: Path, device: Device) -> None:
+def test_a_cpu_device_is_refused(tmp_path: Path, device: Device) -> None:
     if not device.is_cpu:
-        pytest.skip("this adapter is a GPU")
+        pytest.skip("this device is a GPU")
     with pytest.raises(InputError, match="no tiles to choose"):
         run(str(write_run(tmp_path)))
 
 
 class Card(Device):
-    """The software adapter, taken for a GPU."""
+    """The software driver, taken for a GPU."""
 
     def __init__(self, wanted: str | int) -> None:
         super().__init__(wanted)
@@ -62,7 +62,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(lora.shaders.device, "Device", Card)
-    monkeypatch.setattr(lora.commands.tune, "tune", tuner)
+    monkeypatch.setattr(lora.forward.plans.tuning, "tune", tuner)
     monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
     return searches
 

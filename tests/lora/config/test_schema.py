@@ -185,7 +185,7 @@ def test_overrides(path: str) -> None:
         ("train.eval_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
         ("train.save_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
         ("train.keep_checkpoints=0", "got 0; allowed here: a whole number of at least 1."),
-        ("device=true", "got True; allowed here: auto, an adapter's index, or part of its name."),
+        ("device=true", "got True; allowed here: auto, a device's index, or part of its name."),
         ("output=", "got None; allowed here: the directory that the run writes to."),
     ],
 )

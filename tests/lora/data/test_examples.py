@@ -20,7 +20,7 @@ import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
 from lora.config.schema import DataConfig
-from lora.data.examples import DataSummary, Example, load_examples, tokenize_row
+from lora.data.examples import DataSummary, Example, load_examples, tokenize_record
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import TokenizedText, Tokenizer
 from lora.shaders.errors import InputError
@@ -90,7 +90,7 @@ def trained_text(
     columns: dict[str, Any], data_format: str, tokenizer: FakeTokenizer, **values: Any
 ) -> tuple[str, list[str]]:
     """The whole text, and its trained stretches."""
-    ids, trained = tokenize_row(columns, data_format, settings(**values), tokenizer)
+    ids, trained = tokenize_record(columns, data_format, settings(**values), tokenizer)
     assert ids.dtype == np.int32 and trained.dtype == np.bool_ and ids.shape == trained.shape
     stretches: list[str] = []
     for t in range(len(ids)):
@@ -144,7 +144,9 @@ def test_train_on_all_trains_all_but_the_first_token() -> None:
         ({"prompt": "hi ", "completion": "yo"}, "completion"),
         ({"text": "hi yo"}, "text"),
     ):
-        ids, trained = tokenize_row(columns, data_format, settings(train_on="all"), FakeTokenizer())
+        ids, trained = tokenize_record(
+            columns, data_format, settings(train_on="all"), FakeTokenizer()
+        )
         assert trained.tolist() == [False] + [True] * (len(ids) - 1)
 
 
@@ -414,7 +416,7 @@ def test_training_from_a_file_does_not_import_datasets(
 def test_smollm2_trains_what_the_assistant_says(smollm2: Path) -> None:
     tokenizer = Tokenizer.from_gguf(GGUFFile(smollm2))
     messages = [user("Grüße 🙂?"), assistant("Ja 🙂!"), user("Why?"), assistant("42, of course.")]
-    ids, trained = tokenize_row({"messages": messages}, "chat", settings(), tokenizer)
+    ids, trained = tokenize_record({"messages": messages}, "chat", settings(), tokenizer)
     text = tokenizer.decode(ids.tolist(), skip_special=False)
     assert text.startswith("<|im_start|>system\n")
     said = tokenizer.decode(ids[trained].tolist(), skip_special=False)

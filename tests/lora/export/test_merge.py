@@ -65,7 +65,7 @@ def test_merged_tensors_are_the_exact_sum(case: Case) -> None:
 def test_merged_in_every_small_type(llama: Case, kind: str) -> None:
     done = llama.export("merged-gguf", kind=kind)
     base, merged = GGUFFile(llama.base), GGUFFile(done.path)
-    # Relative errors on normal numbers, see test_requantize.py; MXFP4 has no search.
+    # Relative errors on normal numbers, see test_block_writers.py; MXFP4 has no search.
     bound = {"Q8_0": 0.006, "Q5_0": 0.045, "Q5_1": 0.04, "MXFP4": 0.2}.get(kind, 0.09)
     for tensor in done.merged:
         exact = decoded(base, tensor.name) + llama.expected(

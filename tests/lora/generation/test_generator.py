@@ -176,7 +176,7 @@ def test_the_dispatches_of_a_gpu(
     dispatches: int,
     ids: list[int],
 ) -> None:
-    """Norms and activations inside the products, against those of an adapter on the CPU.
+    """Norms and activations inside the products, against those of a CPU device.
 
     Args:
         first: dispatches between the embedding and the first layer.

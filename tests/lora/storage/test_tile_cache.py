@@ -29,7 +29,7 @@ from tests.forward.plans.test_tuning import planned_requests
 
 @pytest.fixture
 def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """The software adapter under the name of a GPU, and an empty folder of caches."""
+    """The software driver under the name of a GPU, and an empty folder of caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     info = device.info | {"adapter_type": "DiscreteGPU", "description": "driver 1.0"}
     monkeypatch.setattr(device, "info", info)
@@ -117,7 +117,7 @@ def test_more_time_looks_again_at_what_less_time_found(gpu: Device) -> None:
 @pytest.mark.parametrize(
     "other", ["name", "driver", "backend", "workgroup_memory", "kernel", "precision"]
 )
-def test_what_is_found_holds_for_one_adapter_driver_and_kernel(
+def test_what_is_found_holds_for_one_device_driver_and_kernel(
     gpu: Device, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     requests = requests_for(gpu)
@@ -184,7 +184,7 @@ def test_an_entry_that_cannot_be_used_is_replaced(
 
 
 def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Training finds plans; evaluation reads them; off and adapters on the CPU know none."""
+    """Training finds plans; evaluation reads them; off and CPU devices know none."""
     calls = []
 
     def tuner(

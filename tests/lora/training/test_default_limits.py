@@ -1,4 +1,4 @@
-"""The whole step within WebGPU's default limits, which every adapter must offer."""
+"""The whole step within WebGPU's default limits, which every device must offer."""
 
 from pathlib import Path
 

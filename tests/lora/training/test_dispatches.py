@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sessions import as_examples, random_rows, run_config
+from benchmarks.sessions import as_examples, random_sequences, run_config
 from benchmarks.synthetic import SHAPES, write_model
 from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
@@ -25,8 +25,8 @@ def test_dispatches_of_a_layer(name: str, precision: str, tmp_path: Path) -> Non
     planned.is_cpu, planned.features = False, {"shader-f16"}
     planned.workgroup_memory = 49152
     config = run_config(path, batch_size=1, length=512, steps=1, precision=precision)
-    rows = random_rows(SHAPES[name].vocab_size, 1, 512)
-    session = TrainingSession(config, examples=as_examples(rows), device=planned)
+    sequences = random_sequences(SHAPES[name].vocab_size, 1, 512)
+    session = TrainingSession(config, examples=as_examples(sequences), device=planned)
     assert session._programs is not None
     counts: Counter[str] = Counter()
     for command in session._programs.micro_batch.commands:

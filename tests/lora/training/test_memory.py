@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 # Peak resident memory above that of the interpreter with its libraries loaded. On the software
-# adapter the device's memory is the host's and counts too.
+# driver the device's memory is the host's and counts too.
 SCRIPT = """
 import json, resource, sys
 import lora, datasets, tokenizers, wgpu

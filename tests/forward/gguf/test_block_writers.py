@@ -8,13 +8,9 @@ import pytest
 from gguf import GGML_QUANT_SIZES
 from gguf import GGMLQuantizationType as Type
 
-from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.gguf.requantize import quantize
+from lora.forward.gguf.quantization import QUANTIZATIONS, quantize
 
-SEARCHED = (
-    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "IQ4_NL"),
-    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
-)
+SEARCHED = [kind.name for kind, entry in QUANTIZATIONS.items() if entry.write is not None]
 
 # Relative root mean square error on normal numbers that llama.cpp's own quantizers reach without an
 # importance matrix (ggml_quantize_chunk of ggml as in xllamacpp 2026-10, 262,144 numbers; measured

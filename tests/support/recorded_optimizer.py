@@ -1,4 +1,4 @@
-"""AdamW and clipping in float64 numpy, and what the device's tests share."""
+"""The optimizer's step on the device, recorded, and random gradients."""
 
 from __future__ import annotations
 
@@ -6,46 +6,17 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora.checks.references.optim import BETAS, EPSILON
 from lora.optim.adamw import adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
-BETAS = (0.9, 0.999)
-EPSILON = 1e-8
-
 
 def padded(n: int) -> int:
     """n, rounded up to the multiple of 64 that the flat layout has."""
     return -(-n // 64) * 64
-
-
-def clip_reference(gradient: np.ndarray, max_norm: float | None) -> tuple[float, float]:
-    """The norm before clipping, and the factor of torch.nn.utils.clip_grad_norm_."""
-    norm = float(np.sqrt((gradient.astype(np.float64) ** 2).sum()))
-    return norm, 1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))
-
-
-class AdamWReference:
-    """Loshchilov & Hutter 2019, algorithm 2, in float64."""
-
-    def __init__(self, parameters: np.ndarray, weight_decay: float) -> None:
-        self.p = parameters.astype(np.float64)
-        self.m = np.zeros_like(self.p)
-        self.v = np.zeros_like(self.p)
-        self.t = 0
-        self.weight_decay = weight_decay
-
-    def step(self, gradient: np.ndarray, learning_rate: float) -> None:
-        g = gradient.astype(np.float64)
-        self.t += 1
-        self.p *= 1 - learning_rate * self.weight_decay
-        self.m = BETAS[0] * self.m + (1 - BETAS[0]) * g
-        self.v = BETAS[1] * self.v + (1 - BETAS[1]) * g * g
-        m_hat = self.m / (1 - BETAS[0] ** self.t)
-        v_hat = self.v / (1 - BETAS[1] ** self.t)
-        self.p -= learning_rate * m_hat / (np.sqrt(v_hat) + EPSILON)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Rows of a data set: read, checked, each with the place where a user finds it."""
+"""Records (rows) of a data set: read, checked, each with the place where a user finds it."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt")
 
 
 @dataclass(frozen=True)
-class Row:
-    """One row of a data set.
+class Record:
+    """One record of a data set, which users know as a row.
 
     Attributes:
         columns: what its format reads: strings, or for chat `messages`, a list of mappings with
@@ -35,9 +35,9 @@ class Row:
     place: str
 
 
-def load_rows(
+def load_records(
     source: str | Sequence[str], data_format: str = "auto", split: str = "train"
-) -> tuple[str, list[Row]]:
+) -> tuple[str, list[Record]]:
     """Reads a whole data set.
 
     Args:
@@ -48,7 +48,7 @@ def load_rows(
             test) split.
 
     Returns:
-        the format, and the rows in their order.
+        the format, and the records in their order.
 
     Raises:
         InputError: a file is missing or empty, or a row is wrong; says the file and the line.
@@ -57,15 +57,16 @@ def load_rows(
     raw: list[tuple[Any, str]] = []
     for name in sources:
         n_before = len(raw)
-        raw += _read_file(Path(name)) if _is_file_name(name) else _read_data_set(name, split)
+        raw += _read_file(Path(name)) if is_file_name(name) else _read_data_set(name, split)
         if len(raw) == n_before:
             raise InputError(f"{name}: holds no rows.")
     if data_format == "auto":
         data_format = _detect_format(*raw[0])
-    return data_format, [_check_row(values, place, data_format) for values, place in raw]
+    return data_format, [_check_record(values, place, data_format) for values, place in raw]
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
+    """Whether `data.train` or `data.eval` names a file by this, and no Hugging Face data set."""
     return Path(name).is_file() or name.endswith(_FILE_ENDINGS)
 
 
@@ -135,7 +136,7 @@ def _detect_format(values: Any, place: str) -> str:
     )
 
 
-def _check_row(values: Any, place: str, data_format: str) -> Row:
+def _check_record(values: Any, place: str, data_format: str) -> Record:
     _check_object(values, place)
     required = FORMATS[data_format]
     lacking = [column for column in required if column not in values]
@@ -150,7 +151,7 @@ def _check_row(values: Any, place: str, data_format: str) -> Row:
             check = _check_messages if column == "messages" else _check_text
             check(values[column], f"{place}: {column}")
             columns[column] = values[column]
-    return Row(columns, place)
+    return Record(columns, place)
 
 
 def _check_object(values: Any, place: str) -> None:

@@ -1,4 +1,4 @@
-"""Writing weights as GGUF tensors: f32 rows into each of the 16 tensor types.
+"""Writing weights as blocks of GGUF tensors: f32 [blocks, weights] → uint8 [blocks, bytes].
 
 gguf-py decodes every type, but writes only the simple ones, and those by the largest weight of a
 block alone. Here the scale of a block is searched: some candidates around the one that the largest
@@ -14,11 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import gguf
 import numpy as np
-from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-_BATCH = 1 << 16  # weights worked on at a time: the arrays of a batch stay in the cache
 _NO_SCALE = 1e-15  # blocks whose weights are all smaller become zeros; their inverse would overflow
 
 # How much finer (or coarser, below 0) than the largest weight asks for, in levels: larger weights
@@ -34,32 +31,6 @@ _NONLINEAR = np.array(
 _NEAREST_TO_HALVES = np.searchsorted(
     (_NONLINEAR[1:] + _NONLINEAR[:-1]) / 2, np.arange(-128, 128, 0.5), side="right"
 ).astype(np.uint8)
-
-
-def quantize(values: np.ndarray, kind: GGMLQuantizationType) -> np.ndarray:
-    """Rows of weights as a tensor of a type holds them.
-
-    Args:
-        values: f32 [rows, columns], finite; columns a multiple of the type's block.
-        kind: one that forward/gguf/quantization.py lists.
-
-    Returns:
-        uint8 [rows, bytes a row].
-    """
-    rows, columns = values.shape
-    block_size, block_bytes = GGML_QUANT_SIZES[kind]
-    if columns % block_size:
-        raise ValueError(f"{columns} columns are no whole blocks of {block_size} ({kind.name})")
-    write = _WRITERS.get(kind)
-    if write is None:
-        stored: np.ndarray = gguf.quants.quantize(np.ascontiguousarray(values, np.float32), kind)
-        return stored.view(np.uint8).reshape(rows, -1)
-    blocks = np.ascontiguousarray(values, np.float32).reshape(-1, block_size)
-    data = np.empty((len(blocks), block_bytes), np.uint8)
-    n = _BATCH // block_size
-    for start in range(0, len(blocks), n):
-        data[start : start + n] = write(blocks[start : start + n])
-    return data.reshape(rows, -1)
 
 
 # -- the search -----------------------------------------------------------------------------------
@@ -208,7 +179,7 @@ def _join(*pieces: np.ndarray) -> np.ndarray:
 # -- blocks of 32 ---------------------------------------------------------------------------------
 
 
-def _write_scaled(bits: int) -> Callable[[np.ndarray], np.ndarray]:
+def write_scaled(bits: int) -> Callable[[np.ndarray], np.ndarray]:
     """Q4_0 and Q5_0."""
 
     def write(x: np.ndarray) -> np.ndarray:
@@ -222,7 +193,7 @@ def _write_scaled(bits: int) -> Callable[[np.ndarray], np.ndarray]:
     return write
 
 
-def _write_affine(bits: int) -> Callable[[np.ndarray], np.ndarray]:
+def write_affine(bits: int) -> Callable[[np.ndarray], np.ndarray]:
     """Q4_1 and Q5_1."""
 
     def write(x: np.ndarray) -> np.ndarray:
@@ -254,7 +225,7 @@ def _nearest_value(scaled: np.ndarray) -> np.ndarray:
     return _NEAREST_TO_HALVES[halves + 256]
 
 
-def _write_iq4_nl(x: np.ndarray) -> np.ndarray:
+def write_iq4_nl(x: np.ndarray) -> np.ndarray:
     d = _half(_fit_nonlinear(x))
     q = _nearest_value(x * _inverse(d)[:, None])
     return _join(_half_bytes(d), _nibbles(q, 16))
@@ -290,7 +261,7 @@ def _write_signed(
     return d, scales.astype(np.int8), (q + half_range).astype(np.uint8).reshape(-1, 256)
 
 
-def _write_q3_k(x: np.ndarray) -> np.ndarray:
+def write_q3_k(x: np.ndarray) -> np.ndarray:
     d, signed, q = _write_signed(x, 3, -32, 31)
     scales = (signed + 32).astype(np.uint8)
     fours = (scales >> 4).reshape(-1, 4, 4)
@@ -298,7 +269,7 @@ def _write_q3_k(x: np.ndarray) -> np.ndarray:
     return _join(_fields(q >> 2, 1), _fields(q, 2), _nibbles(scales, 8), upper, _half_bytes(d))
 
 
-def _write_q6_k(x: np.ndarray) -> np.ndarray:
+def write_q6_k(x: np.ndarray) -> np.ndarray:
     d, scales, q = _write_signed(x, 6, -128, 127)
     return _join(_nibbles(q, 64), _fields(q >> 4, 2), scales.view(np.uint8), _half_bytes(d))
 
@@ -328,7 +299,7 @@ def _write_minimum(
     return d, d_min, scales.astype(np.uint8), minima.astype(np.uint8), q
 
 
-def _write_q2_k(x: np.ndarray) -> np.ndarray:
+def write_q2_k(x: np.ndarray) -> np.ndarray:
     d, d_min, scales, minima, q = _write_minimum(x, 2, 16, 15)
     return _join(scales | (minima << 4), _fields(q, 2), _half_bytes(d), _half_bytes(d_min))
 
@@ -343,12 +314,12 @@ def _six_bits(scales: np.ndarray, minima: np.ndarray) -> np.ndarray:
     )
 
 
-def _write_q4_k(x: np.ndarray) -> np.ndarray:
+def write_q4_k(x: np.ndarray) -> np.ndarray:
     d, d_min, scales, minima, q = _write_minimum(x, 4, 32, 63)
     return _join(_half_bytes(d), _half_bytes(d_min), _six_bits(scales, minima), _nibbles(q, 32))
 
 
-def _write_q5_k(x: np.ndarray) -> np.ndarray:
+def write_q5_k(x: np.ndarray) -> np.ndarray:
     d, d_min, scales, minima, q = _write_minimum(x, 5, 32, 63)
     return _join(
         _half_bytes(d),
@@ -359,7 +330,7 @@ def _write_q5_k(x: np.ndarray) -> np.ndarray:
     )
 
 
-def _write_iq4_xs(x: np.ndarray) -> np.ndarray:
+def write_iq4_xs(x: np.ndarray) -> np.ndarray:
     parts = x.reshape(-1, 32)
     d, signed = _round_scales(_fit_nonlinear(parts).reshape(-1, 8), -32, 31)
     inverse = _inverse((d[:, None] * signed).reshape(-1, 1))
@@ -370,18 +341,3 @@ def _write_iq4_xs(x: np.ndarray) -> np.ndarray:
         upper |= (scales[:, part] >> 4).astype("<u2") << (2 * part)
     lower = (scales[:, 0::2] & 15) | (scales[:, 1::2] << 4)
     return _join(_half_bytes(d), upper.view(np.uint8).reshape(-1, 2), lower, _nibbles(q, 16))
-
-
-_WRITERS: dict[GGMLQuantizationType, Callable[[np.ndarray], np.ndarray]] = {
-    GGMLQuantizationType.Q4_0: _write_scaled(4),
-    GGMLQuantizationType.Q5_0: _write_scaled(5),
-    GGMLQuantizationType.Q4_1: _write_affine(4),
-    GGMLQuantizationType.Q5_1: _write_affine(5),
-    GGMLQuantizationType.IQ4_NL: _write_iq4_nl,
-    GGMLQuantizationType.Q2_K: _write_q2_k,
-    GGMLQuantizationType.Q3_K: _write_q3_k,
-    GGMLQuantizationType.Q4_K: _write_q4_k,
-    GGMLQuantizationType.Q5_K: _write_q5_k,
-    GGMLQuantizationType.Q6_K: _write_q6_k,
-    GGMLQuantizationType.IQ4_XS: _write_iq4_xs,
-}

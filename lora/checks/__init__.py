@@ -1,0 +1,4 @@
+"""Every kernel against its reference on the device at hand: `lora devices --check`.
+
+Imports forward, backward, optim and shaders.
+"""

@@ -1,0 +1,18 @@
+"""RMSNorm and its gradient."""
+
+import numpy as np
+
+
+def rmsnorm_reference(x: np.ndarray, weight: np.ndarray, epsilon: float) -> np.ndarray:
+    """Each row of x [rows, width] over its root mean square, times weight [width]."""
+    x = x.astype(np.float64)
+    return x / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon) * weight.astype(np.float64)
+
+
+def rmsnorm_backward_reference(
+    x: np.ndarray, weight: np.ndarray, d_y: np.ndarray, epsilon: float
+) -> np.ndarray:
+    """d_x [rows, width] for the loss Σ d_y · y."""
+    x, g = x.astype(np.float64), d_y.astype(np.float64) * weight
+    rstd = 1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon)
+    return rstd * (g - x * rstd**2 * (g * x).mean(axis=1, keepdims=True))
