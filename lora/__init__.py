@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from lora.training.run import run_training
     from lora.training.session import TrainingSession
 
+    __version__: str
+
 _HOMES = {
     "Config": "lora.config.schema",
     "EvalResult": "lora.training.metrics",
@@ -34,17 +36,35 @@ __all__ = [
     "LoraError",
     "Metrics",
     "TrainingSession",
+    "__version__",
     "load_config",
     "run_training",
 ]
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name == "__version__":
+        value = _version()
+    elif name in _HOMES:
+        value = getattr(import_module(_HOMES[name]), name)
+    else:
         raise AttributeError(f"module 'lora' has no attribute {name!r}")
-    value = getattr(import_module(_HOMES[name]), name)
     globals()[name] = value
     return value
+
+
+def _version() -> str:
+    """pyproject.toml's, as it was installed; in a checkout without an installation from there."""
+    from importlib import metadata
+
+    try:
+        return metadata.version("webgpu-lora")
+    except metadata.PackageNotFoundError:
+        import tomllib
+        from pathlib import Path
+
+        with open(Path(__file__).parents[1] / "pyproject.toml", "rb") as file:
+            return str(tomllib.load(file)["project"]["version"])
 
 
 def __dir__() -> list[str]:

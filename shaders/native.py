@@ -6,12 +6,20 @@ The dependency is pinned below 0.33, and tests/shaders/test_native.py holds what
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 from typing import Any
 
 import wgpu
-from wgpu.backends.wgpu_native import _api
 
 _NO_CHECKS = 0  # WGPUShaderRuntimeChecks_None of wgpu.h
+
+
+@cache
+def _inner() -> Any:
+    """wgpu-py's module of inner functions; its import parses wgpu.h, a third of a second."""
+    from wgpu.backends.wgpu_native import _api
+
+    return _api
 
 
 def trusted_shader_module(device: wgpu.GPUDevice, label: str, code: str) -> wgpu.GPUShaderModule:
@@ -25,16 +33,17 @@ def trusted_shader_module(device: wgpu.GPUDevice, label: str, code: str) -> wgpu
     Raises:
         wgpu.GPUValidationError: the code is wrong.
     """
-    source = _api.new_struct_p("WGPUShaderSourceWGSL *", code=_api.to_c_string_view(code))
-    source[0].chain.next = _api.ffi.NULL
-    source[0].chain.sType = _api.lib.WGPUSType_ShaderSourceWGSL
-    descriptor = _api.new_struct_p(
+    api = _inner()
+    source = api.new_struct_p("WGPUShaderSourceWGSL *", code=api.to_c_string_view(code))
+    source[0].chain.next = api.ffi.NULL
+    source[0].chain.sType = api.lib.WGPUSType_ShaderSourceWGSL
+    descriptor = api.new_struct_p(
         "WGPUShaderModuleDescriptor *",
-        nextInChain=_api.ffi.cast("WGPUChainedStruct *", source),
-        label=_api.to_c_string_view(label),
+        nextInChain=api.ffi.cast("WGPUChainedStruct *", source),
+        label=api.to_c_string_view(label),
     )
-    module = _api.libf.wgpuDeviceCreateShaderModuleTrusted(device._internal, descriptor, _NO_CHECKS)
-    return _api.GPUShaderModule(label, module, device)
+    module = api.libf.wgpuDeviceCreateShaderModuleTrusted(device._internal, descriptor, _NO_CHECKS)
+    return api.GPUShaderModule(label, module, device)
 
 
 def encode_dispatches(
@@ -46,7 +55,7 @@ def encode_dispatches(
     As the pass's own methods do, but without their error scope around each of three calls: a step
     has a thousand dispatches. What is wrong shows when the encoder finishes.
     """
-    lib, no_offsets = _api.lib, _api.ffi.NULL
+    lib, no_offsets = _inner().lib, _inner().ffi.NULL
     set_pipeline = lib.wgpuComputePassEncoderSetPipeline
     set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
     dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups

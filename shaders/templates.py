@@ -11,9 +11,10 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import jinja2
+if TYPE_CHECKING:
+    import jinja2
 
 _FOLDER = Path(__file__).parent / "wgsl"
 _HALF = re.compile(r"\bf16\b")
@@ -21,6 +22,8 @@ _HALF = re.compile(r"\bf16\b")
 
 @cache
 def _environment() -> jinja2.Environment:
+    import jinja2  # only here: what renders no kernel starts without it
+
     return jinja2.Environment(
         loader=jinja2.FileSystemLoader(_FOLDER),
         undefined=jinja2.StrictUndefined,

@@ -36,3 +36,11 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
     return _model("gemma-3-270m-q4_k_m.gguf", "gemma3-270m")
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Shows what tests recorded as "print", a worker's too: the figures that CI is to tell."""
+    for report in terminalreporter.getreports("passed"):
+        for name, text in report.user_properties:
+            if name == "print":
+                terminalreporter.write_line(str(text))

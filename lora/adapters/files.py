@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -16,12 +16,14 @@ from lora.adapters.peft_files import (
     refuse_dora,
 )
 from lora.adapters.saved_factors import common_scale
-from lora.config.schema import AdapterConfig, Config
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import MODULE_NAMES, Architecture
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
+
+if TYPE_CHECKING:
+    from lora.config.schema import AdapterConfig, Config
 
 
 @dataclass(frozen=True)
@@ -99,6 +101,8 @@ class SavedAdapter:
         Raises:
             InputError: it was made for another model.
         """
+        from lora.config.schema import AdapterConfig  # pydantic, for evaluations only
+
         layout = self.layout(architecture)
         return AdapterConfig(
             rank=self.rank,

@@ -7,18 +7,20 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
 import safetensors.numpy
 
 from lora.adapters.saved_factors import SavedFactors, pack
-from lora.config.schema import Config
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import HEAD
 from lora.shaders.errors import InputError
 from lora.storage.files import write_file
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
@@ -12,12 +12,12 @@ from rich.table import Table
 
 from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
-from lora.commands.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
+from lora.commands.init import init_command
 from lora.commands.tune import tune_command
-from lora.generation.sampling import GREEDY, Sampling
-from lora.shaders.device import list_devices
 from lora.shaders.errors import InputError, LoraError
-from lora.storage.pull import pull as pull_model
+
+if TYPE_CHECKING:  # the rest of lora is imported in the commands: --help and completion are quick
+    from lora.generation.sampling import Sampling
 
 
 class _Commands(typer.core.TyperGroup):
@@ -36,7 +36,7 @@ app = typer.Typer(
     cls=_Commands,
     help="Fine-tune the GGUF model you already run, on whatever GPU you have.",
     no_args_is_help=True,
-    add_completion=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
 console = Console()
@@ -48,11 +48,28 @@ Overrides = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        from lora import __version__
+
+        print(f"webgpu-lora {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
 def options(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
     debug: Annotated[bool, typer.Option(help="Show tracebacks of errors.")] = False,
 ) -> None:
     """Options of all commands; `main` reads --debug itself, before any command runs."""
+
+
+app.command(name="init")(init_command)
 
 
 @app.command()
@@ -74,9 +91,7 @@ def train(
         return
     try:
         with TrainingProgress(console, session) as progress:
-            output = run_training(
-                session, resuming=resume, on_step=progress.step, on_eval=progress.evaluated
-            )
+            output = run_training(session, resuming=resume, listeners=[progress])
     except Interrupted as stop:
         given = "".join(f" --set {value}" for value in set_ or [])
         console.print(f"Stopped; saved {stop.checkpoint}.")
@@ -146,7 +161,7 @@ ORDER_OF_SAMPLING = (
     "top-k, top-p, min-p, in this order (llama.cpp has the temperature last and penalizes the last "
     "64 tokens only)."
 )
-CHAT_SAMPLING = Sampling(temperature=0.7, top_k=40, top_p=0.95, min_p=0.05)
+CHAT_TEMPERATURE, CHAT_TOP_K, CHAT_TOP_P, CHAT_MIN_P = 0.7, 40, 0.95, 0.05
 
 
 def _check_draws(sampling: Sampling, default: Sampling) -> Sampling:
@@ -155,6 +170,8 @@ def _check_draws(sampling: Sampling, default: Sampling) -> Sampling:
     Raises:
         InputError: the temperature is 0 and one of them is given.
     """
+    from lora.generation.sampling import GREEDY
+
     for name in ("top_k", "top_p", "min_p", "seed"):
         idle = getattr(GREEDY, name), getattr(default, name)
         if sampling.temperature == 0 and getattr(sampling, name) not in idle:
@@ -211,6 +228,7 @@ def generate(
     """Continue a text with the tuned model."""
     from lora.commands.chat import check_can_chat, conversation_ids
     from lora.generation.generator import open_generator
+    from lora.generation.sampling import GREEDY, Sampling
 
     sampling = _check_draws(
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), GREEDY
@@ -242,10 +260,10 @@ def converse(
     system: Annotated[str | None, typer.Option(help="A system message.")] = None,
     max_tokens: MaxTokens = 512,
     max_length: MaxLength = None,
-    temperature: Temperature = CHAT_SAMPLING.temperature,
-    top_k: TopK = CHAT_SAMPLING.top_k,
-    top_p: TopP = CHAT_SAMPLING.top_p,
-    min_p: MinP = CHAT_SAMPLING.min_p,
+    temperature: Temperature = CHAT_TEMPERATURE,
+    top_k: TopK = CHAT_TOP_K,
+    top_p: TopP = CHAT_TOP_P,
+    min_p: MinP = CHAT_MIN_P,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     tokenizer: TokenizerFile = None,
@@ -253,13 +271,15 @@ def converse(
 ) -> None:
     """Converse with a model, with adapters to switch on, off and between."""
     from lora.commands.chat import chat
+    from lora.generation.sampling import Sampling
 
+    by_default = Sampling(CHAT_TEMPERATURE, CHAT_TOP_K, CHAT_TOP_P, CHAT_MIN_P)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
     chat(
         model,
         adapter or [],
         system=system,
-        sampling=_check_draws(sampling, CHAT_SAMPLING),
+        sampling=_check_draws(sampling, by_default),
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         max_length=max_length,
@@ -279,6 +299,8 @@ def inspect(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a GGUF or an adapter holds."""
+    from lora.commands.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
+
     is_adapter = Path(model).is_dir()
     if as_json:
         console.print_json(data=adapter_facts(Path(model)) if is_adapter else gguf_facts(model))
@@ -294,6 +316,8 @@ app.command(name="tune")(tune_command)
 @app.command()
 def devices() -> None:
     """The devices that WebGPU sees, their limits and features."""
+    from lora.shaders.device import list_devices
+
     found = list_devices()
     if not found:
         raise InputError(
@@ -323,6 +347,8 @@ def pull(
     directory: Annotated[Path, typer.Option(help="Where to put it.")] = Path("models"),
 ) -> None:
     """Fetch a known small model."""
+    from lora.storage.pull import pull as pull_model
+
     console.print(str(pull_model(name, directory)))
 
 
@@ -331,7 +357,7 @@ def main() -> None:
     debug = "--debug" in sys.argv
     arguments = [argument for argument in sys.argv[1:] if argument != "--debug"]
     try:
-        status = app(arguments, standalone_mode=False)
+        status = app(arguments, standalone_mode=False, prog_name="lora")
     except (InputError, LoraError) as error:
         if debug:
             raise

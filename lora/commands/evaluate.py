@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
-import numpy as np
 import typer
 from rich.console import Console
 from rich.table import Table
@@ -105,7 +104,7 @@ def _table(results: Mapping[str, EvalResult]) -> Table:
 def first_answer(example: Example) -> tuple[list[int], list[int]]:
     """The tokens before an example's first trained stretch, and that stretch."""
     start = int(example.trained.argmax())
-    untrained = np.flatnonzero(~example.trained[start:])
+    untrained = (~example.trained[start:]).nonzero()[0]
     end = start + int(untrained[0]) if len(untrained) else len(example.ids)
     return example.ids[:start].tolist(), example.ids[start:end].tolist()
 

@@ -7,17 +7,18 @@ import sys
 from collections import Counter
 from pathlib import Path
 from statistics import fmean
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
-from gguf import GGMLQuantizationType
 from rich.console import Console
 from rich.progress import Progress
 
-from lora.adapters.origin import PromptForm
-from lora.export.merge import MergedTensor
-from lora.export.to_gguf import MERGED, Export, export
-from lora.forward.gguf.quantization import QUANTIZATIONS
+if TYPE_CHECKING:  # imported in the functions: `lora --help` has no use for them
+    from gguf import GGMLQuantizationType
+
+    from lora.adapters.origin import PromptForm
+    from lora.export.merge import MergedTensor
+    from lora.export.to_gguf import Export
 
 _ENOUGH_KEPT = 0.8  # of the change; with less the file is no longer the model that was trained
 
@@ -40,6 +41,8 @@ def export_command(
     force: Annotated[bool, typer.Option(help="Replace files that are there.")] = False,
 ) -> None:
     """Write an adapter for llama.cpp and Ollama, or merge it into its base."""
+    from lora.export.to_gguf import MERGED, export
+
     console = Console(stderr=True)
     # Without a terminal a transient bar would leave an empty line behind.
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -120,6 +123,8 @@ def loss_warning(
         done: the export.
         directory, output, base: as they were given for it.
     """
+    from lora.export.to_gguf import MERGED
+
     kept = _mean_kept(done.merged)
     if kept >= _ENOUGH_KEPT:
         return []
@@ -145,6 +150,10 @@ def _mean_kept(merged: list[MergedTensor]) -> float:
 
 def _finer(dropping: set[GGMLQuantizationType]) -> GGMLQuantizationType:
     """The smallest type with steps finer than those of every given one."""
+    from gguf import GGMLQuantizationType
+
+    from lora.forward.gguf.quantization import QUANTIZATIONS
+
     bits = max(QUANTIZATIONS[kind].bits_a_weight for kind in dropping)
     for finer in (GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16):
         if QUANTIZATIONS[finer].bits_a_weight > bits:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.table import Table
 
-from lora.forward.plans.matmul_plans import Product, Request, requests_of
-from lora.forward.plans.matmul_tiles import Plan, choose_tile
-from lora.forward.plans.tuning import tune
-from lora.storage.tile_cache import TileCache
+if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
+    from lora.forward.plans.matmul_plans import Product, Request
+    from lora.forward.plans.matmul_tiles import Plan
 
 
 def tune_command(
@@ -30,9 +29,13 @@ def tune_command(
     Products whose tiles were found with as much time before are left as they are.
     """
     from lora.config.schema import load_config
+    from lora.forward.plans.matmul_plans import requests_of
+    from lora.forward.plans.matmul_tiles import choose_tile
+    from lora.forward.plans.tuning import tune
     from lora.shaders.device import Device
     from lora.shaders.errors import InputError
     from lora.shaders.planning import PlanningDevice
+    from lora.storage.tile_cache import TileCache
     from lora.training.session import TrainingSession
 
     if seconds <= 0:

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
-from lora.config.schema import DataConfig
 from lora.data.records import load_records
-from lora.forward.text.chat_template import render_chat
 from lora.forward.text.tokenizer import TokenizedText
 from lora.shaders.errors import InputError
+
+if TYPE_CHECKING:
+    from lora.config.schema import DataConfig
 
 Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
@@ -222,6 +223,8 @@ def _mark_chat(
         f"{name}_token": None if token is None else tokenizer.decode([token], skip_special=False)
         for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
     }
+
+    from lora.forward.text.chat_template import render_chat  # with Jinja2, for chats only
 
     def render(n_messages: int, add_generation_prompt: bool = False) -> str:
         return render_chat(

@@ -57,7 +57,7 @@ def load_records(
     raw: list[tuple[Any, str]] = []
     for name in sources:
         n_before = len(raw)
-        raw += _read_file(Path(name)) if _is_file_name(name) else _read_data_set(name, split)
+        raw += _read_file(Path(name)) if is_file_name(name) else _read_data_set(name, split)
         if len(raw) == n_before:
             raise InputError(f"{name}: holds no rows.")
     if data_format == "auto":
@@ -65,7 +65,8 @@ def load_records(
     return data_format, [_check_record(values, place, data_format) for values, place in raw]
 
 
-def _is_file_name(name: str) -> bool:
+def is_file_name(name: str) -> bool:
+    """Whether `data.train` or `data.eval` names a file by this, and no Hugging Face data set."""
     return Path(name).is_file() or name.endswith(_FILE_ENDINGS)
 
 

@@ -51,6 +51,11 @@ def check_model_name(name: str) -> None:
     _parse(name)
 
 
+def is_path(name: str) -> bool:
+    """Whether a model is named by its path, not by a store's or the Hub's name."""
+    return isinstance(_parse(name), Path)
+
+
 def resolve_model(name: str | Path) -> Path:
     """Returns the GGUF file of a model; one of the Hub is fetched, unless the cache has it.
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 from collections import defaultdict
+from functools import cache
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -15,6 +16,7 @@ REPOSITORY = Path(__file__).parents[2]
 ROOMS = ("shaders", "forward", "backward", "optim", "lora")
 
 
+@cache
 def module_files() -> dict[str, Path]:
     """Every module of the product by its dotted name; a room's folder is a package of `lora`."""
     found = {}
@@ -39,6 +41,7 @@ def imported_names(path: Path) -> set[str]:
     return found
 
 
+@cache
 def import_graph() -> dict[str, set[str]]:
     """module → the modules of the product that it imports, its own packages left out."""
     files = module_files()
@@ -62,6 +65,7 @@ def home_of(module: str) -> str:
     return f"{room}/{rest[0]}" if has_wing else room
 
 
+@cache
 def homes_graph() -> dict[str, set[str]]:
     """The same arrows between rooms and wings."""
     homes: dict[str, set[str]] = defaultdict(set)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from lora import __version__
 from lora.commands.cli import main
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_run import write_run
@@ -114,6 +115,24 @@ def test_train_eval_generate_inspect(tmp_path: Path) -> None:
         assert result.returncode == 0, result.stderr
     assert "can be trained" in lora("inspect", model).stdout
     assert "rank" in lora("inspect", run).stdout
+
+
+def test_version_and_help() -> None:
+    for arguments in (["--version"], ["--debug", "--version"]):
+        assert lora(*arguments).stdout == f"webgpu-lora {__version__}\n"
+    for arguments in (["-h"], ["train", "-h"], ["init", "--help"]):
+        assert "Usage: " in lora(*arguments).stdout
+
+
+def test_shell_completion() -> None:
+    """The script for a shell, and what it then asks the command for."""
+    script = lora(_LORA_COMPLETE="source_bash").stdout
+    assert "_LORA_COMPLETE=complete_bash" in script and "_lora_completion lora" in script
+    assert "--install-completion" in lora("--help").stdout
+    asked = {"_LORA_COMPLETE": "complete_bash", "COMP_CWORD": "1"}
+    for word, words in (("ex", ["export"]), ("--deb", ["--debug"]), ("in", ["init", "inspect"])):
+        result = lora(**asked, COMP_WORDS=f"lora {word}")
+        assert sorted(result.stdout.split()) == words, result.stderr
 
 
 def test_devices() -> None:

@@ -10,7 +10,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-import lora.commands.tune
+import lora.forward.plans.tuning
 import lora.shaders.device
 from lora.commands.tune import tune_command
 from lora.config.schema import load_config
@@ -62,7 +62,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
 
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "caches"))
     monkeypatch.setattr(lora.shaders.device, "Device", Card)
-    monkeypatch.setattr(lora.commands.tune, "tune", tuner)
+    monkeypatch.setattr(lora.forward.plans.tuning, "tune", tuner)
     monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
     return searches
 
