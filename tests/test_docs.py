@@ -40,7 +40,8 @@ def names_a_file(path: str, home: str) -> bool:
 
 def test_paths_exist() -> None:
     """In the docs, and in docstrings and comments of code."""
-    code = [name for name in files() if name.endswith((".py", ".wgsl", ".sh", ".yaml"))]
+    made = "tests/test_package.py"  # names files that it makes
+    code = [n for n in files() if n.endswith((".py", ".wgsl", ".sh", ".yaml")) and n != made]
     missing = [
         f"{home}: {path}"
         for home in (*DOCS, *code)
