@@ -137,9 +137,7 @@ class Device:
             )
         )
         self.most_storage_buffers = int(self.wgpu.limits["max-storage-buffers-per-shader-stage"])
-        self.matmul_body: str | None = (
-            None  # one of lora.forward.matmul.BODIES; None: by the kind of device
-        )
+        self.matmul_body: str | None = None  # a name of forward/matmul.py; None: by the device
         self.precision = "f32"  # of tiles and activations: f32, or f16 where "shader-f16" is there
         self.allocated: Counter[str] = Counter()  # bytes by purpose
         self.memory_limit: int | None = _host_memory() if self.is_cpu else None
@@ -318,12 +316,15 @@ class Device:
         """The compiled kernel of a WGSL template under its constants, compiled once."""
         key = (template, repr(sorted(constants.items())))
         if key not in self._pipelines:
-            code = render(template, constants)
-            module = trusted_shader_module(self.wgpu, template, code)
-            self._pipelines[key] = self.wgpu.create_compute_pipeline(
-                label=template, layout="auto", compute={"module": module, "entry_point": "main"}
-            )
+            self._pipelines[key] = self.compile(template, render(template, constants))
         return self._pipelines[key]
+
+    def compile(self, label: str, code: str) -> wgpu.GPUComputePipeline:
+        """The pipeline of a kernel's WGSL text, whose entry point is `main`."""
+        module = trusted_shader_module(self.wgpu, label, code)
+        return self.wgpu.create_compute_pipeline(
+            label=label, layout="auto", compute={"module": module, "entry_point": "main"}
+        )
 
     def bind_group(
         self, pipeline: wgpu.GPUComputePipeline, tensors: Iterable[Tensor]

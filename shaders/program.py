@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, takewhile
 from typing import Any
@@ -12,28 +12,44 @@ import numpy as np
 import wgpu
 
 from lora.shaders.device import Device
+from lora.shaders.errors import LoraError
 from lora.shaders.native import encode_dispatches, map_for_reading
 from lora.shaders.tensor import Tensor
 
 # A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
 # half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.
 MAX_SUBMISSION_FLOPS = 10**11
+# A GPU begins with the first submission while the host still encodes the next; fewer dispatches to
+# a submission cost the host more than the device gains (benchmarks/submissions.py, docs/log.md).
+MAX_SUBMISSION_DISPATCHES = 128
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
 _POLL_SECONDS = 0.0001
+RESULT_DEADLINE = 3600.0  # seconds; a step of 8 B takes minutes where a CPU computes it
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
 
 
 @dataclass(frozen=True)
 class Dispatch:
-    """One kernel launch: plain data, ready to be encoded."""
+    """One kernel launch: plain data, ready to be encoded.
+
+    Attributes:
+        label: what listings call it.
+        template: name of the WGSL template, without its ending.
+        constants: what the template was rendered with.
+        pipeline, bind_group: both made for the device.
+        workgroups: the grid (x, y, z).
+        flops: floating-point operations at full extent; a multiply-add counts two.
+        tensors: as bound to @group(0), in the order of their @binding numbers.
+    """
 
     label: str
     template: str
+    constants: Mapping[str, Any]
     pipeline: wgpu.GPUComputePipeline
     bind_group: wgpu.GPUBindGroup
     workgroups: tuple[int, int, int]
-    flops: int = 0  # multiply-adds count two; for tables of achieved TFLOP/s
-    tensors: tuple[Tensor, ...] = ()
+    flops: int
+    tensors: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)
@@ -118,8 +134,10 @@ class Program:
         bind_group = self.device.bind_group(pipeline, tensors)
         name = ".".join([*self._scope, label or template])
         self.commands.append(
-            Dispatch(name, template, pipeline, bind_group, grid, flops, tuple(tensors))
-        )
+            Dispatch(
+                name, template, dict(constants), pipeline, bind_group, grid, flops, tuple(tensors)
+            )
+        )  # fmt: skip
 
     def copy(self, source: Tensor, destination: Tensor, *, label: str = "copy") -> None:
         """Appends a copy of a whole tensor."""
@@ -145,15 +163,20 @@ class Program:
         _encode(encoder, self.commands)
 
     def _pieces(self) -> list[list[Dispatch | Copy]]:
-        """The commands in stretches that none takes too long: drivers of desktops kill those."""
+        """The commands in submissions: none takes too long, and the first is there soon.
+
+        Drivers of desktops kill what takes long. A copy goes with the dispatch before it.
+        """
         pieces: list[list[Dispatch | Copy]] = [[]]
-        flops = 0
+        flops = dispatches = 0
         for command in self.commands:
-            if flops > MAX_SUBMISSION_FLOPS:
-                pieces.append([])
-                flops = 0
+            if isinstance(command, Dispatch):
+                if flops > MAX_SUBMISSION_FLOPS or dispatches == MAX_SUBMISSION_DISPATCHES:
+                    pieces.append([])
+                    flops = dispatches = 0
+                flops += command.flops
+                dispatches += 1
             pieces[-1].append(command)
-            flops += command.flops if isinstance(command, Dispatch) else 0
         return pieces
 
     def time(self) -> list[KernelTime]:
@@ -257,10 +280,19 @@ class ReadbackRing:
 
     Each `push` copies a tensor into a free staging buffer and asks for it to be mapped; `ready`
     hands out those that have arrived, in order. A push waits only when every slot is in flight.
+
+    Args:
+        device: that computes the results.
+        n_bytes: of each of them.
+        slots: results that can be under way.
+        deadline: seconds that a result may take once it is waited for.
     """
 
-    def __init__(self, device: Device, n_bytes: int, slots: int = 8) -> None:
+    def __init__(
+        self, device: Device, n_bytes: int, slots: int = 8, deadline: float = RESULT_DEADLINE
+    ) -> None:
         self._device = device
+        self._deadline = deadline
         usage = wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST
         self._free = [device.wgpu.create_buffer(size=n_bytes, usage=usage) for _ in range(slots)]
         self._n_bytes = n_bytes
@@ -284,7 +316,14 @@ class ReadbackRing:
         # Polling without blocking: a blocking poll, and sync_wait, wait for all that was submitted,
         # later steps included.
         self._device.wgpu._poll()
+        latest = time.monotonic() + self._deadline
         while wait and promise._state == "pending":
+            if time.monotonic() > latest:
+                raise LoraError(
+                    f"{self._device.name} has not given a result for {self._deadline:,.0f} s: its "
+                    "driver hangs, or one step takes longer than that. Lower train.batch_size or "
+                    "data.max_length, or restart the driver."
+                )
             time.sleep(_POLL_SECONDS)
             self._device.wgpu._poll()
         if promise._state == "pending":

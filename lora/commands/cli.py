@@ -91,9 +91,7 @@ def train(
         return
     try:
         with TrainingProgress(console, session) as progress:
-            output = run_training(
-                session, resuming=resume, on_step=progress.step, on_eval=progress.evaluated
-            )
+            output = run_training(session, resuming=resume, listeners=[progress])
     except Interrupted as stop:
         given = "".join(f" --set {value}" for value in set_ or [])
         console.print(f"Stopped; saved {stop.checkpoint}.")

@@ -16,6 +16,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics
 from lora.training.session import TrainingSession
 
@@ -49,7 +50,7 @@ def print_plan(
     console.print(table)
 
 
-class TrainingProgress:
+class TrainingProgress(Listener):
     """A live bar: steps, loss, tokens a second, time left; evaluations as lines above it.
 
     Where the output is no terminal, a line is printed for every tenth of the run.
@@ -86,7 +87,7 @@ class TrainingProgress:
     ) -> None:
         self._progress.stop()
 
-    def step(self, metrics: Metrics) -> None:
+    def step(self, metrics: Metrics) -> bool:
         """Shows one step."""
         self._progress.update(
             self._task,
@@ -102,11 +103,13 @@ class TrainingProgress:
                 f"{metrics.tokens_per_second:,.0f} tokens/s",
                 highlight=False,
             )
+        return False
 
-    def evaluated(self, step: int, result: EvalResult) -> None:
+    def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""
         self._console.print(
             f"step {step}: eval loss {result.loss:.4f}, exact match "
             f"{result.n_exact}/{result.n_examples}",
             highlight=False,
         )
+        return False

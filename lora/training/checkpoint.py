@@ -56,6 +56,7 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "stream": session.stream.state(),
         "precision": session.config.train.precision,
         "found_with": circumstances(device),
+        "kernels": session.kernels_digest(),
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
     }
     with new_directory(path) as directory:
@@ -90,6 +91,7 @@ def resume(session: TrainingSession, output: Path) -> Path:
         state = json.loads((path / _STATE).read_text())
         step, stream, precision = int(state["step"]), dict(state["stream"]), state["precision"]
         found_with, entries = dict(state["found_with"]), dict(state["plans"])
+        kernels = state.get("kernels")  # None: of a version that did not keep it
         with safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file:
             moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
@@ -106,7 +108,16 @@ def resume(session: TrainingSession, output: Path) -> Path:
             "resume with the setting of then, or start anew without --resume."
         )
     session.stream.restore(stream)
-    session.use_plans(_plans_of_then(session, found_with, entries))
+    plans, reason = _plans_of_then(session, found_with, entries)
+    session.use_plans(plans)
+    if reason is None and session.kernels_digest() != kernels:
+        reason = "The checkpoint was made with other kernels"
+    if reason is not None:
+        warnings.warn(
+            f"{reason}: the last bits of what follows may differ from a run that was never "
+            "stopped.",
+            stacklevel=2,
+        )
     session.steps_done = step
     for tensor, array in (
         (session.adapter.parameters, flat),
@@ -119,8 +130,8 @@ def resume(session: TrainingSession, output: Path) -> Path:
 
 def _plans_of_then(
     session: TrainingSession, found_with: dict[str, Any], entries: dict[str, Any]
-) -> dict[Product, Plan]:
-    """The plans that a checkpoint holds for this session's products; warns where it can't be all.
+) -> tuple[dict[Product, Plan], str | None]:
+    """The plans that a checkpoint holds for this session's products, and why these aren't all.
 
     Args:
         session: which resumes.
@@ -138,15 +149,8 @@ def _plans_of_then(
     }
     usable = {product: plan for product, plan in plans.items() if plan is not None}
     if changed:
-        usable, reason = {}, f"The checkpoint was made with {', '.join(changed)}"
-    elif len(usable) < len(plans):
-        reason = (
-            f"The checkpoint has no tiles for {len(plans) - len(usable)} of {len(plans)} products"
-        )
-    else:
-        return usable
-    warnings.warn(
-        f"{reason}: the last bits of what follows may differ from a run that was never stopped.",
-        stacklevel=3,
-    )
-    return usable
+        return {}, f"The checkpoint was made with {', '.join(changed)}"
+    if len(usable) < len(plans):
+        n_lacking = len(plans) - len(usable)
+        return usable, f"The checkpoint has no tiles for {n_lacking} of {len(plans)} products"
+    return usable, None

@@ -6,15 +6,14 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
-from typing import Any
 
 from lora.storage.files import write_file
 from lora.training.checkpoint import resume, save_checkpoint
-from lora.training.metrics import EvalResult, Metrics
+from lora.training.listeners import Audience, Listener, MetricsFile
 from lora.training.session import TrainingSession
 
 METRICS = "metrics.jsonl"
@@ -30,24 +29,20 @@ class Interrupted(Exception):
 
 
 def run_training(
-    session: TrainingSession,
-    *,
-    resuming: bool = False,
-    on_step: Callable[[Metrics], None] = lambda metrics: None,
-    on_eval: Callable[[int, EvalResult], None] = lambda step, result: None,
+    session: TrainingSession, *, resuming: bool = False, listeners: Sequence[Listener] = ()
 ) -> Path:
     """Trains to the end and writes the files of a run; returns the output directory.
 
     Args:
         resuming: go on from the last checkpoint of the output directory.
-        on_step, on_eval: called with each step's metrics, each evaluation's result.
+        listeners: who hear of steps, evaluations and files. The run stops after the step under way
+            if one of them asks for it, and saves its adapter as at the end.
 
     Raises:
         Interrupted: the user pressed Ctrl-C; a checkpoint was saved first.
         LoraError: the loss was no longer finite; the files so far stay.
     """
     output = Path(session.config.output)
-    train = session.config.train
     if resuming:
         resume(session, output)
         _drop_metrics_after(output / METRICS, session.steps_done)
@@ -55,37 +50,42 @@ def run_training(
         _set_aside(output)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / CONFIG, session.config.dump_yaml())
-
-    with open(output / METRICS, "a") as metrics_file, _stop_requests() as stop_requested:
-
-        def record(line: dict[str, Any]) -> None:
-            metrics_file.write(json.dumps(line) + "\n")
-            metrics_file.flush()
-
-        def arrived(metrics: Metrics) -> None:
-            record(metrics.as_dict())
-            on_step(metrics)
-
-        def due(every: int | None) -> bool:
-            return every is not None and session.steps_done % every == 0
-
-        for metrics in session.steps(
-            pause=lambda: due(train.eval_every) or due(train.save_every) or stop_requested()
-        ):
-            if metrics is not None:
-                arrived(metrics)
-                continue
-            # A pause: all steps so far have ended.
-            if due(train.eval_every):
-                result = session.evaluate()
-                record({"step": session.steps_done, "eval_loss": result.loss})
-                on_eval(session.steps_done, result)
-            if due(train.save_every):
-                save_checkpoint(session, output)
-            if stop_requested() and session.steps_done < session.total_steps:
-                raise Interrupted(save_checkpoint(session, output))
-    session.save(output)
+    audience = Audience([MetricsFile(output / METRICS), *listeners])
+    with _stop_requests() as interrupted, audience.hearing(session):
+        _train(session, output, audience, interrupted)
+        session.save(output)
+        audience.saved(session.steps_done, output)
     return output
+
+
+def _train(
+    session: TrainingSession, output: Path, audience: Audience, interrupted: Callable[[], bool]
+) -> None:
+    """The steps that are left, with their evaluations and checkpoints."""
+    train = session.config.train
+    asked_to_stop = False
+
+    def due(every: int | None) -> bool:
+        return every is not None and session.steps_done % every == 0
+
+    def pauses() -> bool:
+        return due(train.eval_every) or due(train.save_every) or interrupted() or asked_to_stop
+
+    for metrics in session.steps(pause=pauses):
+        if metrics is not None:
+            asked_to_stop |= audience.step(metrics)
+            continue
+        # A pause: all steps so far have ended.
+        if due(train.eval_every):
+            asked_to_stop |= audience.evaluated(session.steps_done, session.evaluate())
+        if due(train.save_every):
+            audience.saved(session.steps_done, save_checkpoint(session, output))
+        if interrupted() and session.steps_done < session.total_steps:
+            path = save_checkpoint(session, output)
+            audience.saved(session.steps_done, path)
+            raise Interrupted(path)
+        if asked_to_stop:
+            return
 
 
 def _set_aside(output: Path) -> None:

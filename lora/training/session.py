@@ -39,8 +39,10 @@ from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
 from lora.shaders.planning import PlanningDevice
 from lora.shaders.program import Program, ReadbackRing
+from lora.shaders.program_data import kernels_digest
 from lora.storage.stores import resolve_model
 from lora.storage.tile_cache import find_tiles
+from lora.training.evaluation import Tally
 from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
@@ -168,6 +170,7 @@ class TrainingSession:
             self.device, self.model, self.inputs, self.layout, self.adapter.parameters
         )
         self._eval_programs: dict[bool, Program] = {}
+        self._eval_ring: ReadbackRing | None = None
         self._caches: dict[str, PrefixCache | None] = {}
         self._generator: TextGenerator | None = None
         self._programs: TrainingPrograms | None = None
@@ -294,6 +297,7 @@ class TrainingSession:
 
     def _record_programs(self) -> None:
         """What every micro-batch begins with and, in training, the rest of a step."""
+        self._digest: str | None = None
         self._prefix = record_prefix(
             self.device, self.model, self.inputs, self._act, self.layout.lowest_layer
         )
@@ -404,6 +408,17 @@ class TrainingSession:
             cache.keep(encoder, batch, self._act.boundary)
         self.device.queue.submit([encoder.finish()])
 
+    def kernels_digest(self) -> str:
+        """Of all kernels that a step runs; see `shaders.program_data`."""
+        if self._digest is None:
+            programs = self._programs
+            if programs is None:
+                raise LoraError("This session was opened without training.")
+            self._digest = kernels_digest(
+                (programs.begin, self._prefix, programs.micro_batch, programs.finish)
+            )
+        return self._digest
+
     def finished_steps(self, *, wait: bool = False) -> list[Metrics]:
         """Metrics of the steps that have ended since the last call; with `wait`, of all."""
         finished: list[Metrics] = self._ring.ready(wait=wait)
@@ -477,33 +492,28 @@ class TrainingSession:
                     self.device, self.model, self.inputs, self._act, self.layout, flat
                 )
         program, head = self._eval_programs[adapted], self._act.head
-        loss_sum, n_tokens, n_correct = 0.0, 0, 0
-        all_correct: list[bool] = []  # of each example
+        # The host prepares a batch while the device computes the one before it.
+        if self._eval_ring is None:
+            self._eval_ring = ReadbackRing(self.device, head.losses.n_bytes, slots=2 * IN_FLIGHT)
+        ring, tally = self._eval_ring, Tally(examples)
+        sent: list[Batch] = []
+        arrived: list[np.ndarray] = []
+
+        def count(*, wait: bool) -> None:
+            arrived.extend(ring.ready(wait=wait))
+            while len(arrived) > 1:
+                tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
+
         for batch in sequential_batches(examples, self.config.train.batch_size):
             self._write(batch)
             self._run_prefix(batch, cache)
             program.run()
-            n = batch.n_trained
-            correct = self.device.read(head.correct)[:n] == 1.0
-            loss_sum += float(self.device.read(head.losses)[:n].astype(np.float64).sum())
-            n_tokens += n
-            n_correct += int(correct.sum())
-            owner = batch.segment_start[batch.targets >= 0]
-            all_correct += [bool(correct[owner == start].all()) for start in batch.example_starts]
-        n_exact = sum(
-            right and not example.cut for right, example in zip(all_correct, examples, strict=True)
-        )
-        loss = loss_sum / max(1, n_tokens)
-        return EvalResult(
-            loss=loss,
-            perplexity=math.exp(min(loss, 700.0)),
-            token_accuracy=n_correct / max(1, n_tokens),
-            exact_match=n_exact / len(examples),
-            n_exact=n_exact,
-            n_examples=len(examples),
-            n_tokens=n_tokens,
-            n_cut=sum(example.cut for example in examples),
-        )
+            for tensor in (head.losses, head.correct):
+                ring.push(tensor, lambda values: values)
+            sent.append(batch)
+            count(wait=False)
+        count(wait=True)
+        return tally.result()
 
     def generate(
         self,

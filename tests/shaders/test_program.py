@@ -6,6 +6,7 @@ import pytest
 from lora.forward.gather import gather_rows
 from lora.forward.sums import sum_into
 from lora.shaders.device import Device
+from lora.shaders.errors import LoraError
 from lora.shaders.program import MAX_WORKGROUPS, Dispatch, Program, ReadbackRing, fold
 from lora.shaders.tensor import Tensor
 
@@ -151,6 +152,21 @@ def test_readback_when_full_waits_and_keeps_the_order(device: Device) -> None:
     assert ring.ready(wait=True) == [(64, float(step)) for step in range(8)]
 
 
+def test_readback_has_a_deadline(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A driver that hangs ends in an error, not in a wait without end; no result is lost."""
+    ring = ReadbackRing(device, 256, slots=1, deadline=0.05)
+    tensor = device.upload(np.ones(64))
+    ring.push(tensor, list)
+    assert len(ring.take()) == 64
+    ring.push(tensor, list)
+    monkeypatch.setattr(type(device.wgpu), "_poll", lambda self: None)
+    with pytest.raises(LoraError, match="has not given a result for 0 s"):
+        ring.ready(wait=True)
+    assert ring.ready() == []
+    monkeypatch.undo()
+    assert ring.ready(wait=True) == [[1.0] * 64]
+
+
 @pytest.mark.parametrize("size", [63, 65])
 def test_readback_of_another_size_is_refused(device: Device, size: int) -> None:
     ring = ReadbackRing(device, 256)
@@ -188,7 +204,25 @@ def test_a_long_program_is_submitted_in_pieces(
     whole = len(program._pieces())
     monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_FLOPS", 15)
     pieces = program._pieces()
-    assert whole == 1 and [len(piece) for piece in pieces] == [3, 3]
+    assert whole == 1 and [len(piece) for piece in pieces] == [4, 2]
     device.write(x, np.arange(256, dtype=np.float32).reshape(64, 4))
     program.run()
     assert (device.read(doubled) == np.arange(256).reshape(64, 4)).all()
+
+
+@pytest.mark.parametrize(
+    ("most", "sizes"), [(1, [2, 2, 2, 2]), (2, [4, 4]), (3, [6, 2]), (4, [8]), (9, [8])]
+)
+def test_submissions_have_so_many_dispatches(
+    device: Device, monkeypatch: pytest.MonkeyPatch, most: int, sizes: list[int]
+) -> None:
+    """Copies count for none; the last submission takes what is left, and none is empty."""
+    monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_DISPATCHES", most)
+    values, totals = ones(device, 10), device.empty((64,))
+    program = Program(device)
+    for slot in range(4):
+        sum_into(program, values, values.extent, totals, slot)
+        program.copy(totals, device.empty((64,)))
+    assert [len(piece) for piece in program._pieces()] == sizes
+    program.run()
+    assert device.read(totals)[:5].tolist() == [10, 10, 10, 10, 0]

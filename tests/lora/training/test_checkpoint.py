@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 import weakref
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +17,7 @@ from lora.forward.plans.matmul_plans import Product, Request
 from lora.forward.plans.matmul_tiles import Plan, candidates
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
+from lora.shaders.templates import render
 from lora.storage.tile_cache import TileCache
 from lora.training.checkpoint import checkpoints, resume
 from lora.training.run import run_training
@@ -116,6 +119,26 @@ def test_products_that_the_checkpoint_does_not_know_are_said(
     with pytest.warns(UserWarning, match=f"no tiles for 1 of {len(then)} products: the last bits"):
         resume(session, Path(session.config.output))
     assert session.plans == then | {unknown: own}
+
+
+def test_other_kernels_are_said(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also those that no plan is about: here the norms', on a device without plans."""
+    config = write_run(tmp_path, train={"steps": 2, "save_every": 2})
+    run_training(open_session(config, device))
+
+    def other(template: str, constants: dict[str, Any]) -> str:
+        return render(template, constants) + ("// changed\n" if template == "rmsnorm" else "")
+
+    session = open_session(config, device)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        resume(session, Path(session.config.output))
+    monkeypatch.setattr("lora.shaders.program_data.render", other)
+    session = open_session(config, device)
+    with pytest.warns(UserWarning, match="made with other kernels: the last bits"):
+        resume(session, Path(session.config.output))
 
 
 def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:

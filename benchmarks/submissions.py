@@ -1,0 +1,106 @@
+"""How many dispatches a submission should have: a step's time, waited for and not, over the most.
+
+    python benchmarks/submissions.py [--model SmolLM2-135M] [--rows 1] [--length 128] [--most …]
+
+The settings take turns, so that a drift of the clocks meets all of them; medians count.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.sessions import (
+    Case,
+    as_examples,
+    describe,
+    markdown_table,
+    run_config,
+    shake_adapter,
+)
+from benchmarks.synthetic import SHAPES, write_model
+from lora.data.batches import Batch, sequential_batches
+from lora.shaders import program
+from lora.training.session import TrainingSession
+
+UNCUT = 10**9
+
+
+def timed(session: TrainingSession, batches: list[Batch], most: int, waited: bool) -> float:
+    """Seconds a step of some steps under a setting."""
+    program.MAX_SUBMISSION_DISPATCHES = most
+    session.finished_steps(wait=True)
+    start = time.perf_counter()
+    for batch in batches:
+        session.step([batch])
+        session.finished_steps(wait=waited)
+    session.finished_steps(wait=True)
+    return (time.perf_counter() - start) / len(batches)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--model", nargs="+", default=["SmolLM2-135M"])
+    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--length", type=int, default=128)
+    parser.add_argument("--precision", nargs="+", default=["f32", "f16"])
+    parser.add_argument("--most", type=int, nargs="+", default=[UNCUT, 512, 256, 128, 64, 32])
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--output", type=Path, help="a folder for submissions-*.json")
+    options = parser.parse_args()
+    case = Case(options.rows, options.length, 4)
+    for model in options.model:
+        for precision in options.precision:
+            measure(model, case, precision, options)
+
+
+def measure(model: str, case: Case, precision: str, options: argparse.Namespace) -> None:
+    """Prints and keeps one table."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "model.gguf"
+        write_model(path, SHAPES[model])
+        config = run_config(
+            path, batch_size=case.rows, length=case.length, steps=10**6, precision=precision
+        )
+        session = TrainingSession(config, examples=as_examples(case.data(model)))
+    shake_adapter(session)
+    batches = list(sequential_batches(session.train_examples, case.rows))
+    for most in options.most:
+        timed(session, batches, most, True)
+    found: dict[tuple[int, bool], list[float]] = {}
+    for _ in range(options.rounds):
+        for most in options.most:
+            for waited in (True, False):
+                seconds = timed(session, batches, most, waited)
+                found.setdefault((most, waited), []).append(seconds)
+    middle = {key: 1e3 * statistics.median(values) for key, values in found.items()}
+    n = sum(isinstance(c, program.Dispatch) for p in session.step_programs() for c in p.commands)
+    print(f"\n{model} {case} {precision}, {n} dispatches a step, {describe(session.device)}\n")
+    rows = [
+        ["uncut" if most == UNCUT else most, *(f"{middle[most, w]:.2f}" for w in (True, False))]
+        for most in options.most
+    ]
+    print("\n".join(markdown_table(["most dispatches", "ms waited for", "ms not"], rows)))
+    if options.output:
+        options.output.mkdir(parents=True, exist_ok=True)
+        contents = {
+            "model": model, "case": str(case), "precision": precision, "dispatches": n,
+            "device": describe(session.device), "rounds": options.rounds,
+            "ms": [
+                {"most": most, "waited": waited, "median": value}
+                for (most, waited), value in middle.items()
+            ],
+        }  # fmt: skip
+        name = f"submissions-{model}-{case}-{precision}.json"
+        (options.output / name).write_text(json.dumps(contents, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Who hears of a run while it goes on: the file of metrics, a progress bar, loggers of users."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TextIO
+
+from lora.training.metrics import EvalResult, Metrics
+from lora.training.session import TrainingSession
+
+
+class Listener:
+    """Hears of a run; each method does nothing here, so that a listener has those it wants.
+
+    All are called on the thread that trains, between two steps.
+    """
+
+    def started(self, session: TrainingSession) -> None:
+        """Before the first step; a resumed run has `session.steps_done` behind it."""
+
+    def step(self, metrics: Metrics) -> bool:
+        """After each step, in order, up to three steps late. True asks the run to stop."""
+        return False
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        """After an evaluation of the adapter as `step` left it. True asks the run to stop."""
+        return False
+
+    def saved(self, step: int, path: Path) -> None:
+        """After a checkpoint, or the adapter at the end, was written to `path`."""
+
+    def ended(self, error: BaseException | None) -> None:
+        """At the end, whatever it was: None where the adapter was saved, else what is raised."""
+
+
+class MetricsFile(Listener):
+    """A line of JSON for each step and each evaluation, behind those that are there.
+
+    Args:
+        path: of the file; its folder exists.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._file: TextIO | None = None
+
+    def started(self, session: TrainingSession) -> None:
+        """Opens the file."""
+        self._file = open(self._path, "a")  # noqa: SIM115 (closed in `ended`)
+
+    def step(self, metrics: Metrics) -> bool:
+        """Writes the step's metrics."""
+        self._write(metrics.as_dict())
+        return False
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        """Writes the loss."""
+        self._write({"step": step, "eval_loss": result.loss})
+        return False
+
+    def ended(self, error: BaseException | None) -> None:
+        """Closes the file."""
+        if self._file is not None:
+            self._file.close()
+
+    def _write(self, line: dict[str, Any]) -> None:
+        if self._file is None:
+            raise ValueError("metrics of a run that has not started")
+        self._file.write(json.dumps(line) + "\n")
+        self._file.flush()
+
+
+class Audience(Listener):
+    """Several listeners as one, told in their order; one that asks for a stop is enough."""
+
+    def __init__(self, listeners: Sequence[Listener]) -> None:
+        self._listeners = tuple(listeners)
+
+    @contextmanager
+    def hearing(self, session: TrainingSession) -> Iterator[None]:
+        """Tells of the start and, however the block is left, of the end."""
+        begun: list[Listener] = []
+        error: BaseException | None = None
+        try:
+            for listener in self._listeners:
+                begun.append(listener)
+                listener.started(session)
+            yield
+        except BaseException as raised:
+            error = raised
+            raise
+        finally:
+            for listener in reversed(begun):
+                listener.ended(error)
+
+    def step(self, metrics: Metrics) -> bool:
+        """Tells all."""
+        return any([listener.step(metrics) for listener in self._listeners])
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        """Tells all."""
+        return any([listener.evaluated(step, result) for listener in self._listeners])
+
+    def saved(self, step: int, path: Path) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.saved(step, path)

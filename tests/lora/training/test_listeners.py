@@ -1,0 +1,96 @@
+"""Who hears what of a run, in which order, and what asking for a stop does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from lora.config.schema import load_config
+from lora.shaders.device import Device
+from lora.training.checkpoint import checkpoints
+from lora.training.listeners import Listener
+from lora.training.metrics import EvalResult, Metrics
+from lora.training.run import run_training
+from lora.training.session import TrainingSession
+from tests.support.tiny_run import write_run
+
+
+class Diary(Listener):
+    """Writes down what it hears, and asks for a stop when it hears of a step or evaluation."""
+
+    def __init__(self, stop_at: str = "never") -> None:
+        self.heard: list[str] = []
+        self.error: BaseException | None = None
+        self._stop_at = stop_at
+
+    def _hear(self, what: str) -> bool:
+        self.heard.append(what)
+        return what == self._stop_at
+
+    def started(self, session: TrainingSession) -> None:
+        self._hear(f"started after {session.steps_done}")
+
+    def step(self, metrics: Metrics) -> bool:
+        return self._hear(f"step {metrics.step}")
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        assert result.loss > 0
+        return self._hear(f"evaluated {step}")
+
+    def saved(self, step: int, path: Path) -> None:
+        assert (path / "adapter_model.safetensors").exists()
+        self._hear(f"saved {step} {path.name}")
+
+    def ended(self, error: BaseException | None) -> None:
+        self.error = error
+        self._hear("ended")
+
+
+def session(folder: Path, device: Device, **train: object) -> TrainingSession:
+    given = {"steps": 6, "eval_every": 3, "save_every": 3, **train}
+    return TrainingSession(load_config(str(write_run(folder, train=given))), device=device)
+
+
+def test_all_is_heard_in_order(tmp_path: Path, device: Device) -> None:
+    first, second = Diary(), Diary()
+    run_training(session(tmp_path, device), listeners=[first, second])
+    assert first.heard == second.heard
+    assert first.heard == [
+        "started after 0",
+        "step 1", "step 2", "step 3", "evaluated 3", "saved 3 step-000003",
+        "step 4", "step 5", "step 6", "evaluated 6", "saved 6 step-000006",
+        "saved 6 run", "ended",
+    ]  # fmt: skip
+    assert first.error is None
+    again = Diary()
+    for path in checkpoints(tmp_path / "run")[1:]:
+        path.rename(tmp_path / path.name)
+    run_training(session(tmp_path, device), resuming=True, listeners=[again])
+    assert again.heard == ["started after 3", *first.heard[6:]]
+
+
+@pytest.mark.parametrize("stop_at", ["step 1", "evaluated 3"])
+def test_a_stop_that_is_asked_for(tmp_path: Path, device: Device, stop_at: str) -> None:
+    """The step under way ends; the adapter is saved as at the end of a run of so many steps."""
+    diary = Diary(stop_at)
+    run = session(tmp_path, device, save_every=None)
+    output = run_training(run, listeners=[Listener(), diary])
+    done = run.steps_done
+    assert done < 6 and diary.heard[-2:] == [f"saved {done} run", "ended"]
+    assert f"step {done}" in diary.heard and f"step {done + 1}" not in diary.heard
+    assert done == 3 or stop_at == "step 1"
+    assert run.parameters().any() and (output / "adapter_config.json").exists()
+
+
+def test_an_error_is_heard_by_all_who_began(tmp_path: Path, device: Device) -> None:
+    class Failing(Listener):
+        def step(self, metrics: Metrics) -> bool:
+            raise RuntimeError("no more disk")
+
+    first, last = Diary(), Diary()
+    with pytest.raises(RuntimeError, match="no more disk"):
+        run_training(session(tmp_path, device), listeners=[first, Failing(), last])
+    assert str(first.error) == str(last.error) == "no more disk"
+    assert first.heard == ["started after 0", "step 1", "ended"]
+    assert last.heard == ["started after 0", "ended"]
