@@ -249,7 +249,7 @@ def loss_curves(
 
 
 def parse_shapes(texts: list[str], steps: int) -> dict[str, list[Case]]:
-    """`MODEL:ROWSxLENGTH,…` each, to a model's cases.
+    """`MODEL:BATCHxLENGTH,…` each, to a model's cases.
 
     Raises:
         ValueError: a text of another form, or a model that benchmarks/synthetic.py has not.
@@ -262,7 +262,7 @@ def parse_shapes(texts: list[str], steps: int) -> dict[str, list[Case]]:
         for size in sizes.split(","):
             batch_size, times, length = size.partition("x")
             if not (times and batch_size.isdigit() and length.isdigit()):
-                raise ValueError(f"{size!r} in {text!r} is not ROWSxLENGTH, as 4x512")
+                raise ValueError(f"{size!r} in {text!r} is not BATCHxLENGTH, as 4x512")
             cases.setdefault(name, []).append(Case(int(batch_size), int(length), steps))
     return cases
 
@@ -271,7 +271,7 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; `cases` holds what is to be timed, `variants` those of PEFT."""
     parser = argparse.ArgumentParser()
     # fmt: off
-    parser.add_argument("--shapes", nargs="+", metavar="MODEL:ROWSxLENGTH,…",
+    parser.add_argument("--shapes", nargs="+", metavar="MODEL:BATCHxLENGTH,…",
                         help="several at once, in place of --model, --batch-size and --length")
     parser.add_argument("--model", default="SmolLM2-135M", choices=SHAPES)
     parser.add_argument("--batch-size", type=int, default=1)

@@ -9,7 +9,7 @@ trap 'rm -rf "$folder"' EXIT
 "$python" -m venv "$folder/venv"
 pip="$folder/venv/bin/pip"
 "$pip" install --quiet torch==2.13.0
-"$pip" install --quiet --only-binary=:all: '.[test,parity]'
+"$pip" install --quiet --only-binary=:all: -e '.[test,parity]'
 {
     echo "# The exact versions that CI runs with: pip install -e '.[test]' -c constraints.txt"
     echo "# Written by scripts/constraints.sh."

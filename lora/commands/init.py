@@ -107,7 +107,7 @@ def _check_model(model: str) -> None:
 
 
 def _describe_rows(data: str) -> str:
-    """How many rows a file has, and of which format; nothing of a data set, which isn't fetched.
+    """How many rows a file has, and of which format; a data set is not fetched for that.
 
     Raises:
         InputError: the file is missing or a row is wrong.
@@ -115,6 +115,6 @@ def _describe_rows(data: str) -> str:
     from lora.data.records import is_file_name, load_records
 
     if not is_file_name(data):
-        return ""
+        return f" for the Hugging Face data set {data}"  # says what a mistyped path is taken for
     data_format, records = load_records(data)
     return f" for {len(records)} rows of the format {data_format}"

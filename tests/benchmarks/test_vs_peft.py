@@ -43,7 +43,7 @@ def test_shapes_of_several_models() -> None:
 
 @pytest.mark.parametrize("text", ["tiny", "tiny:", "tiny:4", "tiny:4x", "other:1x2", "tiny:1x2,"])
 def test_shapes_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError, match="ROWSxLENGTH|none of"):
+    with pytest.raises(ValueError, match="BATCHxLENGTH|none of"):
         parse_shapes([text], 20)
 
 

@@ -64,7 +64,7 @@ def test_names_that_yaml_would_read_as_something_else(name: str) -> None:
 def test_models_and_data_from_elsewhere_are_not_fetched() -> None:
     model = "hf:nobody/nothing/model.gguf"
     written = run("--model", model, "--data", "nobody/nothing")
-    assert written.startswith("Wrote lora.yaml. Next:")
+    assert written.startswith("Wrote lora.yaml for the Hugging Face data set nobody/nothing. Next:")
     config = load_config("lora.yaml")
     assert (config.model.path, config.data.train) == (model, "nobody/nothing")
 
