@@ -47,7 +47,10 @@ def check_lanes(device: Device, x: int, y: int) -> Comparison:
     n = lanes * _GROUPS[0] * _GROUPS[1]
     written, program = device.empty((n,), "u32"), Program(device)
     group = device.bind_group(pipeline, [written])
-    program.commands.append(Dispatch("lanes", "lanes", pipeline, group, (*_GROUPS, 1)))
+    launch = Dispatch(
+        "lanes", "lanes", constants, pipeline, group, (*_GROUPS, 1), flops=0, tensors=(written,)
+    )
+    program.commands.append(launch)
     program.run()
     first = np.arange(n) // lanes * lanes
     return same(device.read(written), first + lanes - np.arange(n) % lanes)
