@@ -9,7 +9,7 @@ layer into memory of its own.
         [--type Q4_0] [--llama-cpp] [--sweep]
 
 `--llama-cpp` measures llama.cpp beside it, on the very file (of a shape: one with all its layers is
-written): its Vulkan build (tests/parity/llama_vulkan.py), bare and under a random adapter; where
+written): its Vulkan build (tests/support/llama_vulkan.py), bare and under a random adapter; where
 that can't be had, or our device is a CPU, xllamacpp's CPU build too, as its server reports it. The
 first new token counts to the prompt on both sides, and both choose greedily. `--sweep` times the
 products of one row under other tilings than are chosen.
@@ -57,7 +57,7 @@ from lora.shaders.device import Device
 from lora.shaders.native import encode_dispatches
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.tensor import Tensor
-from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
+from tests.support.llama_vulkan import LlamaVulkan, NoLlamaVulkan
 from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 RANK, SCALE = 16, 2.0

@@ -22,17 +22,13 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.sessions import (
-    as_examples,
-    describe,
-    markdown_table,
-    random_sequences,
-    run_config,
-)
-from benchmarks.synthetic import SHAPES, write_models
+from benchmarks.sessions import describe, markdown_table
+from benchmarks.synthetic import write_models
 from lora.shaders.errors import InputError
 from lora.training.profiling import kernel_table, measure_peaks
 from lora.training.session import TrainingSession
+from tests.support.synthetic_models import SHAPES
+from tests.support.synthetic_runs import as_examples, random_sequences, run_config
 
 WARM_UP = 2  # steps: every kernel is compiled, and the clocks are up
 

@@ -34,7 +34,6 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.synthetic import SHAPES
 from lora.backward.matmul import matmul_backward
 from lora.forward.decoder.head import chunk_size
 from lora.forward.gguf.file import GGUFTensor
@@ -56,6 +55,7 @@ from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
 from lora.shaders.program import Program
 from lora.shaders.tensor import Extent, Tensor
+from tests.support.synthetic_models import SHAPES
 
 RUNS = "SmolLM2-135M:512,SmolLM2-135M:2048,Gemma-3-270M:512,Gemma-3-270M:2048,Llama-1.2B:512"
 RANK = 16

@@ -5,67 +5,15 @@ from __future__ import annotations
 import subprocess
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.synthetic import SHAPES
-from lora.config.schema import Config
-from lora.data.examples import Example
 from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
 from lora.training.session import TrainingSession
-
-RANK, ALPHA = 16, 32.0
-
-
-def run_config(
-    model: Path,
-    *,
-    batch_size: int,
-    length: int,
-    steps: int,
-    precision: str = "f32",
-    recompute: str = "off",
-    learning_rate: float = 1e-4,
-) -> Config:
-    """LoRA of all linear layers at a constant rate, on rows of one length in the order given."""
-    return Config.model_validate(
-        {
-            "model": {"path": str(model)},
-            "adapter": {"rank": RANK, "alpha": ALPHA},
-            "data": {"train": "none", "max_length": length, "shuffle": False},
-            "train": {
-                "steps": steps,
-                "batch_size": batch_size,
-                "learning_rate": learning_rate,
-                "schedule": "constant",
-                "warmup_ratio": 0.0,
-                "recompute": recompute,
-                "precision": precision,
-            },
-            "output": "none",
-        }
-    )
-
-
-def as_examples(sequences: Sequence[np.ndarray]) -> list[Example]:
-    """Sequences of token ids as examples of which every token but the first is trained."""
-    return [Example(ids, np.arange(len(ids)) > 0, i) for i, ids in enumerate(sequences)]
-
-
-def random_sequences(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    """Sequences of random tokens, int32 [length] each."""
-    rng = np.random.default_rng(seed)
-    return [rng.integers(3, vocab_size, length).astype(np.int32) for _ in range(n)]
-
-
-def repeating_sequences(vocab_size: int, n: int, length: int, seed: int = 0) -> list[np.ndarray]:
-    """Sequences with something to learn: each repeats a random one of 8 tokens out of 16."""
-    rng = np.random.default_rng(seed)
-    alphabet = rng.choice(np.arange(3, vocab_size), 16, replace=False).astype(np.int32)
-    return [np.resize(rng.choice(alphabet, 8), length) for _ in range(n)]
+from tests.support.synthetic_models import SHAPES
+from tests.support.synthetic_runs import random_sequences
 
 
 @dataclass(frozen=True)

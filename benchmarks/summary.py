@@ -21,7 +21,8 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.sessions import RANK, markdown_table
+from benchmarks.sessions import markdown_table
+from tests.support.synthetic_runs import RANK
 
 RESULTS = Path(__file__).parent / "results"
 

@@ -27,23 +27,14 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.sessions import (
-    Case,
-    as_examples,
-    describe,
-    planned_memory,
-    repeating_sequences,
-    run_config,
-    shake_adapter,
-    used_memory,
-)
-from benchmarks.synthetic import SHAPES, write_models
+from benchmarks.sessions import Case, describe, planned_memory, shake_adapter, used_memory
+from benchmarks.synthetic import write_models
 from benchmarks.vs_peft_report import write_curves, write_report
-from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.architecture import Architecture
 from lora.shaders.device import Device
 from lora.training.profiling import kernel_table
 from lora.training.session import TrainingSession
+from tests.support.synthetic_models import SHAPES
+from tests.support.synthetic_runs import as_examples, loss_curves, run_config
 
 LEARNING_RATE = 1e-4
 
@@ -208,41 +199,6 @@ def load_base(path: Path) -> Any:
 
     base = torch.load(path.with_suffix(".pt"), weights_only=False, mmap=True)
     return base.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def loss_curves(
-    model_path: Path,
-    steps: int,
-    precisions: list[str],
-    *,
-    batch_size: int = 4,
-    length: int = 64,
-    learning_rate: float = 1e-3,
-) -> dict[str, list[float]]:
-    """The losses of training in several precisions, from one start on the same batches.
-
-    The sequences repeat short random ones of a few tokens: the loss falls from the first steps.
-
-    Returns:
-        For each precision the loss of each step.
-    """
-    vocab_size = Architecture.from_gguf(GGUFFile(model_path)).vocab_size
-    examples = as_examples(repeating_sequences(vocab_size, batch_size * steps, length))
-    curves = {}
-    for precision in precisions:
-        config = run_config(
-            model_path,
-            batch_size=batch_size,
-            length=length,
-            steps=steps,
-            precision=precision,
-            learning_rate=learning_rate,
-        )
-        session = TrainingSession(config, examples=examples)
-        curves[precision] = [metrics.loss for metrics in session.train()]
-        del session
-        gc.collect()
-    return curves
 
 
 # -- the command ----------------------------------------------------------------------------------

@@ -7,19 +7,11 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from benchmarks.sessions import RANK, Case, markdown_table
+from benchmarks.sessions import Case, markdown_table
+from tests.support.synthetic_runs import RANK, largest_difference
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-4, 5e-3  # of tests/parity/test_live.py
 CARD = 12 << 30  # bytes of the card that a run should fit on
-
-
-def largest_difference(values: list[float], reference: list[float]) -> float:
-    """The largest relative difference over the steps that both have."""
-    n = min(len(values), len(reference))
-    ours, theirs = np.array(values[:n]), np.array(reference[:n])
-    return float(np.max(np.abs(ours - theirs) / np.abs(theirs)))
 
 
 def write_report(output: Path, name: str, case: Case, results: dict[str, dict[str, Any]]) -> str:

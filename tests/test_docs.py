@@ -9,8 +9,7 @@ import pytest
 import typer
 
 from lora.commands.cli import app
-from tests.support.imports import REPOSITORY, ROOMS, homes_graph
-from tests.test_rooms import MAY_IMPORT
+from tests.support.imports import MAY_IMPORT, REPOSITORY, ROOMS, homes_graph
 
 DOCS = ("README.md", "CONTRIBUTING.md", "docs/architecture.md", "docs/log.md",
         "benchmarks/README.md")  # fmt: skip

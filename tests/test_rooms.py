@@ -3,6 +3,8 @@
 import pytest
 
 from tests.support.imports import (
+    MAY_IMPORT,
+    REPOSITORY,
     ROOMS,
     circle,
     home_of,
@@ -11,28 +13,6 @@ from tests.support.imports import (
     imported_names,
     module_files,
 )
-
-# What a room or wing may import, besides itself; a room without wings stands for its own files.
-MAY_IMPORT = {
-    "shaders": set(),
-    "forward/gguf": {"shaders"},
-    "forward/text": {"forward/gguf", "shaders"},
-    "forward/model": {"forward/gguf", "shaders"},
-    "forward/plans": {"shaders"},
-    "forward": {"forward/model", "forward/plans", "shaders"},
-    "forward/decoder": {"forward", "forward/model", "shaders"},
-    "backward": {"forward", "forward/decoder", "forward/model", "forward/plans", "shaders"},
-    "optim": {"shaders"},
-}
-_FORWARD = {name for name in MAY_IMPORT if name.startswith("forward")} | {"shaders"}
-_WINGS = ("storage", "config", "data", "adapters", "generation", "export", "training", "commands")
-for _place, _wing in enumerate(_WINGS):
-    MAY_IMPORT[f"lora/{_wing}"] = _FORWARD | {f"lora/{below}" for below in _WINGS[:_place]}
-MAY_IMPORT["lora/export"] -= {"lora/generation"}
-MAY_IMPORT["lora/training"] = MAY_IMPORT["lora/training"] - {"lora/export"} | {"backward", "optim"}
-MAY_IMPORT["lora/checks"] = _FORWARD | {"backward", "optim"}
-MAY_IMPORT["lora/commands"] |= {"lora/checks"}
-MAY_IMPORT["lora"] = {name for name in MAY_IMPORT if name.startswith("lora/")} | {"shaders"}
 
 JUDGES = {"torch", "transformers", "peft", "xllamacpp", "accelerate", "tests", "benchmarks"}
 
@@ -60,3 +40,15 @@ def test_nothing_imports_a_judge_or_a_room_by_its_bare_name() -> None:
     for module, path in module_files().items():
         first = {name.split(".")[0] for name in imported_names(path)}
         assert not first & (JUDGES | (set(ROOMS) - {"lora"})), module
+
+
+def test_tests_and_benchmarks_share_through_support_alone() -> None:
+    """Nothing imports a test; of benchmarks only their own tests know."""
+    for folder in ("tests", "benchmarks"):
+        for path in sorted((REPOSITORY / folder).rglob("*.py")):
+            own = path.relative_to(REPOSITORY)
+            names = {name for name in imported_names(path) if "." in name}
+            tests = {name for name in names if name.startswith("tests.")}
+            assert all(name.startswith("tests.support") for name in tests), own
+            if folder == "tests" and own.parts[1] != "benchmarks":
+                assert not any(name.startswith("benchmarks.") for name in names), own

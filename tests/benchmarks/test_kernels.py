@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernels import section, time_step, write_report
-from benchmarks.synthetic import SHAPES, write_model
 from lora.shaders.device import Device
+from tests.support.synthetic_models import SHAPES, write_model
 
 
 def test_a_step_of_a_tiny_model(tmp_path: Path) -> None:

@@ -8,9 +8,9 @@ import gguf
 import numpy as np
 import pytest
 
-from benchmarks.synthetic import SHAPES, Shape, write_model
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
+from tests.support.synthetic_models import SHAPES, Shape, write_model
 
 TYPES = ("Q8_0", "Q5_0", "Q4_1", "Q4_K", "Q6_K")
 

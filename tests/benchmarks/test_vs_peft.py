@@ -10,19 +10,20 @@ import numpy as np
 import pytest
 
 from benchmarks import vs_peft
-from benchmarks.sessions import Case, as_examples, repeating_sequences, run_config, used_memory
-from benchmarks.synthetic import SHAPES, write_model
-from benchmarks.vs_peft import PEFT_VARIANTS, loss_curves, parse_options, parse_shapes
-from benchmarks.vs_peft_report import (
-    LOSS_TOLERANCE,
-    NORM_TOLERANCE,
-    largest_difference,
-    memory_lines,
-    write_report,
-)
+from benchmarks.sessions import Case, used_memory
+from benchmarks.vs_peft import PEFT_VARIANTS, parse_options, parse_shapes
+from benchmarks.vs_peft_report import LOSS_TOLERANCE, NORM_TOLERANCE, memory_lines, write_report
 from lora.shaders.device import Device
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
+from tests.support.synthetic_models import SHAPES, write_model
+from tests.support.synthetic_runs import (
+    as_examples,
+    largest_difference,
+    loss_curves,
+    repeating_sequences,
+    run_config,
+)
 
 
 @pytest.fixture(scope="module")

@@ -17,8 +17,8 @@ from lora.forward.int_row import IntRow
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_int_row import check
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.one_row import check_int_row
 
 EPSILON = 1e-5  # of the norm of heads
 
@@ -171,7 +171,7 @@ def test_one_row_on_its_way_into_the_cache(
     np.testing.assert_allclose(results[0], expected, rtol=0, atol=2e-5)
     if int_out is not None:
         attended = results[0][0].astype(np.float64)
-        check(device.read(int_out.words), attended, attended, error=2.0**-24)
+        check_int_row(device.read(int_out.words), attended, attended, error=2.0**-24)
     stored = device.read(cache.keys).transpose(1, 0, 2).reshape(room, kv_size)
     np.testing.assert_allclose(stored[position], k.reshape(-1), rtol=0, atol=1e-5)
     others = np.arange(room) != position

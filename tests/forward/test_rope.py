@@ -10,16 +10,7 @@ from lora.shaders.device import Device
 from lora.shaders.program import Program
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.support.kernels import activation, extent_in_use, run_twice
-
-# rows, in use, rotated heads, head size, rotated columns of a head, width; what is wider than the
-# rotated heads stands for v.
-SHAPES = [
-    (1, 1, 1, 4, 4, 4),
-    (3, 2, 3, 12, 8, 36),
-    (67, 66, 3, 20, 12, 100),
-    (67, 66, 3, 20, 8, 100),
-    (130, 130, 6, 64, 64, 576),
-]
+from tests.support.rope_cases import SHAPES
 
 
 @pytest.mark.parametrize("interleaved", [True, False])

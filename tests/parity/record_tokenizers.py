@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from tests.parity.llama_cpp import llama_cpp_ids
+from tests.support.llama_cpp import llama_cpp_ids
 
 REPOSITORY = Path(__file__).parents[2]
 RECORDS = REPOSITORY / "tests" / "forward" / "text"

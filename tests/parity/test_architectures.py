@@ -39,7 +39,7 @@ class Case:
 
     @property
     def judgement(self):
-        from tests.parity.tiny_judge import judge
+        from tests.support.tiny_judge import judge
 
         return self._once("judge", lambda: judge(self.model, self.adapter))
 
@@ -63,7 +63,7 @@ def case(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
 
 
 def test_transformers_reads_the_gguf(case: Case) -> None:
-    from tests.parity.tiny_judge import check_metadata, logits_through_gguf
+    from tests.support.tiny_judge import check_metadata, logits_through_gguf
 
     if not case.model.transformers_reads:
         pytest.skip("transformers' loader does not know this architecture")
@@ -76,7 +76,7 @@ def test_transformers_reads_the_gguf(case: Case) -> None:
 
 
 def test_llama_cpp_agrees(case: Case) -> None:
-    from tests.parity.tiny_judge import llama_cpp_log_probabilities, log_softmax
+    from tests.support.tiny_judge import llama_cpp_log_probabilities, log_softmax
 
     if not case.model.llama_cpp:
         pytest.skip("llama.cpp computes something else here by design; see tiny_models.py")
@@ -135,9 +135,10 @@ _PARTS: dict[str, tuple[dict[str, Any], ...]] = {
 }
 
 
+@pytest.mark.long  # of the tiny models themselves: nothing of ours runs
 @pytest.mark.parametrize(("name", "change"), [(n, c) for n in _PARTS for c in _PARTS[n]])
 def test_every_setting_matters(name: str, change: dict[str, Any]) -> None:
-    from tests.parity.tiny_judge import build, logits
+    from tests.support.tiny_judge import build, logits
 
     model = TINY_MODELS[name]
     changed = replace(model, config={**model.config, **deepcopy(change)})
@@ -147,11 +148,12 @@ def test_every_setting_matters(name: str, change: dict[str, Any]) -> None:
     assert difference > 10 * LOGITS_TOLERANCE
 
 
+@pytest.mark.long
 def test_every_vector_matters(case: Case) -> None:
     """Norm weights and biases taken away, one kind at a time."""
     import torch
 
-    from tests.parity.tiny_judge import build, logits
+    from tests.support.tiny_judge import build, logits
 
     rows, kinds = case.model.token_rows(), {}
     for name, shape in case.model.shapes().items():
@@ -198,8 +200,8 @@ def test_peft_runs_what_we_save(case: Case, tmp_path: Path) -> None:
     """Module names, row orders, layers and the head, in the directory that `save` writes."""
     from peft import PeftModel
 
-    from tests.parity.tiny_judge import build
-    from tests.parity.tiny_judge import logits as judge_logits
+    from tests.support.tiny_judge import build
+    from tests.support.tiny_judge import logits as judge_logits
 
     case.session.save(tmp_path)
     net = PeftModel.from_pretrained(build(case.model), tmp_path)

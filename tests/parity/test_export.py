@@ -31,9 +31,9 @@ from lora.shaders.errors import InputError
 from lora.storage.gguf_output import TensorPlace, padding, write_header
 from lora.training.programs import record_eval
 from lora.training.session import TrainingSession
-from tests.parity.llama_cpp_logits import LlamaCpp
-from tests.parity.llama_vulkan import LlamaVulkan, NoLlamaVulkan
-from tests.parity.peft_reference import REAL_MODELS, eval_losses, token_ids
+from tests.support.llama_cpp_logits import LlamaCpp
+from tests.support.llama_vulkan import LlamaVulkan, NoLlamaVulkan
+from tests.support.peft_reference import REAL_MODELS, eval_losses, token_ids
 from tests.support.tiny_models import TINY_MODELS
 
 pytestmark = pytest.mark.parity
@@ -114,7 +114,7 @@ def test_real_tensors_come_back(model: str, request: pytest.FixtureRequest) -> N
 @pytest.mark.parametrize("head", [False, True], ids=["layers", "head"])
 def test_tiny_models_in_llama_cpp(name: str, head: bool, tmp_path: Path) -> None:
     """The adapter alone and merged, against transformers and PEFT."""
-    from tests.parity.tiny_judge import judge, log_softmax
+    from tests.support.tiny_judge import judge, log_softmax
 
     model = replace(TINY_MODELS[name], adapted_head=head)
     tied = model.config["tie_word_embeddings"]
@@ -169,7 +169,7 @@ def skipping_without_vulkan() -> Iterator[None]:
 @pytest.mark.parametrize("name", ["gemma2", "gemma3"])
 def test_tiny_gemmas_in_llama_cpp_vulkan(name: str, tmp_path: Path) -> None:
     """Where llama.cpp computes its GELU, Gemmas are as near as other models are on its CPU."""
-    from tests.parity.tiny_judge import judge, log_softmax
+    from tests.support.tiny_judge import judge, log_softmax
 
     model = TINY_MODELS[name]
     base = tmp_path / "base.gguf"
@@ -363,7 +363,7 @@ class RealCase:
         Args:
             ours: logits of N_TOKENS positions of each row.
         """
-        from tests.parity.tiny_judge import log_softmax
+        from tests.support.tiny_judge import log_softmax
 
         answers = iter(self.answers(theirs))
         differences = []
@@ -423,7 +423,7 @@ def test_gemma_in_llama_cpp_vulkan(case: RealCase) -> None:
         pytest.skip(
             "llama.cpp's CPU build computes this model in f32: test_adapter_on_the_f32_base"
         )
-    from tests.parity.tiny_judge import log_softmax
+    from tests.support.tiny_judge import log_softmax
 
     def compare(what: str, ours: np.ndarray, theirs: np.ndarray) -> None:
         known = np.isfinite(theirs[0])  # not what would end the text

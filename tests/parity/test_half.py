@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from lora.shaders.device import Device
-from tests.parity.ours import run_ours
-from tests.parity.peft_reference import REAL_MODELS, make_adapter
 from tests.support.half_tensors import needs_halves
+from tests.support.peft_ours import run_ours
+from tests.support.peft_reference import REAL_MODELS, make_adapter
 
 pytestmark = pytest.mark.parity
 

@@ -12,7 +12,7 @@ import safetensors.numpy
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.training.session import TrainingSession
-from tests.parity.peft_reference import load_peft_model
+from tests.support.peft_reference import load_peft_model
 from tests.support.tiny_ours import gradients
 
 pytestmark = pytest.mark.parity

@@ -5,8 +5,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.parity.ours import OurRun, run_ours
-from tests.parity.peft_reference import (
+from tests.support.peft_ours import OurRun, run_ours
+from tests.support.peft_reference import (
     REAL_MODELS,
     RealModel,
     ReferenceRun,
@@ -19,7 +19,13 @@ from tests.parity.peft_reference import (
 pytestmark = pytest.mark.parity
 
 
-@pytest.fixture(scope="module", params=REAL_MODELS)
+# PEFT's eight steps of Gemma take minutes; test_recorded.py holds ours against those recorded.
+LONG = {"gemma3": [pytest.mark.long]}
+
+
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=LONG.get(name, ())) for name in REAL_MODELS]
+)
 def model(request: pytest.FixtureRequest) -> RealModel:
     request.getfixturevalue(request.param)  # skips where the file is absent
     return REAL_MODELS[request.param]

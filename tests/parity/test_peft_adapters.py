@@ -22,7 +22,7 @@ from lora.forward.model.architecture import Architecture
 from lora.generation.generator import open_generator
 from lora.shaders.errors import InputError
 from lora.training.session import TrainingSession
-from tests.parity.llama_cpp_logits import LlamaCpp
+from tests.support.llama_cpp_logits import LlamaCpp
 from tests.support.tiny_model import TinyModel
 from tests.support.tiny_models import TINY_MODELS
 
@@ -40,7 +40,7 @@ class Made:
         import torch
         from peft import LoraConfig, get_peft_model
 
-        from tests.parity.tiny_judge import build, logits
+        from tests.support.tiny_judge import build, logits
 
         self.base, self.adapter = folder / "base.gguf", folder / "adapter"
         model.write_gguf(self.base)
@@ -73,7 +73,7 @@ class Made:
 
     def check_llama_cpp(self, theirs: LlamaCpp, tolerance: float) -> None:
         """llama.cpp's log-probabilities after each prefix against PEFT's."""
-        from tests.parity.tiny_judge import log_softmax
+        from tests.support.tiny_judge import log_softmax
 
         expected = log_softmax(self.logits)
         answers = theirs.log_probabilities([self.row[:n] for n in LENGTHS], expected.shape[1])
@@ -110,7 +110,7 @@ def test_padding_stays_zero_in_training(tmp_path: Path) -> None:
     import torch
     from peft import PeftModel
 
-    from tests.parity.tiny_judge import build, logits
+    from tests.support.tiny_judge import build, logits
     from tests.support.tiny_ours import logits as our_logits
 
     model = TINY_MODELS["llama"]

@@ -7,11 +7,15 @@ from typing import Any
 import numpy as np
 import pytest
 
-from tests.parity.ours import OurRun, run_ours
-from tests.parity.peft_reference import REAL_MODELS, RealModel, make_adapter
+from tests.support.peft_ours import OurRun, run_ours
+from tests.support.peft_reference import REAL_MODELS, RealModel, make_adapter
+
+PARITY = {"gemma3": [pytest.mark.parity]}  # `make test` has SmolLM2 alone, `make parity` both
 
 
-@pytest.fixture(scope="module", params=REAL_MODELS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(name, marks=PARITY.get(name, ())) for name in REAL_MODELS]
+)
 def model(request: pytest.FixtureRequest) -> RealModel:
     request.getfixturevalue(request.param)  # skips where the file is absent
     return REAL_MODELS[request.param]

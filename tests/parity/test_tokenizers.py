@@ -11,8 +11,8 @@ import pytest
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.pre_tokenizers import PRE_TOKENIZERS
 from lora.forward.text.tokenizer import Tokenizer
-from tests.parity.llama_cpp import llama_cpp_ids
-from tests.parity.tiny_tokenizers import (
+from tests.support.llama_cpp import llama_cpp_ids
+from tests.support.tiny_tokenizers import (
     SPECIAL_TEXTS,
     byte_level,
     gemma4,
@@ -20,7 +20,7 @@ from tests.parity.tiny_tokenizers import (
     sentencepiece,
     write_model,
 )
-from tests.parity.tokenizer_corpus import lines
+from tests.support.tokenizer_corpus import lines
 
 pytestmark = pytest.mark.parity
 

@@ -15,6 +15,28 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[2]
 ROOMS = ("shaders", "forward", "backward", "optim", "lora")
 
+# What a room or wing may import, besides itself; a room without wings stands for its own files.
+MAY_IMPORT = {
+    "shaders": set(),
+    "forward/gguf": {"shaders"},
+    "forward/text": {"forward/gguf", "shaders"},
+    "forward/model": {"forward/gguf", "shaders"},
+    "forward/plans": {"shaders"},
+    "forward": {"forward/model", "forward/plans", "shaders"},
+    "forward/decoder": {"forward", "forward/model", "shaders"},
+    "backward": {"forward", "forward/decoder", "forward/model", "forward/plans", "shaders"},
+    "optim": {"shaders"},
+}
+_FORWARD = {name for name in MAY_IMPORT if name.startswith("forward")} | {"shaders"}
+_WINGS = ("storage", "config", "data", "adapters", "generation", "export", "training", "commands")
+for _place, _wing in enumerate(_WINGS):
+    MAY_IMPORT[f"lora/{_wing}"] = _FORWARD | {f"lora/{below}" for below in _WINGS[:_place]}
+MAY_IMPORT["lora/export"] -= {"lora/generation"}
+MAY_IMPORT["lora/training"] = MAY_IMPORT["lora/training"] - {"lora/export"} | {"backward", "optim"}
+MAY_IMPORT["lora/checks"] = _FORWARD | {"backward", "optim"}
+MAY_IMPORT["lora/commands"] |= {"lora/checks"}
+MAY_IMPORT["lora"] = {name for name in MAY_IMPORT if name.startswith("lora/")} | {"shaders"}
+
 
 @cache
 def module_files() -> dict[str, Path]:

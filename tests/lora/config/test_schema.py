@@ -10,7 +10,7 @@ import yaml
 
 from lora.config.schema import AdapterConfig, Config, load_config
 from lora.shaders.errors import InputError
-from tests.forward.model import test_adapter
+from tests.support.architectures import LLAMA, PHI3
 
 LEAST = "model: {path: m.gguf}\ndata: {train: t.jsonl}\noutput: runs/x\n"
 
@@ -324,18 +324,17 @@ def test_layers() -> None:
 
 
 def test_targets_of_a_model() -> None:
-    llama, phi3 = test_adapter.LLAMA, test_adapter.PHI3
-    assert AdapterConfig().resolve_targets(llama) == [
+    assert AdapterConfig().resolve_targets(LLAMA) == [
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj"),
     ]
-    assert AdapterConfig().resolve_targets(phi3) == [
+    assert AdapterConfig().resolve_targets(PHI3) == [
         *("qkv_proj", "o_proj", "gate_up_proj", "down_proj"),
     ]
     adapter = AdapterConfig(targets=["lm_head", "v_proj", "q_proj"])
-    assert adapter.resolve_targets(llama) == ["q_proj", "v_proj", "lm_head"]
+    assert adapter.resolve_targets(LLAMA) == ["q_proj", "v_proj", "lm_head"]
     with pytest.raises(InputError, match=r"got 'v_proj', but a model .* 'phi3' has qkv_proj, o_"):
-        adapter.resolve_targets(phi3)
+        adapter.resolve_targets(PHI3)
 
 
 def test_scale() -> None:

@@ -24,9 +24,9 @@ from lora.export.merge import MergedTensor
 from lora.export.to_gguf import Export, export
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.gguf_output import new_file
-from tests.lora.storage.test_stores import REGISTRY, install, layer
-from tests.lora.storage.test_stores import store as store  # a fixture
 from tests.support.export_case import Case, write_faint, write_wide
+from tests.support.ollama_store import REGISTRY, install, layer
+from tests.support.ollama_store import store as store  # a fixture
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 

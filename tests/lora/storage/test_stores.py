@@ -11,7 +11,6 @@ import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
 from urllib.parse import urlsplit
 
 import gguf
@@ -22,10 +21,9 @@ import lora.storage.stores
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError
 from lora.storage.stores import OllamaSettings, check_model_name, ollama_settings, resolve_model
+from tests.support.ollama_store import MODEL, REGISTRY, install, layer
+from tests.support.ollama_store import store as store  # a fixture
 from tests.support.tiny_gguf import write_tiny_llama
-
-MODEL = "application/vnd.ollama.image.model"
-REGISTRY = "registry.ollama.ai/library"
 
 
 def test_a_path_is_itself() -> None:
@@ -34,30 +32,6 @@ def test_a_path_is_itself() -> None:
 
 
 # -- Ollama's store -------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    folder = tmp_path / "store"
-    (folder / "blobs").mkdir(parents=True)
-    monkeypatch.setenv("OLLAMA_MODELS", str(folder))
-    return folder
-
-
-def layer(store: Path, contents: bytes = b"a model", kind: str = MODEL) -> dict[str, Any]:
-    """Writes a blob and returns the layer that stands for it in a manifest."""
-    digest = hashlib.sha256(contents).hexdigest()
-    (store / "blobs" / f"sha256-{digest}").write_bytes(contents)
-    return {"mediaType": kind, "digest": f"sha256:{digest}", "size": len(contents)}
-
-
-def install(store: Path, name: str, *layers: dict[str, Any]) -> Path:
-    """Writes the manifest of host/namespace/model/tag with a template and the given layers."""
-    path = store / "manifests" / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    template = layer(store, b"{{ .Prompt }}", "application/vnd.ollama.image.template")
-    path.write_text(json.dumps({"schemaVersion": 2, "layers": [template, *layers]}))
-    return path
 
 
 def refusal(name: str) -> str:
@@ -189,8 +163,8 @@ def test_without_ollama_models_the_users_store_comes_before_the_services(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     home, service = tmp_path / "home" / ".ollama" / "models", tmp_path / "service"
-    for store in (home, service):
-        (store / "blobs").mkdir(parents=True)
+    for folder in (home, service):
+        (folder / "blobs").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OLLAMA_MODELS", "")
     monkeypatch.setattr(lora.storage.stores, "_SERVICE_STORE", service)

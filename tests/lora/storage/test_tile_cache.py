@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -16,45 +16,15 @@ from lora.forward.plans.matmul_plans import (
     Product,
     Request,
     plan_of,
-    use_source,
     using_source,
 )
 from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
-from lora.storage.tile_cache import TileCache, Tuner, cache_folder, find_tiles
-from tests.forward.plans.test_tuning import planned_requests
-
-
-@pytest.fixture
-def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """The software driver under the name of a GPU, and an empty folder of caches."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    info = device.info | {"adapter_type": "DiscreteGPU", "description": "driver 1.0"}
-    monkeypatch.setattr(device, "info", info)
-    monkeypatch.setattr(device, "name", "Card 3000")
-    monkeypatch.setattr(device, "matmul_body", "tiled")
-    yield device
-    use_source(device, None)
-
-
-def second_choices(
-    device: Device, requests: Sequence[Request], *, seconds: float
-) -> dict[Product, Plan]:
-    """What a tuner might find that disagrees with the model."""
-    return {r.product: candidates(*r.shape(device))[1] for r in requests}
-
-
-def refuse(
-    device: Device, requests: Sequence[Request], *, seconds: float
-) -> Mapping[Product, Plan]:
-    raise AssertionError(f"measured again: {requests}")
-
-
-def use_tuner(monkeypatch: pytest.MonkeyPatch, tuner: Tuner) -> None:
-    """Lets training look for plans with another tuner than the one that times them."""
-    monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))
+from lora.storage.tile_cache import TileCache, cache_folder, find_tiles
+from tests.support.plans import gpu as gpu  # a fixture
+from tests.support.plans import planned_requests, refuse, second_choices, use_tuner
 
 
 def requests_for(device: Device) -> list[Request]:

@@ -22,11 +22,11 @@ from lora.storage.tile_cache import TileCache
 from lora.training.checkpoint import checkpoints, resume
 from lora.training.run import run_training
 from lora.training.session import TrainingSession
-from tests.lora.storage.test_tile_cache import gpu, second_choices, use_tuner
 from tests.support.half_tensors import needs_halves
+from tests.support.plans import gpu as gpu  # a fixture
+from tests.support.plans import second_choices, use_tuner
 from tests.support.tiny_run import write_run
 
-__all__ = ["gpu"]
 ADAPTER = "adapter_model.safetensors"
 
 

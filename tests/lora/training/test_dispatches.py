@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.sessions import as_examples, random_sequences, run_config
-from benchmarks.synthetic import SHAPES, write_model
 from lora.shaders.device import Device
 from lora.shaders.planning import PlanningDevice
 from lora.shaders.program import Dispatch
 from lora.training.session import TrainingSession
+from tests.support.synthetic_models import SHAPES, write_model
+from tests.support.synthetic_runs import as_examples, random_sequences, run_config
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16"])

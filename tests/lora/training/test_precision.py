@@ -8,9 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.synthetic import SHAPES, write_model
-from benchmarks.vs_peft import loss_curves
-from benchmarks.vs_peft_report import largest_difference
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.shaders.device import Device
@@ -18,6 +15,8 @@ from lora.shaders.errors import InputError, LoraError
 from lora.shaders.planning import PlanningDevice
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
+from tests.support.synthetic_models import SHAPES, write_model
+from tests.support.synthetic_runs import largest_difference, loss_curves
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session

@@ -11,7 +11,7 @@ from lora.config.schema import Config
 from lora.data.batches import make_batch
 from lora.data.examples import Example
 from lora.training.session import TrainingSession
-from tests.parity.peft_reference import (
+from tests.support.peft_reference import (
     ALPHA,
     BETAS,
     EPSILON,

@@ -1,6 +1,6 @@
 """The judge: the same training in PyTorch, transformers and PEFT, on the CPU in float32.
 
-    python tests/parity/peft_reference.py      # records tests/parity/recorded/{smollm2,gemma3}.json
+    python tests/support/peft_reference.py     # records tests/parity/recorded/{smollm2,gemma3}.json
 
 `make test` holds the recorded figures against ours; `make parity` runs both sides live.
 """
@@ -20,8 +20,8 @@ import safetensors.numpy
 if TYPE_CHECKING:
     from peft import PeftModel
 
-FOLDER = Path(__file__).parent
-REPOSITORY = FOLDER.parent.parent
+REPOSITORY = Path(__file__).parents[2]
+FOLDER = REPOSITORY / "tests" / "parity"
 TEXTS: dict[str, list[str]] = json.loads((FOLDER / "texts.json").read_text())
 
 RANK, ALPHA = 8, 16

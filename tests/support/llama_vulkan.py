@@ -1,6 +1,6 @@
 """llama.cpp's Vulkan build by ctypes: a judge that computes in f32, and a peer in speed.
 
-    python tests/parity/llama_vulkan.py FOLDER     # serves what `LlamaVulkan` put into FOLDER
+    python tests/support/llama_vulkan.py FOLDER     # serves what `LlamaVulkan` put into FOLDER
 
 llama.cpp's CPU build takes Gemma's GELU from a table of f16 values; its Vulkan shaders compute it.
 The libraries come out of an npm package, whose version and digest are pinned: `llama.h` has no

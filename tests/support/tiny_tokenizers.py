@@ -12,8 +12,8 @@ import tokenizers
 from gguf import TokenType
 from tokenizers import Regex, models, normalizers, pre_tokenizers, trainers
 
-from tests.parity.tokenizer_corpus import lines
 from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tokenizer_corpus import lines
 
 _SPECIAL = ("<unk>", "<s>", "</s>")
 # Two of these are longer forms of others, one is white space, one is a kind that nobody marks.

@@ -1,6 +1,6 @@
 """Token ids from llama.cpp itself (xllamacpp's server), for texts or for what a GGUF tokenizes.
 
-    python tests/parity/llama_cpp.py MODEL.gguf < texts.json > ids.json
+    python tests/support/llama_cpp.py MODEL.gguf < texts.json > ids.json
 
 A process of its own: a second server in one process has crashed, and its threads don't end.
 """

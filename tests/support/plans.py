@@ -1,0 +1,75 @@
+"""Plans of products: products to choose them for, and tuners that time nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+from gguf import GGMLQuantizationType
+
+from lora.backward.matmul import matmul_backward
+from lora.forward.matmul import matmul
+from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.forward.plans.matmul_plans import (
+    Product,
+    Request,
+    requests_of,
+    use_source,
+)
+from lora.forward.plans.matmul_tiles import Plan, candidates
+from lora.forward.plans.tuning import TUNING_SECONDS
+from lora.shaders.device import Device
+from lora.shaders.planning import PlanningDevice
+from lora.shaders.program import Program
+from lora.storage.tile_cache import TileCache, Tuner
+from tests.support.quantized_tensors import random_blocks, tensor_of
+
+Q8_0 = GGMLQuantizationType.Q8_0
+N_OUT, N_IN = 96, 224
+
+
+def a_matrix(device: Device, n_out: int = N_OUT, n_in: int = N_IN) -> FrozenMatrix:
+    return load_matrix(device, [tensor_of(Q8_0, random_blocks(Q8_0, n_out, n_in), n_in)])
+
+
+def planned_requests(device: Device, shapes: Sequence[tuple[int, int, int]]) -> list[Request]:
+    """The requests of products [rows, out, in], each in both directions."""
+    planning = PlanningDevice(device)
+    with requests_of(planning) as requests:
+        for rows, n_out, n_in in shapes:
+            matrix, extent = a_matrix(planning, n_out, n_in), planning.extent(rows)
+            program = Program(planning)
+            x = planning.empty((rows, n_in), extent=extent)
+            matmul_backward(program, matmul(program, x, matrix), matrix)
+    return requests
+
+
+@pytest.fixture
+def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """The software adapter under the name of a GPU, and an empty folder of caches."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    info = device.info | {"adapter_type": "DiscreteGPU", "description": "driver 1.0"}
+    monkeypatch.setattr(device, "info", info)
+    monkeypatch.setattr(device, "name", "Card 3000")
+    monkeypatch.setattr(device, "matmul_body", "tiled")
+    yield device
+    use_source(device, None)
+
+
+def second_choices(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> dict[Product, Plan]:
+    """What a tuner might find that disagrees with the model."""
+    return {r.product: candidates(*r.shape(device))[1] for r in requests}
+
+
+def refuse(
+    device: Device, requests: Sequence[Request], *, seconds: float
+) -> Mapping[Product, Plan]:
+    raise AssertionError(f"measured again: {requests}")
+
+
+def use_tuner(monkeypatch: pytest.MonkeyPatch, tuner: Tuner) -> None:
+    """Lets training look for plans with another tuner than the one that times them."""
+    monkeypatch.setattr(TileCache.find, "__defaults__", (tuner, TUNING_SECONDS))

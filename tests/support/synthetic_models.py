@@ -1,0 +1,152 @@
+"""GGUFs of real models' shapes and tensor types with random weights, where there are no files.
+
+Weights of a matrix [out, in] have a standard deviation of about 1 / sqrt(in), norms are near one:
+a step computes ordinary numbers. Quantized tensors are random quants under constant scales, since
+gguf-py writes no K-quants.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+from gguf import GGMLQuantizationType as Type
+
+from lora.forward.gguf.quantization import QUANTIZATIONS
+from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes; `types` maps the ending of a tensor's name to its type."""
+
+    architecture: str
+    n_layers: int
+    hidden_size: int
+    intermediate_size: int
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    vocab_size: int
+    types: dict[str, str]
+    metadata: dict[str, Any] = field(default_factory=dict)
+    tied_head: bool = True
+
+    def tensors(self) -> dict[str, tuple[int, ...]]:
+        """Every tensor with its shape."""
+        hidden, inner = self.hidden_size, self.intermediate_size
+        query, kv = self.n_heads * self.head_size, self.n_kv_heads * self.head_size
+        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab_size, hidden)}
+        of_layer: dict[str, tuple[int, ...]] = {
+            "attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_q": (query, hidden),
+            "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, query),
+            "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
+        }  # fmt: skip
+        if self.architecture == "gemma3":
+            of_layer |= {
+                "attn_q_norm": (self.head_size,), "attn_k_norm": (self.head_size,),
+                "post_attention_norm": (hidden,), "post_ffw_norm": (hidden,),
+            }  # fmt: skip
+        for layer in range(self.n_layers):
+            shapes |= {f"blk.{layer}.{name}.weight": size for name, size in of_layer.items()}
+        shapes["output_norm.weight"] = (hidden,)
+        if not self.tied_head:
+            shapes["output.weight"] = (self.vocab_size, hidden)
+        return shapes
+
+    def type_of(self, name: str) -> Type:
+        """A tensor's type: of the longest ending that fits; norms are F32."""
+        if "norm" in name:
+            return Type.F32
+        fitting = [ending for ending in self.types if name.endswith(ending)]
+        return Type[self.types[max(fitting, key=len)]]
+
+
+SHAPES = {
+    "SmolLM2-135M": Shape(
+        "llama", 30, 576, 1536, 9, 3, 64, 49152,
+        {"weight": "Q4_1", "token_embd.weight": "Q8_0"},
+    ),
+    "Gemma-3-270M": Shape(
+        "gemma3", 18, 640, 2048, 4, 1, 256, 262144,
+        {"weight": "Q5_0", "token_embd.weight": "Q8_0", "ffn_down.weight": "Q6_K"},
+        {"attention.sliding_window": 512, "rope.freq_base": 1e6},
+    ),
+    "Llama-1.2B": Shape(
+        "llama", 16, 2048, 8192, 32, 8, 64, 128256,
+        {"weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K"},
+        {"rope.freq_base": 500000.0},
+    ),
+    "tiny": Shape(
+        "llama", 2, 256, 512, 4, 2, 64, 512, {"weight": "Q4_K", "token_embd.weight": "Q6_K"}
+    ),
+}  # fmt: skip
+
+
+def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
+    """Writes a shape's GGUF, tensor by tensor."""
+    writer = gguf.GGUFWriter(path, shape.architecture)
+    prefix = shape.architecture
+    values: dict[str, Any] = {
+        f"{prefix}.block_count": shape.n_layers,
+        f"{prefix}.context_length": 32768,
+        f"{prefix}.embedding_length": shape.hidden_size,
+        f"{prefix}.feed_forward_length": shape.intermediate_size,
+        f"{prefix}.attention.head_count": shape.n_heads,
+        f"{prefix}.attention.head_count_kv": shape.n_kv_heads,
+        f"{prefix}.attention.key_length": shape.head_size,
+        f"{prefix}.attention.value_length": shape.head_size,
+        f"{prefix}.attention.layer_norm_rms_epsilon": 1e-6,
+        f"{prefix}.vocab_size": shape.vocab_size,
+        **{f"{prefix}.{key}": value for key, value in shape.metadata.items()},
+        **tiny_tokenizer_metadata(min(shape.vocab_size, 512)),
+    }
+    if prefix == "llama":
+        values["llama.rope.dimension_count"] = shape.head_size
+    for key, value in values.items():
+        add_value(writer, key, value)
+    rng = np.random.default_rng(seed)
+    for name, sizes in shape.tensors().items():
+        kind = shape.type_of(name)
+        if kind == Type.F32:
+            writer.add_tensor(name, (1 + 0.1 * rng.normal(size=sizes)).astype(np.float32))
+        else:
+            writer.add_tensor(name, _random_blocks(rng, kind, *sizes), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def _random_blocks(rng: np.random.Generator, kind: Type, rows: int, columns: int) -> np.ndarray:
+    """Bytes of a matrix: random quants, scales such that the weights' mean is about zero."""
+    quantization = QUANTIZATIONS[kind]
+    block_size, block_bytes = quantization.block_size, quantization.block_bytes
+    data = rng.bytes(rows * columns // block_size * block_bytes)
+    blocks = np.frombuffer(data, np.uint8).reshape(rows, columns // block_size, block_bytes).copy()
+    std = columns**-0.5
+
+    def put(*scales: float) -> None:
+        for at, value in zip(quantization.f16_scales, scales, strict=True):
+            blocks[:, :, at : at + 2] = np.array([value], np.float16).view(np.uint8)
+
+    if kind == Type.Q8_0:
+        put(std / 74)  # quants of -128 … 127
+    elif kind == Type.Q5_0:
+        put(std / 9.2)  # -16 … 15
+    elif kind == Type.Q4_1:
+        put(std / 4.6, -7.5 * std / 4.6)  # 0 … 15
+    elif kind == Type.Q4_K:
+        # d · 32 · q - dmin · 32 with every six-bit scale and minimum 32.
+        put(std / 4.6 / 32, 7.5 * std / 4.6 / 32)
+        blocks[:, :, 4:12] = 0b10_100000  # upper bits of scales 4 … 7 in bits 6 and 7, 32 below
+        blocks[:, :, 12:16] = 0
+    elif kind == Type.Q6_K:
+        blocks[:, :, 192:208] = 32
+        put(std / 18.5 / 32)  # -32 … 31
+    else:
+        raise ValueError(f"no random blocks of {kind.name}")
+    return blocks.reshape(rows, -1)
