@@ -22,8 +22,8 @@ from tests.support.attention_cases import (
     CASES,
     HALF_CASES,
     ON_CPU,
-    ON_GPU,
     TILES,
+    WINDOWED,
     activation_of,
     normal,
     segments_on,
@@ -139,39 +139,31 @@ def test_f16_tensors(
     assert (d_qkv[rows:] == -7.0).all()  # rows that are not in use stay untouched
 
 
-def test_two_runs_agree_bit_for_bit(device: Device) -> None:
-    shape = Shape(9, 3, 64, 0.125, window=37)
-    qkv, d_out = normal(1, 130, shape.width), normal(2, 130, 9 * 64)
-    first, second = (
-        run_backward(device, qkv, d_out, segments_of([65, 65]), shape) for _ in range(2)
-    )
-    assert first.tobytes() == second.tobytes()
-
-
-@pytest.mark.parametrize("tile", [ON_CPU, replace(ON_GPU, chunk=8)])
-@pytest.mark.parametrize("window", [None, 37])
+@pytest.mark.parametrize("tile", [ON_CPU, TILES[3]])
 def test_an_example_gives_the_same_bits_wherever_it_lies(
-    device: Device, monkeypatch: pytest.MonkeyPatch, window: int | None, tile: Tile
+    device: Device, monkeypatch: pytest.MonkeyPatch, tile: Tile
 ) -> None:
-    shape = Shape(9, 3, 64, 0.125, window=window)
+    """And whenever it is computed."""
     use_tile(monkeypatch, within(tile, 64, device))
-    qkv, d_out = normal(1, 170, shape.width), normal(2, 170, 9 * 64)
-    among = run_backward(device, qkv, d_out, segments_of([45, 5, 100, 20]), shape)
+    monkeypatch.setattr(backward_attention, "choose_split", lambda *_: True)
+    qkv, d_out = normal(1, 170, WINDOWED.width), normal(2, 170, 3 * 64)
+    segments = segments_of([45, 5, 100, 20])
+    among, again = (run_backward(device, qkv, d_out, segments, WINDOWED) for _ in range(2))
+    assert among.tobytes() == again.tobytes()
     here = slice(50, 150)
-    alone = run_backward(device, qkv[here], d_out[here], segments_of([100]), shape)
+    alone = run_backward(device, qkv[here], d_out[here], segments_of([100]), WINDOWED)
     assert alone.tobytes() == among[here].tobytes()
 
 
 def test_split_heads_and_tiles_of_as_many_teams_agree_bit_for_bit(
     device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    shape = Shape(6, 2, 64, 0.125, window=50)
-    qkv, d_out = normal(1, 170, shape.width), normal(2, 170, 6 * 64)
+    qkv, d_out = normal(1, 170, WINDOWED.width), normal(2, 170, 3 * 64)
     results = []
-    for tile, split in ((TILES[3], False), (TILES[4], True), (TILES[4], False)):
+    for tile, split in ((TILES[3], True), (TILES[4], True), (TILES[4], False)):
         use_tile(monkeypatch, within(tile, 64, device))
         monkeypatch.setattr(backward_attention, "choose_split", lambda *_, split=split: split)
-        results.append(run_backward(device, qkv, d_out, segments_of([45, 5, 120]), shape))
+        results.append(run_backward(device, qkv, d_out, segments_of([45, 5, 120]), WINDOWED))
     for result in results:
         if device.is_cpu:
             assert result.tobytes() == results[0].tobytes()
@@ -179,16 +171,19 @@ def test_split_heads_and_tiles_of_as_many_teams_agree_bit_for_bit(
             np.testing.assert_allclose(result, results[0], atol=2e-6 * np.abs(result).max())
 
 
-def test_large_scores_and_padding_rows_give_no_nan(device: Device) -> None:
-    shape = Shape(9, 3, 64, 0.125)
+def test_large_scores_and_padding_rows_give_no_nan(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_tile(monkeypatch, within(ON_CPU, 64, device))
+    monkeypatch.setattr(backward_attention, "choose_split", lambda *_: True)
     lengths = [45, *[1] * 25]  # padding rows are examples of one row
-    qkv, d_out = 100.0 * normal(1, 70, shape.width), normal(2, 70, 9 * 64)
-    d_qkv = run_backward(device, qkv, d_out, segments_of(lengths), shape)
+    qkv, d_out = 100.0 * normal(1, 70, WINDOWED.width), normal(2, 70, 3 * 64)
+    d_qkv = run_backward(device, qkv, d_out, segments_of(lengths), WINDOWED)
     assert np.isfinite(d_qkv).all()
 
 
 def test_a_d_out_of_another_shape_is_refused(device: Device) -> None:
-    shape = Shape(9, 3, 64, 0.125)
+    shape = Shape(1, 1, 4, 0.5)
     extent = device.extent(4)
     qkv = device.empty((4, shape.width), extent=extent)
     segments = device.upload(segments_of([4]))

@@ -10,14 +10,9 @@ from lora.checks.references.head_norm_rope import (
 )
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_head_norm_rope import (
-    CASES,
-    EPSILON,
-    HALF_CASES,
-    Case,
-)
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.support.kernels import central_difference, extent_in_use, run_twice
+from tests.support.rope_cases import CASES_AND_LANES, EPSILON, HALF_CASES, Case
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -67,8 +62,7 @@ def check(device: Device, case: Case, x_type: str, d_type: str) -> None:
     assert (result[case.in_use :] == d_y[case.in_use :]).all()
 
 
-@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "is_cpu"), CASES_AND_LANES, ids=str)
 def test_head_norm_rope_backward(
     device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool
 ) -> None:
@@ -76,8 +70,7 @@ def test_head_norm_rope_backward(
     check(device, case, "f32", "f32")
 
 
-@pytest.mark.parametrize(("x_type", "d_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
-@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+@pytest.mark.parametrize(("case", "x_type", "d_type"), HALF_CASES, ids=str)
 def test_head_norm_rope_backward_of_halves(
     device: Device, case: Case, x_type: str, d_type: str
 ) -> None:

@@ -9,8 +9,8 @@ from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_rope import SHAPES
 from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
+from tests.support.rope_cases import SHAPES
 
 BASE = 10000.0
 

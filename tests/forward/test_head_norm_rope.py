@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import numpy as np
 import pytest
 
-from lora.checks.references.head_norm_rope import HeadLayout, head_norm_rope_reference
+from lora.checks.references.head_norm_rope import head_norm_rope_reference
 from lora.forward.head_norm_rope import head_norm_rope
-from lora.forward.model.rope_frequencies import Rope
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from lora.shaders.tensor import Extent, Tensor
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -21,60 +16,8 @@ from tests.support.half_tensors import (
     typed,
     typed_marked,
 )
-from tests.support.kernels import MARKER, activation, extent_in_use, run_twice
-
-EPSILON, BASE, N_POSITIONS = 1e-6, 10000.0, 5000
-
-
-@dataclass(frozen=True)
-class Case:
-    rows: int
-    in_use: int
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    dimensions: int  # of a head, that turn
-    interleaved: bool
-    dispatches: int = 1
-
-    @property
-    def layout(self) -> HeadLayout:
-        return HeadLayout(
-            self.n_heads, self.n_kv_heads, self.head_size, self.dimensions, self.interleaved,
-            BASE, EPSILON,
-        )  # fmt: skip
-
-    @property
-    def width(self) -> int:
-        return self.layout.width
-
-    @property
-    def heads(self) -> dict[str, Any]:
-        return self.layout.options
-
-    def tensors(self, device: Device, extent: Extent) -> tuple[np.ndarray, Tensor, Tensor]:
-        """Positions, the same on the device, and the tables."""
-        positions = np.random.default_rng(self.width).integers(0, N_POSITIONS, self.rows)
-        tables = Rope(BASE, self.dimensions, self.interleaved).tables(N_POSITIONS)
-        return positions, activation(device, positions, extent), device.upload(tables)
-
-
-CASES = [
-    # Fewer quads than lanes, fewer heads than a workgroup takes, whole and broken steps, heads
-    # that turn in part, as many lanes as a workgroup has.
-    Case(1, 1, 1, 1, 4, 4, True),
-    Case(5, 3, 2, 1, 12, 8, False),
-    Case(67, 66, 4, 2, 64, 64, False),
-    Case(67, 66, 4, 2, 64, 64, True),
-    Case(19, 18, 3, 1, 80, 40, False),
-    Case(19, 18, 3, 1, 100, 52, True),
-    Case(3, 3, 4, 1, 256, 256, False),
-    Case(5, 4, 1, 1, 516, 516, True),
-    # No whole vectors: rope is a kernel of its own.
-    Case(5, 4, 2, 1, 12, 12, False, dispatches=2),
-    Case(5, 4, 2, 1, 12, 10, True, dispatches=2),
-]
-HALF_CASES = [CASES[4], CASES[5], CASES[8]]
+from tests.support.kernels import MARKER, extent_in_use, run_twice
+from tests.support.rope_cases import CASES_AND_LANES, EPSILON, HALF_CASES, Case
 
 
 def check(device: Device, case: Case, x_type: str, out_type: str) -> None:
@@ -102,8 +45,7 @@ def check(device: Device, case: Case, x_type: str, out_type: str) -> None:
     assert (result[case.in_use :] == MARKER).all()
 
 
-@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
-@pytest.mark.parametrize("case", CASES, ids=str)
+@pytest.mark.parametrize(("case", "is_cpu"), CASES_AND_LANES, ids=str)
 def test_head_norm_rope(
     device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool
 ) -> None:
@@ -111,8 +53,7 @@ def test_head_norm_rope(
     check(device, case, "f32", "f32")
 
 
-@pytest.mark.parametrize(("x_type", "out_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
-@pytest.mark.parametrize("case", HALF_CASES, ids=str)
+@pytest.mark.parametrize(("case", "x_type", "out_type"), HALF_CASES, ids=str)
 def test_head_norm_rope_of_halves(device: Device, case: Case, x_type: str, out_type: str) -> None:
     needs_halves(device)
     check(device, case, x_type, out_type)

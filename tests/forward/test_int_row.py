@@ -5,35 +5,14 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from lora.checks.references.int_row import decoded_int_row
 from lora.checks.references.matmul_row import normed_row
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.int_row import BLOCK, IntRow, RowNorm, takes_int_row, to_int_row
+from lora.forward.int_row import IntRow, RowNorm, takes_int_row, to_int_row
 from lora.forward.model.weights import FrozenMatrix, MatrixPart
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.test_matmul_row import EPSILON, numbers
 from tests.support.kernels import activation, extent_in_use, marked
-
-
-def check(words: np.ndarray, v: np.ndarray, y: np.ndarray, error: float = 0.0) -> None:
-    """Each number within half a step of its block's scale, the sums as f32 sums are.
-
-    Args:
-        v: f64 [width], what the numbers stand for.
-        y: f64 [width], of which the squares are.
-        error: of v itself, a share of the block's largest.
-    """
-    values, about = decoded_int_row(words, v.size)
-    largest = np.abs(v.reshape(-1, BLOCK)).max(axis=1)
-    # Half a step is 2^-23 of the largest; scaling rounds a number twice, by 2^-24 of it each time.
-    steps = np.repeat(largest, BLOCK) * (2.0**-22 + error) * 1.01
-    assert (np.abs(values - v) <= steps).all()
-    halves = v.reshape(-1, 2, BLOCK // 2)
-    sizes = np.abs(halves).sum(axis=2)
-    assert (np.abs(about[:, 1:3] - halves.sum(axis=2)) <= sizes * (2.0**-21 + error)).all()
-    squares = (y.reshape(-1, BLOCK) ** 2).sum(axis=1)
-    np.testing.assert_allclose(about[:, 3], squares, rtol=2.0**-20 + 2 * error)
+from tests.support.one_row import EPSILON, check_int_row, numbers
 
 
 def int_row_of(device: Device, width: int) -> IntRow:
@@ -57,12 +36,20 @@ def test_a_row(device: Device, width: int, with_weight: bool) -> None:
     program.run()
     exact = x[0].astype(np.float64)
     v = exact if weight is None else exact * weight
-    check(device.read(to.words), v, exact, error=2.0**-24)
+    check_int_row(device.read(to.words), v, exact, error=2.0**-24)
 
 
-@pytest.mark.parametrize("width", [32, 640, 1152, 5376])
-@pytest.mark.parametrize("residual", [False, True])
-@pytest.mark.parametrize("with_weight", [False, True], ids=["plain", "weight"])
+@pytest.mark.parametrize(
+    ("width", "residual", "with_weight"),
+    [
+        (32, False, False),
+        (32, True, True),
+        (640, False, True),
+        (1152, True, False),
+        (5376, False, False),
+        (5376, True, True),
+    ],
+)
 def test_a_norm_before(device: Device, width: int, residual: bool, with_weight: bool) -> None:
     """y = norm(x) ∘ weight + residual, written and as whole numbers."""
     rng = np.random.default_rng(width)
@@ -83,7 +70,9 @@ def test_a_norm_before(device: Device, width: int, residual: bool, with_weight: 
     # The sum of squares is f32, and so is each product on the way.
     size = np.abs(normed_row(x, weight, EPSILON)[0]) + np.abs(before[0] if residual else 0.0)
     assert (np.abs(y - exact) <= 2.0**-20 * size).all()
-    check(device.read(to.words), y if following is None else y * following, y, error=2.0**-24)
+    check_int_row(
+        device.read(to.words), y if following is None else y * following, y, error=2.0**-24
+    )
 
 
 def test_which_products_take_one(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:

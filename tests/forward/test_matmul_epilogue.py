@@ -11,8 +11,8 @@ from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_tiles import choose_tile
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.gguf.test_quantization import random_blocks, tensor_of
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.quantized_tensors import random_blocks, tensor_of
 
 F32 = GGMLQuantizationType.F32
 
@@ -25,10 +25,16 @@ def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
     device.matmul_body = None
 
 
-@pytest.mark.parametrize("with_residual", [False, True])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("with_bias", [False, True])
-@pytest.mark.parametrize(("rows", "in_use", "n_out", "n_in"), [(7, 5, 36, 100), (33, 33, 68, 1024)])
+@pytest.mark.parametrize(
+    ("rows", "in_use", "n_out", "n_in", "with_bias", "softcap", "with_residual"),
+    [
+        (7, 5, 36, 100, True, 3.0, True),
+        (33, 33, 68, 1024, False, None, False),
+        (33, 33, 68, 1024, True, 3.0, False),
+        (33, 33, 68, 1024, True, None, True),
+        (33, 33, 68, 1024, False, 3.0, True),
+    ],
+)
 def test_epilogue(
     device: Device, body: str, rows: int, in_use: int, n_out: int, n_in: int, with_bias: bool,
     softcap: float | None, with_residual: bool, monkeypatch: pytest.MonkeyPatch,

@@ -19,14 +19,9 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
-from tests.forward.gguf.test_quantization import dequantized, random_blocks, tensor_of, type_name
-from tests.forward.test_int_row import check
-from tests.forward.test_matmul_row import (
-    EPSILON,
-    numbers,
-    random_matrix,
-)
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.one_row import EPSILON, check_int_row, numbers, random_matrix
+from tests.support.quantized_tensors import dequantized, random_blocks, tensor_of
 
 KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.numbers is not None]
 
@@ -57,9 +52,13 @@ def rounding(v: np.ndarray, w: np.ndarray) -> np.ndarray:
     return 4 * 2.0**-22 * np.sqrt((largest * w) ** 2 @ np.ones(v.size))
 
 
-@pytest.mark.parametrize("kind", KINDS, ids=type_name)
-@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("out_features", "blocks"), [(36, 1), (104, 9), (4104, 2)])
+@pytest.mark.parametrize(
+    ("kind", "with_norm", "out_features", "blocks"),
+    [(kind, True, 104, 9) for kind in KINDS]
+    + [(kind, False, 36, 1) for kind in KINDS[:2]]
+    + [(kind, False, 4104, 2) for kind in KINDS[-2:]],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_random_blocks(
     device: Device, kind: GGMLQuantizationType, with_norm: bool, out_features: int, blocks: int
 ) -> None:
@@ -79,13 +78,14 @@ def test_random_blocks(
 
 
 @pytest.mark.parametrize(
-    "tiling",
+    ("kind", "tiling"),
     [
-        IntRowTiling(64, 8, 4, 1), IntRowTiling(128, 128, 8, 1), IntRowTiling(256, 16, 2, 4),
-        IntRowTiling(256, 32, 4, 2), IntRowTiling(256, 64, 8, 1), IntRowTiling(64, 2, 2, 3),
+        ("Q4_0", IntRowTiling(64, 8, 4, 1)), ("Q4_0", IntRowTiling(256, 16, 2, 4)),
+        ("Q4_0", IntRowTiling(64, 2, 2, 3)), ("Q6_K", IntRowTiling(128, 128, 8, 1)),
+        ("Q6_K", IntRowTiling(256, 32, 4, 2)), ("Q8_0", IntRowTiling(256, 64, 8, 1)),
+        ("Q8_0", IntRowTiling(64, 2, 2, 3)),
     ],
 )  # fmt: skip
-@pytest.mark.parametrize("kind", ["Q4_0", "Q6_K", "Q8_0"])
 def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
     """Every division of a product gives the product."""
     matrix, w = random_matrix(device, GGMLQuantizationType[kind], 72, 2304, seed=3)
@@ -99,9 +99,17 @@ def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
     assert (np.abs(run_twice(program, y) - v @ w.T) <= bound).all()
 
 
-@pytest.mark.parametrize(("kind", "columns"), [("Q4_0", 96), ("Q4_K", 512), ("Q8_0", 2080)])
-@pytest.mark.parametrize(("half", "adapted"), [(4, ()), (32, (0, 1)), (160, (1,)), (132, (0,))])
-@pytest.mark.parametrize("activation_name", ["silu", "gelu_tanh"])
+@pytest.mark.parametrize(
+    ("kind", "columns", "half", "adapted", "activation_name"),
+    [
+        ("Q4_0", 96, 4, (), "silu"),
+        ("Q4_0", 96, 32, (0, 1), "gelu_tanh"),
+        ("Q4_K", 512, 160, (1,), "silu"),
+        ("Q4_K", 512, 132, (0,), "gelu_tanh"),
+        ("Q8_0", 2080, 32, (0, 1), "silu"),
+        ("Q8_0", 2080, 160, (), "gelu_tanh"),
+    ],
+)
 def test_norm_and_gate(
     device: Device, kind: str, columns: int, half: int, adapted: tuple[int, ...],
     activation_name: str,
@@ -140,7 +148,7 @@ def test_norm_and_gate(
     assert (np.abs(result - expected) <= bound + 2.0**-20 * np.abs(expected)).all()
     if int_out is not None:
         stored = result[0].astype(np.float64)
-        check(device.read(int_out.words), stored, stored, error=2.0**-24)
+        check_int_row(device.read(int_out.words), stored, stored, error=2.0**-24)
 
 
 def stacked(device: Device, sizes: list[int], columns: int) -> tuple[FrozenMatrix, np.ndarray]:
@@ -153,10 +161,15 @@ def stacked(device: Device, sizes: list[int], columns: int) -> tuple[FrozenMatri
     return load_matrix(device, tensors), np.concatenate([dequantized(t) for t in tensors])
 
 
-@pytest.mark.parametrize("rank", [4, 40])
-@pytest.mark.parametrize("adapted", [(0, 2), (1,)])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("sizes", [[36, 8, 20], [64, 32, 32]])
+@pytest.mark.parametrize(
+    ("rank", "adapted", "softcap", "sizes"),
+    [
+        (4, (0, 2), None, [36, 8, 20]),
+        (40, (1,), 3.0, [36, 8, 20]),
+        (4, (1,), 3.0, [64, 32, 32]),
+        (40, (0, 2), None, [64, 32, 32]),
+    ],
+)
 def test_adapters_bias_cap_and_residual(
     device: Device, rank: int, adapted: tuple[int, ...], softcap: float | None, sizes: list[int]
 ) -> None:
@@ -204,11 +217,13 @@ def test_adapters_bias_cap_and_residual(
     assert (np.abs(result - expected) <= bound + 2.0**-23 * np.abs(expected)).all()
     if int_out is not None:
         stored = result[0].astype(np.float64)
-        check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+        check_int_row(device.read(int_out.words), stored * following, stored, error=2.0**-24)
 
 
-@pytest.mark.parametrize(("columns", "contraction"), [(96, 576), (64, 4096), (2080, 64)])
-@pytest.mark.parametrize("most_lanes", [256, 1024])
+@pytest.mark.parametrize(
+    ("columns", "contraction", "most_lanes"),
+    [(96, 576, 256), (64, 4096, 1024), (2080, 64, 256), (2080, 64, 1024)],
+)
 def test_the_row_that_comes_out(
     device: Device, monkeypatch: pytest.MonkeyPatch, columns: int, contraction: int, most_lanes: int
 ) -> None:
@@ -225,7 +240,7 @@ def test_the_row_that_comes_out(
     matmul_int_row(program, row, matrix, out=y, int_out=int_out)
     assert len(program.commands) == 2  # whole numbers of x, and the product
     stored = run_twice(program, y)[0].astype(np.float64)
-    check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+    check_int_row(device.read(int_out.words), stored * following, stored, error=2.0**-24)
 
 
 def test_within_the_buffers_that_webgpu_promises(
@@ -249,7 +264,7 @@ def test_within_the_buffers_that_webgpu_promises(
     )  # fmt: skip
     assert max(len(c.tensors) for c in program.commands if isinstance(c, Dispatch)) <= 8
     stored = run_twice(program, y)[0].astype(np.float64)
-    check(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+    check_int_row(device.read(int_out.words), stored * following, stored, error=2.0**-24)
 
 
 @pytest.mark.parametrize("contraction", [32, 128, 576, 1536, 2048, 4096, 8192, 14336])

@@ -30,18 +30,28 @@ from lora.forward.rmsnorm import (
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.tensor import Tensor
-from tests.forward.gguf.test_quantization import random_blocks, tensor_of
 from tests.support.half_tensors import needs_halves, typed, typed_marked
 from tests.support.kernels import activation, extent_in_use
+from tests.support.quantized_tensors import random_blocks, tensor_of
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 
 Q4_1, Q8_0 = GGMLQuantizationType.Q4_1, GGMLQuantizationType.Q8_0
 ROWS, IN_USE, N_OTHER, RANK = 67, 66, 224, 4
 EPSILON = 1e-5
-# Columns: fewer quads than lanes, a broken last step, whole steps.
-SHAPES = [(32, 2), (96, 3), (256, 7)]
-TYPES = [(a, b) for a in ("f32", "f16") for b in ("f32", "f16")]
+# Widths of fewer quads than lanes, of a broken last step, of whole steps; how many stretches; the
+# types of what comes before and after the norm.
+F32, F16 = "f32", "f16"
+FORWARD = [
+    (32, 2, "product", (F32, F32)), (32, 2, "norm", (F16, F16)), (32, 2, "none", (F16, F32)),
+    (96, 3, "norm", (F32, F32)), (96, 3, "none", (F32, F16)), (96, 3, "product", (F16, F32)),
+    (256, 7, "none", (F32, F32)), (256, 7, "product", (F16, F16)), (256, 7, "norm", (F32, F16)),
+]  # fmt: skip
+BACKWARD = [
+    (32, 2, False, (F32, F32)), (32, 2, True, (F16, F16)), (96, 3, True, (F32, F32)),
+    (96, 3, False, (F16, F32)), (256, 7, True, (F32, F16)), (256, 7, False, (F32, F32)),
+    (256, 7, False, (F16, F16)),
+]  # fmt: skip
 
 
 @pytest.fixture
@@ -160,9 +170,10 @@ def same(
     """Bit for bit; on a GPU, whose compiler contracts sums differently, but for the rounding.
 
     A value beside the edge between two f16 then comes out as the one or the other, and what f32
-    makes of it is as far off.
+    makes of it is as far off. Mesa from 25 on may keep more than f16 between the operations of one
+    kernel, so that two kernels with f16 in them agree but for that rounding on a CPU, too.
     """
-    if device.info["adapter_type"] == "CPU":
+    if device.info["adapter_type"] == "CPU" and "f16" not in types:
         return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
     bound = roundings * (2.0**-10 if "f16" in types else 2.0**-18)
     return all(
@@ -171,9 +182,7 @@ def same(
     )
 
 
-@pytest.mark.parametrize(("width", "splits"), SHAPES)
-@pytest.mark.parametrize("past_of", ["product", "norm", "none"])
-@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize(("width", "splits", "past_of", "types"), FORWARD)
 def test_the_norm_adds_stretches_up(
     tiled: Device, width: int, splits: int, past_of: str, types: tuple[str, str]
 ) -> None:
@@ -188,9 +197,7 @@ def test_the_norm_adds_stretches_up(
     assert same(tiled, types, found, wanted)
 
 
-@pytest.mark.parametrize(("width", "splits"), SHAPES)
-@pytest.mark.parametrize("in_place", [False, True], ids=["no residual", "in place"])
-@pytest.mark.parametrize("types", TYPES)
+@pytest.mark.parametrize(("width", "splits", "in_place", "types"), BACKWARD)
 def test_the_norms_backward_adds_stretches_up(
     tiled: Device, width: int, splits: int, in_place: bool, types: tuple[str, str]
 ) -> None:

@@ -17,16 +17,14 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.gguf.test_quantization import (
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from tests.support.one_row import EPSILON, numbers, random_matrix
+from tests.support.quantized_tensors import (
     ALL_TYPES,
     dequantized,
     random_blocks,
     tensor_of,
-    type_name,
 )
-from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
-
-EPSILON = 1e-5
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
@@ -38,22 +36,14 @@ def lanes(request: pytest.FixtureRequest, device: Device) -> Iterator[None]:
     device.is_cpu = before
 
 
-def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
-    return rng.normal(size=shape).astype(np.float32)
-
-
-def random_matrix(
-    device: Device, kind: GGMLQuantizationType, out_features: int, columns: int, seed: int
-) -> tuple[FrozenMatrix, np.ndarray]:
-    """A matrix on the device, and what it decodes to."""
-    tensor = tensor_of(kind, random_blocks(kind, out_features, columns, seed=seed), columns)
-    return load_matrix(device, [tensor]), dequantized(tensor).astype(np.float64)
-
-
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
-@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize(("out_features", "blocks"), [(36, 1), (104, 9)])
+@pytest.mark.parametrize(
+    ("kind", "with_norm", "out_features", "blocks"),
+    [(kind, True, 104, 9) for kind in ALL_TYPES]
+    # Of each size of a block one without a norm.
+    + [(GGMLQuantizationType[name], False, 36, 1) for name in ("BF16", "Q4_1", "Q6_K")],
+    ids=lambda value: getattr(value, "name", None),
+)
 def test_random_blocks(
     device: Device, kind: GGMLQuantizationType, with_norm: bool, out_features: int, blocks: int
 ) -> None:
@@ -77,11 +67,13 @@ def test_random_blocks(
 
 @pytest.mark.usefixtures("lanes")
 @pytest.mark.parametrize(
-    ("kind", "columns"), [("F32", 100), ("Q4_0", 96), ("Q4_K", 512), ("Q8_0", 2080)]
-)
-@pytest.mark.parametrize(
-    ("out_features", "adapted", "activation_name"),
-    [(8, (), "silu"), (40, (0, 1), "gelu_tanh"), (264, (1,), "silu")],
+    ("kind", "columns", "out_features", "adapted", "activation_name"),
+    [
+        ("F32", 100, 8, (), "silu"),
+        ("Q4_0", 96, 40, (0, 1), "gelu_tanh"),
+        ("Q4_K", 512, 264, (1,), "silu"),
+        ("Q8_0", 2080, 40, (0,), "gelu_tanh"),
+    ],
 )
 def test_norm_and_gate(
     device: Device,
@@ -125,7 +117,7 @@ def test_norm_and_gate(
     assert (np.abs(result - expected) <= bound + 2.0**-20 * np.abs(expected)).all()
 
 
-@pytest.mark.usefixtures("lanes")
+@pytest.mark.parametrize("lanes", [False], indirect=True)  # one lane a sum has no such choice
 @pytest.mark.parametrize(
     ("contraction", "columns", "shape"),
     [
@@ -139,7 +131,11 @@ def test_norm_and_gate(
     ],
 )
 def test_long_contractions(
-    device: Device, contraction: int, columns: int, shape: tuple[int, int, int, int, int]
+    device: Device,
+    lanes: None,
+    contraction: int,
+    columns: int,
+    shape: tuple[int, int, int, int, int],
 ) -> None:
     """Rounds of several eights, the rest of them, and eights (`last`) that some lanes have."""
     share, quads, eights, rest, last = shape
@@ -171,9 +167,10 @@ def stacked(device: Device, out_features: list[int], columns: int) -> tuple[Froz
 
 
 @pytest.mark.usefixtures("lanes")
-@pytest.mark.parametrize("rank", [4, 16, 40])
-@pytest.mark.parametrize("adapted", [(0, 2), (1,), (0, 1, 2)])
-@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(
+    ("rank", "adapted", "softcap"),
+    [(4, (0, 2), None), (16, (1,), 3.0), (40, (0, 1, 2), None), (4, (0, 1, 2), 3.0)],
+)
 def test_adapters_bias_cap_and_residual(
     device: Device, rank: int, adapted: tuple[int, ...], softcap: float | None
 ) -> None:
@@ -218,9 +215,16 @@ def test_adapters_bias_cap_and_residual(
     assert (np.abs(result - expected) <= bound + 2.0**-23 * np.abs(expected)).all()
 
 
-@pytest.mark.parametrize(("members", "width"), [(1, 100), (3, 576), (2, 4100), (1, 14336)])
-@pytest.mark.parametrize("with_norm", [False, True], ids=["plain", "norm"])
-@pytest.mark.parametrize("most_lanes", [256, 1024])
+@pytest.mark.parametrize(
+    ("members", "width", "with_norm", "most_lanes"),
+    [
+        (1, 100, False, 256),
+        (3, 576, True, 1024),
+        (2, 4100, False, 1024),
+        (2, 4100, True, 256),
+        (1, 14336, True, 1024),
+    ],
+)
 def test_project_row(
     device: Device, monkeypatch: pytest.MonkeyPatch, members: int, width: int, with_norm: bool,
     most_lanes: int,

@@ -15,14 +15,6 @@ from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.weights import load_matrix
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.gguf.test_quantization import (
-    ALL_TYPES,
-    dequantized,
-    first_rows,
-    random_blocks,
-    tensor_of,
-    type_name,
-)
 from tests.support.kernels import (
     MARKER,
     activation,
@@ -30,6 +22,13 @@ from tests.support.kernels import (
     extent_in_use,
     marked,
     run_twice,
+)
+from tests.support.quantized_tensors import (
+    ALL_TYPES,
+    dequantized,
+    first_rows,
+    random_blocks,
+    tensor_of,
 )
 
 
@@ -78,10 +77,13 @@ def check(device: Device, tensor: GGUFTensor, rows: int, in_use: int) -> None:
         assert (result[in_use:] == MARKER).all(), name
 
 
-@pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
 @pytest.mark.parametrize(
-    ("rows", "in_use", "out_features", "blocks"),
-    [(1, 1, 36, 1), (7, 5, 4, 3), (130, 129, 68, 3)],
+    ("kind", "rows", "in_use", "out_features", "blocks"),
+    [(kind, 130, 129, 68, 3) for kind in ALL_TYPES]
+    # Of each size of a block one.
+    + [(GGMLQuantizationType[name], 1, 1, 36, 1) for name in ("F16", "Q4_0", "Q6_K")]
+    + [(GGMLQuantizationType.Q5_1, 7, 5, 4, 3)],
+    ids=lambda value: getattr(value, "name", None),
 )
 def test_random_blocks(
     device: Device,

@@ -15,22 +15,11 @@ from tests.support.half_tensors import (
     typed_marked,
 )
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
-
-ACTIVATIONS = ["silu", "gelu_tanh"]
-SHAPES = [(1, 1, 4), (3, 2, 36), (67, 67, 100), (130, 129, 576)]
-
-
-def make_inputs(rows: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    """gate_up [rows, 2 · width] and d_y [rows, width]."""
-    rng = np.random.default_rng(width)
-    gate_up = 3 * rng.normal(size=(rows, 2 * width)).astype(np.float32)
-    gate_up[0, 0], gate_up[-1, 1] = -80.0, 80.0  # far into both tails
-    return gate_up, rng.normal(size=(rows, width)).astype(np.float32)
+from tests.support.swiglu_cases import ACTIVATIONS, SHAPES, make_inputs
 
 
 @pytest.mark.parametrize("quads", [1, 4])
-@pytest.mark.parametrize("name", ACTIVATIONS)
-@pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES)
+@pytest.mark.parametrize(("rows", "in_use", "width", "name"), SHAPES)
 def test_swiglu(
     device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
     quads: int,

@@ -29,29 +29,33 @@ TILES = [
     Tile(team_lanes=256, slices=4, chunk=32, held=False, per_lane=1),
 ]
 
-# Lengths of the examples that lie end to end, the shape, and the tile.
+# A head of two chunks of 8. Tests take it wherever they can: a driver compiles one kernel for them.
+WINDOWED = Shape(3, 1, 64, 0.125, window=37)
+
+# Lengths of the examples that lie end to end, the shape, and the tile. For an odd number of rows
+# the gradient sums all query heads of a key head in one kernel, which compiles several times as
+# long: small heads.
 CASES = [
     ([1], Shape(1, 1, 4, 0.5), TILES[0]),
-    ([7], Shape(3, 1, 20, 0.7, window=3), TILES[1]),
-    ([1, 63, 1], Shape(2, 2, 64, 0.125), TILES[4]),
-    ([65, 65], Shape(9, 3, 64, 0.125, window=37), TILES[5]),
-    ([70, 60], Shape(2, 2, 48, 0.1, window=1), TILES[4]),
-    ([130], Shape(4, 2, 80, 0.1, window=64), TILES[6]),
-    ([200, 150], Shape(2, 1, 32, 0.2, window=100), TILES[3]),
+    ([7], Shape(3, 1, 20, 0.7, window=1), TILES[1]),
+    ([33, 5, 92], WINDOWED, ON_CPU),
+    ([1, 63, 1], WINDOWED, TILES[4]),
+    ([65, 65], WINDOWED, TILES[5]),
+    ([70, 50], WINDOWED, TILES[3]),
+    ([130], Shape(2, 1, 40, 0.1, window=64), TILES[6]),
     ([130], Shape(4, 2, 96, 0.1), TILES[2]),
     ([40, 25], Shape(4, 1, 128, 0.08, softcap=5.0, window=20), TILES[7]),
-    ([64, 66], Shape(4, 1, 112, 0.09), replace(ON_CPU, per_lane=1, held=False)),
-    ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[8]),
-    ([40, 25], Shape(4, 2, 128, 0.08, window=20), TILES[9]),
-    ([3, 90], Shape(2, 1, 256, 0.0625), TILES[10]),
+    ([33, 5, 4, 20], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[8]),
+    ([40, 26], Shape(2, 1, 128, 0.08, window=20), TILES[9]),
+    ([3, 91], Shape(2, 1, 256, 0.0625), TILES[10]),
 ]
 
 # The same with f16 tensors.
 HALF_CASES = [
     ([33, 5, 92], Shape(3, 1, 20, 0.2, window=37), ON_CPU),
     ([33, 5, 3, 20, 69], Shape(3, 1, 64, 0.125), Tile(teams=2, half=True)),
-    ([65, 64], Shape(2, 2, 96, 0.1, softcap=5.0), Tile(chunk=8, held=False, half=True)),
-    ([40, 26], Shape(2, 1, 256, 0.0625), replace(TILES[10], half=True)),
+    ([65, 64], Shape(2, 2, 48, 0.1, softcap=5.0), Tile(chunk=8, held=False, half=True)),
+    ([40, 26], Shape(2, 1, 128, 0.08, window=20), replace(TILES[9], half=True)),
 ]
 
 

@@ -28,9 +28,9 @@ from lora.forward.plans.matmul_tiles import (
 )
 from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.forward.gguf.test_quantization import random_blocks, tensor_of
 from tests.support.half_tensors import needs_halves
 from tests.support.kernels import MARKER, extent_in_use, run_twice
+from tests.support.quantized_tensors import random_blocks, tensor_of
 
 Q4_1 = GGMLQuantizationType.Q4_1
 ROWS, IN_USE, N_OUT, N_IN, RANK = 70, 67, 100, 224, 4
@@ -104,12 +104,12 @@ def check_both_directions(device: Device, dtype: str, rounding: float) -> None:
         assert (found[IN_USE:] == MARKER).all()
 
 
-# Written out whole, as on a GPU, for one small and the largest.
+# Stretches for every other; written out whole, as on a GPU, for one small and one with a long step.
 @pytest.mark.parametrize(
-    ("tile", "unrolled"),
-    [(tile, False) for tile in TILES] + [(TILES[0], True), (TILES[5], True)],
+    ("tile", "unrolled", "splits"),
+    [(tile, False, 1 + i % 2) for i, tile in enumerate(TILES)]
+    + [(TILES[0], True, 2), (TILES[5], True, 1)],
 )
-@pytest.mark.parametrize("splits", [1, 2])
 def test_both_directions(
     tiled: Device, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
