@@ -2,8 +2,15 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-# The files of tests/parity come in the order of their names: the longest two are among the first.
+# A file's kernels are compiled by one worker. tests/conftest.py puts the longest files first; those
+# of tests/parity come in the order of their names, the longest two among the first.
 LONGEST_FIRST := -n auto --dist loadfile --no-loadscope-reorder
+# Most of the tests' time Mesa's llvmpipe compiles kernels that run a few times on little data: without
+# LLVM's optimizations and with vectors of four that takes two thirds of the time, and gives the same
+# numbers. What computes for minutes keeps them. numpy's threads would spin beside the other workers'.
+QUICK := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=128 OPENBLAS_NUM_THREADS=1
+# Of the judges' tests, those that compute with tiny models alone.
+TINY := $(addprefix tests/parity/test_,architectures.py peft_adapters.py tokenizers.py)
 
 .PHONY: quickstart test parity parity-long lint clean
 
@@ -16,13 +23,17 @@ quickstart: $(VENV)/.vulkan
 ## test: lint, types, and every test that needs no judge
 test: lint $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
-	$(BIN)/python -m pytest -n auto --dist loadfile --durations=10
+	$(QUICK) $(BIN)/python -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
+		--cov --cov-report=term --durations=10
+	$(BIN)/python -m pytest tests/parity
 
 ## parity: compare live with PyTorch, transformers, PEFT and llama.cpp
 parity: $(VENV)/.parity $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
 	$(BIN)/lora pull gemma3-270m
-	$(BIN)/python -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=10
+	$(QUICK) $(BIN)/python -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=5 $(TINY)
+	$(BIN)/python -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=5 \
+		$(filter-out $(TINY),$(wildcard tests/parity/test_*.py))
 
 ## parity-long: what parity leaves out for time
 parity-long: $(VENV)/.parity $(VENV)/.vulkan
