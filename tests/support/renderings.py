@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -131,6 +131,7 @@ class Renderings:
     within_defaults: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
 
+    @cached_property
     def covering(self) -> dict[str, str]:
         """So many of them that every line appears that any of them has, numbers aside."""
         seen: set[str] = set()
