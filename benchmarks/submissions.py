@@ -1,6 +1,7 @@
 """How many dispatches a submission should have: a step's time, waited for and not, over the most.
 
-    python benchmarks/submissions.py [--model SmolLM2-135M] [--rows 1] [--length 128] [--most …]
+    python benchmarks/submissions.py [--model SmolLM2-135M] [--batch-size 1] [--length 128]
+        [--most 512 128 32]
 
 The settings take turns, so that a drift of the clocks meets all of them; medians count.
 """
@@ -48,14 +49,14 @@ def timed(session: TrainingSession, batches: list[Batch], most: int, waited: boo
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--model", nargs="+", default=["SmolLM2-135M"])
-    parser.add_argument("--rows", type=int, default=1)
+    parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--precision", nargs="+", default=["f32", "f16"])
     parser.add_argument("--most", type=int, nargs="+", default=[UNCUT, 512, 256, 128, 64, 32])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="a folder for submissions-*.json")
     options = parser.parse_args()
-    case = Case(options.rows, options.length, 4)
+    case = Case(options.batch_size, options.length, 4)
     for model in options.model:
         for precision in options.precision:
             measure(model, case, precision, options)
@@ -67,11 +68,11 @@ def measure(model: str, case: Case, precision: str, options: argparse.Namespace)
         path = Path(folder) / "model.gguf"
         write_model(path, SHAPES[model])
         config = run_config(
-            path, batch_size=case.rows, length=case.length, steps=10**6, precision=precision
+            path, batch_size=case.batch_size, length=case.length, steps=10**6, precision=precision
         )
         session = TrainingSession(config, examples=as_examples(case.data(model)))
     shake_adapter(session)
-    batches = list(sequential_batches(session.train_examples, case.rows))
+    batches = list(sequential_batches(session.train_examples, case.batch_size))
     for most in options.most:
         timed(session, batches, most, True)
     found: dict[tuple[int, bool], list[float]] = {}

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from lora.config.schema import Config, load_config
     from lora.shaders.errors import InputError, LoraError
+    from lora.training.listeners import Listener
     from lora.training.metrics import EvalResult, Metrics
     from lora.training.run import run_training
     from lora.training.session import TrainingSession
@@ -22,6 +23,7 @@ _HOMES = {
     "Config": "lora.config.schema",
     "EvalResult": "lora.training.metrics",
     "InputError": "lora.shaders.errors",
+    "Listener": "lora.training.listeners",
     "LoraError": "lora.shaders.errors",
     "Metrics": "lora.training.metrics",
     "TrainingSession": "lora.training.session",
@@ -33,6 +35,7 @@ __all__ = [
     "Config",
     "EvalResult",
     "InputError",
+    "Listener",
     "LoraError",
     "Metrics",
     "TrainingSession",

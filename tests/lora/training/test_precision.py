@@ -121,7 +121,7 @@ def test_fifty_steps(body: str, tmp_path: Path) -> None:
     """The loss curve of f16 stays within 1% of that of f32."""
     path = tmp_path / "model.gguf"
     write_model(path, SHAPES["tiny"])
-    curves = loss_curves(path, 50, ["f32", "f16"], rows=2, length=24)
+    curves = loss_curves(path, 50, ["f32", "f16"], batch_size=2, length=24)
     assert curves["f32"][-1] < 0.8 * curves["f32"][0]
     assert 0 < largest_difference(curves["f16"], curves["f32"]) < 0.01
 
