@@ -49,6 +49,11 @@ class Check:
     run: Callable[[Device], Comparison]
     as_cpu: bool = False
 
+    @property
+    def case(self) -> str:
+        """The shape, and which variant it is where that is the CPU devices'."""
+        return f"{self.shape}, CPU" if self.as_cpu else self.shape
+
 
 def compare(
     actual: np.ndarray,

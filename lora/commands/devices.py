@@ -18,6 +18,8 @@ from lora.shaders.errors import InputError
 if TYPE_CHECKING:  # imported where they are used: --help is quick
     from lora.checks.suite import CheckedDevice, Result
 
+_REPORT = Path("lora-check.json")
+
 
 def devices_command(
     check: Annotated[
@@ -28,7 +30,7 @@ def devices_command(
     ] = "auto",
     output: Annotated[
         Path, typer.Option(help="For --check: the file to attach to a report.")
-    ] = Path("lora-check.json"),
+    ] = _REPORT,
 ) -> None:
     """The devices that WebGPU sees; with --check, whether one computes what it should.
 
@@ -39,6 +41,8 @@ def devices_command(
         if not run_check(device, output):
             raise typer.Exit(1)
         return
+    if device != "auto" or output != _REPORT:
+        raise InputError("--device and --output belong to --check: add it, or leave them out.")
     from lora.shaders.device import list_devices
 
     found = list_devices()
@@ -80,7 +84,7 @@ def run_check(wanted: str, output: Path) -> bool:
     print(f"{report['device']['device']}, {report['device']['description']}")
     print(f"{'kernel':<24}{'shape':<32}{'error':>8} {'bound':>7} result")
     counts: Counter[str] = Counter()
-    names = [f"{c.kernel} {c.shape}" for c in ALL_CHECKS]
+    names = [f"{c.kernel} {c.case}" for c in ALL_CHECKS]
     write_report(output, {**report, "running": names[0]})
 
     def open_device() -> CheckedDevice:
@@ -103,7 +107,7 @@ def line_of(result: Result) -> str:
     figures = f"{'':>16}"
     if compared is not None:
         figures = f"{compared.error:>8.1e} {compared.bound:>7.1e}"
-    line = f"{result.check.kernel:<24}{result.check.shape:<32}{figures} {result.status}"
+    line = f"{result.check.kernel:<24}{result.check.case:<32}{figures} {result.status}"
     if result.status == "failed":
         reason = " ".join(result.reason.split())
         line += f"\n    {reason if len(reason) <= 76 else reason[:73] + '...'}"

@@ -74,7 +74,7 @@ def test_every_file_is_in_some_rendering() -> None:
 
 def test_the_few_that_cover_all_have_every_template() -> None:
     renderings = all_renderings()
-    few = renderings.covering()
+    few = renderings.covering
     assert set(few.values()) == {path.stem for path in WGSL.glob("*.wgsl")}
     assert len(few) < len(renderings.templates)
 
@@ -88,7 +88,7 @@ def test_tint_takes_every_kernel() -> None:
 
 
 def test_naga_translates_every_kernel_to_metal_and_hlsl() -> None:
-    few = all_renderings().covering()
+    few = all_renderings().covering
     texts = [
         text.replace("@compute", f"{LACKING[template]}\n\n@compute", 1)
         if template in LACKING else text
@@ -99,7 +99,7 @@ def test_naga_translates_every_kernel_to_metal_and_hlsl() -> None:
 
 
 def test_what_naga_lacks_it_still_lacks() -> None:
-    few = all_renderings().covering()
+    few = all_renderings().covering
     texts = [next(text for text, name in few.items() if name == lacking) for lacking in LACKING]
     refused = naga_refusals(texts)
     assert [(index, form) for index, form, _ in refused] == [

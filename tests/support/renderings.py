@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import SimpleNamespace
@@ -131,6 +131,7 @@ class Renderings:
     within_defaults: set[str] = field(default_factory=set)
     files: set[str] = field(default_factory=set)
 
+    @cached_property
     def covering(self) -> dict[str, str]:
         """So many of them that every line appears that any of them has, numbers aside."""
         seen: set[str] = set()
@@ -189,6 +190,30 @@ def _runs(folder: Path) -> Iterator[Run]:
     yield _record(tiled, (CPU,), (F16,))
     for index, tile in enumerate((*TILES, *HALF_TILES)):
         yield _record_tile(tiled, tile, splits=(1, 3)[index % 2])
+    # Widths of no whole eights, and gradients that nothing clips.
+    path = folder / "narrow.gguf"
+    write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,
+                     head_size=12)  # fmt: skip
+    yield _record(path, (LARGE_GPU, CPU), (F32, {**F16, "max_grad_norm": None}))
+    # Norms after quantized products of rows that are no few steps of a workgroup.
+    post_norms, path = TINY_MODELS["gemma2_q8_0"], folder / "wide.gguf"
+    replace(post_norms, config=post_norms.config | {"hidden_size": 512}).write_gguf(path)
+    yield _record(path, (LARGE_GPU,), (F32,))
+    # Types that differ within a stack; the largest heads.
+    path = folder / "mixed.gguf"
+    write_tiny_llama(
+        path, n_layers=1, hidden_size=1024, intermediate_size=256, n_heads=2, n_kv_heads=1,
+        head_size=256, types={"weight": "Q4_0", "attn_k.weight": "Q8_0", "ffn_up.weight": "Q8_0"},
+        tensors=_biases(q=512, k=256, v=256),
+    )  # fmt: skip
+    yield _record(path, (LARGE_GPU, METAL, CPU), (F32, F16))
+    # Contractions so long that a lane goes round, with a rest; biases of gate and up.
+    path = folder / "long.gguf"
+    write_tiny_llama(
+        path, n_layers=1, hidden_size=3072, intermediate_size=256, n_heads=2, n_kv_heads=1,
+        head_size=64, types={"weight": "Q4_0"}, tensors=_biases(gate=256, up=256),
+    )  # fmt: skip
+    yield _record(path, (LARGE_GPU, METAL), (F32,))
     for kind in QUANTIZATIONS:
         path = folder / f"{kind.name}.gguf"
         write_tiny_llama(
@@ -197,6 +222,14 @@ def _runs(folder: Path) -> Iterator[Run]:
         )  # fmt: skip
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
+
+
+def _biases(**sizes: int) -> dict[str, np.ndarray]:
+    """Biases of the first layer's matrices."""
+    return {
+        f"blk.0.{'ffn' if name in ('gate', 'up') else 'attn'}_{name}.bias": np.ones(n, np.float32)
+        for name, n in sizes.items()
+    }
 
 
 def _record(

@@ -134,7 +134,7 @@ CHECKS = [
               partial(check_matmul_row, kind=kind))
         for kind in QUANTIZATIONS
     ),
-    Check("matmul_row", "1x512x128 Q4_K, lanes of a CPU",
+    Check("matmul_row", "1x512x128 Q4_K, gate and up",
           partial(check_gated, whole=False), as_cpu=True),
     Check("matmul_row", "1x512x128 Q4_K, gate and up", partial(check_gated, whole=False)),
     *(

@@ -110,6 +110,11 @@ def test_a_machine_that_opens_no_device_any_more() -> None:
     assert [r.reason for r in results] == ["RuntimeError: no device"] * 3
 
 
+def test_options_of_the_check_alone_are_refused() -> None:
+    done = RUNNER.invoke(app, ["devices", "--device", "0"])
+    assert "belong to --check" in str(done.exception)
+
+
 @pytest.mark.parametrize(
     ("option", "value", "message"),
     [("--device", "no such card", "no device"), ("--output", "/dev/null/x/y.json", "--output")],
