@@ -18,18 +18,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.sessions import (
-    Case,
-    as_examples,
-    describe,
-    markdown_table,
-    run_config,
-    shake_adapter,
-)
-from benchmarks.synthetic import SHAPES, write_model
+from benchmarks.sessions import Case, describe, markdown_table, shake_adapter
 from lora.data.batches import Batch, sequential_batches
 from lora.shaders import program
 from lora.training.session import TrainingSession
+from tests.support.synthetic_models import SHAPES, write_model
+from tests.support.synthetic_runs import as_examples, run_config
 
 UNCUT = 10**9
 
