@@ -47,7 +47,7 @@ def planned_requests(device: Device, shapes: Sequence[tuple[int, int, int]]) -> 
 
 @pytest.fixture
 def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
-    """The software adapter under the name of a GPU, and an empty folder of caches."""
+    """The software driver under the name of a GPU, and an empty folder of caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     info = device.info | {"adapter_type": "DiscreteGPU", "description": "driver 1.0"}
     monkeypatch.setattr(device, "info", info)
