@@ -214,10 +214,13 @@ class TinyModel:
 
     def write_gguf(self, path: Path) -> None:
         """Writes the model as llama.cpp's converter would."""
-        names = gguf.get_tensor_name_map(
-            {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}[self.architecture],
-            self.config["num_hidden_layers"],
-        )
+        known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
+        if self.architecture not in known:
+            raise ValueError(
+                f"gguf-py knows no architecture {self.architecture!r}: where llama.cpp writes "
+                f"{self.family!r} under another name, _GGUF_NAMES says which."
+            )
+        names = gguf.get_tensor_name_map(known[self.architecture], self.config["num_hidden_layers"])
         heads = {
             "q_proj": self.config["num_attention_heads"],
             "k_proj": self.config["num_key_value_heads"],

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from lora.training.session import TrainingSession
-from tests.support.recorded_models import COLUMNS, load_record, signed_sums
+from tests.support.recorded_models import COLUMNS, Recorded, load_record, signed_sums
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, logits, open_session
 
@@ -22,6 +22,13 @@ RECORDED = load_record()
 # The programs without an adapter are kernels of their own, and each costs a compilation: a family
 # of every kind records them, the others compute the same with an adapter of zeros.
 WITHOUT_ADAPTER = ("llama", "llama_odd", "gemma2_q8_0", "phi3", "gemma3")
+
+
+def recorded_of(name: str) -> Recorded:
+    """What the judges gave for a model."""
+    if name not in RECORDED:
+        pytest.fail(f"{name} is not recorded yet: python tests/parity/record_tiny.py")
+    return RECORDED[name]
 
 
 @contextmanager
@@ -56,7 +63,8 @@ def session(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[],
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["bare", "adapted"])
 def test_logits(name: str, session: Callable[[], TrainingSession], adapted: bool) -> None:
-    recorded = RECORDED[name].adapted_logits if adapted else RECORDED[name].logits
+    of_judge = recorded_of(name)
+    recorded = of_judge.adapted_logits if adapted else of_judge.logits
     if adapted or name in WITHOUT_ADAPTER:
         ours = logits(session(), adapted=adapted)[:, COLUMNS]
     else:
@@ -67,7 +75,7 @@ def test_logits(name: str, session: Callable[[], TrainingSession], adapted: bool
 
 
 def test_loss_and_gradients(name: str, session: Callable[[], TrainingSession]) -> None:
-    ours, recorded = gradients(session()), RECORDED[name]
+    recorded, ours = recorded_of(name), gradients(session())
     assert ours.loss == pytest.approx(recorded.loss, rel=1e-5)
     assert len(ours.gradients) == len(recorded.gradient_norms)
     for index, (tensor, gradient) in enumerate(sorted(ours.gradients.items())):
