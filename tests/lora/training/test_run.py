@@ -6,6 +6,8 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -17,13 +19,26 @@ from tests.support.tiny_run import write_run
 ADAPTER = "adapter_model.safetensors"
 
 
-def lora(*arguments: str) -> subprocess.Popen:
-    return subprocess.Popen(
+@contextmanager
+def lora(*arguments: str) -> Iterator[subprocess.Popen]:
+    """The command, under way; however the block is left, it is gone and its pipes are closed."""
+    with subprocess.Popen(
         [sys.executable, "-m", "lora", *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-    )
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def finish(*arguments: str) -> None:
+    """Runs the command to its end, which must be a good one."""
+    with lora(*arguments) as process:
+        printed = process.communicate()
+    assert process.returncode == 0, printed
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
@@ -63,15 +78,13 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, layers: str) ->
     path = write_run(tmp_path, n_rows=40, train={"save_every": 3, "epochs": 3})
     common = [str(path), "--set", f"adapter.layers={layers}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    process = lora("train", *common, "--set", f"output={whole}")
-    assert process.wait() == 0, process.communicate()
-    process = lora("train", *common, "--set", f"output={killed}")
-    wait_for(lambda: len(checkpoints(killed)) >= 2, process)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    finish("train", *common, "--set", f"output={whole}")
+    with lora("train", *common, "--set", f"output={killed}") as process:
+        wait_for(lambda: len(checkpoints(killed)) >= 2, process)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
     assert not (killed / ADAPTER).exists()
-    process = lora("train", *common, "--set", f"output={killed}", "--resume")
-    assert process.wait() == 0, process.communicate()
+    finish("train", *common, "--set", f"output={killed}", "--resume")
     assert (killed / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
     keys = ("step", "epoch", "loss", "grad_norm", "learning_rate", "tokens")
     first, second = ([[m[k] for k in keys] for m in metrics_of(f)] for f in (whole, killed))
@@ -80,11 +93,11 @@ def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, layers: str) ->
 
 def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> None:
     path = write_run(tmp_path, n_rows=40, train={"epochs": 50})
-    process = lora("train", str(path))
     output = tmp_path / "run"
-    wait_for(lambda: (output / "metrics.jsonl").exists() and metrics_of(output), process)
-    process.send_signal(signal.SIGINT)
-    printed, _ = process.communicate(timeout=60)
+    with lora("train", str(path)) as process:
+        wait_for(lambda: (output / "metrics.jsonl").exists() and metrics_of(output), process)
+        process.send_signal(signal.SIGINT)
+        printed, _ = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "--resume" in printed
     (checkpoint,) = checkpoints(output)
