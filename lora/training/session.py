@@ -496,6 +496,7 @@ class TrainingSession:
         if self._eval_ring is None:
             self._eval_ring = ReadbackRing(self.device, head.losses.n_bytes, slots=2 * IN_FLIGHT)
         ring, tally = self._eval_ring, Tally(examples)
+        ring.ready(wait=True)  # what an evaluation that was interrupted left behind
         sent: list[Batch] = []
         arrived: list[np.ndarray] = []
 
