@@ -7,8 +7,8 @@ from dataclasses import asdict
 from lora.forward import attention as forward_attention
 from lora.forward.attention import activation_like, attention_constants, visible_pairs
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 SPLIT_BELOW = 512  # workgroups of key heads on a GPU; set it by benchmarks/attention.py
@@ -55,7 +55,7 @@ def attention_backward(
         dots: [rows, n_heads], for each row's d_out · out; a new tensor by default.
     """
     extent = extent_of(qkv)
-    rows, device = qkv.shape[0], program.device
+    rows, recording = qkv.shape[0], program.recording
     constants = attention_constants(
         qkv, segments, n_heads, n_kv_heads, head_size, scale, window, softcap
     )
@@ -72,7 +72,7 @@ def attention_backward(
     tile_type = "f16" if qkv.dtype == d_out.dtype == "f16" else "f32"
     types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "d_out_type": d_out.dtype}
     tile = forward_attention.choose_tile(
-        "attention_backward_q", device, rows, n_heads, head_size, tile_type
+        "attention_backward_q", recording, rows, n_heads, head_size, tile_type
     )
     program.dispatch(
         "attention_backward_q",
@@ -81,12 +81,12 @@ def attention_backward(
         tile.workgroups(rows, n_heads),
         flops=6 * head_size * n_heads * pairs,
     )
-    split = choose_split(device, rows, n_heads, n_kv_heads, d_x.dtype)
+    split = choose_split(recording, rows, n_heads, n_kv_heads, d_x.dtype)
     owners = n_heads if split else n_kv_heads
     tile = forward_attention.choose_tile(
-        "attention_backward_kv", device, rows, owners, head_size, tile_type
+        "attention_backward_kv", recording, rows, owners, head_size, tile_type
     )
-    sums = device.scratch((rows, 2 * n_heads * head_size)) if split else d_x
+    sums = recording.memory.scratch((rows, 2 * n_heads * head_size)) if split else d_x
     program.dispatch(
         "attention_backward_kv",
         {**constants, **types, "sums_type": sums.dtype, **asdict(tile), "split": split},
@@ -107,7 +107,7 @@ def attention_backward(
 
 
 def choose_split(
-    device: Device, rows: int, n_heads: int, n_kv_heads: int, dtype: str = "f32"
+    recording: Recording, rows: int, n_heads: int, n_kv_heads: int, dtype: str = "f32"
 ) -> bool:
     """Whether query heads that share a key head are summed by workgroups of their own.
 
@@ -115,5 +115,5 @@ def choose_split(
     queries for each row; the sums come out the same, bit for bit. Where the sums end in f16, it is
     what keeps them in f32 until then.
     """
-    few = not device.is_cpu and -(-rows // _BLOCK) * n_kv_heads < SPLIT_BELOW
+    few = not recording.facts.is_cpu and -(-rows // _BLOCK) * n_kv_heads < SPLIT_BELOW
     return n_heads > n_kv_heads and (few or dtype == "f16")

@@ -25,8 +25,8 @@ from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.sums import sum_into
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
@@ -49,15 +49,17 @@ class Scratch:
     d_picked: Tensor  # [targets, hidden_size]
 
     @classmethod
-    def allocate(cls, device: Device, model: Model, inputs: Inputs, factors: Factors) -> Scratch:
+    def allocate(
+        cls, recording: Recording, model: Model, inputs: Inputs, factors: Factors
+    ) -> Scratch:
         """Tensors for the backward pass."""
         a = model.architecture
 
-        def tensor(width: int, dtype: str = device.precision) -> Tensor:
-            return device.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
+        def tensor(width: int, dtype: str = recording.precision) -> Tensor:
+            return recording.memory.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
 
         def over_targets(width: int) -> Tensor:
-            return device.empty((inputs.targets.maximum, width), extent=inputs.targets)
+            return recording.memory.empty((inputs.targets.maximum, width), extent=inputs.targets)
 
         head = factors.get((a.n_layers, "head"))
         in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]

@@ -55,7 +55,7 @@ def head_norm_rope_backward(
             head_size=head_size, interleaved=interleaved,
         )  # fmt: skip
     constants = head_constants(
-        program.device, tables.shape[1] if together else 0, epsilon, n_heads, n_kv_heads,
+        program.recording, tables.shape[1] if together else 0, epsilon, n_heads, n_kv_heads,
         head_size, interleaved,
     )  # fmt: skip
     extent = extent_of(d_qkv)

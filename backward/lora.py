@@ -116,7 +116,7 @@ def lora_gradients(
         _Member(lora.first_feature(index), start - lora.first_feature(index), index * lora.rank)
         for index, (start, _) in enumerate(lora.ranges)
     ]
-    tuning = CPU_TUNING if program.device.is_cpu else GPU_TUNING
+    tuning = CPU_TUNING if program.recording.facts.is_cpu else GPU_TUNING
     parts = [
         {  # d_z carries the scale already
             **_outer_product(d_z, x, lora.a, [_Member(0, 0, 0)], tuning),
@@ -135,7 +135,10 @@ def lora_gradients(
     ]
     splits = tuning.splits
     block_bytes = 4 * max(part["lane_left"] * part["lane_right"] for part in parts)
-    while splits > 1 and tuning.blocks * splits * block_bytes > program.device.workgroup_memory:
+    while (
+        splits > 1
+        and tuning.blocks * splits * block_bytes > program.recording.facts.workgroup_memory
+    ):
         splits //= 2
     program.dispatch(
         "lora_gradient",

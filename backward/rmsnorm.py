@@ -78,7 +78,7 @@ def rmsnorm_backward(
         "x_type": x.dtype,
         "d_y_type": d_y.dtype,
         "out_type": d_x.dtype,
-        "lanes": row_lanes(program.device, width),
+        "lanes": row_lanes(program.recording, width),
         "epsilon": epsilon,
         "residual": kind,
         "splits": stretches.splits if stretches else 1,

@@ -34,7 +34,7 @@ def swiglu_backward(
     if in_place and d_gate_up.offset != gate_up.offset:
         raise ValueError("swiglu_backward: the output is another range of gate_up's buffer")
     tensors = [extent.uniform, d_y, d_gate_up, *([] if in_place else [gate_up])]
-    lanes = lane_constants(program.device)
+    lanes = lane_constants(program.recording)
     constants = {
         "width": width,
         "activation": activation_name,

@@ -39,6 +39,7 @@ from lora.forward import attention as forward_attention
 from lora.forward.attention import Tile, attention, choose_tile
 from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 SHAPES = {
@@ -68,19 +69,19 @@ CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
 
 
 def record(
-    device: Device, shape: Shape, lengths: list[int], dtype: str
+    recording: Recording, shape: Shape, lengths: list[int], dtype: str
 ) -> tuple[Program, np.ndarray, np.ndarray, Tensor, Tensor]:
     """Forward and backward of one layer: the program, qkv, d_out, and on the device out, d_qkv."""
     rows = sum(lengths)
-    extent = device.extent(rows)
+    extent = recording.memory.extent(rows)
     rng = np.random.default_rng(rows)
-    x = device.empty((rows, shape.width), dtype, extent=extent)
-    d_y = device.empty((rows, shape.n_heads * shape.head_size), dtype, extent=extent)
+    x = recording.memory.empty((rows, shape.width), dtype, extent=extent)
+    d_y = recording.memory.empty((rows, shape.n_heads * shape.head_size), dtype, extent=extent)
     qkv, d_out = (rng.normal(size=tensor.shape).astype(x.numpy_dtype) for tensor in (x, d_y))
-    device.write(x, qkv)
-    device.write(d_y, d_out)
-    segments = device.upload(segments_of(lengths))
-    program = Program(device)
+    recording.memory.write(x, qkv)
+    recording.memory.write(d_y, d_out)
+    segments = recording.memory.upload(segments_of(lengths))
+    program = Program(recording)
     out, lse = attention(program, x, segments, **shape.options)
     d_x = attention_backward(program, x, out, lse, d_y, segments, **shape.options)
     return program, qkv, d_out, out, d_x
@@ -90,8 +91,11 @@ def is_right(
     device: Device, shape: Shape, dtype: str, references: dict[Any, list[np.ndarray]]
 ) -> bool:
     """Whether the kernels as they are chosen now meet the reference on a few rows."""
-    program, qkv, d_out, out, d_qkv = record(device, shape, CHECKED, dtype)
-    program.run()
+    with device.arena() as memory:
+        recording = device.recording(memory=memory)
+        program, qkv, d_out, out, d_qkv = record(recording, shape, CHECKED, dtype)
+        program.run()
+        found = memory.read(out), memory.read(d_qkv)
     if (shape, dtype) not in references:
         segments = segments_of(CHECKED)
         references[shape, dtype] = [
@@ -100,8 +104,8 @@ def is_right(
         ]
     bound = 16 * 2**-11 if dtype == "f16" else 1e-5  # as in the tests, and some
     return all(
-        np.abs(device.read(found) - expected).max() < bound * np.abs(expected).max()
-        for found, expected in zip((out, d_qkv), references[shape, dtype], strict=True)
+        np.abs(values - expected).max() < bound * np.abs(expected).max()
+        for values, expected in zip(found, references[shape, dtype], strict=True)
     )
 
 
@@ -117,7 +121,7 @@ def tiles(device: Device, kernel: str, head_size: int, dtype: str) -> list[Tile]
                     and tile.block <= 32
                     and tile.teams * tile.team_lanes <= 256
                     and tile.accumulators(kernel, head_size) <= ACCUMULATORS
-                    and tile.memory(kernel, head_size, dtype) <= device.workgroup_memory
+                    and tile.memory(kernel, head_size, dtype) <= device.facts.workgroup_memory
                 ):
                     found.append(tile)
                     break
@@ -131,11 +135,13 @@ def choosing(kernel: str, tile: Tile) -> Callable[..., Tile]:
 
 def warm_up(program: Program, seconds: float) -> None:
     """Keeps a GPU busy for a while: an idle one takes that long to speed up."""
+    memory = program.recording.memory
+    probe = memory.uniform()
     began = time.perf_counter()
     while time.perf_counter() - began < seconds:
         for _ in range(10):
             program.run()
-        program.device.read(program.device.uniform())
+        memory.read(probe)
 
 
 def microseconds(program: Program, kernel: str, repeats: int) -> float:
@@ -196,16 +202,18 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=58.0, help="stop after that long")
     args = parser.parse_args()
     device = Device()
-    print(f"{device.name}, {device.workgroup_memory} bytes of workgroup memory")
+    print(f"{device.facts.name}, {device.facts.workgroup_memory} bytes of workgroup memory")
     stop = time.perf_counter() + args.seconds
     references: dict[Any, list[np.ndarray]] = {}
     figures: list[dict[str, Any]] = []
     if args.split is not None:
         backward_attention.choose_split = lambda *_: bool(args.split)
 
-    warm_up(record(device, SHAPES["tiny"], [512], "f32")[0], 0.0 if device.is_cpu else 1.0)
+    with device.arena() as memory:
+        program = record(device.recording(memory=memory), SHAPES["tiny"], [512], "f32")[0]
+        warm_up(program, 0.0 if device.facts.is_cpu else 1.0)
     for dtype, run, kernel in itertools.product(args.types, args.runs, args.kernels):
-        if dtype == "f16" and "shader-f16" not in device.features:
+        if dtype == "f16" and "shader-f16" not in device.facts.features:
             continue
         name, text = run.split(":")
         shape = SHAPES[name]
@@ -213,10 +221,10 @@ def main() -> None:
         rows, heads = examples * length, shape.n_heads
         split = args.split
         if split is None:
-            split = choose_split(device, rows, heads, shape.n_kv_heads, dtype)
+            split = choose_split(device.recording(), rows, heads, shape.n_kv_heads, dtype)
         split = split and kernel == "attention_backward_kv"
         owners = shape.n_kv_heads if kernel == "attention_backward_kv" and not split else heads
-        present = choose_tile(kernel, device, rows, owners, shape.head_size, dtype)
+        present = choose_tile(kernel, device.recording(), rows, owners, shape.head_size, dtype)
         timed: list[tuple[float, Tile]] = []
         for tile in dict.fromkeys([present, *tiles(device, kernel, shape.head_size, dtype)]):
             if time.perf_counter() > stop:
@@ -226,8 +234,10 @@ def main() -> None:
                 if not is_right(device, shape, dtype, references):
                     print(f"{run} {kernel} {dtype}: {tile} is WRONG", flush=True)
                     continue
-                program = record(device, shape, [length] * examples, dtype)[0]
-                timed.append((microseconds(program, kernel, args.repeats), tile))
+                with device.arena() as memory:
+                    recording = device.recording(memory=memory)
+                    program = record(recording, shape, [length] * examples, dtype)[0]
+                    timed.append((microseconds(program, kernel, args.repeats), tile))
             finally:
                 forward_attention.choose_tile = choose_tile
         print(f"\n{run} {kernel} {dtype}{' split' if split else ''}")

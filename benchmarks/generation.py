@@ -37,7 +37,6 @@ from typing import Any
 
 import gguf
 import numpy as np
-import wgpu
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
@@ -50,13 +49,16 @@ from lora.forward.model.architecture import HEAD, Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model, load_model
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.text.tokenizer import Tokenizer
-from lora.generation.generator import Adapter, TextGenerator
+from lora.generation.engine import Adapter
+from lora.generation.generator import TextGenerator
 from lora.optim.clipping import gradient_norm
 from lora.shaders.activations import extent_of
-from lora.shaders.device import Device
-from lora.shaders.native import encode_dispatches
-from lora.shaders.program import Dispatch, Program
+from lora.shaders.device import Device, implementation
+from lora.shaders.memory import Memory
+from lora.shaders.program import Dispatch, Program, encode
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+from lora.shaders.webgpu import OpenDevice
 from tests.support.llama_vulkan import LlamaVulkan, NoLlamaVulkan
 from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
@@ -147,12 +149,12 @@ def write_model(path: Path, shape: dict[str, Any], kind: str, n_layers: int) -> 
     writer.close()
 
 
-def repeat_layer(device: Device, model: Model, n_layers: int) -> Model:
+def repeat_layer(recording: Recording, model: Model, n_layers: int) -> Model:
     """A model of n_layers copies of a model's only layer, each in memory of its own."""
-    program = Program(device)
+    program = Program(recording)
 
     def copied(tensor: Tensor) -> Tensor:
-        to = device.empty(tensor.shape, tensor.dtype, purpose="weights")
+        to = recording.memory.empty(tensor.shape, tensor.dtype, purpose="weights")
         program.copy(tensor, to)
         return to
 
@@ -179,46 +181,52 @@ def matrices_of(model: Model) -> list[FrozenMatrix]:
     return [model.head, *(matrix for layer in layers for matrix in layer)]
 
 
-def warm_up(device: Device, programs: Sequence[Program]) -> None:
+def warm_up(memory: Memory, programs: Sequence[Program]) -> None:
     """Runs programs for WARM_UP seconds or longer: the clocks of an idle GPU are low."""
-    probe = device.empty((64,))
+    probe = memory.uniform()
     start = time.perf_counter()
     while time.perf_counter() - start < WARM_UP:
         for program in programs:
             program.run()
-        device.read(probe)
+        memory.read(probe)
 
 
 def bandwidths(device: Device) -> dict[str, float]:
     """Bytes a second of copies between two large buffers (read and written) and of reading one."""
-    n = min(device.max_binding, (64 << 20) if device.is_cpu else (1 << 30)) // 16 * 4
-    a, b = device.empty((n,)), device.empty((n,))
-    probe = device.empty((64,))
-    n_times = 2 if device.is_cpu else 16
-    copies, reads = Program(device), Program(device)
+    with device.arena() as memory:
+        return _bandwidths(device.recording(memory=memory))
+
+
+def _bandwidths(recording: Recording) -> dict[str, float]:
+    facts, memory = recording.facts, recording.memory
+    n = min(facts.max_binding, (64 << 20) if facts.is_cpu else (1 << 30)) // 16 * 4
+    a, b = memory.empty((n,)), memory.empty((n,))
+    probe = memory.empty((64,))
+    n_times = 2 if facts.is_cpu else 16
+    copies, reads = Program(recording), Program(recording)
     for _ in range(n_times):
         copies.copy(a, b)
         gradient_norm(reads, [a], probe, max_norm=None)
     found = {}
     for name, program, n_bytes in (("copy", copies, 2 * a.n_bytes), ("read", reads, a.n_bytes)):
-        warm_up(device, [program])
+        warm_up(memory, [program])
         times = []
         for _ in range(REPEATS):
             start = time.perf_counter()
             program.run()
-            device.read(probe)
+            memory.read(probe)
             times.append(time.perf_counter() - start)
         found[name] = n_bytes * n_times / min(times)
     return found
 
 
-def random_adapter(device: Device, architecture: Architecture) -> Adapter:
+def random_adapter(recording: Recording, architecture: Architecture) -> Adapter:
     """An adapter of rank 16 on all matrices but the head, B far from zero."""
     targets = [name for name in architecture.matrices if name != HEAD.module]
     layout = AdapterLayout(architecture, range(architecture.n_layers), targets, RANK, SCALE)
-    flat = device.empty_flat(layout.size, purpose="adapter")
+    flat = recording.memory.empty_flat(layout.size, purpose="adapter")
     values = np.random.default_rng(2).normal(0, 0.01, layout.size).astype(np.float32)
-    device.write(flat, values)
+    recording.memory.write(flat, values)
     return Adapter(layout, flat)
 
 
@@ -229,7 +237,7 @@ def measure(
     prompts, speeds = [], []
     for repeat in range(REPEATS + 1):
         if repeat:
-            warm_up(generator._device, generator._programs_of(adapter, generator._step))
+            warm_up(generator._engine._memory, step_programs(generator, adapter))
         generator.forget()
         n_new = len(list(generator.stream_ids(prompt, max_tokens=n_tokens, adapter=adapter)))
         if n_new != n_tokens:
@@ -240,29 +248,21 @@ def measure(
     return {"prompt": statistics.median(prompts), "new": statistics.median(speeds)}
 
 
-def pass_seconds(device: Device, dispatches: Sequence[Dispatch]) -> float:
+def pass_seconds(handle: OpenDevice, dispatches: Sequence[Dispatch]) -> float:
     """What dispatches take a GPU one after another in one pass, as a token's do; the best of some.
 
     Clocks of an idle GPU are low, and rise within a tenth of a second of work.
     """
-    queries = device.wgpu.create_query_set(type="timestamp", count=2)
-    usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
-    resolved = device.wgpu.create_buffer(size=16, usage=usage)
-    commands = [(d.pipeline, d.bind_group, d.workgroups) for d in dispatches]
-    ends = {
-        "query_set": queries, "beginning_of_pass_write_index": 0, "end_of_pass_write_index": 1,
-    }  # fmt: skip
+    queries = handle.query_set(2)
+    launches = [dispatch.launch for dispatch in dispatches]
 
     def seconds() -> float:
-        encoder = device.wgpu.create_command_encoder()
-        for timed in (False, True):  # the first keeps the clocks up while the second is encoded
-            compute_pass = encoder.begin_compute_pass(timestamp_writes=ends if timed else None)
-            encode_dispatches(compute_pass, commands)
-            compute_pass.end()
-        encoder.resolve_query_set(queries, 0, 2, resolved, 0)
-        device.queue.submit([encoder.finish()])
-        first, last = np.frombuffer(device.queue.read_buffer(resolved), np.uint64)
-        return float(last - first) * 1e-9
+        encoder = handle.encoder()
+        # The first pass keeps the clocks up while the second is encoded.
+        for stamps in (None, (queries, 0, 1)):
+            encoder.dispatches(launches, stamps)
+        first, last = handle.submit_timed(encoder, queries, 2)
+        return (last - first) * 1e-9
 
     start, best = time.perf_counter(), seconds()
     while time.perf_counter() - start < WARM_UP:
@@ -270,10 +270,10 @@ def pass_seconds(device: Device, dispatches: Sequence[Dispatch]) -> float:
     return min(best, *(seconds() for _ in range(2 * REPEATS)))
 
 
-def step_dispatches(generator: TextGenerator, adapter: str | None) -> list[Dispatch]:
-    """What the GPU does for one new token, in order."""
-    programs = generator._programs_of(adapter, generator._step)
-    return [c for program in programs for c in program.commands if isinstance(c, Dispatch)]
+def step_programs(generator: TextGenerator, adapter: str | None) -> tuple[Program, Program]:
+    """What the GPU does for one new token: layers and head."""
+    engine = generator._engine
+    return engine._programs_of(adapter, engine._tensors.step)
 
 
 def kernel_table(
@@ -287,21 +287,21 @@ def kernel_table(
     Returns:
         seconds of the step; of each kernel calls, ms and GB/s of weights.
     """
-    device = generator._device
+    handle = generator._engine._memory.handle
     words = {
         id(part.words): part.words.n_bytes
         for matrix in matrices_of(generator._model)
         for part in matrix.parts
     }
-    step = step_dispatches(generator, adapter)
+    step = [d for program in step_programs(generator, adapter) for d in program.dispatches]
     kinds: dict[tuple[str, str], list[Dispatch]] = defaultdict(list)
     for dispatch in step:
         label = re.sub(r"^(layers\.\d+|head)\.", "", dispatch.label)
         kinds[dispatch.template, label].append(dispatch)
-    whole, rows = pass_seconds(device, step), []
+    whole, rows = pass_seconds(handle, step), []
     for (template, label), calls in kinds.items():
         rest = [dispatch for dispatch in step if not any(dispatch is call for call in calls)]
-        seconds = max(whole - pass_seconds(device, rest), 0.0)
+        seconds = max(whole - pass_seconds(handle, rest), 0.0)
         n_bytes = sum(words.get(id(t), 0) for call in calls for t in call.tensors)
         # The embedding reads one row of what may be the head, too.
         reads = template.startswith("matmul") and n_bytes > 0 and seconds > 0
@@ -314,7 +314,7 @@ def kernel_table(
 
 def sweep(device: Device, model: Model) -> list[dict[str, Any]]:
     """Microseconds of each product of one row under tilings, over the matrices of all layers."""
-    row, layers = device.extent(1), model.layers
+    layers = model.layers
     cases: list[tuple[str, list[FrozenMatrix], Tensor | None, str | None]] = [
         ("qkv", [layer.qkv for layer in layers], layers[0].attn_norm, None),
         ("attn_output", [layer.attn_output for layer in layers], None, None),
@@ -326,15 +326,16 @@ def sweep(device: Device, model: Model) -> list[dict[str, Any]]:
     found = []
     for name, matrices, norm, gate in cases:
         one = matrices[0]
-        x = device.empty((1, one.in_features), extent=row)
-        for tiling in _tilings(device, one, gated=gate is not None):
-            program = Program(device)
-            for matrix in matrices:
-                _record_product(program, x, matrix, norm, gate, tiling, stores=norm is None)
-            dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
-            if len(dispatches) > len(matrices):  # no block of whole numbers in a workgroup
-                continue
-            seconds = pass_seconds(device, dispatches) / len(matrices)
+        for tiling in _tilings(device.recording(), one, gated=gate is not None):
+            with device.arena() as memory:
+                x = memory.empty((1, one.in_features), extent=memory.extent(1))
+                program = Program(device.recording(memory=memory))
+                for matrix in matrices:
+                    _record_product(program, x, matrix, norm, gate, tiling, stores=norm is None)
+                dispatches = program.dispatches
+                if len(dispatches) > len(matrices):  # no block of whole numbers in a workgroup
+                    continue
+                seconds = pass_seconds(device.handle, dispatches) / len(matrices)
             found.append(
                 {"product": name, "tiling": str(tiling or "chosen"), "us": 1e6 * seconds,
                  "GB/s": one.n_bytes / seconds / 1e9}
@@ -345,17 +346,17 @@ def sweep(device: Device, model: Model) -> list[dict[str, Any]]:
 Tiling = RowTiling | IntRowTiling
 
 
-def _tilings(device: Device, matrix: FrozenMatrix, *, gated: bool) -> list[Tiling | None]:
+def _tilings(recording: Recording, matrix: FrozenMatrix, *, gated: bool) -> list[Tiling | None]:
     """The tilings to try; None for the one that is chosen otherwise."""
     blocks = matrix.in_features // 32
-    if takes_int_row(device, matrix):
+    if takes_int_row(recording, matrix):
         return [None] + [
             IntRowTiling(lanes, share, rows, steps)
             for lanes in (64, 128, 256, 512, 1024)
             for share in (8, 16, 32, 64, 128)
             for rows in (2, 4, 8)
             for steps in (1, 2, 4)
-            if lanes <= device.most_lanes and rows <= share <= min(lanes, 2 * blocks)
+            if lanes <= recording.facts.most_lanes and rows <= share <= min(lanes, 2 * blocks)
             and rows * steps <= 8 and (steps == 1 or share * steps <= blocks)
             and lanes // share * rows % 8 == 0
         ]  # fmt: skip
@@ -373,11 +374,11 @@ def _record_product(
     tiling: Tiling | None, *, stores: bool,
 ) -> None:  # fmt: skip
     """Appends one product as a layer has it; where no norm follows it, whole numbers come out."""
-    device, extent = program.device, extent_of(x)
-    if takes_int_row(device, matrix):
+    recording, extent = program.recording, extent_of(x)
+    if takes_int_row(recording, matrix):
         width = matrix.out_features // (1 if gate is None else 2)
-        ints = IntRow.allocate(device, matrix.in_features, extent).before_norm(norm)
-        out = IntRow.allocate(device, width, extent) if stores or gate else None
+        ints = IntRow.allocate(recording, matrix.in_features, extent).before_norm(norm)
+        out = IntRow.allocate(recording, width, extent) if stores or gate else None
         matmul_int_row(
             program, ints, matrix, epsilon=1e-5, gate=gate, int_out=out,
             tiling=tiling if isinstance(tiling, IntRowTiling) else None,
@@ -391,13 +392,10 @@ def _record_product(
 
 def encode_seconds(generator: TextGenerator, adapter: str | None) -> float:
     """What the host takes to encode one new token's commands."""
-    times = []
+    programs, times = step_programs(generator, adapter), []
     for _ in range(5):
-        encoder = generator._device.wgpu.create_command_encoder()
         start = time.perf_counter()
-        for program in generator._programs_of(adapter, generator._step):
-            program.encode(encoder)
-        encoder.finish()
+        encode(programs)
         times.append(time.perf_counter() - start)
     return min(times)
 
@@ -580,34 +578,35 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
         path = folder / "one-layer.gguf"
         write_model(path, shape, options.type, 1)
     gguf_file = GGUFFile(path)
-    model = load_model(device, gguf_file, Architecture.from_gguf(gguf_file), room)
+    recording = device.recording()
+    model = load_model(recording, gguf_file, Architecture.from_gguf(gguf_file), room)
     if shape is not None:
-        model = repeat_layer(device, model, shape["n_layers"])
+        model = repeat_layer(recording, model, shape["n_layers"])
     architecture = model.architecture
     generator = TextGenerator(
-        device, model, Tokenizer.from_gguf(gguf_file),
-        {"adapter": random_adapter(device, architecture)},
+        recording, model, Tokenizer.from_gguf(gguf_file),
+        {"adapter": random_adapter(recording, architecture)},
     )  # fmt: skip
     rng = np.random.default_rng(1)
     prompt = rng.integers(3, min(architecture.vocab_size, 280), options.prompt).tolist()
     project = tomllib.loads(PROJECT.read_text())["project"]
     results: dict[str, Any] = {
-        "device": f"{device.name}, {device.info['description']}",
-        "version": f"webgpu-lora {project['version']} on wgpu {wgpu.__version__}",
+        "device": f"{device.facts.name}, {device.facts.info['description']}",
+        "version": f"webgpu-lora {project['version']} on wgpu {implementation().version}",
         "bandwidths": bandwidths(device),
         "weight_bytes": sum(matrix.n_bytes for matrix in matrices_of(model)),
         "ours": {},
         "kernels": {},
         "sweep": [],
     }
-    timed = "timestamp-query" in device.features
+    timed = "timestamp-query" in device.facts.features
     print(f"{name}: ready after {time.perf_counter() - start:.1f} s", flush=True)
     for label, adapter in ((BARE, None), (ADAPTED, "adapter")):
         row: dict[str, Any] = measure(generator, prompt, options.tokens, adapter)
         if timed:
             seconds, results["kernels"][label] = kernel_table(generator, adapter)
             row["gpu_ms"] = 1e3 * seconds
-        programs = generator._programs_of(adapter, generator._step)
+        programs = step_programs(generator, adapter)
         row["dispatches"] = sum(len(program.commands) for program in programs)
         row["encode_ms"] = 1e3 * encode_seconds(generator, adapter)
         results["ours"][label] = row
@@ -620,7 +619,7 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
             write_model(path, shape, options.type, shape["n_layers"])
         try:
             results["llama.cpp"] = llama_cpp(
-                path, prompt, options.tokens, folder, on_cpu=device.is_cpu
+                path, prompt, options.tokens, folder, on_cpu=device.facts.is_cpu
             )
         except RuntimeError as error:  # ours are measured: they shall not be lost
             print(f"{name}: no figures of llama.cpp: {error}", file=sys.stderr, flush=True)
@@ -651,9 +650,9 @@ def main() -> None:
     if options.serve_xllamacpp:
         serve_xllamacpp()
     for name in options.model:
-        with tempfile.TemporaryDirectory() as folder:
-            # A device of its own: what the last model took is given back.
-            run(options, Device(options.device), name, Path(folder))
+        # A device of its own: what the last model took is given back.
+        with tempfile.TemporaryDirectory() as folder, Device(options.device) as device:
+            run(options, device, name, Path(folder))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ dispatch by dispatch with the device's timestamps, so that no shape is written d
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 import sys
@@ -50,18 +49,18 @@ def time_step(
         recompute=recompute,
     )
     examples = as_examples(random_sequences(vocab_size, batch_size * WARM_UP, length))
-    session = TrainingSession(config, examples=examples)
-    list(session.train())
-    kernels = kernel_table(session)
-    return {
-        "batch_size": batch_size,
-        "length": length,
-        "precision": precision,
-        "recompute": recompute,
-        "device": describe(session.device),
-        "peaks": asdict(measure_peaks(session.device)),
-        "kernels": [asdict(row) for row in kernels],
-    }
+    with TrainingSession(config, examples=examples) as session:
+        list(session.train())
+        kernels = kernel_table(session)
+        return {
+            "batch_size": batch_size,
+            "length": length,
+            "precision": precision,
+            "recompute": recompute,
+            "device": describe(session.device),
+            "peaks": asdict(measure_peaks(session.device)),
+            "kernels": [asdict(row) for row in kernels],
+        }
 
 
 def section(timed: dict[str, Any]) -> list[str]:
@@ -134,7 +133,6 @@ def main() -> None:
                     )
                 except InputError as error:
                     sys.exit(str(error))
-                gc.collect()  # before the next session: the device's memory is not for two
                 write_report(options.output, name, timed)
                 print(f"{name}\n" + "\n".join(section(timed[-1])), flush=True)
 

@@ -31,9 +31,12 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.forward import lora as forward_lora
 from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
-from lora.forward.plans.workbench import KernelList, Stopwatch
+from lora.forward.plans.workbench import Stopwatch
 from lora.shaders.device import Device
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 ROUNDS, WARM_UP = 3, 0.5  # rounds over the candidates, seconds for the clocks
@@ -54,23 +57,24 @@ class Product:
 
     @classmethod
     def allocate(
-        cls, device: Device, model: str, rows: int, group: str, dtype: str, rank: int
+        cls, recording: Recording, model: str, rows: int, group: str, dtype: str, rank: int
     ) -> Product:
         n_in, sizes = MODELS[model].groups()[group]
-        extent = device.extent(rows)
+        memory = recording.memory
+        extent = memory.extent(rows)
         rng = np.random.default_rng(3)
 
         def new(width: int, dtype: str = "f32") -> Tensor:
-            tensor = device.empty((rows, width), dtype, extent=extent)
-            device.write(tensor, rng.random(tensor.shape, np.float32))
+            tensor = memory.empty((rows, width), dtype, extent=extent)
+            memory.write(tensor, rng.random(tensor.shape, np.float32))
             return tensor
 
         width = len(sizes) * rank
         return cls(
             f"{model} {rows} {group} {dtype}",
             rows,
-            random_factors(device, n_in, sizes, rank),
-            [random_factors(device, n_in, sizes, rank) for _ in range(backward_lora.MAX_SLICES)],
+            random_factors(recording, n_in, sizes, rank),
+            [random_factors(recording, n_in, sizes, rank) for _ in range(backward_lora.MAX_SLICES)],
             new(n_in, dtype),
             new(sum(sizes), dtype),
             new(width),
@@ -81,8 +85,8 @@ class Product:
 class ProjectionSweep:
     """z (`transposed` False) or d_z over how a GPU divides it; see forward_lora.Tuning."""
 
-    def __init__(self, device: Device, transposed: bool) -> None:
-        self.device, self.transposed = device, transposed
+    def __init__(self, recording: Recording, transposed: bool) -> None:
+        self.recording, self.transposed = recording, transposed
         self.name = "d_z" if transposed else "z"
         shapes = [(8, 1, 4), (4, 1, 4), (2, 1, 4), (4, 2, 4), (8, 2, 4), (8, 1, 2), (4, 1, 2)]
         blocks = [(*shape, 4) for shape in shapes]
@@ -91,7 +95,7 @@ class ProjectionSweep:
             forward_lora.Tuning((block,), 0, splits)
             for block, splits in itertools.product(blocks, (16, 32, 64))
             if splits * block[1] * block[2] <= 256
-            and 16 * splits * block[0] * block[1] * block[2] <= device.workgroup_memory
+            and 16 * splits * block[0] * block[1] * block[2] <= recording.facts.workgroup_memory
         ]
 
     def table(self, product: Product) -> Any:
@@ -104,10 +108,14 @@ class ProjectionSweep:
         columns, n_members = lora.rank, lora.n_members
         if not self.transposed:
             columns, n_members = columns * n_members, 1
-        block = forward_lora.gpu_block(self.device, tuning, product.rows, columns, n_members)
+
+        def block_of(tuning: Any) -> Any:
+            return forward_lora.gpu_block(self.recording, tuning, product.rows, columns, n_members)
+
+        block = block_of(tuning)
         for candidate in tuning.blocks:
             one = replace(tuning, blocks=(candidate,), enough_groups=0)
-            if forward_lora.gpu_block(self.device, one, product.rows, columns, n_members) == block:
+            if block_of(one) == block:
                 return one
         raise AssertionError("a tuning takes one of its own blocks")
 
@@ -149,7 +157,7 @@ class GradientSweep:
 
     name = "d_A d_B"
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, facts: DeviceFacts) -> None:
         lanes = [(8, 8), (16, 8), (16, 16), (32, 4), (32, 8), (8, 16)]
         small = [
             backward_lora.Tuning(blocks, short, splits, unroll, (4, 8))
@@ -159,7 +167,7 @@ class GradientSweep:
         self.candidates = [
             t
             for t in [*small, *large]
-            if 4 * t.blocks * t.splits * t.sides[0] * t.sides[1] <= device.workgroup_memory
+            if 4 * t.blocks * t.splits * t.sides[0] * t.sides[1] <= facts.workgroup_memory
         ]
 
     def table(self, product: Product) -> Any:
@@ -191,7 +199,7 @@ class GradientSweep:
 Sweep = ProjectionSweep | GradientSweep
 
 
-def compiled(device: Device, product: Product, kernel: Sweep, deadline: float) -> list[Any]:
+def compiled(recording: Recording, product: Product, kernel: Sweep, deadline: float) -> list[Any]:
     """The candidates whose pipelines are there in time, several threads compiling; the present one
     is always among them."""
     present = kernel.taken(product, kernel.present(kernel.table(product)))
@@ -200,15 +208,16 @@ def compiled(device: Device, product: Product, kernel: Sweep, deadline: float) -
         if candidate != present and time.perf_counter() > deadline:
             return False
         for template, constants in kernels:
-            device.pipeline(template, constants)
+            recording.memory.kernel(template, constants)
         return True
 
     candidates = list(dict.fromkeys([present, *kernel.candidates]))
+    counting = replace(recording, memory=CountingMemory(recording.facts))
     needed = []
     for candidate in candidates:
-        planning = KernelList(device)
-        kernel.record(Program(planning), product, candidate)
-        needed.append(planning.kernels)
+        program = Program(counting)
+        kernel.record(program, product, candidate)
+        needed.append([(d.template, dict(d.constants)) for d in program.dispatches])
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         done = list(pool.map(compile_one, candidates, needed))
     return [candidate for candidate, there in zip(candidates, done, strict=True) if there]
@@ -220,11 +229,12 @@ def sweep(device: Device, models: list[str], rank: int, budget: float) -> list[d
     Args:
         budget: seconds; products and candidates that it does not suffice for are left out.
     """
-    device.is_cpu = False  # the GPU's division, on any device
+    facts = replace(device.facts, is_cpu=False)  # the GPU's division, on any device
+    recording = replace(device.recording(), facts=facts)
     sweeps: list[Sweep] = [
-        ProjectionSweep(device, False),
-        ProjectionSweep(device, True),
-        GradientSweep(device),
+        ProjectionSweep(recording, False),
+        ProjectionSweep(recording, True),
+        GradientSweep(facts),
     ]
     times: dict[str, dict[str, dict[Any, float]]] = {s.name: {} for s in sweeps}
     products: dict[str, Product] = {}
@@ -233,17 +243,17 @@ def sweep(device: Device, models: list[str], rank: int, budget: float) -> list[d
     rows_of = {"Gemma3": 2048, "tiny": 64}
     for dtype, model, group in itertools.product(("f32", "f16"), models, MODELS["tiny"].groups()):
         late = time.perf_counter() - began > budget
-        if late or (dtype == "f16" and "shader-f16" not in device.features):
+        if late or (dtype == "f16" and "shader-f16" not in facts.features):
             continue
-        product = Product.allocate(device, model, rows_of.get(model, 512), group, dtype, rank)
+        product = Product.allocate(recording, model, rows_of.get(model, 512), group, dtype, rank)
         products[product.name] = product
         for kernel in sweeps:
-            candidates = compiled(device, product, kernel, began + budget)
+            candidates = compiled(recording, product, kernel, began + budget)
             if times[kernel.name] and len(candidates) < len(kernel.candidates):
                 continue  # candidates are only compared over products that have them all
             programs = []
             for candidate in candidates:
-                programs.append(Program(device))
+                programs.append(Program(recording))
                 kernel.record(programs[-1], product, candidate)
             once = watch(programs, 1)[0]
             warm = time.perf_counter() + WARM_UP / (2 if len(products) == 1 else 10)

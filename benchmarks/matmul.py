@@ -40,7 +40,7 @@ from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.forward.plans.matmul_plans import Request, requests_of
+from lora.forward.plans.matmul_plans import Request, noting
 from lora.forward.plans.matmul_tiles import (
     MULTIPROCESSORS,
     Plan,
@@ -52,8 +52,10 @@ from lora.forward.plans.matmul_tiles import (
 from lora.forward.plans.tuning import fastest
 from lora.forward.plans.workbench import Stopwatch, Workbench, fits, kernels_of
 from lora.shaders.device import Device
-from lora.shaders.planning import PlanningDevice
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 from tests.support.synthetic_models import SHAPES
 
@@ -91,15 +93,19 @@ def groups_of(model: str) -> list[Group]:
     ]
 
 
-def requests_of_run(device: Device, model: str, rows: int) -> list[tuple[str, Request]]:
+def requests_of_run(
+    facts: DeviceFacts, precision: str, model: str, rows: int
+) -> list[tuple[str, Request]]:
     """The products of a run with their names."""
     shape = SHAPES[model]
-    planning = PlanningDevice(device)
+    requests: list[Request] = []
+    memory = CountingMemory(facts)
+    recording = Recording(facts, memory, precision, body="tiled", plans=noting(requests))
 
     def matrix_of(members: Sequence[tuple[int, str]], in_features: int) -> FrozenMatrix:
-        nothing = np.zeros((0, 0), np.uint8)  # a planning device reads no weights
+        nothing = np.zeros((0, 0), np.uint8)  # memory that only counts takes no weights
         return load_matrix(
-            planning,
+            recording,
             [
                 GGUFTensor(name, shape.type_of(f"{name}.weight"), (n_out, in_features), nothing)
                 for n_out, name in members
@@ -107,41 +113,40 @@ def requests_of_run(device: Device, model: str, rows: int) -> list[tuple[str, Re
         )
 
     def activation(extent: Extent, width: int, dtype: str) -> Tensor:
-        return planning.empty((extent.maximum, width), dtype, extent=extent)
+        return memory.empty((extent.maximum, width), dtype, extent=extent)
 
-    with requests_of(planning) as requests:
-        names = []
-        extent = planning.extent(rows)
-        for group in groups_of(model):
-            matrix = matrix_of(group.members, group.in_features)
-            stops = np.cumsum([n for n, _ in group.members]).tolist()
-            lora = LoraFactors(
-                planning.empty((len(stops) * RANK, group.in_features)),
-                planning.empty((matrix.out_features, RANK)),
-                RANK,
-                2.0,
-                tuple(zip([0, *stops], stops, strict=False)),
-            )
-            z = activation(extent, len(stops) * RANK, "f32")
-            x = activation(extent, group.in_features, device.precision)
-            out_type = "f32" if group.residual else device.precision
-            out = activation(extent, matrix.out_features, out_type)
-            residual = activation(extent, matrix.out_features, "f32") if group.residual else None
-            matmul(Program(planning), x, matrix, lora=lora, z=z, residual=residual, out=out)
-            d_y = activation(extent, matrix.out_features, device.precision)
-            d_x = activation(extent, group.in_features, device.precision)
-            matmul_backward(Program(planning), d_y, matrix, lora=lora, d_z=z, out=d_x)
-            while len(names) < len(requests):
-                transposed = requests[len(names)].constants["transposed"]
-                names.append(group.name + (" backward" if transposed else ""))
-        chunk = planning.extent(chunk_size(device, shape.vocab_size, rows))
-        head = matrix_of(((shape.vocab_size, "token_embd"),), shape.hidden_size)
-        x, logits = (activation(chunk, n, "f32") for n in (head.in_features, head.out_features))
-        matmul(Program(planning), x, head, out=logits)
-        matmul_backward(Program(planning), logits, head, out=x)
+    names: list[str] = []
+    extent = memory.extent(rows)
+    for group in groups_of(model):
+        matrix = matrix_of(group.members, group.in_features)
+        stops = np.cumsum([n for n, _ in group.members]).tolist()
+        lora = LoraFactors(
+            memory.empty((len(stops) * RANK, group.in_features)),
+            memory.empty((matrix.out_features, RANK)),
+            RANK,
+            2.0,
+            tuple(zip([0, *stops], stops, strict=False)),
+        )
+        z = activation(extent, len(stops) * RANK, "f32")
+        x = activation(extent, group.in_features, recording.precision)
+        out_type = "f32" if group.residual else recording.precision
+        out = activation(extent, matrix.out_features, out_type)
+        residual = activation(extent, matrix.out_features, "f32") if group.residual else None
+        matmul(Program(recording), x, matrix, lora=lora, z=z, residual=residual, out=out)
+        d_y = activation(extent, matrix.out_features, recording.precision)
+        d_x = activation(extent, group.in_features, recording.precision)
+        matmul_backward(Program(recording), d_y, matrix, lora=lora, d_z=z, out=d_x)
         while len(names) < len(requests):
             transposed = requests[len(names)].constants["transposed"]
-            names.append("head" + (" backward" if transposed else ""))
+            names.append(group.name + (" backward" if transposed else ""))
+    chunk = memory.extent(chunk_size(recording, shape.vocab_size, rows))
+    head = matrix_of(((shape.vocab_size, "token_embd"),), shape.hidden_size)
+    x, logits = (activation(chunk, n, "f32") for n in (head.in_features, head.out_features))
+    matmul(Program(recording), x, head, out=logits)
+    matmul_backward(Program(recording), logits, head, out=x)
+    while len(names) < len(requests):
+        transposed = requests[len(names)].constants["transposed"]
+        names.append("head" + (" backward" if transposed else ""))
     seen: dict[Any, tuple[str, Request]] = {}
     for name, request in zip(names, requests, strict=True):
         seen.setdefault(request.product, (name, request))
@@ -160,56 +165,51 @@ def time_plans(
     def compile_plan(plan: Plan) -> bool:
         if time.perf_counter() > began + COMPILING * seconds:
             return False
-        for template, constants in kernels_of(device, request, plan):
+        for template, constants in kernels_of(device.facts, request, plan):
             device.pipeline(template, constants)
         return True
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         compiled = list(pool.map(compile_plan, plans))
     plans = [plan for plan, done in zip(plans, compiled, strict=True) if done]
-    bench, watch = Workbench(device), Stopwatch(device)
-    times: dict[Plan, list[float]] = {}
-    try:
+    if not plans:
+        return {}
+    watch = Stopwatch(device)
+    with Workbench(device) as bench:
         stand_ins: dict[int, Tensor] = {}
         programs = [bench.program(request, plan, stand_ins) for plan in plans]
-        if not plans:
-            return {}
         once = watch(programs, 1)[0]
         warm = time.perf_counter() + WARM_UP
         while time.perf_counter() < warm:
             once = watch(programs[:1], watch.repeats(once))[0]
-        times = {plan: [] for plan in plans}
+        times: dict[Plan, list[float]] = {plan: [] for plan in plans}
         for turn in range(ROUNDS):
             order = [(turn + i) % len(plans) for i in range(len(plans))]
             measured = watch([programs[i] for i in order], watch.repeats(once))
             for index, value in zip(order, measured, strict=True):
                 times[plans[index]].append(1e6 * value)
-    finally:
-        bench.close()
     return times
 
 
 def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Times all products of all runs, prints a line each, returns the timings."""
     device = Device(options.device)
-    device.matmul_body = "tiled"
+    facts = device.facts
     jobs = []
     for precision in options.precisions.split(","):
-        if precision == "f16" and "shader-f16" not in device.features:
-            print(f"{device.name} lacks shader-f16: nothing in f16")
+        if precision == "f16" and "shader-f16" not in facts.features:
+            print(f"{facts.name} lacks shader-f16: nothing in f16")
             continue
-        device.precision = precision
         for run in options.runs.split(","):
             model, rows = run.rsplit(":", 1)
-            for name, request in requests_of_run(device, model, int(rows)):
+            for name, request in requests_of_run(facts, precision, model, int(rows)):
                 jobs.append((precision, f"{run} {name}", request))
-    print(f"{device.name}, {device.info['description']}: {len(jobs)} products")
+    print(f"{facts.name}, {facts.info['description']}: {len(jobs)} products")
     figures: list[dict[str, Any]] = []
     lost: dict[str, list[tuple[float, float]]] = {}
     end = time.perf_counter() + options.seconds
     for index, (precision, name, request) in enumerate(jobs):
-        device.precision = precision
-        shape = request.shape(device)
+        shape = request.shape(facts)
         ranked = ranked_plans(*shape)
         within = options.within * predicted_microseconds(ranked[0], *shape[:2])
         likely = [p for p in ranked if predicted_microseconds(p, *shape[:2]) <= within]
@@ -217,7 +217,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
         # What the tuner would time comes first, so that a short run has it all.
         order = [*tuned, *(plan for plan in likely if plan not in tuned)]
         seconds = (end - time.perf_counter()) / (len(jobs) - index)
-        plans = [plan for plan in order if fits(device, request, plan)]
+        plans = [plan for plan in order if fits(facts, request, plan)]
         times = time_plans(device, request, plans, seconds)
         medians = {plan: statistics.median(values) for plan, values in times.items()}
         if ranked[0] not in medians:
@@ -231,7 +231,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
                 | {"us": microseconds}
                 | {"half": product.half, "rows": shape[0], "columns": shape[1]}
                 | {"contraction": shape[2], "name": name, "product": product.key}
-                | {"adapter": device.name, "driver": device.info["description"]}
+                | {"adapter": facts.name, "driver": facts.info["description"]}
             )
         best = min(medians, key=medians.__getitem__)
         choice = fastest({plan: times[plan] for plan in tuned if plan in times})

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 
 from lora.shaders.device import Device
-from lora.shaders.planning import PlanningDevice
 from lora.training.session import TrainingSession
 from tests.support.synthetic_models import SHAPES
 from tests.support.synthetic_runs import random_sequences
@@ -44,14 +43,7 @@ def shake_adapter(session: TrainingSession) -> None:
     modules = session.layout.to_modules(session.parameters())
     for path, (a, b) in modules.items():
         modules[path] = (a, rng.normal(0, 0.02, b.shape).astype(np.float32))
-    session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
-
-
-def planned_memory(session: TrainingSession) -> int:
-    """Bytes that a session of the same config takes as `lora plan` counts them."""
-    planned = PlanningDevice(session.device)
-    TrainingSession(session.config, examples=session.train_examples, device=planned)
-    return sum(planned.allocated.values())
+    session.device.memory.write(session.adapter.parameters, session.layout.from_modules(modules))
 
 
 def used_memory() -> int | None:
@@ -63,8 +55,8 @@ def used_memory() -> int | None:
 def describe(device: Device) -> str:
     """The GPU and its driver."""
     named = _nvidia_smi("name,driver_version")
-    if named is None or device.is_cpu:
-        return f"{device.name}, {device.info['description']}"
+    if named is None or device.facts.is_cpu:
+        return f"{device.facts.name}, {device.facts.info['description']}"
     return named
 
 

@@ -48,6 +48,7 @@ from lora.optim.adamw import adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 REPEATS = 20
@@ -96,21 +97,21 @@ class Kernel:
 
 
 def layer_kernels(
-    device: Device, shape: Shape, rows: int, rank: int, n_slices: int
+    recording: Recording, shape: Shape, rows: int, rank: int, n_slices: int
 ) -> Iterator[Kernel]:
     """The kernels over the rows of a micro-batch."""
-    extent = device.extent(rows)
+    extent = recording.memory.extent(rows)
     rng = np.random.default_rng(0)
 
     def new(*sizes: int) -> Tensor:
-        tensor = device.empty((rows, *sizes), extent=extent)
-        device.write(tensor, rng.standard_normal(tensor.shape, np.float32))
+        tensor = recording.memory.empty((rows, *sizes), extent=extent)
+        recording.memory.write(tensor, rng.standard_normal(tensor.shape, np.float32))
         return tensor
 
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, kv = shape.n_heads * shape.head_size, shape.n_kv_heads * shape.head_size
     x, d_y, residual, out = (new(hidden) for _ in range(4))
-    weight = device.upload(np.ones(hidden, np.float32))
+    weight = recording.memory.upload(np.ones(hidden, np.float32))
     one = x.n_bytes
     yield Kernel("rmsnorm", lambda p: rmsnorm(p, x, weight, EPSILON, out=out), 2 * one)
     yield Kernel(
@@ -119,8 +120,8 @@ def layer_kernels(
         4 * one,
     )
     qkv, d_qkv = new(query + 2 * kv), new(query + 2 * kv)
-    positions = device.empty((rows,), "u32", extent=extent)
-    device.write(positions, np.arange(rows, dtype=np.uint32))
+    positions = recording.memory.empty((rows,), "u32", extent=extent)
+    recording.memory.write(positions, np.arange(rows, dtype=np.uint32))
     if shape.qk_norm:
         heads = {
             "n_heads": shape.n_heads,
@@ -128,8 +129,10 @@ def layer_kernels(
             "head_size": shape.head_size,
             "interleaved": False,
         }
-        w = device.upload(np.ones(shape.head_size, np.float32))
-        turns = device.upload(Rope(10000.0, shape.head_size, interleaved=False).tables(rows))
+        w = recording.memory.upload(np.ones(shape.head_size, np.float32))
+        turns = recording.memory.upload(
+            Rope(10000.0, shape.head_size, interleaved=False).tables(rows)
+        )
         yield Kernel(
             "head_norm_rope",
             lambda p: head_norm_rope(p, qkv, w, w, EPSILON, positions, turns, out=d_qkv, **heads),
@@ -143,7 +146,7 @@ def layer_kernels(
             3 * 4 * rows * (query + kv),
         )
     for interleaved in (True, False):
-        tables = device.upload(Rope(10000.0, shape.head_size, interleaved).tables(rows))
+        tables = recording.memory.upload(Rope(10000.0, shape.head_size, interleaved).tables(rows))
         yield Kernel(
             "rope interleaved" if interleaved else "rope halves",
             lambda p, tables=tables, interleaved=interleaved: rope(  # type: ignore[misc]
@@ -160,9 +163,9 @@ def layer_kernels(
         5 * gated.n_bytes,
     )
     for name, (n_in, sizes) in shape.groups().items():
-        lora = random_factors(device, n_in, sizes, rank)
+        lora = random_factors(recording, n_in, sizes, rank)
         source, d_output = new(n_in), new(sum(sizes))
-        gradients = [random_factors(device, n_in, sizes, rank) for _ in range(n_slices)]
+        gradients = [random_factors(recording, n_in, sizes, rank) for _ in range(n_slices)]
         z, d_z = new(len(sizes) * rank), new(len(sizes) * rank)
         factor_bytes = (lora.a.n_bytes, lora.b.n_bytes)
         inputs = source.n_bytes + z.n_bytes, d_output.n_bytes + d_z.n_bytes
@@ -185,15 +188,17 @@ def layer_kernels(
             ),
             sum(inputs) + 2 * n_slices * sum(factor_bytes),
         )
-    yield from head_kernels(device, shape, rows)
+    yield from head_kernels(recording, shape, rows)
 
 
-def random_factors(device: Device, in_features: int, sizes: list[int], rank: int) -> LoraFactors:
+def random_factors(
+    recording: Recording, in_features: int, sizes: list[int], rank: int
+) -> LoraFactors:
     """Factors that lie behind each other in one buffer, as the trainer's do."""
     n_a, n_b = len(sizes) * rank * in_features, sum(sizes) * rank
     first = -(-n_a // 64) * 64
     rng = np.random.default_rng(1)
-    flat = device.upload(0.01 * rng.standard_normal(first + n_b, np.float32))
+    flat = recording.memory.upload(0.01 * rng.standard_normal(first + n_b, np.float32))
     stops = list(itertools.accumulate(sizes))
     return LoraFactors(
         flat.slice(0, n_a).reshape(len(sizes) * rank, in_features),
@@ -204,18 +209,18 @@ def random_factors(device: Device, in_features: int, sizes: list[int], rank: int
     )
 
 
-def head_kernels(device: Device, shape: Shape, rows: int) -> Iterator[Kernel]:
+def head_kernels(recording: Recording, shape: Shape, rows: int) -> Iterator[Kernel]:
     """Cross-entropy over a chunk of logits, as large as the head makes them."""
-    chunk = min(rows, chunk_size(device, shape.vocab_size, rows))
-    extent = device.extent(chunk)
+    chunk = min(rows, chunk_size(recording, shape.vocab_size, rows))
+    extent = recording.memory.extent(chunk)
     rng = np.random.default_rng(2)
-    logits = device.empty((chunk, shape.vocab_size), extent=extent)
-    device.write(logits, rng.standard_normal(logits.shape, np.float32))
-    labels = device.empty((chunk,), "u32", extent=extent)
-    device.write(labels, rng.integers(0, shape.vocab_size, chunk))
-    losses, correct = (device.empty((chunk,), extent=extent) for _ in range(2))
-    step = device.uniform()
-    device.write(step, np.array([1 / chunk, 0, 0, 0], np.float32).view(np.uint32))
+    logits = recording.memory.empty((chunk, shape.vocab_size), extent=extent)
+    recording.memory.write(logits, rng.standard_normal(logits.shape, np.float32))
+    labels = recording.memory.empty((chunk,), "u32", extent=extent)
+    recording.memory.write(labels, rng.integers(0, shape.vocab_size, chunk))
+    losses, correct = (recording.memory.empty((chunk,), extent=extent) for _ in range(2))
+    step = recording.memory.uniform()
+    recording.memory.write(step, np.array([1 / chunk, 0, 0, 0], np.float32).view(np.uint32))
     for name, scale, passes in (("cross_entropy", step, 3), ("cross_entropy loss", None, 1)):
         yield Kernel(
             f"{name} {chunk} rows",
@@ -226,17 +231,21 @@ def head_kernels(device: Device, shape: Shape, rows: int) -> Iterator[Kernel]:
         )
 
 
-def optimizer_kernels(device: Device, shape: Shape, rank: int, n_slices: int) -> Iterator[Kernel]:
+def optimizer_kernels(
+    recording: Recording, shape: Shape, rank: int, n_slices: int
+) -> Iterator[Kernel]:
     """Norm, clip factor and AdamW over all parameters of an adapter on every linear layer."""
     query, kv = shape.n_heads * shape.head_size, shape.n_kv_heads * shape.head_size
     hidden, inner = shape.hidden_size, shape.intermediate_size
     sizes = [(hidden, query), (hidden, kv), (hidden, kv), (query, hidden), (hidden, inner),
              (hidden, inner), (inner, hidden)]  # fmt: skip
     n = -(-shape.n_layers * rank * sum(map(sum, sizes)) // 64) * 64
-    slices = [device.empty_flat(n, purpose="gradients") for _ in range(n_slices)]
-    parameters, first, second = (device.empty_flat(n, purpose="optimizer") for _ in range(3))
-    state, step = device.empty((4,)), device.uniform()
-    device.write(step, step_words(1e-4, 1, (0.9, 0.999)))
+    slices = [recording.memory.empty_flat(n, purpose="gradients") for _ in range(n_slices)]
+    parameters, first, second = (
+        recording.memory.empty_flat(n, purpose="optimizer") for _ in range(3)
+    )
+    state, step = recording.memory.empty((4,)), recording.memory.uniform()
+    recording.memory.write(step, step_words(1e-4, 1, (0.9, 0.999)))
     yield Kernel(
         "gradient_norm",
         lambda p: gradient_norm(p, slices, state, max_norm=1.0),
@@ -252,9 +261,9 @@ def optimizer_kernels(device: Device, shape: Shape, rank: int, n_slices: int) ->
     )  # fmt: skip
 
 
-def seconds(device: Device, kernel: Kernel) -> float:
+def seconds(recording: Recording, kernel: Kernel) -> float:
     """The median of one call's time on the device."""
-    program = Program(device)
+    program = Program(recording)
     for _ in range(REPEATS):
         kernel.record(program)
     program.run()
@@ -287,15 +296,17 @@ def main() -> None:
     parser.add_argument("--output", type=Path, help="a JSON file for the numbers")
     arguments = parser.parse_args()
     device = Device(arguments.device)
-    n_slices = arguments.slices or (1 if device.is_cpu else 4)
+    n_slices = arguments.slices or (1 if device.facts.is_cpu else 4)
     choices = list(itertools.product(*map(parse_setting, arguments.settings)))
     titles = [", ".join(f"{name}={value}" for _, name, value in choice) for choice in choices]
-    print(f"{device.name}; rank {arguments.rank}, {n_slices} slices; µs and GB/s a call")
+    print(f"{device.facts.name}; rank {arguments.rank}, {n_slices} slices; µs and GB/s a call")
     print(f"| model | rows | kernel | {' | '.join(t or 'µs' for t in titles)} | GB/s, best |")
     print(f"|{' --- |' * (4 + len(titles))}")
     records = []
 
-    def report(model: str, rows: int | str, kernels: Iterator[Kernel]) -> None:
+    def report(
+        recording: Recording, model: str, rows: int | str, kernels: Iterator[Kernel]
+    ) -> None:
         for kernel in kernels:
             if not any(part in kernel.name for part in arguments.only):
                 continue
@@ -303,7 +314,7 @@ def main() -> None:
             for choice in choices:
                 for module, name, value in choice:
                     setattr(importlib.import_module(module), name, value)
-                times.append(seconds(device, kernel))
+                times.append(seconds(recording, kernel))
             cells = " | ".join(f"{1e6 * t:.1f}" for t in times)
             rate = kernel.n_bytes / min(times) / 1e9
             print(f"| {model} | {rows} | {kernel.name} | {cells} | {rate:.0f} |", flush=True)
@@ -314,9 +325,14 @@ def main() -> None:
 
     for model in arguments.models:
         for rows in arguments.rows:
-            kernels = layer_kernels(device, MODELS[model], rows, arguments.rank, n_slices)
-            report(model, rows, kernels)
-        report(model, "any", optimizer_kernels(device, MODELS[model], arguments.rank, n_slices))
+            with device.arena() as memory:
+                recording = device.recording(memory=memory)
+                kernels = layer_kernels(recording, MODELS[model], rows, arguments.rank, n_slices)
+                report(recording, model, rows, kernels)
+        with device.arena() as memory:
+            recording = device.recording(memory=memory)
+            kernels = optimizer_kernels(recording, MODELS[model], arguments.rank, n_slices)
+            report(recording, model, "any", kernels)
     write_records(arguments.output, records, "small_kernels")
 
 

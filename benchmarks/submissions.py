@@ -64,9 +64,16 @@ def measure(model: str, case: Case, precision: str, options: argparse.Namespace)
         config = run_config(
             path, batch_size=case.batch_size, length=case.length, steps=10**6, precision=precision
         )
-        session = TrainingSession(config, examples=as_examples(case.data(model)))
+        with TrainingSession(config, examples=as_examples(case.data(model))) as session:
+            time_session(session, model, case, precision, options)
+
+
+def time_session(
+    session: TrainingSession, model: str, case: Case, precision: str, options: argparse.Namespace
+) -> None:
+    """The same of a session that is open."""
     shake_adapter(session)
-    batches = list(sequential_batches(session.train_examples, case.batch_size))
+    batches = list(sequential_batches(session.workload.train_examples, case.batch_size))
     for most in options.most:
         timed(session, batches, most, True)
     found: dict[tuple[int, bool], list[float]] = {}
@@ -76,7 +83,7 @@ def measure(model: str, case: Case, precision: str, options: argparse.Namespace)
                 seconds = timed(session, batches, most, waited)
                 found.setdefault((most, waited), []).append(seconds)
     middle = {key: 1e3 * statistics.median(values) for key, values in found.items()}
-    n = sum(isinstance(c, program.Dispatch) for p in session.step_programs() for c in p.commands)
+    n = sum(len(p.dispatches) for p in session.step_programs())
     print(f"\n{model} {case} {precision}, {n} dispatches a step, {describe(session.device)}\n")
     rows = [
         ["uncut" if most == UNCUT else most, *(f"{middle[most, w]:.2f}" for w in (True, False))]

@@ -27,7 +27,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.sessions import Case, describe, planned_memory, shake_adapter, used_memory
+from benchmarks.sessions import Case, describe, shake_adapter, used_memory
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft_report import write_curves, write_report
 from lora.shaders.device import Device
@@ -62,52 +62,55 @@ def ours(model: Path, name: str, case: Case, precision: str, recompute: str,
         learning_rate=LEARNING_RATE,
     )
     start = time.perf_counter()
-    device = Device()
-    opened = used_memory()
-    session = TrainingSession(config, examples=as_examples(case.data(name)), device=device)
-    shake_adapter(session)
-    set_up = time.perf_counter() - start
-    session.save(adapter)
+    with Device() as device:
+        opened = used_memory()
+        examples = as_examples(case.data(name))
+        with TrainingSession(config, examples=examples, device=device) as session:
+            shake_adapter(session)
+            set_up = time.perf_counter() - start
+            session.save(adapter)
 
-    losses, norms, times, encode = [], [], [], []
-    assert session.stream is not None
-    begin_state = session.stream.state()
-    for batches in session.stream:
-        begin = time.perf_counter()
-        session.step(batches)
-        encode.append(time.perf_counter() - begin)
-        for metrics in session.finished_steps(wait=True):  # a fence, as torch.cuda.synchronize
-            losses.append(metrics.loss)
-            norms.append(metrics.grad_norm)
-        times.append(time.perf_counter() - begin)
-    used = used_memory()
-    median = statistics.median(times[case.warm_up :])
-    # The same without fences: the host runs ahead, as in training. Some seconds of it are enough.
-    n = max(2, min(case.steps, int(5 / median)))
-    session.stream.restore(begin_state)
-    begin = time.perf_counter()
-    for _ in range(n):
-        session.step(next(session.stream))
-    session.finished_steps(wait=True)
-    pipelined = (time.perf_counter() - begin) / n
-    timed = "timestamp-query" in device.features
-    kernels = kernel_table(session, repeats=5 if median < 0.5 else 1) if timed else []
-    return {
-        "ms": 1e3 * median,
-        "ms_pipelined": 1e3 * pipelined,
-        "encode_ms": 1e3 * statistics.median(encode[case.warm_up :]),
-        "set_up_s": set_up,
-        "first_step_s": times[0],
-        "memory_MiB": sum(device.allocated.values()) / 2**20,
-        "memory": {k: round(v / 2**20, 1) for k, v in device.allocated.items()},
-        "planned_MiB": planned_memory(session) / 2**20,
-        "context_MiB": _difference_mib(before, opened),
-        "nvidia_smi_MiB": _difference_mib(before, used),
-        "losses": losses,
-        "norms": norms,
-        "kernels": [asdict(row) for row in kernels],
-        "device": describe(device),
-    }
+            losses, norms, times, encode = [], [], [], []
+            assert session.stream is not None
+            begin_state = session.stream.state()
+            for batches in session.stream:
+                begin = time.perf_counter()
+                session.step(batches)
+                encode.append(time.perf_counter() - begin)
+                # A fence, as torch.cuda.synchronize.
+                for metrics in session.finished_steps(wait=True):
+                    losses.append(metrics.loss)
+                    norms.append(metrics.grad_norm)
+                times.append(time.perf_counter() - begin)
+            used = used_memory()
+            median = statistics.median(times[case.warm_up :])
+            # The same without fences: the host runs ahead, as in training. Some seconds of it are
+            # enough.
+            n = max(2, min(case.steps, int(5 / median)))
+            session.stream.restore(begin_state)
+            begin = time.perf_counter()
+            for _ in range(n):
+                session.step(next(session.stream))
+            session.finished_steps(wait=True)
+            pipelined = (time.perf_counter() - begin) / n
+            timed = "timestamp-query" in device.facts.features
+            kernels = kernel_table(session, repeats=5 if median < 0.5 else 1) if timed else []
+            return {
+                "ms": 1e3 * median,
+                "ms_pipelined": 1e3 * pipelined,
+                "encode_ms": 1e3 * statistics.median(encode[case.warm_up :]),
+                "set_up_s": set_up,
+                "first_step_s": times[0],
+                "memory_MiB": device.allocated.total() / 2**20,
+                "memory": {k: round(v / 2**20, 1) for k, v in device.allocated.items()},
+                "planned_MiB": session.plan.allocated.total() / 2**20,
+                "context_MiB": _difference_mib(before, opened),
+                "nvidia_smi_MiB": _difference_mib(before, used),
+                "losses": losses,
+                "norms": norms,
+                "kernels": [asdict(row) for row in kernels],
+                "device": describe(device),
+            }
 
 
 def _difference_mib(before: int | None, after: int | None) -> float | None:

@@ -8,8 +8,8 @@ from math import log2
 from typing import Any
 
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 _SUMS = {"attention": 1, "attention_backward_q": 1, "attention_backward_kv": 2}
@@ -59,7 +59,9 @@ def attention(
     check_f32("attention", lse=log_sums)
     check_shape("attention log-sum-exp", log_sums, qkv.shape[0], n_heads)
     tile_type = qkv.dtype
-    tile = choose_tile("attention", program.device, extent.maximum, n_heads, head_size, tile_type)
+    tile = choose_tile(
+        "attention", program.recording, extent.maximum, n_heads, head_size, tile_type
+    )
     types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "out_type": y.dtype}
     program.dispatch(
         "attention",
@@ -74,7 +76,7 @@ def attention(
 def activation_like(program: Program, x: Tensor, columns: int) -> Tensor:
     """A new activation of x's type and rows."""
     extent = extent_of(x)
-    return program.device.empty((extent.maximum, columns), x.dtype, extent=extent)
+    return program.recording.memory.empty((extent.maximum, columns), x.dtype, extent=extent)
 
 
 def attention_constants(
@@ -194,7 +196,7 @@ _MAX_ACCUMULATORS = 64  # of a lane, where no row fits: more would leave the reg
 
 
 def choose_tile(
-    kernel: str, device: Device, rows: int, heads: int, head_size: int, tile_type: str = "f32"
+    kernel: str, recording: Recording, rows: int, heads: int, head_size: int, tile_type: str = "f32"
 ) -> Tile:
     """The tile of an attention kernel: its row of the table, or what fits the device.
 
@@ -208,11 +210,11 @@ def choose_tile(
         head_size: columns of a head.
         tile_type: "f32", or "f16" where all that is read into tiles is.
     """
-    memory = device.workgroup_memory
-    wanted = 1 if device.is_cpu else WORKGROUPS_WANTED
-    tile = None if device.is_cpu else _table_tile(kernel, head_size, tile_type, memory)
+    memory = recording.facts.workgroup_memory
+    wanted = 1 if recording.facts.is_cpu else WORKGROUPS_WANTED
+    tile = None if recording.facts.is_cpu else _table_tile(kernel, head_size, tile_type, memory)
     if tile is None:
-        tile = _fitting_tile(kernel, device.is_cpu, head_size, tile_type, memory)
+        tile = _fitting_tile(kernel, recording.facts.is_cpu, head_size, tile_type, memory)
     while tile.per_lane > 1 and tile.workgroups(rows, heads) < wanted:
         tile = replace(tile, per_lane=tile.per_lane // 2)
     return tile

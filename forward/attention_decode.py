@@ -192,7 +192,7 @@ def attention_decode_row(
     check_shape("attention_decode_row output", y, 1, heads.query_size)
     tensors = [qkv, place.words, rope.tables, cache.keys, cache.values]
     splits, quads = -(-room // _ROW_KEYS), heads.head_size // 4
-    partial = program.device.scratch((heads.n_heads, splits, quads + 1, 4))
+    partial = program.recording.memory.scratch((heads.n_heads, splits, quads + 1, 4))
     tensors.append(partial)
     qk_norm = rope.q_weight is not None and rope.k_weight is not None
     if rope.q_weight is not None and rope.k_weight is not None:

@@ -47,7 +47,7 @@ def cross_entropy(
         check_shape(f"cross_entropy {name}", tensor, rows)
     if stride % 4:
         raise ValueError(f"cross_entropy: {stride} columns are no multiple of 4")
-    is_cpu = program.device.is_cpu
+    is_cpu = program.recording.facts.is_cpu
     lanes, quads = (CPU_LANES, CPU_QUADS) if is_cpu else (GPU_LANES, GPU_QUADS)
     steps = -(-n_columns // (4 * lanes * quads)) if is_cpu else 1
     columns = 4 * lanes * quads * steps
@@ -61,7 +61,7 @@ def cross_entropy(
         "columns": columns,
         "n_stretches": n_stretches,
     }
-    sums = program.device.scratch((rows, n_stretches, 4))
+    sums = program.recording.memory.scratch((rows, n_stretches, 4))
     program.dispatch(
         "cross_entropy_sums",
         constants,

@@ -6,8 +6,8 @@ from typing import Any
 
 from lora.forward.rope import rope
 from lora.shaders.activations import activation, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # Lanes of a workgroup, and quads of columns a lane until there are more lanes a head, at least 8.
@@ -53,7 +53,7 @@ def head_norm_rope(
     check_shape("head_norm_rope output", y, *qkv.shape)
     together = turns_whole_quads(tables, interleaved)
     constants = head_constants(
-        program.device, tables.shape[1] if together else 0, epsilon, n_heads, n_kv_heads,
+        program.recording, tables.shape[1] if together else 0, epsilon, n_heads, n_kv_heads,
         head_size, interleaved,
     )  # fmt: skip
     program.dispatch(
@@ -103,7 +103,7 @@ def turns_whole_quads(tables: Tensor, interleaved: bool) -> bool:
 
 
 def head_constants(
-    device: Device,
+    recording: Recording,
     half: int,
     epsilon: float,
     n_heads: int,
@@ -112,7 +112,7 @@ def head_constants(
     interleaved: bool,
 ) -> dict[str, Any]:
     """The template constants that forward and backward share; `half` 0 leaves the rotation out."""
-    lanes, quads = (CPU_LANES, CPU_QUADS) if device.is_cpu else (GPU_LANES, GPU_QUADS)
+    lanes, quads = (CPU_LANES, CPU_QUADS) if recording.facts.is_cpu else (GPU_LANES, GPU_QUADS)
     sum_lanes = 8
     while sum_lanes < lanes and 4 * quads * sum_lanes < head_size:
         sum_lanes *= 2

@@ -14,8 +14,8 @@ from typing import Any
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.rmsnorm import row_lanes
 from lora.shaders.activations import check_shape
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
 BLOCK = 32  # columns that share a scale
@@ -39,11 +39,13 @@ class IntRow:
     weight: Tensor | None = None
 
     @classmethod
-    def allocate(cls, device: Device, width: int, extent: Extent) -> IntRow:
+    def allocate(cls, recording: Recording, width: int, extent: Extent) -> IntRow:
         """Memory for a row."""
         if width % BLOCK:
             raise ValueError(f"a row of {width} columns is no whole number of blocks of {BLOCK}")
-        return cls(device.empty((1, width // BLOCK * _BLOCK_WORDS), "u32", extent=extent), width)
+        return cls(
+            recording.memory.empty((1, width // BLOCK * _BLOCK_WORDS), "u32", extent=extent), width
+        )
 
     def before_norm(self, weight: Tensor | None) -> IntRow:
         """The same memory, for a row on its way into an RMSNorm of that weight."""
@@ -52,14 +54,14 @@ class IntRow:
         return replace(self, weight=weight)
 
 
-def takes_int_row(device: Device, matrix: FrozenMatrix) -> bool:
+def takes_int_row(recording: Recording, matrix: FrozenMatrix) -> bool:
     """Whether products of one row with a matrix are to be computed by `matmul_int_row`.
 
     A CPU device gains nothing; Metal has no instruction for products of bytes.
     """
     return (
-        not device.is_cpu
-        and device.info.get("backend_type") != "Metal"
+        not recording.facts.is_cpu
+        and recording.facts.info.get("backend_type") != "Metal"
         and matrix.in_features % BLOCK == 0
         and all(part.quantization.numbers is not None for part in matrix.parts)
     )
@@ -99,7 +101,7 @@ def to_int_row(
     lanes = _LANES
     tensors = [x, to.words]
     if norm is not None:
-        lanes = max(8, row_lanes(program.device, to.width))
+        lanes = max(8, row_lanes(program.recording, to.width))
         check_shape("int row's norm", norm.weight, to.width)
         check_shape("int row's output", norm.out, 1, to.width)
         tensors += [norm.weight, norm.out]

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass
 
 from lora.forward.model.adapter import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -129,11 +129,11 @@ def record_projection(
     widths += [n for m in members for n in (m.x_column, m.length)]
     if any(n % 4 for n in widths) or columns * len(members) != z.shape[1]:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
-    if program.device.is_cpu:
+    if program.recording.facts.is_cpu:
         block = Block(CPU_SPLITS, 1, 1, CPU_ROWS, 8 if columns % 8 == 0 else 4, 1)
     else:
         tuning = GPU_TUNINGS[transposed]
-        block = gpu_block(program.device, tuning, extent.maximum, columns, len(members))
+        block = gpu_block(program.recording, tuning, extent.maximum, columns, len(members))
     constants = {
         "transposed": transposed,
         "members": [asdict(m) for m in members],
@@ -154,14 +154,16 @@ def record_projection(
     )
 
 
-def gpu_block(device: Device, tuning: Tuning, rows: int, columns: int, n_members: int) -> Block:
+def gpu_block(
+    recording: Recording, tuning: Tuning, rows: int, columns: int, n_members: int
+) -> Block:
     """The first of a tuning's blocks that makes enough workgroups, of those that one can hold."""
     quads = columns // 4
     fitting = []
     for lane_rows, row_lanes, most_column_lanes, unroll in tuning.blocks:
         column_lanes = max(n for n in range(1, most_column_lanes + 1) if quads % n == 0)
         block = Block(tuning.splits, column_lanes, row_lanes, lane_rows, 4, unroll)
-        if block.lanes <= _GROUP_LANES and block.sum_bytes <= device.workgroup_memory:
+        if block.lanes <= _GROUP_LANES and block.sum_bytes <= recording.facts.workgroup_memory:
             if block.n_groups(rows, n_members * columns) >= tuning.enough_groups:
                 return block
             fitting.append(block)

@@ -37,7 +37,7 @@ class Place:
 def _uniforms(program: Program, place: Place | None) -> list[Tensor]:
     if place is None:
         return []
-    return [program.device.constant_uniform((place.x_column, place.out_column))]
+    return [program.recording.memory.constant_uniform((place.x_column, place.out_column))]
 
 
 def matmul(
@@ -192,7 +192,7 @@ def record_product(
         check_shape(f"{label} residual", residual, *out.shape)
     after = [tensor for tensor in (residual, bias) if tensor is not None]
     flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
-    body = program.device.matmul_body or ("wide" if program.device.is_cpu else "tiled")
+    body = program.recording.body or ("wide" if program.recording.facts.is_cpu else "tiled")
     if body == "wide":
         constants |= {"lane_rows": WIDE_ROWS, "lanes": WIDE_LANES}
         workgroups = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
@@ -223,15 +223,15 @@ def _record_tiled(
         after: residual and bias, which the last pass takes.
         norm: see `matmul`; it is the last pass where it can add stretches up.
     """
-    n_columns, device = constants["n_columns"], program.device
-    half, given = device.precision == "f16", dict(constants)
+    n_columns, recording = constants["n_columns"], program.recording
+    half, given = recording.precision == "f16", dict(constants)
     request = Request(
         _record_tiled, half, extent, out, given, tensors, after, place, label, flops, norm
     )
-    tile, splits, length = plan_of(device, request)
+    tile, splits, length = plan_of(recording, request)
     constants |= tile.constants() | {"splits": splits, "split_length": length}
     # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly.
-    constants["unroll"] = 4 if device.is_cpu else tile.depth
+    constants["unroll"] = 4 if recording.facts.is_cpu else tile.depth
     constants["maximum_rows"] = extent.maximum
     constants |= {"half": half, "carry": HALF_CARRY if half else tile.depth}
     grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
@@ -242,7 +242,7 @@ def _record_tiled(
         if norm is not None:
             norm.record(program, out)
         return
-    partial = device.scratch((splits * extent.maximum, n_columns))
+    partial = recording.memory.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
         "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
         "out_type": "f32",
@@ -252,7 +252,7 @@ def _record_tiled(
         product += _uniforms(program, Place(place.x_column, 0))
     program.dispatch("matmul_tiled", first_pass, product, grid, label=label, flops=flops)
     plain = not constants["bias"] and constants["softcap"] is None
-    if norm is not None and plain and adds_up(device, n_columns, splits):
+    if norm is not None and plain and adds_up(recording, n_columns, splits):
         norm.record(program, out, Stretches(partial, splits, after[0] if after else None))
         return
     keys = (

@@ -11,8 +11,8 @@ from lora.forward.matmul_row import check_row_product
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.activations import activation, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # Of a dispatch: fewer do not keep the memory of a large GPU busy, more only have more to add up.
@@ -107,8 +107,8 @@ def matmul_int_row(
         tiling: by default chosen for the shape.
         label: what the dispatches are called in listings.
     """
-    device = program.device
-    if x.width != matrix.in_features or not takes_int_row(device, matrix):
+    recording = program.recording
+    if x.width != matrix.in_features or not takes_int_row(recording, matrix):
         raise ValueError(f"{label}: an int row of {x.width} does not fit {matrix.in_features}")
     check_row_product(
         matrix, gate=gate, lora=lora, z=z, bias=bias, softcap=softcap, residual=residual,
@@ -132,10 +132,10 @@ def matmul_int_row(
         # WebGPU promises eight buffers: an adapted product with a bias would take nine.
         fits = (
             len(matrix.parts) == 1 and n_columns % BLOCK == 0
-            and len(tensors) + len(stored) <= device.most_storage_buffers
+            and len(tensors) + len(stored) <= recording.facts.most_storage_buffers
         )  # fmt: skip
         chosen = tiling or choose_int_tiling(
-            part.out_features, matrix.in_features, most_lanes=_most_lanes(device),
+            part.out_features, matrix.in_features, most_lanes=_most_lanes(recording),
             gated=gate is not None, stores=int_out is not None and fits,
         )  # fmt: skip
         weight_rows = chosen.weight_rows if n_columns % chosen.weight_rows == 0 else 4
@@ -166,7 +166,7 @@ def matmul_int_row(
             "parts": chosen.share // weight_rows,
         }
         if len(matrix.parts) > 1:
-            tensors.append(device.constant_uniform((0, part.first_feature)))
+            tensors.append(recording.memory.constant_uniform((0, part.first_feature)))
         if stores_ints:
             tensors += stored
         terms = matrix.in_features + (lora.rank if lora and members else 0)
@@ -183,7 +183,7 @@ def matmul_int_row(
     return y
 
 
-def _most_lanes(device: Device) -> int:
+def _most_lanes(recording: Recording) -> int:
     """Lanes that a workgroup may have, as a power of two."""
-    most = min(device.most_lanes, device.workgroup_memory // _BYTES_A_LANE)
+    most = min(recording.facts.most_lanes, recording.facts.workgroup_memory // _BYTES_A_LANE)
     return int(1 << (most.bit_length() - 1))

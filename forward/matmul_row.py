@@ -129,7 +129,10 @@ def matmul_row(
     y = out if out is not None else activation(program, extent_of(x), width)
     check_shape("matmul_row output", y, 1, width)
     tiling = tiling or choose_tiling(
-        program.device.is_cpu, matrix.out_features, matrix.in_features, gated=gate is not None
+        program.recording.facts.is_cpu,
+        matrix.out_features,
+        matrix.in_features,
+        gated=gate is not None,
     )
     for part in matrix.parts:
         members = adapted_members(lora, part)
@@ -164,7 +167,7 @@ def matmul_row(
             tensors += [z, lora.b]
         tensors += [tensor for tensor in (residual, bias) if tensor is not None]
         if len(matrix.parts) > 1:
-            tensors.append(program.device.constant_uniform((0, part.first_feature)))
+            tensors.append(program.recording.memory.constant_uniform((0, part.first_feature)))
         terms = matrix.in_features + (lora.rank if lora and members else 0)
         program.dispatch(
             "matmul_row",
@@ -242,7 +245,7 @@ def project_row(
     check_shape("project_row output", z, 1, n)
     quads = in_features // 4
     lanes = _Z_LANES
-    while lanes * _Z_STEPS < quads and 2 * lanes <= program.device.most_lanes:
+    while lanes * _Z_STEPS < quads and 2 * lanes <= program.recording.facts.most_lanes:
         lanes *= 2
     constants = {"width": in_features, "lanes": lanes, "norm": norm is not None, "steps": _Z_STEPS}
     tensors = [x, lora.a, z] + ([norm.weight] if norm is not None else [])

@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lora.forward.plans.stretches import Stretches
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # Fewest lanes a row, and quads of columns a lane until there are more lanes. A GPU waits for
@@ -20,19 +20,19 @@ _MOST_LANES = 256  # of a workgroup, on every device
 MOST_PARTIAL_QUADS = 32
 
 
-def row_lanes(device: Device, width: int) -> int:
+def row_lanes(recording: Recording, width: int) -> int:
     """Lanes of the workgroup that norms one row of `width` columns."""
     if width % 4:
         raise ValueError(f"rmsnorm: a width of {width} is no multiple of 4")
-    lanes, quads = (CPU_LANES, CPU_QUADS) if device.is_cpu else (GPU_LANES, GPU_QUADS)
+    lanes, quads = (CPU_LANES, CPU_QUADS) if recording.facts.is_cpu else (GPU_LANES, GPU_QUADS)
     while lanes < _MOST_LANES and 4 * quads * lanes < width:
         lanes *= 2
     return lanes
 
 
-def adds_up(device: Device, width: int, splits: int) -> bool:
+def adds_up(recording: Recording, width: int, splits: int) -> bool:
     """Whether a norm over rows of `width` columns can take a product in so many stretches."""
-    steps = -(-width // (4 * row_lanes(device, width)))
+    steps = -(-width // (4 * row_lanes(recording, width)))
     return steps * splits <= MOST_PARTIAL_QUADS
 
 
@@ -98,7 +98,7 @@ def rmsnorm(
         "width": width,
         "x_type": x.dtype,
         "out_type": y.dtype,
-        "lanes": row_lanes(program.device, width),
+        "lanes": row_lanes(program.recording, width),
         "epsilon": epsilon,
         "residual": residual is not None,
         "splits": stretches.splits if stretches else 1,

@@ -43,7 +43,7 @@ def rope(
         )
     # Four pairs a lane as whole vectors, where heads and their rotated halves are made of these.
     unit = 4 if half % 4 == head_size % 4 == qkv.shape[1] % 4 == 0 else 1
-    lanes = CPU_LANES if program.device.is_cpu else GPU_LANES
+    lanes = CPU_LANES if program.recording.facts.is_cpu else GPU_LANES
     constants = {
         "unit": unit,
         "qkv_type": qkv.dtype,

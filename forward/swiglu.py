@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from lora.shaders.activations import activation, check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # Lanes of a workgroup, and quads of columns that a lane takes.
@@ -28,9 +28,9 @@ def gated_width(gate_up: Tensor) -> int:
     return columns // 2
 
 
-def lane_constants(device: Device) -> dict[str, int]:
+def lane_constants(recording: Recording) -> dict[str, int]:
     """The template constants that forward and backward share."""
-    lanes, quads = (CPU_LANES, CPU_QUADS) if device.is_cpu else (GPU_LANES, GPU_QUADS)
+    lanes, quads = (CPU_LANES, CPU_QUADS) if recording.facts.is_cpu else (GPU_LANES, GPU_QUADS)
     return {"lanes": lanes, "quads": quads}
 
 
@@ -49,7 +49,7 @@ def swiglu(
     width = gated_width(gate_up)
     y = out if out is not None else activation(program, extent, width)
     check_shape("swiglu output", y, gate_up.shape[0], width)
-    lanes = lane_constants(program.device)
+    lanes = lane_constants(program.recording)
     constants = {
         "width": width,
         "activation": activation_name,

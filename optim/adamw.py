@@ -62,7 +62,7 @@ def adamw(
         raise ValueError(f"adamw: {n} parameters are no multiple of 4")
     if not epsilon >= _SMALLEST:
         raise ValueError(f"adamw: an epsilon of {epsilon} is 0 in f32, and 0 / 0 would follow")
-    for start, stop in flat_ranges(n, max_range or program.device.max_binding // 4):
+    for start, stop in flat_ranges(n, max_range or program.recording.facts.max_binding // 4):
         constants = {
             "lanes": LANES,
             "n": stop - start,

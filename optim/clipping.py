@@ -55,10 +55,10 @@ def gradient_norm(
         check_shape("gradient slice", gradient, n)
     if n % 4:
         raise ValueError(f"gradient_norm: {n} parameters are no multiple of 4")
-    lanes = CPU_LANES if program.device.is_cpu else GPU_LANES
-    ranges = flat_ranges(n, max_range or program.device.max_binding // 4)
+    lanes = CPU_LANES if program.recording.facts.is_cpu else GPU_LANES
+    ranges = flat_ranges(n, max_range or program.recording.facts.max_binding // 4)
     groups = [min(_PARTIALS, -(-(stop - start) // (4 * lanes))) for start, stop in ranges]
-    partial = program.device.empty((sum(groups),), purpose="optimizer")
+    partial = program.recording.memory.empty((sum(groups),), purpose="optimizer")
     for index, (start, stop) in enumerate(ranges):
         stretch = -(-(stop - start) // (4 * groups[index]))  # quads
         program.dispatch(

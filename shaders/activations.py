@@ -8,7 +8,7 @@ from lora.shaders.tensor import Extent, Tensor
 
 def activation(program: Program, extent: Extent, *shape: int) -> Tensor:
     """A new f32 tensor [extent.maximum, *shape] whose rows in use are `extent`'s."""
-    return program.device.empty((extent.maximum, *shape), extent=extent)
+    return program.recording.memory.empty((extent.maximum, *shape), extent=extent)
 
 
 def extent_of(x: Tensor) -> Extent:

@@ -11,3 +11,7 @@ class InputError(LoraError):
 
 class DeviceMemoryError(LoraError):
     """The device has no room for a buffer. Who knows what the memory is for says more."""
+
+
+class GPUError(Exception):
+    """What a WebGPU implementation refused: code, a command, memory. Our fault, or a driver's."""

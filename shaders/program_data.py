@@ -16,13 +16,14 @@ from typing import Any
 import numpy as np
 import safetensors
 import safetensors.numpy
-import wgpu
 
-from lora.shaders.device import ALIGNMENT, Device
 from lora.shaders.errors import InputError
+from lora.shaders.memory import ALIGNMENT, Memory
 from lora.shaders.program import Copy, Dispatch, Program
+from lora.shaders.recording import Recording
 from lora.shaders.templates import render
 from lora.shaders.tensor import Tensor
+from lora.shaders.webgpu import UNIFORM, Buffer
 
 _FORMAT = "webgpu-lora program, 1"
 _HOLDS = "programs"  # the key of the metadata
@@ -59,9 +60,9 @@ def save_programs(
         programs: by the names that they are loaded under.
         tensors: those that whoever loads the programs will want to write or read, by name.
     """
-    device = next(iter(programs.values())).device
-    if not device.holds_data:
-        raise ValueError("a device that only counts has nothing to save")
+    memory = next(iter(programs.values())).recording.memory
+    if not memory.holds_data:
+        raise ValueError("memory that only counts has nothing to save")
     writer = _Writer()
     described = {
         name: [writer.command(command) for command in program.commands]
@@ -69,14 +70,14 @@ def save_programs(
     }
     named = {name: writer.tensor(tensor) for name, tensor in tensors.items()}
     contents = {
-        f"buffer.{place}": np.frombuffer(device.queue.read_buffer(buffer), np.uint8)
+        f"buffer.{place}": np.frombuffer(memory.handle.read(buffer, 0, buffer.size), np.uint8)
         for place, buffer in enumerate(writer.buffers)
     }
     metadata = {
         "format": _FORMAT,
         _HOLDS: json.dumps(
             {
-                "uniforms": [bool(b.usage & wgpu.BufferUsage.UNIFORM) for b in writer.buffers],
+                "uniforms": [bool(b.usage & UNIFORM) for b in writer.buffers],
                 "kernels": writer.kernels,
                 "programs": described,
                 "tensors": named,
@@ -94,8 +95,8 @@ class LoadedPrograms:
     tensors: dict[str, Tensor]
 
 
-def load_programs(path: Path, device: Device) -> LoadedPrograms:
-    """Puts the buffers of a file of `save_programs` on a device and builds its programs.
+def load_programs(path: Path, recording: Recording) -> LoadedPrograms:
+    """Puts the buffers of a file of `save_programs` into memory and builds its programs.
 
     Raises:
         InputError: no such file, or the device lacks what its kernels need.
@@ -107,12 +108,12 @@ def load_programs(path: Path, device: Device) -> LoadedPrograms:
                 raise InputError(f"{path}: not a file of programs of this version.")
             described = json.loads(metadata[_HOLDS])
             buffers = [
-                _buffer(device, file.get_tensor(f"buffer.{place}"), is_uniform)
+                _buffer(recording.memory, file.get_tensor(f"buffer.{place}"), is_uniform)
                 for place, is_uniform in enumerate(described["uniforms"])
             ]
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read as programs: {error}.") from None
-    reader = _Reader(device, buffers, described["kernels"])
+    reader = _Reader(recording, buffers, described["kernels"])
     return LoadedPrograms(
         {name: reader.program(commands) for name, commands in described["programs"].items()},
         {name: reader.tensor(values) for name, values in described["tensors"].items()},
@@ -123,12 +124,12 @@ def _key(template: str, constants: Mapping[str, Any]) -> str:
     return f"{template} {sorted(constants.items())!r}"
 
 
-def _buffer(device: Device, data: np.ndarray, is_uniform: bool) -> Any:
+def _buffer(memory: Memory, data: np.ndarray, is_uniform: bool) -> Any:
     if is_uniform:
-        tensor = device.uniform(ALIGNMENT // 4)
+        tensor = memory.uniform(ALIGNMENT // 4)
     else:
-        tensor = device.empty((len(data) // 4,), "u32")
-    device.write(tensor, data.view(np.uint32))
+        tensor = memory.empty((len(data) // 4,), "u32")
+    memory.write(tensor, data.view(np.uint32))
     return tensor.buffer
 
 
@@ -136,7 +137,7 @@ class _Writer:
     """Numbers the buffers and kernels of commands as they come."""
 
     def __init__(self) -> None:
-        self.buffers: list[wgpu.GPUBuffer] = []
+        self.buffers: list[Buffer] = []
         self.kernels: list[dict[str, Any]] = []
         self._places: dict[int, int] = {}
         self._kernel_places: dict[str, int] = {}
@@ -174,13 +175,15 @@ class _Writer:
 
 
 class _Reader:
-    """Builds commands on a device out of what `_Writer` made of them."""
+    """Builds commands out of what `_Writer` made of them."""
 
-    def __init__(self, device: Device, buffers: list[Any], kernels: list[dict[str, Any]]) -> None:
-        self._device = device
+    def __init__(
+        self, recording: Recording, buffers: list[Any], kernels: list[dict[str, Any]]
+    ) -> None:
+        self._recording = recording
         self._buffers = buffers
         self._kernels = kernels
-        self._pipelines = [device.compile(k["template"], k["wgsl"]) for k in kernels]
+        self._pipelines = [recording.memory.compile(k["template"], k["wgsl"]) for k in kernels]
 
     def tensor(self, values: list[Any]) -> Tensor:
         """See `_Writer.tensor`."""
@@ -189,7 +192,7 @@ class _Reader:
 
     def program(self, commands: list[dict[str, Any]]) -> Program:
         """A program of these commands."""
-        program = Program(self._device)
+        program = Program(self._recording)
         program.commands += [self._command(command) for command in commands]
         return program
 
@@ -206,7 +209,7 @@ class _Reader:
             template=kernel["template"],
             constants=kernel["constants"],
             pipeline=pipeline,
-            bind_group=self._device.bind_group(pipeline, tensors),
+            bind_group=self._recording.memory.bind(pipeline, tensors),
             workgroups=(x, y, z),
             flops=values["flops"],
             tensors=tensors,

@@ -6,7 +6,8 @@ import math
 from dataclasses import dataclass, replace
 
 import numpy as np
-import wgpu
+
+from lora.shaders.webgpu import Buffer
 
 # Quantized weights are arrays of u32 words.
 NUMPY_TYPES: dict[str, type[np.float32] | type[np.uint32] | type[np.float16]] = {
@@ -39,14 +40,14 @@ class Tensor:
     """A view of a device buffer.
 
     Attributes:
-        buffer: the wgpu buffer that holds it.
+        buffer: that holds it; memory that only counts has none.
         offset: where it begins, in bytes; a multiple of 256, so that it can be bound anywhere.
         shape: row-major sizes.
         dtype: "f32", "u32" or, for activations under `precision: f16`, "f16".
         extent: for activations, which rows (first dimension) are in use; None means all.
     """
 
-    buffer: wgpu.GPUBuffer
+    buffer: Buffer
     offset: int
     shape: tuple[int, ...]
     dtype: str = "f32"
@@ -83,7 +84,3 @@ class Tensor:
         if offset % 256:
             raise ValueError(f"row {start} of {self.shape} begins at byte {offset}, not on 256")
         return replace(self, offset=offset, shape=(stop - start, *self.shape[1:]))
-
-    def binding(self) -> dict[str, object]:
-        """The entry of a bind group."""
-        return {"buffer": self.buffer, "offset": self.offset, "size": self.n_bytes}

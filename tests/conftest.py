@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
 import pytest
 
 from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 
 # One commit gives one result.
 hypothesis.settings.register_profile("fixed", derandomize=True)
@@ -48,6 +50,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def device() -> Device:
     return Device()
+
+
+@pytest.fixture
+def recording(device: Device) -> Iterator[Recording]:
+    """What a test records with; its memory is given back after it."""
+    with device.arena() as arena:
+        yield device.recording(memory=arena)
 
 
 def _model(file: str, name: str) -> Path:

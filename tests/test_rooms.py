@@ -42,6 +42,18 @@ def test_nothing_imports_a_judge_or_a_room_by_its_bare_name() -> None:
         assert not first & (JUDGES | (set(ROOMS) - {"lora"})), module
 
 
+def test_one_file_knows_the_implementation_of_webgpu() -> None:
+    """All others go through shaders/webgpu.py; of tests its own may look behind it."""
+    files = [*module_files().values(), *(REPOSITORY / "benchmarks").rglob("*.py")]
+    files += [path for path in (REPOSITORY / "tests").rglob("*.py")]
+    knowing = {
+        str(path.relative_to(REPOSITORY))
+        for path in files
+        if any(name.split(".")[0] == "wgpu" for name in imported_names(path))
+    }
+    assert knowing == {"shaders/native.py"}
+
+
 def test_tests_and_benchmarks_share_through_support_alone() -> None:
     """Nothing imports a test; of benchmarks only their own tests know."""
     for folder in ("tests", "benchmarks"):

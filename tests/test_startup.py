@@ -42,7 +42,7 @@ STARTS = {
     "from lora import TrainingSession": (
         "from lora import TrainingSession\n",
         0.8,
-        _NEVER | {"pydantic", "jinja2", "typer", "rich", "wgpu.backends.wgpu_native"},
+        _NEVER | {"pydantic", "jinja2", "typer", "rich", "wgpu"},
     ),
 }  # fmt: skip
 

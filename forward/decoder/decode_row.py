@@ -21,14 +21,14 @@ from lora.forward.model.kv_cache import KeyValueCache
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.rmsnorm import rmsnorm
 from lora.forward.swiglu import swiglu
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
-def fuses(device: Device) -> bool:
+def fuses(recording: Recording) -> bool:
     """Whether one row takes this way; a CPU device would pay for norms in every lane."""
-    return not device.is_cpu
+    return not recording.facts.is_cpu
 
 
 def row_product(
@@ -75,7 +75,7 @@ def row_product(
 def record_first_row(program: Program, model: Model, act: StepActivations) -> None:
     """Appends what the first layer takes of the embedded token, act.x."""
     first = model.layers[0]
-    row = act.row_before(program.device, "x", act.x, first.qkv, first.attn_norm)
+    row = act.row_before(program.recording, "x", act.x, first.qkv, first.attn_norm)
     if row.ints is not None:
         to_int_row(program, act.x, row.ints)
 
@@ -94,7 +94,7 @@ def record_row_layer(
     It finds act.x in the form that its first product takes, and leaves it as the next layer's (or
     the head's) takes it.
     """
-    a, weights, device = model.architecture, model.layers[layer], program.device
+    a, weights, recording = model.architecture, model.layers[layer], program.recording
     epsilon = a.norm_epsilon
 
     def product(
@@ -108,7 +108,7 @@ def record_row_layer(
         then: Row | None = None,
     ) -> None:
         lora = factors.get((layer, group))
-        z = None if lora is None else act.z(device, lora)
+        z = None if lora is None else act.z(recording, lora)
         row_product(
             program, row, matrix, epsilon, out, lora=lora, z=z, gate=gate,
             bias=weights.biases.get(group), residual=residual, then=then, label=group,
@@ -135,9 +135,9 @@ def record_row_layer(
                 program, act.block_output, post_norm, epsilon, residual=residual, out=then.values
             )  # fmt: skip
 
-    x = act.row_before(device, "x", act.x, weights.qkv, weights.attn_norm)
+    x = act.row_before(recording, "x", act.x, weights.qkv, weights.attn_norm)
     product(x, weights.qkv, "qkv", act.qkv)
-    attended = act.row_before(device, "attended", act.attended, weights.attn_output)
+    attended = act.row_before(recording, "attended", act.attended, weights.attn_output)
     interleaved = a.layer_kinds[layer].rope.interleaved
     rope = RowRope(weights.rope, interleaved, weights.q_norm, weights.k_norm, epsilon)
     attention_decode_row(
@@ -145,11 +145,11 @@ def record_row_layer(
         out=act.attended, int_out=attended.ints,
     )  # fmt: skip
     # The whole numbers of middle may lie where those of x lay: qkv has read them.
-    middle = act.row_before(device, "x", act.middle, weights.gate_up, weights.ffn_norm)
+    middle = act.row_before(recording, "x", act.middle, weights.gate_up, weights.ffn_norm)
     block_end(
         attended, weights.attn_output, "attn_output", weights.post_attention_norm, act.x, middle
     )
-    gated = act.row_before(device, "gated", act.gated, weights.down)
+    gated = act.row_before(recording, "gated", act.gated, weights.down)
     if can_gate(weights.gate_up):
         product(middle, weights.gate_up, "gate_up", act.gated, gate=a.activation, then=gated)
     else:
@@ -159,7 +159,7 @@ def record_row_layer(
             to_int_row(program, act.gated, gated.ints)
     if layer + 1 < a.n_layers:
         following = model.layers[layer + 1]
-        after = act.row_before(device, "x", act.x, following.qkv, following.attn_norm)
+        after = act.row_before(recording, "x", act.x, following.qkv, following.attn_norm)
     else:
-        after = act.row_before(device, "x", act.x, model.head, model.output_norm)
+        after = act.row_before(recording, "x", act.x, model.head, model.output_norm)
     block_end(gated, weights.down, "down", weights.post_ffn_norm, act.middle, after)

@@ -40,7 +40,7 @@ def record_step(
     scale = model.architecture.embedding_scale
     embedding(program, inputs.tokens, model.embedding, inputs.rows, scale=scale, out=act.x)
     record = _record_layer
-    if inputs.rows.maximum == 1 and fuses(program.device):
+    if inputs.rows.maximum == 1 and fuses(program.recording):
         record = record_row_layer
         record_first_row(program, model, act)
     for layer in range(model.architecture.n_layers):
@@ -62,8 +62,8 @@ def record_step_head(
         last = act.x
         if inputs.rows.maximum > 1:
             last = gather_rows(program, act.x, inputs.last_row, head.row, out=head.last)
-        if fuses(program.device):
-            row = act.row_before(program.device, "x", last, model.head, model.output_norm)
+        if fuses(program.recording):
+            row = act.row_before(program.recording, "x", last, model.head, model.output_norm)
             if inputs.rows.maximum > 1 and row.ints is not None:
                 to_int_row(program, last, row.ints)
         else:
@@ -94,7 +94,7 @@ def _record_layer(
     ) -> None:
         lora, z = factors.get((layer, group)), None
         if lora is not None:
-            to_z = act.z(program.device, lora)
+            to_z = act.z(program.recording, lora)
             z = lora_project(program, source, lora, out=to_z, label=f"{group}.z")
         product(
             program, source, matrix, lora=lora, z=z, bias=weights.biases.get(group),

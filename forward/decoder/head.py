@@ -12,8 +12,8 @@ from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
 from lora.forward.rmsnorm import rmsnorm
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # The logits that exist at one time: so many bytes, or those of so many rows where that is more. On
@@ -21,10 +21,10 @@ from lora.shaders.tensor import Tensor
 CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 128
 
 
-def chunk_size(device: Device, logits_size: int, maximum_targets: int) -> int:
+def chunk_size(recording: Recording, logits_size: int, maximum_targets: int) -> int:
     """Target rows whose logits are made at once: a multiple of 64, by memory, in equal chunks."""
     row_bytes = 4 * logits_size
-    most = min(max(CHUNK_BYTES, CHUNK_ROWS * row_bytes), device.max_binding) // row_bytes
+    most = min(max(CHUNK_BYTES, CHUNK_ROWS * row_bytes), recording.facts.max_binding) // row_bytes
     most = max(CHUNK_ALIGNMENT, most // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
     n_chunks = -(-maximum_targets // most)
     return -(-maximum_targets // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
@@ -43,21 +43,23 @@ class HeadActivations:
 
     @classmethod
     def allocate(
-        cls, device: Device, model: Model, inputs: Inputs, factors: Factors
+        cls, recording: Recording, model: Model, inputs: Inputs, factors: Factors
     ) -> HeadActivations:
         """Tensors for the head."""
         a, targets = model.architecture, inputs.targets
         lora = factors.get((a.n_layers, "head"))
 
         def tensor(*shape: int) -> Tensor:
-            return device.empty((targets.maximum, *shape), extent=targets)
+            return recording.memory.empty((targets.maximum, *shape), extent=targets)
 
         start, stop, extent = inputs.chunks[0]
         return cls(
             picked=tensor(a.hidden_size),
             normed=tensor(a.hidden_size),
             z=None if lora is None else tensor(lora.rank),
-            logits=device.empty((stop - start, a.logits_size), extent=extent, purpose="logits"),
+            logits=recording.memory.empty(
+                (stop - start, a.logits_size), extent=extent, purpose="logits"
+            ),
             losses=tensor(),
             correct=tensor(),
         )

@@ -16,8 +16,8 @@ from lora.forward.model.weights import FrozenMatrix
 from lora.forward.rmsnorm import NormAfter, rmsnorm
 from lora.forward.rope import rope
 from lora.forward.swiglu import swiglu
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -47,13 +47,13 @@ class LayerActivations:
 
     @classmethod
     def allocate(
-        cls, device: Device, model: Model, inputs: Inputs, factors: Factors, layer: int
+        cls, recording: Recording, model: Model, inputs: Inputs, factors: Factors, layer: int
     ) -> LayerActivations:
         """Tensors for one layer; layers of the same adapted groups can share them."""
         a = model.architecture
 
-        def tensor(width: int, dtype: str = device.precision) -> Tensor:
-            return device.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
+        def tensor(width: int, dtype: str = recording.precision) -> Tensor:
+            return recording.memory.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
 
         def z(group: str) -> Tensor | None:
             lora = factors.get((layer, group))

@@ -13,7 +13,8 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.activations import extent_of
-from lora.shaders.device import Device
+from lora.shaders.memory import Memory
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
 _ALIGNMENT = 64  # elements: the parts of StepInputs.words begin on 256 bytes
@@ -35,15 +36,17 @@ class StepInputs:
     last_row: Tensor  # u32 [1], the row whose logits are wanted
 
     @classmethod
-    def allocate(cls, device: Device, maximum_rows: int, token: Tensor | None = None) -> StepInputs:
+    def allocate(
+        cls, recording: Recording, maximum_rows: int, token: Tensor | None = None
+    ) -> StepInputs:
         """A buffer for runs of at most `maximum_rows` tokens.
 
         Args:
             token: u32 [1], where the token of a run of one row lies.
         """
-        rows = device.extent(maximum_rows)
+        rows = recording.memory.extent(maximum_rows)
         width = -(-maximum_rows // _ALIGNMENT) * _ALIGNMENT
-        words = device.empty((3 * width + _ALIGNMENT,), "u32", purpose="inputs")
+        words = recording.memory.empty((3 * width + _ALIGNMENT,), "u32", purpose="inputs")
 
         def part(index: int, length: int) -> Tensor:
             return replace(words.slice(index * width, index * width + length), extent=rows)
@@ -64,7 +67,7 @@ class StepInputs:
 
     def write(
         self,
-        device: Device,
+        memory: Memory,
         tokens: Sequence[int] | None,
         first_position: int,
         first_rope_row: int,
@@ -78,16 +81,16 @@ class StepInputs:
         """
         n, width = 1 if tokens is None else len(tokens), self._width
         if n < self.rows.maximum or n > 1:  # with one row at most, it is always in use
-            device.set_rows(self.rows, n)
+            memory.set_rows(self.rows, n)
         values = np.zeros(self.words.size, np.uint32)
         if tokens is not None and self.tokens.buffer is self.words.buffer:
             values[:n] = tokens
         elif tokens is not None:
-            device.write(self.tokens, np.array(tokens, np.uint32))
+            memory.write(self.tokens, np.array(tokens, np.uint32))
         values[width : width + n] = np.arange(first_position, first_position + n)
         values[2 * width : 2 * width + n] = np.arange(first_rope_row, first_rope_row + n)
         values[3 * width] = n - 1
-        device.write(self.words, values)
+        memory.write(self.words, values)
 
 
 @dataclass(frozen=True)
@@ -121,17 +124,17 @@ class StepActivations:
     low: dict[int, Tensor] = field(default_factory=dict)  # z by its width: adapters differ in rank
     ints: dict[str, IntRow] = field(default_factory=dict)  # of one row, by what it is of
 
-    def z(self, device: Device, lora: LoraFactors) -> Tensor:
+    def z(self, recording: Recording, lora: LoraFactors) -> Tensor:
         """The tensor for the z of an adapted group."""
         width = lora.n_members * lora.rank
         if width not in self.low:
             shape = (self.x.shape[0], width)
-            self.low[width] = device.empty(shape, extent=self.x.extent)
+            self.low[width] = recording.memory.empty(shape, extent=self.x.extent)
         return self.low[width]
 
     def row_before(
         self,
-        device: Device,
+        recording: Recording,
         name: str,
         values: Tensor,
         matrix: FrozenMatrix,
@@ -145,19 +148,19 @@ class StepActivations:
             values: [1, width].
             norm: weight of the RMSNorm between; None for none.
         """
-        if not takes_int_row(device, matrix):
+        if not takes_int_row(recording, matrix):
             return Row(values, norm)
         if name not in self.ints:
-            self.ints[name] = IntRow.allocate(device, values.shape[1], extent_of(values))
+            self.ints[name] = IntRow.allocate(recording, values.shape[1], extent_of(values))
         return Row(values, norm, self.ints[name].before_norm(norm))
 
     @classmethod
-    def allocate(cls, device: Device, model: Model, rows: Extent) -> StepActivations:
+    def allocate(cls, recording: Recording, model: Model, rows: Extent) -> StepActivations:
         """Tensors for up to rows.maximum tokens."""
         a = model.architecture
 
         def tensor(width: int) -> Tensor:
-            return device.empty((rows.maximum, width), extent=rows)
+            return recording.memory.empty((rows.maximum, width), extent=rows)
 
         return cls(
             x=tensor(a.hidden_size),
@@ -183,14 +186,14 @@ class StepHead:
     token: Tensor  # u32 [1], the most likely one
 
     @classmethod
-    def allocate(cls, device: Device, model: Model) -> StepHead:
+    def allocate(cls, recording: Recording, model: Model) -> StepHead:
         """Tensors for one row."""
         a = model.architecture
-        row = device.extent(1)
+        row = recording.memory.extent(1)
         return cls(
             row=row,
-            last=device.empty((1, a.hidden_size), extent=row),
-            normed=device.empty((1, a.hidden_size), extent=row),
-            logits=device.empty((1, a.logits_size), purpose="logits", extent=row),
-            token=device.empty((1,), "u32", extent=row),
+            last=recording.memory.empty((1, a.hidden_size), extent=row),
+            normed=recording.memory.empty((1, a.hidden_size), extent=row),
+            logits=recording.memory.empty((1, a.logits_size), purpose="logits", extent=row),
+            token=recording.memory.empty((1,), "u32", extent=row),
         )

@@ -18,8 +18,8 @@ from lora.forward.model.architecture import (
     permute_rows_to_gguf,
     permute_rows_to_hf,
 )
-from lora.shaders.device import Device
 from lora.shaders.errors import InputError
+from lora.shaders.facts import DeviceFacts
 from lora.shaders.tensor import Tensor
 
 _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
@@ -153,7 +153,7 @@ class AdapterLayout:
             )
         return found
 
-    def check_bindings(self, device: Device) -> None:
+    def check_bindings(self, facts: DeviceFacts) -> None:
         """Checks that the device can bind the factors of every group.
 
         Raises:
@@ -162,13 +162,13 @@ class AdapterLayout:
         for group in self.groups:
             rows = sum(stop - start for start, stop in group.ranges)
             width = rows + len(group.members) * group.in_features
-            if 4 * width * self.padded_rank + 4 * _ALIGNMENT > device.max_binding:
+            if 4 * width * self.padded_rank + 4 * _ALIGNMENT > facts.max_binding:
                 names = ", ".join(matrix.module for matrix in group.members)
-                highest = (device.max_binding - 4 * _ALIGNMENT) // (4 * width) // 4 * 4
+                highest = (facts.max_binding - 4 * _ALIGNMENT) // (4 * width) // 4 * 4
                 raise InputError(
                     f"adapter.rank: got {self.rank}; the factors of {names} would take "
                     f"{4 * width * self.padded_rank / 2**20:.0f} MiB, more than the "
-                    f"{device.max_binding / 2**20:.0f} MiB that {device.name} can bind. The "
+                    f"{facts.max_binding / 2**20:.0f} MiB that {facts.name} can bind. The "
                     f"highest rank for them here is {highest}."
                 )
 

@@ -12,7 +12,7 @@ from lora.forward.model.architecture import AdaptableMatrix, Architecture
 from lora.forward.model.inputs import LongExamples
 from lora.forward.model.rope_frequencies import Rope, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -48,7 +48,7 @@ class Model:
 
 
 def load_model(
-    device: Device, gguf_file: GGUFFile, architecture: Architecture, n_positions: int
+    recording: Recording, gguf_file: GGUFFile, architecture: Architecture, n_positions: int
 ) -> Model:
     """Uploads a model, matrix by matrix.
 
@@ -59,10 +59,10 @@ def load_model(
     tensors, a = gguf_file.tensors, architecture
 
     def matrix(*names: str) -> FrozenMatrix:
-        return load_matrix(device, [tensors[name] for name in names])
+        return load_matrix(recording, [tensors[name] for name in names])
 
     def vector(name: str) -> Tensor:
-        return device.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
+        return recording.memory.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
 
     contexts = {kind.rope.long.original_context for kind in a.layer_kinds if kind.rope.long}
     long_examples = None
@@ -74,7 +74,7 @@ def load_model(
             tables = kind.rope.tables(n_positions)
             if long_examples is not None:
                 tables = np.concatenate([tables, kind.rope.tables(n_positions, long=True)])
-            ropes[kind.rope] = device.upload(tables, purpose="rope tables")
+            ropes[kind.rope] = recording.memory.upload(tables, purpose="rope tables")
 
     def layer_weights(layer: int) -> LayerWeights:
         blk = f"blk.{layer}."
@@ -83,7 +83,7 @@ def load_model(
             for group, members in a.groups.items()
         }
         biases = {
-            group: device.upload(_stacked_bias(gguf_file, a, members, layer))
+            group: recording.memory.upload(_stacked_bias(gguf_file, a, members, layer))
             for group, members in a.groups.items()
             if any(m.gguf_name in a.biases for m in members)
         }

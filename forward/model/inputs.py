@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora.shaders.device import Device
+from lora.shaders.memory import Memory
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
 NO_ROW = 0xFFFFFFFF  # an index that stands for a row of zeros
@@ -47,7 +48,7 @@ class Inputs:
     @classmethod
     def allocate(
         cls,
-        device: Device,
+        recording: Recording,
         maximum_rows: int,
         maximum_targets: int,
         chunk_size: int,
@@ -61,14 +62,16 @@ class Inputs:
             long_examples: of the model.
         """
         padded = -(-maximum_targets // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
-        rows, targets = device.extent(maximum_rows), device.extent(padded)
+        rows, targets = recording.memory.extent(maximum_rows), recording.memory.extent(padded)
         chunks = []
         for start in range(0, padded, chunk_size):
             stop = min(start + chunk_size, padded)
-            chunks.append((start, stop, device.extent(stop - start)))
+            chunks.append((start, stop, recording.memory.extent(stop - start)))
 
         def integers(extent: Extent, *shape: int) -> Tensor:
-            return device.empty((extent.maximum, *shape), "u32", purpose="inputs", extent=extent)
+            return recording.memory.empty(
+                (extent.maximum, *shape), "u32", purpose="inputs", extent=extent
+            )
 
         return cls(
             rows=rows,
@@ -85,7 +88,7 @@ class Inputs:
 
     def write(
         self,
-        device: Device,
+        memory: Memory,
         token_ids: np.ndarray,
         positions: np.ndarray,
         segment_start: np.ndarray,
@@ -105,15 +108,15 @@ class Inputs:
         (target_rows,) = np.nonzero(targets >= 0)
         slots = np.full(n, NO_ROW, np.uint32)
         slots[target_rows] = np.arange(len(target_rows), dtype=np.uint32)
-        device.set_rows(self.rows, n)
-        device.write_rows(self.tokens, 0, token_ids)
-        device.write_rows(self.positions, 0, positions)
-        device.write_rows(self.segments, 0, np.stack([segment_start, segment_end], axis=1))
-        device.write_rows(self.target_slots, 0, slots)
-        device.set_rows(self.targets, len(target_rows))
+        memory.set_rows(self.rows, n)
+        memory.write_rows(self.tokens, 0, token_ids)
+        memory.write_rows(self.positions, 0, positions)
+        memory.write_rows(self.segments, 0, np.stack([segment_start, segment_end], axis=1))
+        memory.write_rows(self.target_slots, 0, slots)
+        memory.set_rows(self.targets, len(target_rows))
         if len(target_rows):
-            device.write_rows(self.target_rows, 0, target_rows)
-            device.write_rows(self.labels, 0, targets[target_rows])
+            memory.write_rows(self.target_rows, 0, target_rows)
+            memory.write_rows(self.labels, 0, targets[target_rows])
         for start, stop, extent in self.chunks:
-            device.set_rows(extent, min(max(len(target_rows) - start, 0), stop - start))
+            memory.set_rows(extent, min(max(len(target_rows) - start, 0), stop - start))
         return len(target_rows)

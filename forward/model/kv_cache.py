@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from lora.forward.model.architecture import Architecture
 from lora.shaders.activations import check_shape, extent_of
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -27,14 +27,14 @@ class KeyValueCache:
     layers: tuple[LayerCache, ...]
 
     @classmethod
-    def allocate(cls, device: Device, architecture: Architecture, room: int) -> KeyValueCache:
+    def allocate(cls, recording: Recording, architecture: Architecture, room: int) -> KeyValueCache:
         """Tensors for `room` tokens, in f32."""
         kv_size = architecture.kv_size
 
         def layer() -> LayerCache:
             return LayerCache(
-                device.empty((kv_size // 4, room, 4), purpose="key-value cache"),
-                device.empty((room, kv_size), purpose="key-value cache"),
+                recording.memory.empty((kv_size // 4, room, 4), purpose="key-value cache"),
+                recording.memory.empty((room, kv_size), purpose="key-value cache"),
             )
 
         return cls(room, tuple(layer() for _ in range(architecture.n_layers)))

@@ -9,8 +9,9 @@ import numpy as np
 
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS, Quantization
-from lora.shaders.device import UPLOAD_PIECE, Device
 from lora.shaders.errors import InputError
+from lora.shaders.memory import UPLOAD_PIECE
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # On a device that runs on the CPU a part and its share of the activations stay in the cache
@@ -57,7 +58,7 @@ class FrozenMatrix:
         return sum(part.words.n_bytes for part in self.parts)
 
 
-def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
+def load_matrix(recording: Recording, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
     """Uploads GGUF tensors [out_i, in] stacked along their rows, piece by piece.
 
     A vocabulary's size may be anything, but kernels take four rows at once: a run of tensors of
@@ -79,7 +80,10 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
         row_words = quantization.row_words(in_features)
         n_rows = sum(t.shape[0] for t in run)
         # A multiple of 64 rows, so that parts begin on whole tiles.
-        part_bytes = min(device.max_binding, CPU_PART_BYTES if device.is_cpu else MAX_PART_BYTES)
+        part_bytes = min(
+            recording.facts.max_binding,
+            CPU_PART_BYTES if recording.facts.is_cpu else MAX_PART_BYTES,
+        )
         most = max(64, part_bytes // (4 * row_words) // 64 * 64)
         pieces = _packed_pieces(
             run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words))
@@ -89,13 +93,13 @@ def load_matrix(device: Device, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:
         for start in range(0, n_rows, most):
             count = min(most, n_rows - start)
             shape = (min(most, padded_rows - start), row_words)
-            words = device.empty(shape, "u32", purpose="weights")
-            filled = 0 if device.holds_data else count
+            words = recording.memory.empty(shape, "u32", purpose="weights")
+            filled = 0 if recording.memory.holds_data else count
             while filled < count:
                 if len(pending) == 0:
                     pending = next(pieces)
                 take = min(len(pending), count - filled)
-                device.write_rows(words, filled, pending[:take])
+                recording.memory.write_rows(words, filled, pending[:take])
                 pending = pending[take:]
                 filled += take
             parts.append(MatrixPart(quantization, words, first_feature + start))

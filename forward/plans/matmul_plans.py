@@ -1,21 +1,20 @@
-"""Which plan of matmul_tiled a device records a product with.
+"""Which plan of matmul_tiled a product is recorded with.
 
-Wherever a program records a product, `plan_of` asks what was attached to its device: plans found by
-forward/plans/tuning.py, now or in an earlier run, or (the rule where nothing is attached) the model
-of forward/plans/matmul_tiles.py.
+Wherever a program records a product, `plan_of` asks the source of its `Recording`: plans found by
+forward/plans/tuning.py, now or in an earlier run. Where there is none, or it knows no plan, the
+model of forward/plans/matmul_tiles.py says.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 from lora.forward.plans.matmul_tiles import Plan, choose_tile
 from lora.forward.plans.stretches import ProductNorm
-from lora.shaders.device import Device
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
 _ROW_STEP = 32  # rows of the smallest tile: between its multiples no tile's grid changes
@@ -94,58 +93,35 @@ class Request:
             normed=self.norm is not None,
         )
 
-    def shape(self, device: Device) -> tuple[int, int, int, int, bool]:
+    def shape(self, facts: DeviceFacts) -> tuple[int, int, int, int, bool]:
         """The arguments of `choose_tile`."""
         c = self.constants
-        limit = device.workgroup_memory
+        limit = facts.workgroup_memory
         return self.extent.maximum, c["n_columns"], c["contraction"], limit, self.half
 
 
 PlanSource = Callable[[Request], Plan | None]
 
-_sources: WeakKeyDictionary[Device, PlanSource] = WeakKeyDictionary()
-_listeners: WeakKeyDictionary[Device, list[Request]] = WeakKeyDictionary()
+
+def plan_of(recording: Recording, request: Request) -> Plan:
+    """The plan of a product: the recording's source has the first word, then the model."""
+    plan = None if recording.plans is None else recording.plans(request)
+    return plan or choose_tile(*request.shape(recording.facts))
 
 
-def plan_of(device: Device, request: Request) -> Plan:
-    """The plan of a product: what was attached to the device has the first word, then the model."""
-    if device in _listeners:
-        _listeners[device].append(request)
-    source = _sources.get(device)
-    plan = None if source is None else source(request)
-    return plan or choose_tile(*request.shape(device))
+def source_of(plans: Mapping[Product, Plan], others: PlanSource | None = None) -> PlanSource:
+    """A source of these plans.
+
+    Args:
+        others: asked for products that are not among them; None leaves those to the model.
+    """
+    return lambda request: plans.get(request.product) or (others(request) if others else None)
 
 
-def use_source(device: Device, source: PlanSource | None) -> None:
-    """Lets a device record with a source's plans from now on; None for the model's alone."""
-    if source is None:
-        _sources.pop(device, None)
-    else:
-        _sources[device] = source
+def noting(requests: list[Request]) -> PlanSource:
+    """A source that appends what it is asked for to a list, and leaves it to the model."""
 
+    def note(request: Request) -> None:
+        requests.append(request)
 
-@contextmanager
-def using_source(device: Device, source: PlanSource | None) -> Iterator[None]:
-    """Lets a device record with a source's plans in the block only."""
-    before = _sources.get(device)
-    use_source(device, source)
-    try:
-        yield
-    finally:
-        use_source(device, before)
-
-
-def use_plans(device: Device, plans: Mapping[Product, Plan]) -> None:
-    """Lets a device record with these plans, and with the model's for products not among them."""
-    use_source(device, lambda request: plans.get(request.product))
-
-
-@contextmanager
-def requests_of(device: Device) -> Iterator[list[Request]]:
-    """Collects the requests of what is recorded on a device in the block."""
-    requests: list[Request] = []
-    _listeners[device] = requests
-    try:
-        yield requests
-    finally:
-        del _listeners[device]
+    return note

@@ -15,8 +15,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-import wgpu
-
 from lora.forward.plans.matmul_plans import Product, Request
 from lora.forward.plans.matmul_tiles import (
     MOST_CANDIDATES,
@@ -27,7 +25,7 @@ from lora.forward.plans.matmul_tiles import (
 )
 from lora.forward.plans.workbench import Kernels, Stopwatch, Workbench, fits, kernels_of
 from lora.shaders.device import Device
-from lora.shaders.errors import DeviceMemoryError
+from lora.shaders.errors import DeviceMemoryError, GPUError
 from lora.shaders.tensor import Tensor
 
 TUNING_SECONDS = 2.0  # that the first start of a training may take longer
@@ -69,14 +67,14 @@ def tune(
     for request in requests:
         product = request.product
         first.setdefault(product, request)
-        rows, columns, *_ = shape = request.shape(device)
+        rows, columns, *_ = shape = request.shape(device.facts)
         share[product] += round(1e3 * predicted_microseconds(choose_tile(*shape), rows, columns))
     heaviest_first = [product for product, _ in share.most_common()]
     plans = {}
     for product in heaviest_first:
         request = first[product]
-        model, *others = candidates(*request.shape(device))
-        plans[product] = [model, *(plan for plan in others if fits(device, request, plan))]
+        model, *others = candidates(*request.shape(device.facts))
+        plans[product] = [model, *(plan for plan in others if fits(device.facts, request, plan))]
     compiled = _compile(device, first, plans, _COMPILING_SHARE * seconds, clock)
     chosen = {product: plans[product][0] for product in heaviest_first}
     # What compiling took for the model's choices is not counted.
@@ -121,7 +119,7 @@ def _compile(
         try:
             for template, constants in kernels:
                 device.pipeline(template, constants)
-        except wgpu.GPUError:
+        except GPUError:
             if deadline is None:
                 raise
             return False  # a candidate that a driver cannot compile is none
@@ -134,7 +132,7 @@ def _compile(
             pairs = [
                 (product, list_[rank]) for product, list_ in plans.items() if rank < len(list_)
             ]
-            kernels = [kernels_of(device, requests[product], plan) for product, plan in pairs]
+            kernels = [kernels_of(device.facts, requests[product], plan) for product, plan in pairs]
             results = pool.map(lambda k: compile_kernels(k, deadline), kernels)
             for (product, plan), compiled in zip(pairs, results, strict=True):
                 if compiled:
@@ -157,8 +155,7 @@ def _fastest_of(
     warm: bool,
 ) -> Plan:
     """Times plans in turns, each round beginning with another, and compares medians."""
-    bench = Workbench(device)
-    try:
+    with Workbench(device) as bench:
         stand_ins: dict[int, Tensor] = {}
         programs = [bench.program(request, plan, stand_ins) for plan in plans[:1]]
         once = stopwatch(programs, 1)[0]
@@ -185,8 +182,6 @@ def _fastest_of(
         if len(times[0]) < _FEWEST_ROUNDS:
             return plans[0]
         return fastest(dict(zip(plans, times, strict=False)))
-    finally:
-        bench.close()
 
 
 def fastest(times: Mapping[Plan, Sequence[float]]) -> Plan:

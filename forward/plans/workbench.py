@@ -9,17 +9,18 @@ from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
-import wgpu
 
-from lora.forward.plans.matmul_plans import Request, use_source
+from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
 from lora.forward.plans.stretches import ProductNorm
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
-from lora.shaders.native import encode_dispatches
-from lora.shaders.planning import PlanningDevice
-from lora.shaders.program import MAX_SUBMISSION_FLOPS, Dispatch, Program
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory, Memory
+from lora.shaders.program import MAX_SUBMISSION_FLOPS, Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
+from lora.shaders.webgpu import Launch
 
 _MOST_REPEATS = 16  # of a program in one pass
 _PATTERN_BYTES = 4 << 20  # of ordinary numbers, copied into every stand-in
@@ -35,9 +36,9 @@ class Stopwatch:
     """
 
     def __init__(self, device: Device) -> None:
-        self._device = device
-        self._stamps = "timestamp-query" in device.features
-        self._waited_for = device.uniform().buffer
+        self._handle = device.handle
+        self._stamps = "timestamp-query" in device.facts.features
+        self._waited_for = device.memory.uniform().buffer
         self._shortest = 150e-6 if self._stamps else 10e-3  # seconds that a pass should take
 
     def repeats(self, once: float) -> int:
@@ -53,44 +54,29 @@ class Stopwatch:
             seconds += self._between_stamps(stretch, repeats)
         return [value / repeats for value in seconds]
 
-    def _encode(
-        self, encoder: wgpu.GPUCommandEncoder, program: Program, repeats: int, **options: Any
-    ) -> None:
-        dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
-        compute_pass = encoder.begin_compute_pass(**options)
-        commands = itertools.chain.from_iterable(itertools.repeat(dispatches, repeats))
-        encode_dispatches(
-            compute_pass, ((c.pipeline, c.bind_group, c.workgroups) for c in commands)
-        )
-        compute_pass.end()
-
     def _between_stamps(self, programs: Sequence[Program], repeats: int) -> list[float]:
-        device, count = self._device.wgpu, 2 * len(programs)
-        queries = device.create_query_set(type="timestamp", count=count)
-        usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
-        resolved = device.create_buffer(size=8 * count, usage=usage)
-        encoder = device.create_command_encoder()
+        count = 2 * len(programs)
+        queries, encoder = self._handle.query_set(count), self._handle.encoder()
         for index, program in enumerate(programs):
-            stamps = {
-                "query_set": queries,
-                "beginning_of_pass_write_index": 2 * index,
-                "end_of_pass_write_index": 2 * index + 1,
-            }
-            self._encode(encoder, program, repeats, timestamp_writes=stamps)
-        encoder.resolve_query_set(queries, 0, count, resolved, 0)
-        self._device.queue.submit([encoder.finish()])
-        ticks = np.frombuffer(self._device.queue.read_buffer(resolved), np.uint64).reshape(-1, 2)
-        return [float(end - begin) * 1e-9 for begin, end in ticks]
+            encoder.dispatches(_launches(program, repeats), (queries, 2 * index, 2 * index + 1))
+        stamps = iter(self._handle.submit_timed(encoder, queries, count))
+        return [1e-9 * (end - begin) for begin, end in zip(stamps, stamps, strict=True)]
 
     def _wait_for(self, program: Program, repeats: int) -> float:
-        encoder = self._device.wgpu.create_command_encoder()
-        self._encode(encoder, program, repeats)
+        encoder = self._handle.encoder()
+        encoder.dispatches(_launches(program, repeats))
         commands = encoder.finish()
-        self._device.queue.read_buffer(self._waited_for)  # nothing else is under way
+        self._handle.read(self._waited_for, 0, 4)  # nothing else is under way
         began = time.perf_counter()
-        self._device.queue.submit([commands])
-        self._device.queue.read_buffer(self._waited_for)
+        self._handle.submit(commands)
+        self._handle.read(self._waited_for, 0, 4)
         return time.perf_counter() - began
+
+
+def _launches(program: Program, repeats: int) -> Iterator[Launch]:
+    return itertools.chain.from_iterable(
+        itertools.repeat([dispatch.launch for dispatch in program.dispatches], repeats)
+    )
 
 
 def _submissions(programs: Sequence[Program], repeats: int) -> Iterator[list[Program]]:
@@ -98,7 +84,7 @@ def _submissions(programs: Sequence[Program], repeats: int) -> Iterator[list[Pro
     stretch: list[Program] = []
     flops = 0
     for program in programs:
-        flops += repeats * sum(c.flops for c in program.commands if isinstance(c, Dispatch))
+        flops += repeats * sum(dispatch.flops for dispatch in program.dispatches)
         if stretch and flops > MAX_SUBMISSION_FLOPS:
             yield stretch
             stretch, flops = [], 0
@@ -107,29 +93,19 @@ def _submissions(programs: Sequence[Program], repeats: int) -> Iterator[list[Pro
         yield stretch
 
 
-class Workbench(Device):
-    """A device with memory of its own, given back on `close`, for programs that are only timed.
+class Workbench:
+    """Products recorded in memory of their own, given back on `close`, only to be timed.
 
-    Kernels that it compiles belong to the device that it works on, for training to find them.
+    Kernels that it compiles belong to the device, for training to find them.
     """
 
     def __init__(self, device: Device) -> None:
-        self.copy_limits(device)
-        self.memory_limit = device.memory_limit
-        self.wgpu, self.queue = device.wgpu, device.queue
-        self._pipelines = device._pipelines
-        self._created: list[wgpu.GPUBuffer] = []
-        self._pattern = self.empty((_PATTERN_BYTES // 4,), "u32")
+        self._device = device
+        self._memory = device.arena()
+        self._pattern = self._memory.empty((_PATTERN_BYTES // 4,), "u32")
         words = np.random.default_rng(0).integers(0, 2**32, self._pattern.shape, np.uint32)
         # Without the upper bit of their exponents neither f32 nor f16 are infinite or NaN.
-        self.write(self._pattern, words & np.uint32(0xBFFFBFFF))
-
-    def _create(
-        self, shape: tuple[int, ...], dtype: str, purpose: str, extent: Extent | None
-    ) -> Tensor:
-        tensor = super()._create(shape, dtype, purpose, extent)
-        self._created.append(tensor.buffer)
-        return tensor
+        self._memory.write(self._pattern, words & np.uint32(0xBFFFBFFF))
 
     def program(self, request: Request, plan: Plan, stand_ins: dict[int, Tensor]) -> Program:
         """The product under a plan, on tensors like the request's, filled with ordinary numbers.
@@ -139,7 +115,7 @@ class Workbench(Device):
         """
         extent_key = id(request.extent.uniform)
         if extent_key not in stand_ins:
-            stand_ins[extent_key] = self.extent(request.extent.maximum).uniform
+            stand_ins[extent_key] = self._memory.extent(request.extent.maximum).uniform
         extent = Extent(request.extent.maximum, stand_ins[extent_key])
 
         def stand_in(tensor: Tensor) -> Tensor:
@@ -147,9 +123,7 @@ class Workbench(Device):
                 stand_ins[id(tensor)] = self._filled(tensor, extent)
             return stand_ins[id(tensor)]
 
-        program = Program(self)
-        self.precision = "f16" if request.half else "f32"
-        use_source(self, lambda _: plan)
+        program = Program(_recording(self._device.facts, self._memory, request, plan))
         request.record(
             program,
             extent,
@@ -165,19 +139,30 @@ class Workbench(Device):
         return program
 
     def _filled(self, like: Tensor, extent: Extent) -> Tensor:
-        tensor = self.empty(like.shape, like.dtype, extent=extent if like.extent else None)
-        encoder = self.wgpu.create_command_encoder()
+        extent_of_it = extent if like.extent else None
+        tensor = self._memory.empty(like.shape, like.dtype, extent=extent_of_it)
+        encoder = self._memory.handle.encoder()
         for start in range(0, tensor.n_bytes, _PATTERN_BYTES):
             count = min(_PATTERN_BYTES, tensor.n_bytes - start)
-            encoder.copy_buffer_to_buffer(self._pattern.buffer, 0, tensor.buffer, start, count)
-        self.queue.submit([encoder.finish()])
+            encoder.copy(self._pattern.buffer, 0, tensor.buffer, start, count)
+        self._memory.handle.submit(encoder.finish())
         return tensor
 
     def close(self) -> None:
         """Gives the memory back."""
-        for buffer in self._created:
-            buffer.destroy()
-        self._created.clear()
+        self._memory.close()
+
+    def __enter__(self) -> Workbench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _recording(facts: DeviceFacts, memory: Memory, request: Request, plan: Plan) -> Recording:
+    """As a request was recorded, but under a plan."""
+    precision = "f16" if request.half else "f32"
+    return Recording(facts, memory, precision, body="tiled", plans=lambda _: plan)
 
 
 def _on(stand_in: Callable[[Tensor], Tensor], norm: Any) -> ProductNorm | None:
@@ -189,26 +174,11 @@ def _on(stand_in: Callable[[Tensor], Tensor], norm: Any) -> ProductNorm | None:
     return replace(norm, **changed)
 
 
-class KernelList(PlanningDevice):
-    """A planning device that notes what would be compiled."""
-
-    def __init__(self, device: Device) -> None:
-        super().__init__(device)
-        self.kernels: Kernels = []
-
-    def pipeline(self, template: str, constants: dict[str, Any]) -> Any:
-        """Only noted."""
-        self.kernels.append((template, constants))
-        return None
-
-
-def kernels_of(device: Device, request: Request, plan: Plan) -> Kernels:
+def kernels_of(facts: DeviceFacts, request: Request, plan: Plan) -> Kernels:
     """What a plan needs compiled."""
-    planning = KernelList(device)
-    planning.precision = "f16" if request.half else "f32"
-    use_source(planning, lambda _: plan)
+    program = Program(_recording(facts, CountingMemory(facts), request, plan))
     request.record(
-        Program(planning),
+        program,
         request.extent,
         request.out,
         dict(request.constants),
@@ -219,13 +189,13 @@ def kernels_of(device: Device, request: Request, plan: Plan) -> Kernels:
         request.flops,
         request.norm,
     )
-    return planning.kernels
+    return [(dispatch.template, dict(dispatch.constants)) for dispatch in program.dispatches]
 
 
-def fits(device: Device, request: Request, plan: Plan) -> bool:
-    """Whether the device can bind what a plan needs."""
+def fits(facts: DeviceFacts, request: Request, plan: Plan) -> bool:
+    """Whether a device can bind what a plan needs."""
     try:
-        kernels_of(device, request, plan)
+        kernels_of(facts, request, plan)
     except (InputError, ValueError):
         return False
     return True

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.checks.tensors import MARKER
-from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 
 
 class NotHereError(Exception):
@@ -46,7 +46,7 @@ class Check:
 
     kernel: str
     shape: str
-    run: Callable[[Device], Comparison]
+    run: Callable[[Recording], Comparison]
     as_cpu: bool = False
 
     @property
@@ -92,21 +92,21 @@ def worst(*comparisons: Comparison) -> Comparison:
     return max(comparisons, key=lambda c: (not c.passed, c.error / max(c.bound, 1e-30)))
 
 
-def needs_half(device: Device) -> None:
+def needs_half(recording: Recording) -> None:
     """Refuses devices without f16.
 
     Raises:
         NotHereError: this is one.
     """
-    if "shader-f16" not in device.features:
+    if "shader-f16" not in recording.facts.features:
         raise NotHereError("the device has no shader-f16")
 
 
-def spare_software(device: Device) -> None:
+def spare_software(recording: Recording) -> None:
     """Refuses CPU devices: what they never run takes their compiler minutes.
 
     Raises:
         NotHereError: this is one.
     """
-    if device.info["adapter_type"] == "CPU":
+    if recording.facts.info["adapter_type"] == "CPU":
         raise NotHereError("CPU devices never run it and compile it for long")

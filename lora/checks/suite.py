@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
-
-import wgpu
 
 from lora.checks.comparison import Check, Comparison, NotHereError
 from lora.checks.kernels import adapters, attention, lanes, norms, one_row, products, small
 from lora.shaders.device import Device
+from lora.shaders.memory import Arena
+from lora.shaders.recording import Recording
+from lora.shaders.webgpu import Pipeline
 
 ALL_CHECKS: tuple[Check, ...] = tuple(
     check
@@ -20,17 +21,17 @@ ALL_CHECKS: tuple[Check, ...] = tuple(
 )
 
 
-class CheckedDevice(Device):
-    """A device that notes which templates it compiles."""
+class _NotingArena(Arena):
+    """An arena that notes which templates are recorded in it."""
 
-    def __init__(self, wanted: str | int = "auto") -> None:
-        super().__init__(wanted)
+    def __init__(self, device: Device) -> None:
+        super().__init__(device)
         self.used: set[str] = set()
 
-    def pipeline(self, template: str, constants: dict[str, Any]) -> wgpu.GPUComputePipeline:
-        """As a device does."""
+    def kernel(self, template: str, constants: Mapping[str, Any]) -> Pipeline:
+        """As an arena does."""
         self.used.add(template)
-        return super().pipeline(template, constants)
+        return super().kernel(template, constants)
 
 
 @dataclass(frozen=True)
@@ -59,7 +60,7 @@ class Result:
 
 
 def run_checks(
-    open_device: Callable[[], CheckedDevice], checks: Sequence[Check] = ALL_CHECKS
+    open_device: Callable[[], Device], checks: Sequence[Check] = ALL_CHECKS
 ) -> Iterator[Result]:
     """Runs checks one after the other; whatever a driver does to one, the others are run, too.
 
@@ -67,23 +68,24 @@ def run_checks(
         open_device: opens the device, anew after a check that ended in an error: it may be lost.
         checks: which.
     """
-    device: CheckedDevice | None = None
+    device: Device | None = None
     for check in checks:
         start = time.perf_counter()
-        comparison, reason, skipped = None, "", False
+        comparison, reason, skipped, templates = None, "", False, set[str]()
         try:
             if device is None:
                 device = open_device()
-            device.used.clear()
-            device.is_cpu = check.as_cpu
-            comparison = check.run(device)
+            with _NotingArena(device) as arena:
+                templates = arena.used
+                facts = replace(device.facts, is_cpu=check.as_cpu)
+                comparison = check.run(Recording(facts, arena))
             if not comparison.passed:
                 reason = f"an error of {comparison.error:.2g}, above {comparison.bound:.2g}"
         except NotHereError as error:
             reason, skipped = str(error), True
         except Exception as error:  # a compiler's, a driver's, a lost device's: it is the finding
             reason = f"{type(error).__name__}: {error}"
-        templates = [] if device is None else sorted(device.used)
-        yield Result(check, comparison, reason, skipped, time.perf_counter() - start, templates)
+        seconds = time.perf_counter() - start
+        yield Result(check, comparison, reason, skipped, seconds, sorted(templates))
         if reason and not skipped and comparison is None:
             device = None

@@ -9,31 +9,31 @@ from gguf import GGMLQuantizationType
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.gguf.quantization import quantize
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
 MARKER = -7.0  # what outputs hold before a kernel runs: rows not in use must keep it
 
 
-def extent_in_use(device: Device, rows: int, in_use: int) -> Extent:
+def extent_in_use(recording: Recording, rows: int, in_use: int) -> Extent:
     """An extent of `rows`, of which `in_use` are."""
-    extent = device.extent(rows)
-    device.set_rows(extent, in_use)
+    extent = recording.memory.extent(rows)
+    recording.memory.set_rows(extent, in_use)
     return extent
 
 
-def activation(device: Device, values: np.ndarray, extent: Extent) -> Tensor:
+def activation(recording: Recording, values: np.ndarray, extent: Extent) -> Tensor:
     """An activation holding `values` [rows, …]."""
     floating = np.issubdtype(values.dtype, np.floating)
-    tensor = device.empty(values.shape, "f32" if floating else "u32", extent=extent)
-    device.write(tensor, values)
+    tensor = recording.memory.empty(values.shape, "f32" if floating else "u32", extent=extent)
+    recording.memory.write(tensor, values)
     return tensor
 
 
-def marked(device: Device, extent: Extent, *shape: int) -> Tensor:
+def marked(recording: Recording, extent: Extent, *shape: int) -> Tensor:
     """An output [extent.maximum, *shape] filled with MARKER."""
-    tensor = device.empty((extent.maximum, *shape), extent=extent)
-    device.write(tensor, np.full(tensor.shape, MARKER, np.float32))
+    tensor = recording.memory.empty((extent.maximum, *shape), extent=extent)
+    recording.memory.write(tensor, np.full(tensor.shape, MARKER, np.float32))
     return tensor
 
 
@@ -42,16 +42,16 @@ def rounded(values: np.ndarray, dtype: str) -> np.ndarray:
     return values.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
 
 
-def typed(device: Device, values: np.ndarray, dtype: str, extent: Extent) -> Tensor:
+def typed(recording: Recording, values: np.ndarray, dtype: str, extent: Extent) -> Tensor:
     """An activation of that type holding `values` [rows, …]."""
-    tensor = device.empty(values.shape, dtype, extent=extent)
-    device.write(tensor, values)
+    tensor = recording.memory.empty(values.shape, dtype, extent=extent)
+    recording.memory.write(tensor, values)
     return tensor
 
 
-def typed_marked(device: Device, dtype: str, extent: Extent, *shape: int) -> Tensor:
+def typed_marked(recording: Recording, dtype: str, extent: Extent, *shape: int) -> Tensor:
     """An output [extent.maximum, *shape] of that type filled with MARKER."""
-    return typed(device, np.full((extent.maximum, *shape), MARKER), dtype, extent)
+    return typed(recording, np.full((extent.maximum, *shape), MARKER), dtype, extent)
 
 
 def normal(seed: int, *shape: int) -> np.ndarray:
@@ -60,10 +60,10 @@ def normal(seed: int, *shape: int) -> np.ndarray:
 
 
 def frozen(
-    device: Device, kind: GGMLQuantizationType, rows: int, columns: int, seed: int = 0
+    recording: Recording, kind: GGMLQuantizationType, rows: int, columns: int, seed: int = 0
 ) -> tuple[FrozenMatrix, np.ndarray]:
     """A random matrix [rows, columns] on the device, and what it decodes to in float64."""
     data = quantize(normal(seed, rows, columns), kind)
     tensor = GGUFTensor("checked", kind, (rows, columns), data)
     values = gguf.quants.dequantize(data, kind).reshape(rows, columns)
-    return load_matrix(device, [tensor]), values.astype(np.float64)
+    return load_matrix(recording, [tensor]), values.astype(np.float64)

@@ -12,7 +12,8 @@ from pathlib import Path
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.chat_template import render_chat
 from lora.forward.text.tokenizer import Tokenizer
-from lora.generation.generator import TextGenerator, open_generator
+from lora.generation.generator import TextGenerator
+from lora.generation.opening import open_generator
 from lora.generation.sampling import Sampler, Sampling
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model

@@ -86,7 +86,7 @@ def train(
     from lora.training.session import TrainingSession
 
     session = TrainingSession(load_config(config, set_ or []))
-    print_plan(console, session)
+    print_plan(console, session.plan)
     if dry_run:
         return
     try:
@@ -106,17 +106,20 @@ def plan(config: ConfigArgument, set_: Overrides = None) -> None:
     from lora.commands.progress import print_plan
     from lora.config.schema import load_config
     from lora.shaders.device import Device
-    from lora.shaders.planning import PlanningDevice
+    from lora.storage.tile_cache import find_tiles
+    from lora.training.device_state import SessionPlan
     from lora.training.profiling import expected_seconds, measure_peaks
-    from lora.training.session import TrainingSession
+    from lora.training.workload import Workload
 
     loaded = load_config(config, set_ or [])
-    device = Device(loaded.device)
-    session = TrainingSession(loaded, device=PlanningDevice(device))
-    seconds = None
-    if "timestamp-query" in device.features:
-        seconds = expected_seconds(session, measure_peaks(device))
-    print_plan(console, session, seconds_a_step=seconds)
+    workload = Workload.open(loaded, train=True)
+    with Device(loaded.device) as device:
+        plans = find_tiles(device, loaded.train.tuning)
+        planned = SessionPlan.of(device.facts, workload, plans)
+        seconds = None
+        if "timestamp-query" in device.facts.features:
+            seconds = expected_seconds(planned, measure_peaks(device))
+    print_plan(console, planned, seconds_a_step=seconds)
 
 
 @app.command()
@@ -227,7 +230,7 @@ def generate(
 ) -> None:
     """Continue a text with the tuned model."""
     from lora.commands.chat import check_can_chat, conversation_ids
-    from lora.generation.generator import open_generator
+    from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
 
     sampling = _check_draws(

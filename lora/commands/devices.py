@@ -16,7 +16,8 @@ from rich.table import Table
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help is quick
-    from lora.checks.suite import CheckedDevice, Result
+    from lora.checks.suite import Result
+    from lora.shaders.device import Device
 
 _REPORT = Path("lora-check.json")
 
@@ -77,9 +78,10 @@ def run_check(wanted: str, output: Path) -> bool:
     Raises:
         InputError: there is no such device, or the file can't be written.
     """
-    from lora.checks.suite import ALL_CHECKS, CheckedDevice, run_checks
+    from lora.checks.suite import ALL_CHECKS, run_checks
+    from lora.shaders.device import Device
 
-    first: list[CheckedDevice] = [CheckedDevice(wanted)]  # a wrong name is the user's error
+    first = [Device(wanted)]  # a wrong name is the user's error
     report = {**device_facts(first[0]), "finished": False, "checks": []}
     print(f"{report['device']['device']}, {report['device']['description']}")
     print(f"{'kernel':<24}{'shape':<32}{'error':>8} {'bound':>7} result")
@@ -87,8 +89,8 @@ def run_check(wanted: str, output: Path) -> bool:
     names = [f"{c.kernel} {c.case}" for c in ALL_CHECKS]
     write_report(output, {**report, "running": names[0]})
 
-    def open_device() -> CheckedDevice:
-        return first.pop() if first else CheckedDevice(wanted)
+    def open_device() -> Device:
+        return first.pop() if first else Device(wanted)
 
     for index, result in enumerate(run_checks(open_device, ALL_CHECKS)):
         counts[result.status] += 1
@@ -131,20 +133,20 @@ def facts_of(result: Result) -> dict[str, Any]:
     }
 
 
-def device_facts(device: CheckedDevice) -> dict[str, Any]:
+def device_facts(device: Device) -> dict[str, Any]:
     """Everything about the device and the software around it that a report needs."""
     import numpy
-    import wgpu
 
     import lora
+    from lora.shaders.device import implementation
 
     return {
-        "device": {key: str(value) for key, value in device.info.items()},
-        "features": sorted(device.wgpu.adapter.features),
-        "limits": dict(device.wgpu.adapter.limits),
+        "device": {key: str(value) for key, value in device.facts.info.items()},
+        "features": sorted(device.found.features),
+        "limits": dict(device.found.limits),
         "versions": {
             "webgpu-lora": lora.__version__,
-            "wgpu": wgpu.__version__,
+            "wgpu": implementation().version,
             "numpy": numpy.__version__,
             "python": platform.python_version(),
             "system": platform.platform(),

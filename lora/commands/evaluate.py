@@ -55,7 +55,7 @@ def eval_command(
     results = {"base": session.evaluate(adapted=False)}
     if adapter is not None:
         results["adapter"] = session.evaluate()
-    summary = session.eval_summary
+    summary = session.workload.eval_summary
     assert summary is not None  # data.eval is set
     if as_json:
         values = {
@@ -115,7 +115,7 @@ def _print_answers(session: TrainingSession, names: list[str], n_examples: int) 
     With print: rich would break long lines and read `:smile:` and brackets as its own.
     """
     decode = session.tokenizer.decode
-    for example in session.eval_examples[:n_examples]:
+    for example in session.workload.eval_examples[:n_examples]:
         prompt, wanted = first_answer(example)
         reaches_end = len(prompt) + len(wanted) == len(example.ids)
         print(f"\nprompt  {decode(prompt).strip()}")

@@ -16,33 +16,33 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lora.training.device_state import SessionPlan
 from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics
 from lora.training.session import TrainingSession
 
 
-def print_plan(
-    console: Console, session: TrainingSession, *, seconds_a_step: float | None = None
-) -> None:
+def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | None = None) -> None:
     """What is about to be trained: device, adapter, data, memory by purpose, time."""
-    layout, config = session.layout, session.config
-    allocated = session.device.allocated
+    workload, allocated = plan.workload, plan.allocated
+    layout, config = workload.layout, workload.config
+    total_steps = workload.stream().total_steps
     memory = ", ".join(
         f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
     )
     rows = {
-        "device": session.device.name,
+        "device": plan.facts.name,
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
         f"{', '.join(sorted(layout.targets))} of {len(layout.layers)} layers",
-        "data": str(session.train_summary),
-        "steps": f"{session.total_steps}, micro-batches of at most {session.maximum_rows} tokens, "
-        f"recompute {'on' if session.recompute else 'off'}",
+        "data": str(workload.train_summary),
+        "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
+        f"recompute {'on' if plan.tensors.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
     }
     if seconds_a_step is not None:
-        minutes = seconds_a_step * session.total_steps / 60
+        minutes = seconds_a_step * total_steps / 60
         rows["time"] = f"about {seconds_a_step:.2g} s a step, {minutes:.2g} min in all"
     table = Table.grid(padding=(0, 2))
     for name, value in rows.items():

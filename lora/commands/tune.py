@@ -29,27 +29,24 @@ def tune_command(
     Products whose tiles were found with as much time before are left as they are.
     """
     from lora.config.schema import load_config
-    from lora.forward.plans.matmul_plans import requests_of
     from lora.forward.plans.matmul_tiles import choose_tile
     from lora.forward.plans.tuning import tune
     from lora.shaders.device import Device
     from lora.shaders.errors import InputError
-    from lora.shaders.planning import PlanningDevice
     from lora.storage.tile_cache import TileCache
-    from lora.training.session import TrainingSession
+    from lora.training.device_state import SessionPlan
+    from lora.training.workload import Workload
 
     if seconds <= 0:
         raise InputError(f"--seconds {seconds:g}: give some time, such as 30.")
     loaded = load_config(config, set_ or [])
     device = Device(loaded.device)
-    if device.is_cpu:
+    if device.facts.is_cpu:
         raise InputError(
-            f"{device.name} runs on the CPU, whose products have no tiles to choose. Name a GPU "
-            "in `device` (see `lora devices`)."
+            f"{device.facts.name} runs on the CPU, whose products have no tiles to choose. Name a "
+            "GPU in `device` (see `lora devices`)."
         )
-    planning = PlanningDevice(device)
-    with requests_of(planning) as requests:
-        TrainingSession(loaded, device=planning)
+    requests = SessionPlan.of(device.facts, Workload.open(loaded, train=True)).requests
     cache = TileCache(device)
     if again:
         cache.forget()
@@ -69,13 +66,13 @@ def tune_command(
         )
     if loaded.train.tuning == "off":
         console.print("train.tuning is off in this config: its runs take the default tiles.")
-    table = Table("product", "times a step", "default", "chosen", title=device.name)
+    table = Table("product", "times a step", "default", "chosen", title=device.facts.name)
     counts = Counter(request.product for request in requests)
     first: dict[Product, Request] = {}
     for request in requests:
         first.setdefault(request.product, request)
     for product, count in counts.most_common():
-        default = choose_tile(*first[product].shape(device))
+        default = choose_tile(*first[product].shape(device.facts))
         chosen = cache.plan(product) or default
         name = f"{product.rows} x {product.columns} x {product.contraction} {product.quantization}"
         name += " to the input" if product.transposed else ""

@@ -3,51 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from pathlib import Path
+from typing import Protocol
 
 import numpy as np
-import wgpu
 
-from lora.adapters.files import load_adapter, open_adapter
-from lora.forward.decoder.decode_step import record_step, record_step_head
-from lora.forward.decoder.step_tensors import StepActivations, StepHead, StepInputs
-from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import Architecture
-from lora.forward.model.frozen_model import Model, load_model
-from lora.forward.model.kv_cache import KeyValueCache
-from lora.forward.plans.matmul_plans import PlanSource, using_source
+from lora.forward.model.frozen_model import Model
 from lora.forward.text.tokenizer import Tokenizer
+from lora.generation.engine import STEPS_AHEAD, Adapter, DecodeEngine
 from lora.generation.sampling import GREEDY, Sampler, Sampling
-from lora.shaders.device import Device
-from lora.shaders.errors import DeviceMemoryError, InputError
-from lora.shaders.planning import PlanningDevice
-from lora.shaders.program import Program, ReadbackRing
-from lora.shaders.tensor import Tensor
-from lora.storage.stores import resolve_model
-from lora.storage.tile_cache import find_tiles
+from lora.shaders.errors import InputError
+from lora.shaders.recording import Recording
 
-# Tokens of a prompt that are computed at once; their activations are what they cost.
-_PIECE_ROWS = 512
-_CPU_PIECE_ROWS = 64
-
-DEFAULT_ROOM = 4096  # tokens
-# Greedy tokens that a GPU is given to compute before the host has heard of the last one.
-_STEPS_AHEAD = 2
 _DECODED_BEFORE = 16  # tokens decoded again before new ones, for what joins them
 _MOST_HELD_BACK = 4  # tokens: a character has at most four bytes
-
-
-@dataclass(frozen=True)
-class Adapter:
-    """An adapter on the device."""
-
-    layout: AdapterLayout
-    flat: Tensor  # [layout.size]
 
 
 @dataclass
@@ -81,6 +51,10 @@ class _Ahead:
     n_in_flight: int = 0  # tokens after these that the host has yet to hear of
 
 
+class _Owner(Protocol):
+    def close(self) -> None: ...
+
+
 class _Stopped(Exception):
     """The caller wants no more, and the prompt is not done."""
 
@@ -91,12 +65,14 @@ class TextGenerator:
     The keys and values of the last text stay on the device: of a text that begins like it, under
     the same adapter, only the rest is computed.
 
+    A context manager: `close` gives the memory back.
+
     Args:
-        device: where the model is.
+        recording: where the model is, and the plans of a prompt's products; in f32.
         model: its rope tables set the room: the tokens of prompt and answer together.
         tokenizer: of the model.
         adapters: by the name that `stream` is given.
-        plans: with which the products of a prompt are recorded; None for the model's choices.
+        owner: what is closed with the generator; None for its own memory alone.
 
     Raises:
         InputError: the device has no memory for the keys and values.
@@ -104,50 +80,33 @@ class TextGenerator:
 
     def __init__(
         self,
-        device: Device,
+        recording: Recording,
         model: Model,
         tokenizer: Tokenizer,
         adapters: Mapping[str, Adapter] | None = None,
         *,
-        plans: PlanSource | None = None,
+        owner: _Owner | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self._plans = plans
-        self.adapters = dict(adapters or {})
         self.times = GenerationTimes()
-        self._device = device
         self._model = model
         self._vocab_size = model.architecture.vocab_size
-        long = model.long_examples
-        self.room = model.layers[0].rope.shape[0] if long is None else long.first_position
-        taken = Counter(device.allocated)
-        try:
-            self._allocate(device)
-        except DeviceMemoryError as error:
-            plan = PlanningDevice(device)
-            self._allocate(plan)
-            raise InputError(
-                f"Text of up to {self.room} tokens does not fit: {error}, and it takes "
-                f"{memory_figures(taken + plan.allocated)}. Lower the room (--max-length, or "
-                "data.max_length)."
-            ) from error
-        self._programs: dict[tuple[str | None, int], tuple[Program, Program]] = {}
-        self._prepared: dict[str | None, wgpu.GPUCommandBuffer] = {}  # by adapter
+        self._engine = DecodeEngine(recording, model, adapters or {})
+        self._owner: _Owner = self._engine if owner is None else owner
+        self.adapters = self._engine.adapters
+        self.room = self._engine.room
         self._ahead: _Ahead | None = None
         self.forget()
 
-    def _allocate(self, device: Device) -> None:
-        """Takes the memory that text needs besides the model and the adapters."""
-        architecture = self._model.architecture
-        piece = min(self.room, _CPU_PIECE_ROWS if device.is_cpu else _PIECE_ROWS)
-        self._cache = KeyValueCache.allocate(device, architecture, self.room)
-        self._pieces = StepInputs.allocate(device, piece)
-        self._head = StepHead.allocate(device, self._model)
-        self._step = StepInputs.allocate(device, 1, self._head.token)
-        self._act = {
-            inputs.rows.maximum: StepActivations.allocate(device, self._model, inputs.rows)
-            for inputs in (self._pieces, self._step)
-        }
+    def close(self) -> None:
+        """Gives the memory back."""
+        self._owner.close()
+
+    def __enter__(self) -> TextGenerator:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     def forget(self) -> None:
         """Drops what is kept of the last text; needed once an adapter's numbers have changed."""
@@ -158,7 +117,7 @@ class TextGenerator:
     def next_logits(self, ids: Sequence[int], *, adapter: str | None = None) -> np.ndarray:
         """Logits f32 [vocab_size] of the token after `ids`."""
         self._run(list(ids), adapter)
-        return self._device.read(self._head.logits)[0, : self._vocab_size]
+        return self._engine.logits()
 
     def stream_ids(
         self,
@@ -205,8 +164,8 @@ class TextGenerator:
                 else:
                     self._run(ids, adapter, stopped)
                     if index + 1 < n_most:
-                        self._prepare_step(adapter)
-                    logits = self._device.read(self._head.logits)[0, : self._vocab_size]
+                        self._engine.prepare_token(adapter)
+                    logits = self._engine.logits()
                     token = sampler.choose(logits, ids)
             except _Stopped:
                 times.prompt_tokens = len(self._held) - times.reused_tokens
@@ -315,16 +274,15 @@ class TextGenerator:
             self._run(ids, adapter, stopped)
             ahead = self._ahead = _Ahead(ids, len(ids))
             self._push_token(ahead)
-        most = 0 if self._device.is_cpu else min(n_more, _STEPS_AHEAD)
+        most = 0 if self._engine.is_cpu else min(n_more, STEPS_AHEAD)
         under = self._held_under
         while ahead.n_in_flight <= most:
             position = len(ids) + ahead.n_in_flight - 1
             if self._under_length(position + 1, adapter) != under:
                 break  # all keys turn differently from here on
-            self._step.write(self._device, None, position, self._rope_offset() + position)
-            self._submit_step(adapter)
+            self._engine.run_token(None, position, self._rope_offset() + position, adapter)
             self._push_token(ahead)
-        token: int = self._ring.take()
+        token: int = self._engine.ring.take()
         ahead.n_in_flight -= 1
         ahead.length += 1
         if ahead.n_in_flight:  # its keys and values are on their way into the cache
@@ -333,20 +291,15 @@ class TextGenerator:
             self._ahead = None
         return token
 
-    @cached_property
-    def _ring(self) -> ReadbackRing:
-        """Tokens on their way to the host."""
-        return ReadbackRing(self._device, self._head.token.n_bytes, _STEPS_AHEAD + 1)
-
     def _push_token(self, ahead: _Ahead) -> None:
         """Asks for the token that the work submitted so far leaves."""
-        self._ring.push(self._head.token, lambda values: int(values.view(np.uint32)[0]))
+        self._engine.push_token()
         ahead.n_in_flight += 1
 
     def _settle(self) -> None:
         """Waits for what was computed ahead, and drops it."""
         if self._ahead is not None:
-            self._ring.ready(wait=True)
+            self._engine.ring.ready(wait=True)
             self._ahead = None
 
     def _rope_offset(self) -> int:
@@ -380,133 +333,25 @@ class TextGenerator:
         rope_offset = self._rope_offset()
         marked = False  # whether the ring holds something
         while done < len(ids):
-            inputs = self._step if len(ids) - done == 1 else self._pieces
-            tokens = ids[done : done + inputs.rows.maximum]
+            tokens = ids[done : done + self._engine.piece_rows]
             with_head = done + len(tokens) == len(ids)
-            inputs.write(self._device, tokens, done, rope_offset + done)
-            if inputs is self._step:
-                self._submit_step(adapter)
+            if len(ids) - done == 1:
+                self._engine.run_token(tokens[0], done, rope_offset + done, adapter)
             else:
-                layers, head = self._programs_of(adapter, inputs)
-                layers.run()
-                if with_head:
-                    head.run()
+                self._engine.run_piece(
+                    tokens, done, rope_offset + done, adapter, with_head=with_head
+                )
             self._held += tokens
             done += len(tokens)
             if stopped is not None and not with_head:
                 # A GPU would take all pieces at once, and who stops would wait for all of them. So
                 # the host stays one piece ahead: what it asks for comes when a piece is done.
-                self._ring.push(self._head.token, len)
+                self._engine.push_token()
                 if marked:
-                    self._ring.take()
+                    self._engine.ring.take()
                 marked = True
                 if stopped():
-                    self._ring.ready(wait=True)
+                    self._engine.ring.ready(wait=True)
                     raise _Stopped
         if marked:
-            self._ring.ready(wait=True)
-
-    def _prepare_step(self, adapter: str | None) -> None:
-        """Encodes the next token's commands, which do not depend on it, while the device works."""
-        if adapter not in self._prepared:
-            encoder = self._device.wgpu.create_command_encoder()
-            for program in self._programs_of(adapter, self._step):
-                program.encode(encoder)
-            self._prepared[adapter] = encoder.finish()
-
-    def _submit_step(self, adapter: str | None) -> None:
-        """Submits one token's commands."""
-        self._prepare_step(adapter)
-        self._device.queue.submit([self._prepared.pop(adapter)])
-
-    def _programs_of(self, adapter: str | None, inputs: StepInputs) -> tuple[Program, Program]:
-        """Layers and head for one adapter and size, recorded once."""
-        rows = inputs.rows.maximum
-        if (adapter, rows) not in self._programs:
-            factors = {}
-            if adapter is not None:
-                loaded = self.adapters[adapter]
-                factors = loaded.layout.factors(loaded.flat)
-            layers, head = Program(self._device), Program(self._device)
-            act = self._act[rows]
-            with using_source(self._device, self._plans):
-                record_step(layers, self._model, inputs, factors, act, self._cache)
-                record_step_head(head, self._model, inputs, factors, act, self._head)
-            self._programs[adapter, rows] = layers, head
-        return self._programs[adapter, rows]
-
-
-def memory_figures(allocated: Counter[str]) -> str:
-    """Memory by purpose, as errors tell it."""
-    parts = ", ".join(f"{name} {n / 2**20:,.0f}" for name, n in allocated.most_common())
-    return f"{sum(allocated.values()) / 2**20:,.0f} MiB ({parts})"
-
-
-def upload_adapter(device: Device, architecture: Architecture, path: Path) -> Adapter:
-    """Puts an adapter on the device: a PEFT directory, or a GGUF adapter.
-
-    Raises:
-        InputError: it is no adapter, or not one for this model.
-    """
-    layout = open_adapter(path, architecture).layout(architecture)
-    layout.check_bindings(device)
-    flat = device.empty_flat(layout.size, purpose="adapter")
-    device.write(flat, load_adapter(path, layout))
-    return Adapter(layout, flat)
-
-
-def open_generator(
-    model: str,
-    adapters: Mapping[str, Path] | None = None,
-    *,
-    tokenizer: str | None = None,
-    max_length: int | None = None,
-    device: str | Device = "auto",
-) -> TextGenerator:
-    """Opens a model and adapters for text, without anything that only training needs.
-
-    Args:
-        model: a GGUF file, or a name as in model.path.
-        adapters: PEFT adapter directories or GGUF adapters by name.
-        tokenizer: a tokenizer.json, or a directory that holds one; None for the GGUF's own.
-        max_length: the room: tokens of prompt and answer together; None for what the model was
-            trained for, DEFAULT_ROOM at most. More than it was trained for is refused.
-        device: as in the config, or one that is open already.
-
-    Raises:
-        InputError: the model or an adapter can't be read, they do not fit together, max_length is
-            beyond the model's context, or the device has no room.
-    """
-    gguf_file = GGUFFile(resolve_model(model))
-    architecture = Architecture.from_gguf(gguf_file)
-    if tokenizer is None:
-        text_tokens = Tokenizer.from_gguf(gguf_file)
-    else:
-        text_tokens = Tokenizer.from_file(tokenizer, gguf_file=gguf_file)
-    opened = Device(device) if isinstance(device, str) else device
-    room = max_length or min(architecture.context_length, DEFAULT_ROOM)
-    if room > architecture.context_length:
-        raise InputError(
-            f"max_length is {room}, but {model} was trained for texts of up to "
-            f"{architecture.context_length} tokens and writes nonsense beyond them. Set "
-            f"--max-length to {architecture.context_length} or less."
-        )
-    try:
-        loaded = load_model(opened, gguf_file, architecture, room)
-    except DeviceMemoryError as error:
-        plan = PlanningDevice(opened)
-        TextGenerator(plan, load_model(plan, gguf_file, architecture, room), text_tokens)
-        raise InputError(
-            f"{model} does not fit: {error}, and with room for texts of {room} tokens it takes "
-            f"{memory_figures(plan.allocated)}. Take a smaller quantization, or lower --max-length."
-        ) from error
-    return TextGenerator(
-        opened,
-        loaded,
-        text_tokens,
-        {
-            name: upload_adapter(opened, architecture, path)
-            for name, path in (adapters or {}).items()
-        },
-        plans=find_tiles(opened, "auto"),
-    )
+            self._engine.ring.ready(wait=True)

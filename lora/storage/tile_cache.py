@@ -16,13 +16,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-import wgpu
-
 from lora.forward.plans.matmul_plans import PlanSource, Product, Request
 from lora.forward.plans.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
 from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
-from lora.shaders.device import Device
+from lora.shaders.device import Device, implementation
+from lora.shaders.facts import DeviceFacts
 from lora.storage.files import write_file
 
 if sys.platform == "win32":
@@ -57,14 +56,14 @@ def cache_folder() -> Path:
     return folder / "webgpu-lora"
 
 
-def circumstances(device: Device) -> dict[str, Any]:
+def circumstances(facts: DeviceFacts) -> dict[str, Any]:
     """All that the plans found on a device hold for, as values that JSON can hold."""
     return {
-        "adapter": device.name,
-        "driver": device.info["description"],
-        "backend": device.info["backend_type"],
-        "wgpu": wgpu.__version__,
-        "workgroup_memory": device.workgroup_memory,
+        "adapter": facts.name,
+        "driver": facts.info["description"],
+        "backend": facts.info["backend_type"],
+        "wgpu": implementation().version,
+        "workgroup_memory": facts.workgroup_memory,
         "kernels": _kernels_digest(),
     }
 
@@ -74,7 +73,7 @@ def entry_of(plan: Plan) -> dict[str, Any]:
     return {"tile": plan.tile.name, "splits": plan.splits, "length": plan.length}
 
 
-def plan_of_entry(device: Device, product: Product, entry: Any) -> Plan | None:
+def plan_of_entry(facts: DeviceFacts, product: Product, entry: Any) -> Plan | None:
     """The plan that `entry_of` gave; None for what is no plan that this product can use here."""
     if not isinstance(entry, dict):
         return None
@@ -86,7 +85,7 @@ def plan_of_entry(device: Device, product: Product, entry: Any) -> Plan | None:
     covers = (splits - 1) * length < product.contraction <= splits * length
     if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
         return None
-    if not whole or not covers or tile.workgroup_bytes > device.workgroup_memory:
+    if not whole or not covers or tile.workgroup_bytes > facts.workgroup_memory:
         return None
     return Plan(tile, splits, length)
 
@@ -101,7 +100,7 @@ class TileCache:
 
     def __init__(self, device: Device, folder: Path | None = None) -> None:
         self._device = device
-        self._identity = circumstances(device)
+        self._identity = circumstances(device.facts)
         digest = hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()[:16]
         self.path = (folder or cache_folder()) / f"tiles-{digest}.json"
         self._plans: dict[str, Any] = {}
@@ -123,7 +122,7 @@ class TileCache:
 
     def plan(self, product: Product) -> Plan | None:
         """The plan known for a product; None where there is none, or one that can't be used."""
-        return plan_of_entry(self._device, product, self._plans.get(product.key))
+        return plan_of_entry(self._device.facts, product, self._plans.get(product.key))
 
     def find(
         self, requests: Sequence[Request], tuner: Tuner = tune, seconds: float = TUNING_SECONDS
@@ -205,19 +204,19 @@ def find_tiles(
             for, which takes some 2 seconds once. None (for evaluation and generation) looks for
             none.
     """
-    if setting == "off" or device.info["adapter_type"] == "CPU" or device.matmul_body == "wide":
+    if setting == "off" or device.facts.info["adapter_type"] == "CPU":
         return None
     cache = TileCache(device)
-    if requests is None or not device.holds_data:
+    if requests is None:
         cache.load()
     else:
         try:
             cache.find(requests)
         except OSError as error:
             warnings.warn(
-                f"The fastest tiles of {device.name} cannot be kept in {cache.path} ({error}), so "
-                "default ones are used. Set XDG_CACHE_HOME to a directory that can be written, or "
-                "train.tuning to off.",
+                f"The fastest tiles of {device.facts.name} cannot be kept in {cache.path} "
+                f"({error}), so default ones are used. Set XDG_CACHE_HOME to a directory that can "
+                "be written, or train.tuning to off.",
                 stacklevel=2,
             )
             cache.load()

@@ -46,16 +46,16 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     if session.stream is None:
         raise ValueError("a session without training has no checkpoints")
     path = output / "checkpoints" / f"step-{session.steps_done:06d}"
-    device, adapter = session.device, session.adapter
+    adapter, memory = session.adapter, session.device.memory
     moments = {
-        "first_moment": device.read(adapter.first_moment),
-        "second_moment": device.read(adapter.second_moment),
+        "first_moment": memory.read(adapter.first_moment),
+        "second_moment": memory.read(adapter.second_moment),
     }
     state = {
         "step": session.steps_done,
         "stream": session.stream.state(),
         "precision": session.config.train.precision,
-        "found_with": circumstances(device),
+        "found_with": circumstances(session.device.facts),
         "kernels": session.kernels_digest(),
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
     }
@@ -124,7 +124,7 @@ def resume(session: TrainingSession, output: Path) -> Path:
         (session.adapter.first_moment, moments[0]),
         (session.adapter.second_moment, moments[1]),
     ):
-        session.device.write(tensor, array)
+        session.device.memory.write(tensor, array)
     return path
 
 
@@ -137,14 +137,14 @@ def _plans_of_then(
         session: which resumes.
         found_with, entries: of the checkpoint.
     """
-    device = session.device
+    facts = session.device.facts
     changed = [
         f"{name} {found_with.get(name)} (now {now})"
-        for name, now in circumstances(device).items()
+        for name, now in circumstances(facts).items()
         if found_with.get(name) != now
     ]
     plans = {
-        product: plan_of_entry(device, product, entries.get(product.key))
+        product: plan_of_entry(facts, product, entries.get(product.key))
         for product in session.plans
     }
     usable = {product: plan for product, plan in plans.items() if plan is not None}

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import wgpu
 
 from lora.data.batches import Batch
 from lora.data.examples import Example
-from lora.shaders.device import Device
+from lora.shaders.program import Copy, Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 AUTO_LIMIT = 512 << 20  # bytes: `reuse_frozen_prefix: auto` keeps up to here
@@ -23,18 +23,19 @@ class PrefixCache:
     comes, and copied afterwards.
 
     Args:
+        recording: whose memory holds the states.
         examples: all that will be asked for; `Example.index` is their place.
         hidden_size: numbers a token.
     """
 
-    def __init__(self, device: Device, examples: Sequence[Example], hidden_size: int) -> None:
-        lengths = [len(example.ids) for example in examples]
-        self._lengths = lengths
-        self._row_bytes = 4 * hidden_size
-        self._starts = np.concatenate([[0], np.cumsum(lengths)]) * self._row_bytes
+    def __init__(self, recording: Recording, examples: Sequence[Example], hidden_size: int) -> None:
+        self._recording = recording
+        self._lengths = [len(example.ids) for example in examples]
+        self._hidden_size = hidden_size
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
         self._known = [False] * len(examples)
-        n_values = int(self._starts[-1]) // 4
-        self._buffer = device.empty_flat(n_values, purpose="frozen prefix").buffer
+        n_values = self.bytes_needed(examples, hidden_size) // 4
+        self._states = recording.memory.empty_flat(n_values, purpose="frozen prefix")
 
     @staticmethod
     def bytes_needed(examples: Sequence[Example], hidden_size: int) -> int:
@@ -45,20 +46,37 @@ class PrefixCache:
         """Whether all examples of a micro-batch are known."""
         return all(self._known[index] for index in batch.examples)
 
-    def keep(self, encoder: wgpu.GPUCommandEncoder, batch: Batch, boundary: Tensor) -> None:
-        """Appends copies out of `boundary` [rows, hidden_size], just computed for `batch`."""
-        for index, start in zip(batch.examples, batch.example_starts, strict=True):
+    def keep(self, batch: Batch, boundary: Tensor) -> None:
+        """Copies out of `boundary` [rows, hidden_size], just computed for `batch`."""
+        copies = []
+        for index, row in zip(batch.examples, batch.example_starts, strict=True):
             if not self._known[index]:
-                encoder.copy_buffer_to_buffer(
-                    boundary.buffer, start * self._row_bytes, self._buffer,
-                    int(self._starts[index]), self._lengths[index] * self._row_bytes,
-                )  # fmt: skip
+                copies.append(Copy("keep", self._rows(boundary, row, index), self._held(index)))
                 self._known[index] = True
+        self._run(copies)
 
-    def fill(self, encoder: wgpu.GPUCommandEncoder, batch: Batch, boundary: Tensor) -> None:
-        """Appends copies into `boundary`, in place of running the frozen layers."""
-        for index, start in zip(batch.examples, batch.example_starts, strict=True):
-            encoder.copy_buffer_to_buffer(
-                self._buffer, int(self._starts[index]), boundary.buffer,
-                start * self._row_bytes, self._lengths[index] * self._row_bytes,
-            )  # fmt: skip
+    def fill(self, batch: Batch, boundary: Tensor) -> None:
+        """Copies into `boundary`, in place of running the frozen layers."""
+        self._run(
+            [
+                Copy("fill", self._held(index), self._rows(boundary, row, index))
+                for index, row in zip(batch.examples, batch.example_starts, strict=True)
+            ]
+        )
+
+    def _held(self, index: int) -> Tensor:
+        """The states of an example."""
+        return self._rows(self._states, int(self._starts[index]), index)
+
+    def _rows(self, tensor: Tensor, first: int, index: int) -> Tensor:
+        """As many rows of a tensor as an example has, to be copied (not bound: offsets vary)."""
+        return Tensor(
+            tensor.buffer,
+            tensor.offset + 4 * self._hidden_size * first,
+            (self._lengths[index], self._hidden_size),
+        )
+
+    def _run(self, copies: Sequence[Copy]) -> None:
+        program = Program(self._recording)
+        program.commands += copies
+        program.run()

@@ -16,7 +16,9 @@ from lora.forward.matmul import matmul
 from lora.forward.model.weights import load_matrix
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
-from lora.shaders.program import Dispatch, Program
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+from lora.training.device_state import SessionPlan
 from lora.training.session import TrainingSession
 
 # What a dispatch takes on a GPU beside its products: its start, and waiting for memory.
@@ -54,22 +56,27 @@ class KernelRow:
 
 def measure_peaks(device: Device) -> Peaks:
     """Times a product and a copy, the best of some runs after a warm-up."""
-    n = 256 if device.is_cpu else 2048
+    with device.arena() as arena:
+        return _measure_peaks(device.recording(memory=arena))
+
+
+def _measure_peaks(recording: Recording) -> Peaks:
+    n = 256 if recording.facts.is_cpu else 2048
     rng = np.random.default_rng(0)
     kind = GGMLQuantizationType.F32
     data = (rng.normal(size=(n, n)) / np.sqrt(n)).astype(np.float32).view(np.uint8)
-    matrix = load_matrix(device, [GGUFTensor("product", kind, (n, n), data)])
-    extent = device.extent(n)
-    x = device.empty((n, n), extent=extent)
-    device.write(x, rng.normal(size=(n, n)))
-    product = Program(device)
+    matrix = load_matrix(recording, [GGUFTensor("product", kind, (n, n), data)])
+    extent = recording.memory.extent(n)
+    x = recording.memory.empty((n, n), extent=extent)
+    recording.memory.write(x, rng.normal(size=(n, n)))
+    product = Program(recording)
     for _ in range(5):
-        matmul(product, x, matrix, out=device.scratch((n, n)))
-    rows = (4 if device.is_cpu else 64) << 10
-    many = device.extent(rows)
-    source, copied = device.empty((rows, 256), extent=many), device.empty((rows, 256), extent=many)
-    order = device.upload(np.arange(rows, dtype=np.uint32))
-    copy = Program(device)
+        matmul(product, x, matrix, out=recording.memory.scratch((n, n)))
+    rows = (4 if recording.facts.is_cpu else 64) << 10
+    many = recording.memory.extent(rows)
+    source, copied = (recording.memory.empty((rows, 256), extent=many) for _ in range(2))
+    order = recording.memory.upload(np.arange(rows, dtype=np.uint32))
+    copy = Program(recording)
     for _ in range(5):
         gather_rows(copy, source, order, many, out=copied)
     return Peaks(
@@ -91,14 +98,14 @@ def kernel_table(session: TrainingSession, repeats: int = 5) -> list[KernelRow]:
     Raises:
         InputError: the device has no timestamps.
     """
-    if "timestamp-query" not in session.device.features:
-        raise InputError(f"{session.device.name} has no timestamps: kernels can't be timed on it.")
+    facts = session.device.facts
+    if "timestamp-query" not in facts.features:
+        raise InputError(f"{facts.name} has no timestamps: kernels can't be timed on it.")
     best: dict[tuple[str, str], KernelRow] = {}
     for _ in range(repeats):
         found: dict[tuple[str, str], list[KernelRow]] = defaultdict(list)
         for program in session.step_programs():
-            dispatches = [c for c in program.commands if isinstance(c, Dispatch)]
-            for dispatch, kernel in zip(dispatches, program.time(), strict=True):
+            for dispatch, kernel in zip(program.dispatches, program.time(), strict=True):
                 label = dispatch.label.split(".")[-1]
                 n_bytes = sum(tensor.n_bytes for tensor in dispatch.tensors)
                 found[dispatch.template, label].append(
@@ -143,20 +150,15 @@ def print_kernels(console: Console, rows: list[KernelRow], peaks: Peaks) -> None
     )
 
 
-def expected_seconds(session: TrainingSession, peaks: Peaks) -> float:
+def expected_seconds(plan: SessionPlan, peaks: Peaks) -> float:
     """About how long a step of the largest micro-batches takes: its products at the peak rate.
 
     On a GPU every dispatch has its price, too. Within a quarter of nine measured runs on an H200
     (benchmarks/results); on CPU devices, where the peak is that of an f32 matrix, twice too long
     for quantized ones.
     """
-    dispatches = [
-        command
-        for program in session.step_programs()
-        for command in program.commands
-        if isinstance(command, Dispatch)
-    ]
+    dispatches = [dispatch for program in plan.programs.step for dispatch in program.dispatches]
     seconds = sum(dispatch.flops for dispatch in dispatches) / peaks.flops
-    if not session.device.is_cpu:
+    if not plan.facts.is_cpu:
         seconds += GPU_DISPATCH_SECONDS * len(dispatches)
-    return seconds * session.config.train.gradient_accumulation
+    return seconds * plan.workload.config.train.gradient_accumulation

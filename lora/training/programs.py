@@ -14,16 +14,15 @@ from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.optim.adamw import adamw
 from lora.optim.clipping import gradient_norm
-from lora.shaders.device import Device
 from lora.shaders.program import Program
-from lora.shaders.tensor import Tensor, item_bytes
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
 
 # What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
 # the least that it holds, and the mean over some hundred tokens makes them small. A power of two
 # changes no bit of an f32 (Micikevicius et al. 2018, "Mixed Precision Training").
 LOSS_SCALE = 1024.0
 SLICED_SIZE = 24 << 20  # parameters of all slices of the gradients together
-KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
 
 
 @dataclass(frozen=True)
@@ -36,17 +35,17 @@ class AdapterState:
     second_moment: Tensor
 
     @classmethod
-    def allocate(cls, device: Device, layout: AdapterLayout) -> AdapterState:
+    def allocate(cls, recording: Recording, layout: AdapterLayout) -> AdapterState:
         """Zeroed tensors. On a GPU slices: that many workgroups more for each gradient.
 
         Large adapters make enough workgroups by themselves.
         """
-        layout.check_bindings(device)
+        layout.check_bindings(recording.facts)
 
-        n_slices = 1 if device.is_cpu else max(1, min(4, SLICED_SIZE // layout.size))
+        n_slices = 1 if recording.facts.is_cpu else max(1, min(4, SLICED_SIZE // layout.size))
 
         def flat(purpose: str) -> Tensor:
-            return device.empty_flat(layout.size, purpose=purpose)
+            return recording.memory.empty_flat(layout.size, purpose=purpose)
 
         return cls(
             parameters=flat("adapter"),
@@ -70,17 +69,19 @@ class Activations:
 
     @classmethod
     def allocate(
-        cls, device: Device, model: Model, inputs: Inputs, layout: AdapterLayout, flat: Tensor
+        cls, recording: Recording, model: Model, inputs: Inputs, layout: AdapterLayout, flat: Tensor
     ) -> Activations:
         """Tensors for micro-batches of up to inputs.rows.maximum tokens."""
         shape = (inputs.rows.maximum, model.architecture.hidden_size)
-        metrics = device.empty((128,))
+        metrics = recording.memory.empty((128,))
         factors = layout.factors(flat)
         return cls(
-            boundary=device.empty(shape, extent=inputs.rows),
-            final=device.empty(shape, extent=inputs.rows),
-            shared=LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer),
-            head=HeadActivations.allocate(device, model, inputs, factors),
+            boundary=recording.memory.empty(shape, extent=inputs.rows),
+            final=recording.memory.empty(shape, extent=inputs.rows),
+            shared=LayerActivations.allocate(
+                recording, model, inputs, factors, layout.lowest_layer
+            ),
+            head=HeadActivations.allocate(recording, model, inputs, factors),
             loss_sum=metrics.slice(0, 64),
             state=metrics.slice(64, 128),
             metrics=metrics,
@@ -88,10 +89,10 @@ class Activations:
 
 
 def record_prefix(
-    device: Device, model: Model, inputs: Inputs, act: Activations, lowest_layer: int
+    recording: Recording, model: Model, inputs: Inputs, act: Activations, lowest_layer: int
 ) -> Program:
     """Embedding and the layers below the lowest adapted one: act.boundary from the tokens."""
-    program = Program(device)
+    program = Program(recording)
     with program.scope("prefix"):
         record_embedding(program, model, inputs, act.boundary)
         for layer in range(lowest_layer):
@@ -101,7 +102,7 @@ def record_prefix(
 
 
 def record_forward_only(
-    device: Device,
+    recording: Recording,
     model: Model,
     inputs: Inputs,
     act: Activations,
@@ -113,7 +114,7 @@ def record_forward_only(
     Args:
         flat: the adapter's parameters; None for the bare model.
     """
-    program = Program(device)
+    program = Program(recording)
     factors = {} if flat is None else layout.factors(flat)
     x = act.boundary
     for layer in range(layout.lowest_layer, model.architecture.n_layers):
@@ -123,7 +124,7 @@ def record_forward_only(
 
 
 def record_eval(
-    device: Device,
+    recording: Recording,
     model: Model,
     inputs: Inputs,
     act: Activations,
@@ -131,7 +132,7 @@ def record_eval(
     flat: Tensor | None,
 ) -> Program:
     """From act.boundary to the losses and argmaxes of all targets, without gradients."""
-    program = record_forward_only(device, model, inputs, act, layout, flat)
+    program = record_forward_only(recording, model, inputs, act, layout, flat)
     factors = {} if flat is None else layout.factors(flat)
     x = last_states(model, layout, act)
     record_evaluation(program, model, inputs, factors, act.head, x)
@@ -156,7 +157,7 @@ class TrainingPrograms:
 
     def __init__(
         self,
-        device: Device,
+        recording: Recording,
         model: Model,
         inputs: Inputs,
         act: Activations,
@@ -169,17 +170,17 @@ class TrainingPrograms:
         epsilon: float,
         weight_decay: float,
     ) -> None:
-        self.loss_weight = device.uniform()  # `loss_weight_words`
-        self.loss_scale = LOSS_SCALE if device.precision == "f16" else 1.0
-        self.step_words = device.uniform()  # lora.optim.adamw.step_words
-        self.begin = Program(device)
+        self.loss_weight = recording.memory.uniform()  # `loss_weight_words`
+        self.loss_scale = LOSS_SCALE if recording.precision == "f16" else 1.0
+        self.step_words = recording.memory.uniform()  # lora.optim.adamw.step_words
+        self.begin = Program(recording)
         for gradient in adapter.gradients:
             self.begin.clear(gradient, label="clear gradients")
         self.begin.clear(act.loss_sum, label="clear loss sum")
         self.micro_batch = self._record_micro_batch(
-            device, model, inputs, act, layout, adapter, recompute
+            recording, model, inputs, act, layout, adapter, recompute
         )
-        self.finish = Program(device)
+        self.finish = Program(recording)
         with self.finish.scope("optimizer"):
             gradient_norm(
                 self.finish, adapter.gradients, act.state, max_norm=max_norm,
@@ -200,7 +201,7 @@ class TrainingPrograms:
 
     def _record_micro_batch(
         self,
-        device: Device,
+        recording: Recording,
         model: Model,
         inputs: Inputs,
         act: Activations,
@@ -208,17 +209,17 @@ class TrainingPrograms:
         adapter: AdapterState,
         recompute: bool,
     ) -> Program:
-        program = Program(device)
+        program = Program(recording)
         factors = layout.factors(adapter.parameters)
         slices = [layout.factors(gradient) for gradient in adapter.gradients]
         gradients = {key: [s[key] for s in slices] for key in factors}
         layers = range(layout.lowest_layer, model.architecture.n_layers)
-        scratch = Scratch.allocate(device, model, inputs, factors)
+        scratch = Scratch.allocate(recording, model, inputs, factors)
         shape = act.boundary.shape
         kept = {
             layer: act.boundary
             if layer == layout.lowest_layer
-            else device.empty(shape, extent=inputs.rows, purpose="kept inputs")
+            else recording.memory.empty(shape, extent=inputs.rows, purpose="kept inputs")
             for layer in layers
         }
         if layers:
@@ -226,7 +227,7 @@ class TrainingPrograms:
         computed = {
             layer: act.shared
             if recompute or layer == layers[-1]
-            else LayerActivations.allocate(device, model, inputs, factors, layout.lowest_layer)
+            else LayerActivations.allocate(recording, model, inputs, factors, layout.lowest_layer)
             for layer in layers
         }
 
@@ -252,20 +253,6 @@ class TrainingPrograms:
                     kept[layer], lowest=layer == layout.lowest_layer,
                 )  # fmt: skip
         return program
-
-
-def wants_recompute(
-    setting: str, model: Model, layout: AdapterLayout, maximum_rows: int, precision: str = "f32"
-) -> bool:
-    """What `train.recompute` means: auto keeps all activations where they are few."""
-    if setting != "auto":
-        return setting == "on"
-    a = model.architecture
-    width = 2 * a.hidden_size + a.query_size + a.qkv_size + 3 * a.intermediate_size
-    width += a.qkv_size * a.qk_norm + 2 * a.hidden_size * a.post_norms
-    row_bytes = item_bytes(precision) * width + item_bytes("f32") * a.hidden_size
-    n_layers = a.n_layers - layout.lowest_layer
-    return row_bytes * maximum_rows * n_layers > KEPT_ACTIVATIONS_LIMIT
 
 
 def loss_weight_words(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:

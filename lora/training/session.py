@@ -2,58 +2,42 @@
 
 from __future__ import annotations
 
-import math
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from lora.adapters.files import load_adapter, open_adapter
+from lora.adapters.files import load_adapter
 from lora.adapters.peft_files import save_peft_adapter
-from lora.data.batches import Batch, DataStream, sequential_batches
-from lora.data.examples import DataSummary, Example, load_examples
-from lora.forward.decoder.head import chunk_size
-from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import Architecture
-from lora.forward.model.frozen_model import load_model
-from lora.forward.model.inputs import Inputs
-from lora.forward.plans.matmul_plans import (
-    PlanSource,
-    Product,
-    Request,
-    plan_of,
-    requests_of,
-    using_source,
-)
+from lora.data.batches import Batch, sequential_batches
+from lora.data.examples import Example
+from lora.forward.plans.matmul_plans import PlanSource, Product
 from lora.forward.plans.matmul_tiles import Plan
-from lora.forward.text.tokenizer import Tokenizer
-from lora.generation.generator import Adapter, TextGenerator, memory_figures
+from lora.generation.engine import Adapter, memory_figures
+from lora.generation.generator import TextGenerator
 from lora.generation.sampling import GREEDY, Sampling
 from lora.optim.adamw import step_words
 from lora.optim.schedule import learning_rate
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
-from lora.shaders.planning import PlanningDevice
-from lora.shaders.program import Program, ReadbackRing
+from lora.shaders.program import Program
 from lora.shaders.program_data import kernels_digest
-from lora.storage.stores import resolve_model
+from lora.shaders.readback import ReadbackRing
 from lora.storage.tile_cache import find_tiles
+from lora.training.device_state import (
+    SessionPlan,
+    SessionPrograms,
+    SessionTensors,
+    open_cache,
+    replanned,
+)
 from lora.training.evaluation import Tally
 from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
-from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
-from lora.training.programs import (
-    Activations,
-    AdapterState,
-    TrainingPrograms,
-    loss_weight_words,
-    record_eval,
-    record_prefix,
-    wants_recompute,
-)
+from lora.training.prefix_cache import PrefixCache
+from lora.training.programs import TrainingPrograms, loss_weight_words, record_eval
+from lora.training.workload import Workload
 
 if TYPE_CHECKING:
     from lora.config.schema import Config
@@ -65,15 +49,18 @@ class TrainingSession:
     """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
 
     `session.step(batches)` runs forward, backward, clipping and AdamW on the device and returns
-    without waiting for it.
+    without waiting for it. A context manager: `close` gives its memory back.
 
     Args:
         config: checked settings.
         train: False leaves out what only training needs (for evaluation and generation).
         examples: tokenized ones in place of data.train; example i has index i.
-        device: one that is open already; by default the config's is opened.
+        device: one that is open already, and stays open; several sessions can share it. By default
+            the config's is opened, and closed with the session.
 
     Attributes:
+        workload: the model's file, the adapter's layout and the data.
+        plan: what the session takes.
         plans: what the products of training are recorded with; none on adapters without tiles.
 
     Raises:
@@ -89,135 +76,58 @@ class TrainingSession:
         device: Device | None = None,
     ) -> None:
         self.config = config
-        gguf_file = GGUFFile(resolve_model(config.model.path))
-        architecture = Architecture.from_gguf(gguf_file)
-        if config.model.tokenizer is None:
-            self.tokenizer = Tokenizer.from_gguf(gguf_file)
-        else:
-            self.tokenizer = Tokenizer.from_file(config.model.tokenizer, gguf_file=gguf_file)
-        adapter = config.adapter
-        self.layout = AdapterLayout(
-            architecture,
-            adapter.resolve_layers(architecture.n_layers),
-            adapter.resolve_targets(architecture),
-            adapter.rank,
-            adapter.scale,
-        )
-        self.train_examples: list[Example] = []
-        self.train_summary: DataSummary | None = None
-        if examples is not None:
-            self.train_examples = list(examples)
-        elif train:
-            self.train_examples, self.train_summary = load_examples(config.data, self.tokenizer)
-        self.eval_examples: list[Example] = []
-        self.eval_summary: DataSummary | None = None
-        if config.data.eval is not None:
-            self.eval_examples, self.eval_summary = load_examples(
-                config.data, self.tokenizer, "eval"
-            )
-        initial = self._initial_parameters()
-        self._check_tokens(architecture.vocab_size)
-
-        self.device = device if device is not None else Device(config.device)
-        self.maximum_rows = self._most_rows()
-
-        def allocate() -> None:
-            with self._recording():
-                self._allocate(gguf_file, architecture, initial, train)
-
-        # All is recorded once on a device that only counts: what it asks for is known beforehand.
-        self._plans: PlanSource | None = None
-        planning = PlanningDevice(self.device)
-        device, self.device = self.device, planning
-        with requests_of(planning) as requests:
-            allocate()
-        self.device = device
-        self._plans = find_tiles(device, config.train.tuning, requests if train else None)
-        products = {request.product: request for request in requests if train}
-        with using_source(planning, self._plans):
-            self.plans = {p: plan_of(planning, request) for p, request in products.items()}
+        self.workload = Workload.open(config, train=train, examples=examples)
+        self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
+        self.device = Device(config.device) if device is None else device
+        self._owns_device = device is None
+        self._memory = self.device.arena()
         try:
-            if planning.largest_scratch:
-                self.device.scratch((planning.largest_scratch,))
-            allocate()
-        except DeviceMemoryError as error:
-            raise self._too_large(gguf_file, architecture, initial, train, error) from error
+            self._open()
+        except BaseException:
+            self.close()
+            raise
 
-    @contextmanager
-    def _recording(self) -> Iterator[None]:
-        """Programs recorded in the block have this session's precision and tiles."""
-        with (
-            self.device.computing_in(self.config.train.precision),
-            using_source(self.device, self._plans),
-        ):
-            yield
-
-    def _allocate(
-        self, gguf_file: GGUFFile, architecture: Architecture, initial: np.ndarray, train: bool
-    ) -> None:
+    def _open(self) -> None:
         """Puts everything on the device and records the programs."""
-        lengths = (len(e.ids) for e in (*self.train_examples, *self.eval_examples))
-        longest = max(self.config.data.max_length, *lengths, 1)
-        self.model = load_model(self.device, gguf_file, architecture, longest)
-        targets = self._most_targets()
-        chunk = chunk_size(self.device, architecture.logits_size, targets)
-        self.inputs = Inputs.allocate(
-            self.device, self.maximum_rows, targets, chunk, self.model.long_examples
+        workload, train = self.workload, self.config.train
+        # All is recorded once on memory that only counts: what it asks for is known beforehand.
+        plan = SessionPlan.of(self.device.facts, workload)
+        requests = plan.requests if workload.trains else None
+        self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
+        self.plans: dict[Product, Plan] = plan.chosen(self._found)
+        if self._found is not None:
+            plan = SessionPlan.of(self.device.facts, workload, self._found)
+        self.plan = plan
+        self._recording = self.device.recording(
+            memory=self._memory, precision=train.precision, plans=self._found
         )
-        self.adapter = AdapterState.allocate(self.device, self.layout)
-        self.device.write(self.adapter.parameters, initial)
-        self._act = Activations.allocate(
-            self.device, self.model, self.inputs, self.layout, self.adapter.parameters
-        )
+        try:
+            if plan.largest_scratch:
+                self._memory.scratch((plan.largest_scratch,))
+            tensors = SessionTensors.allocate(self._recording, workload)
+            self._programs = SessionPrograms.record(self._recording, workload, tensors)
+        except DeviceMemoryError as error:
+            raise InputError(
+                f"{self.config.model.path} does not fit: {error}, and this run takes "
+                f"{memory_figures(plan.allocated)}. Lower train.batch_size or "
+                "data.max_length, set train.recompute: on, or take a smaller quantization."
+            ) from error
+        self._act, self._cache = tensors.activations, tensors.train_cache
+        self._tensors = tensors
+        self.model, self.inputs, self.adapter = tensors.model, tensors.inputs, tensors.adapter
+        self.recompute = tensors.recompute
+        self.steps_done = 0
+        self.stream = workload.stream() if workload.trains else None
+        if self.stream is not None:
+            self.total_steps = self.stream.total_steps
+            self._warmup_steps = train.resolve_warmup(self.total_steps)
+            self._ring = ReadbackRing(self._memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+        self._digest: str | None = None
+        self._generator: TextGenerator | None = None
         self._eval_programs: dict[bool, Program] = {}
         self._eval_ring: ReadbackRing | None = None
-        self._caches: dict[str, PrefixCache | None] = {}
-        self._generator: TextGenerator | None = None
-        self._programs: TrainingPrograms | None = None
-        self.stream: DataStream | None = None
-        if train:
-            self._prepare_training()
-        self._record_programs()
-
-    def use_plans(self, plans: Mapping[Product, Plan]) -> None:
-        """Records the programs again, with these plans of products; others keep theirs.
-
-        So a run goes on with the order of sums that it began with (lora/training/checkpoint.py).
-        """
-        if self._programs is None:
-            raise LoraError("This session was opened without training.")
-        if all(self.plans.get(product) == plan for product, plan in plans.items()):
-            return
-        self.plans |= plans
-        found = self._plans
-
-        def source(request: Request) -> Plan | None:
-            return self.plans.get(request.product) or (found(request) if found else None)
-
-        self._plans = source
-        # Their memory goes first: there may be no room for both.
-        self._eval_programs, self._generator, self._programs = {}, None, None
-        self.device.allocated.subtract(self._programs_memory)
-        with self._recording():
-            self._record_programs()
-
-    def _too_large(
-        self,
-        gguf_file: GGUFFile,
-        architecture: Architecture,
-        initial: np.ndarray,
-        train: bool,
-        error: DeviceMemoryError,
-    ) -> InputError:
-        """What to say where the device has no room: all figures, and what to change."""
-        self.device = PlanningDevice(self.device)
-        with self._recording():
-            self._allocate(gguf_file, architecture, initial, train)
-        return InputError(
-            f"{self.config.model.path} does not fit: {error}, and this run takes "
-            f"{memory_figures(self.device.allocated)}. Lower train.batch_size or "
-            "data.max_length, set train.recompute: on, or take a smaller quantization."
-        )
+        self._eval_cache: PrefixCache | None = None
+        self._has_eval_cache = False  # whether it was asked for, with whatever result
 
     @classmethod
     def from_config(
@@ -228,119 +138,40 @@ class TrainingSession:
 
         return cls(load_config(str(path), overrides), train=train)
 
-    # -- set-up ---------------------------------------------------------------------------------
+    def close(self) -> None:
+        """Gives the memory back, and the device where the session opened it."""
+        self._memory.close()
+        if self._owns_device:
+            self.device.close()
 
-    def _initial_parameters(self) -> np.ndarray:
-        init_from = self.config.adapter.init_from
-        if init_from is None:
-            return self.layout.initial(self.config.train.seed)
-        saved = open_adapter(Path(init_from), self.layout.architecture)
-        adapter = self.config.adapter
-        if saved.rank != adapter.rank or not math.isclose(saved.scale, adapter.scale, rel_tol=1e-6):
-            raise InputError(
-                f"adapter.init_from: {init_from} was made with {saved.made_with}, but adapter.rank "
-                f"is {adapter.rank}, adapter.alpha {adapter.alpha:g} and adapter.variant "
-                f"{adapter.variant}; set them to the same."
-            )
-        return load_adapter(Path(init_from), self.layout)
+    def __enter__(self) -> TrainingSession:
+        return self
 
-    def _check_tokens(self, vocab_size: int) -> None:
-        for example in (*self.train_examples, *self.eval_examples):
-            if int(example.ids.max()) >= vocab_size:
-                raise InputError(
-                    f"The tokenizer gives id {int(example.ids.max())}, but the model's vocabulary "
-                    f"has {vocab_size} entries; model.tokenizer does not fit this model."
-                )
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
-    def _most_rows(self) -> int:
-        """Tokens of the largest micro-batch that can occur."""
-        longest = self._most(lambda example: len(example.ids))
-        return max(longest, self.config.data.max_length)
+    def use_plans(self, plans: Mapping[Product, Plan]) -> None:
+        """Records the programs again, with these plans of products; others keep theirs.
 
-    def _most_targets(self) -> int:
-        """Trained tokens of the largest micro-batch; one at least, for generation."""
-        return max(1, self._most(lambda example: int(example.trained.sum())))
-
-    def _most(self, size: Callable[[Example], int]) -> int:
-        """The largest sum of sizes over a micro-batch of training or evaluation."""
-        data, batch_size = self.config.data, self.config.train.batch_size
-        sums = []
-        for examples, packing in ((self.train_examples, data.packing), (self.eval_examples, False)):
-            if packing:
-                sums.append(batch_size * data.max_length)
-            else:
-                sums.append(sum(sorted(map(size, examples), reverse=True)[:batch_size]))
-        return max(sums)
-
-    def _prepare_training(self) -> None:
-        train, data = self.config.train, self.config.data
-        self.stream = DataStream(
-            self.train_examples,
-            batch_size=train.batch_size,
-            gradient_accumulation=train.gradient_accumulation,
-            packing=data.packing,
-            max_length=data.max_length,
-            shuffle=data.shuffle,
-            seed=train.seed,
-            epochs=train.epochs,
-            steps=train.steps,
-        )
-        self.total_steps = self.stream.total_steps
-        self._warmup_steps = train.resolve_warmup(self.total_steps)
-        self.recompute = wants_recompute(
-            train.recompute, self.model, self.layout, self.maximum_rows, train.precision
-        )
-        self._cache("train", self.train_examples)
-        self.steps_done = 0
-        if self.device.holds_data:
-            self._ring = ReadbackRing(self.device, self._act.metrics.n_bytes, slots=IN_FLIGHT)
-
-    def _record_programs(self) -> None:
-        """What every micro-batch begins with and, in training, the rest of a step."""
-        self._digest: str | None = None
-        self._prefix = record_prefix(
-            self.device, self.model, self.inputs, self._act, self.layout.lowest_layer
-        )
+        So a run goes on with the order of sums that it began with (lora/training/checkpoint.py).
+        """
         if self.stream is None:
+            raise LoraError("This session was opened without training.")
+        if all(self.plans.get(product) == plan for product, plan in plans.items()):
             return
-        train, before = self.config.train, Counter(self.device.allocated)
-        self._programs = TrainingPrograms(
-            self.device,
-            self.model,
-            self.inputs,
-            self._act,
-            self.layout,
-            self.adapter,
-            recompute=self.recompute,
-            max_norm=train.max_grad_norm,
-            betas=(train.betas[0], train.betas[1]),
-            epsilon=train.epsilon,
-            weight_decay=train.weight_decay,
-        )
-        self._programs_memory = Counter(self.device.allocated)
-        self._programs_memory.subtract(before)
-        self._programs_memory.pop("scratch", None)  # which is the device's
+        self.plans |= plans
+        self._recording = replanned(self._recording, self.plans, self._found)
+        # Their memory goes first: there may be no room for both.
+        self._programs.memory.close()
+        if self._generator is not None:
+            self._generator.close()
+        self._eval_programs, self._generator, self._digest = {}, None, None
+        self._programs = SessionPrograms.record(self._recording, self.workload, self._tensors)
 
-    def _cache(self, name: str, examples: Sequence[Example]) -> PrefixCache | None:
-        """The prefix cache of a data set, where there is a frozen prefix and it is wanted."""
-        if name not in self._caches:
-            setting = self.config.train.reuse_frozen_prefix
-            hidden_size = self.model.architecture.hidden_size
-            needed = PrefixCache.bytes_needed(examples, hidden_size)
-            most = self.device.max_buffer
-            if setting == "on" and needed > most:
-                raise InputError(
-                    f"train.reuse_frozen_prefix: on: the states of {len(examples)} examples take "
-                    f"{needed / 2**20:.0f} MiB, more than the {most / 2**20:.0f} MiB that one "
-                    "buffer can hold here; set it to off."
-                )
-            wanted = (
-                setting != "off"
-                and self.layout.lowest_layer > 0
-                and (setting == "on" or needed <= min(most, AUTO_LIMIT))
-            )
-            self._caches[name] = PrefixCache(self.device, examples, hidden_size) if wanted else None
-        return self._caches[name]
+    def _training(self) -> TrainingPrograms:
+        if self._programs.training is None:
+            raise LoraError("This session was opened without training.")
+        return self._programs.training
 
     # -- training -------------------------------------------------------------------------------
 
@@ -349,10 +180,8 @@ class TrainingSession:
 
         Its metrics come out of `train`, or of `finished_steps`, some steps later.
         """
-        programs = self._programs
-        if programs is None or self.stream is None:
-            raise LoraError("This session was opened without training.")
-        train = self.config.train
+        programs, train = self._training(), self.config.train
+        assert self.stream is not None  # as there are programs
         rate = learning_rate(
             self.steps_done,
             total_steps=self.total_steps,
@@ -363,13 +192,13 @@ class TrainingSession:
         self.steps_done += 1
         n_trained = sum(batch.n_trained for batch in batches)
         words = step_words(rate, self.steps_done, (train.betas[0], train.betas[1]))
-        self.device.write(programs.loss_weight, loss_weight_words(n_trained, programs.loss_scale))
-        self.device.write(programs.step_words, words)
+        weight = loss_weight_words(n_trained, programs.loss_scale)
+        self._memory.write(programs.loss_weight, weight)
+        self._memory.write(programs.step_words, words)
         programs.begin.run()
-        cache = self._cache("train", self.train_examples)
         for batch in batches:
             self._write(batch)
-            self._run_prefix(batch, cache)
+            self._run_prefix(batch, self._cache)
             programs.micro_batch.run()
         programs.finish.run()
         self._ring.push(
@@ -385,7 +214,7 @@ class TrainingSession:
 
     def _write(self, batch: Batch) -> None:
         self.inputs.write(
-            self.device,
+            self._memory,
             batch.token_ids,
             batch.positions,
             batch.segment_start,
@@ -396,26 +225,19 @@ class TrainingSession:
     def _run_prefix(self, batch: Batch, cache: PrefixCache | None) -> None:
         """Puts what enters the lowest adapted layer into place: computed, or remembered."""
         if cache is None:
-            self._prefix.run()
-            return
-        known = cache.holds(batch)
-        if not known:
-            self._prefix.run()
-        encoder = self.device.wgpu.create_command_encoder()
-        if known:
-            cache.fill(encoder, batch, self._act.boundary)
+            self._programs.prefix.run()
+        elif cache.holds(batch):
+            cache.fill(batch, self._act.boundary)
         else:
-            cache.keep(encoder, batch, self._act.boundary)
-        self.device.queue.submit([encoder.finish()])
+            self._programs.prefix.run()
+            cache.keep(batch, self._act.boundary)
 
     def kernels_digest(self) -> str:
         """Of all kernels that a step runs; see `shaders.program_data`."""
         if self._digest is None:
-            programs = self._programs
-            if programs is None:
-                raise LoraError("This session was opened without training.")
+            programs = self._training()
             self._digest = kernels_digest(
-                (programs.begin, self._prefix, programs.micro_batch, programs.finish)
+                (programs.begin, self._programs.prefix, programs.micro_batch, programs.finish)
             )
         return self._digest
 
@@ -460,9 +282,7 @@ class TrainingSession:
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
-        if self._programs is None:
-            raise LoraError("This session was opened without training.")
-        return self._prefix, self._programs.micro_batch, self._programs.finish
+        return self._programs.step
 
     # -- evaluation and generation ----------------------------------------------------------------
 
@@ -481,20 +301,19 @@ class TrainingSession:
         """
         cache = None
         if examples is None:
-            if not self.eval_examples:
+            if not self.workload.eval_examples:
                 raise InputError("data.eval is null: there is nothing to evaluate on.")
-            examples = self.eval_examples
-            cache = self._cache("eval", examples)
+            examples = self.workload.eval_examples
+            cache = self._cache_of_eval()
         if adapted not in self._eval_programs:
             flat = self.adapter.parameters if adapted else None
-            with self._recording():
-                self._eval_programs[adapted] = record_eval(
-                    self.device, self.model, self.inputs, self._act, self.layout, flat
-                )
+            self._eval_programs[adapted] = record_eval(
+                self._recording, self.model, self.inputs, self._act, self.layout, flat
+            )
         program, head = self._eval_programs[adapted], self._act.head
         # The host prepares a batch while the device computes the one before it.
         if self._eval_ring is None:
-            self._eval_ring = ReadbackRing(self.device, head.losses.n_bytes, slots=2 * IN_FLIGHT)
+            self._eval_ring = ReadbackRing(self._memory, head.losses.n_bytes, 2 * IN_FLIGHT)
         ring, tally = self._eval_ring, Tally(examples)
         ring.ready(wait=True)  # what an evaluation that was interrupted left behind
         sent: list[Batch] = []
@@ -515,6 +334,15 @@ class TrainingSession:
             count(wait=False)
         count(wait=True)
         return tally.result()
+
+    def _cache_of_eval(self) -> PrefixCache | None:
+        """The prefix cache of data.eval, opened at its first use."""
+        if not self._has_eval_cache:
+            self._eval_cache = open_cache(
+                self._recording, self.workload, self.workload.eval_examples
+            )
+            self._has_eval_cache = True
+        return self._eval_cache
 
     def generate(
         self,
@@ -545,7 +373,10 @@ class TrainingSession:
         if self._generator is None:
             adapter = Adapter(self.layout, self.adapter.parameters)
             self._generator = TextGenerator(
-                self.device, self.model, self.tokenizer, {"adapter": adapter}, plans=self._plans
+                replace(self._recording, precision="f32"),
+                self.model,
+                self.tokenizer,
+                {"adapter": adapter},
             )
         self._generator.forget()  # the adapter may have been trained or loaded since
         return self._generator.stream(
@@ -560,7 +391,7 @@ class TrainingSession:
 
     def parameters(self) -> np.ndarray:
         """The adapter, f32 [layout.size], after all steps so far."""
-        return self.device.read(self.adapter.parameters)
+        return self._memory.read(self.adapter.parameters)
 
     def load_adapter(self, path: str | Path) -> None:
         """Puts an adapter of the config's rank and targets in place of the present one.
@@ -568,7 +399,7 @@ class TrainingSession:
         Args:
             path: a PEFT adapter directory, or a GGUF adapter.
         """
-        self.device.write(self.adapter.parameters, load_adapter(Path(path), self.layout))
+        self._memory.write(self.adapter.parameters, load_adapter(Path(path), self.layout))
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""

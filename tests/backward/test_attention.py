@@ -16,8 +16,8 @@ from lora.checks.references.attention import (
     segments_of,
 )
 from lora.forward.attention import Tile, attention
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.attention_cases import (
     CASES,
     HALF_CASES,
@@ -33,7 +33,7 @@ from tests.support.half_tensors import needs_halves
 
 
 def run_backward(
-    device: Device,
+    recording: Recording,
     qkv: np.ndarray,
     d_out: np.ndarray,
     segments: np.ndarray,
@@ -41,24 +41,24 @@ def run_backward(
     spare: int = 0,
 ) -> np.ndarray:
     """d_qkv of all recorded rows, over a fill of -7."""
-    extent = device.extent(len(qkv) + spare)
-    device.set_rows(extent, len(qkv))
-    x = activation_of(device, extent, qkv)
-    rows = segments_on(device, extent, segments)
-    d_y = activation_of(device, extent, d_out)
-    program = Program(device)
+    extent = recording.memory.extent(len(qkv) + spare)
+    recording.memory.set_rows(extent, len(qkv))
+    x = activation_of(recording, extent, qkv)
+    rows = segments_on(recording, extent, segments)
+    d_y = activation_of(recording, extent, d_out)
+    program = Program(recording)
     out, lse = attention(program, x, rows, **shape.options)
     d_qkv = attention_backward(program, x, out, lse, d_y, rows, **shape.options)
     for tensor in (out, lse):
-        device.write(tensor, np.full(tensor.shape, np.nan))
-    device.write(d_qkv, np.full(d_qkv.shape, -7.0))
+        recording.memory.write(tensor, np.full(tensor.shape, np.nan))
+    recording.memory.write(d_qkv, np.full(d_qkv.shape, -7.0))
     program.run()
-    return device.read(d_qkv)
+    return recording.memory.read(d_qkv)
 
 
-def within(tile: Tile, head_size: int, device: Device) -> Tile:
+def within(tile: Tile, head_size: int, recording: Recording) -> Tile:
     """The tile, or one of fewer rows where two tiles of them are too much for the device."""
-    while tile.memory("attention_backward_kv", head_size) > device.workgroup_memory:
+    while tile.memory("attention_backward_kv", head_size) > recording.facts.workgroup_memory:
         tile = replace(tile, per_lane=tile.per_lane // 2)
     return tile
 
@@ -88,21 +88,21 @@ def test_reference_against_central_differences(shape: Shape) -> None:
 
 @pytest.mark.parametrize(("lengths", "shape", "tile"), CASES)
 def test_attention_backward(
-    device: Device,
+    recording: Recording,
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     shape: Shape,
     tile: Tile,
 ) -> None:
     rows, spare = sum(lengths), 9
-    tile = within(tile, shape.head_size, device)
+    tile = within(tile, shape.head_size, recording)
     use_tile(monkeypatch, tile)
     monkeypatch.setattr(
         backward_attention, "choose_split", lambda *_: sum(lengths) % 2 == 0
     )  # both ways in turn
     qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
     d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size)
-    d_qkv = run_backward(device, qkv, d_out, segments, shape, spare)
+    d_qkv = run_backward(recording, qkv, d_out, segments, shape, spare)
     expected = attention_backward_reference(qkv, d_out, segments, shape)
     # As in the forward, p is off by some 1e-6 of itself, and so are d_p and dots, sums of head_size
     # products. A gradient is a sum of their products with q, k or d_out, whose errors are
@@ -116,18 +116,18 @@ def test_attention_backward(
 
 @pytest.mark.parametrize(("lengths", "shape", "tile"), HALF_CASES)
 def test_f16_tensors(
-    device: Device,
+    recording: Recording,
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     shape: Shape,
     tile: Tile,
 ) -> None:
-    needs_halves(device)
+    needs_halves(recording.facts)
     rows, spare = sum(lengths), 9
     use_tile(monkeypatch, tile)
     qkv, segments = normal(rows, rows, shape.width).astype(np.float16), segments_of(lengths)
     d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size).astype(np.float16)
-    d_qkv = run_backward(device, qkv, d_out, segments, shape, spare)
+    d_qkv = run_backward(recording, qkv, d_out, segments, shape, spare)
     assert d_qkv.dtype == np.float16
     expected = attention_backward_reference(qkv, d_out, segments, shape)
     # A gradient is rounded once. The forward's output is f16, off by 2^-12 of itself, and the dots
@@ -141,53 +141,53 @@ def test_f16_tensors(
 
 @pytest.mark.parametrize("tile", [ON_CPU, TILES[3]])
 def test_an_example_gives_the_same_bits_wherever_it_lies(
-    device: Device, monkeypatch: pytest.MonkeyPatch, tile: Tile
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, tile: Tile
 ) -> None:
     """And whenever it is computed."""
-    use_tile(monkeypatch, within(tile, 64, device))
+    use_tile(monkeypatch, within(tile, 64, recording))
     monkeypatch.setattr(backward_attention, "choose_split", lambda *_: True)
     qkv, d_out = normal(1, 170, WINDOWED.width), normal(2, 170, 3 * 64)
     segments = segments_of([45, 5, 100, 20])
-    among, again = (run_backward(device, qkv, d_out, segments, WINDOWED) for _ in range(2))
+    among, again = (run_backward(recording, qkv, d_out, segments, WINDOWED) for _ in range(2))
     assert among.tobytes() == again.tobytes()
     here = slice(50, 150)
-    alone = run_backward(device, qkv[here], d_out[here], segments_of([100]), WINDOWED)
+    alone = run_backward(recording, qkv[here], d_out[here], segments_of([100]), WINDOWED)
     assert alone.tobytes() == among[here].tobytes()
 
 
 def test_split_heads_and_tiles_of_as_many_teams_agree_bit_for_bit(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qkv, d_out = normal(1, 170, WINDOWED.width), normal(2, 170, 3 * 64)
     results = []
     for tile, split in ((TILES[3], True), (TILES[4], True), (TILES[4], False)):
-        use_tile(monkeypatch, within(tile, 64, device))
+        use_tile(monkeypatch, within(tile, 64, recording))
         monkeypatch.setattr(backward_attention, "choose_split", lambda *_, split=split: split)
-        results.append(run_backward(device, qkv, d_out, segments_of([45, 5, 120]), WINDOWED))
+        results.append(run_backward(recording, qkv, d_out, segments_of([45, 5, 120]), WINDOWED))
     for result in results:
-        if device.is_cpu:
+        if recording.facts.is_cpu:
             assert result.tobytes() == results[0].tobytes()
         else:  # a GPU's compiler fuses products and sums differently from kernel to kernel
             np.testing.assert_allclose(result, results[0], atol=2e-6 * np.abs(result).max())
 
 
 def test_large_scores_and_padding_rows_give_no_nan(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    use_tile(monkeypatch, within(ON_CPU, 64, device))
+    use_tile(monkeypatch, within(ON_CPU, 64, recording))
     monkeypatch.setattr(backward_attention, "choose_split", lambda *_: True)
     lengths = [45, *[1] * 25]  # padding rows are examples of one row
     qkv, d_out = 100.0 * normal(1, 70, WINDOWED.width), normal(2, 70, 3 * 64)
-    d_qkv = run_backward(device, qkv, d_out, segments_of(lengths), WINDOWED)
+    d_qkv = run_backward(recording, qkv, d_out, segments_of(lengths), WINDOWED)
     assert np.isfinite(d_qkv).all()
 
 
-def test_a_d_out_of_another_shape_is_refused(device: Device) -> None:
+def test_a_d_out_of_another_shape_is_refused(recording: Recording) -> None:
     shape = Shape(1, 1, 4, 0.5)
-    extent = device.extent(4)
-    qkv = device.empty((4, shape.width), extent=extent)
-    segments = device.upload(segments_of([4]))
-    program = Program(device)
+    extent = recording.memory.extent(4)
+    qkv = recording.memory.empty((4, shape.width), extent=extent)
+    segments = recording.memory.upload(segments_of([4]))
+    program = Program(recording)
     out, lse = attention(program, qkv, segments, **shape.options)
     with pytest.raises(ValueError, match="d_out has shape"):
         attention_backward(program, qkv, out, lse, qkv, segments, **shape.options)

@@ -6,8 +6,8 @@ import pytest
 from lora.checks.references.gather import gather_backward_reference
 from lora.forward.gather import gather_rows
 from lora.forward.model.inputs import NO_ROW
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import (
     MARKER,
     activation,
@@ -31,20 +31,22 @@ def test_reference_is_the_derivative() -> None:
     ("rows", "in_use", "picked", "width"),
     [(1, 1, 1, 4), (3, 2, 0, 36), (67, 66, 20, 100), (130, 130, 129, 576)],
 )
-def test_gather_backward(device: Device, rows: int, in_use: int, picked: int, width: int) -> None:
+def test_gather_backward(
+    recording: Recording, rows: int, in_use: int, picked: int, width: int
+) -> None:
     rng = np.random.default_rng(rows)
     indices = np.sort(rng.choice(in_use, picked, replace=False))
     d_y = rng.normal(size=(picked + 3, width)).astype(np.float32)
     slots = np.full(rows, NO_ROW, np.uint32)
     slots[indices] = np.arange(picked)
-    targets = extent_in_use(device, picked + 3, picked)
-    extent = extent_in_use(device, rows, in_use)
-    d_x = marked(device, extent, width)
-    program = Program(device)
+    targets = extent_in_use(recording, picked + 3, picked)
+    extent = extent_in_use(recording, rows, in_use)
+    d_x = marked(recording, extent, width)
+    program = Program(recording)
     gather_rows(
         program,
-        activation(device, d_y, targets),
-        activation(device, slots, extent),
+        activation(recording, d_y, targets),
+        activation(recording, slots, extent),
         extent,
         out=d_x,
     )

@@ -8,10 +8,10 @@ from lora.checks.references.head_norm_rope import (
     head_norm_rope_backward_reference,
     head_norm_rope_reference,
 )
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
-from tests.support.kernels import central_difference, extent_in_use, run_twice
+from tests.support.kernels import central_difference, extent_in_use, run_twice, with_facts
 from tests.support.rope_cases import CASES_AND_LANES, EPSILON, HALF_CASES, Case
 
 
@@ -34,18 +34,19 @@ def test_reference_is_the_derivative(interleaved: bool) -> None:
     assert slope == pytest.approx((gradient * direction).sum(), rel=1e-7)
 
 
-def check(device: Device, case: Case, x_type: str, d_type: str) -> None:
+def check(recording: Recording, case: Case, x_type: str, d_type: str) -> None:
     rng = np.random.default_rng(case.rows)
     qkv, d_y = rng.normal(size=(2, case.rows, case.width))
     qkv, d_y = rounded(qkv, x_type), rounded(d_y, d_type)
     q_weight, k_weight = rng.normal(size=(2, case.head_size)).astype(np.float32)
-    extent = extent_in_use(device, case.rows, case.in_use)
-    positions, positions_tensor, tables = case.tensors(device, extent)
-    gradient = typed(device, d_y, d_type, extent)
-    program = Program(device)
+    extent = extent_in_use(recording, case.rows, case.in_use)
+    positions, positions_tensor, tables = case.tensors(recording, extent)
+    gradient = typed(recording, d_y, d_type, extent)
+    program = Program(recording)
     head_norm_rope_backward(
-        program, typed(device, qkv, x_type, extent), device.upload(q_weight),
-        device.upload(k_weight), EPSILON, positions_tensor, tables, gradient, **case.heads,
+        program, typed(recording, qkv, x_type, extent), recording.memory.upload(q_weight),
+        recording.memory.upload(k_weight), EPSILON, positions_tensor, tables, gradient,
+        **case.heads,
     )  # fmt: skip
     assert len(program.commands) == case.dispatches
     result, used = run_twice(program, gradient), slice(0, case.in_use)
@@ -63,16 +64,14 @@ def check(device: Device, case: Case, x_type: str, d_type: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "is_cpu"), CASES_AND_LANES, ids=str)
-def test_head_norm_rope_backward(
-    device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
-    check(device, case, "f32", "f32")
+def test_head_norm_rope_backward(recording: Recording, case: Case, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)  # both run on any device
+    check(recording, case, "f32", "f32")
 
 
 @pytest.mark.parametrize(("case", "x_type", "d_type"), HALF_CASES, ids=str)
 def test_head_norm_rope_backward_of_halves(
-    device: Device, case: Case, x_type: str, d_type: str
+    recording: Recording, case: Case, x_type: str, d_type: str
 ) -> None:
-    needs_halves(device)
-    check(device, case, x_type, d_type)
+    needs_halves(recording.facts)
+    check(recording, case, x_type, d_type)

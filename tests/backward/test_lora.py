@@ -13,10 +13,11 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.checks.references.lora import gradients_reference, low_rank_reference
 from lora.forward.lora import GPU_TUNINGS, Tuning, lora_project
 from lora.forward.model.adapter import LoraFactors
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 from tests.support.half_tensors import needs_halves
+from tests.support.kernels import with_facts
 
 SCALE = 1.7
 UNTOUCHED = -7.0
@@ -115,7 +116,7 @@ class Recorded:
 
 
 def record(
-    device: Device,
+    recording: Recording,
     case: Case,
     values: Values,
     start: float,
@@ -126,14 +127,14 @@ def record(
 
     Rows that are not in use hold NaN, which would spread into every sum that read them.
     """
-    extent = device.extent(case.rows)
-    device.set_rows(extent, case.in_use)
+    extent = recording.memory.extent(case.rows)
+    recording.memory.set_rows(extent, case.in_use)
 
     def activation(array: np.ndarray, dtype: str) -> Tensor:
-        tensor = device.empty(array.shape, dtype, extent=extent)
+        tensor = recording.memory.empty(array.shape, dtype, extent=extent)
         stale = array.copy()
         stale[case.in_use :] = np.nan
-        device.write(tensor, stale)
+        recording.memory.write(tensor, stale)
         return tensor
 
     def factors(a: np.ndarray, b: np.ndarray) -> LoraFactors:
@@ -141,7 +142,7 @@ def record(
         first = -(-a.size // 64) * 64
         flat = np.full(first + b.size, UNTOUCHED, np.float32)
         flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
-        tensor = device.upload(flat)
+        tensor = recording.memory.upload(flat)
         return LoraFactors(
             tensor.slice(0, a.size).reshape(*a.shape),
             tensor.slice(first, flat.size).reshape(*b.shape),
@@ -156,22 +157,22 @@ def record(
         factors(np.full_like(values.a, start), np.full_like(values.b, start))
         for _ in range(case.n_slices)
     ]
-    program = Program(device)
+    program = Program(recording)
     z = lora_project(program, x, lora)
     d_z = lora_project_gradient(program, d_y, lora)
     lora_gradients(program, x, z, d_y, d_z, lora, slices)
     for tensor in (z, d_z):
-        device.write(tensor, np.full(tensor.shape, UNTOUCHED))
+        recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))
     return Recorded(program, z, d_z, slices)
 
 
 @pytest.mark.parametrize(("case", "is_cpu"), ON_CPU + ON_GPU, ids=str)
-def test_lora(device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
+def test_lora(recording: Recording, case: Case, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)  # both run on any device
     values = values_of(case)
-    recorded = record(device, case, values, start=0.0)
+    recorded = record(recording, case, values, start=0.0)
     recorded.program.run()
-    check(device, case, values, recorded)
+    check(recording, case, values, recorded)
 
 
 @pytest.mark.parametrize(
@@ -186,94 +187,100 @@ def test_lora(device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cp
     ids=str,
 )
 def test_lora_of_halves(
-    device: Device,
-    monkeypatch: pytest.MonkeyPatch,
+    recording: Recording,
     case: Case,
     x_type: str,
     d_y_type: str,
     is_cpu: bool,
 ) -> None:
-    needs_halves(device)
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    needs_halves(recording.facts)
+    recording = with_facts(recording, is_cpu=is_cpu)
     full = values_of(case)
     x, d_y = (
         v.astype(np.float16 if dtype == "f16" else np.float32).astype(np.float32)
         for v, dtype in ((full.x, x_type), (full.d_y, d_y_type))
     )
     values = Values(x, d_y, full.a, full.b)
-    recorded = record(device, case, values, 0.0, x_type, d_y_type)
+    recorded = record(recording, case, values, 0.0, x_type, d_y_type)
     recorded.program.run()
     # Only what goes in is f16: products, sums and results are f32, and as close as there.
-    check(device, case, values, recorded)
+    check(recording, case, values, recorded)
 
 
-def check(device: Device, case: Case, values: Values, recorded: Recorded) -> None:
+def check(recording: Recording, case: Case, values: Values, recorded: Recorded) -> None:
     """Everything that a case's program has written, once, to zeroed gradients."""
     used = slice(0, case.in_use)
     x, d_y = values.x[used], values.d_y[used]
     x_size, d_y_size, a_size, b_size = (np.abs(v) for v in (x, d_y, values.a, values.b))
 
-    z = device.read(recorded.z)
+    z = recording.memory.read(recorded.z)
     z_expected = x.astype(np.float64) @ values.a.T
     assert_close(z[used], z_expected, x_size @ a_size.T, case.in_features)
     assert (z[case.in_use :] == UNTOUCHED).all()
 
     expected = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
     magnitudes = gradients_reference(x_size, d_y_size, a_size, b_size, case.ranges, SCALE)
-    d_z = device.read(recorded.d_z)
+    d_z = recording.memory.read(recorded.d_z)
     longest = max(stop - start for start, stop in case.ranges)
     assert_close(d_z[used], expected[0], magnitudes[0], longest)
     assert (d_z[case.in_use :] == UNTOUCHED).all()
 
-    d_a = np.stack([device.read(s.a) for s in recorded.slices]).sum(axis=0, dtype=np.float64)
-    d_b = np.stack([device.read(s.b) for s in recorded.slices]).sum(axis=0, dtype=np.float64)
+    d_a = np.stack([recording.memory.read(s.a) for s in recorded.slices]).sum(
+        axis=0, dtype=np.float64
+    )
+    d_b = np.stack([recording.memory.read(s.b) for s in recorded.slices]).sum(
+        axis=0, dtype=np.float64
+    )
     # The rounding of d_z and z comes on top of that of the sum over rows.
     assert_close(d_a, expected[1], magnitudes[1], case.in_use + longest)
     assert_close(d_b, expected[2], magnitudes[2], case.in_use + case.in_features)
 
 
-def test_stretches_of_rows_go_to_their_slices(device: Device) -> None:
+def test_stretches_of_rows_go_to_their_slices(recording: Recording) -> None:
     case = Case(70, 66, 36, 8, ((0, 36), (36, 48)), 4)
     values = values_of(case)
-    recorded = record(device, case, values, start=0.0)
+    recorded = record(recording, case, values, start=0.0)
     recorded.program.run()
     for s, (first, last) in enumerate([(0, 17), (17, 34), (34, 51), (51, 66)]):
         x, d_y = values.x[first:last], values.d_y[first:last]
         _, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
         # Sums of at most 48 · 17 products of numbers around 1: far below a row's share.
-        np.testing.assert_allclose(device.read(recorded.slices[s].a), d_a, atol=2e-3)
-        np.testing.assert_allclose(device.read(recorded.slices[s].b), d_b, atol=2e-3)
+        np.testing.assert_allclose(recording.memory.read(recorded.slices[s].a), d_a, atol=2e-3)
+        np.testing.assert_allclose(recording.memory.read(recorded.slices[s].b), d_b, atol=2e-3)
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
-def test_two_runs_add_up_and_the_same_again_bit_for_bit(
-    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
+def test_two_runs_add_up_and_the_same_again_bit_for_bit(recording: Recording, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)
     case = Case(65, 60, 100, 8, ((0, 36), (36, 48), (48, 60)), 2)
     values = values_of(case)
     results = []
     for _ in range(2):
-        recorded = record(device, case, values, start=0.0)
+        recorded = record(recording, case, values, start=0.0)
         recorded.program.run()
-        once = [(device.read(s.a), device.read(s.b)) for s in recorded.slices]
+        once = [(recording.memory.read(s.a), recording.memory.read(s.b)) for s in recorded.slices]
         recorded.program.run()
-        twice = [(device.read(s.a), device.read(s.b)) for s in recorded.slices]
+        twice = [(recording.memory.read(s.a), recording.memory.read(s.b)) for s in recorded.slices]
         for one, two in zip(once, twice, strict=True):
             # The same f32 sum added to itself is exact.
             np.testing.assert_array_equal(two[0], 2 * one[0])
             np.testing.assert_array_equal(two[1], 2 * one[1])
-        results.append([device.read(recorded.z), device.read(recorded.d_z), *twice[0], *twice[1]])
+        results.append(
+            [
+                recording.memory.read(recorded.z),
+                recording.memory.read(recorded.d_z),
+                *twice[0],
+                *twice[1],
+            ]
+        )
     for first, second in zip(*results, strict=True):
         assert first.tobytes() == second.tobytes()
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
-def test_a_row_does_not_depend_on_the_number_of_rows(
-    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
-) -> None:
+def test_a_row_does_not_depend_on_the_number_of_rows(recording: Recording, is_cpu: bool) -> None:
     """Not even where a GPU takes other blocks for it."""
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    recording = with_facts(recording, is_cpu=is_cpu)
     many = Case(1030, 1030, 100, 8, ((0, 36), (36, 300)))
     one = Case(1, 1, 100, 8, many.ranges)
     values = values_of(many)
@@ -281,29 +288,39 @@ def test_a_row_does_not_depend_on_the_number_of_rows(
     for case, row in ((many, 700), (one, 0)):
         first = slice(700, 701) if case is one else slice(None)
         recorded = record(
-            device, case, Values(values.x[first], values.d_y[first], values.a, values.b), start=0.0
+            recording,
+            case,
+            Values(values.x[first], values.d_y[first], values.a, values.b),
+            start=0.0,
         )
         recorded.program.run()
-        found.append([device.read(t)[row].tobytes() for t in (recorded.z, recorded.d_z)])
+        found.append([recording.memory.read(t)[row].tobytes() for t in (recorded.z, recorded.d_z)])
     assert found[0] == found[1]
 
 
-def test_every_block_gives_the_same_bits(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_block_gives_the_same_bits(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """So that the tables may take another block for another number of rows."""
-    monkeypatch.setattr(device, "is_cpu", False)
+    recording = with_facts(recording, is_cpu=False)
     case = Case(37, 35, 900, 16, ((0, 332), (332, 344)), 1)
     values = values_of(case)
     found = set()
     for block in [(8, 1, 4, 4), (2, 2, 2, 2), (3, 4, 1, 8), (1, 1, 2, 1)]:
         tuning = Tuning((block,), 1, 16)
         monkeypatch.setattr("lora.forward.lora.GPU_TUNINGS", dict.fromkeys(GPU_TUNINGS, tuning))
-        recorded = record(device, case, values, start=0.0)
+        recorded = record(recording, case, values, start=0.0)
         recorded.program.run()
-        check(device, case, values, recorded)
-        found.add((device.read(recorded.z).tobytes(), device.read(recorded.d_z).tobytes()))
+        check(recording, case, values, recorded)
+        found.add(
+            (
+                recording.memory.read(recorded.z).tobytes(),
+                recording.memory.read(recorded.d_z).tobytes(),
+            )
+        )
     # A GPU's compiler contracts products and sums differently from one loop to another: there the
     # check above, against float64, is all that holds.
-    assert len(found) == 1 or device.info["adapter_type"] != "CPU"
+    assert len(found) == 1 or recording.facts.info["adapter_type"] != "CPU"
 
 
 @pytest.mark.parametrize(
@@ -311,7 +328,7 @@ def test_every_block_gives_the_same_bits(device: Device, monkeypatch: pytest.Mon
     [(16, 2, 8, 4, (4, 8)), (32, 4, 4, 2, (8, 8)), (8, 3, 16, 8, (4, 4))],
 )
 def test_gradients_divided_in_other_ways(
-    device: Device,
+    recording: Recording,
     monkeypatch: pytest.MonkeyPatch,
     blocks: int,
     short_lanes: int,
@@ -319,23 +336,23 @@ def test_gradients_divided_in_other_ways(
     unroll: int,
     sides: tuple[int, int],
 ) -> None:
-    monkeypatch.setattr(device, "is_cpu", False)
+    recording = with_facts(recording, is_cpu=False)
     tuning = backward_lora.Tuning(blocks, short_lanes, splits, unroll, sides)
     monkeypatch.setattr("lora.backward.lora.GPU_TUNING", tuning)
     case = Case(101, 99, 100, 24, ((0, 36), (36, 48), (48, 64)), 2)
     values = values_of(case)
-    recorded = record(device, case, values, start=0.0)
+    recorded = record(recording, case, values, start=0.0)
     recorded.program.run()
-    check(device, case, values, recorded)
+    check(recording, case, values, recorded)
 
 
-def test_gradients_are_added_to_what_is_there(device: Device) -> None:
+def test_gradients_are_added_to_what_is_there(recording: Recording) -> None:
     case = Case(7, 0, 36, 8, ((0, 36),), 2)  # no row in use: nothing is added
-    recorded = record(device, case, values_of(case), start=3.0)
+    recorded = record(recording, case, values_of(case), start=3.0)
     recorded.program.run()
     for s in recorded.slices:
-        assert (device.read(s.a) == 3.0).all()
-        assert (device.read(s.b) == 3.0).all()
+        assert (recording.memory.read(s.a) == 3.0).all()
+        assert (recording.memory.read(s.b) == 3.0).all()
 
 
 def test_reference_gradients_by_central_differences() -> None:
@@ -361,15 +378,17 @@ def test_reference_gradients_by_central_differences() -> None:
             assert gradient[index] == pytest.approx((above - below) / (2 * step), abs=1e-9)
 
 
-def test_wrong_shapes_are_refused(device: Device) -> None:
+def test_wrong_shapes_are_refused(recording: Recording) -> None:
     case = Case(7, 7, 36, 8, ((0, 36),))
     values = values_of(case)
-    extent = device.extent(case.rows)
-    lora = LoraFactors(device.upload(values.a), device.upload(values.b), 8, 1.0, case.ranges)
-    program = Program(device)
-    narrow = device.empty((7, 32), extent=extent)
-    z = device.empty((7, 8), extent=extent)
-    x = device.empty((7, 36), extent=extent)
+    extent = recording.memory.extent(case.rows)
+    lora = LoraFactors(
+        recording.memory.upload(values.a), recording.memory.upload(values.b), 8, 1.0, case.ranges
+    )
+    program = Program(recording)
+    narrow = recording.memory.empty((7, 32), extent=extent)
+    z = recording.memory.empty((7, 8), extent=extent)
+    x = recording.memory.empty((7, 36), extent=extent)
     with pytest.raises(ValueError, match="lora_project input"):
         lora_project(program, narrow, lora)
     with pytest.raises(ValueError, match="lacks columns"):
@@ -378,7 +397,9 @@ def test_wrong_shapes_are_refused(device: Device) -> None:
         lora_gradients(program, x, z, x, z, lora, [lora] * 5)
     with pytest.raises(ValueError, match="lora_gradients z"):
         lora_gradients(program, x, x, x, z, lora, [lora])
-    apart = LoraFactors(device.upload(values.a), device.upload(values.b), 8, 1.0, case.ranges)
+    apart = LoraFactors(
+        recording.memory.upload(values.a), recording.memory.upload(values.b), 8, 1.0, case.ranges
+    )
     with pytest.raises(ValueError, match="does not lie behind"):
         lora_gradients(program, x, z, x, z, lora, [apart])
     assert not program.commands

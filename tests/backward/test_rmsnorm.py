@@ -5,8 +5,8 @@ import pytest
 
 from lora.backward.rmsnorm import rmsnorm_backward
 from lora.checks.references.rmsnorm import rmsnorm_backward_reference, rmsnorm_reference
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -21,6 +21,7 @@ from tests.support.kernels import (
     extent_in_use,
     marked,
     run_twice,
+    with_facts,
 )
 
 EPSILON = 1e-5
@@ -50,19 +51,19 @@ def test_reference_is_the_derivative() -> None:
     ],
 )
 def test_rmsnorm_backward(
-    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int,
+    recording: Recording, rows: int, in_use: int, width: int,
     residual: str, is_cpu: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
+    recording = with_facts(recording, is_cpu=is_cpu)  # both run on any device
     rng = np.random.default_rng(width)
     x, d_y, past = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(3))
     weight = rng.normal(size=width).astype(np.float32)
-    extent = extent_in_use(device, rows, in_use)
-    x_t, d_t, past_t = (activation(device, values, extent) for values in (x, d_y, past))
-    out = past_t if residual == "in place" else marked(device, extent, width)
-    program = Program(device)
+    extent = extent_in_use(recording, rows, in_use)
+    x_t, d_t, past_t = (activation(recording, values, extent) for values in (x, d_y, past))
+    out = past_t if residual == "in place" else marked(recording, extent, width)
+    program = Program(recording)
     rmsnorm_backward(
-        program, x_t, device.upload(weight), EPSILON, d_t,
+        program, x_t, recording.memory.upload(weight), EPSILON, d_t,
         residual=None if residual == "none" else past_t, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
@@ -75,14 +76,14 @@ def test_rmsnorm_backward(
     assert (result[in_use:] == untouched[in_use:]).all()
 
 
-def test_another_range_of_the_same_buffer_is_no_residual_in_place(device: Device) -> None:
+def test_another_range_of_the_same_buffer_is_no_residual_in_place(recording: Recording) -> None:
     """Read as "in place" the residual would be dropped and the output's old numbers added."""
-    both = device.empty((2, 64))
-    extent = device.extent(1)
-    x, d_y = (activation(device, np.ones((1, 64), np.float32), extent) for _ in range(2))
+    both = recording.memory.empty((2, 64))
+    extent = recording.memory.extent(1)
+    x, d_y = (activation(recording, np.ones((1, 64), np.float32), extent) for _ in range(2))
     with pytest.raises(ValueError, match="another range of the output's buffer"):
         rmsnorm_backward(
-            Program(device), x, device.upload(np.ones(64)), EPSILON, d_y,
+            Program(recording), x, recording.memory.upload(np.ones(64)), EPSILON, d_y,
             residual=both.slice(0, 1), out=both.slice(1, 2),
         )  # fmt: skip
 
@@ -97,21 +98,21 @@ def test_another_range_of_the_same_buffer_is_no_residual_in_place(device: Device
     ],
 )
 def test_rmsnorm_backward_of_halves(
-    device: Device, x_type: str, d_y_type: str, out_type: str, in_place: bool
+    recording: Recording, x_type: str, d_y_type: str, out_type: str, in_place: bool
 ) -> None:
-    needs_halves(device)
+    needs_halves(recording.facts)
     rng = np.random.default_rng(4)
     x, d_y, past = rng.normal(size=(3, 67, 100)).astype(np.float32)
     x, d_y, past = rounded(x, x_type), rounded(d_y, d_y_type), rounded(past, out_type)
     weight = rng.normal(size=100).astype(np.float32)
-    extent = extent_in_use(device, 67, 66)
-    out = typed_marked(device, out_type, extent, 100)
+    extent = extent_in_use(recording, 67, 66)
+    out = typed_marked(recording, out_type, extent, 100)
     if in_place:
-        device.write(out, past)
-    program = Program(device)
+        recording.memory.write(out, past)
+    program = Program(recording)
     rmsnorm_backward(
-        program, typed(device, x, x_type, extent), device.upload(weight), EPSILON,
-        typed(device, d_y, d_y_type, extent), residual=out if in_place else None, out=out,
+        program, typed(recording, x, x_type, extent), recording.memory.upload(weight), EPSILON,
+        typed(recording, d_y, d_y_type, extent), residual=out if in_place else None, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
     expected = rmsnorm_backward_reference(x, weight, d_y, EPSILON) + in_place * past

@@ -7,8 +7,8 @@ from lora.backward.rope import rope_backward
 from lora.checks.references.rope import rope_backward_reference, rope_reference
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
 from tests.support.rope_cases import SHAPES
 
@@ -30,20 +30,20 @@ def test_reference_is_the_derivative(interleaved: bool) -> None:
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("rows", "in_use", "n_heads", "head_size", "dimensions", "width"), SHAPES)
 def test_rope_backward(
-    device: Device, rows: int, in_use: int, n_heads: int, head_size: int, dimensions: int,
+    recording: Recording, rows: int, in_use: int, n_heads: int, head_size: int, dimensions: int,
     width: int, interleaved: bool,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(rows)
     d_qkv = rng.normal(size=(rows, width)).astype(np.float32)
     positions = rng.integers(0, 5000, rows)
-    extent = extent_in_use(device, rows, in_use)
-    tensor = activation(device, d_qkv, extent)
-    program = Program(device)
+    extent = extent_in_use(recording, rows, in_use)
+    tensor = activation(recording, d_qkv, extent)
+    program = Program(recording)
     rope_backward(
         program,
         tensor,
-        activation(device, positions, extent),
-        device.upload(Rope(BASE, dimensions, interleaved).tables(5000)),
+        activation(recording, positions, extent),
+        recording.memory.upload(Rope(BASE, dimensions, interleaved).tables(5000)),
         n_rotated_heads=n_heads,
         head_size=head_size,
         interleaved=interleaved,
@@ -59,14 +59,14 @@ def test_rope_backward(
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
-def test_there_and_back(device: Device, interleaved: bool) -> None:
+def test_there_and_back(recording: Recording, interleaved: bool) -> None:
     """The rotation is orthogonal: the gradient's kernel undoes the forward's."""
     qkv = np.random.default_rng(2).normal(size=(67, 100)).astype(np.float32)
-    extent = device.extent(67)
-    tensor = activation(device, qkv, extent)
-    positions = activation(device, np.arange(67) * 61, extent)
-    tables = device.upload(Rope(BASE, 12, interleaved).tables(4096))
-    program = Program(device)
+    extent = recording.memory.extent(67)
+    tensor = activation(recording, qkv, extent)
+    positions = activation(recording, np.arange(67) * 61, extent)
+    tables = recording.memory.upload(Rope(BASE, 12, interleaved).tables(4096))
+    program = Program(recording)
     for turn in (rope, rope_backward):
         turn(
             program, tensor, positions, tables,

@@ -5,8 +5,8 @@ import pytest
 
 from lora.backward.swiglu import swiglu_backward
 from lora.checks.references.swiglu import gate_reference, swiglu_backward_reference
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -42,17 +42,20 @@ def test_reference_is_the_derivative(name: str) -> None:
 @pytest.mark.parametrize(("quads", "in_place"), [(1, False), (1, True), (4, False), (4, True)])
 @pytest.mark.parametrize(("rows", "in_use", "width", "name"), SHAPES)
 def test_swiglu_backward(
-    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int,
+    name: str,
     in_place: bool, quads: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
     monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
     gate_up, d_y = make_inputs(rows, width)
-    extent = extent_in_use(device, rows, in_use)
-    source = activation(device, gate_up, extent)
-    out = source if in_place else marked(device, extent, 2 * width)
-    program = Program(device)
-    swiglu_backward(program, source, activation(device, d_y, extent), activation_name=name, out=out)
+    extent = extent_in_use(recording, rows, in_use)
+    source = activation(recording, gate_up, extent)
+    out = source if in_place else marked(recording, extent, 2 * width)
+    program = Program(recording)
+    swiglu_backward(
+        program, source, activation(recording, d_y, extent), activation_name=name, out=out
+    )
     result = run_twice(program, out)
     expected = swiglu_backward_reference(gate_up, d_y, name)
     # exp of WGSL is good to 3 + 2|x| ulp (40 at |gate| 18); the slope is a sum of two terms of
@@ -67,16 +70,16 @@ def test_swiglu_backward(
     [("silu", False, "f16"), ("silu", True, "f32"), ("gelu_tanh", True, "f16")],
 )
 def test_swiglu_backward_of_halves(
-    device: Device, name: str, in_place: bool, d_y_type: str
+    recording: Recording, name: str, in_place: bool, d_y_type: str
 ) -> None:
-    needs_halves(device)
+    needs_halves(recording.facts)
     gate_up, d_y = make_inputs(67, 100)
     gate_up, d_y = rounded(gate_up, "f16"), rounded(d_y, d_y_type)
-    extent = extent_in_use(device, 67, 66)
-    source = typed(device, gate_up, "f16", extent)
-    out = source if in_place else typed_marked(device, "f16", extent, 200)
-    program = Program(device)
-    d_y_tensor = typed(device, d_y, d_y_type, extent)
+    extent = extent_in_use(recording, 67, 66)
+    source = typed(recording, gate_up, "f16", extent)
+    out = source if in_place else typed_marked(recording, "f16", extent, 200)
+    program = Program(recording)
+    d_y_tensor = typed(recording, d_y, d_y_type, extent)
     swiglu_backward(program, source, d_y_tensor, activation_name=name, out=out)
     result = run_twice(program, out)
     expected = swiglu_backward_reference(gate_up, d_y, name)
@@ -86,22 +89,22 @@ def test_swiglu_backward_of_halves(
 
 
 @pytest.mark.parametrize("columns", [12, 9])
-def test_a_width_of_no_whole_vectors_is_refused(device: Device, columns: int) -> None:
-    extent = device.extent(2)
-    gate_up = device.empty((2, columns), extent=extent)
-    d_y = device.empty((2, columns // 2), extent=extent)
+def test_a_width_of_no_whole_vectors_is_refused(recording: Recording, columns: int) -> None:
+    extent = recording.memory.extent(2)
+    gate_up = recording.memory.empty((2, columns), extent=extent)
+    d_y = recording.memory.empty((2, columns // 2), extent=extent)
     with pytest.raises(ValueError, match="no multiple of 4"):
-        swiglu_backward(Program(device), gate_up, d_y)
+        swiglu_backward(Program(recording), gate_up, d_y)
 
 
-def test_another_range_of_the_same_buffer_is_refused(device: Device) -> None:
+def test_another_range_of_the_same_buffer_is_refused(recording: Recording) -> None:
     """Read as "in place" the gradient would be taken at the output's old numbers."""
-    extent = device.extent(1)
-    both, d_y = device.empty((2, 64)), device.empty((1, 32), extent=extent)
-    gate_up = activation(device, np.ones((1, 64), np.float32), extent)
+    extent = recording.memory.extent(1)
+    both, d_y = recording.memory.empty((2, 64)), recording.memory.empty((1, 32), extent=extent)
+    gate_up = activation(recording, np.ones((1, 64), np.float32), extent)
     with pytest.raises(ValueError, match="another range of gate_up's buffer"):
         swiglu_backward(
-            Program(device),
+            Program(recording),
             type(gate_up)(both.buffer, 0, (1, 64), extent=extent),
             d_y,
             out=both.slice(1, 2),

@@ -13,7 +13,7 @@ from benchmarks import vs_peft
 from benchmarks.sessions import Case, used_memory
 from benchmarks.vs_peft import PEFT_VARIANTS, parse_options, parse_shapes
 from benchmarks.vs_peft_report import LOSS_TOLERANCE, NORM_TOLERANCE, memory_lines, write_report
-from lora.shaders.device import Device
+from lora.shaders.device import Device, choose_device
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
 from tests.support.synthetic_models import SHAPES, write_model
@@ -77,7 +77,8 @@ def test_loss_curves_fall_and_are_those_of_training(tiny: Path) -> None:
 
 
 def test_loss_curves_of_two_precisions_part_a_little(tiny: Path) -> None:
-    needs_halves(Device())
+    with Device() as device:
+        needs_halves(device.facts)
     curves = loss_curves(tiny, 6, ["f32", "f16"], batch_size=2, length=24)
     # Every stored activation of f16 is rounded by up to 2^-11: the losses can't be equal, and
     # those of a step are means over 46 tokens of sums of such errors of either sign.
@@ -101,7 +102,7 @@ def test_a_report(tiny: Path, tmp_path: Path) -> None:
     text = (tmp_path / "vs_peft-tiny-2x20.md").read_text()
     on, off = [line for line in text.splitlines() if line.startswith("| ours")][:2]
     assert on.endswith("| is compared with |") and off.endswith("| yes |")
-    if "timestamp-query" in Device().features:
+    if "timestamp-query" in choose_device().features:
         assert "| matmul_" in text
 
 

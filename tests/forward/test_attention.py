@@ -10,8 +10,8 @@ import pytest
 
 from lora.checks.references.attention import Shape, attention_reference, segments_of
 from lora.forward.attention import GPU_TILES, Tile, attention, choose_tile
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.attention_cases import (
     CASES,
     HALF_CASES,
@@ -24,30 +24,31 @@ from tests.support.attention_cases import (
     use_tile,
 )
 from tests.support.half_tensors import needs_halves
+from tests.support.kernels import with_facts
 
 
 def run_attention(
-    device: Device, qkv: np.ndarray, segments: np.ndarray, shape: Shape, spare: int = 0
+    recording: Recording, qkv: np.ndarray, segments: np.ndarray, shape: Shape, spare: int = 0
 ) -> tuple[np.ndarray, np.ndarray]:
     """out and lse of all recorded rows, over a fill of -7."""
-    extent = device.extent(len(qkv) + spare)
-    device.set_rows(extent, len(qkv))
-    program = Program(device)
+    extent = recording.memory.extent(len(qkv) + spare)
+    recording.memory.set_rows(extent, len(qkv))
+    program = Program(recording)
     out, lse = attention(
         program,
-        activation_of(device, extent, qkv),
-        segments_on(device, extent, segments),
+        activation_of(recording, extent, qkv),
+        segments_on(recording, extent, segments),
         **shape.options,
     )
     for tensor in (out, lse):
-        device.write(tensor, np.full(tensor.shape, -7.0))
+        recording.memory.write(tensor, np.full(tensor.shape, -7.0))
     program.run()
-    return device.read(out), device.read(lse)
+    return recording.memory.read(out), recording.memory.read(lse)
 
 
 @pytest.mark.parametrize(("lengths", "shape", "tile"), CASES)
 def test_attention(
-    device: Device,
+    recording: Recording,
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     shape: Shape,
@@ -56,7 +57,7 @@ def test_attention(
     rows, spare = sum(lengths), 9
     use_tile(monkeypatch, tile)
     qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
-    out, lse = run_attention(device, qkv, segments, shape, spare)
+    out, lse = run_attention(recording, qkv, segments, shape, spare)
     expected_out, expected_lse = attention_reference(qkv, segments, shape)
     # A score is a sum of head_size products of unit normals: its rounding walks about
     # sqrt(head_size) steps of 2^-25 of a partial sum of sqrt(head_size) · scale, 5e-7 at 256
@@ -71,17 +72,17 @@ def test_attention(
 
 @pytest.mark.parametrize(("lengths", "shape", "tile"), HALF_CASES)
 def test_f16_tensors(
-    device: Device,
+    recording: Recording,
     monkeypatch: pytest.MonkeyPatch,
     lengths: list[int],
     shape: Shape,
     tile: Tile,
 ) -> None:
-    needs_halves(device)
+    needs_halves(recording.facts)
     rows, spare = sum(lengths), 9
     use_tile(monkeypatch, tile)
     qkv, segments = normal(rows, rows, shape.width).astype(np.float16), segments_of(lengths)
-    out, lse = run_attention(device, qkv, segments, shape, spare)
+    out, lse = run_attention(recording, qkv, segments, shape, spare)
     assert (out.dtype, lse.dtype) == (np.float16, np.float32)
     expected_out, expected_lse = attention_reference(qkv, segments, shape)
     # An output is rounded once. With f16 products a score's head_size sums, some 0.3 · steepness
@@ -96,27 +97,27 @@ def test_f16_tensors(
 
 @pytest.mark.parametrize("tile", [ON_CPU, TILES[3]])
 def test_an_example_gives_the_same_bits_wherever_it_lies(
-    device: Device, monkeypatch: pytest.MonkeyPatch, tile: Tile
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, tile: Tile
 ) -> None:
     """And whenever it is computed."""
     use_tile(monkeypatch, tile)
     qkv, here = normal(1, 170, WINDOWED.width), slice(50, 150)
     segments = segments_of([45, 5, 100, 20])
-    among, again = (run_attention(device, qkv, segments, WINDOWED) for _ in range(2))
-    alone = run_attention(device, qkv[here], segments_of([100]), WINDOWED)
+    among, again = (run_attention(recording, qkv, segments, WINDOWED) for _ in range(2))
+    alone = run_attention(recording, qkv[here], segments_of([100]), WINDOWED)
     for first, second, own in zip(among, again, alone, strict=True):
         assert first.tobytes() == second.tobytes()
         assert own.tobytes() == first[here].tobytes()
 
 
 def test_tiles_of_as_many_teams_agree_bit_for_bit(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qkv, segments = normal(1, 170, WINDOWED.width), segments_of([45, 5, 100, 20])
     results = []
     for tile in TILES[3:6]:
         use_tile(monkeypatch, tile)
-        results.append(run_attention(device, qkv, segments, WINDOWED)[0].tobytes())
+        results.append(run_attention(recording, qkv, segments, WINDOWED)[0].tobytes())
     assert results[0] == results[1] == results[2]
 
 
@@ -125,18 +126,17 @@ def test_tiles_of_as_many_teams_agree_bit_for_bit(
 @pytest.mark.parametrize("kernel", ["attention", "attention_backward_q", "attention_backward_kv"])
 @pytest.mark.parametrize("is_cpu", [False, True])
 def test_a_chosen_tile_fits_every_head(
-    device: Device,
-    monkeypatch: pytest.MonkeyPatch,
+    recording: Recording,
     kernel: str,
     memory: int,
     is_cpu: bool,
     tile_type: str,
 ) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
-    monkeypatch.setattr(device, "workgroup_memory", memory)
+    recording = with_facts(recording, is_cpu=is_cpu)
+    recording = with_facts(recording, workgroup_memory=memory)
     for head_size in range(4, 257, 4):
         tiles = [
-            choose_tile(kernel, device, rows, 4, head_size, tile_type) for rows in (1, 512, 8192)
+            choose_tile(kernel, recording, rows, 4, head_size, tile_type) for rows in (1, 512, 8192)
         ]
         for tile in tiles:
             assert tile.memory(kernel, head_size, tile_type) <= memory
@@ -150,21 +150,21 @@ def test_a_chosen_tile_fits_every_head(
 
 @pytest.mark.parametrize(("kernel", "tile_type", "head_size"), GPU_TILES)
 def test_a_row_of_the_table_is_taken_where_it_fits(
-    device: Device, monkeypatch: pytest.MonkeyPatch, kernel: str, tile_type: str, head_size: int
+    recording: Recording, kernel: str, tile_type: str, head_size: int
 ) -> None:
-    monkeypatch.setattr(device, "is_cpu", False)
-    monkeypatch.setattr(device, "workgroup_memory", 49152)  # NVIDIA's
-    tile = choose_tile(kernel, device, 1 << 20, 4, head_size, tile_type)
+    recording = with_facts(recording, is_cpu=False)
+    recording = with_facts(recording, workgroup_memory=49152)  # NVIDIA's
+    tile = choose_tile(kernel, recording, 1 << 20, 4, head_size, tile_type)
     assert tile == GPU_TILES[kernel, tile_type, head_size]
 
 
 def test_large_scores_and_padding_rows_give_no_nan(
-    device: Device, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     use_tile(monkeypatch, ON_CPU)
     qkv = 100.0 * normal(1, 70, WINDOWED.width)  # scores of some 1e5: the softmax is one-hot
     lengths = [45, *[1] * 25]  # padding rows are examples of one row
-    out, lse = run_attention(device, qkv, segments_of(lengths), WINDOWED)
+    out, lse = run_attention(recording, qkv, segments_of(lengths), WINDOWED)
     assert np.isfinite(out).all()
     assert np.isfinite(lse).all()
     v = qkv.reshape(70, -1, 64)[45:, 4:].repeat(3, axis=1).reshape(25, -1)
@@ -184,11 +184,11 @@ def test_large_scores_and_padding_rows_give_no_nan(
     ],
 )
 def test_what_cannot_be_computed_is_refused(
-    device: Device, options: dict[str, Any], message: str
+    recording: Recording, options: dict[str, Any], message: str
 ) -> None:
     shape = Shape(9, 3, 64, 0.125)
-    extent = device.extent(4)
-    qkv = device.empty((4, shape.width), extent=extent)
-    segments = device.upload(segments_of([4]))
+    extent = recording.memory.extent(4)
+    qkv = recording.memory.empty((4, shape.width), extent=extent)
+    segments = recording.memory.upload(segments_of([4]))
     with pytest.raises(ValueError, match=message):
-        attention(Program(device), qkv, segments, **{**shape.options, **options})
+        attention(Program(recording), qkv, segments, **{**shape.options, **options})

@@ -15,8 +15,8 @@ from lora.forward.attention_decode import (
 )
 from lora.forward.int_row import IntRow
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 from tests.support.one_row import check_int_row
 
@@ -34,7 +34,7 @@ EPSILON = 1e-5  # of the norm of heads
     ],
 )
 def test_rows_against_a_filled_cache(
-    device: Device,
+    recording: Recording,
     n_heads: int,
     n_kv_heads: int,
     head_size: int,
@@ -49,29 +49,33 @@ def test_rows_against_a_filled_cache(
     width = (n_heads + 2 * n_kv_heads) * head_size
     everything = rng.normal(size=(room, width)).astype(np.float32)
     q_size, kv_size = n_heads * head_size, n_kv_heads * head_size
-    cache = LayerCache(device.empty((kv_size // 4, room, 4)), device.empty((room, kv_size)))
+    cache = LayerCache(
+        recording.memory.empty((kv_size // 4, room, 4)), recording.memory.empty((room, kv_size))
+    )
 
     # Stored in two runs, as a prompt in pieces.
     for start, stop in ((0, 250), (250, room)):
-        extent = extent_in_use(device, 300, stop - start)
+        extent = extent_in_use(recording, 300, stop - start)
         piece = np.full((300, width), np.nan, np.float32)  # rows not in use must not be stored
         piece[: stop - start] = everything[start:stop]
         where = np.zeros(300, np.uint32)
         where[: stop - start] = np.arange(start, stop)
-        program = Program(device)
+        program = Program(recording)
         store_keys_values(
-            program, activation(device, piece, extent), activation(device, where, extent), cache,
+            program, activation(recording, piece, extent), activation(recording, where, extent),
+            cache,
             query_size=q_size,
         )  # fmt: skip
         program.run()
 
-    extent = extent_in_use(device, rows, in_use)
+    extent = extent_in_use(recording, rows, in_use)
     queries = np.full((rows, width), np.nan, np.float32)
     queries[:, :q_size] = rng.normal(size=(rows, q_size))
-    out = marked(device, extent, q_size)
-    program = Program(device)
+    out = marked(recording, extent, q_size)
+    program = Program(recording)
     attention_decode(
-        program, activation(device, queries, extent), activation(device, positions, extent), cache,
+        program, activation(recording, queries, extent), activation(recording, positions, extent),
+        cache,
         Heads(n_heads, n_kv_heads, head_size, scale, window, softcap), out=out,
     )  # fmt: skip
     result = run_twice(program, out)
@@ -103,7 +107,7 @@ def test_rows_against_a_filled_cache(
     ],
 )
 def test_one_row_on_its_way_into_the_cache(
-    device: Device,
+    recording: Recording,
     position: int,
     n_heads: int,
     n_kv_heads: int,
@@ -124,34 +128,36 @@ def test_one_row_on_its_way_into_the_cache(
 
     keys, values = numbers(room, kv_size), numbers(room, kv_size)
     keys[position:], values[position:] = 1e4, 1e4  # left there by a longer text
-    cache = LayerCache(device.empty((kv_size // 4, room, 4)), device.empty((room, kv_size)))
+    cache = LayerCache(
+        recording.memory.empty((kv_size // 4, room, 4)), recording.memory.empty((room, kv_size))
+    )
     as_stored = np.ascontiguousarray(keys.reshape(room, kv_size // 4, 4).transpose(1, 0, 2))
     qkv = numbers(1, q_size + 2 * kv_size)
     angles = rng.uniform(-3, 3, (9, half))
     tables = np.stack([np.cos(angles), np.sin(angles)], axis=-1).astype(np.float32)
     weights = [numbers(head_size) for _ in range(2)] if qk_norm else [None, None]
-    place = RowPlace(device.upload(np.array([7, position, rope_row])), 1, 2)
+    place = RowPlace(recording.memory.upload(np.array([7, position, rope_row])), 1, 2)
     rope = RowRope(
-        device.upload(tables), interleaved,
-        *(None if w is None else device.upload(w) for w in weights), EPSILON,
+        recording.memory.upload(tables), interleaved,
+        *(None if w is None else recording.memory.upload(w) for w in weights), EPSILON,
     )  # fmt: skip
-    extent = extent_in_use(device, 1, 1)
-    out = marked(device, extent, q_size)
-    program = Program(device)
+    extent = extent_in_use(recording, 1, 1)
+    out = marked(recording, extent, q_size)
+    program = Program(recording)
     heads = Heads(n_heads, n_kv_heads, head_size, scale, window, softcap)
-    int_out = IntRow.allocate(device, q_size, extent) if q_size % 32 == 0 else None
+    int_out = IntRow.allocate(recording, q_size, extent) if q_size % 32 == 0 else None
     attention_decode_row(
-        program, activation(device, qkv, extent), place, cache, heads, rope, out=out,
+        program, activation(recording, qkv, extent), place, cache, heads, rope, out=out,
         int_out=int_out,
     )  # fmt: skip
     # Heads that are no whole blocks of numbers take one dispatch more.
     assert len(program.commands) == 2 + (int_out is not None and head_size % 32 != 0)
     results = []
     for _ in range(2):
-        device.write(cache.keys, as_stored)
-        device.write(cache.values, values)
+        recording.memory.write(cache.keys, as_stored)
+        recording.memory.write(cache.values, values)
         program.run()
-        results.append(device.read(out))
+        results.append(recording.memory.read(out))
     assert results[0].tobytes() == results[1].tobytes()
 
     exact = qkv[0].reshape(-1, head_size)
@@ -171,21 +177,21 @@ def test_one_row_on_its_way_into_the_cache(
     np.testing.assert_allclose(results[0], expected, rtol=0, atol=2e-5)
     if int_out is not None:
         attended = results[0][0].astype(np.float64)
-        check_int_row(device.read(int_out.words), attended, attended, error=2.0**-24)
-    stored = device.read(cache.keys).transpose(1, 0, 2).reshape(room, kv_size)
+        check_int_row(recording.memory.read(int_out.words), attended, attended, error=2.0**-24)
+    stored = recording.memory.read(cache.keys).transpose(1, 0, 2).reshape(room, kv_size)
     np.testing.assert_allclose(stored[position], k.reshape(-1), rtol=0, atol=1e-5)
     others = np.arange(room) != position
     assert (stored[others] == keys[others]).all()
-    stored = device.read(cache.values)
+    stored = recording.memory.read(cache.values)
     assert (stored[position] == qkv[0, q_size + kv_size :]).all()
     assert (stored[others] == values[others]).all()
 
 
-def test_what_the_kernels_cannot_do_is_refused(device: Device) -> None:
-    cache = LayerCache(device.empty((4, 8, 4)), device.empty((8, 16)))
-    extent = extent_in_use(device, 1, 1)
-    qkv = activation(device, np.zeros((1, 64), np.float32), extent)
-    positions = activation(device, np.zeros(1, np.uint32), extent)
+def test_what_the_kernels_cannot_do_is_refused(recording: Recording) -> None:
+    cache = LayerCache(recording.memory.empty((4, 8, 4)), recording.memory.empty((8, 16)))
+    extent = extent_in_use(recording, 1, 1)
+    qkv = activation(recording, np.zeros((1, 64), np.float32), extent)
+    positions = activation(recording, np.zeros(1, np.uint32), extent)
     with pytest.raises(ValueError, match="cannot share"):
         Heads(4, 3, 8, 1.0)
     with pytest.raises(ValueError, match="multiple of 4 up to 256"):
@@ -193,15 +199,15 @@ def test_what_the_kernels_cannot_do_is_refused(device: Device) -> None:
     with pytest.raises(ValueError, match="sees nothing"):
         Heads(4, 2, 8, 1.0, window=0)
     with pytest.raises(ValueError, match="qkv has shape"):
-        attention_decode(Program(device), qkv, positions, cache, Heads(6, 2, 8, 1.0))
+        attention_decode(Program(recording), qkv, positions, cache, Heads(6, 2, 8, 1.0))
     with pytest.raises(ValueError, match="keys has shape"):
-        wrong = LayerCache(device.empty((4, 9, 4)), device.empty((8, 16)))
-        attention_decode(Program(device), qkv, positions, wrong, Heads(4, 2, 8, 1.0))
+        wrong = LayerCache(recording.memory.empty((4, 9, 4)), recording.memory.empty((8, 16)))
+        attention_decode(Program(recording), qkv, positions, wrong, Heads(4, 2, 8, 1.0))
     place = RowPlace(positions, 0, 0)
     with pytest.raises(ValueError, match="turn more than 8"):
         attention_decode_row(
-            Program(device), qkv, place, cache, Heads(4, 2, 8, 1.0),
-            RowRope(device.empty((3, 5, 2)), True),
+            Program(recording), qkv, place, cache, Heads(4, 2, 8, 1.0),
+            RowRope(recording.memory.empty((3, 5, 2)), True),
         )  # fmt: skip
     with pytest.raises(ValueError, match="kv_store qkv has shape"):
-        store_keys_values(Program(device), qkv, positions, cache, query_size=16)
+        store_keys_values(Program(recording), qkv, positions, cache, query_size=16)

@@ -5,10 +5,17 @@ import pytest
 
 from lora.checks.references.cross_entropy import gradient_reference, losses_reference
 from lora.forward.cross_entropy import cross_entropy
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
-from tests.support.kernels import MARKER, activation, central_difference, extent_in_use, marked
+from tests.support.kernels import (
+    MARKER,
+    activation,
+    central_difference,
+    extent_in_use,
+    marked,
+    with_facts,
+)
 
 
 def test_reference_is_the_derivative() -> None:
@@ -22,12 +29,12 @@ def test_reference_is_the_derivative() -> None:
     assert slope == pytest.approx(expected, rel=1e-8)
 
 
-def padded(device: Device, logits: np.ndarray, extent: Extent) -> Tensor:
+def padded(recording: Recording, logits: np.ndarray, extent: Extent) -> Tensor:
     """Logits with columns after the vocabulary, to whole vectors, that must stay as they are."""
     stride = -(-logits.shape[1] // 4) * 4
     stored = np.full((len(logits), stride), 100.0, np.float32)
     stored[:, : logits.shape[1]] = logits
-    return activation(device, stored, extent)
+    return activation(recording, stored, extent)
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
@@ -37,32 +44,32 @@ def padded(device: Device, logits: np.ndarray, extent: Extent) -> Tensor:
     [(1, 1, 5), (67, 60, 101), (130, 130, 5), (3, 3, 5000), (3, 2, 16391), (2, 1, 49152)],
 )
 def test_cross_entropy(
-    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, vocab_size: int,
+    recording: Recording, rows: int, in_use: int, vocab_size: int,
     with_gradient: bool, is_cpu: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
+    recording = with_facts(recording, is_cpu=is_cpu)  # both run on any device
     rng = np.random.default_rng(vocab_size)
     logits = 5 * rng.normal(size=(rows, vocab_size)).astype(np.float32)
     labels = rng.integers(0, vocab_size, rows)
     logits[0, :4] = 80.0, -80.0, 80.0, 80.0  # a tie: the lowest index is the argmax
     labels[0] = 0
     scale = 1 / 7
-    extent = extent_in_use(device, rows, in_use)
-    tensor = padded(device, logits, extent)
-    stored = device.read(tensor)
-    losses, correct = marked(device, extent), marked(device, extent)
-    step = device.uniform()
-    device.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
-    program = Program(device)
+    extent = extent_in_use(recording, rows, in_use)
+    tensor = padded(recording, logits, extent)
+    stored = recording.memory.read(tensor)
+    losses, correct = marked(recording, extent), marked(recording, extent)
+    step = recording.memory.uniform()
+    recording.memory.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
+    program = Program(recording)
     cross_entropy(
-        program, tensor, activation(device, labels, extent), losses, correct,
+        program, tensor, activation(recording, labels, extent), losses, correct,
         step if with_gradient else None, vocab_size=vocab_size,
     )  # fmt: skip
     results = []
     for _ in range(2):
-        device.write(tensor, stored)
+        recording.memory.write(tensor, stored)
         program.run()
-        results.append([device.read(t) for t in (tensor, losses, correct)])
+        results.append([recording.memory.read(t) for t in (tensor, losses, correct)])
     for first, second in zip(*results, strict=True):
         assert first.tobytes() == second.tobytes()
     whole, found, right = results[0]
@@ -83,81 +90,78 @@ def test_cross_entropy(
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize("label", [0, 3, 8195])
-def test_equal_logits(
-    device: Device, monkeypatch: pytest.MonkeyPatch, label: int, is_cpu: bool
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
-    extent = device.extent(1)
-    tensor = activation(device, np.full((1, 8200), 2.5, np.float32), extent)
-    losses, correct = marked(device, extent), marked(device, extent)
-    program = Program(device)
+def test_equal_logits(recording: Recording, label: int, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)
+    extent = recording.memory.extent(1)
+    tensor = activation(recording, np.full((1, 8200), 2.5, np.float32), extent)
+    losses, correct = marked(recording, extent), marked(recording, extent)
+    program = Program(recording)
     cross_entropy(
-        program, tensor, activation(device, np.array([label]), extent), losses, correct, None
+        program, tensor, activation(recording, np.array([label]), extent), losses, correct, None
     )
     program.run()
-    assert device.read(losses)[0] == pytest.approx(np.log(8200), rel=1e-6)
-    assert device.read(correct)[0] == float(label == 0)
+    assert recording.memory.read(losses)[0] == pytest.approx(np.log(8200), rel=1e-6)
+    assert recording.memory.read(correct)[0] == float(label == 0)
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize("rival", [6, 7, 9, 10, 40, 8190, 8199])
 def test_of_two_highest_the_lower_index_is_the_argmax(
-    device: Device, monkeypatch: pytest.MonkeyPatch, rival: int, is_cpu: bool
+    recording: Recording, rival: int, is_cpu: bool
 ) -> None:
     """In the label's own quad, in other lanes' quads, in another stretch of a GPU's."""
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
+    recording = with_facts(recording, is_cpu=is_cpu)
     label = 8
     for ours, wanted in ((label, rival > label), (rival, rival < label)):
         logits = np.zeros((1, 8200), np.float32)
         logits[0, [label, rival]] = 3.0
-        extent = device.extent(1)
-        losses, correct = marked(device, extent), marked(device, extent)
-        program = Program(device)
+        extent = recording.memory.extent(1)
+        losses, correct = marked(recording, extent), marked(recording, extent)
+        program = Program(recording)
         cross_entropy(
-            program, activation(device, logits, extent),
-            activation(device, np.array([ours]), extent), losses, correct, None,
+            program, activation(recording, logits, extent),
+            activation(recording, np.array([ours]), extent), losses, correct, None,
         )  # fmt: skip
         program.run()
-        assert device.read(correct)[0] == float(wanted)
+        assert recording.memory.read(correct)[0] == float(wanted)
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
-def test_a_logit_that_is_no_number_shows_in_the_loss(
-    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
+def test_a_logit_that_is_no_number_shows_in_the_loss(recording: Recording, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)
     logits = np.zeros((2, 8200), np.float32)
     logits[1, 8193] = np.nan
-    extent = device.extent(2)
-    losses, correct = marked(device, extent), marked(device, extent)
-    program = Program(device)
+    extent = recording.memory.extent(2)
+    losses, correct = marked(recording, extent), marked(recording, extent)
+    program = Program(recording)
     cross_entropy(
-        program, activation(device, logits, extent), activation(device, np.array([1, 1]), extent),
+        program, activation(recording, logits, extent), activation(recording, np.array([1, 1]),
+        extent),
         losses, correct, None,
     )  # fmt: skip
     program.run()
-    assert np.isnan(device.read(losses)).tolist() == [False, True]
+    assert np.isnan(recording.memory.read(losses)).tolist() == [False, True]
 
 
-def test_a_shift_of_all_logits_changes_nothing(device: Device) -> None:
+def test_a_shift_of_all_logits_changes_nothing(recording: Recording) -> None:
     """Only differences count. Multiples of 1/64, and 4096 more, are exact in f32: equal bytes."""
     rng = np.random.default_rng(4)
     logits = rng.integers(-512, 512, (3, 101)).astype(np.float32) / 64
-    labels = activation(device, rng.integers(0, 101, 3), extent := device.extent(3))
+    labels = activation(recording, rng.integers(0, 101, 3), extent := recording.memory.extent(3))
     found = []
     for shift in (0, 4096):
-        losses, correct = marked(device, extent), marked(device, extent)
-        program = Program(device)
+        losses, correct = marked(recording, extent), marked(recording, extent)
+        program = Program(recording)
         cross_entropy(
-            program, padded(device, logits + np.float32(shift), extent), labels, losses, correct,
+            program, padded(recording, logits + np.float32(shift), extent), labels, losses, correct,
             None, vocab_size=101,
         )  # fmt: skip
         program.run()
-        found.append(device.read(losses))
+        found.append(recording.memory.read(losses))
     assert found[0].tobytes() == found[1].tobytes()
 
 
-def test_capped_logits_and_columns_past_the_vocabulary(device: Device) -> None:
+def test_capped_logits_and_columns_past_the_vocabulary(recording: Recording) -> None:
     """The gradient is the one to the raw logits; padding stays, whatever it holds."""
     rng = np.random.default_rng(5)
     raw, labels, cap, scale = 40 * rng.normal(size=(5, 30)), rng.integers(0, 30, 5), 30.0, 0.5
@@ -175,20 +179,23 @@ def test_capped_logits_and_columns_past_the_vocabulary(device: Device) -> None:
 
     stored = np.full((5, 32), 100.0, np.float32)
     stored[:, :30] = capped(raw)
-    extent = device.extent(5)
-    tensor = activation(device, stored, extent)
-    losses, correct = marked(device, extent), marked(device, extent)
-    step = device.uniform()
-    device.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
-    program = Program(device)
+    extent = recording.memory.extent(5)
+    tensor = activation(recording, stored, extent)
+    losses, correct = marked(recording, extent), marked(recording, extent)
+    step = recording.memory.uniform()
+    recording.memory.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
+    program = Program(recording)
     cross_entropy(
-        program, tensor, activation(device, labels, extent), losses, correct, step,
+        program, tensor, activation(recording, labels, extent), losses, correct, step,
         vocab_size=30, softcap=cap,
     )  # fmt: skip
     program.run()
-    found = device.read(tensor)
+    found = recording.memory.read(tensor)
     np.testing.assert_allclose(
-        device.read(losses), losses_reference(stored[:, :30], labels), rtol=2e-6, atol=4e-6
+        recording.memory.read(losses),
+        losses_reference(stored[:, :30], labels),
+        rtol=2e-6,
+        atol=4e-6,
     )
     # 1 − (logit / cap)² is a difference of numbers near 1 where the cap bites: 2^-22 at most.
     np.testing.assert_allclose(found[:, :30], expected, rtol=2e-5, atol=5e-7)

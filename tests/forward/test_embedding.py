@@ -11,9 +11,9 @@ from lora.forward.embedding import embedding
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.weights import FrozenMatrix, MatrixPart, load_matrix
-from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from lora.shaders.recording import Recording
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
 
 # gguf writes these itself; the others are decoded through the embedding in test_quantization.py.
 TYPES = [
@@ -32,12 +32,12 @@ def quantized(kind: GGMLQuantizationType, rows: int, width: int) -> tuple[GGUFTe
 
 
 def look_up(
-    device: Device, matrix: FrozenMatrix, tokens: np.ndarray, in_use: int, scale: float = 1.0
+    recording: Recording, matrix: FrozenMatrix, tokens: np.ndarray, in_use: int, scale: float = 1.0
 ) -> np.ndarray:
-    extent = extent_in_use(device, len(tokens), in_use)
-    out = marked(device, extent, matrix.in_features)
-    program = Program(device)
-    embedding(program, activation(device, tokens, extent), matrix, extent, scale=scale, out=out)
+    extent = extent_in_use(recording, len(tokens), in_use)
+    out = marked(recording, extent, matrix.in_features)
+    program = Program(recording)
+    embedding(program, activation(recording, tokens, extent), matrix, extent, scale=scale, out=out)
     return run_twice(program, out)
 
 
@@ -47,14 +47,19 @@ def look_up(
     [(1, 1, 4, 1.0), (3, 2, 36, 1.0), (67, 66, 100, 24.0), (130, 130, 576, 576**0.5 / 7)],
 )
 def test_embedding(
-    device: Device, kind: GGMLQuantizationType, rows: int, in_use: int, width: int, scale: float
+    recording: Recording,
+    kind: GGMLQuantizationType,
+    rows: int,
+    in_use: int,
+    width: int,
+    scale: float,
 ) -> None:
     if kind in BLOCK_TYPES:
         width = -(-width // 32) * 32
     tensor, table = quantized(kind, 50, width)
     tokens = np.random.default_rng(rows).integers(0, 50, rows)
     tokens[0], tokens[-1] = 49, 0  # both ends; 130 tokens of 50 repeat
-    result = look_up(device, load_matrix(device, [tensor]), tokens, in_use, scale)
+    result = look_up(recording, load_matrix(recording, [tensor]), tokens, in_use, scale)
     expected = table[tokens] * np.float32(scale)
     # Exact without a scale; with one, a compiler may take q · (d · scale): an ulp or two.
     np.testing.assert_allclose(
@@ -64,26 +69,23 @@ def test_embedding(
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_parts_by_the_largest_binding(
-    device: Device, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_parts_by_the_largest_binding(recording: Recording, kind: GGMLQuantizationType) -> None:
     tensor, table = quantized(kind, 300, 32)
-    with monkeypatch.context() as patch:
-        patch.setattr(device, "max_binding", 4 * 130 * QUANTIZATIONS[kind].row_words(32))
-        matrix = load_matrix(device, [tensor])
+    most = 4 * 130 * QUANTIZATIONS[kind].row_words(32)
+    matrix = load_matrix(with_facts(recording, max_binding=most), [tensor])
     parts = [(part.first_feature, part.out_features) for part in matrix.parts]
     assert parts == [(0, 128), (128, 128), (256, 44)]
     # The first and last row of every part, then all of them in disorder.
     tokens = np.concatenate(
         [[0, 127, 128, 255, 256, 299], np.random.default_rng(0).permutation(300)]
     )
-    np.testing.assert_array_equal(look_up(device, matrix, tokens, len(tokens)), table[tokens])
+    np.testing.assert_array_equal(look_up(recording, matrix, tokens, len(tokens)), table[tokens])
 
 
-def test_a_width_of_no_whole_vectors_is_refused(device: Device) -> None:
-    words = device.empty((2, 8), "u32")
+def test_a_width_of_no_whole_vectors_is_refused(recording: Recording) -> None:
+    words = recording.memory.empty((2, 8), "u32")
     part = MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], words, 0)
-    extent = device.extent(2)
-    tokens = device.empty((2,), "u32", extent=extent)
+    extent = recording.memory.extent(2)
+    tokens = recording.memory.empty((2,), "u32", extent=extent)
     with pytest.raises(ValueError, match="no multiple of 4"):
-        embedding(Program(device), tokens, FrozenMatrix(2, 6, (part,)), extent)
+        embedding(Program(recording), tokens, FrozenMatrix(2, 6, (part,)), extent)

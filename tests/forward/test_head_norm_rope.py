@@ -7,8 +7,8 @@ import pytest
 
 from lora.checks.references.head_norm_rope import head_norm_rope_reference
 from lora.forward.head_norm_rope import head_norm_rope
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -16,21 +16,21 @@ from tests.support.half_tensors import (
     typed,
     typed_marked,
 )
-from tests.support.kernels import MARKER, extent_in_use, run_twice
+from tests.support.kernels import MARKER, extent_in_use, run_twice, with_facts
 from tests.support.rope_cases import CASES_AND_LANES, EPSILON, HALF_CASES, Case
 
 
-def check(device: Device, case: Case, x_type: str, out_type: str) -> None:
+def check(recording: Recording, case: Case, x_type: str, out_type: str) -> None:
     rng = np.random.default_rng(case.rows)
     qkv = rounded(rng.normal(size=(case.rows, case.width)), x_type)
     q_weight, k_weight = rng.normal(size=(2, case.head_size)).astype(np.float32)
-    extent = extent_in_use(device, case.rows, case.in_use)
-    positions, positions_tensor, tables = case.tensors(device, extent)
-    out = typed_marked(device, out_type, extent, case.width)
-    program = Program(device)
+    extent = extent_in_use(recording, case.rows, case.in_use)
+    positions, positions_tensor, tables = case.tensors(recording, extent)
+    out = typed_marked(recording, out_type, extent, case.width)
+    program = Program(recording)
     head_norm_rope(
-        program, typed(device, qkv, x_type, extent), device.upload(q_weight),
-        device.upload(k_weight), EPSILON, positions_tensor, tables, out=out, **case.heads,
+        program, typed(recording, qkv, x_type, extent), recording.memory.upload(q_weight),
+        recording.memory.upload(k_weight), EPSILON, positions_tensor, tables, out=out, **case.heads,
     )  # fmt: skip
     assert len(program.commands) == case.dispatches
     result, used = run_twice(program, out), slice(0, case.in_use)
@@ -46,37 +46,43 @@ def check(device: Device, case: Case, x_type: str, out_type: str) -> None:
 
 
 @pytest.mark.parametrize(("case", "is_cpu"), CASES_AND_LANES, ids=str)
-def test_head_norm_rope(
-    device: Device, monkeypatch: pytest.MonkeyPatch, case: Case, is_cpu: bool
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
-    check(device, case, "f32", "f32")
+def test_head_norm_rope(recording: Recording, case: Case, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)  # both run on any device
+    check(recording, case, "f32", "f32")
 
 
 @pytest.mark.parametrize(("case", "x_type", "out_type"), HALF_CASES, ids=str)
-def test_head_norm_rope_of_halves(device: Device, case: Case, x_type: str, out_type: str) -> None:
-    needs_halves(device)
-    check(device, case, x_type, out_type)
+def test_head_norm_rope_of_halves(
+    recording: Recording, case: Case, x_type: str, out_type: str
+) -> None:
+    needs_halves(recording.facts)
+    check(recording, case, x_type, out_type)
 
 
-def test_weights_of_another_size_are_refused(device: Device) -> None:
-    extent = device.extent(2)
-    qkv = device.empty((2, 24), extent=extent)
-    weight, short = device.empty((8,)), device.empty((4,))
-    positions, tables = device.empty((2,), "u32", extent=extent), device.empty((4, 4, 2))
+def test_weights_of_another_size_are_refused(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    qkv = recording.memory.empty((2, 24), extent=extent)
+    weight, short = recording.memory.empty((8,)), recording.memory.empty((4,))
+    positions, tables = (
+        recording.memory.empty((2,), "u32", extent=extent),
+        recording.memory.empty((4, 4, 2)),
+    )
     with pytest.raises(ValueError, match="head_norm_rope k_weight has shape"):
         head_norm_rope(
-            Program(device), qkv, weight, short, EPSILON, positions, tables,
+            Program(recording), qkv, weight, short, EPSILON, positions, tables,
             n_heads=1, n_kv_heads=1, head_size=8, interleaved=False,
         )  # fmt: skip
 
 
-def test_more_rotated_columns_than_a_head_has_are_refused(device: Device) -> None:
-    extent = device.extent(2)
-    qkv, weight = device.empty((2, 24), extent=extent), device.empty((8,))
-    positions, tables = device.empty((2,), "u32", extent=extent), device.empty((4, 8, 2))
+def test_more_rotated_columns_than_a_head_has_are_refused(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    qkv, weight = recording.memory.empty((2, 24), extent=extent), recording.memory.empty((8,))
+    positions, tables = (
+        recording.memory.empty((2,), "u32", extent=extent),
+        recording.memory.empty((4, 8, 2)),
+    )
     with pytest.raises(ValueError, match="16 rotated columns do not fit heads of 8"):
         head_norm_rope(
-            Program(device), qkv, weight, weight, EPSILON, positions, tables,
+            Program(recording), qkv, weight, weight, EPSILON, positions, tables,
             n_heads=1, n_kv_heads=1, head_size=8, interleaved=False,
         )  # fmt: skip

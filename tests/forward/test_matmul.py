@@ -1,6 +1,6 @@
 """Products with frozen matrices, forward and to the input, against float64 numpy; both bodies."""
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,8 +11,8 @@ from lora.checks.references.matmul import matmul_reference
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import (
     MARKER,
     activation,
@@ -27,11 +27,17 @@ F32, F16, Q4_1, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "Q
 
 
 @pytest.fixture(params=BODIES)
-def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+def body(request: pytest.FixtureRequest) -> str:
     """Both kernels on whatever device there is."""
-    device.matmul_body = request.param
-    yield request.param
-    device.matmul_body = None
+    return str(request.param)
+
+
+@pytest.fixture
+def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
+    """With the body that a test asks for."""
+    if "body" not in request.fixturenames:
+        return recording
+    return replace(recording, body=request.getfixturevalue("body"))
 
 
 def test_reference_gradient_is_the_derivative() -> None:
@@ -50,7 +56,7 @@ def test_reference_gradient_is_the_derivative() -> None:
 
 
 def check(
-    device: Device, matrix: FrozenMatrix, w: np.ndarray, rows: int, in_use: int,
+    recording: Recording, matrix: FrozenMatrix, w: np.ndarray, rows: int, in_use: int,
     ranges: list[tuple[int, int]], rank: int,
 ) -> None:  # fmt: skip
     """Both directions with residual and low-rank part against the reference."""
@@ -65,21 +71,25 @@ def check(
         )
     )  # fmt: skip
     b = rng.normal(size=(sum(stop - start for start, stop in ranges), rank)).astype(np.float32)
-    extent = extent_in_use(device, rows, in_use)
+    extent = extent_in_use(recording, rows, in_use)
     lora = None
     z_t = d_z_t = None
     if ranges:
-        lora = LoraFactors(device.upload(a), device.upload(b), rank, scale, tuple(ranges))
-        z_t, d_z_t = activation(device, z, extent), activation(device, d_z, extent)
-    out, d_x = marked(device, extent, n_out), marked(device, extent, n_in)
-    program = Program(device)
+        lora = LoraFactors(
+            recording.memory.upload(a), recording.memory.upload(b), rank, scale, tuple(ranges)
+        )
+        z_t, d_z_t = activation(recording, z, extent), activation(recording, d_z, extent)
+    out, d_x = marked(recording, extent, n_out), marked(recording, extent, n_in)
+    program = Program(recording)
     matmul(
-        program, activation(device, x, extent), matrix, lora=lora, z=z_t,
-        residual=activation(device, residual, extent), out=out,
+        program, activation(recording, x, extent), matrix, lora=lora, z=z_t,
+        residual=activation(recording, residual, extent), out=out,
     )  # fmt: skip
     y = run_twice(program, out)
-    program = Program(device)
-    matmul_backward(program, activation(device, d_y, extent), matrix, lora=lora, d_z=d_z_t, out=d_x)
+    program = Program(recording)
+    matmul_backward(
+        program, activation(recording, d_y, extent), matrix, lora=lora, d_z=d_z_t, out=d_x
+    )
     gradient = run_twice(program, d_x)
     expected = residual + matmul_reference(x, w, z, b, ranges, rank, scale)
     expected_gradient = d_y.astype(np.float64) @ w + d_z.astype(np.float64) @ a
@@ -94,12 +104,12 @@ def check(
 
 
 @pytest.mark.parametrize(("rows", "in_use"), [(1, 1), (7, 5), (130, 129)])
-def test_rows(device: Device, body: str, rows: int, in_use: int) -> None:
+def test_rows(recording: Recording, body: str, rows: int, in_use: int) -> None:
     """All types at odd shapes: test_quantized_matmul.py."""
     data = random_blocks(Q4_1, 36, 96)
     w = quants.dequantize(data, Q4_1).reshape(36, 96)
-    matrix = load_matrix(device, [tensor_of(Q4_1, data, 96)])
-    check(device, matrix, w, rows, in_use, [(0, 36)], 4)
+    matrix = load_matrix(recording, [tensor_of(Q4_1, data, 96)])
+    check(recording, matrix, w, rows, in_use, [(0, 36)], 4)
 
 
 @pytest.mark.parametrize(
@@ -112,41 +122,41 @@ def test_rows(device: Device, body: str, rows: int, in_use: int) -> None:
     ],
 )
 def test_stacked_members(
-    device: Device, body: str, outs: tuple[int, ...], ranges: list[tuple[int, int]], rank: int
+    recording: Recording, body: str, outs: tuple[int, ...], ranges: list[tuple[int, int]], rank: int
 ) -> None:
     data = [random_blocks(Q4_1, n, 576, seed=i) for i, n in enumerate(outs)]
     w = np.concatenate([quants.dequantize(d, Q4_1).reshape(-1, 576) for d in data])
-    matrix = load_matrix(device, [tensor_of(Q4_1, d, 576) for d in data])
+    matrix = load_matrix(recording, [tensor_of(Q4_1, d, 576) for d in data])
     assert len(matrix.parts) == 1
-    check(device, matrix, w, 67, 60, ranges, rank)
+    check(recording, matrix, w, 67, 60, ranges, rank)
 
 
-def test_mixed_types_in_a_stack(device: Device, body: str) -> None:
+def test_mixed_types_in_a_stack(recording: Recording, body: str) -> None:
     kinds = (Q4_1, Q8_0, F16)
     data = [random_blocks(kind, 20 + 4 * i, 64, seed=i) for i, kind in enumerate(kinds)]
     w = np.concatenate(
         [quants.dequantize(d, k).reshape(-1, 64) for d, k in zip(data, kinds, strict=True)]
     )
-    matrix = load_matrix(device, [tensor_of(k, d, 64) for d, k in zip(data, kinds, strict=True)])
+    matrix = load_matrix(recording, [tensor_of(k, d, 64) for d, k in zip(data, kinds, strict=True)])
     assert len(matrix.parts) == 3
-    check(device, matrix, w, 13, 12, [(0, 20), (20, 44), (44, 72)], 4)
+    check(recording, matrix, w, 13, 12, [(0, 20), (20, 44), (44, 72)], 4)
 
 
 def test_split_by_the_largest_binding(
-    device: Device, body: str, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, body: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = random_blocks(Q8_0, 180, 64)
     w = quants.dequantize(data, Q8_0).reshape(180, 64)
     monkeypatch.setattr("lora.forward.model.weights.CPU_PART_BYTES", 10_000)
     monkeypatch.setattr("lora.forward.model.weights.MAX_PART_BYTES", 10_000)
-    matrix = load_matrix(device, [tensor_of(Q8_0, data, 64)])
+    matrix = load_matrix(recording, [tensor_of(Q8_0, data, 64)])
     assert len(matrix.parts) == 3
-    check(device, matrix, w, 10, 9, [(0, 100), (104, 180)], 8)
+    check(recording, matrix, w, 10, 9, [(0, 100), (104, 180)], 8)
 
 
-def test_widths_that_are_no_multiple_of_four_are_refused(device: Device) -> None:
+def test_widths_that_are_no_multiple_of_four_are_refused(recording: Recording) -> None:
     data = random_blocks(F32, 8, 6)
-    matrix = load_matrix(device, [tensor_of(F32, data, 6)])
-    x = device.empty((2, 6), extent=device.extent(2))
+    matrix = load_matrix(recording, [tensor_of(F32, data, 6)])
+    x = recording.memory.empty((2, 6), extent=recording.memory.extent(2))
     with pytest.raises(ValueError, match="multiples of 4"):
-        matmul(Program(device), x, matrix)
+        matmul(Program(recording), x, matrix)

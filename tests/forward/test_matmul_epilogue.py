@@ -1,6 +1,6 @@
 """Bias, soft cap and residual after a product, in one pass and in two, both bodies."""
 
-from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,8 +9,8 @@ from gguf import GGMLQuantizationType, quants
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_tiles import choose_tile
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
@@ -18,11 +18,17 @@ F32 = GGMLQuantizationType.F32
 
 
 @pytest.fixture(params=BODIES)
-def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+def body(request: pytest.FixtureRequest) -> str:
     """Both kernels on whatever device there is."""
-    device.matmul_body = request.param
-    yield request.param
-    device.matmul_body = None
+    return str(request.param)
+
+
+@pytest.fixture
+def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
+    """With the body that a test asks for."""
+    if "body" not in request.fixturenames:
+        return recording
+    return replace(recording, body=request.getfixturevalue("body"))
 
 
 @pytest.mark.parametrize(
@@ -36,7 +42,7 @@ def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
     ],
 )
 def test_epilogue(
-    device: Device, body: str, rows: int, in_use: int, n_out: int, n_in: int, with_bias: bool,
+    recording: Recording, body: str, rows: int, in_use: int, n_out: int, n_in: int, with_bias: bool,
     softcap: float | None, with_residual: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(n_in)
@@ -46,18 +52,18 @@ def test_epilogue(
         "lora.forward.model.weights.CPU_PART_BYTES", 64 * row_bytes
     )  # two parts of 68 rows
     monkeypatch.setattr("lora.forward.model.weights.MAX_PART_BYTES", 64 * row_bytes)
-    matrix = load_matrix(device, [tensor_of(F32, data, n_in)])
+    matrix = load_matrix(recording, [tensor_of(F32, data, n_in)])
     w = quants.dequantize(data, F32).reshape(n_out, n_in).astype(np.float64)
     x = (4 / np.sqrt(n_in) * rng.normal(size=(rows, n_in))).astype(np.float32)
     bias = 3 * rng.normal(size=n_out).astype(np.float32)
     residual = rng.normal(size=(rows, n_out)).astype(np.float32)
-    extent = extent_in_use(device, rows, in_use)
-    out = marked(device, extent, n_out)
-    program = Program(device)
+    extent = extent_in_use(recording, rows, in_use)
+    out = marked(recording, extent, n_out)
+    program = Program(recording)
     matmul(
-        program, activation(device, x, extent), matrix,
-        bias=device.upload(bias) if with_bias else None, softcap=softcap,
-        residual=activation(device, residual, extent) if with_residual else None, out=out,
+        program, activation(recording, x, extent), matrix,
+        bias=recording.memory.upload(bias) if with_bias else None, softcap=softcap,
+        residual=activation(recording, residual, extent) if with_residual else None, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
     expected = x.astype(np.float64) @ w.T + with_bias * bias
@@ -74,17 +80,17 @@ def test_the_long_shape_takes_two_passes() -> None:
     assert choose_tile(33, 64, 1024, 16384)[1] > 1
 
 
-def test_a_vocabulary_that_is_no_multiple_of_four(device: Device, body: str) -> None:
+def test_a_vocabulary_that_is_no_multiple_of_four(recording: Recording, body: str) -> None:
     """Its head is padded with rows of zeros, and the logits with columns of zeros."""
     data = random_blocks(F32, 30, 64)
-    matrix = load_matrix(device, [tensor_of(F32, data, 64)])
+    matrix = load_matrix(recording, [tensor_of(F32, data, 64)])
     assert matrix.out_features == 32
     w = quants.dequantize(data, F32).reshape(30, 64)
     x = np.random.default_rng(0).normal(size=(5, 64)).astype(np.float32)
-    extent = device.extent(5)
-    out = marked(device, extent, 32)
-    program = Program(device)
-    matmul(program, activation(device, x, extent), matrix, softcap=30.0, out=out)
+    extent = recording.memory.extent(5)
+    out = marked(recording, extent, 32)
+    program = Program(recording)
+    matmul(program, activation(recording, x, extent), matrix, softcap=30.0, out=out)
     result = run_twice(program, out)
     expected = 30 * np.tanh(x.astype(np.float64) @ w.T / 30)
     np.testing.assert_allclose(result[:, :30], expected, atol=2e-5)

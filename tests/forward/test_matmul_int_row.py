@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -17,30 +15,29 @@ from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_
 from lora.forward.matmul_row import InputNorm, project_row
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
-from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from lora.shaders.recording import Recording
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
 from tests.support.one_row import EPSILON, check_int_row, numbers, random_matrix
 from tests.support.quantized_tensors import dequantized, random_blocks, tensor_of
 
 KINDS = [kind for kind, q in QUANTIZATIONS.items() if q.numbers is not None]
 
 
-@pytest.fixture(autouse=True)
-def as_a_gpu(device: Device) -> Iterator[None]:
-    before, device.is_cpu = device.is_cpu, False
-    yield
-    device.is_cpu = before
+@pytest.fixture
+def recording(recording: Recording) -> Recording:
+    """As a GPU."""
+    return with_facts(recording, is_cpu=False)
 
 
 def whole(program: Program, x: np.ndarray, norm: np.ndarray | None = None) -> IntRow:
     """A row on the device, in the form that the products take."""
-    device = program.device
-    extent = extent_in_use(device, 1, 1)
-    row = IntRow.allocate(device, x.size, extent)
+    recording = program.recording
+    extent = extent_in_use(recording, 1, 1)
+    row = IntRow.allocate(recording, x.size, extent)
     if norm is not None:
-        row = row.before_norm(device.upload(norm))
-    return to_int_row(program, activation(device, x, extent), row)
+        row = row.before_norm(recording.memory.upload(norm))
+    return to_int_row(program, activation(recording, x, extent), row)
 
 
 def rounding(v: np.ndarray, w: np.ndarray) -> np.ndarray:
@@ -60,15 +57,19 @@ def rounding(v: np.ndarray, w: np.ndarray) -> np.ndarray:
     ids=lambda value: getattr(value, "name", None),
 )
 def test_random_blocks(
-    device: Device, kind: GGMLQuantizationType, with_norm: bool, out_features: int, blocks: int
+    recording: Recording,
+    kind: GGMLQuantizationType,
+    with_norm: bool,
+    out_features: int,
+    blocks: int,
 ) -> None:
     """Outputs that fill no workgroup, blocks that some lanes lack, and many rows of W a lane."""
     columns = QUANTIZATIONS[kind].block_size * blocks
-    matrix, w = random_matrix(device, kind, out_features, columns, seed=blocks)
+    matrix, w = random_matrix(recording, kind, out_features, columns, seed=blocks)
     rng = np.random.default_rng(blocks)
     x, weight = numbers(rng, 1, columns), numbers(rng, columns) if with_norm else None
-    y = marked(device, extent_in_use(device, 1, 1), out_features)
-    program = Program(device)
+    y = marked(recording, extent_in_use(recording, 1, 1), out_features)
+    program = Program(recording)
     matmul_int_row(program, whole(program, x, weight), matrix, epsilon=EPSILON, out=y)
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + rounding(v, w)
@@ -86,12 +87,12 @@ def test_random_blocks(
         ("Q8_0", IntRowTiling(64, 2, 2, 3)),
     ],
 )  # fmt: skip
-def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
+def test_tilings(recording: Recording, kind: str, tiling: IntRowTiling) -> None:
     """Every division of a product gives the product."""
-    matrix, w = random_matrix(device, GGMLQuantizationType[kind], 72, 2304, seed=3)
+    matrix, w = random_matrix(recording, GGMLQuantizationType[kind], 72, 2304, seed=3)
     x, weight = numbers(np.random.default_rng(3), 1, 2304), np.ones(2304, np.float32)
-    y = marked(device, extent_in_use(device, 1, 1), 72)
-    program = Program(device)
+    y = marked(recording, extent_in_use(recording, 1, 1), 72)
+    program = Program(recording)
     row = whole(program, x, weight)
     matmul_int_row(program, row, matrix, epsilon=EPSILON, out=y, tiling=tiling)
     v = normed_row(x, weight, EPSILON)
@@ -111,31 +112,33 @@ def test_tilings(device: Device, kind: str, tiling: IntRowTiling) -> None:
     ],
 )
 def test_norm_and_gate(
-    device: Device, kind: str, columns: int, half: int, adapted: tuple[int, ...],
+    recording: Recording, kind: str, columns: int, half: int, adapted: tuple[int, ...],
     activation_name: str,
 ) -> None:  # fmt: skip
     """From the residual stream to what `down` takes, as whole numbers, too, where they fit."""
-    matrix, w = random_matrix(device, GGMLQuantizationType[kind], 2 * half, columns, seed=7)
+    matrix, w = random_matrix(recording, GGMLQuantizationType[kind], 2 * half, columns, seed=7)
     rng, rank, scale = np.random.default_rng(columns), 8, 1.5
     x = numbers(rng, 1, columns) * 3
     weight = numbers(rng, columns) / np.float32(np.abs(w).max() * np.sqrt(columns))
     bias = numbers(rng, 2 * half)
     a = numbers(rng, len(adapted) * rank, columns)
     b = numbers(rng, len(adapted) * half, rank)
-    extent = extent_in_use(device, 1, 1)
-    program = Program(device)
+    extent = extent_in_use(recording, 1, 1)
+    program = Program(recording)
     row = whole(program, x, weight)
     lora, z = None, None
     if adapted:
         ranges = tuple((member * half, (member + 1) * half) for member in adapted)
-        lora = LoraFactors(device.upload(a), device.upload(b), rank, scale, ranges)
-        norm = InputNorm(device.upload(weight), EPSILON)
-        z = project_row(program, activation(device, x, extent), lora, norm=norm)
-    y = marked(device, extent, half)
-    int_out = IntRow.allocate(device, half, extent) if half % 32 == 0 else None
+        lora = LoraFactors(
+            recording.memory.upload(a), recording.memory.upload(b), rank, scale, ranges
+        )
+        norm = InputNorm(recording.memory.upload(weight), EPSILON)
+        z = project_row(program, activation(recording, x, extent), lora, norm=norm)
+    y = marked(recording, extent, half)
+    int_out = IntRow.allocate(recording, half, extent) if half % 32 == 0 else None
     matmul_int_row(
         program, row, matrix, epsilon=EPSILON, gate=activation_name, lora=lora, z=z,
-        bias=device.upload(bias), out=y, int_out=int_out,
+        bias=recording.memory.upload(bias), out=y, int_out=int_out,
     )  # fmt: skip
     result = run_twice(program, y)
 
@@ -148,17 +151,19 @@ def test_norm_and_gate(
     assert (np.abs(result - expected) <= bound + 2.0**-20 * np.abs(expected)).all()
     if int_out is not None:
         stored = result[0].astype(np.float64)
-        check_int_row(device.read(int_out.words), stored, stored, error=2.0**-24)
+        check_int_row(recording.memory.read(int_out.words), stored, stored, error=2.0**-24)
 
 
-def stacked(device: Device, sizes: list[int], columns: int) -> tuple[FrozenMatrix, np.ndarray]:
+def stacked(
+    recording: Recording, sizes: list[int], columns: int
+) -> tuple[FrozenMatrix, np.ndarray]:
     """A matrix of several tensors of two types (two parts), and what it decodes to."""
     kinds = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0]
     tensors = [
         tensor_of(kind, random_blocks(kind, n, columns, seed=n), columns)
         for kind, n in zip(kinds, sizes, strict=True)
     ]
-    return load_matrix(device, tensors), np.concatenate([dequantized(t) for t in tensors])
+    return load_matrix(recording, tensors), np.concatenate([dequantized(t) for t in tensors])
 
 
 @pytest.mark.parametrize(
@@ -171,11 +176,15 @@ def stacked(device: Device, sizes: list[int], columns: int) -> tuple[FrozenMatri
     ],
 )
 def test_adapters_bias_cap_and_residual(
-    device: Device, rank: int, adapted: tuple[int, ...], softcap: float | None, sizes: list[int]
+    recording: Recording,
+    rank: int,
+    adapted: tuple[int, ...],
+    softcap: float | None,
+    sizes: list[int],
 ) -> None:
     """Some members of a stacked matrix of two parts are adapted, and the row goes on normed."""
     columns, scale = 96, 1.5
-    matrix, w = stacked(device, sizes, columns)
+    matrix, w = stacked(recording, sizes, columns)
     assert len(matrix.parts) == 2
     rng = np.random.default_rng(rank)
     starts = np.cumsum([0, *sizes])
@@ -184,17 +193,20 @@ def test_adapters_bias_cap_and_residual(
     x, residual = numbers(rng, 1, columns), numbers(rng, 1, n_out)
     z, following = numbers(rng, 1, len(adapted) * rank), numbers(rng, n_out)
     b, bias = numbers(rng, sum(sizes[i] for i in adapted), rank), numbers(rng, n_out)
-    extent = extent_in_use(device, 1, 1)
-    a = device.empty((len(adapted) * rank, columns))
-    lora = LoraFactors(a, device.upload(b), rank, scale, ranges)
-    y = marked(device, extent, n_out)
+    extent = extent_in_use(recording, 1, 1)
+    a = recording.memory.empty((len(adapted) * rank, columns))
+    lora = LoraFactors(a, recording.memory.upload(b), rank, scale, ranges)
+    y = marked(recording, extent, n_out)
     int_out = None
     if n_out % 32 == 0:
-        int_out = IntRow.allocate(device, n_out, extent).before_norm(device.upload(following))
-    program = Program(device)
+        int_out = IntRow.allocate(recording, n_out, extent).before_norm(
+            recording.memory.upload(following)
+        )
+    program = Program(recording)
     matmul_int_row(
-        program, whole(program, x), matrix, lora=lora, z=activation(device, z, extent),
-        bias=device.upload(bias), softcap=softcap, residual=activation(device, residual, extent),
+        program, whole(program, x), matrix, lora=lora, z=activation(recording, z, extent),
+        bias=recording.memory.upload(bias), softcap=softcap, residual=activation(recording,
+        residual, extent),
         out=y, int_out=int_out,
     )  # fmt: skip
     result = run_twice(program, y)
@@ -217,7 +229,9 @@ def test_adapters_bias_cap_and_residual(
     assert (np.abs(result - expected) <= bound + 2.0**-23 * np.abs(expected)).all()
     if int_out is not None:
         stored = result[0].astype(np.float64)
-        check_int_row(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+        check_int_row(
+            recording.memory.read(int_out.words), stored * following, stored, error=2.0**-24
+        )
 
 
 @pytest.mark.parametrize(
@@ -225,46 +239,48 @@ def test_adapters_bias_cap_and_residual(
     [(96, 576, 256), (64, 4096, 1024), (2080, 64, 256), (2080, 64, 1024)],
 )
 def test_the_row_that_comes_out(
-    device: Device, monkeypatch: pytest.MonkeyPatch, columns: int, contraction: int, most_lanes: int
+    recording: Recording, columns: int, contraction: int, most_lanes: int
 ) -> None:
     """In one dispatch, with the lanes that WebGPU promises and with as many as devices have."""
-    monkeypatch.setattr(device, "most_lanes", min(most_lanes, device.most_lanes))
-    matrix, _ = random_matrix(device, GGMLQuantizationType.Q4_1, columns, contraction, seed=1)
+    recording = with_facts(recording, most_lanes=min(most_lanes, recording.facts.most_lanes))
+    matrix, _ = random_matrix(recording, GGMLQuantizationType.Q4_1, columns, contraction, seed=1)
     rng = np.random.default_rng(columns)
     x, following = numbers(rng, 1, contraction), numbers(rng, columns)
-    extent = extent_in_use(device, 1, 1)
-    y = marked(device, extent, columns)
-    int_out = IntRow.allocate(device, columns, extent).before_norm(device.upload(following))
-    program = Program(device)
+    extent = extent_in_use(recording, 1, 1)
+    y = marked(recording, extent, columns)
+    int_out = IntRow.allocate(recording, columns, extent).before_norm(
+        recording.memory.upload(following)
+    )
+    program = Program(recording)
     row = whole(program, x)
     matmul_int_row(program, row, matrix, out=y, int_out=int_out)
     assert len(program.commands) == 2  # whole numbers of x, and the product
     stored = run_twice(program, y)[0].astype(np.float64)
-    check_int_row(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+    check_int_row(recording.memory.read(int_out.words), stored * following, stored, error=2.0**-24)
 
 
-def test_within_the_buffers_that_webgpu_promises(
-    device: Device, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_within_the_buffers_that_webgpu_promises(recording: Recording) -> None:
     """An adapter, a bias, a residual and the row that comes out, normed: nine buffers, or eight."""
-    monkeypatch.setattr(device, "most_storage_buffers", 8)
+    recording = with_facts(recording, most_storage_buffers=8)
     rng, columns, rank = np.random.default_rng(0), 64, 4
-    matrix, _ = random_matrix(device, GGMLQuantizationType.Q8_0, columns, 32, seed=1)
-    extent = extent_in_use(device, 1, 1)
+    matrix, _ = random_matrix(recording, GGMLQuantizationType.Q8_0, columns, 32, seed=1)
+    extent = extent_in_use(recording, 1, 1)
     x, following, z = numbers(rng, 1, 32), numbers(rng, columns), numbers(rng, 1, rank)
-    b = device.upload(numbers(rng, columns, rank))
-    lora = LoraFactors(device.empty((rank, 32)), b, rank, 1.0, ((0, columns),))
-    y = marked(device, extent, columns)
-    int_out = IntRow.allocate(device, columns, extent).before_norm(device.upload(following))
-    program = Program(device)
+    b = recording.memory.upload(numbers(rng, columns, rank))
+    lora = LoraFactors(recording.memory.empty((rank, 32)), b, rank, 1.0, ((0, columns),))
+    y = marked(recording, extent, columns)
+    int_out = IntRow.allocate(recording, columns, extent).before_norm(
+        recording.memory.upload(following)
+    )
+    program = Program(recording)
     matmul_int_row(
-        program, whole(program, x), matrix, lora=lora, z=activation(device, z, extent),
-        bias=device.upload(numbers(rng, columns)), out=y, int_out=int_out,
-        residual=activation(device, numbers(rng, 1, columns), extent),
+        program, whole(program, x), matrix, lora=lora, z=activation(recording, z, extent),
+        bias=recording.memory.upload(numbers(rng, columns)), out=y, int_out=int_out,
+        residual=activation(recording, numbers(rng, 1, columns), extent),
     )  # fmt: skip
     assert max(len(c.tensors) for c in program.commands if isinstance(c, Dispatch)) <= 8
     stored = run_twice(program, y)[0].astype(np.float64)
-    check_int_row(device.read(int_out.words), stored * following, stored, error=2.0**-24)
+    check_int_row(recording.memory.read(int_out.words), stored * following, stored, error=2.0**-24)
 
 
 @pytest.mark.parametrize("contraction", [32, 128, 576, 1536, 2048, 4096, 8192, 14336])
@@ -283,17 +299,17 @@ def test_every_lane_has_its_place(
         assert tiling.lanes // tiling.share * tiling.weight_rows % 32 == 0
 
 
-def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:
-    matrix, _ = stacked(device, [32, 32, 32], 32)
-    extent = extent_in_use(device, 1, 1)
-    row = IntRow.allocate(device, 64, extent)
+def test_what_the_kernel_cannot_do_is_refused(recording: Recording) -> None:
+    matrix, _ = stacked(recording, [32, 32, 32], 32)
+    extent = extent_in_use(recording, 1, 1)
+    row = IntRow.allocate(recording, 64, extent)
     with pytest.raises(ValueError, match="an int row of 64 does not fit"):
-        matmul_int_row(Program(device), row, matrix)
-    row = IntRow.allocate(device, 32, extent)
+        matmul_int_row(Program(recording), row, matrix)
+    row = IntRow.allocate(recording, 32, extent)
     with pytest.raises(ValueError, match="a gate takes one part"):
-        matmul_int_row(Program(device), row, matrix, gate="silu")
+        matmul_int_row(Program(recording), row, matrix, gate="silu")
     with pytest.raises(ValueError, match="cannot hold 96 columns"):
-        matmul_int_row(Program(device), row, matrix, int_out=row)
-    device.is_cpu = True
+        matmul_int_row(Program(recording), row, matrix, int_out=row)
+    recording = with_facts(recording, is_cpu=True)
     with pytest.raises(ValueError, match="does not fit"):
-        matmul_int_row(Program(device), row, matrix)
+        matmul_int_row(Program(recording), row, matrix)

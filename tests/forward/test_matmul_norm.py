@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +16,7 @@ from lora.forward import rmsnorm as forward_rmsnorm
 from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import load_matrix
-from lora.forward.plans.matmul_plans import use_source
+from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import TILES, Plan, cut, tiles_of
 from lora.forward.rmsnorm import (
     GPU_LANES,
@@ -29,9 +29,10 @@ from lora.forward.rmsnorm import (
 )
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 from tests.support.half_tensors import needs_halves, typed, typed_marked
-from tests.support.kernels import activation, extent_in_use
+from tests.support.kernels import activation, extent_in_use, with_facts
 from tests.support.quantized_tensors import random_blocks, tensor_of
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
@@ -55,36 +56,34 @@ BACKWARD = [
 
 
 @pytest.fixture
-def tiled(device: Device) -> Iterator[Device]:
-    device.matmul_body = "tiled"
-    yield device
-    device.matmul_body = None
-    use_source(device, None)
+def tiled(recording: Recording) -> Recording:
+    return replace(recording, body="tiled")
 
 
-def cut_into(device: Device, splits: int) -> None:
-    """Records every product from now on in so many stretches."""
+def cut_into(recording: Recording, splits: int) -> Recording:
+    """Records every product in so many stretches."""
     tile = TILES[0]
-    use_source(
-        device,
-        lambda request: Plan(tile, *cut(request.constants["contraction"], splits, tile.depth)),
-    )
+
+    def plans(request: Request) -> Plan:
+        return Plan(tile, *cut(request.constants["contraction"], splits, tile.depth))
+
+    return replace(recording, plans=plans)
 
 
 class Case:
     """A product of `width` columns in either direction, and the norm that it meets."""
 
-    def __init__(self, device: Device, width: int, parts: int = 1) -> None:
+    def __init__(self, recording: Recording, width: int, parts: int = 1) -> None:
         rng = np.random.default_rng(width)
-        self.device, self.width = device, width
-        self.extent = extent_in_use(device, ROWS, IN_USE)
+        self.recording, self.width = recording, width
+        self.extent = extent_in_use(recording, ROWS, IN_USE)
 
         def rows_of(columns: int) -> Tensor:
             values = rng.normal(size=(ROWS, columns)).astype(np.float32)
-            return activation(device, values, self.extent)
+            return activation(recording, values, self.extent)
 
         def frozen(*shape: int) -> Tensor:
-            return device.upload(rng.normal(size=shape).astype(np.float32))
+            return recording.memory.upload(rng.normal(size=shape).astype(np.float32))
 
         self.x, self.z, self.past, self.norm_input = (
             rows_of(columns) for columns in (N_OTHER, RANK, width, width)
@@ -93,7 +92,9 @@ class Case:
         # Two types of quantization make two parts.
         kinds = (Q4_1, Q8_0)[:parts]
         self.matrix, self.transposed = (
-            load_matrix(device, [tensor_of(k, random_blocks(k, n_out, n_in), n_in) for k in kinds])
+            load_matrix(
+                recording, [tensor_of(k, random_blocks(k, n_out, n_in), n_in) for k in kinds]
+            )
             for n_out, n_in in ((width // parts, N_OTHER), (N_OTHER // parts, width))
         )
         self.lora = LoraFactors(frozen(RANK, N_OTHER), frozen(16, RANK), RANK, 1.5, ((8, 24),))
@@ -117,8 +118,8 @@ class Case:
             apart: whether they are asked for one after the other.
             past_of: what the residual is added to: "product", "norm" or "none".
         """
-        product, normed = (typed_marked(self.device, t, self.extent, self.width) for t in types)
-        program = Program(self.device)
+        product, normed = (typed_marked(self.recording, t, self.extent, self.width) for t in types)
+        program = Program(self.recording)
         past = self.past if past_of == "norm" else None
         norm = NormAfter(self.weight, EPSILON, normed, residual=past)
         matmul(
@@ -134,9 +135,9 @@ class Case:
         self, types: tuple[str, str], *, apart: bool, in_place: bool = False
     ) -> tuple[list[str], list[np.ndarray]]:
         """The kernels of a gradient through a product and its norm, and the gradient below."""
-        d_y = typed_marked(self.device, types[0], self.extent, self.width)
-        d_x = typed(self.device, self.device.read(self.past), types[1], self.extent)
-        program = Program(self.device)
+        d_y = typed_marked(self.recording, types[0], self.extent, self.width)
+        d_x = typed(self.recording, self.recording.memory.read(self.past), types[1], self.extent)
+        program = Program(self.recording)
         residual = d_x if in_place else None
         norm = NormBefore(self.norm_input, self.weight, EPSILON, d_x, residual=residual)
         matmul_backward(
@@ -152,10 +153,10 @@ class Case:
 
 def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[np.ndarray]]:
     """Runs a program once: its kernels, and the outputs."""
-    device = program.device
-    before = [device.read(tensor) for tensor in outputs]
+    recording = program.recording
+    before = [recording.memory.read(tensor) for tensor in outputs]
     program.run()
-    after = [device.read(tensor) for tensor in outputs]
+    after = [recording.memory.read(tensor) for tensor in outputs]
     for start, end in zip(before, after, strict=True):
         assert np.isfinite(end).all() and len(np.unique(end)) > 100
         assert (start[IN_USE:] == end[IN_USE:]).all()  # rows that are not in use
@@ -164,7 +165,7 @@ def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[np.nda
 
 
 def same(
-    device: Device, types: tuple[str, str], found: list[np.ndarray], wanted: list[np.ndarray],
+    recording: Recording, types: tuple[str, str], found: list[np.ndarray], wanted: list[np.ndarray],
     *, roundings: int = 1,
 ) -> bool:  # fmt: skip
     """Bit for bit; on a GPU, whose compiler contracts sums differently, but for the rounding.
@@ -173,7 +174,7 @@ def same(
     makes of it is as far off. Mesa from 25 on may keep more than f16 between the operations of one
     kernel, so that two kernels with f16 in them agree but for that rounding on a CPU, too.
     """
-    if device.info["adapter_type"] == "CPU" and "f16" not in types:
+    if recording.facts.info["adapter_type"] == "CPU" and "f16" not in types:
         return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
     bound = roundings * (2.0**-10 if "f16" in types else 2.0**-18)
     return all(
@@ -184,11 +185,11 @@ def same(
 
 @pytest.mark.parametrize(("width", "splits", "past_of", "types"), FORWARD)
 def test_the_norm_adds_stretches_up(
-    tiled: Device, width: int, splits: int, past_of: str, types: tuple[str, str]
+    tiled: Recording, width: int, splits: int, past_of: str, types: tuple[str, str]
 ) -> None:
     if "f16" in types:
-        needs_halves(tiled)
-    cut_into(tiled, splits)
+        needs_halves(tiled.facts)
+    tiled = cut_into(tiled, splits)
     case = Case(tiled, width)
     kernels, wanted = case.forward(types, past_of=past_of, apart=True)
     assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm"]
@@ -199,11 +200,11 @@ def test_the_norm_adds_stretches_up(
 
 @pytest.mark.parametrize(("width", "splits", "in_place", "types"), BACKWARD)
 def test_the_norms_backward_adds_stretches_up(
-    tiled: Device, width: int, splits: int, in_place: bool, types: tuple[str, str]
+    tiled: Recording, width: int, splits: int, in_place: bool, types: tuple[str, str]
 ) -> None:
     if "f16" in types:
-        needs_halves(tiled)
-    cut_into(tiled, splits)
+        needs_halves(tiled.facts)
+    tiled = cut_into(tiled, splits)
     case = Case(tiled, width)
     kernels, wanted = case.backward(types, in_place=in_place, apart=True)
     assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm_backward"]
@@ -212,11 +213,11 @@ def test_the_norms_backward_adds_stretches_up(
     assert same(tiled, types, found, wanted)
 
 
-def test_with_the_lanes_of_a_gpu(tiled: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_with_the_lanes_of_a_gpu(tiled: Recording, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of which the last step of a row is broken."""
     monkeypatch.setattr(forward_rmsnorm, "CPU_LANES", GPU_LANES)
     monkeypatch.setattr(forward_rmsnorm, "CPU_QUADS", GPU_QUADS)
-    cut_into(tiled, 4)
+    tiled = cut_into(tiled, 4)
     case, types = Case(tiled, 288), ("f32", "f32")
     kernels, found = case.forward(types, past_of="product", apart=False)
     assert kernels == ["matmul_tiled", "rmsnorm"]
@@ -228,14 +229,14 @@ def test_with_the_lanes_of_a_gpu(tiled: Device, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("why", ["one pass", "two parts", "bias", "softcap", "wide row", "wide"])
 def test_otherwise_the_norm_has_a_dispatch_of_its_own(
-    tiled: Device, monkeypatch: pytest.MonkeyPatch, why: str
+    tiled: Recording, monkeypatch: pytest.MonkeyPatch, why: str
 ) -> None:
-    cut_into(tiled, 1 if why == "one pass" else 2)
+    tiled = cut_into(tiled, 1 if why == "one pass" else 2)
+    if why == "wide":
+        tiled = replace(tiled, body="wide")
     case, types = Case(tiled, 64, parts=2 if why == "two parts" else 1), ("f32", "f32")
     if why == "wide row":
         monkeypatch.setattr(forward_rmsnorm, "MOST_PARTIAL_QUADS", 1)
-    if why == "wide":
-        tiled.matmul_body = "wide"
     options = {"biased": why == "bias", "softcap": 5.0 if why == "softcap" else None}
     kernels, wanted = case.forward(types, past_of="product", apart=True, **options)
     again, found = case.forward(types, past_of="product", apart=False, **options)
@@ -246,23 +247,27 @@ def test_otherwise_the_norm_has_a_dispatch_of_its_own(
         assert again == kernels and same(tiled, types, found, wanted)
 
 
-def test_a_row_that_fits_no_registers(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device, "is_cpu", False)
+def test_a_row_that_fits_no_registers(recording: Recording) -> None:
+    recording = with_facts(recording, is_cpu=False)
     for width in (576, 4096):  # 3 and 4 quads a lane
-        assert adds_up(device, width, 8)
-    assert not adds_up(device, 4096, 9) and not adds_up(device, 16384, 4)  # 16 quads a lane
-    assert adds_up(device, 4, MOST_PARTIAL_QUADS) and not adds_up(device, 4, MOST_PARTIAL_QUADS + 1)
+        assert adds_up(recording, width, 8)
+    assert not adds_up(recording, 4096, 9) and not adds_up(recording, 16384, 4)  # 16 quads a lane
+    assert adds_up(recording, 4, MOST_PARTIAL_QUADS) and not adds_up(
+        recording, 4, MOST_PARTIAL_QUADS + 1
+    )
 
 
-def test_stretches_that_do_not_fit_are_refused(device: Device) -> None:
-    extent = device.extent(2)
-    x, weight, partial = (device.empty(shape, extent=extent) for shape in ((2, 8), (8,), (3, 8)))
+def test_stretches_that_do_not_fit_are_refused(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    x, weight, partial = (
+        recording.memory.empty(shape, extent=extent) for shape in ((2, 8), (8,), (3, 8))
+    )
     with pytest.raises(ValueError, match="rmsnorm stretches has shape"):
-        rmsnorm(Program(device), x, weight, EPSILON, stretches=Stretches(partial, 2))
-    whole = device.empty((4, 8))
+        rmsnorm(Program(recording), x, weight, EPSILON, stretches=Stretches(partial, 2))
+    whole = recording.memory.empty((4, 8))
     with pytest.raises(ValueError, match="no residual of its own"):
         rmsnorm_backward(
-            Program(device), x, weight, EPSILON, x, stretches=Stretches(whole, 2, residual=x)
+            Program(recording), x, weight, EPSILON, x, stretches=Stretches(whole, 2, residual=x)
         )
 
 
@@ -274,9 +279,9 @@ def test_a_step_is_the_same(
 
     def opened(wanted: str | int) -> Device:
         device = Device(wanted)
-        device.matmul_body = "tiled"
+        device.facts = replace(device.facts, is_cpu=False)
         if precision == "f16":
-            needs_halves(device)
+            needs_halves(device.facts)
         return device
 
     def in_two(rows: int, columns: int, contraction: int, memory: int, half: bool) -> Plan:
@@ -295,9 +300,8 @@ def test_a_step_is_the_same(
             model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision, tuning="off"
         )  # plans that were found on a GPU would come before choose_tile's
         found.append(gradients(session))
-        assert session._programs is not None
         last = f"layers.{session.model.architecture.n_layers - 1}."
-        commands = [c for c in session._programs.micro_batch.commands if last in c.label]
+        commands = [c for c in session._programs.training.micro_batch.commands if last in c.label]
         labels.append(Counter(c.label.rsplit(".", 1)[1] for c in commands))
     # After attention and, with post norms, after the feed-forward; backward below both.
     forwards = 2 if name == "gemma2" else 1
@@ -306,9 +310,9 @@ def test_a_step_is_the_same(
     assert labels[0] - labels[1] == Counter(
         reduce=forwards + 2, rmsnorm=forwards, rmsnorm_backward=2
     )
-    device, types = session.device, (precision, "f32")
+    recording, types = session._recording, (precision, "f32")
     losses = [[np.array([f.loss], np.float32)] for f in found]
-    assert same(device, types, *losses)
+    assert same(recording, types, *losses)
     for path, gradient in found[0].gradients.items():
         other = [found[1].gradients[path]]  # on its way through some ten rounded activations
-        assert gradient.any() and same(device, types, [gradient], other, roundings=10), path
+        assert gradient.any() and same(recording, types, [gradient], other, roundings=10), path

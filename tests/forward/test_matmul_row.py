@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
@@ -15,9 +13,9 @@ from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
 from lora.shaders.program import Program
-from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
+from lora.shaders.recording import Recording
+from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
 from tests.support.one_row import EPSILON, numbers, random_matrix
 from tests.support.quantized_tensors import (
     ALL_TYPES,
@@ -28,12 +26,17 @@ from tests.support.quantized_tensors import (
 
 
 @pytest.fixture(params=[True, False], ids=["cpu", "gpu"])
-def lanes(request: pytest.FixtureRequest, device: Device) -> Iterator[None]:
+def lanes(request: pytest.FixtureRequest) -> bool:
     """With one lane a sum, and with lanes that share it, on whatever device there is."""
-    before = device.is_cpu
-    device.is_cpu = request.param
-    yield
-    device.is_cpu = before
+    return bool(request.param)
+
+
+@pytest.fixture
+def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
+    """With the lanes that a test asks for."""
+    if "lanes" not in request.fixturenames:
+        return recording
+    return with_facts(recording, is_cpu=request.getfixturevalue("lanes"))
 
 
 @pytest.mark.usefixtures("lanes")
@@ -45,19 +48,23 @@ def lanes(request: pytest.FixtureRequest, device: Device) -> Iterator[None]:
     ids=lambda value: getattr(value, "name", None),
 )
 def test_random_blocks(
-    device: Device, kind: GGMLQuantizationType, with_norm: bool, out_features: int, blocks: int
+    recording: Recording,
+    kind: GGMLQuantizationType,
+    with_norm: bool,
+    out_features: int,
+    blocks: int,
 ) -> None:
     """Outputs that fill no workgroup; widths that fill no step, where the type has such."""
     block_size = QUANTIZATIONS[kind].block_size
     columns = 32 * blocks + 4 if block_size == 1 else block_size * blocks
-    matrix, w = random_matrix(device, kind, out_features, columns, seed=blocks)
+    matrix, w = random_matrix(recording, kind, out_features, columns, seed=blocks)
     rng = np.random.default_rng(blocks)
     x, weight = numbers(rng, 1, columns), numbers(rng, columns) if with_norm else None
-    extent = extent_in_use(device, 1, 1)
-    y = marked(device, extent, out_features)
-    program = Program(device)
-    norm = None if weight is None else InputNorm(device.upload(weight), EPSILON)
-    matmul_row(program, activation(device, x, extent), matrix, norm=norm, out=y)
+    extent = extent_in_use(recording, 1, 1)
+    y = marked(recording, extent, out_features)
+    program = Program(recording)
+    norm = None if weight is None else InputNorm(recording.memory.upload(weight), EPSILON)
+    matmul_row(program, activation(recording, x, extent), matrix, norm=norm, out=y)
     v = normed_row(x, weight, EPSILON)
     magnitude = np.abs(v) @ np.abs(w).T
     result = run_twice(program, y)
@@ -76,7 +83,7 @@ def test_random_blocks(
     ],
 )
 def test_norm_and_gate(
-    device: Device,
+    recording: Recording,
     kind: str,
     columns: int,
     out_features: int,
@@ -84,7 +91,7 @@ def test_norm_and_gate(
     activation_name: str,
 ) -> None:
     """The whole way from the residual stream to what `down` takes, adapter and biases included."""
-    matrix, w = random_matrix(device, GGMLQuantizationType[kind], out_features, columns, seed=7)
+    matrix, w = random_matrix(recording, GGMLQuantizationType[kind], out_features, columns, seed=7)
     rng, half, rank, scale = np.random.default_rng(columns), out_features // 2, 8, 1.5
     # Sums of a size for which the activations bend; weights of random blocks come in any.
     x = numbers(rng, 1, columns) * 3
@@ -92,19 +99,21 @@ def test_norm_and_gate(
     bias = numbers(rng, out_features)
     a = numbers(rng, len(adapted) * rank, columns)
     b = numbers(rng, len(adapted) * half, rank)
-    extent = extent_in_use(device, 1, 1)
-    norm = InputNorm(device.upload(weight), EPSILON)
-    row = activation(device, x, extent)
-    program = Program(device)
+    extent = extent_in_use(recording, 1, 1)
+    norm = InputNorm(recording.memory.upload(weight), EPSILON)
+    row = activation(recording, x, extent)
+    program = Program(recording)
     lora, z = None, None
     if adapted:
         ranges = tuple((member * half, (member + 1) * half) for member in adapted)
-        lora = LoraFactors(device.upload(a), device.upload(b), rank, scale, ranges)
+        lora = LoraFactors(
+            recording.memory.upload(a), recording.memory.upload(b), rank, scale, ranges
+        )
         z = project_row(program, row, lora, norm=norm)
-    y = marked(device, extent, half)
+    y = marked(recording, extent, half)
     matmul_row(
         program, row, matrix, norm=norm, gate=activation_name, lora=lora, z=z,
-        bias=device.upload(bias), out=y,
+        bias=recording.memory.upload(bias), out=y,
     )  # fmt: skip
     result = run_twice(program, y)
 
@@ -131,7 +140,7 @@ def test_norm_and_gate(
     ],
 )
 def test_long_contractions(
-    device: Device,
+    recording: Recording,
     lanes: None,
     contraction: int,
     columns: int,
@@ -145,25 +154,27 @@ def test_long_contractions(
     assert (tiling.share, tiling.quads, contraction // 8 // share) == (share, quads, eights)
     assert eights % tiling.steps == rest
     assert -(-contraction // 8) % share == last
-    matrix, w = random_matrix(device, GGMLQuantizationType.F16, columns, contraction, seed=1)
+    matrix, w = random_matrix(recording, GGMLQuantizationType.F16, columns, contraction, seed=1)
     x = numbers(np.random.default_rng(contraction), 1, contraction)
-    extent = extent_in_use(device, 1, 1)
-    y = marked(device, extent, columns)
-    program = Program(device)
+    extent = extent_in_use(recording, 1, 1)
+    y = marked(recording, extent, columns)
+    program = Program(recording)
     given = tiling if quads == 2 else None
-    matmul_row(program, activation(device, x, extent), matrix, out=y, tiling=given)
+    matmul_row(program, activation(recording, x, extent), matrix, out=y, tiling=given)
     bound = error_bound(np.abs(x) @ np.abs(w).T, contraction)
     assert (np.abs(run_twice(program, y) - x @ w.T) <= bound).all()
 
 
-def stacked(device: Device, out_features: list[int], columns: int) -> tuple[FrozenMatrix, ...]:
+def stacked(
+    recording: Recording, out_features: list[int], columns: int
+) -> tuple[FrozenMatrix, ...]:
     """A matrix of several tensors of two types (two parts), and what it decodes to."""
     kinds = [GGMLQuantizationType.Q4_0, GGMLQuantizationType.Q8_0, GGMLQuantizationType.Q8_0]
     tensors = [
         tensor_of(kind, random_blocks(kind, n, columns, seed=n), columns)
         for kind, n in zip(kinds, out_features, strict=True)
     ]
-    return load_matrix(device, tensors), np.concatenate([dequantized(t) for t in tensors])
+    return load_matrix(recording, tensors), np.concatenate([dequantized(t) for t in tensors])
 
 
 @pytest.mark.usefixtures("lanes")
@@ -172,11 +183,11 @@ def stacked(device: Device, out_features: list[int], columns: int) -> tuple[Froz
     [(4, (0, 2), None), (16, (1,), 3.0), (40, (0, 1, 2), None), (4, (0, 1, 2), 3.0)],
 )
 def test_adapters_bias_cap_and_residual(
-    device: Device, rank: int, adapted: tuple[int, ...], softcap: float | None
+    recording: Recording, rank: int, adapted: tuple[int, ...], softcap: float | None
 ) -> None:
     """Some members of a stacked matrix are adapted, across its parts."""
     columns, sizes, scale = 96, [36, 8, 20], 1.5
-    matrix, w = stacked(device, sizes, columns)
+    matrix, w = stacked(recording, sizes, columns)
     assert len(matrix.parts) == 2
     rng = np.random.default_rng(rank)
     starts = np.cumsum([0, *sizes])
@@ -185,16 +196,20 @@ def test_adapters_bias_cap_and_residual(
     x, residual = numbers(rng, 1, columns), numbers(rng, 1, n_out)
     z = numbers(rng, 1, len(adapted) * rank)
     b, bias = numbers(rng, sum(sizes[i] for i in adapted), rank), numbers(rng, n_out)
-    extent = extent_in_use(device, 1, 1)
+    extent = extent_in_use(recording, 1, 1)
     lora = LoraFactors(
-        device.empty((len(adapted) * rank, columns)), device.upload(b), rank, scale, ranges
+        recording.memory.empty((len(adapted) * rank, columns)),
+        recording.memory.upload(b),
+        rank,
+        scale,
+        ranges,
     )
-    y = marked(device, extent, n_out)
-    program = Program(device)
+    y = marked(recording, extent, n_out)
+    program = Program(recording)
     matmul_row(
-        program, activation(device, x, extent), matrix, lora=lora,
-        z=activation(device, z, extent), bias=device.upload(bias), softcap=softcap,
-        residual=activation(device, residual, extent), out=y,
+        program, activation(recording, x, extent), matrix, lora=lora,
+        z=activation(recording, z, extent), bias=recording.memory.upload(bias), softcap=softcap,
+        residual=activation(recording, residual, extent), out=y,
     )  # fmt: skip
     result = run_twice(program, y)
 
@@ -226,22 +241,22 @@ def test_adapters_bias_cap_and_residual(
     ],
 )
 def test_project_row(
-    device: Device, monkeypatch: pytest.MonkeyPatch, members: int, width: int, with_norm: bool,
+    recording: Recording, members: int, width: int, with_norm: bool,
     most_lanes: int,
 ) -> None:  # fmt: skip
     """With the lanes that WebGPU promises and with more; the norm's weight, not its division."""
-    monkeypatch.setattr(device, "most_lanes", min(most_lanes, device.most_lanes))
+    recording = with_facts(recording, most_lanes=min(most_lanes, recording.facts.most_lanes))
     rng, rank = np.random.default_rng(width), 8
     x, weight = numbers(rng, 1, width), numbers(rng, width)
     a = numbers(rng, members * rank, width)
     ranges = tuple((4 * m, 4 * m + 4) for m in range(members))
-    b = device.empty((4 * members, rank))
-    lora = LoraFactors(device.upload(a), b, rank, 1.0, ranges)
-    extent = extent_in_use(device, 1, 1)
-    z = marked(device, extent, members * rank)
-    norm = InputNorm(device.upload(weight), EPSILON) if with_norm else None
-    program = Program(device)
-    project_row(program, activation(device, x, extent), lora, norm=norm, out=z)
+    b = recording.memory.empty((4 * members, rank))
+    lora = LoraFactors(recording.memory.upload(a), b, rank, 1.0, ranges)
+    extent = extent_in_use(recording, 1, 1)
+    z = marked(recording, extent, members * rank)
+    norm = InputNorm(recording.memory.upload(weight), EPSILON) if with_norm else None
+    program = Program(recording)
+    project_row(program, activation(recording, x, extent), lora, norm=norm, out=z)
     v = x.astype(np.float64) * (weight if with_norm else 1.0)
     bound = error_bound(np.abs(v) @ np.abs(a).T, width)
     assert (np.abs(run_twice(program, z) - v @ a.astype(np.float64).T) <= bound).all()
@@ -261,15 +276,15 @@ def test_lanes_have_work(gated: bool, columns: int, contraction: int) -> None:
     assert tiling.quads == 2 or not gated
 
 
-def test_what_the_kernel_cannot_do_is_refused(device: Device) -> None:
-    matrix, _ = stacked(device, [4, 4, 4], 32)
-    x = activation(device, np.zeros((2, 32), np.float32), extent_in_use(device, 2, 1))
+def test_what_the_kernel_cannot_do_is_refused(recording: Recording) -> None:
+    matrix, _ = stacked(recording, [4, 4, 4], 32)
+    x = activation(recording, np.zeros((2, 32), np.float32), extent_in_use(recording, 2, 1))
     with pytest.raises(ValueError, match="matmul_row input has shape"):
-        matmul_row(Program(device), x, matrix)
-    extent = extent_in_use(device, 1, 1)
-    x = activation(device, np.zeros((1, 36), np.float32), extent)
+        matmul_row(Program(recording), x, matrix)
+    extent = extent_in_use(recording, 1, 1)
+    x = activation(recording, np.zeros((1, 36), np.float32), extent)
     with pytest.raises(ValueError, match="matmul_row input has shape"):
-        matmul_row(Program(device), x, matrix)
-    x = activation(device, np.zeros((1, 32), np.float32), extent)
+        matmul_row(Program(recording), x, matrix)
+    x = activation(recording, np.zeros((1, 32), np.float32), extent)
     with pytest.raises(ValueError, match="a gate takes one part"):
-        matmul_row(Program(device), x, matrix, gate="silu")
+        matmul_row(Program(recording), x, matrix, gate="silu")

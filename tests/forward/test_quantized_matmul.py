@@ -1,6 +1,6 @@
 """Products with matrices of every tensor type, forward and to the input, against float64 numpy."""
 
-from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,8 +13,8 @@ from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.weights import load_matrix
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import (
     MARKER,
     activation,
@@ -33,11 +33,17 @@ from tests.support.quantized_tensors import (
 
 
 @pytest.fixture(params=BODIES)
-def body(request: pytest.FixtureRequest, device: Device) -> Iterator[str]:
+def body(request: pytest.FixtureRequest) -> str:
     """Both kernels on whatever device there is."""
-    device.matmul_body = request.param
-    yield request.param
-    device.matmul_body = None
+    return str(request.param)
+
+
+@pytest.fixture
+def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
+    """With the body that a test asks for."""
+    if "body" not in request.fixturenames:
+        return recording
+    return replace(recording, body=request.getfixturevalue("body"))
 
 
 def test_reference_gradient_is_the_derivative() -> None:
@@ -52,18 +58,18 @@ def test_reference_gradient_is_the_derivative() -> None:
     assert central_difference(loss, x, direction) == pytest.approx(expected, rel=1e-8)
 
 
-def check(device: Device, tensor: GGUFTensor, rows: int, in_use: int) -> None:
+def check(recording: Recording, tensor: GGUFTensor, rows: int, in_use: int) -> None:
     """Both directions, over `in_use` of `rows` rows."""
-    matrix, w = load_matrix(device, [tensor]), dequantized(tensor)
+    matrix, w = load_matrix(recording, [tensor]), dequantized(tensor)
     n_out, n_in = w.shape
     rng = np.random.default_rng(rows)
     x = rng.normal(size=(rows, n_in)).astype(np.float32)
     d_y = rng.normal(size=(rows, n_out)).astype(np.float32)
-    extent = extent_in_use(device, rows, in_use)
-    y, d_x = marked(device, extent, n_out), marked(device, extent, n_in)
-    forward, backward = Program(device), Program(device)
-    matmul(forward, activation(device, x, extent), matrix, out=y)
-    matmul_backward(backward, activation(device, d_y, extent), matrix, out=d_x)
+    extent = extent_in_use(recording, rows, in_use)
+    y, d_x = marked(recording, extent, n_out), marked(recording, extent, n_in)
+    forward, backward = Program(recording), Program(recording)
+    matmul(forward, activation(recording, x, extent), matrix, out=y)
+    matmul_backward(backward, activation(recording, d_y, extent), matrix, out=d_x)
     for name, result, expected, magnitude, terms in (
         ("y", run_twice(forward, y), product_reference(x, w),
          product_reference(np.abs(x), np.abs(w)), n_in),
@@ -86,7 +92,7 @@ def check(device: Device, tensor: GGUFTensor, rows: int, in_use: int) -> None:
     ids=lambda value: getattr(value, "name", None),
 )
 def test_random_blocks(
-    device: Device,
+    recording: Recording,
     body: str,
     kind: GGMLQuantizationType,
     rows: int,
@@ -98,7 +104,7 @@ def test_random_blocks(
     block_size = QUANTIZATIONS[kind].block_size
     columns = 32 * blocks + 4 if block_size == 1 else block_size * blocks
     data = random_blocks(kind, out_features, columns, seed=rows)
-    check(device, tensor_of(kind, data, columns), rows, in_use)
+    check(recording, tensor_of(kind, data, columns), rows, in_use)
 
 
 @pytest.mark.parametrize(
@@ -110,7 +116,7 @@ def test_random_blocks(
         ("blk.0.ffn_down.weight", "Q6_K"),
     ],
 )
-def test_real_tensors(device: Device, body: str, gemma3: Path, name: str, kind: str) -> None:
+def test_real_tensors(recording: Recording, body: str, gemma3: Path, name: str, kind: str) -> None:
     tensor = first_rows(GGUFFile(gemma3).tensors[name], 700)
     assert tensor.type.name == kind
-    check(device, tensor, 33, 31)
+    check(recording, tensor, 33, 31)

@@ -5,8 +5,8 @@ import pytest
 
 from lora.checks.references.rmsnorm import rmsnorm_reference
 from lora.forward.rmsnorm import rmsnorm
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -14,7 +14,7 @@ from tests.support.half_tensors import (
     typed,
     typed_marked,
 )
-from tests.support.kernels import MARKER, activation, extent_in_use, run_twice
+from tests.support.kernels import MARKER, activation, extent_in_use, run_twice, with_facts
 
 # Fewer quads than lanes, whole and broken steps, as many lanes as a workgroup has.
 SHAPES = [(1, 1, 4), (5, 3, 100), (70, 70, 576), (3, 2, 2052), (2, 2, 16384)]
@@ -24,27 +24,31 @@ SHAPES = [(1, 1, 4), (5, 3, 100), (70, 70, 576), (3, 2, 2052), (2, 2, 16384)]
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES)
 def test_rmsnorm(
-    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int,
+    recording: Recording, rows: int, in_use: int, width: int,
     with_residual: bool, is_cpu: bool,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(device, "is_cpu", is_cpu)  # both run on any device
+    recording = with_facts(recording, is_cpu=is_cpu)  # both run on any device
     rng = np.random.default_rng(width)
     x = rng.normal(size=(rows, width)).astype(np.float32)
     weight = rng.normal(size=width).astype(np.float32)
-    extent = device.extent(rows)
-    device.set_rows(extent, in_use)
-    tensor = device.empty((rows, width), extent=extent)
-    device.write(tensor, x)
-    program = Program(device)
+    extent = recording.memory.extent(rows)
+    recording.memory.set_rows(extent, in_use)
+    tensor = recording.memory.empty((rows, width), extent=extent)
+    recording.memory.write(tensor, x)
+    program = Program(recording)
     residual = rng.normal(size=(rows, width)).astype(np.float32)
-    past = device.empty((rows, width), extent=extent)
-    device.write(past, residual)
+    past = recording.memory.empty((rows, width), extent=extent)
+    recording.memory.write(past, residual)
     y = rmsnorm(
-        program, tensor, device.upload(weight), 1e-5, residual=past if with_residual else None
+        program,
+        tensor,
+        recording.memory.upload(weight),
+        1e-5,
+        residual=past if with_residual else None,
     )
-    device.write(y, np.full((rows, width), -7.0))
+    recording.memory.write(y, np.full((rows, width), -7.0))
     program.run()
-    result = device.read(y)
+    result = recording.memory.read(y)
     expected = rmsnorm_reference(x, weight, 1e-5) + with_residual * residual
     # A sum of `width` squares in f32: a relative error of a few 2^-24 a term, in a tree. The sum
     # with the residual is rounded at the size of its larger term, up to 8.
@@ -56,18 +60,20 @@ def test_rmsnorm(
 
 @pytest.mark.parametrize("with_residual", [False, True])
 @pytest.mark.parametrize(("x_type", "out_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
-def test_rmsnorm_of_halves(device: Device, x_type: str, out_type: str, with_residual: bool) -> None:
-    needs_halves(device)
+def test_rmsnorm_of_halves(
+    recording: Recording, x_type: str, out_type: str, with_residual: bool
+) -> None:
+    needs_halves(recording.facts)
     rng = np.random.default_rng(3)
     x, past = rng.normal(size=(2, 67, 100)).astype(np.float32)
     x = rounded(x, x_type)
     weight = rng.normal(size=100).astype(np.float32)
-    extent = extent_in_use(device, 67, 66)
-    out = typed_marked(device, out_type, extent, 100)
-    program = Program(device)
+    extent = extent_in_use(recording, 67, 66)
+    out = typed_marked(recording, out_type, extent, 100)
+    program = Program(recording)
     rmsnorm(
-        program, typed(device, x, x_type, extent), device.upload(weight), 1e-5,
-        residual=activation(device, past, extent) if with_residual else None, out=out,
+        program, typed(recording, x, x_type, extent), recording.memory.upload(weight), 1e-5,
+        residual=activation(recording, past, extent) if with_residual else None, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
     expected = rmsnorm_reference(x, weight, 1e-5) + with_residual * past
@@ -77,35 +83,38 @@ def test_rmsnorm_of_halves(device: Device, x_type: str, out_type: str, with_resi
     assert (result[66:] == MARKER).all()
 
 
-def test_beyond_its_largest_number_a_half_is_infinite(device: Device) -> None:
+def test_beyond_its_largest_number_a_half_is_infinite(recording: Recording) -> None:
     """So that the loss shows it: a silent 65504 would train on with wrong numbers."""
-    needs_halves(device)
-    extent = device.extent(1)
-    out = typed_marked(device, "f16", extent, 4)
-    program = Program(device)
-    x = activation(device, np.array([[1, -1, 1, 1]], np.float32), extent)
-    weight = device.upload(np.array([1e6, 1e6, 1e4, -1e30], np.float32))
+    needs_halves(recording.facts)
+    extent = recording.memory.extent(1)
+    out = typed_marked(recording, "f16", extent, 4)
+    program = Program(recording)
+    x = activation(recording, np.array([[1, -1, 1, 1]], np.float32), extent)
+    weight = recording.memory.upload(np.array([1e6, 1e6, 1e4, -1e30], np.float32))
     rmsnorm(program, x, weight, 0.0, out=out)
     assert (run_twice(program, out) == [[np.inf, -np.inf, 1e4, -np.inf]]).all()
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
-def test_a_row_does_not_depend_on_the_others(
-    device: Device, monkeypatch: pytest.MonkeyPatch, is_cpu: bool
-) -> None:
-    monkeypatch.setattr(device, "is_cpu", is_cpu)
+def test_a_row_does_not_depend_on_the_others(recording: Recording, is_cpu: bool) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)
     x = np.random.default_rng(6).normal(size=(9, 100)).astype(np.float32)
-    weight = device.upload(np.ones(100, np.float32))
+    weight = recording.memory.upload(np.ones(100, np.float32))
     found = []
     for rows in (x, x[4:5]):
-        program = Program(device)
-        y = rmsnorm(program, activation(device, rows, device.extent(len(rows))), weight, 1e-5)
+        program = Program(recording)
+        y = rmsnorm(
+            program, activation(recording, rows, recording.memory.extent(len(rows))), weight, 1e-5
+        )
         program.run()
-        found.append(device.read(y))
+        found.append(recording.memory.read(y))
     assert found[0][4].tobytes() == found[1][0].tobytes()
 
 
-def test_a_width_of_no_whole_vectors_is_refused(device: Device) -> None:
-    x, weight = device.empty((2, 6), extent=device.extent(2)), device.empty((6,))
+def test_a_width_of_no_whole_vectors_is_refused(recording: Recording) -> None:
+    x, weight = (
+        recording.memory.empty((2, 6), extent=recording.memory.extent(2)),
+        recording.memory.empty((6,)),
+    )
     with pytest.raises(ValueError, match="no multiple of 4"):
-        rmsnorm(Program(device), x, weight, 1e-5)
+        rmsnorm(Program(recording), x, weight, 1e-5)

@@ -6,8 +6,8 @@ import pytest
 from lora.checks.references.rope import rope_reference
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
 from tests.support.kernels import activation, extent_in_use, run_twice
 from tests.support.rope_cases import SHAPES
@@ -16,20 +16,20 @@ from tests.support.rope_cases import SHAPES
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize(("rows", "in_use", "n_heads", "head_size", "dimensions", "width"), SHAPES)
 def test_rope(
-    device: Device, rows: int, in_use: int, n_heads: int, head_size: int, dimensions: int,
+    recording: Recording, rows: int, in_use: int, n_heads: int, head_size: int, dimensions: int,
     width: int, interleaved: bool,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(rows)
     qkv = rng.normal(size=(rows, width)).astype(np.float32)
     positions = rng.integers(0, 5000, rows)
-    extent = extent_in_use(device, rows, in_use)
-    tensor = activation(device, qkv, extent)
-    program = Program(device)
+    extent = extent_in_use(recording, rows, in_use)
+    tensor = activation(recording, qkv, extent)
+    program = Program(recording)
     rope(
         program,
         tensor,
-        activation(device, positions, extent),
-        device.upload(Rope(10000.0, dimensions, interleaved).tables(5000)),
+        activation(recording, positions, extent),
+        recording.memory.upload(Rope(10000.0, dimensions, interleaved).tables(5000)),
         n_rotated_heads=n_heads,
         head_size=head_size,
         interleaved=interleaved,
@@ -44,17 +44,17 @@ def test_rope(
 
 @pytest.mark.parametrize("interleaved", [True, False])
 @pytest.mark.parametrize("dimensions", [8, 12], ids=["in fours", "one by one"])
-def test_rope_of_halves(device: Device, dimensions: int, interleaved: bool) -> None:
-    needs_halves(device)
+def test_rope_of_halves(recording: Recording, dimensions: int, interleaved: bool) -> None:
+    needs_halves(recording.facts)
     rng = np.random.default_rng(5)
     qkv = rounded(rng.normal(size=(67, 100)), "f16")
     positions = rng.integers(0, 5000, 67)
-    extent = extent_in_use(device, 67, 66)
-    tensor = typed(device, qkv, "f16", extent)
-    tables = device.upload(Rope(10000.0, dimensions, interleaved).tables(5000))
-    program = Program(device)
+    extent = extent_in_use(recording, 67, 66)
+    tensor = typed(recording, qkv, "f16", extent)
+    tables = recording.memory.upload(Rope(10000.0, dimensions, interleaved).tables(5000))
+    program = Program(recording)
     rope(
-        program, tensor, activation(device, positions, extent), tables,
+        program, tensor, activation(recording, positions, extent), tables,
         n_rotated_heads=3, head_size=20, interleaved=interleaved,
     )  # fmt: skip
     result = run_twice(program, tensor)
@@ -65,11 +65,11 @@ def test_rope_of_halves(device: Device, dimensions: int, interleaved: bool) -> N
     assert (result[:, 60:] == qkv[:, 60:]).all()
 
 
-def test_heads_that_do_not_fit_are_refused(device: Device) -> None:
-    extent = device.extent(2)
-    qkv = device.empty((2, 16), extent=extent)
-    positions = device.empty((2,), "u32", extent=extent)
-    tables = device.upload(Rope(10.0, 8, interleaved=True).tables(4))
+def test_heads_that_do_not_fit_are_refused(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    qkv = recording.memory.empty((2, 16), extent=extent)
+    positions = recording.memory.empty((2,), "u32", extent=extent)
+    tables = recording.memory.upload(Rope(10.0, 8, interleaved=True).tables(4))
     with pytest.raises(ValueError, match="do not fit"):
-        rope(Program(device), qkv, positions, tables, n_rotated_heads=3, head_size=8,
+        rope(Program(recording), qkv, positions, tables, n_rotated_heads=3, head_size=8,
              interleaved=True)  # fmt: skip

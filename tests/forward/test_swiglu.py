@@ -5,8 +5,8 @@ import pytest
 
 from lora.checks.references.swiglu import gate_reference
 from lora.forward.swiglu import swiglu
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
     assert_rounded_once,
     needs_halves,
@@ -21,16 +21,17 @@ from tests.support.swiglu_cases import ACTIVATIONS, SHAPES, make_inputs
 @pytest.mark.parametrize("quads", [1, 4])
 @pytest.mark.parametrize(("rows", "in_use", "width", "name"), SHAPES)
 def test_swiglu(
-    device: Device, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int, name: str,
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, rows: int, in_use: int, width: int,
+    name: str,
     quads: int,
 ) -> None:  # fmt: skip
     monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
     monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
     gate_up, _ = make_inputs(rows, width)
-    extent = extent_in_use(device, rows, in_use)
-    out = marked(device, extent, width)
-    program = Program(device)
-    swiglu(program, activation(device, gate_up, extent), activation_name=name, out=out)
+    extent = extent_in_use(recording, rows, in_use)
+    out = marked(recording, extent, width)
+    program = Program(recording)
+    swiglu(program, activation(recording, gate_up, extent), activation_name=name, out=out)
     result = run_twice(program, out)
     g, up = gate_up[:, :width].astype(np.float64), gate_up[:, width:]
     # exp and tanh of WGSL are good to some ulp; gelu cancels 1 + tanh at the left.
@@ -42,13 +43,13 @@ def test_swiglu(
 
 @pytest.mark.parametrize("name", ACTIVATIONS)
 @pytest.mark.parametrize(("x_type", "out_type"), [("f16", "f32"), ("f32", "f16"), ("f16", "f16")])
-def test_swiglu_of_halves(device: Device, name: str, x_type: str, out_type: str) -> None:
-    needs_halves(device)
+def test_swiglu_of_halves(recording: Recording, name: str, x_type: str, out_type: str) -> None:
+    needs_halves(recording.facts)
     gate_up = rounded(make_inputs(67, 100)[0], x_type)
-    extent = extent_in_use(device, 67, 66)
-    out = typed_marked(device, out_type, extent, 100)
-    program = Program(device)
-    swiglu(program, typed(device, gate_up, x_type, extent), activation_name=name, out=out)
+    extent = extent_in_use(recording, 67, 66)
+    out = typed_marked(recording, out_type, extent, 100)
+    program = Program(recording)
+    swiglu(program, typed(recording, gate_up, x_type, extent), activation_name=name, out=out)
     result = run_twice(program, out)
     expected = gate_reference(gate_up[:, :100].astype(np.float64), name) * gate_up[:, 100:]
     # As in test_swiglu, and the rounding of the result.
@@ -56,14 +57,14 @@ def test_swiglu_of_halves(device: Device, name: str, x_type: str, out_type: str)
     assert (result[66:] == MARKER).all()
 
 
-def test_an_unknown_activation_is_refused(device: Device) -> None:
-    gate_up = device.empty((2, 8), extent=device.extent(2))
+def test_an_unknown_activation_is_refused(recording: Recording) -> None:
+    gate_up = recording.memory.empty((2, 8), extent=recording.memory.extent(2))
     with pytest.raises(ValueError, match="none of silu, gelu_tanh"):
-        swiglu(Program(device), gate_up, activation_name="relu")
+        swiglu(Program(recording), gate_up, activation_name="relu")
 
 
 @pytest.mark.parametrize("columns", [12, 7])
-def test_a_width_of_no_whole_vectors_is_refused(device: Device, columns: int) -> None:
-    gate_up = device.empty((2, columns), extent=device.extent(2))
+def test_a_width_of_no_whole_vectors_is_refused(recording: Recording, columns: int) -> None:
+    gate_up = recording.memory.empty((2, columns), extent=recording.memory.extent(2))
     with pytest.raises(ValueError, match="no multiple of 4"):
-        swiglu(Program(device), gate_up)
+        swiglu(Program(recording), gate_up)

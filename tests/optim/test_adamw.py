@@ -7,8 +7,8 @@ import pytest
 
 from lora.checks.references.optim import BETAS, EPSILON, AdamWReference, clip_reference
 from lora.optim.adamw import adamw, step_words
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.recorded_optimizer import Optimizer, padded, random_slices
 
 STEPS = 8
@@ -31,7 +31,7 @@ def parameters_of(rng: np.random.Generator, n: int) -> np.ndarray:
     [(1, None, 0.0, None), (4, 1.0, 0.1, None), (2, 0.3, 0.01, 1000)],
 )
 def test_eight_steps(
-    device: Device,
+    recording: Recording,
     n: int,
     n_slices: int,
     max_norm: float | None,
@@ -41,7 +41,7 @@ def test_eight_steps(
     rng = np.random.default_rng(n)
     start = parameters_of(rng, n)
     optimizer = Optimizer.record(
-        device,
+        recording,
         start,
         n_slices,
         max_norm=max_norm,
@@ -68,7 +68,7 @@ def test_eight_steps(
 @pytest.mark.parametrize("max_norm", [None, 0.3])
 @pytest.mark.parametrize(("n_slices", "max_range"), [(1, None), (4, None), (2, 512)])
 def test_a_scaled_loss_trains_the_same_bits(
-    device: Device, max_norm: float | None, n_slices: int, max_range: int | None
+    recording: Recording, max_norm: float | None, n_slices: int, max_range: int | None
 ) -> None:
     """A power of two only moves exponents, as long as nothing over- or underflows."""
     results = []
@@ -76,7 +76,7 @@ def test_a_scaled_loss_trains_the_same_bits(
         rng = np.random.default_rng(3)
         start = parameters_of(rng, 1900)
         optimizer = Optimizer.record(
-            device,
+            recording,
             start,
             n_slices,
             max_norm=max_norm,
@@ -88,37 +88,37 @@ def test_a_scaled_loss_trains_the_same_bits(
         for t in range(1, 5):
             slices = [np.float32(loss_scale) * s for s in random_slices(rng, 1900, n_slices)]
             optimizer.step(slices, 1e-3, t)
-            norms.append(device.read(optimizer.state)[0])
+            norms.append(recording.memory.read(optimizer.state)[0])
         assert (optimizer.read()[0] != start).any()
         results.append([np.array(norms).tobytes(), *(v.tobytes() for v in optimizer.read())])
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_gradient_that_is_not_finite_changes_nothing(device: Device, bad: float) -> None:
+def test_a_gradient_that_is_not_finite_changes_nothing(recording: Recording, bad: float) -> None:
     rng = np.random.default_rng(1)
     start = parameters_of(rng, 700)
-    optimizer = Optimizer.record(device, start, 2, max_norm=1.0, weight_decay=0.1, max_range=256)
+    optimizer = Optimizer.record(recording, start, 2, max_norm=1.0, weight_decay=0.1, max_range=256)
     optimizer.step(random_slices(rng, 700, 2), 1e-3, 1)
     before = optimizer.read()
     slices = random_slices(rng, 700, 2)
     slices[1][650] = bad
     optimizer.step(slices, 1e-3, 2)
-    assert device.read(optimizer.state)[2] == 0.0
+    assert recording.memory.read(optimizer.state)[2] == 0.0
     for a, b in zip(before, optimizer.read(), strict=True):
         assert a.tobytes() == b.tobytes()
     optimizer.step(random_slices(rng, 700, 2), 1e-3, 3)  # and the next step goes on
-    assert device.read(optimizer.state)[2] == 1.0
+    assert recording.memory.read(optimizer.state)[2] == 1.0
     assert (optimizer.read()[0][:700] != before[0][:700]).any()
     assert all(np.isfinite(values).all() for values in optimizer.read())
 
 
-def test_same_bits_every_time(device: Device) -> None:
+def test_same_bits_every_time(recording: Recording) -> None:
     results = []
     for max_range in (None, 512, 512):
         rng = np.random.default_rng(2)
         start = parameters_of(rng, 5000)
-        optimizer = Optimizer.record(device, start, 4, weight_decay=0.1, max_range=max_range)
+        optimizer = Optimizer.record(recording, start, 4, weight_decay=0.1, max_range=max_range)
         for t in range(1, 4):
             optimizer.step(random_slices(rng, 5000, 4), 1e-3, t)
         results.append([values.tobytes() for values in optimizer.read()])
@@ -135,12 +135,16 @@ def test_step_words() -> None:
         step_words(2e-4, 0, BETAS)
 
 
-def test_what_is_refused(device: Device) -> None:
+def test_what_is_refused(recording: Recording) -> None:
     def record(n: int, n_gradient: int, epsilon: float) -> None:
-        p, m, v = (device.empty((n,)) for _ in range(3))
-        gradient, state, step = device.empty((n_gradient,)), device.empty((4,)), device.uniform()
+        p, m, v = (recording.memory.empty((n,)) for _ in range(3))
+        gradient, state, step = (
+            recording.memory.empty((n_gradient,)),
+            recording.memory.empty((4,)),
+            recording.memory.uniform(),
+        )
         adamw(
-            Program(device), p, gradient, m, v, state, step,
+            Program(recording), p, gradient, m, v, state, step,
             betas=BETAS, epsilon=epsilon, weight_decay=0.0,
         )  # fmt: skip
 
@@ -155,12 +159,12 @@ def test_what_is_refused(device: Device) -> None:
 
 @pytest.mark.parity
 @pytest.mark.parametrize(("max_norm", "weight_decay"), [(None, 0.0), (1.0, 0.1)])
-def test_as_torch(device: Device, max_norm: float | None, weight_decay: float) -> None:
+def test_as_torch(recording: Recording, max_norm: float | None, weight_decay: float) -> None:
     torch = pytest.importorskip("torch")
     n = 1280
     rng = np.random.default_rng(4)
     start = parameters_of(rng, n)
-    optimizer = Optimizer.record(device, start, 1, max_norm=max_norm, weight_decay=weight_decay)
+    optimizer = Optimizer.record(recording, start, 1, max_norm=max_norm, weight_decay=weight_decay)
     p = torch.nn.Parameter(torch.tensor(start))
     theirs = torch.optim.AdamW([p], betas=BETAS, eps=EPSILON, weight_decay=weight_decay)
     for t in range(1, STEPS + 1):
@@ -169,7 +173,7 @@ def test_as_torch(device: Device, max_norm: float | None, weight_decay: float) -
         p.grad = torch.tensor(slices[0])
         if max_norm is not None:
             norm = torch.nn.utils.clip_grad_norm_([p], max_norm)
-            assert device.read(optimizer.state)[0] == pytest.approx(float(norm), rel=2e-6)
+            assert recording.memory.read(optimizer.state)[0] == pytest.approx(float(norm), rel=2e-6)
         theirs.param_groups[0]["lr"] = learning_rate(t)
         theirs.step()
     # Both in f32: a few roundings a step on either side.

@@ -25,7 +25,7 @@ from lora.export.to_gguf import Export, export
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS, quantize
 from lora.forward.model.architecture import Architecture
-from lora.generation.generator import open_generator
+from lora.generation.opening import open_generator
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.storage.gguf_output import TensorPlace, padding, write_header
@@ -267,15 +267,20 @@ def our_logits(
     results = []
     for parameters in (None, session.adapter.parameters) if adapter else (None,):
         program = record_eval(
-            device, session.model, session.inputs, session._act, session.layout, parameters
+            session._recording,
+            session.model,
+            session.inputs,
+            session._act,
+            session.layout,
+            parameters,
         )
         logits = []
-        for example in session.train_examples:
+        for example in session.workload.train_examples:
             batch = make_batch([example])
             session._write(batch)
             session._run_prefix(batch, None)
             program.run()
-            values = device.read(session._act.head.logits)
+            values = device.memory.read(session._act.head.logits)
             logits.append(values[:N_TOKENS, : session.model.architecture.vocab_size])
         results.append(logits)
     return results
@@ -484,8 +489,10 @@ def test_everyone_gives_the_same_eval_loss(case: RealCase) -> None:
     }
     for kind, path in {"directory": case.adapter, "GGUF": case.gguf_adapter}.items():
         session = session_of(case.base, rows, 1, path, case.device)
-        losses[f"ours, {kind}"] = [session.evaluate([e]).loss for e in session.train_examples]
-    bare = [session.evaluate([e], adapted=False).loss for e in session.train_examples]
+        losses[f"ours, {kind}"] = [
+            session.evaluate([e]).loss for e in session.workload.train_examples
+        ]
+    bare = [session.evaluate([e], adapted=False).loss for e in session.workload.train_examples]
     print("eval losses:", {name: np.round(values, 5).tolist() for name, values in losses.items()})
     print("without the adapter:", np.round(bare, 5).tolist())
     # Each is f32 sums in another order, 1e-4 apart; llama.cpp's table of GELUs for Gemma is the

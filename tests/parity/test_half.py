@@ -22,7 +22,7 @@ def test_eight_steps_in_f16(
     name: str, device: Device, request: pytest.FixtureRequest, tmp_path: Path
 ) -> None:
     """Losses within 1%, before and after; the gradient norms, which amplify errors, within 5%."""
-    needs_halves(device)
+    needs_halves(device.facts)
     request.getfixturevalue(name)  # skips where the file is absent
     model = REAL_MODELS[name]
     make_adapter(model, tmp_path)

@@ -74,11 +74,11 @@ def test_peft_loads_our_export(ours: OurRun, model: RealModel, tmp_path: Path) -
     for path, (a, b) in modules.items():
         modules[path] = (a, rng.normal(0, 0.15, b.shape).astype(np.float32))
     before = session.parameters()
-    session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
+    session.device.memory.write(session.adapter.parameters, session.layout.from_modules(modules))
     session.save(tmp_path)
-    held_out = session.train_examples[-2:]
+    held_out = session.workload.train_examples[-2:]
     mine = [session.evaluate([example]).loss for example in held_out]
-    session.device.write(session.adapter.parameters, before)
+    session.device.memory.write(session.adapter.parameters, before)
     theirs = eval_losses(model.path, tmp_path, token_ids(model.path)["eval"])
     print("eval losses:", mine, theirs)
     np.testing.assert_allclose(mine, theirs, rtol=1e-3)

@@ -19,7 +19,7 @@ from lora.data.examples import Example
 from lora.export.to_gguf import export
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
-from lora.generation.generator import open_generator
+from lora.generation.opening import open_generator
 from lora.shaders.errors import InputError
 from lora.training.session import TrainingSession
 from tests.support.llama_cpp_logits import LlamaCpp

@@ -70,7 +70,7 @@ def test_the_large_embedding_is_split(run: OurRun, model: RealModel) -> None:
     embedding = run.session.model.embedding
     if model.name == "gemma3":
         assert embedding.n_bytes > 128 << 20
-    limit = run.session.device.max_binding
+    limit = run.session.device.facts.max_binding
     assert max(part.words.n_bytes for part in embedding.parts) <= limit
     rows = [(part.first_feature, part.out_features) for part in embedding.parts]
     assert sum(n for _, n in rows) == embedding.out_features

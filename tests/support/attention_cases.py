@@ -10,7 +10,7 @@ import pytest
 from lora.checks.references.attention import Shape
 from lora.forward import attention as forward_attention
 from lora.forward.attention import Tile
-from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
 ON_CPU = Tile(prefetch=False)  # what software drivers take, apart from its size
@@ -68,18 +68,18 @@ def normal(seed: int, *shape: int) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
-def activation_of(device: Device, extent: Extent, array: np.ndarray) -> Tensor:
+def activation_of(recording: Recording, extent: Extent, array: np.ndarray) -> Tensor:
     """The array, f32 or f16, on the device; the recorded rows that are not in use hold NaN."""
     dtype = "f16" if array.dtype == np.float16 else "f32"
-    tensor = device.empty((extent.maximum, *array.shape[1:]), dtype, extent=extent)
+    tensor = recording.memory.empty((extent.maximum, *array.shape[1:]), dtype, extent=extent)
     padded = np.full(tensor.shape, np.nan, tensor.numpy_dtype)
     padded[: len(array)] = array
-    device.write(tensor, padded)
+    recording.memory.write(tensor, padded)
     return tensor
 
 
-def segments_on(device: Device, extent: Extent, segments: np.ndarray) -> Tensor:
+def segments_on(recording: Recording, extent: Extent, segments: np.ndarray) -> Tensor:
     """The segments on the device; the rows that are not in use claim to see everything."""
     padded = np.tile(np.array([0, extent.maximum], np.uint32), (extent.maximum, 1))
     padded[: len(segments)] = segments
-    return device.upload(padded)
+    return recording.memory.upload(padded)

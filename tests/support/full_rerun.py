@@ -27,19 +27,24 @@ class FullRerun:
         targets = np.full(n, -1)
         targets[-1] = 0  # any label: it only marks the row whose logits are wanted
         session.inputs.write(
-            session.device, np.array(ids), np.arange(n), np.zeros(n, int), np.full(n, n), targets
+            session.device.memory,
+            np.array(ids),
+            np.arange(n),
+            np.zeros(n, int),
+            np.full(n, n),
+            targets,
         )
         if adapted not in self._programs:
             self._programs[adapted] = self._record(adapted)
-        session._prefix.run()
+        session._programs.prefix.run()
         self._programs[adapted].run()
         vocab_size = session.model.architecture.vocab_size
-        return session.device.read(self._row)[0, :vocab_size]
+        return session.device.memory.read(self._row)[0, :vocab_size]
 
     def _record(self, adapted: bool) -> Program:
         s = self._session
         flat = s.adapter.parameters if adapted else None
-        program = record_forward_only(s.device, s.model, s.inputs, s._act, s.layout, flat)
+        program = record_forward_only(s._recording, s.model, s.inputs, s._act, s.layout, flat)
         record_head_input(
             program, s.model, s.inputs, s._act.head, last_states(s.model, s.layout, s._act)
         )

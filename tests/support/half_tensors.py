@@ -6,15 +6,15 @@ import numpy as np
 import pytest
 
 from lora.checks.tensors import rounded, typed, typed_marked
-from lora.shaders.device import Device
+from lora.shaders.facts import DeviceFacts
 
 __all__ = ["assert_rounded_once", "needs_halves", "rounded", "typed", "typed_marked"]
 
 
-def needs_halves(device: Device) -> None:
+def needs_halves(facts: DeviceFacts) -> None:
     """Skips the test where the device has no f16."""
-    if "shader-f16" not in device.features:
-        pytest.skip(f"{device.name} has no shader-f16")
+    if "shader-f16" not in facts.features:
+        pytest.skip(f"{facts.name} has no shader-f16")
 
 
 def assert_rounded_once(

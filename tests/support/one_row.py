@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType
 from lora.checks.references.int_row import decoded_int_row
 from lora.forward.int_row import BLOCK
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 from tests.support.quantized_tensors import (
     dequantized,
     random_blocks,
@@ -23,11 +23,11 @@ def numbers(rng: np.random.Generator, *shape: int) -> np.ndarray:
 
 
 def random_matrix(
-    device: Device, kind: GGMLQuantizationType, out_features: int, columns: int, seed: int
+    recording: Recording, kind: GGMLQuantizationType, out_features: int, columns: int, seed: int
 ) -> tuple[FrozenMatrix, np.ndarray]:
     """A matrix on the device, and what it decodes to."""
     tensor = tensor_of(kind, random_blocks(kind, out_features, columns, seed=seed), columns)
-    return load_matrix(device, [tensor]), dequantized(tensor).astype(np.float64)
+    return load_matrix(recording, [tensor]), dequantized(tensor).astype(np.float64)
 
 
 def check_int_row(words: np.ndarray, v: np.ndarray, y: np.ndarray, error: float = 0.0) -> None:

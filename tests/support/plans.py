@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,17 +12,14 @@ from gguf import GGMLQuantizationType
 from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import matmul
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.forward.plans.matmul_plans import (
-    Product,
-    Request,
-    requests_of,
-    use_source,
-)
+from lora.forward.plans.matmul_plans import Product, Request, noting
 from lora.forward.plans.matmul_tiles import Plan, candidates
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
-from lora.shaders.planning import PlanningDevice
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.storage.tile_cache import TileCache, Tuner
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
@@ -29,39 +27,40 @@ Q8_0 = GGMLQuantizationType.Q8_0
 N_OUT, N_IN = 96, 224
 
 
-def a_matrix(device: Device, n_out: int = N_OUT, n_in: int = N_IN) -> FrozenMatrix:
-    return load_matrix(device, [tensor_of(Q8_0, random_blocks(Q8_0, n_out, n_in), n_in)])
+def a_matrix(recording: Recording, n_out: int = N_OUT, n_in: int = N_IN) -> FrozenMatrix:
+    return load_matrix(recording, [tensor_of(Q8_0, random_blocks(Q8_0, n_out, n_in), n_in)])
 
 
-def planned_requests(device: Device, shapes: Sequence[tuple[int, int, int]]) -> list[Request]:
+def planned_requests(
+    facts: DeviceFacts, shapes: Sequence[tuple[int, int, int]], precision: str = "f32"
+) -> list[Request]:
     """The requests of products [rows, out, in], each in both directions."""
-    planning = PlanningDevice(device)
-    with requests_of(planning) as requests:
-        for rows, n_out, n_in in shapes:
-            matrix, extent = a_matrix(planning, n_out, n_in), planning.extent(rows)
-            program = Program(planning)
-            x = planning.empty((rows, n_in), extent=extent)
-            matmul_backward(program, matmul(program, x, matrix), matrix)
+    requests: list[Request] = []
+    memory = CountingMemory(facts)
+    counting = Recording(facts, memory, precision, body="tiled", plans=noting(requests))
+    for rows, n_out, n_in in shapes:
+        matrix, extent = a_matrix(counting, n_out, n_in), memory.extent(rows)
+        program = Program(counting)
+        x = memory.empty((rows, n_in), extent=extent)
+        matmul_backward(program, matmul(program, x, matrix), matrix)
     return requests
 
 
 @pytest.fixture
-def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
     """The software driver under the name of a GPU, and an empty folder of caches."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    info = device.info | {"adapter_type": "DiscreteGPU", "description": "driver 1.0"}
-    monkeypatch.setattr(device, "info", info)
-    monkeypatch.setattr(device, "name", "Card 3000")
-    monkeypatch.setattr(device, "matmul_body", "tiled")
-    yield device
-    use_source(device, None)
+    info = {**device.facts.info, "adapter_type": "DiscreteGPU", "description": "driver 1.0"}
+    facts = replace(device.facts, name="Card 3000", info=info, is_cpu=False)
+    monkeypatch.setattr(device, "facts", facts)
+    return device
 
 
 def second_choices(
     device: Device, requests: Sequence[Request], *, seconds: float
 ) -> dict[Product, Plan]:
     """What a tuner might find that disagrees with the model."""
-    return {r.product: candidates(*r.shape(device))[1] for r in requests}
+    return {r.product: candidates(*r.shape(device.facts))[1] for r in requests}
 
 
 def refuse(

@@ -9,8 +9,8 @@ import numpy as np
 from lora.checks.references.optim import BETAS, EPSILON
 from lora.optim.adamw import adamw, step_words
 from lora.optim.clipping import gradient_norm
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -23,7 +23,7 @@ def padded(n: int) -> int:
 class Optimizer:
     """A recorded optimizer step and its tensors."""
 
-    device: Device
+    recording: Recording
     program: Program
     parameters: Tensor
     gradients: list[Tensor]
@@ -35,7 +35,7 @@ class Optimizer:
     @classmethod
     def record(
         cls,
-        device: Device,
+        recording: Recording,
         parameters: np.ndarray,
         n_slices: int,
         *,
@@ -47,14 +47,14 @@ class Optimizer:
         """The step over parameters [n], n a multiple of 64."""
         n = parameters.size
         o = cls(
-            device,
-            Program(device),
-            device.upload(parameters),
-            [device.empty((n,)) for _ in range(n_slices)],
-            device.empty((n,)),
-            device.empty((n,)),
-            device.empty((4,)),
-            device.uniform(),
+            recording,
+            Program(recording),
+            recording.memory.upload(parameters),
+            [recording.memory.empty((n,)) for _ in range(n_slices)],
+            recording.memory.empty((n,)),
+            recording.memory.empty((n,)),
+            recording.memory.empty((4,)),
+            recording.memory.uniform(),
         )
         gradient_norm(
             o.program,
@@ -82,14 +82,14 @@ class Optimizer:
     def step(self, slices: list[np.ndarray], learning_rate: float, t: int) -> None:
         """Runs step t (from 1) with these slices of the gradient."""
         for tensor, values in zip(self.gradients, slices, strict=True):
-            self.device.write(tensor, values)
-        self.device.write(self.words, step_words(learning_rate, t, BETAS))
+            self.recording.memory.write(tensor, values)
+        self.recording.memory.write(self.words, step_words(learning_rate, t, BETAS))
         self.program.run()
 
     def read(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Parameters and both moments."""
         tensors = (self.parameters, self.first_moment, self.second_moment)
-        p, m, v = (self.device.read(t) for t in tensors)
+        p, m, v = (self.recording.memory.read(t) for t in tensors)
         return p, m, v
 
 

@@ -1,20 +1,19 @@
 """Every kernel that real runs use, as WGSL: recorded on devices that nobody needs to have.
 
-Runs are recorded as they are on a device (shaders/planning.py), for devices of several kinds: what
-they ask to be compiled is all that is kept.
+Runs are recorded as they are on a device, in memory that only counts, for devices of several kinds:
+their kernels are all that is kept.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 from unittest import mock
 
 import numpy as np
@@ -23,12 +22,15 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut, tiles_of
-from lora.generation.generator import Adapter, TextGenerator
-from lora.shaders.device import Device
-from lora.shaders.planning import PlanningDevice
+from lora.generation.engine import Adapter, DecodeEngine
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.templates import render
+from lora.training.device_state import SessionPlan
 from lora.training.programs import record_eval
-from lora.training.session import TrainingSession
+from lora.training.workload import Workload
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 
@@ -50,23 +52,19 @@ class Kind:
     most_storage_buffers: int = 8
     max_binding: int = 128 * _MIB
 
-    def described(self) -> Device:
-        """As much of a device as another one copies."""
-        return cast(
-            Device,
-            SimpleNamespace(
-                info={"adapter_type": self.adapter_type, "backend_type": self.backend},
-                name=self.name,
-                is_cpu=self.adapter_type == "CPU",
-                features={"shader-f16", "subgroup"},
-                max_buffer=2 * self.max_binding,
-                max_binding=self.max_binding,
-                workgroup_memory=self.workgroup_memory,
-                most_lanes=self.most_lanes,
-                most_storage_buffers=self.most_storage_buffers,
-                matmul_body=None,
-                precision="f32",
-            ),
+    @property
+    def facts(self) -> DeviceFacts:
+        """As a device of this kind has them."""
+        return DeviceFacts(
+            name=self.name,
+            info={"adapter_type": self.adapter_type, "backend_type": self.backend},
+            is_cpu=self.adapter_type == "CPU",
+            features=frozenset({"shader-f16", "subgroup"}),
+            max_buffer=2 * self.max_binding,
+            max_binding=self.max_binding,
+            workgroup_memory=self.workgroup_memory,
+            most_lanes=self.most_lanes,
+            most_storage_buffers=self.most_storage_buffers,
         )
 
 
@@ -102,19 +100,13 @@ Found = dict[str, Request]  # by template and constants
 Run = Callable[[Found], None]
 
 
-class RecordingDevice(PlanningDevice):
-    """Compiles nothing and keeps what was to be compiled: templates and their constants."""
-
-    def __init__(self, kind: Kind, found: Found) -> None:
-        super().__init__(kind.described())
-        self._kind, self._found = kind, found
-
-    def pipeline(self, template: str, constants: dict[str, Any]) -> Any:
-        """Keeps the kernel."""
-        key = f"{template} {sorted(constants.items())!r}"
-        if key not in self._found or self._kind is SMALL_GPU:
-            self._found[key] = Request(self._kind, template, dict(constants))
-        return None
+def keep(kind: Kind, programs: Iterable[Program], found: Found) -> None:
+    """Adds the kernels of programs, recorded for a kind of device."""
+    for program in programs:
+        for dispatch in program.dispatches:
+            key = f"{dispatch.template} {sorted(dispatch.constants.items())!r}"
+            if key not in found or kind is SMALL_GPU:
+                found[key] = Request(kind, dispatch.template, dict(dispatch.constants))
 
 
 @dataclass
@@ -244,9 +236,10 @@ def _record(
     def run(found: Found) -> None:
         for kind in kinds:
             for train in settings:
-                session = _session(RecordingDevice(kind, found), path, adapter, train, lengths)
+                plan = _plan(kind, path, adapter, train, lengths)
+                keep(kind, _training(plan), found)
                 if train is F32:  # text has no other
-                    _record_text(session)
+                    keep(kind, _text(plan), found)
 
     return run
 
@@ -261,19 +254,20 @@ def _record_tile(path: Path, tile: Tile, splits: int) -> Run:
 
     def run(found: Found) -> None:
         with mock.patch("lora.forward.plans.matmul_plans.choose_tile", choose):
-            _session(RecordingDevice(LARGE_GPU, found), path, _ALL, F16 if half else F32)
+            plan = _plan(LARGE_GPU, path, _ALL, F16 if half else F32)
+            keep(LARGE_GPU, _training(plan), found)
 
     return run
 
 
-def _session(
-    device: RecordingDevice,
+def _plan(
+    kind: Kind,
     path: Path,
     adapter: Mapping[str, Any],
     train: Mapping[str, Any],
     lengths: Sequence[int] = _SHORT,
-) -> TrainingSession:
-    """Records a training session, and its evaluations with and without the adapter."""
+) -> SessionPlan:
+    """Records a training session."""
     config = Config.model_validate(
         {
             "model": {"path": str(path)},
@@ -293,19 +287,33 @@ def _session(
         Example(rng.integers(3, 300, n).astype(np.int32), np.arange(n) > 0, i)
         for i, n in enumerate(lengths)
     ]
-    session = TrainingSession(config, examples=examples, device=device)
-    for flat in (session.adapter.parameters, None):
-        with session._recording():
-            record_eval(device, session.model, session.inputs, session._act, session.layout, flat)
-    return session
+    return SessionPlan.of(kind.facts, Workload.open(config, train=True, examples=examples))
 
 
-def _record_text(session: TrainingSession) -> None:
-    """Records prompts and single rows, of the bare model and of the adapter."""
-    adapter = Adapter(session.layout, session.adapter.parameters)
-    generator = TextGenerator(
-        session.device, session.model, session.tokenizer, {"adapter": adapter}
-    )
-    for name in (None, "adapter"):
-        for inputs in (generator._pieces, generator._step):
-            generator._programs_of(name, inputs)
+def _training(plan: SessionPlan) -> list[Program]:
+    """Its programs, and those of evaluations with and without the adapter."""
+    training, tensors, layout = plan.programs.training, plan.tensors, plan.workload.layout
+    assert training is not None
+    recording = _counting(plan, plan.workload.config.train.precision)
+    evaluations = [
+        record_eval(recording, tensors.model, tensors.inputs, tensors.activations, layout, flat)
+        for flat in (tensors.adapter.parameters, None)
+    ]
+    return [training.begin, *plan.programs.step, *evaluations]
+
+
+def _text(plan: SessionPlan) -> list[Program]:
+    """Prompts and single rows, of the bare model and of the adapter."""
+    adapter = Adapter(plan.workload.layout, plan.tensors.adapter.parameters)
+    engine = DecodeEngine(_counting(plan), plan.tensors.model, {"adapter": adapter})
+    inputs = (engine._tensors.pieces, engine._tensors.step)
+    return [
+        program
+        for name in (None, "adapter")
+        for steps in inputs
+        for program in engine._programs_of(name, steps)
+    ]
+
+
+def _counting(plan: SessionPlan, precision: str = "f32") -> Recording:
+    return Recording(plan.facts, CountingMemory(plan.facts), precision)

@@ -7,7 +7,7 @@ import numpy as np
 
 from lora.checks.references.head_norm_rope import HeadLayout
 from lora.forward.model.rope_frequencies import Rope
-from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 from tests.support.kernels import activation
 
@@ -51,11 +51,11 @@ class Case:
     def heads(self) -> dict[str, Any]:
         return self.layout.options
 
-    def tensors(self, device: Device, extent: Extent) -> tuple[np.ndarray, Tensor, Tensor]:
+    def tensors(self, recording: Recording, extent: Extent) -> tuple[np.ndarray, Tensor, Tensor]:
         """Positions, the same on the device, and the tables."""
         positions = np.random.default_rng(self.width).integers(0, N_POSITIONS, self.rows)
         tables = Rope(BASE, self.dimensions, self.interleaved).tables(N_POSITIONS)
-        return positions, activation(device, positions, extent), device.upload(tables)
+        return positions, activation(recording, positions, extent), recording.memory.upload(tables)
 
 
 CASES = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -93,10 +92,8 @@ def loss_curves(
             precision=precision,
             learning_rate=learning_rate,
         )
-        session = TrainingSession(config, examples=examples)
-        curves[precision] = [metrics.loss for metrics in session.train()]
-        del session
-        gc.collect()
+        with TrainingSession(config, examples=examples) as session:
+            curves[precision] = [metrics.loss for metrics in session.train()]
     return curves
 
 

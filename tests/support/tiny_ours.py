@@ -53,9 +53,9 @@ def logits(session: TrainingSession, *, adapted: bool) -> np.ndarray:
     Through the evaluation program with a target on every row: all of them fit one chunk of the
     head, whose logits are then still there.
     """
-    batch = make_batch(session.train_examples)
+    batch = make_batch(session.workload.train_examples)
     session.inputs.write(
-        session.device,
+        session.device.memory,
         batch.token_ids,
         batch.positions,
         batch.segment_start,
@@ -65,30 +65,32 @@ def logits(session: TrainingSession, *, adapted: bool) -> np.ndarray:
     assert len(session.inputs.chunks) == 1
     session._run_prefix(batch, None)
     record_eval(
-        session.device,
+        session._recording,
         session.model,
         session.inputs,
         session._act,
         session.layout,
         session.adapter.parameters if adapted else None,
     ).run()
-    values = session.device.read(session._act.head.logits)
+    values = session.device.memory.read(session._act.head.logits)
     return values[: batch.rows, : session.model.architecture.vocab_size]
 
 
 def gradients(session: TrainingSession) -> OurGradients:
     """The loss of one micro-batch and its gradients, without the optimizer's part of a step."""
-    programs = session._programs
+    programs = session._programs.training
     assert programs is not None
-    batch = make_batch(session.train_examples)
+    batch = make_batch(session.workload.train_examples)
     words = loss_weight_words(batch.n_trained, programs.loss_scale)
-    session.device.write(programs.loss_weight, words)
+    session.device.memory.write(programs.loss_weight, words)
     programs.begin.run()
     session._write(batch)
     session._run_prefix(batch, None)
     programs.micro_batch.run()
-    loss = float(session.device.read(session._act.loss_sum)[0]) / batch.n_trained
-    flat = sum(session.device.read(part).astype(np.float64) for part in session.adapter.gradients)
+    loss = float(session.device.memory.read(session._act.loss_sum)[0]) / batch.n_trained
+    flat = sum(
+        session.device.memory.read(part).astype(np.float64) for part in session.adapter.gradients
+    )
     tensors = {}
     flat = np.asarray(flat) / programs.loss_scale
     for path, (a, b) in session.layout.to_modules(flat).items():

@@ -16,20 +16,20 @@ from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
 from lora.optim.adamw import adamw, step_words
 from lora.optim.clipping import gradient_norm
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 
 ROWS, IN_USE, IN_FEATURES, RANK, SCALE = 37, 35, 260, 8, 1.7
 RANGES = ((0, 132), (140, 152))
 N_B, OUT_FEATURES = 144, 160  # rows of B; columns of y, of which not all are adapted
 
 
-def factors_on(device: Device, a: np.ndarray, b: np.ndarray) -> LoraFactors:
+def factors_on(recording: Recording, a: np.ndarray, b: np.ndarray) -> LoraFactors:
     """A and B behind each other in one buffer, on multiples of 64 elements, as in training."""
     first = -(-a.size // 64) * 64
     flat = np.full(first + b.size, MARKER, np.float32)
     flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
-    tensor = device.upload(flat)
+    tensor = recording.memory.upload(flat)
     return LoraFactors(
         tensor.slice(0, a.size).reshape(*a.shape),
         tensor.slice(first, flat.size).reshape(*b.shape),
@@ -37,19 +37,19 @@ def factors_on(device: Device, a: np.ndarray, b: np.ndarray) -> LoraFactors:
     )  # fmt: skip
 
 
-def check_lora(device: Device, dtype: str) -> Comparison:
+def check_lora(recording: Recording, dtype: str) -> Comparison:
     """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far."""
     if dtype == "f16":
-        needs_half(device)
+        needs_half(recording)
     x, d_y = (
         rounded(normal(seed, ROWS, n), dtype) for seed, n in ((1, IN_FEATURES), (2, OUT_FEATURES))
     )
     a, b = normal(3, 2 * RANK, IN_FEATURES), normal(4, N_B, RANK)
-    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
-    lora = factors_on(device, a, b)
-    slices = [factors_on(device, np.zeros_like(a), np.zeros_like(b)) for _ in range(2)]
-    x_t, d_y_t = typed(device, x, dtype, extent), typed(device, d_y, dtype, extent)
-    z, d_z = (typed_marked(device, "f32", extent, 2 * RANK) for _ in range(2))
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    lora = factors_on(recording, a, b)
+    slices = [factors_on(recording, np.zeros_like(a), np.zeros_like(b)) for _ in range(2)]
+    x_t, d_y_t = typed(recording, x, dtype, extent), typed(recording, d_y, dtype, extent)
+    z, d_z = (typed_marked(recording, "f32", extent, 2 * RANK) for _ in range(2))
     lora_project(program, x_t, lora, out=z)
     lora_project_gradient(program, d_y_t, lora, out=d_z)
     lora_gradients(program, x_t, z, d_y_t, d_z, lora, slices)
@@ -61,9 +61,9 @@ def check_lora(device: Device, dtype: str) -> Comparison:
     sizes = gradients_reference(x_size, d_y_size, a_size, b_size, RANGES, SCALE)
     terms = (132, IN_USE + 132, IN_USE + IN_FEATURES)
     bounds = [4 * error_bound(size, n) for size, n in zip(sizes, terms, strict=True)]
-    z_found, d_z_found = device.read(z), device.read(d_z)
-    d_a = sum(device.read(s.a).astype(np.float64) for s in slices)
-    d_b = sum(device.read(s.b).astype(np.float64) for s in slices)
+    z_found, d_z_found = recording.memory.read(z), recording.memory.read(d_z)
+    d_a = sum(recording.memory.read(s.a).astype(np.float64) for s in slices)
+    d_b = sum(recording.memory.read(s.b).astype(np.float64) for s in slices)
     z_bound = 4 * error_bound(np.abs(x[used]) @ np.abs(a).T, IN_FEATURES)
     return worst(
         compare(z_found[used], x[used].astype(np.float64) @ a.T, bound=z_bound),
@@ -75,13 +75,13 @@ def check_lora(device: Device, dtype: str) -> Comparison:
     )
 
 
-def check_gradient_norm(device: Device, n_slices: int) -> Comparison:
+def check_gradient_norm(recording: Recording, n_slices: int) -> Comparison:
     """The slices' sum, exactly as f32 adds them in order; the norm to some roundings of 2^-24."""
     slices = [normal(seed, 65_600) for seed in range(n_slices)]
     tensors, state, program = (
-        [device.upload(s) for s in slices],
-        device.empty((4,)),
-        Program(device),
+        [recording.memory.upload(s) for s in slices],
+        recording.memory.empty((4,)),
+        Program(recording),
     )
     gradient_norm(program, tensors, state, max_norm=1.0)
     program.run()
@@ -90,30 +90,34 @@ def check_gradient_norm(device: Device, n_slices: int) -> Comparison:
         total = total + values
     expected = np.array([*clip_reference(total, 1.0), 1.0, 0.0])
     return worst(
-        same(device.read(tensors[0]), total.astype(np.float64)),
-        compare(device.read(state), expected, rtol=1e-6),
+        same(recording.memory.read(tensors[0]), total.astype(np.float64)),
+        compare(recording.memory.read(state), expected, rtol=1e-6),
     )
 
 
-def check_adamw(device: Device) -> Comparison:
+def check_adamw(recording: Recording) -> Comparison:
     """Three steps; each moves a parameter by a few learning rates, to about 1e-5 of itself."""
     n, rate = 5056, 1e-3
     start = normal(20, n)
-    p, m, v, gradient = (device.upload(x) for x in (start, *np.zeros((3, n), np.float32)))
-    state, words, program = device.empty((4,)), device.uniform(), Program(device)
+    p, m, v, gradient = (recording.memory.upload(x) for x in (start, *np.zeros((3, n), np.float32)))
+    state, words, program = (
+        recording.memory.empty((4,)),
+        recording.memory.uniform(),
+        Program(recording),
+    )
     gradient_norm(program, [gradient], state, max_norm=1.0)
     adamw(program, p, gradient, m, v, state, words, betas=BETAS, epsilon=EPSILON, weight_decay=0.1)
     reference = AdamWReference(start, 0.1)
     for t in range(1, 4):
         values = normal(20 + t, n)
-        device.write(gradient, values)
-        device.write(words, step_words(rate, t, BETAS))
+        recording.memory.write(gradient, values)
+        recording.memory.write(words, step_words(rate, t, BETAS))
         program.run()
         reference.step(values * clip_reference(values, 1.0)[1], rate)
     return worst(
-        compare(device.read(p), reference.p, rtol=1e-6, atol=2e-8),
-        compare(device.read(m), reference.m, rtol=2e-6, atol=1e-7),
-        compare(device.read(v), reference.v, rtol=2e-5, atol=1e-9),
+        compare(recording.memory.read(p), reference.p, rtol=1e-6, atol=2e-8),
+        compare(recording.memory.read(m), reference.m, rtol=2e-6, atol=1e-7),
+        compare(recording.memory.read(v), reference.v, rtol=2e-5, atol=1e-9),
     )
 
 

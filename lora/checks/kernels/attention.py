@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -41,38 +42,41 @@ from lora.forward.attention_decode import (
     attention_decode_row,
 )
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 
 LENGTHS, SPARE = [33, 5, 3, 26], 3  # of examples that lie end to end; rows that are not in use
 ROWS = sum(LENGTHS)
 ROOM, EPSILON = 150, 1e-5  # keys in a cache; of the norm of heads
 
 
-def check_attention(device: Device, shape: Shape, dtype: str, backward: bool) -> Comparison:
+def check_attention(recording: Recording, shape: Shape, dtype: str, backward: bool) -> Comparison:
     """The bounds of tests/forward/test_attention.py: roundings of scores, and exp's error."""
     half = dtype == "f16"
     if half:
-        needs_half(device)
+        needs_half(recording)
     if shape.head_size > 32:
-        spare_software(device)
+        spare_software(recording)
+    recording = replace(recording, precision=dtype)
     segments = np.concatenate([segments_of(LENGTHS), np.tile([0, ROWS], (SPARE, 1))])
     qkv = rounded(normal(1, ROWS + SPARE, shape.width), dtype)
     query_size = shape.n_heads * shape.head_size
     d_out = rounded(normal(2, ROWS + SPARE, query_size), dtype)
-    extent, program = extent_in_use(device, ROWS + SPARE, ROWS), Program(device)
-    x, where = typed(device, qkv, dtype, extent), device.upload(segments.astype(np.uint32))
-    with device.computing_in(dtype):
-        out, lse = attention(program, x, where, **shape.options)
-        if backward:
-            d_y = typed(device, d_out, dtype, extent)
-            result = attention_backward(program, x, out, lse, d_y, where, **shape.options)
-        else:
-            result = out
+    extent, program = extent_in_use(recording, ROWS + SPARE, ROWS), Program(recording)
+    x, where = (
+        typed(recording, qkv, dtype, extent),
+        recording.memory.upload(segments.astype(np.uint32)),
+    )
+    out, lse = attention(program, x, where, **shape.options)
+    if backward:
+        d_y = typed(recording, d_out, dtype, extent)
+        result = attention_backward(program, x, out, lse, d_y, where, **shape.options)
+    else:
+        result = out
     width = result.shape[1]
-    device.write(result, np.full((ROWS + SPARE, width), -7.0))
+    recording.memory.write(result, np.full((ROWS + SPARE, width), -7.0))
     program.run()
-    found, used = device.read(result), slice(0, ROWS)
+    found, used = recording.memory.read(result), slice(0, ROWS)
     steepness = max(1.0, shape.scale * np.sqrt(shape.head_size))
     if backward:
         expected = attention_backward_reference(qkv[used], d_out[used], segments[used], shape)
@@ -82,7 +86,7 @@ def check_attention(device: Device, shape: Shape, dtype: str, backward: bool) ->
     atol = (6 * 2**-11 if half else 5e-6) * steepness
     return worst(
         compare(found[used], expected, atol=atol),
-        compare(device.read(lse)[used], scores, rtol=1e-6, atol=atol),
+        compare(recording.memory.read(lse)[used], scores, rtol=1e-6, atol=atol),
         untouched(found[ROWS:]),
     )
 
@@ -97,34 +101,35 @@ def as_keys_lie(keys: np.ndarray) -> np.ndarray:
     return np.ascontiguousarray(keys.reshape(len(keys), -1, 4).transpose(1, 0, 2))
 
 
-def check_kv_store(device: Device) -> Comparison:
+def check_kv_store(recording: Recording) -> Comparison:
     """Keys and values of two rows of three go to their places, exactly."""
     qkv, where = normal(3, 3, 48), np.array([7, 140, 0], np.uint32)
-    cache = LayerCache(device.empty((4, ROOM, 4)), device.empty((ROOM, 16)))
-    extent, program = extent_in_use(device, 3, 2), Program(device)
+    cache = LayerCache(recording.memory.empty((4, ROOM, 4)), recording.memory.empty((ROOM, 16)))
+    extent, program = extent_in_use(recording, 3, 2), Program(recording)
     store_keys_values(
-        program, activation(device, qkv, extent), activation(device, where, extent), cache,
+        program, activation(recording, qkv, extent), activation(recording, where, extent), cache,
         query_size=16,
     )  # fmt: skip
     program.run()
     keys, values = np.zeros((2, ROOM, 16), np.float32)
     keys[where[:2]], values[where[:2]] = qkv[:2, 16:32], qkv[:2, 32:]
     return worst(
-        same(device.read(cache.keys), as_keys_lie(keys)), same(device.read(cache.values), values)
+        same(recording.memory.read(cache.keys), as_keys_lie(keys)),
+        same(recording.memory.read(cache.values), values),
     )
 
 
-def check_attention_decode(device: Device, heads: Heads) -> Comparison:
+def check_attention_decode(recording: Recording, heads: Heads) -> Comparison:
     """Rows at the edges of blocks; 1e-5 covers the roundings of scores of 256 columns."""
     kv_size = heads.n_kv_heads * heads.head_size
     keys, values = normal(4, ROOM, kv_size), normal(5, ROOM, kv_size)
-    cache = LayerCache(device.upload(as_keys_lie(keys)), device.upload(values))
+    cache = LayerCache(recording.memory.upload(as_keys_lie(keys)), recording.memory.upload(values))
     positions = np.array([0, 63, 64, 127, 149, 9], np.uint32)
-    qkv, extent = normal(6, 6, heads.qkv_size), extent_in_use(device, 6, 5)
-    out, program = marked(device, extent, heads.query_size), Program(device)
+    qkv, extent = normal(6, 6, heads.qkv_size), extent_in_use(recording, 6, 5)
+    out, program = marked(recording, extent, heads.query_size), Program(recording)
     attention_decode(
-        program, activation(device, qkv, extent), activation(device, positions, extent), cache,
-        heads, out=out,
+        program, activation(recording, qkv, extent), activation(recording, positions, extent),
+        cache, heads, out=out,
     )  # fmt: skip
     program.run()
     size = heads.head_size
@@ -132,28 +137,28 @@ def check_attention_decode(device: Device, heads: Heads) -> Comparison:
         heads_of(qkv[:, : heads.query_size], size), heads_of(keys, size), heads_of(values, size),
         positions, heads.scale, heads.window, heads.softcap,
     ).reshape(6, -1)  # fmt: skip
-    result = device.read(out)
+    result = recording.memory.read(out)
     return worst(compare(result[:5], expected[:5], atol=1e-5), untouched(result[5:]))
 
 
-def check_attention_decode_row(device: Device, heads: Heads, interleaved: bool) -> Comparison:
+def check_attention_decode_row(recording: Recording, heads: Heads, interleaved: bool) -> Comparison:
     """One row, whose heads are normed and turned on their way into the cache."""
     size, position = heads.head_size, 130
     kv_size, half = heads.n_kv_heads * size, heads.head_size // 2
     keys, values = normal(7, ROOM, kv_size), normal(8, ROOM, kv_size)
     keys[position:], values[position:] = 1e4, 1e4  # left there by a longer text
-    cache = LayerCache(device.upload(as_keys_lie(keys)), device.upload(values))
+    cache = LayerCache(recording.memory.upload(as_keys_lie(keys)), recording.memory.upload(values))
     qkv, angles = normal(9, 1, heads.qkv_size), normal(10, 9, half).astype(np.float64)
     weights = normal(11, size), normal(12, size)
     rope = RowRope(
-        device.upload(np.stack([np.cos(angles), np.sin(angles)], axis=-1)), interleaved,
-        device.upload(weights[0]), device.upload(weights[1]), EPSILON,
+        recording.memory.upload(np.stack([np.cos(angles), np.sin(angles)], axis=-1)), interleaved,
+        recording.memory.upload(weights[0]), recording.memory.upload(weights[1]), EPSILON,
     )  # fmt: skip
-    place = RowPlace(device.upload(np.array([7, position, 5])), 1, 2)
-    extent, program = extent_in_use(device, 1, 1), Program(device)
-    out = marked(device, extent, heads.query_size)
+    place = RowPlace(recording.memory.upload(np.array([7, position, 5])), 1, 2)
+    extent, program = extent_in_use(recording, 1, 1), Program(recording)
+    out = marked(recording, extent, heads.query_size)
     attention_decode_row(
-        program, activation(device, qkv, extent), place, cache, heads, rope, out=out
+        program, activation(recording, qkv, extent), place, cache, heads, rope, out=out
     )
     program.run()
     exact = heads_of(qkv, size)[0]
@@ -168,11 +173,11 @@ def check_attention_decode_row(device: Device, heads: Heads, interleaved: bool) 
         q[None], all_keys, all_values, np.array([position]), heads.scale, heads.window,
         heads.softcap,
     )  # fmt: skip
-    stored = device.read(cache.keys).transpose(1, 0, 2).reshape(ROOM, kv_size)
+    stored = recording.memory.read(cache.keys).transpose(1, 0, 2).reshape(ROOM, kv_size)
     return worst(
-        compare(device.read(out), expected.reshape(1, -1), atol=2e-5),
+        compare(recording.memory.read(out), expected.reshape(1, -1), atol=2e-5),
         compare(stored[position], k.reshape(-1), atol=1e-5),
-        same(device.read(cache.values)[position], qkv[0, heads.query_size + kv_size :]),
+        same(recording.memory.read(cache.values)[position], qkv[0, heads.query_size + kv_size :]),
         same(stored[:position], keys[:position]),
     )
 

@@ -11,9 +11,8 @@ from functools import partial
 import numpy as np
 
 from lora.checks.comparison import Check, Comparison, NotHereError, same
-from lora.shaders.device import Device
-from lora.shaders.native import trusted_shader_module
 from lora.shaders.program import Dispatch, Program
+from lora.shaders.recording import Recording
 
 _GROUPS = (5, 3)  # of the grid
 _CODE = """
@@ -30,30 +29,26 @@ fn main(@builtin(local_invocation_index) lane: u32, @builtin(workgroup_id) group
 """
 
 
-def check_lanes(device: Device, x: int, y: int) -> Comparison:
+def check_lanes(recording: Recording, x: int, y: int) -> Comparison:
     """Each lane writes what another one left in workgroup memory."""
     lanes = x * y
-    if lanes > device.most_lanes or 4 * lanes > device.workgroup_memory:
-        raise NotHereError(f"a workgroup has {device.most_lanes} lanes at most")
+    if lanes > recording.facts.most_lanes or 4 * lanes > recording.facts.workgroup_memory:
+        raise NotHereError(f"a workgroup has {recording.facts.most_lanes} lanes at most")
     constants = {"GROUPS": _GROUPS[0], "LANES": lanes, "X": x, "Y": y}
     code = _CODE
     for name, value in constants.items():
         code = code.replace(name, str(value))
-    module = trusted_shader_module(device.wgpu, "lanes", code)
-    pipeline = device.wgpu.create_compute_pipeline(
-        layout="auto",
-        compute={"module": module, "entry_point": "main"},
-    )
+    pipeline = recording.memory.compile("lanes", code)
     n = lanes * _GROUPS[0] * _GROUPS[1]
-    written, program = device.empty((n,), "u32"), Program(device)
-    group = device.bind_group(pipeline, [written])
+    written, program = recording.memory.empty((n,), "u32"), Program(recording)
+    group = recording.memory.bind(pipeline, [written])
     launch = Dispatch(
         "lanes", "lanes", constants, pipeline, group, (*_GROUPS, 1), flops=0, tensors=(written,)
     )
     program.commands.append(launch)
     program.run()
     first = np.arange(n) // lanes * lanes
-    return same(device.read(written), first + lanes - np.arange(n) % lanes)
+    return same(recording.memory.read(written), first + lanes - np.arange(n) % lanes)
 
 
 CHECKS = [

@@ -29,48 +29,48 @@ from lora.forward.cross_entropy import cross_entropy
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rmsnorm import rmsnorm
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 
 ROWS, IN_USE, EPSILON = 19, 18, 1e-5
 
 
-def check_rmsnorm(device: Device, width: int, dtype: str) -> Comparison:
+def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
     """A sum of squares in a tree; the sum with the residual is rounded at up to 8."""
     if dtype == "f16":
-        needs_half(device)
+        needs_half(recording)
     x, weight, past = (
         rounded(normal(1, ROWS, width), dtype),
         normal(2, width),
         normal(3, ROWS, width),
     )
-    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
-    out = typed_marked(device, dtype, extent, width)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    out = typed_marked(recording, dtype, extent, width)
     rmsnorm(
-        program, typed(device, x, dtype, extent), device.upload(weight), EPSILON,
-        residual=activation(device, past, extent), out=out,
+        program, typed(recording, x, dtype, extent), recording.memory.upload(weight), EPSILON,
+        residual=activation(recording, past, extent), out=out,
     )  # fmt: skip
     program.run()
-    result, expected = device.read(out), rmsnorm_reference(x, weight, EPSILON) + past
+    result, expected = recording.memory.read(out), rmsnorm_reference(x, weight, EPSILON) + past
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], rtol=2e-6, atol=2e-6),
         untouched(result[IN_USE:]),
     )
 
 
-def check_rmsnorm_backward(device: Device, width: int, dtype: str) -> Comparison:
+def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comparison:
     """Two sums of `width` terms, then a difference of numbers of about |d_y| rstd."""
     if dtype == "f16":
-        needs_half(device)
+        needs_half(recording)
     x, d_y, past = (rounded(normal(seed, ROWS, width), dtype) for seed in (4, 5, 6))
-    weight, extent = normal(7, width), extent_in_use(device, ROWS, IN_USE)
-    out, program = typed(device, past, dtype, extent), Program(device)  # in place
+    weight, extent = normal(7, width), extent_in_use(recording, ROWS, IN_USE)
+    out, program = typed(recording, past, dtype, extent), Program(recording)  # in place
     rmsnorm_backward(
-        program, typed(device, x, dtype, extent), device.upload(weight), EPSILON,
-        typed(device, d_y, dtype, extent), residual=out, out=out,
+        program, typed(recording, x, dtype, extent), recording.memory.upload(weight), EPSILON,
+        typed(recording, d_y, dtype, extent), residual=out, out=out,
     )  # fmt: skip
     program.run()
-    result = device.read(out)
+    result = recording.memory.read(out)
     expected = rmsnorm_backward_reference(x, weight, d_y, EPSILON) + past
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], rtol=1e-5, atol=3e-6),
@@ -78,29 +78,32 @@ def check_rmsnorm_backward(device: Device, width: int, dtype: str) -> Comparison
     )
 
 
-def check_head_norm_rope(device: Device, layout: HeadLayout, backward: bool) -> Comparison:
+def check_head_norm_rope(recording: Recording, layout: HeadLayout, backward: bool) -> Comparison:
     """As the norm and the rotation, one after the other."""
     qkv, d_y = normal(8, ROWS, layout.width), normal(9, ROWS, layout.width)
     weights = normal(10, layout.head_size), normal(11, layout.head_size)
     positions = np.arange(ROWS) * 61
-    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
     tables = Rope(layout.base, layout.dimensions, layout.interleaved).tables(2000)
-    x, (q_weight, k_weight) = activation(device, qkv, extent), map(device.upload, weights)
-    where = activation(device, positions, extent), device.upload(tables)
+    x, (q_weight, k_weight) = (
+        activation(recording, qkv, extent),
+        map(recording.memory.upload, weights),
+    )
+    where = activation(recording, positions, extent), recording.memory.upload(tables)
     if backward:
-        out = activation(device, d_y, extent)
+        out = activation(recording, d_y, extent)
         head_norm_rope_backward(
             program, x, q_weight, k_weight, layout.epsilon, *where, out, **layout.options
         )
         expected = head_norm_rope_backward_reference(qkv, *weights, d_y, positions, layout)
     else:
-        out = marked(device, extent, layout.width)
+        out = marked(recording, extent, layout.width)
         head_norm_rope(
             program, x, q_weight, k_weight, layout.epsilon, *where, out=out, **layout.options
         )
         expected = head_norm_rope_reference(qkv, *weights, positions, layout)
     program.run()
-    result = device.read(out)
+    result = recording.memory.read(out)
     if backward:
         return worst(
             compare(result[:IN_USE], expected[:IN_USE], rtol=1e-5, atol=1e-5),
@@ -112,23 +115,27 @@ def check_head_norm_rope(device: Device, layout: HeadLayout, backward: bool) -> 
     )
 
 
-def check_cross_entropy(device: Device, vocab_size: int) -> Comparison:
+def check_cross_entropy(recording: Recording, vocab_size: int) -> Comparison:
     """A loss is a difference of numbers up to 80, which f32 holds to 4e-6."""
     logits, labels = 5 * normal(12, 5, vocab_size), np.arange(5) * 7 % vocab_size
     logits[0, :4] = 80.0, -80.0, 80.0, 80.0  # a tie: the lowest index is the argmax
     stored = np.full((5, -(-vocab_size // 4) * 4), 100.0, np.float32)  # padded to whole vectors
     stored[:, :vocab_size] = logits
-    extent, program = extent_in_use(device, 5, 4), Program(device)
-    tensor = activation(device, stored, extent)
-    losses, correct = marked(device, extent), marked(device, extent)
-    weight = device.uniform()  # of every loss
-    device.write(weight, np.array([1 / 7, 0, 0, 0], np.float32).view(np.uint32))
+    extent, program = extent_in_use(recording, 5, 4), Program(recording)
+    tensor = activation(recording, stored, extent)
+    losses, correct = marked(recording, extent), marked(recording, extent)
+    weight = recording.memory.uniform()  # of every loss
+    recording.memory.write(weight, np.array([1 / 7, 0, 0, 0], np.float32).view(np.uint32))
     cross_entropy(
-        program, tensor, activation(device, labels, extent), losses, correct, weight,
+        program, tensor, activation(recording, labels, extent), losses, correct, weight,
         vocab_size=vocab_size,
     )  # fmt: skip
     program.run()
-    gradient, found, right = device.read(tensor), device.read(losses), device.read(correct)
+    gradient, found, right = (
+        recording.memory.read(tensor),
+        recording.memory.read(losses),
+        recording.memory.read(correct),
+    )
     is_right = (logits.argmax(axis=1) == labels).astype(np.float64)
     expected = gradient_reference(logits, labels, 1 / 7)
     return worst(

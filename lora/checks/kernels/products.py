@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -30,17 +31,21 @@ from lora.checks.tensors import (
 )
 from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
-from lora.forward.plans.matmul_plans import Request, using_source
+from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 
 ROWS, IN_USE, RANK, SCALE = 67, 66, 4, 1.5
 OUT_FEATURES, RANGES = 68, ((0, 36), (40, 68))
 
 
 def check_matmul(
-    device: Device, kind: GGMLQuantizationType, columns: int, tile: Tile | None, splits: int = 1
+    recording: Recording,
+    kind: GGMLQuantizationType,
+    columns: int,
+    tile: Tile | None,
+    splits: int = 1,
 ) -> Comparison:
     """y with its low-rank part, bias and residual, and d_x.
 
@@ -50,35 +55,36 @@ def check_matmul(
     """
     half = tile is not None and tile.item_bytes == 2
     if half:
-        needs_half(device)
-    if tile is not None and tile.workgroup_bytes > device.workgroup_memory:
-        raise NotHereError(f"workgroups have {device.workgroup_memory} bytes of memory")
+        needs_half(recording)
+    if tile is not None and tile.workgroup_bytes > recording.facts.workgroup_memory:
+        raise NotHereError(f"workgroups have {recording.facts.workgroup_memory} bytes of memory")
     if tile not in (None, TILES[0], HALF_TILES[0]):
-        spare_software(device)
+        spare_software(recording)
     dtype = "f16" if half else "f32"
-    matrix, w = frozen(device, kind, OUT_FEATURES, columns)
-    x, d_y = (rounded(normal(s, ROWS, n), dtype) for s, n in ((1, columns), (2, OUT_FEATURES)))
-    z, d_z = normal(3, ROWS, 2 * RANK), normal(4, ROWS, 2 * RANK)
-    a, b = normal(5, 2 * RANK, columns), normal(6, 64, RANK)
-    bias, residual = normal(7, OUT_FEATURES), normal(8, ROWS, OUT_FEATURES)
-    lora = LoraFactors(device.upload(a), device.upload(b), RANK, SCALE, RANGES)
-    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
-    out, d_x = (typed_marked(device, dtype, extent, n) for n in (OUT_FEATURES, columns))
 
     def plan(request: Request) -> Plan | None:
         contraction = request.constants["contraction"]
         return None if tile is None else Plan(tile, *cut(contraction, splits, tile.depth))
 
-    with device.computing_in(dtype), using_source(device, plan):
-        matmul(
-            program, typed(device, x, dtype, extent), matrix, lora=lora,
-            z=activation(device, z, extent), bias=device.upload(bias),
-            residual=activation(device, residual, extent), out=out,
-        )  # fmt: skip
-        matmul_backward(
-            program, typed(device, d_y, dtype, extent), matrix, lora=lora,
-            d_z=activation(device, d_z, extent), out=d_x,
-        )  # fmt: skip
+    recording = replace(recording, precision=dtype, plans=plan)
+    matrix, w = frozen(recording, kind, OUT_FEATURES, columns)
+    x, d_y = (rounded(normal(s, ROWS, n), dtype) for s, n in ((1, columns), (2, OUT_FEATURES)))
+    z, d_z = normal(3, ROWS, 2 * RANK), normal(4, ROWS, 2 * RANK)
+    a, b = normal(5, 2 * RANK, columns), normal(6, 64, RANK)
+    bias, residual = normal(7, OUT_FEATURES), normal(8, ROWS, OUT_FEATURES)
+    lora = LoraFactors(recording.memory.upload(a), recording.memory.upload(b), RANK, SCALE, RANGES)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    out, d_x = (typed_marked(recording, dtype, extent, n) for n in (OUT_FEATURES, columns))
+
+    matmul(
+        program, typed(recording, x, dtype, extent), matrix, lora=lora,
+        z=activation(recording, z, extent), bias=recording.memory.upload(bias),
+        residual=activation(recording, residual, extent), out=out,
+    )  # fmt: skip
+    matmul_backward(
+        program, typed(recording, d_y, dtype, extent), matrix, lora=lora,
+        d_z=activation(recording, d_z, extent), out=d_x,
+    )  # fmt: skip
     program.run()
     expected = matmul_reference(x, w, z, b, list(RANGES), RANK, SCALE) + bias + residual
     size = matmul_reference(np.abs(x), np.abs(w), np.abs(z), np.abs(b), list(RANGES), RANK, SCALE)
@@ -96,7 +102,7 @@ def check_matmul(
         bound = 2 * error_bound(magnitude, terms)
         if half:
             bound += 16 * 2.0**-11 * magnitude / np.sqrt(terms)
-        result = device.read(tensor)
+        result = recording.memory.read(tensor)
         found += [
             compare(result[:IN_USE], wanted[:IN_USE], bound=bound[:IN_USE]),
             untouched(result[IN_USE:]),

@@ -31,93 +31,95 @@ from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
 from lora.forward.sums import sum_into
 from lora.forward.swiglu import swiglu
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 
 ROWS, IN_USE = 67, 66
 
 
-def check_embedding(device: Device, kind: GGMLQuantizationType) -> Comparison:
+def check_embedding(recording: Recording, kind: GGMLQuantizationType) -> Comparison:
     """Every type's decoding: exact, since no product of a scale and a quant is rounded."""
     columns = max(96, QUANTIZATIONS[kind].block_size)
-    matrix, table = frozen(device, kind, 50, columns)
+    matrix, table = frozen(recording, kind, 50, columns)
     tokens = np.random.default_rng(1).integers(0, 50, ROWS)
-    extent = extent_in_use(device, ROWS, IN_USE)
-    out, program = marked(device, extent, columns), Program(device)
-    embedding(program, activation(device, tokens, extent), matrix, extent, out=out)
+    extent = extent_in_use(recording, ROWS, IN_USE)
+    out, program = marked(recording, extent, columns), Program(recording)
+    embedding(program, activation(recording, tokens, extent), matrix, extent, out=out)
     program.run()
-    result = device.read(out)
+    result = recording.memory.read(out)
     return worst(same(result[:IN_USE], table[tokens][:IN_USE]), untouched(result[IN_USE:]))
 
 
-def check_gather(device: Device) -> Comparison:
+def check_gather(recording: Recording) -> Comparison:
     """Rows by index, and zeros where there is none."""
-    x, extent = normal(1, 20, 36), extent_in_use(device, 7, 6)
+    x, extent = normal(1, 20, 36), extent_in_use(recording, 7, 6)
     indices = np.array([3, NO_ROW, 19, 0, 7, NO_ROW, 1], np.uint32)
-    out, program = marked(device, extent, 36), Program(device)
-    gather_rows(program, device.upload(x), activation(device, indices, extent), extent, out=out)
+    out, program = marked(recording, extent, 36), Program(recording)
+    gather_rows(
+        program, recording.memory.upload(x), activation(recording, indices, extent), extent, out=out
+    )
     program.run()
     expected = np.where((indices == NO_ROW)[:, None], 0, x[np.minimum(indices, 19)])
-    result = device.read(out)
+    result = recording.memory.read(out)
     return worst(same(result[:6], expected[:6]), untouched(result[6:]))
 
 
-def check_argmax(device: Device) -> Comparison:
+def check_argmax(recording: Recording) -> Comparison:
     """The first of the largest, of many equal ones."""
     x = np.random.default_rng(2).integers(-3, 3, (7, 3004)).astype(np.float32)
     x[:, 3000:] = 1e30  # past the vocabulary
-    extent = extent_in_use(device, 7, 6)
-    out, program = device.empty((7,), "u32", extent=extent), Program(device)
-    device.write(out, np.full(7, 99, np.uint32))
-    argmax(program, activation(device, x, extent), out, length=3000)
+    extent = extent_in_use(recording, 7, 6)
+    out, program = recording.memory.empty((7,), "u32", extent=extent), Program(recording)
+    recording.memory.write(out, np.full(7, 99, np.uint32))
+    argmax(program, activation(recording, x, extent), out, length=3000)
     program.run()
-    return same(device.read(out), np.array([*x[:6, :3000].argmax(axis=1), 99]))
+    return same(recording.memory.read(out), np.array([*x[:6, :3000].argmax(axis=1), 99]))
 
 
-def check_sum_into(device: Device) -> Comparison:
+def check_sum_into(recording: Recording) -> Comparison:
     """Positive terms: 157 additions a lane at most, then a tree, each within 2^-24."""
-    values, extent = np.abs(normal(3, 10_001)), extent_in_use(device, 10_001, 9_999)
-    totals, program = device.upload(np.arange(64, dtype=np.float32)), Program(device)
-    sum_into(program, activation(device, values, extent), extent, totals, 5)
+    values, extent = np.abs(normal(3, 10_001)), extent_in_use(recording, 10_001, 9_999)
+    totals, program = recording.memory.upload(np.arange(64, dtype=np.float32)), Program(recording)
+    sum_into(program, activation(recording, values, extent), extent, totals, 5)
     program.run()
     expected = np.arange(64, dtype=np.float64)
     expected[5] += values[:9_999].astype(np.float64).sum()
-    return compare(device.read(totals), expected, rtol=1e-5)
+    return compare(recording.memory.read(totals), expected, rtol=1e-5)
 
 
-def check_rope(device: Device, backward: bool, interleaved: bool, dtype: str) -> Comparison:
+def check_rope(recording: Recording, backward: bool, interleaved: bool, dtype: str) -> Comparison:
     """Tables rounded to f32, two products and a sum: 4 ulp of values up to about 5."""
     if dtype == "f16":
-        needs_half(device)
+        needs_half(recording)
     qkv, positions = rounded(normal(4, ROWS, 100), dtype), np.arange(ROWS) * 61
-    extent = extent_in_use(device, ROWS, IN_USE)
-    tensor, program = typed(device, qkv, dtype, extent), Program(device)
-    tables = device.upload(Rope(10000.0, 12, interleaved).tables(5000))
+    extent = extent_in_use(recording, ROWS, IN_USE)
+    tensor, program = typed(recording, qkv, dtype, extent), Program(recording)
+    tables = recording.memory.upload(Rope(10000.0, 12, interleaved).tables(5000))
     (rope_backward if backward else rope)(
-        program, tensor, activation(device, positions, extent), tables,
+        program, tensor, activation(recording, positions, extent), tables,
         n_rotated_heads=3, head_size=20, interleaved=interleaved,
     )  # fmt: skip
     program.run()
     reference = rope_backward_reference if backward else rope_reference
     expected = reference(qkv, positions, 10000.0, 12, 3, 20, interleaved)
-    result = device.read(tensor)
+    result = recording.memory.read(tensor)
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], atol=2e-6),
         same(result[IN_USE:], qkv[IN_USE:]),
     )
 
 
-def check_swiglu(device: Device, backward: bool, name: str, dtype: str) -> Comparison:
+def check_swiglu(recording: Recording, backward: bool, name: str, dtype: str) -> Comparison:
     """exp and tanh are good to some ulp; the slope is a sum of terms of up to 300."""
     if dtype == "f16":
-        needs_half(device)
+        needs_half(recording)
     gate_up, d_y = rounded(3 * normal(5, ROWS, 200), dtype), rounded(normal(6, ROWS, 100), dtype)
     gate_up[0, 0], gate_up[1, 1] = -80.0, 80.0  # far into both tails
-    extent, program = extent_in_use(device, ROWS, IN_USE), Program(device)
-    source = typed(device, gate_up, dtype, extent)
-    out = typed_marked(device, dtype, extent, 200 if backward else 100)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    source = typed(recording, gate_up, dtype, extent)
+    out = typed_marked(recording, dtype, extent, 200 if backward else 100)
     if backward:
-        d_y_tensor = typed(device, d_y, dtype, extent)
+        d_y_tensor = typed(recording, d_y, dtype, extent)
         swiglu_backward(program, source, d_y_tensor, activation_name=name, out=out)
         expected, atol = swiglu_backward_reference(gate_up, d_y, name), 2e-5
     else:
@@ -125,7 +127,7 @@ def check_swiglu(device: Device, backward: bool, name: str, dtype: str) -> Compa
         gate = gate_up[:, :100].astype(np.float64)
         expected, atol = gate_reference(gate, name) * gate_up[:, 100:], 1e-5
     program.run()
-    result = device.read(out)
+    result = recording.memory.read(out)
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], rtol=4e-6, atol=atol),
         untouched(result[IN_USE:]),

@@ -17,9 +17,9 @@ from lora.forward.embedding import embedding
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 from tests.support.quantized_tensors import (
     ALL_TYPES,
@@ -57,24 +57,24 @@ def blocks_of_all_scales(kind: GGMLQuantizationType, seed: int = 0) -> np.ndarra
     return blocks.reshape(rows, -1)
 
 
-def decode_on_device(device: Device, matrix: FrozenMatrix, rows: int) -> np.ndarray:
+def decode_on_device(recording: Recording, matrix: FrozenMatrix, rows: int) -> np.ndarray:
     """The first rows of a matrix, looked up as embeddings."""
-    extent = extent_in_use(device, rows + 2, rows)
+    extent = extent_in_use(recording, rows + 2, rows)
     tokens = np.concatenate([np.arange(rows), [0, 0]])
-    out = marked(device, extent, matrix.in_features)
-    program = Program(device)
-    embedding(program, activation(device, tokens, extent), matrix, extent, out=out)
+    out = marked(recording, extent, matrix.in_features)
+    program = Program(recording)
+    embedding(program, activation(recording, tokens, extent), matrix, extent, out=out)
     result = run_twice(program, out)
     assert (result[-2:] == MARKER).all()
     return result[:-2]
 
 
-def check(device: Device, tensor: GGUFTensor) -> None:
+def check(recording: Recording, tensor: GGUFTensor) -> None:
     """A tensor on the device is what gguf says, to the bit."""
     expected = dequantized(tensor)
     assert np.isfinite(expected).all()
     assert len(np.unique(expected)) > 1
-    result = decode_on_device(device, load_matrix(device, [tensor]), tensor.shape[0])
+    result = decode_on_device(recording, load_matrix(recording, [tensor]), tensor.shape[0])
     if tensor.type == GGMLQuantizationType.MXFP4:
         flushed = (np.abs(expected) < SMALLEST_NORMAL) & (result == 0)
         expected = np.where(flushed, 0, expected)
@@ -84,33 +84,33 @@ def check(device: Device, tensor: GGUFTensor) -> None:
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
 @pytest.mark.parametrize(("rows", "blocks"), [(1, 1), (130, 9)])
 def test_random_blocks(
-    device: Device, kind: GGMLQuantizationType, rows: int, blocks: int
+    recording: Recording, kind: GGMLQuantizationType, rows: int, blocks: int
 ) -> None:  # one block or nine; or 4 or 260 columns
     block_size = QUANTIZATIONS[kind].block_size
     columns = 32 * blocks - 28 if block_size == 1 else block_size * blocks
-    check(device, tensor_of(kind, random_blocks(kind, rows, columns, rows), columns))
+    check(recording, tensor_of(kind, random_blocks(kind, rows, columns, rows), columns))
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=type_name)
-def test_all_scales(device: Device, kind: GGMLQuantizationType) -> None:
+def test_all_scales(recording: Recording, kind: GGMLQuantizationType) -> None:
     """Blocks of nearly equal weights have scales below f16's normal numbers (6.1e-5)."""
     data = blocks_of_all_scales(kind)
-    check(device, tensor_of(kind, data, 7 * QUANTIZATIONS[kind].block_size))
+    check(recording, tensor_of(kind, data, 7 * QUANTIZATIONS[kind].block_size))
 
 
-def test_mxfp4_below_the_normal_numbers(device: Device) -> None:
+def test_mxfp4_below_the_normal_numbers(recording: Recording) -> None:
     """The two scales that are no normal f32, with products that are: 2^-128 · 4, 2^-127 · 12, …"""
     data = random_blocks(GGMLQuantizationType.MXFP4, 4, 128).reshape(4, 4, 17)
     data[:, :, 0] = [0, 1, 2, 3]
     tensor = tensor_of(GGMLQuantizationType.MXFP4, data.reshape(4, -1), 128)
     below_two = np.abs(dequantized(tensor))[:, :64]
     assert (below_two >= SMALLEST_NORMAL).any()
-    check(device, tensor)
+    check(recording, tensor)
 
 
 @pytest.mark.parametrize("kind", ALL_TYPES, ids=type_name)
 def test_split_by_the_largest_binding(
-    device: Device, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
+    recording: Recording, kind: GGMLQuantizationType, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """152 rows in parts of 64: what a tensor larger than one binding becomes."""
     columns = max(32, QUANTIZATIONS[kind].block_size)
@@ -121,26 +121,26 @@ def test_split_by_the_largest_binding(
         patch.setattr("lora.forward.model.weights.MAX_PART_BYTES", 100 * row_bytes)
         # Pieces of an upload that end within parts.
         patch.setattr("lora.forward.model.weights.UPLOAD_PIECE", 50 * row_bytes)
-        matrix = load_matrix(device, [tensor])
+        matrix = load_matrix(recording, [tensor])
     assert [(part.first_feature, part.out_features) for part in matrix.parts] == [
         (0, 64),
         (64, 64),
         (128, 24),
     ]
-    np.testing.assert_array_equal(decode_on_device(device, matrix, 152), dequantized(tensor))
+    np.testing.assert_array_equal(decode_on_device(recording, matrix, 152), dequantized(tensor))
 
 
 @pytest.mark.parametrize(
     ("first", "second"),
     [("Q4_1", "Q8_0"), ("Q5_0", "MXFP4"), ("Q4_K", "Q6_K"), ("IQ4_XS", "IQ4_NL"), ("Q3_K", "F16")],
 )
-def test_a_stack_of_two_types(device: Device, first: str, second: str) -> None:
+def test_a_stack_of_two_types(recording: Recording, first: str, second: str) -> None:
     tensors = []
     for index, name in enumerate((first, second)):
         kind = GGMLQuantizationType[name]
         tensors.append(tensor_of(kind, random_blocks(kind, 20 + 4 * index, 512, index), 512))
     expected = np.concatenate([dequantized(tensor) for tensor in tensors])
-    result = decode_on_device(device, load_matrix(device, tensors), 44)
+    result = decode_on_device(recording, load_matrix(recording, tensors), 44)
     np.testing.assert_array_equal(result, expected)
 
 
@@ -197,7 +197,7 @@ def test_every_type_is_in_the_test_of_non_finite_numbers() -> None:
     ],
 )
 def test_non_finite_numbers_are_refused(
-    device: Device,
+    recording: Recording,
     kind: GGMLQuantizationType,
     offset: int,
     bits: bytes,
@@ -219,7 +219,7 @@ def test_non_finite_numbers_are_refused(
     with pytest.raises(
         InputError, match=f"Row 9 of the tensor 'test' \\({kind.name}\\) has a {number}"
     ):
-        load_matrix(device, [tensor_of(kind, data, columns)])
+        load_matrix(recording, [tensor_of(kind, data, columns)])
 
 
 @pytest.mark.parametrize("kind", BLOCK_TYPES, ids=type_name)
@@ -243,8 +243,8 @@ def test_the_largest_finite_weights_are_accepted(kind: GGMLQuantizationType) -> 
 @pytest.mark.parametrize(
     "name", ["blk.7.attn_q.weight", "blk.29.ffn_down.weight", "token_embd.weight"]
 )
-def test_real_tensors(device: Device, smollm2: Path, name: str) -> None:
-    check(device, first_rows(GGUFFile(smollm2).tensors[name], 700))
+def test_real_tensors(recording: Recording, smollm2: Path, name: str) -> None:
+    check(recording, first_rows(GGUFFile(smollm2).tensors[name], 700))
 
 
 @pytest.mark.parametrize(
@@ -256,7 +256,9 @@ def test_real_tensors(device: Device, smollm2: Path, name: str) -> None:
         ("blk.0.ffn_down.weight", "Q6_K"),
     ],
 )
-def test_real_tensors_of_a_mixed_file(device: Device, gemma3: Path, name: str, kind: str) -> None:
+def test_real_tensors_of_a_mixed_file(
+    recording: Recording, gemma3: Path, name: str, kind: str
+) -> None:
     tensor = GGUFFile(gemma3).tensors[name]
     assert tensor.type.name == kind
-    check(device, first_rows(tensor, 700))
+    check(recording, first_rows(tensor, 700))

@@ -5,9 +5,10 @@ import pytest
 
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture, permute_rows_to_hf
-from lora.shaders.device import Device
 from lora.shaders.errors import InputError
+from lora.shaders.recording import Recording
 from tests.support.architectures import LLAMA, PHI3
+from tests.support.kernels import with_facts
 
 ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
@@ -53,9 +54,9 @@ def test_q_and_k_are_permuted_and_no_other() -> None:
         assert (found_b == (b if heads is None else permute_rows_to_hf(b, heads))).all()
 
 
-def test_views_are_aligned_and_apart(device: Device) -> None:
+def test_views_are_aligned_and_apart(recording: Recording) -> None:
     layout = AdapterLayout(LLAMA, [0, 1, 2], (*ALL, "lm_head"), 3, 1.0)
-    flat = device.empty((layout.size,))
+    flat = recording.memory.empty((layout.size,))
     taken = []
     for factors in layout.factors(flat).values():
         for tensor in (factors.a, factors.b):
@@ -95,10 +96,10 @@ def test_factors_of_another_shape_are_refused() -> None:
         layout.from_modules(modules)
 
 
-def test_factors_larger_than_a_binding(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_factors_larger_than_a_binding(recording: Recording) -> None:
     """The head's 324 rows of B and A's 32 columns: 356 numbers a rank."""
-    monkeypatch.setattr(device, "max_binding", 4 * 356 * 12 + 256)
-    AdapterLayout(LLAMA, [0], (*ALL, "lm_head"), 12, 1.0).check_bindings(device)
+    recording = with_facts(recording, max_binding=4 * 356 * 12 + 256)
+    AdapterLayout(LLAMA, [0], (*ALL, "lm_head"), 12, 1.0).check_bindings(recording.facts)
     layout = AdapterLayout(LLAMA, [0], (*ALL, "lm_head"), 13, 1.0)
     with pytest.raises(InputError, match=r"of lm_head would .* highest rank for them here is 12\."):
-        layout.check_bindings(device)
+        layout.check_bindings(recording.facts)

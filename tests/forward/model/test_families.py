@@ -35,10 +35,10 @@ def recorded_of(name: str) -> Recorded:
 def no_adapter(session: TrainingSession) -> Iterator[None]:
     """Zeros for A and B, for a while."""
     parameters = session.adapter.parameters
-    before = session.device.read(parameters)
-    session.device.write(parameters, np.zeros_like(before))
+    before = session.device.memory.read(parameters)
+    session.device.memory.write(parameters, np.zeros_like(before))
     yield
-    session.device.write(parameters, before)
+    session.device.memory.write(parameters, before)
 
 
 @pytest.fixture(scope="module", params=TINY_MODELS)

@@ -1,7 +1,8 @@
 """Every tile of the tiled matmul, as written out for a GPU too, and the choice among them."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,7 @@ from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import HALF_CARRY, matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import load_matrix
-from lora.forward.plans.matmul_plans import use_source
+from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
     MOST_CANDIDATES,
@@ -26,8 +27,8 @@ from lora.forward.plans.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
-from lora.shaders.device import Device
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves
 from tests.support.kernels import MARKER, extent_in_use, run_twice
 from tests.support.quantized_tensors import random_blocks, tensor_of
@@ -37,33 +38,30 @@ ROWS, IN_USE, N_OUT, N_IN, RANK = 70, 67, 100, 224, 4
 
 
 @pytest.fixture
-def tiled(device: Device) -> Iterator[Device]:
-    device.matmul_body = "tiled"
-    yield device
-    device.matmul_body, device.precision = None, "f32"
-    use_source(device, None)
+def tiled(recording: Recording) -> Recording:
+    return replace(recording, body="tiled")
 
 
-def force(device: Device, tile: Tile, splits: int) -> None:
-    use_source(
-        device,
-        lambda request: Plan(tile, *cut(request.constants["contraction"], splits, tile.depth)),
-    )
+def force(recording: Recording, tile: Tile, splits: int) -> Recording:
+    def plans(request: Request) -> Plan:
+        return Plan(tile, *cut(request.constants["contraction"], splits, tile.depth))
+
+    return replace(recording, plans=plans)
 
 
-def write_out(device: Device, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+def write_out(recording: Recording, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
     """Lets kernels be written out whole, as on a GPU; llvmpipe takes seconds for each."""
-    pipeline = device.pipeline
+    kernel = recording.memory.kernel
 
-    def written_out(template: str, constants: dict[str, Any]) -> Any:
+    def written_out(template: str, constants: Mapping[str, Any]) -> Any:
         if template == "matmul_tiled":
-            constants = constants | {"unroll": depth}
-        return pipeline(template, constants)
+            constants = {**constants, "unroll": depth}
+        return kernel(template, constants)
 
-    monkeypatch.setattr(device, "pipeline", written_out)
+    monkeypatch.setattr(recording.memory, "kernel", written_out)
 
 
-def check_both_directions(device: Device, dtype: str, rounding: float) -> None:
+def check_both_directions(recording: Recording, dtype: str, rounding: float) -> None:
     """Compares both directions with float64.
 
     Args:
@@ -73,23 +71,25 @@ def check_both_directions(device: Device, dtype: str, rounding: float) -> None:
     rng = np.random.default_rng(0)
     data = random_blocks(Q4_1, N_OUT, N_IN)
     w = quants.dequantize(data, Q4_1).reshape(N_OUT, N_IN).astype(np.float64)
-    matrix = load_matrix(device, [tensor_of(Q4_1, data, N_IN)])
+    matrix = load_matrix(recording, [tensor_of(Q4_1, data, N_IN)])
     shapes = {"x": N_IN, "z": RANK, "d_y": N_OUT, "d_z": RANK}
     arrays = {k: rng.normal(size=(ROWS, n)).astype(np.float32) for k, n in shapes.items()}
     a, b = (rng.normal(size=s).astype(np.float32) for s in ((RANK, N_IN), (36, RANK)))
-    extent = extent_in_use(device, ROWS, IN_USE)
+    extent = extent_in_use(recording, ROWS, IN_USE)
     tensors = {}
     for name, array in arrays.items():
         stored = "f32" if name in ("z", "d_z") else dtype
-        tensors[name] = device.empty(array.shape, stored, extent=extent)
-        device.write(tensors[name], array)
+        tensors[name] = recording.memory.empty(array.shape, stored, extent=extent)
+        recording.memory.write(tensors[name], array)
         arrays[name] = array.astype(tensors[name].numpy_dtype)
-    lora = LoraFactors(device.upload(a), device.upload(b), RANK, 1.5, ((8, 44),))
+    lora = LoraFactors(
+        recording.memory.upload(a), recording.memory.upload(b), RANK, 1.5, ((8, 44),)
+    )
     results = []
     for width in (N_OUT, N_IN):
-        results.append(device.empty((ROWS, width), dtype, extent=extent))
-        device.write(results[-1], np.full((ROWS, width), MARKER, np.float32))
-    forward, backward = Program(device), Program(device)
+        results.append(recording.memory.empty((ROWS, width), dtype, extent=extent))
+        recording.memory.write(results[-1], np.full((ROWS, width), MARKER, np.float32))
+    forward, backward = Program(recording), Program(recording)
     matmul(forward, tensors["x"], matrix, lora=lora, z=tensors["z"], out=results[0])
     matmul_backward(backward, tensors["d_y"], matrix, lora=lora, d_z=tensors["d_z"], out=results[1])
     x, z, d_y, d_z = (arrays[name].astype(np.float64) for name in ("x", "z", "d_y", "d_z"))
@@ -111,9 +111,9 @@ def check_both_directions(device: Device, dtype: str, rounding: float) -> None:
     + [(TILES[0], True, 2), (TILES[5], True, 1)],
 )
 def test_both_directions(
-    tiled: Device, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+    tiled: Recording, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    force(tiled, tile, splits)
+    tiled = force(tiled, tile, splits)
     if unrolled:
         write_out(tiled, monkeypatch, tile.depth)
     # As in test_matmul.py: errors grow as sqrt(n) · 2^-24 of the largest result.
@@ -126,11 +126,11 @@ def test_both_directions(
     + [(HALF_TILES[0], False, 2), (HALF_TILES[4], True, 1)],
 )
 def test_tiles_of_f16(
-    tiled: Device, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
+    tiled: Recording, tile: Tile, unrolled: bool, splits: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    needs_halves(tiled)
-    tiled.precision = "f16"
-    force(tiled, tile, splits)
+    needs_halves(tiled.facts)
+    tiled = replace(tiled, precision="f16")
+    tiled = force(tiled, tile, splits)
     if unrolled:
         write_out(tiled, monkeypatch, tile.depth)
     # Up to HALF_CARRY steps are summed in f16, each sum within 2^-12 of a part of the result: over

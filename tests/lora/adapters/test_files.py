@@ -19,7 +19,7 @@ from lora.export.to_gguf import export
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
-from lora.generation.generator import open_generator
+from lora.generation.opening import open_generator
 from lora.shaders.errors import InputError
 from lora.training.session import TrainingSession
 from tests.support.tiny_models import TINY_MODELS
@@ -286,7 +286,7 @@ def test_eval_takes_rank_and_targets_from_the_adapter(tmp_path: Path) -> None:
         name: (a, random.normal(0, 0.5, b.shape).astype(np.float32))
         for name, (a, b) in session.layout.to_modules(session.parameters()).items()
     }
-    session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
+    session.device.memory.write(session.adapter.parameters, session.layout.from_modules(modules))
     session.save(tmp_path / "adapter")
     wanted = {"base": session.evaluate(adapted=False), "adapter": session.evaluate()}
     assert abs(wanted["base"].loss - wanted["adapter"].loss) > 0.1

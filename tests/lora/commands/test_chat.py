@@ -17,7 +17,8 @@ import pytest
 from lora.commands.chat import Chat, chat, check_can_chat, conversation_ids, named_adapters
 from lora.commands.cli import generate
 from lora.config.schema import Config
-from lora.generation.generator import TextGenerator, open_generator
+from lora.generation.generator import TextGenerator
+from lora.generation.opening import open_generator
 from lora.generation.sampling import GREEDY, Sampling
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
@@ -47,7 +48,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory, device: Device) -> Path:
             path: (a, rng.normal(0, 0.5, b.shape).astype(np.float32))
             for path, (a, b) in session.layout.to_modules(session.parameters()).items()
         }
-        session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
+        session.device.memory.write(
+            session.adapter.parameters, session.layout.from_modules(modules)
+        )
         session.save(folder / name)
     return folder
 
@@ -55,7 +58,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory, device: Device) -> Path:
 @pytest.fixture(scope="module")
 def generator(folder: Path, device: Device) -> TextGenerator:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("lora.generation.generator._PIECE_ROWS", 64)  # a prompt in pieces, anywhere
+        patch.setattr("lora.generation.engine._PIECE_ROWS", 64)  # a prompt in pieces, anywhere
         return opened(folder, device)
 
 
@@ -194,7 +197,7 @@ def test_ctrl_c_while_the_prompt_is_computed(
     text = "a b" * 25
     expected = conversation.say(text)
     conversation = Conversation(generator)
-    programs_of, recorded = generator._programs_of, []
+    programs_of, recorded = generator._engine._programs_of, []
 
     def interrupt(*args: object) -> object:
         recorded.append(args)
@@ -202,7 +205,7 @@ def test_ctrl_c_while_the_prompt_is_computed(
             os.kill(os.getpid(), signal.SIGINT)
         return programs_of(*args)
 
-    monkeypatch.setattr(generator, "_programs_of", interrupt)
+    monkeypatch.setattr(generator._engine, "_programs_of", interrupt)
     written = conversation.say(text)
     assert written == "\n(stopped before the answer; the message is not kept)\n\n"
     assert conversation.chat.messages == []
@@ -403,7 +406,7 @@ def test_a_template_is_missed_before_the_model_is_loaded(
     write_tiny_llama(model, metadata={"tokenizer.chat_template": None})
     monkeypatch.setattr("lora.commands.chat.open_generator", lambda *_, **__: pytest.fail("loaded"))
     monkeypatch.setattr(
-        "lora.generation.generator.open_generator", lambda *_, **__: pytest.fail("loaded")
+        "lora.generation.opening.open_generator", lambda *_, **__: pytest.fail("loaded")
     )
     with pytest.raises(InputError, match="no chat template"):
         chat(

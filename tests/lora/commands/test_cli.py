@@ -78,7 +78,7 @@ def test_a_prompt_on_stdin(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("where", "arguments"),
     [
-        ("lora.generation.generator.open_generator", ["generate", "model.gguf", "--prompt", "a"]),
+        ("lora.generation.opening.open_generator", ["generate", "model.gguf", "--prompt", "a"]),
         ("lora.config.schema.load_config", ["plan", "config.yaml"]),
     ],
 )

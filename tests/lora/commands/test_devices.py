@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 
 from lora.checks import suite
 from lora.checks.comparison import Check, Comparison
-from lora.checks.suite import ALL_CHECKS, CheckedDevice, run_checks
+from lora.checks.suite import ALL_CHECKS, run_checks
 from lora.commands.cli import app
 from lora.shaders import device as shaders_device
+from lora.shaders.device import Device
+from lora.shaders.recording import Recording
 from tests.support.renderings import WGSL
 
 RUNNER = CliRunner()
@@ -35,7 +37,7 @@ def check(output: Path) -> tuple[int, dict[str, Any], list[str]]:
 
 
 def test_every_kernel_has_a_check_and_passes_it() -> None:
-    results = list(run_checks(CheckedDevice))
+    results = list(run_checks(Device))
     assert [(r.check, r.reason) for r in results if r.status == "failed"] == []
     used = {template for result in results for template in result.templates}
     assert used == {path.stem for path in WGSL.glob("*.wgsl")}
@@ -58,7 +60,7 @@ def test_what_is_printed_and_written(few: list[Check], tmp_path: Path) -> None:
     ("old", "new", "sign"),
     [
         ("+=", "-=", "an error of"),  # another sum
-        ("@compute", "@compute nonsense", "GPUValidationError"),  # no WGSL
+        ("@compute", "@compute nonsense", "GPUError"),  # no WGSL
     ],
 )
 def test_a_broken_kernel_is_reported_and_the_others_run(
@@ -84,14 +86,14 @@ def test_a_broken_kernel_is_reported_and_the_others_run(
 
 
 def test_a_lost_device_is_opened_again() -> None:
-    opened: list[CheckedDevice] = []
+    opened: list[Device] = []
 
-    def open_device() -> CheckedDevice:
-        opened.append(CheckedDevice())
+    def open_device() -> Device:
+        opened.append(Device())
         return opened[-1]
 
-    def lose(device: Any) -> Comparison:
-        device.wgpu.destroy()
+    def lose(recording: Recording) -> Comparison:
+        recording.memory.handle.close()
         raise RuntimeError("device lost")
 
     gather = next(c for c in ALL_CHECKS if c.kernel == "gather")
@@ -103,7 +105,7 @@ def test_a_lost_device_is_opened_again() -> None:
 def test_a_machine_that_opens_no_device_any_more() -> None:
     """Every check that is left says so."""
 
-    def refuse() -> CheckedDevice:
+    def refuse() -> Device:
         raise RuntimeError("no device")
 
     results = list(run_checks(refuse, ALL_CHECKS[:3]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,14 @@ import lora.forward.plans.tuning
 import lora.shaders.device
 from lora.commands.tune import tune_command
 from lora.config.schema import load_config
-from lora.forward.plans.matmul_plans import Product, Request, requests_of
+from lora.forward.plans.matmul_plans import Product, Request
 from lora.forward.plans.matmul_tiles import Plan, candidates
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
-from lora.shaders.planning import PlanningDevice
 from lora.storage.tile_cache import TileCache, find_tiles
-from lora.training.session import TrainingSession
+from lora.training.device_state import SessionPlan
+from lora.training.workload import Workload
 from tests.support.tiny_run import write_run
 
 app = typer.Typer()
@@ -36,7 +37,7 @@ def run(*arguments: str) -> str:
 
 
 def test_a_cpu_device_is_refused(tmp_path: Path, device: Device) -> None:
-    if not device.is_cpu:
+    if not device.facts.is_cpu:
         pytest.skip("this device is a GPU")
     with pytest.raises(InputError, match="no tiles to choose"):
         run(str(write_run(tmp_path)))
@@ -47,7 +48,8 @@ class Card(Device):
 
     def __init__(self, wanted: str | int) -> None:
         super().__init__(wanted)
-        self.is_cpu, self.info["adapter_type"] = False, "DiscreteGPU"
+        info = {**self.facts.info, "adapter_type": "DiscreteGPU"}
+        self.facts = replace(self.facts, is_cpu=False, info=info)
 
 
 @pytest.fixture
@@ -56,7 +58,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
     searches = []
 
     def tuner(device: Device, requests: Iterable[Request], **options: Any) -> dict[Product, Plan]:
-        found = {r.product: candidates(*r.shape(device))[-1] for r in requests}
+        found = {r.product: candidates(*r.shape(device.facts))[-1] for r in requests}
         searches.append((len(found), options))
         return found
 
@@ -87,9 +89,8 @@ def test_what_training_found_in_two_seconds_is_looked_for_again(
     """Training keeps a plan for every product, those that it had no time for included."""
     config = write_run(tmp_path)
     device = Card("auto")
-    planning = PlanningDevice(device)
-    with requests_of(planning) as requests:
-        TrainingSession(load_config(str(config)), device=planning)
+    workload = Workload.open(load_config(str(config)), train=True)
+    requests = SessionPlan.of(device.facts, workload).requests
     find_tiles(device, "auto", requests)
     run(str(config))
     assert calls == [(10, {"seconds": TUNING_SECONDS}), (10, {"seconds": 30.0})]

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,15 @@ import pytest
 from lora.config.schema import Config
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
-from lora.generation.generator import Adapter, TextGenerator, open_generator, upload_adapter
+from lora.generation.engine import Adapter
+from lora.generation.generator import TextGenerator
+from lora.generation.opening import open_generator, upload_adapter
 from lora.generation.sampling import GREEDY, Sampler, Sampling
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.training.session import TrainingSession
 from tests.support.full_rerun import FullRerun
+from tests.support.kernels import with_facts
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import open_session
@@ -47,17 +50,18 @@ def session(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[],
     return opened
 
 
-def generator_of(session: TrainingSession) -> TextGenerator:
-    """A generator on the session's model and adapter."""
+def generator_of(session: TrainingSession, *, is_cpu: bool) -> TextGenerator:
+    """A generator on the session's model and adapter, by the kernels of a CPU device or a GPU."""
     adapter = Adapter(session.layout, session.adapter.parameters)
-    return TextGenerator(session.device, session.model, session.tokenizer, {"tuned": adapter})
+    recording = with_facts(session._recording, is_cpu=is_cpu)
+    return TextGenerator(recording, session.model, session.tokenizer, {"tuned": adapter})
 
 
 def test_every_architecture_token_by_token(
     name: str, session: Callable[[], TrainingSession]
 ) -> None:
     """By the kernels with the lanes and stretches that a GPU gets."""
-    check_token_by_token(name, session(), adapted=True, body="tiled")
+    check_token_by_token(name, session(), adapted=True, is_cpu=False)
 
 
 @pytest.mark.parametrize(
@@ -67,18 +71,17 @@ def test_without_an_adapter_on_a_cpu(plain: str, tmp_path: Path) -> None:
     TINY_MODELS[plain].write_gguf(tmp_path / "model.gguf")
     TINY_MODELS[plain].write_adapter(tmp_path / "adapter")
     opened = open_session(TINY_MODELS[plain], tmp_path / "model.gguf", tmp_path / "adapter")
-    check_token_by_token(plain, opened, adapted=False, body="wide")
+    check_token_by_token(plain, opened, adapted=False, is_cpu=True)
 
 
-def check_token_by_token(name: str, opened: TrainingSession, *, adapted: bool, body: str) -> None:
+def check_token_by_token(
+    name: str, opened: TrainingSession, *, adapted: bool, is_cpu: bool
+) -> None:
     """40 given tokens, beyond every window and past LongRoPE's change of divisors."""
-    device = opened.device
-    before = device.matmul_body, device.is_cpu
-    device.matmul_body, device.is_cpu = body, body == "wide"
-    try:
-        judge, generator = FullRerun(opened), generator_of(opened)
-        ids = TINY_MODELS[name].token_rows()[0]
-        adapter = "tuned" if adapted else None
+    judge = FullRerun(opened)
+    ids = TINY_MODELS[name].token_rows()[0]
+    adapter = "tuned" if adapted else None
+    with generator_of(opened, is_cpu=is_cpu) as generator:
         for n in range(PREFILLED, len(ids) + 1):
             ours = generator.next_logits(ids[:n], adapter=adapter)
             if n % 3 and n != 17:  # LongRoPE's long divisors begin with 17 tokens here
@@ -87,8 +90,6 @@ def check_token_by_token(name: str, opened: TrainingSession, *, adapted: bool, b
             # Both are f32 sums of the same terms in another order; each is up to 5e-5 from the
             # exact logits of up to 20 (tests/forward/model/test_families.py).
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
-    finally:
-        device.matmul_body, device.is_cpu = before
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
@@ -121,7 +122,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
             for path, (a, b) in session.layout.to_modules(session.parameters()).items()
         }
         flat = session.layout.from_modules(modules)
-        session.device.write(session.adapter.parameters, flat)
+        session.device.memory.write(session.adapter.parameters, flat)
         session.save(folder / name)
     return folder
 
@@ -175,6 +176,7 @@ def test_the_dispatches_of_a_gpu(
     first: int,
     dispatches: int,
     ids: list[int],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Norms and activations inside the products, against those of a CPU device.
 
@@ -188,15 +190,14 @@ def test_the_dispatches_of_a_gpu(
         hidden_size=64, intermediate_size=256,
     )  # fmt: skip
     found = []
-    before = device.is_cpu
-    for device.is_cpu in (True, False):
-        try:
-            generator = open_generator(str(tmp_path / "model.gguf"), device=device)
+    facts = device.facts
+    for is_cpu in (True, False):
+        monkeypatch.setattr(device, "facts", replace(facts, is_cpu=is_cpu))
+        with open_generator(str(tmp_path / "model.gguf"), device=device) as generator:
             generator.next_logits(ids[:70])
             found.append(generator.next_logits(ids[:71]))
-            layers, head = generator._programs_of(None, generator._step)
-        finally:
-            device.is_cpu = before
+            engine = generator._engine
+            layers, head = engine._programs_of(None, engine._tensors.step)
     # As in test_every_architecture_token_by_token.
     np.testing.assert_allclose(found[0], found[1], rtol=0, atol=1e-4)
     # Those of a GPU: the embedding and the layers; the logits and the most likely token.
@@ -207,7 +208,7 @@ def test_the_dispatches_of_a_gpu(
 def test_two_greedy_texts_in_turn(tiny: Path, ids: list[int]) -> None:
     """Each as it is alone, though the device goes on with one before the other is asked for."""
     device = Device()
-    device.is_cpu = False  # steps ahead are a GPU's
+    device.facts = replace(device.facts, is_cpu=False)  # steps ahead are a GPU's
     adapters = {name: tiny / name for name in "ab"}
     generator = open_generator(str(tiny / "model.gguf"), adapters, max_length=120, device=device)
     texts = {"a": ids[:9], "b": ids[:30], None: ids[20:41]}
@@ -315,10 +316,10 @@ def test_stopping(
 
     "gpu": where greedy tokens are computed ahead.
     """
-    monkeypatch.setattr("lora.generation.generator._CPU_PIECE_ROWS", 16)
-    monkeypatch.setattr("lora.generation.generator._PIECE_ROWS", 16)
+    monkeypatch.setattr("lora.generation.engine._CPU_PIECE_ROWS", 16)
+    monkeypatch.setattr("lora.generation.engine._PIECE_ROWS", 16)
     device = Device()
-    device.is_cpu = is_cpu
+    device.facts = replace(device.facts, is_cpu=is_cpu)
     generator = open_generator(str(tiny / "model.gguf"), max_length=120, device=device)
 
     def generate(asked: int) -> list[int]:
@@ -395,12 +396,16 @@ def test_a_room_beyond_the_models_context(tiny: Path, device: Device) -> None:
 def test_no_memory(tiny: Path, missing: str) -> None:
     """The model itself does not fit, or the keys and values after it: all figures are told."""
     path, device = str(tiny / "model.gguf"), Device()
-    open_generator(path, device=device)
+    generator = open_generator(path, device=device)
     by_purpose, total = dict(device.allocated), sum(device.allocated.values())
+    generator.close()
+    assert device.allocated == {}
     small = Device()
-    small.memory_limit = by_purpose["weights"] - 1 if missing == "weights" else total - 1
+    most = by_purpose["weights"] - 1 if missing == "weights" else total - 1
+    small.facts = replace(small.facts, memory_limit=most)
     with pytest.raises(InputError, match="does not fit: .* has .* MiB of memory") as raised:
         open_generator(path, device=small)
+    assert small.allocated == {}  # what was taken before is given back
     said = str(raised.value)
     assert said.startswith("Text of up to 128 tokens" if missing != "weights" else path)
     assert f"takes {total / 2**20:,.0f} MiB (" in said
@@ -413,6 +418,6 @@ def test_adapters_that_do_not_fit(tiny: Path, tmp_path: Path, device: Device) ->
     write_tiny_llama(tmp_path / "one.gguf", n_layers=1)
     with pytest.raises(InputError, match="adapts layer 1, but the model has 1 layers"):
         open_generator(str(tmp_path / "one.gguf"), {"b": tiny / "b"}, device=device)
-    fused = dataclasses.replace(Architecture.from_gguf(GGUFFile(tmp_path / "one.gguf")), fused=True)
+    fused = replace(Architecture.from_gguf(GGUFFile(tmp_path / "one.gguf")), fused=True)
     with pytest.raises(InputError, match=r"adapts .*q_proj.*does not have; it has qkv_proj"):
-        upload_adapter(device, fused, tiny / "b")
+        upload_adapter(device.recording(), fused, tiny / "b")

@@ -6,7 +6,9 @@ import json
 import multiprocessing
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,19 +18,26 @@ from lora.forward.plans.matmul_plans import (
     Product,
     Request,
     plan_of,
-    using_source,
 )
 from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
-from lora.shaders.planning import PlanningDevice
+from lora.shaders.facts import DeviceFacts
 from lora.storage.tile_cache import TileCache, cache_folder, find_tiles
 from tests.support.plans import gpu as gpu  # a fixture
 from tests.support.plans import planned_requests, refuse, second_choices, use_tuner
 
 
-def requests_for(device: Device) -> list[Request]:
-    return planned_requests(device, [(256, 512, 1024)])
+def requests_for(device: Device, precision: str = "f32") -> list[Request]:
+    return planned_requests(device.facts, [(256, 512, 1024)], precision)
+
+
+def with_info(device: Device, **info: str) -> DeviceFacts:
+    return replace(device.facts, info={**device.facts.info, **info})
+
+
+def plans_of(device: Device, source: PlanSource | None, requests: Sequence[Request]) -> list[Plan]:
+    return [plan_of(device.recording(plans=source), request) for request in requests]
 
 
 def test_found_once(gpu: Device, tmp_path: Path) -> None:
@@ -46,7 +55,7 @@ def test_found_once(gpu: Device, tmp_path: Path) -> None:
         looked_for.extend(missing)
         return second_choices(device, missing, seconds=seconds)
 
-    more = planned_requests(gpu, [(64, 128, 192)])
+    more = planned_requests(gpu.facts, [(64, 128, 192)])
     again.find([*requests, *more], note)
     assert looked_for == more
     once_more = TileCache(gpu)
@@ -94,14 +103,15 @@ def test_what_is_found_holds_for_one_device_driver_and_kernel(
     TileCache(gpu).find(requests, second_choices)
     key = {"driver": "description", "backend": "backend_type"}.get(other)
     if key is not None:
-        monkeypatch.setattr(gpu, "info", gpu.info | {key: "another"})
+        monkeypatch.setattr(gpu, "facts", with_info(gpu, **{key: "another"}))
     elif other == "kernel":
         (tmp_path / "matmul_tiled.wgsl").write_text("changed")
         monkeypatch.setattr(lora.storage.tile_cache, "_KERNELS", tmp_path)
+    elif other == "precision":
+        requests = requests_for(gpu, "f16")
     else:
-        values = {"name": "Card 4000", "workgroup_memory": 16384, "precision": "f16"}
-        monkeypatch.setattr(gpu, other, values[other])
-        requests = requests_for(gpu)
+        values: dict[str, Any] = {"name": "Card 4000", "workgroup_memory": 16384}
+        monkeypatch.setattr(gpu, "facts", replace(gpu.facts, **{other: values[other]}))
     cache = TileCache(gpu)
     cache.load()
     assert all(cache.plan(r.product) is None for r in requests)
@@ -138,7 +148,7 @@ def test_a_damaged_file_is_passed_over_and_replaced(gpu: Device, contents: bytes
 def test_an_entry_that_cannot_be_used_is_replaced(
     gpu: Device, entry: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gpu, "workgroup_memory", 16384)
+    monkeypatch.setattr(gpu, "facts", replace(gpu.facts, workgroup_memory=16384))
     request, _ = requests_for(gpu)
     product = request.product
     cache = TileCache(gpu)
@@ -166,39 +176,22 @@ def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tuner(monkeypatch, tuner)
     requests = requests_for(gpu)
     wanted = list(second_choices(gpu, requests, seconds=1).values())
-    model = [choose_tile(*r.shape(gpu)) for r in requests]
+    model = [choose_tile(*r.shape(gpu.facts)) for r in requests]
 
-    def plans(source: PlanSource | None, device: Device = gpu) -> list[Plan]:
-        with using_source(device, source):
-            return [plan_of(device, request) for request in requests]
+    def plans(source: PlanSource | None) -> list[Plan]:
+        return plans_of(gpu, source, requests)
 
     assert plans(find_tiles(gpu, "auto")) == model
     assert find_tiles(gpu, "off", requests) is None
-    planning = PlanningDevice(gpu)
-    assert plans(find_tiles(planning, "auto", requests), planning) == model
     assert not calls and not TileCache(gpu).path.exists()
     found = find_tiles(gpu, "auto", requests)
     assert plans(found) == wanted and len(calls) == 1
     assert plans(find_tiles(gpu, "auto", requests)) == wanted and len(calls) == 1
     assert plans(None) == model
     assert plans(find_tiles(gpu, "auto")) == wanted
-    assert plans(find_tiles(planning, "auto"), planning) == wanted
-    monkeypatch.setattr(gpu, "info", gpu.info | {"adapter_type": "CPU"})
+    monkeypatch.setattr(gpu, "facts", with_info(gpu, adapter_type="CPU"))
     assert find_tiles(gpu, "auto", requests) is None
     assert len(calls) == 1
-
-
-def test_a_source_holds_in_its_block_only(gpu: Device) -> None:
-    """So that two sessions on one device do not record with each other's plans."""
-    requests = requests_for(gpu)
-    model = [choose_tile(*r.shape(gpu)) for r in requests]
-    second = second_choices(gpu, requests, seconds=1)
-    with using_source(gpu, lambda request: second[request.product]):
-        assert [plan_of(gpu, r) for r in requests] == list(second.values())
-        with using_source(gpu, None):
-            assert [plan_of(gpu, r) for r in requests] == model
-        assert [plan_of(gpu, r) for r in requests] == list(second.values())
-    assert [plan_of(gpu, r) for r in requests] == model
 
 
 def test_without_a_place_to_keep_them_the_model_chooses(
@@ -210,21 +203,18 @@ def test_without_a_place_to_keep_them_the_model_chooses(
     (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="train.tuning"), pytest.warns(match="cannot be read"):
         source = find_tiles(gpu, "auto", requests)
-    with using_source(gpu, source):
-        plans = [plan_of(gpu, r) for r in requests]
-    assert plans == [choose_tile(*r.shape(gpu)) for r in requests]
+    assert plans_of(gpu, source, requests) == [choose_tile(*r.shape(gpu.facts)) for r in requests]
 
 
 def _find_slowly(rank: int, folder: Path, started: object, results: object) -> None:
     """What one of two processes does: tunes for a while, to another result than the other's."""
     device = Device()
-    device.matmul_body = "tiled"
     requests = requests_for(device)
     cache = TileCache(device, folder)
 
     def tuner(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
         time.sleep(0.3)
-        return {r.product: candidates(*r.shape(device))[rank] for r in missing}
+        return {r.product: candidates(*r.shape(device.facts))[rank] for r in missing}
 
     started.wait()  # type: ignore[attr-defined]
     cache.find(requests, tuner)

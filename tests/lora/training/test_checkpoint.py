@@ -7,6 +7,7 @@ import shutil
 import warnings
 import weakref
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ def first_choices(
     device: Device, requests: Sequence[Request], *, seconds: float
 ) -> dict[Product, Plan]:
     """What a tuner finds that agrees with the model."""
-    return {r.product: candidates(*r.shape(device))[0] for r in requests}
+    return {r.product: candidates(*r.shape(device.facts))[0] for r in requests}
 
 
 @pytest.fixture
@@ -92,7 +93,8 @@ def test_resumed_with_the_plans_of_then(
 def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans were found for the other one, and its compiler may order sums as it likes."""
     run_training(open_session(config, gpu))
-    monkeypatch.setattr(gpu, "info", gpu.info | {"description": "driver 2.0"})
+    info = {**gpu.facts.info, "description": "driver 2.0"}
+    monkeypatch.setattr(gpu, "facts", replace(gpu.facts, info=info))
     use_tuner(monkeypatch, first_choices)
     session = open_session(config, gpu)
     own = dict(session.plans)
@@ -142,7 +144,7 @@ def test_other_kernels_are_said(
 
 
 def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:
-    needs_halves(device)
+    needs_halves(device.facts)
     config = write_run(tmp_path, train={"save_every": 4})
     run_training(open_session(config, device))
     with pytest.raises(InputError, match=r"made with train\.precision f32, and now it is f16"):

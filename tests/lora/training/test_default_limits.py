@@ -1,5 +1,6 @@
 """The whole step within WebGPU's default limits, which every device must offer."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,18 +24,17 @@ DEFAULTS = {
 
 
 @pytest.mark.parametrize(
-    ("name", "body", "is_cpu", "precision"),
+    ("name", "is_cpu", "precision"),
     [
-        ("llama_bias", "wide", True, "f32"),
-        ("gemma3", "wide", True, "f32"),
-        ("llama_bias", "tiled", False, "f32"),
-        ("gemma3", "tiled", False, "f16"),
-        ("llama_head", "tiled", False, "f32"),
+        ("llama_bias", True, "f32"),
+        ("gemma3", True, "f32"),
+        ("llama_bias", False, "f32"),
+        ("gemma3", False, "f16"),
+        ("llama_head", False, "f32"),
     ],
 )
 def test_a_step_within_the_default_limits(
     name: str,
-    body: str,
     is_cpu: bool,
     precision: str,
     tmp_path: Path,
@@ -52,7 +52,7 @@ def test_a_step_within_the_default_limits(
 
         def device(wanted: str | int, limits: dict[str, int] | None = limits) -> Device:
             opened = Device(wanted, limits)
-            opened.matmul_body, opened.is_cpu = body, is_cpu
+            opened.facts = replace(opened.facts, is_cpu=is_cpu)
             return opened
 
         monkeypatch.setattr("lora.training.session.Device", device)
@@ -62,7 +62,7 @@ def test_a_step_within_the_default_limits(
         )  # fmt: skip
         if limits is not None:
             for key, value in limits.items():
-                assert session.device.wgpu.limits[key] == value, key
+                assert session.device.handle.limits[key] == value, key
         results.append(gradients(session))
     own, default = results
     # f16 rounds to 2^-12 after other sums; see test_precision.py.

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-import wgpu
 
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.shaders.device import Device
-from lora.shaders.errors import DeviceMemoryError, InputError
-from lora.shaders.planning import PlanningDevice
+from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
+from lora.shaders.webgpu import Use
+from lora.training.device_state import SessionPlan
 from lora.training.session import TrainingSession
 from tests.support.tiny_gguf import write_tiny_llama
 
@@ -36,22 +37,21 @@ EXAMPLES = [Example(np.full(50, 7, np.int32), np.arange(50) > 3, i) for i in ran
 
 
 @pytest.mark.parametrize("recompute", ["on", "off"])
-@pytest.mark.parametrize("body", ["wide", "tiled"])
-def test_a_plan_counts_what_is_taken(config: Config, recompute: str, body: str) -> None:
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_a_plan_counts_what_is_taken(config: Config, recompute: str, is_cpu: bool) -> None:
     train = config.train.model_copy(update={"recompute": recompute})
     config = config.model_copy(update={"train": train})
     device = Device()
-    device.matmul_body = body
+    device.facts = replace(device.facts, is_cpu=is_cpu)
     session = TrainingSession(config, examples=EXAMPLES, device=device)
-    planned = PlanningDevice(device)
-    TrainingSession(config, examples=EXAMPLES, device=planned)
-    assert planned.allocated == session.device.allocated
-    assert {"weights", "adapter", "gradients", "optimizer", "activations"} <= set(planned.allocated)
+    planned = SessionPlan.of(device.facts, session.workload).allocated
+    assert planned == session.plan.allocated == device.allocated
+    assert {"weights", "adapter", "gradients", "optimizer", "activations"} <= set(planned)
 
 
 def test_a_model_that_does_not_fit(config: Config) -> None:
     device = Device()
-    device.memory_limit = 300_000
+    device.facts = replace(device.facts, memory_limit=300_000)
     with pytest.raises(InputError) as caught:
         TrainingSession(config, examples=EXAMPLES, device=device)
     message = str(caught.value)
@@ -63,17 +63,9 @@ def test_a_model_that_does_not_fit(config: Config) -> None:
 def test_a_refusal_of_the_device(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     device = Device()
 
-    def refuse(**options: object) -> None:
-        raise wgpu.GPUOutOfMemoryError("Not enough memory left.\nmore")
+    def refuse(n_bytes: int, use: Use) -> None:
+        raise GPUError("Not enough memory left.\nmore")
 
-    monkeypatch.setattr(device.wgpu, "create_buffer", refuse)
+    monkeypatch.setattr(device.handle, "create_buffer", refuse)
     with pytest.raises(DeviceMemoryError, match=r"refused a buffer of .* \(Not enough memory left"):
-        device.empty((100,))
-
-
-def test_a_planning_device_holds_nothing() -> None:
-    planned = PlanningDevice(Device())
-    tensor = planned.upload(np.ones((3, 5)))
-    assert tensor.shape == (3, 5) and planned.allocated["weights"] == 256
-    with pytest.raises(ValueError, match="holds no data"):
-        planned.read(tensor)
+        device.memory.empty((100,))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,6 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError, LoraError
-from lora.shaders.planning import PlanningDevice
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
 from tests.support.synthetic_models import Shape, write_model
@@ -26,7 +26,7 @@ NAMES = ["llama_odd", "qwen3", "gemma2", "gemma3", "llama_head"]
 
 @pytest.fixture(autouse=True)
 def half(device: Device) -> Iterator[None]:
-    needs_halves(device)
+    needs_halves(device.facts)
     yield
 
 
@@ -36,7 +36,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 
     def opened(wanted: str | int) -> Device:
         device = Device(wanted)
-        device.matmul_body = request.param
+        device.facts = replace(device.facts, is_cpu=request.param == "wide")
         return device
 
     monkeypatch.setattr("lora.training.session.Device", opened)
@@ -91,10 +91,7 @@ def test_what_is_f16(recompute: str, tmp_path: Path) -> None:
     assert {t.dtype for t in (act.boundary, act.final, act.shared.middle, act.shared.lse)} == {
         "f32"
     }
-    planned = PlanningDevice(sessions[1].device)
-    TrainingSession(sessions[1].config, examples=sessions[1].train_examples, device=planned)
-    assert planned.allocated == small
-    assert sessions[1].device.precision == "f32"  # outside of what the session records
+    assert sessions[1].plan.allocated == small
 
 
 def test_recompute_changes_no_bit(tmp_path: Path) -> None:
@@ -144,7 +141,8 @@ EXAMPLES = [Example(np.full(50, 7, np.int32), np.arange(50) > 3, i) for i in ran
 
 def test_without_the_feature_it_is_refused(tmp_path: Path) -> None:
     device = Device()
-    device.features = device.features - {"shader-f16"}
+    without = device.facts.features - {"shader-f16"}
+    device.facts = replace(device.facts, features=without)
     with pytest.raises(InputError, match="train.precision: f16: .* lacks WebGPU's shader-f16; set"):
         TrainingSession(config_of(tmp_path), examples=EXAMPLES, device=device)
 
@@ -157,7 +155,7 @@ def test_beyond_f16_the_step_is_refused_and_nothing_changes(tmp_path: Path) -> N
     for path, (a, b) in modules.items():
         modules[path] = (a, np.full_like(b, 1e6))
     before = session.layout.from_modules(modules)
-    session.device.write(session.adapter.parameters, before)
+    session.device.memory.write(session.adapter.parameters, before)
     with pytest.raises(LoraError, match=r"set train\.precision: f32 \(f16 ends at 65504\)"):
         list(session.train())
     assert (session.parameters() == before).all()
@@ -173,6 +171,6 @@ def test_text_is_written_in_f32(tmp_path: Path) -> None:
         session = open_session(
             model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
         )
-        prompt = [int(t) for t in session.train_examples[0].ids[:5]]
+        prompt = [int(t) for t in session.workload.train_examples[0].ids[:5]]
         texts.append(session.generate(prompt, max_tokens=8))
     assert texts[0] == texts[1]

@@ -93,9 +93,11 @@ def test_some_matrices_get_the_gradients_they_get_among_all(tmp_path: Path, targ
             a[:] = np.random.default_rng(len(module) + a.shape[1]).normal(size=a.shape) * 0.1
             if chosen:
                 b[:] = rng.normal(size=b.shape) * 0.1
-        session.device.write(session.adapter.parameters, session.layout.from_modules(modules))
-        session.step([make_batch(session.train_examples[:3])])
-        gradient = session.device.read(session.adapter.gradients[0])
+        session.device.memory.write(
+            session.adapter.parameters, session.layout.from_modules(modules)
+        )
+        session.step([make_batch(session.workload.train_examples[:3])])
+        gradient = session.device.memory.read(session.adapter.gradients[0])
         found[name] = session.layout.to_modules(gradient)
     for module, (d_a, d_b) in found["some"].items():
         expected_a, expected_b = found["all"][module]
@@ -116,17 +118,17 @@ def test_the_gradient_is_the_slope_of_the_loss(tmp_path: Path) -> None:
     for _, b in modules.values():
         b[:] = rng.normal(size=b.shape) * 0.1
     flat = session.layout.from_modules(modules)
-    session.device.write(session.adapter.parameters, flat)
-    session.step([make_batch(session.train_examples)])
-    gradient = session.device.read(session.adapter.gradients[0]).astype(np.float64)
+    session.device.memory.write(session.adapter.parameters, flat)
+    session.step([make_batch(session.workload.train_examples)])
+    gradient = session.device.memory.read(session.adapter.gradients[0]).astype(np.float64)
     norm = np.linalg.norm(gradient)
     (metrics,) = session.finished_steps(wait=True)
     assert metrics.grad_norm == pytest.approx(norm, rel=1e-5)
 
     def loss(distance: float) -> float:
         moved = (flat + distance * gradient / norm).astype(np.float32)
-        session.device.write(session.adapter.parameters, moved)
-        return session.evaluate(session.train_examples).loss
+        session.device.memory.write(session.adapter.parameters, moved)
+        return session.evaluate(session.workload.train_examples).loss
 
     # f32 losses of about 6 carry 1e-6: over 2 · 0.02 along the steepest way that is 1e-4 of it.
     slope = (loss(0.02) - loss(-0.02)) / 0.04
@@ -137,7 +139,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
     session = TrainingSession.from_config(write_run(tmp_path))
     flat = session.parameters()
     flat[3] = np.inf
-    session.device.write(session.adapter.parameters, flat)
+    session.device.memory.write(session.adapter.parameters, flat)
     with pytest.raises(LoraError, match=r"Step 1: the loss is nan.*Lower train.learning_rate"):
         list(session.train())
     assert session.parameters().tobytes() == flat.tobytes()
@@ -147,7 +149,7 @@ def test_generation_agrees_with_evaluation(tmp_path: Path) -> None:
     """The greedy continuation, found token by token, is right where every argmax is."""
     path = write_run(tmp_path)
     session, _ = trained(path, "train.epochs=60")
-    for example in session.train_examples[:4]:
+    for example in session.workload.train_examples[:4]:
         first = int(example.trained.argmax())
         result = session.evaluate([example])
         prompt = [int(token) for token in example.ids[:first]]
@@ -159,8 +161,8 @@ def test_generation_agrees_with_evaluation(tmp_path: Path) -> None:
 def test_an_example_that_was_cut_is_never_exact(tmp_path: Path) -> None:
     """Made exact by construction: what follows the prompt is what the model says itself."""
     session = TrainingSession.from_config(write_run(tmp_path), train=False)
-    prompt = session.eval_examples[0].ids[:4].tolist()
-    generator = TextGenerator(session.device, session.model, session.tokenizer)
+    prompt = session.workload.eval_examples[0].ids[:4].tolist()
+    generator = TextGenerator(session._recording, session.model, session.tokenizer)
     said = list(generator.stream_ids(prompt, max_tokens=3))
     ids = np.array([*prompt, *said], dtype=np.int32)
     whole = Example(ids, np.arange(len(ids)) >= len(prompt), 0)
@@ -216,9 +218,9 @@ def test_the_whole_step_at_webgpus_default_limits(tmp_path: Path) -> None:
         "max-storage-buffers-per-shader-stage": 8,
     }
     results = []
-    for body, is_cpu in (("wide", True), ("tiled", False)):
+    for is_cpu in (True, False):
         device = Device(limits=limits)
-        device.matmul_body, device.is_cpu = body, is_cpu
+        device.facts = replace(device.facts, is_cpu=is_cpu)
         session = TrainingSession(load_config(str(path)), device=device)
         results.append([metrics.loss for metrics in session.train()])
     # Both ways sum the same products in another order.

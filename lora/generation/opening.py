@@ -1,0 +1,99 @@
+"""Opening a model and adapters for text, without anything that only training needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+from lora.adapters.files import load_adapter, open_adapter
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.frozen_model import load_model
+from lora.forward.text.tokenizer import Tokenizer
+from lora.generation.engine import Adapter, TextTensors, memory_figures
+from lora.generation.generator import TextGenerator
+from lora.shaders.device import Device
+from lora.shaders.errors import DeviceMemoryError, InputError
+from lora.shaders.memory import CountingMemory
+from lora.shaders.recording import Recording
+from lora.storage.stores import resolve_model
+from lora.storage.tile_cache import find_tiles
+
+DEFAULT_ROOM = 4096  # tokens
+
+
+def upload_adapter(recording: Recording, architecture: Architecture, path: Path) -> Adapter:
+    """Puts an adapter on the device: a PEFT directory, or a GGUF adapter.
+
+    Raises:
+        InputError: it is no adapter, or not one for this model.
+    """
+    layout = open_adapter(path, architecture).layout(architecture)
+    layout.check_bindings(recording.facts)
+    flat = recording.memory.empty_flat(layout.size, purpose="adapter")
+    recording.memory.write(flat, load_adapter(path, layout))
+    return Adapter(layout, flat)
+
+
+def open_generator(
+    model: str,
+    adapters: Mapping[str, Path] | None = None,
+    *,
+    tokenizer: str | None = None,
+    max_length: int | None = None,
+    device: str | Device = "auto",
+) -> TextGenerator:
+    """Opens a model and adapters for text; `close` on what it returns gives all memory back.
+
+    Args:
+        model: a GGUF file, or a name as in model.path.
+        adapters: PEFT adapter directories or GGUF adapters by name.
+        tokenizer: a tokenizer.json, or a directory that holds one; None for the GGUF's own.
+        max_length: the room: tokens of prompt and answer together; None for what the model was
+            trained for, DEFAULT_ROOM at most. More than it was trained for is refused.
+        device: as in the config, or one that is open already, and stays open.
+
+    Raises:
+        InputError: the model or an adapter can't be read, they do not fit together, max_length is
+            beyond the model's context, or the device has no room.
+    """
+    gguf_file = GGUFFile(resolve_model(model))
+    architecture = Architecture.from_gguf(gguf_file)
+    if tokenizer is None:
+        text_tokens = Tokenizer.from_gguf(gguf_file)
+    else:
+        text_tokens = Tokenizer.from_file(tokenizer, gguf_file=gguf_file)
+    room = max_length or min(architecture.context_length, DEFAULT_ROOM)
+    if room > architecture.context_length:
+        raise InputError(
+            f"max_length is {room}, but {model} was trained for texts of up to "
+            f"{architecture.context_length} tokens and writes nonsense beyond them. Set "
+            f"--max-length to {architecture.context_length} or less."
+        )
+    opened = Device(device) if isinstance(device, str) else device
+    memory = opened.arena()
+    owner = opened if isinstance(device, str) else memory
+    recording = opened.recording(memory=memory, plans=find_tiles(opened, "auto"))
+    try:
+        try:
+            loaded = load_model(recording, gguf_file, architecture, room)
+        except DeviceMemoryError as error:
+            counted = CountingMemory(opened.facts)
+            counting = replace(recording, memory=counted)
+            TextTensors.allocate(
+                counting, load_model(counting, gguf_file, architecture, room), room
+            )
+            raise InputError(
+                f"{model} does not fit: {error}, and with room for texts of {room} tokens it takes "
+                f"{memory_figures(counted.allocated)}. Take a smaller quantization, or lower "
+                "--max-length."
+            ) from error
+        uploaded = {
+            name: upload_adapter(recording, architecture, path)
+            for name, path in (adapters or {}).items()
+        }
+        return TextGenerator(recording, loaded, text_tokens, uploaded, owner=owner)
+    except BaseException:
+        owner.close()
+        raise

@@ -1,0 +1,217 @@
+"""What a session has on the device: tensors, programs, and what they would take."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from lora.data.examples import Example
+from lora.forward.decoder.head import chunk_size
+from lora.forward.decoder.layers import LayerActivations
+from lora.forward.model.frozen_model import Model, load_model
+from lora.forward.model.inputs import Inputs
+from lora.forward.plans.matmul_plans import PlanSource, Product, Request, noting, plan_of, source_of
+from lora.forward.plans.matmul_tiles import Plan
+from lora.shaders.errors import InputError
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory, Memory
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import item_bytes
+from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
+from lora.training.programs import Activations, AdapterState, TrainingPrograms, record_prefix
+from lora.training.workload import Workload
+
+KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
+
+
+@dataclass(frozen=True)
+class SessionTensors:
+    """All that stays while a session is open, whatever is recorded.
+
+    Attributes:
+        recompute: whether layers are run again in the backward pass.
+        train_cache: of data.train's frozen prefix, where there is one and it is kept.
+    """
+
+    model: Model
+    inputs: Inputs
+    adapter: AdapterState
+    activations: Activations
+    recompute: bool
+    train_cache: PrefixCache | None
+
+    @classmethod
+    def allocate(cls, recording: Recording, workload: Workload) -> SessionTensors:
+        """Loads the model and makes room for the largest micro-batch.
+
+        Raises:
+            InputError: a tensor is larger than the device can bind.
+            DeviceMemoryError: the device has no room.
+        """
+        model = load_model(recording, workload.gguf_file, workload.architecture, workload.longest)
+        targets = workload.maximum_targets
+        chunk = chunk_size(recording, workload.architecture.logits_size, targets)
+        inputs = Inputs.allocate(
+            recording, workload.maximum_rows, targets, chunk, model.long_examples
+        )
+        adapter = AdapterState.allocate(recording, workload.layout)
+        recording.memory.write(adapter.parameters, workload.initial)
+        activations = Activations.allocate(
+            recording, model, inputs, workload.layout, adapter.parameters
+        )
+        recompute, train_cache = False, None
+        if workload.trains:
+            recompute = wants_recompute(recording, workload, model, inputs)
+            train_cache = open_cache(recording, workload, workload.train_examples)
+        return cls(model, inputs, adapter, activations, recompute, train_cache)
+
+
+@dataclass(frozen=True)
+class SessionPrograms:
+    """What every micro-batch begins with and, in training, the rest of a step.
+
+    Attributes:
+        memory: of what only these programs need.
+        training: None in a session without training.
+    """
+
+    memory: Memory
+    prefix: Program
+    training: TrainingPrograms | None
+
+    @classmethod
+    def record(
+        cls, recording: Recording, workload: Workload, tensors: SessionTensors
+    ) -> SessionPrograms:
+        """Records them with memory of their own, inside the recording's."""
+        inner = replace(recording, memory=recording.memory.inner())
+        layout, act = workload.layout, tensors.activations
+        prefix = record_prefix(inner, tensors.model, tensors.inputs, act, layout.lowest_layer)
+        training = None
+        if workload.trains:
+            train = workload.config.train
+            training = TrainingPrograms(
+                inner,
+                tensors.model,
+                tensors.inputs,
+                act,
+                layout,
+                tensors.adapter,
+                recompute=tensors.recompute,
+                max_norm=train.max_grad_norm,
+                betas=(train.betas[0], train.betas[1]),
+                epsilon=train.epsilon,
+                weight_decay=train.weight_decay,
+            )
+        return cls(inner.memory, prefix, training)
+
+    @property
+    def step(self) -> tuple[Program, ...]:
+        """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
+        if self.training is None:
+            return (self.prefix,)
+        return self.prefix, self.training.micro_batch, self.training.finish
+
+
+@dataclass(frozen=True)
+class SessionPlan:
+    """A session recorded on memory that only counts: what it would take and run.
+
+    Attributes:
+        facts: of the device that it is for.
+        requests: the products of a step, each as often as it occurs.
+        allocated: bytes by purpose.
+        largest_scratch: elements.
+    """
+
+    workload: Workload
+    facts: DeviceFacts
+    tensors: SessionTensors
+    programs: SessionPrograms
+    requests: Sequence[Request]
+    allocated: Counter[str]
+    largest_scratch: int
+
+    @classmethod
+    def of(
+        cls, facts: DeviceFacts, workload: Workload, plans: PlanSource | None = None
+    ) -> SessionPlan:
+        """Records a session as a device of these facts would.
+
+        Args:
+            plans: of products; None for the model's choices.
+
+        Raises:
+            InputError: something is larger than the device can bind.
+        """
+        requests: list[Request] = []
+        note = noting(requests)
+
+        def source(request: Request) -> Plan | None:
+            note(request)
+            return None if plans is None else plans(request)
+
+        memory = CountingMemory(facts)
+        recording = Recording(facts, memory, workload.config.train.precision, plans=source)
+        tensors = SessionTensors.allocate(recording, workload)
+        programs = SessionPrograms.record(recording, workload, tensors)
+        return cls(
+            workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
+        )
+
+    def chosen(self, plans: PlanSource | None) -> dict[Product, Plan]:
+        """The plan of each product that training records, from a source or the model."""
+        if not self.workload.trains:
+            return {}
+        recording = Recording(self.facts, CountingMemory(self.facts), plans=plans)
+        requests = {request.product: request for request in self.requests}
+        return {product: plan_of(recording, request) for product, request in requests.items()}
+
+
+def replanned(
+    recording: Recording, plans: Mapping[Product, Plan], others: PlanSource | None
+) -> Recording:
+    """The same recording with these plans; `others` is asked for products not among them."""
+    return replace(recording, plans=source_of(plans, others))
+
+
+def wants_recompute(recording: Recording, workload: Workload, model: Model, inputs: Inputs) -> bool:
+    """What `train.recompute` means: auto keeps all activations where they are few."""
+    setting, layout = workload.config.train.recompute, workload.layout
+    if setting != "auto":
+        return setting == "on"
+    counted = CountingMemory(recording.facts)
+    counting = replace(recording, memory=counted)
+    factors = layout.factors(counted.empty_flat(layout.size, purpose="adapter"))
+    LayerActivations.allocate(counting, model, inputs, factors, layout.lowest_layer)
+    kept_input = item_bytes("f32") * inputs.rows.maximum * model.architecture.hidden_size
+    n_layers = model.architecture.n_layers - layout.lowest_layer
+    return n_layers * (counted.allocated["activations"] + kept_input) > KEPT_ACTIVATIONS_LIMIT
+
+
+def open_cache(
+    recording: Recording, workload: Workload, examples: Sequence[Example]
+) -> PrefixCache | None:
+    """The prefix cache of a data set, where there is a frozen prefix and it is wanted.
+
+    Raises:
+        InputError: it is asked for and larger than one buffer can be.
+    """
+    setting = workload.config.train.reuse_frozen_prefix
+    hidden_size = workload.architecture.hidden_size
+    needed = PrefixCache.bytes_needed(examples, hidden_size)
+    most = recording.facts.max_buffer
+    if setting == "on" and needed > most:
+        raise InputError(
+            f"train.reuse_frozen_prefix: on: the states of {len(examples)} examples take "
+            f"{needed / 2**20:.0f} MiB, more than the {most / 2**20:.0f} MiB that one "
+            "buffer can hold here; set it to off."
+        )
+    wanted = (
+        setting != "off"
+        and workload.layout.lowest_layer > 0
+        and (setting == "on" or needed <= min(most, AUTO_LIMIT))
+    )
+    return PrefixCache(recording, examples, hidden_size) if wanted else None

@@ -1,0 +1,178 @@
+"""What is asked of a WebGPU implementation: the seam behind which wgpu-native stands.
+
+shaders/native.py is the one implementation so far. Nothing outside shaders/ imports an
+implementation or knows its inner functions; inside, only native.py does.
+
+Pipelines, bind groups, query sets and encoded commands are whatever the implementation makes them:
+they are only handed back to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from enum import Enum
+from typing import Any, Protocol
+
+Pipeline = Any
+BindGroup = Any
+QuerySet = Any
+Commands = Any
+Launch = tuple[Pipeline, BindGroup, tuple[int, int, int]]  # the last the grid of workgroups
+UNIFORM = 0x40  # of a buffer's flags
+Stamps = tuple[QuerySet, int, int]  # which queries take the times before and after a pass
+
+
+class Use(Enum):
+    """What a buffer is for."""
+
+    STORAGE = "kernels read and write it"
+    UNIFORM = "kernels read it as a uniform"
+    RESULT = "it is copied into and then mapped for the host"
+
+
+class Buffer(Protocol):
+    """Memory on the device."""
+
+    @property
+    def size(self) -> int:
+        """Bytes."""
+
+    @property
+    def usage(self) -> int:
+        """WebGPU's flags."""
+
+    def destroy(self) -> None:
+        """Gives the memory back; work that was submitted before still finds it."""
+
+
+class Mapped(Protocol):
+    """A buffer on its way to the host."""
+
+    def arrived(self) -> bool:
+        """Whether it can be read; only `OpenDevice.poll` makes that so."""
+
+    def take(self) -> bytes:
+        """Its bytes, once it has arrived; the buffer may be copied into again."""
+
+
+class Encoder(Protocol):
+    """Takes commands in their order."""
+
+    def dispatches(self, launches: Iterable[Launch], stamps: Stamps | None = None) -> None:
+        """One pass of kernel launches, with a timestamp before and after it where asked for."""
+
+    def copy(
+        self, source: Buffer, source_offset: int, target: Buffer, offset: int, n_bytes: int
+    ) -> None:
+        """A copy between two buffers."""
+
+    def clear(self, buffer: Buffer, offset: int, n_bytes: int) -> None:
+        """A fill with zeros."""
+
+    def finish(self) -> Commands:
+        """What `OpenDevice.submit` takes.
+
+        Raises:
+            GPUError: some command was not valid.
+        """
+
+
+class OpenDevice(Protocol):
+    """A device with its queue."""
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """WebGPU's limits, by their names with hyphens."""
+
+    def create_buffer(self, n_bytes: int, use: Use) -> Buffer:
+        """A buffer of zeros.
+
+        Raises:
+            GPUError: the device has no room.
+        """
+
+    def write(self, buffer: Buffer, offset: int, data: Any) -> None:
+        """Copies host bytes (a contiguous array) into a buffer, before what is submitted next."""
+
+    def release_staging(self) -> None:
+        """Gives back the host's memory of the writes so far."""
+
+    def read(self, buffer: Buffer, offset: int, n_bytes: int) -> memoryview:
+        """Waits for all that was submitted, and copies bytes to the host."""
+
+    def map_for_reading(self, buffer: Buffer) -> Mapped:
+        """Asks for a buffer of `Use.RESULT` without waiting for it."""
+
+    def poll(self) -> None:
+        """Finds out what has ended, without waiting."""
+
+    def compile(self, label: str, code: str, *, checked: bool) -> Pipeline:
+        """The pipeline of a kernel's WGSL text, whose entry point is `main`.
+
+        Args:
+            checked: with the implementation's own checks of indices and loops.
+
+        Raises:
+            GPUError: the code is wrong.
+        """
+
+    def bind_group(
+        self, pipeline: Pipeline, ranges: Sequence[tuple[Buffer, int, int]]
+    ) -> BindGroup:
+        """Binds ranges (buffer, offset, bytes) to @group(0), in the order of their @binding."""
+
+    def query_set(self, count: int) -> QuerySet:
+        """Room for timestamps."""
+
+    def encoder(self) -> Encoder:
+        """A new one."""
+
+    def submit(self, commands: Commands) -> None:
+        """Hands commands to the device; does not wait."""
+
+    def submit_timed(self, encoder: Encoder, queries: QuerySet, count: int) -> list[int]:
+        """Submits an encoder's commands and waits for their first `count` timestamps, in ns."""
+
+    def close(self) -> None:
+        """Gives everything back."""
+
+
+class Found(Protocol):
+    """A device that can be opened. WebGPU calls it an adapter; here that word means LoRA's."""
+
+    @property
+    def info(self) -> Mapping[str, Any]:
+        """WebGPU's description: device, adapter_type, backend_type, description, …"""
+
+    @property
+    def features(self) -> frozenset[str]:
+        """WebGPU's features, by their names with hyphens."""
+
+    @property
+    def limits(self) -> Mapping[str, int]:
+        """The most that can be asked for."""
+
+    @property
+    def bounds_are_kept(self) -> bool:
+        """Whether the driver guarantees that no kernel leaves its buffers (robust access).
+
+        Where it does not, kernels run with the implementation's own checks.
+        """
+
+    def open(self, features: Iterable[str], limits: Mapping[str, int]) -> OpenDevice:
+        """Opens it with these features and limits."""
+
+
+class Implementation(Protocol):
+    """One implementation of WebGPU."""
+
+    @property
+    def name(self) -> str:
+        """As reports call it."""
+
+    @property
+    def version(self) -> str:
+        """Of the package it comes in."""
+
+    def found(self) -> list[Found]:
+        """The devices of this machine, in its order."""
