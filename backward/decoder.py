@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from lora.backward.attention import attention_backward
 from lora.backward.head_norm_rope import head_norm_rope_backward
 from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.losses import Loss, LossTensors
 from lora.backward.matmul import matmul_backward
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.backward.rope import rope_backward
@@ -17,6 +18,7 @@ from lora.forward.decoder.head import (
     chunk_of,
     record_chunk_loss,
     record_head_input,
+    record_logits,
 )
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
@@ -79,16 +81,28 @@ class Scratch:
         )
 
 
+@dataclass(frozen=True)
+class BackwardPass:
+    """What the head and all layers go backward with.
+
+    Attributes:
+        gradients: the slices that gradients of A and B are added to.
+    """
+
+    model: Model
+    inputs: Inputs
+    factors: Factors
+    gradients: Gradients
+    scratch: Scratch
+
+
 def record_head_backward(
     program: Program,
-    model: Model,
-    inputs: Inputs,
-    factors: Factors,
-    gradients: Gradients,
+    shared: BackwardPass,
     act: HeadActivations,
-    scratch: Scratch,
     x: Tensor,
-    loss_weight: Tensor,
+    loss: Loss,
+    tensors: LossTensors,
     loss_sum: Tensor,
     *,
     lowest: bool,
@@ -97,26 +111,37 @@ def record_head_backward(
 
     The logits of a chunk become their own gradient, and that the gradient to the chunk's input,
     at once: nothing of size targets × vocab_size is stored (as in Liger-Kernel's fused linear
-    cross-entropy).
+    cross-entropy). A loss that reads log-probabilities comes after those of all chunks.
 
     Args:
         x: [rows, hidden_size], the output of the last layer.
-        loss_weight: the uniform whose first word is the f32 weight of one loss.
+        loss: what writes `tensors.weights`.
         loss_sum: [n]; the sum of losses is added to the first.
         lowest: nothing below is adapted: stop after the gradients of the head's own factors.
     """
+    model, inputs, scratch = shared.model, shared.inputs, shared.scratch
     key = (model.architecture.n_layers, "head")
-    lora = factors.get(key)
+    lora = shared.factors.get(key)
+    chunks = range(len(inputs.chunks))
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
-        for index in range(len(inputs.chunks)):
-            d_logits = record_chunk_loss(program, model, inputs, factors, act, index, loss_weight)
-            d_z = None
+        logits: Tensor | None = None
+        if loss.reads_losses:
+            for index in chunks:
+                logits = record_logits(program, model, inputs, shared.factors, act, index)
+                record_chunk_loss(program, model, inputs, act, index, logits, None)
+        with program.scope("loss"):
+            loss.record(program, tensors)
+        for index in chunks:
+            if logits is None or len(chunks) > 1:
+                logits = record_logits(program, model, inputs, shared.factors, act, index)
+            record_chunk_loss(program, model, inputs, act, index, logits, tensors.weights)
+            d_logits, d_z = logits, None
             if lora is not None and scratch.d_head_z is not None and act.z is not None:
                 d_z = chunk_of(scratch.d_head_z, inputs, index)
                 normed, z = (chunk_of(t, inputs, index) for t in (act.normed, act.z))
                 lora_project_gradient(program, d_logits, lora, out=d_z)
-                lora_gradients(program, normed, z, d_logits, d_z, lora, gradients[key])
+                lora_gradients(program, normed, z, d_logits, d_z, lora, shared.gradients[key])
             if not lowest:
                 matmul_backward(
                     program, d_logits, model.head, lora=lora, d_z=d_z,
@@ -141,13 +166,9 @@ def record_head_backward(
 
 def record_layer_backward(
     program: Program,
-    model: Model,
+    shared: BackwardPass,
     layer: int,
-    inputs: Inputs,
-    factors: Factors,
-    gradients: Gradients,
     act: LayerActivations,
-    scratch: Scratch,
     x: Tensor,
     *,
     lowest: bool,
@@ -161,6 +182,8 @@ def record_layer_backward(
         x: [rows, hidden_size], the layer's input.
         lowest: nothing below is adapted: stop after the layer's last adapted matrix.
     """
+    model, inputs, factors = shared.model, shared.inputs, shared.factors
+    gradients, scratch = shared.gradients, shared.scratch
     a, weights = model.architecture, model.layers[layer]
     kind = a.layer_kinds[layer]
 

@@ -44,7 +44,7 @@ from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rmsnorm import rmsnorm
 from lora.forward.rope import rope
 from lora.forward.swiglu import swiglu
-from lora.optim.adamw import adamw, step_words
+from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.shaders.device import Device
 from lora.shaders.program import Program
@@ -219,13 +219,13 @@ def head_kernels(recording: Recording, shape: Shape, rows: int) -> Iterator[Kern
     labels = recording.memory.empty((chunk,), "u32", extent=extent)
     recording.memory.write(labels, rng.integers(0, shape.vocab_size, chunk))
     losses, correct = (recording.memory.empty((chunk,), extent=extent) for _ in range(2))
-    step = recording.memory.uniform()
-    recording.memory.write(step, np.array([1 / chunk, 0, 0, 0], np.float32).view(np.uint32))
-    for name, scale, passes in (("cross_entropy", step, 3), ("cross_entropy loss", None, 1)):
+    equal = recording.memory.empty((chunk,), extent=extent)
+    recording.memory.write(equal, np.full(chunk, 1 / chunk))
+    for name, weights, passes in (("cross_entropy", equal, 3), ("cross_entropy loss", None, 1)):
         yield Kernel(
             f"{name} {chunk} rows",
-            lambda p, scale=scale: cross_entropy(  # type: ignore[misc]
-                p, logits, labels, losses, correct, scale
+            lambda p, weights=weights: cross_entropy(  # type: ignore[misc]
+                p, logits, labels, losses, correct, weights
             ),
             passes * logits.n_bytes,
         )
@@ -254,8 +254,8 @@ def optimizer_kernels(
     yield Kernel(
         "adamw",
         lambda p: adamw(
-            p, parameters, slices[0], first, second, state, step,
-            betas=(0.9, 0.999), epsilon=1e-8, weight_decay=0.0,
+            p, AdamWTensors(parameters, slices[0], first, second), state, step,
+            AdamWSettings((0.9, 0.999), 1e-8, 0.0),
         ),
         4 * n * 7,
     )  # fmt: skip

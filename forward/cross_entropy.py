@@ -19,20 +19,19 @@ def cross_entropy(
     labels: Tensor,
     losses: Tensor,
     correct: Tensor,
-    loss_weight: Tensor | None,
+    weights: Tensor | None,
     *,
     vocab_size: int | None = None,
     softcap: float | None = None,
 ) -> None:
-    """Appends the losses of a chunk and, where `loss_weight` is given, the gradient to its logits.
+    """Appends the losses of a chunk and, where `weights` are given, the gradient to its logits.
 
     Args:
         logits: [chunk, vocab_size or more], a multiple of 4; overwritten by the gradient.
         labels: u32 [chunk], each a token id (rows without a target never come here).
         losses: [chunk], written: logsumexp(logits) − logits[label].
         correct: [chunk], written: 1 where the label is the argmax, else 0.
-        loss_weight: a uniform whose first word is the f32 that every loss is weighted by (one over
-            the trained tokens of the optimizer step); None for no gradient.
+        weights: [chunk], what each loss counts in the gradient; None for no gradient.
         vocab_size: columns that count; those after them (padding, zero) stay as they are. By
             default all.
         softcap: the logits are softcap · tanh(raw / softcap), and the gradient is the one to the
@@ -43,7 +42,10 @@ def cross_entropy(
     n_columns = stride if vocab_size is None else vocab_size
     if not 0 < n_columns <= stride:
         raise ValueError(f"cross_entropy: {n_columns} columns do not fit {logits.shape}")
-    for name, tensor in (("labels", labels), ("losses", losses), ("correct", correct)):
+    given = {"labels": labels, "losses": losses, "correct": correct}
+    if weights is not None:
+        given["weights"] = weights
+    for name, tensor in given.items():
         check_shape(f"cross_entropy {name}", tensor, rows)
     if stride % 4:
         raise ValueError(f"cross_entropy: {stride} columns are no multiple of 4")
@@ -69,11 +71,11 @@ def cross_entropy(
         rows * n_stretches,
     )
     tensors = [extent.uniform, sums, labels, losses, correct]
-    if loss_weight is not None:
-        tensors += [logits, loss_weight]
+    if weights is not None:
+        tensors += [logits, weights]
     program.dispatch(
         "cross_entropy",
-        {**constants, "with_gradient": loss_weight is not None, "softcap": softcap},
+        {**constants, "with_gradient": weights is not None, "softcap": softcap},
         tensors,
-        -(-rows // lanes) if loss_weight is None else rows * n_stretches,
+        -(-rows // lanes) if weights is None else rows * n_stretches,
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 
 from lora.optim.clipping import flat_ranges
@@ -30,48 +32,68 @@ def step_words(learning_rate: float, step: int, betas: tuple[float, float]) -> n
     return np.array(values, np.float64).astype(np.float32).view(np.uint32)
 
 
+@dataclass(frozen=True)
+class AdamWSettings:
+    """What stays the same in all steps.
+
+    Attributes:
+        epsilon: positive in f32; a padding element, always 0 with gradient 0, then stays exactly 0.
+    """
+
+    betas: tuple[float, float]
+    epsilon: float
+    weight_decay: float
+
+
+@dataclass(frozen=True)
+class AdamWTensors:
+    """Flat tensors [n], n a multiple of 4; all but the gradient are updated in place."""
+
+    parameters: Tensor
+    gradient: Tensor  # before clipping
+    first_moment: Tensor
+    second_moment: Tensor
+
+
 def adamw(
     program: Program,
-    parameters: Tensor,
-    gradient: Tensor,
-    first_moment: Tensor,
-    second_moment: Tensor,
+    tensors: AdamWTensors,
     state: Tensor,
     step: Tensor,
+    settings: AdamWSettings,
     *,
-    betas: tuple[float, float],
-    epsilon: float,
-    weight_decay: float,
     max_range: int | None = None,
 ) -> None:
     """Appends one AdamW step over flat tensors [n], as torch.optim.AdamW does it.
 
     Args:
-        parameters, first_moment, second_moment: [n], updated in place; n a multiple of 4.
-        gradient: [n], before clipping.
         state: [4 or more] from `gradient_norm`: its factor is applied; where the norm was not
             finite nothing changes.
         step: a uniform that holds `step_words`.
-        epsilon: positive in f32; a padding element, always 0 with gradient 0, then stays exactly 0.
         max_range: elements of one binding at most; by default what the device can bind.
     """
-    (n,) = parameters.shape
-    for tensor in (gradient, first_moment, second_moment):
+    flat = (
+        tensors.parameters, tensors.gradient, tensors.first_moment, tensors.second_moment,
+    )  # fmt: skip
+    (n,) = tensors.parameters.shape
+    for tensor in flat:
         check_shape("adamw", tensor, n)
     if n % 4:
         raise ValueError(f"adamw: {n} parameters are no multiple of 4")
-    if not epsilon >= _SMALLEST:
-        raise ValueError(f"adamw: an epsilon of {epsilon} is 0 in f32, and 0 / 0 would follow")
+    if not settings.epsilon >= _SMALLEST:
+        raise ValueError(
+            f"adamw: an epsilon of {settings.epsilon} is 0 in f32, and 0 / 0 would follow"
+        )
     for start, stop in flat_ranges(n, max_range or program.recording.facts.max_binding // 4):
         constants = {
             "lanes": LANES,
             "n": stop - start,
-            "beta1": betas[0],
-            "beta2": betas[1],
-            "epsilon": epsilon,
-            "weight_decay": weight_decay,
+            "beta1": settings.betas[0],
+            "beta2": settings.betas[1],
+            "epsilon": settings.epsilon,
+            "weight_decay": settings.weight_decay,
         }
-        flat = [t.slice(start, stop) for t in (parameters, gradient, first_moment, second_moment)]
+        ranges = [tensor.slice(start, stop) for tensor in flat]
         program.dispatch(
-            "adamw", constants, [step, state, *flat], -(-(stop - start) // (4 * LANES))
+            "adamw", constants, [step, state, *ranges], -(-(stop - start) // (4 * LANES))
         )

@@ -20,6 +20,50 @@ def flat_ranges(n: int, max_range: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 
+def sum_slices(
+    program: Program, gradients: Sequence[Tensor], *, max_range: int | None = None
+) -> Tensor:
+    """Appends: slices summed into the first, in their order.
+
+    Args:
+        gradients: one to four slices [n], n a multiple of 4; the first holds their sum afterwards.
+        max_range: elements of one binding at most; by default what the device can bind.
+
+    Returns:
+        What `gradient_norm` needs, too: [n_partials], sums of squares of stretches of the sum.
+    """
+    if not 1 <= len(gradients) <= MAX_SLICES:
+        raise ValueError(f"gradient_norm: {len(gradients)} slices, expected 1 to {MAX_SLICES}")
+    (n,) = gradients[0].shape
+    for gradient in gradients:
+        check_shape("gradient slice", gradient, n)
+    if n % 4:
+        raise ValueError(f"gradient_norm: {n} parameters are no multiple of 4")
+    lanes = _lanes(program)
+    ranges = flat_ranges(n, max_range or program.recording.facts.max_binding // 4)
+    groups = [min(_PARTIALS, -(-(stop - start) // (4 * lanes))) for start, stop in ranges]
+    partial = program.recording.memory.empty((sum(groups),), purpose="optimizer")
+    for index, (start, stop) in enumerate(ranges):
+        stretch = -(-(stop - start) // (4 * groups[index]))  # quads
+        program.dispatch(
+            "gradient_squares",
+            {
+                "lanes": lanes,
+                "n_slices": len(gradients),
+                "n": stop - start,
+                "stretch": stretch,
+                "first_partial": sum(groups[:index]),
+            },
+            [partial, *(g.slice(start, stop) for g in gradients)],
+            (groups[index], 1, 1),
+        )
+    return partial
+
+
+def _lanes(program: Program) -> int:
+    return CPU_LANES if program.recording.facts.is_cpu else GPU_LANES
+
+
 def gradient_norm(
     program: Program,
     gradients: Sequence[Tensor],
@@ -44,40 +88,17 @@ def gradient_norm(
         loss_scale: what all slices are too large by, finite and positive.
         max_range: elements of one binding at most; by default what the device can bind.
     """
-    if not 1 <= len(gradients) <= MAX_SLICES:
-        raise ValueError(f"gradient_norm: {len(gradients)} slices, expected 1 to {MAX_SLICES}")
     if max_norm is not None and not 0.0 < max_norm < math.inf:
         raise ValueError(f"gradient_norm: a max_norm of {max_norm}; None means no clipping")
     if not 0.0 < loss_scale < math.inf:
         raise ValueError(f"gradient_norm: a loss_scale of {loss_scale}; 1 means none")
-    (n,) = gradients[0].shape
-    for gradient in gradients:
-        check_shape("gradient slice", gradient, n)
-    if n % 4:
-        raise ValueError(f"gradient_norm: {n} parameters are no multiple of 4")
-    lanes = CPU_LANES if program.recording.facts.is_cpu else GPU_LANES
-    ranges = flat_ranges(n, max_range or program.recording.facts.max_binding // 4)
-    groups = [min(_PARTIALS, -(-(stop - start) // (4 * lanes))) for start, stop in ranges]
-    partial = program.recording.memory.empty((sum(groups),), purpose="optimizer")
-    for index, (start, stop) in enumerate(ranges):
-        stretch = -(-(stop - start) // (4 * groups[index]))  # quads
-        program.dispatch(
-            "gradient_squares",
-            {
-                "lanes": lanes,
-                "n_slices": len(gradients),
-                "n": stop - start,
-                "stretch": stretch,
-                "first_partial": sum(groups[:index]),
-            },
-            [partial, *(g.slice(start, stop) for g in gradients)],
-            (groups[index], 1, 1),
-        )
+    lanes = _lanes(program)
+    partial = sum_slices(program, gradients, max_range=max_range)
     program.dispatch(
         "gradient_norm",
         {
             "lanes": lanes,
-            "n_partials": sum(groups),
+            "n_partials": partial.size,
             "max_norm": max_norm,
             "loss_scale": loss_scale,
         },

@@ -101,11 +101,11 @@ class Device:
 
     @property
     def allocated(self) -> Counter[str]:
-        """Bytes by purpose, of all arenas together."""
+        """Bytes by purpose, of all arenas together, in the order of the purposes' names."""
         total: Counter[str] = Counter()
         for arena in self._arenas:
             total.update(arena.allocated)
-        return +total
+        return Counter({purpose: total[purpose] for purpose in sorted(total) if total[purpose]})
 
     @cached_property
     def memory(self) -> Arena:

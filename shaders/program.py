@@ -8,6 +8,7 @@ from itertools import islice, takewhile
 from typing import Any
 
 from lora.shaders.recording import Recording
+from lora.shaders.templates import render
 from lora.shaders.tensor import Tensor
 from lora.shaders.webgpu import BindGroup, Commands, Encoder, Launch, Pipeline
 
@@ -28,7 +29,8 @@ class Dispatch:
     Attributes:
         label: what listings call it.
         template: name of the WGSL template, without its ending.
-        constants: what the template was rendered with.
+        constants: what the template was rendered with; "wgsl" alone where there is no template,
+            with the text itself.
         pipeline, bind_group: both made for the device; None where memory only counts.
         workgroups: the grid (x, y, z).
         flops: floating-point operations at full extent; a multiply-add counts two.
@@ -43,6 +45,13 @@ class Dispatch:
     workgroups: tuple[int, int, int]
     flops: int
     tensors: tuple[Tensor, ...]
+
+    @property
+    def code(self) -> str:
+        """The kernel's WGSL text."""
+        if "wgsl" in self.constants:
+            return str(self.constants["wgsl"])
+        return render(self.template, dict(self.constants))
 
     @property
     def launch(self) -> Launch:
@@ -122,6 +131,32 @@ class Program:
             label: what it is called in listings; the template's name by default.
             flops: floating-point operations of one launch at full extent.
         """
+        pipeline = self.recording.memory.kernel(template, constants)
+        self._append(template, constants, pipeline, tensors, workgroups, label or template, flops)
+
+    def dispatch_wgsl(
+        self, label: str, code: str, tensors: Sequence[Tensor], workgroups: int
+    ) -> None:
+        """Appends one launch of a kernel that is no template here: a script's own loss, say.
+
+        Args:
+            label: what it is called in listings.
+            code: WGSL whose entry point is `main`.
+            tensors, workgroups: see `dispatch`.
+        """
+        pipeline = self.recording.memory.compile(label, code)
+        self._append(label, {"wgsl": code}, pipeline, tensors, workgroups, label, 0)
+
+    def _append(
+        self,
+        template: str,
+        constants: dict[str, Any],
+        pipeline: Pipeline,
+        tensors: Sequence[Tensor],
+        workgroups: int | tuple[int, int, int],
+        label: str,
+        flops: int,
+    ) -> None:
         grid = fold(workgroups) if isinstance(workgroups, int) else workgroups
         if max(grid) > MAX_WORKGROUPS:
             raise ValueError(f"{template}: a grid of {grid} passes {MAX_WORKGROUPS} workgroups")
@@ -132,9 +167,8 @@ class Program:
                     f"{template}: {tensor.shape} ({tensor.n_bytes} bytes) is larger than the "
                     f"device's largest binding, {most}"
                 )
-        pipeline = self.recording.memory.kernel(template, constants)
         bind_group = self.recording.memory.bind(pipeline, tensors)
-        name = ".".join([*self._scope, label or template])
+        name = ".".join([*self._scope, label])
         self.commands.append(
             Dispatch(
                 name, template, dict(constants), pipeline, bind_group, grid, flops, tuple(tensors)

@@ -21,7 +21,6 @@ from lora.shaders.errors import InputError
 from lora.shaders.memory import ALIGNMENT, Memory
 from lora.shaders.program import Copy, Dispatch, Program
 from lora.shaders.recording import Recording
-from lora.shaders.templates import render
 from lora.shaders.tensor import Tensor
 from lora.shaders.webgpu import UNIFORM, Buffer
 
@@ -41,8 +40,7 @@ def kernels_digest(programs: Iterable[Program]) -> str:
             if isinstance(command, Dispatch):
                 key = _key(command.template, command.constants)
                 if key not in seen:
-                    code = render(command.template, dict(command.constants))
-                    seen[key] = hashlib.sha256(code.encode()).hexdigest()
+                    seen[key] = hashlib.sha256(command.code.encode()).hexdigest()
                 shapes = [(tensor.shape, tensor.dtype) for tensor in command.tensors]
                 digest.update(repr((seen[key], command.workgroups, shapes)).encode())
             else:
@@ -166,10 +164,12 @@ class _Writer:
         key = _key(command.template, command.constants)
         place = self._kernel_places.setdefault(key, len(self.kernels))
         if place == len(self.kernels):
-            constants = dict(command.constants)
-            code = render(command.template, constants)
             self.kernels.append(
-                {"template": command.template, "constants": constants, "wgsl": code}
+                {
+                    "template": command.template,
+                    "constants": dict(command.constants),
+                    "wgsl": command.code,
+                }
             )
         return place
 

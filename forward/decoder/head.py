@@ -38,7 +38,7 @@ class HeadActivations:
     normed: Tensor  # [targets, hidden_size]
     z: Tensor | None  # [targets, rank], where the head is adapted
     logits: Tensor  # [chunk, logits_size]; turned into their gradient in place
-    losses: Tensor  # [targets]
+    losses: Tensor  # [targets], −log-probability of each label
     correct: Tensor  # [targets]: 1 where the label is the argmax
 
     @classmethod
@@ -106,30 +106,29 @@ def record_chunk_loss(
     program: Program,
     model: Model,
     inputs: Inputs,
-    factors: Factors,
     act: HeadActivations,
     index: int,
-    loss_weight: Tensor | None,
-) -> Tensor:  # [chunk, logits_size]
-    """Appends the logits of one chunk of targets and their losses.
+    logits: Tensor,
+    weights: Tensor | None,
+) -> None:
+    """Appends the losses of one chunk of targets.
 
     Args:
         index: of the chunk.
-        loss_weight: the uniform that holds the weight of one loss: the logits become their
-            gradient (to what they were before the cap) in place; None leaves them.
+        logits: [chunk, logits_size], of `record_logits`.
+        weights: [targets], what each loss counts: the logits become their gradient (to what they
+            were before the cap) in place; None leaves them.
     """
-    logits = record_logits(program, model, inputs, factors, act, index)
     cross_entropy(
         program,
         logits,
         chunk_of(inputs.labels, inputs, index),
         chunk_of(act.losses, inputs, index),
         chunk_of(act.correct, inputs, index),
-        loss_weight,
+        None if weights is None else chunk_of(weights, inputs, index),
         vocab_size=model.architecture.vocab_size,
         softcap=model.architecture.logit_softcap,
     )
-    return logits
 
 
 def record_evaluation(
@@ -148,4 +147,5 @@ def record_evaluation(
     with program.scope("head"):
         record_head_input(program, model, inputs, act, x)
         for index in range(len(inputs.chunks)):
-            record_chunk_loss(program, model, inputs, factors, act, index, None)
+            logits = record_logits(program, model, inputs, factors, act, index)
+            record_chunk_loss(program, model, inputs, act, index, logits, None)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
+from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
 from lora.forward.decoder.head import chunk_size
 from lora.forward.decoder.layers import LayerActivations
@@ -13,17 +14,34 @@ from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import PlanSource, Product, Request, noting, plan_of, source_of
 from lora.forward.plans.matmul_tiles import Plan
+from lora.optim.adamw import AdamWSettings
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import item_bytes
+from lora.training.communicator import Communicator, SingleProcess
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
-from lora.training.programs import Activations, AdapterState, TrainingPrograms, record_prefix
+from lora.training.programs import (
+    Activations,
+    AdapterState,
+    StepSettings,
+    StepTensors,
+    TrainingPrograms,
+    record_prefix,
+)
 from lora.training.workload import Workload
 
 KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
+
+
+@dataclass(frozen=True)
+class Seams:
+    """What scripts may put in place of what training does by itself."""
+
+    loss: Loss = field(default_factory=SupervisedLoss)
+    communicator: Communicator = field(default_factory=SingleProcess)
 
 
 @dataclass(frozen=True)
@@ -35,10 +53,7 @@ class SessionTensors:
         train_cache: of data.train's frozen prefix, where there is one and it is kept.
     """
 
-    model: Model
-    inputs: Inputs
-    adapter: AdapterState
-    activations: Activations
+    step: StepTensors
     recompute: bool
     train_cache: PrefixCache | None
 
@@ -65,7 +80,8 @@ class SessionTensors:
         if workload.trains:
             recompute = wants_recompute(recording, workload, model, inputs)
             train_cache = open_cache(recording, workload, workload.train_examples)
-        return cls(model, inputs, adapter, activations, recompute, train_cache)
+        step = StepTensors(model, inputs, workload.layout, adapter, activations)
+        return cls(step, recompute, train_cache)
 
 
 @dataclass(frozen=True)
@@ -83,36 +99,30 @@ class SessionPrograms:
 
     @classmethod
     def record(
-        cls, recording: Recording, workload: Workload, tensors: SessionTensors
+        cls, recording: Recording, workload: Workload, tensors: SessionTensors, seams: Seams
     ) -> SessionPrograms:
         """Records them with memory of their own, inside the recording's."""
         inner = replace(recording, memory=recording.memory.inner())
-        layout, act = workload.layout, tensors.activations
-        prefix = record_prefix(inner, tensors.model, tensors.inputs, act, layout.lowest_layer)
+        step, train = tensors.step, workload.config.train
+        prefix = record_prefix(
+            inner, step.model, step.inputs, step.activations, step.layout.lowest_layer
+        )
         training = None
         if workload.trains:
-            train = workload.config.train
-            training = TrainingPrograms(
-                inner,
-                tensors.model,
-                tensors.inputs,
-                act,
-                layout,
-                tensors.adapter,
-                recompute=tensors.recompute,
-                max_norm=train.max_grad_norm,
-                betas=(train.betas[0], train.betas[1]),
-                epsilon=train.epsilon,
-                weight_decay=train.weight_decay,
+            settings = StepSettings(
+                tensors.recompute,
+                seams.loss,
+                AdamWSettings((train.betas[0], train.betas[1]), train.epsilon, train.weight_decay),
+                train.max_grad_norm,
+                combined=seams.communicator.size > 1,
             )
+            training = TrainingPrograms(inner, step, settings)
         return cls(inner.memory, prefix, training)
 
     @property
     def step(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
-        if self.training is None:
-            return (self.prefix,)
-        return self.prefix, self.training.micro_batch, self.training.finish
+        return self.prefix, *(() if self.training is None else self.training.all[1:])
 
 
 @dataclass(frozen=True)
@@ -136,12 +146,17 @@ class SessionPlan:
 
     @classmethod
     def of(
-        cls, facts: DeviceFacts, workload: Workload, plans: PlanSource | None = None
+        cls,
+        facts: DeviceFacts,
+        workload: Workload,
+        plans: PlanSource | None = None,
+        seams: Seams | None = None,
     ) -> SessionPlan:
         """Records a session as a device of these facts would.
 
         Args:
             plans: of products; None for the model's choices.
+            seams: those of the session; None for the usual ones.
 
         Raises:
             InputError: something is larger than the device can bind.
@@ -156,7 +171,7 @@ class SessionPlan:
         memory = CountingMemory(facts)
         recording = Recording(facts, memory, workload.config.train.precision, plans=source)
         tensors = SessionTensors.allocate(recording, workload)
-        programs = SessionPrograms.record(recording, workload, tensors)
+        programs = SessionPrograms.record(recording, workload, tensors, seams or Seams())
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
         )

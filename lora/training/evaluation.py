@@ -1,15 +1,27 @@
-"""What an evaluation comes to, out of the losses and hits that the device gives batch by batch."""
+"""Evaluation: one forward pass over examples, and what their losses and hits come to."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cached_property
 
 import numpy as np
 
-from lora.data.batches import Batch
+from lora.data.batches import Batch, sequential_batches
 from lora.data.examples import Example
+from lora.shaders.errors import InputError
+from lora.shaders.memory import Arena
+from lora.shaders.program import Program
+from lora.shaders.readback import ReadbackRing
+from lora.shaders.recording import Recording
+from lora.training.device_state import open_cache
 from lora.training.metrics import EvalResult
+from lora.training.prefix_cache import PrefixCache
+from lora.training.programs import StepTensors, record_eval
+from lora.training.workload import Workload
+
+_SLOTS = 6  # results under way: the losses and hits of three batches
 
 
 class Tally:
@@ -58,3 +70,75 @@ class Tally:
             n_tokens=self._n_tokens,
             n_cut=sum(example.cut for example in self._examples),
         )
+
+
+class Evaluator:
+    """Evaluates a session's model, with and without its adapter.
+
+    Args:
+        recording: of the session, whose memory is an arena.
+        enter: puts a micro-batch on the device up to the lowest adapted layer.
+    """
+
+    def __init__(
+        self,
+        recording: Recording,
+        workload: Workload,
+        tensors: StepTensors,
+        enter: Callable[[Batch, PrefixCache | None], None],
+    ) -> None:
+        self._recording = recording
+        self._workload = workload
+        self._tensors = tensors
+        self._enter = enter
+        self._programs: dict[bool, Program] = {}  # by whether it is adapted
+
+    @cached_property
+    def _ring(self) -> ReadbackRing:
+        memory = self._recording.memory
+        assert isinstance(memory, Arena)
+        return ReadbackRing(memory, self._tensors.activations.head.losses.n_bytes, _SLOTS)
+
+    @cached_property
+    def _cache(self) -> PrefixCache | None:
+        """Of data.eval."""
+        return open_cache(self._recording, self._workload, self._workload.eval_examples)
+
+    def _program(self, adapted: bool) -> Program:
+        if adapted not in self._programs:
+            t = self._tensors
+            flat = t.adapter.parameters if adapted else None
+            self._programs[adapted] = record_eval(
+                self._recording, t.model, t.inputs, t.activations, t.layout, flat
+            )
+        return self._programs[adapted]
+
+    def evaluate(self, examples: Sequence[Example] | None, *, adapted: bool) -> EvalResult:
+        """See `TrainingSession.evaluate`."""
+        cache = None
+        if examples is None:
+            examples = self._workload.eval_examples
+            if not examples:
+                raise InputError("data.eval is null: there is nothing to evaluate on.")
+            cache = self._cache
+        program, head = self._program(adapted), self._tensors.activations.head
+        # The host prepares a batch while the device computes the one before it.
+        ring, tally = self._ring, Tally(examples)
+        ring.ready(wait=True)  # what an evaluation that was interrupted left behind
+        sent: list[Batch] = []
+        arrived: list[np.ndarray] = []
+
+        def count(*, wait: bool) -> None:
+            arrived.extend(ring.ready(wait=wait))
+            while len(arrived) > 1:
+                tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
+
+        for batch in sequential_batches(examples, self._workload.config.train.batch_size):
+            self._enter(batch, cache)
+            program.run()
+            for tensor in (head.losses, head.correct):
+                ring.push(tensor, lambda values: values)
+            sent.append(batch)
+            count(wait=False)
+        count(wait=True)
+        return tally.result()

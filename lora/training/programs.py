@@ -6,14 +6,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora.backward.decoder import Scratch, record_head_backward, record_layer_backward
+from lora.backward.decoder import (
+    BackwardPass,
+    Scratch,
+    record_head_backward,
+    record_layer_backward,
+)
+from lora.backward.losses import Loss, LossTensors
 from lora.forward.decoder.head import HeadActivations, record_evaluation
 from lora.forward.decoder.layers import LayerActivations, record_embedding, record_layer
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
-from lora.optim.adamw import adamw
-from lora.optim.clipping import gradient_norm
+from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw
+from lora.optim.clipping import gradient_norm, sum_slices
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -145,114 +151,137 @@ def last_states(model: Model, layout: AdapterLayout, act: Activations) -> Tensor
     return act.boundary if only_head else act.final
 
 
+@dataclass(frozen=True)
+class StepTensors:
+    """What the programs of a step work on."""
+
+    model: Model
+    inputs: Inputs
+    layout: AdapterLayout
+    adapter: AdapterState
+    activations: Activations
+
+
+@dataclass(frozen=True)
+class StepSettings:
+    """How a step goes.
+
+    Attributes:
+        recompute: keep only each layer's input, and run the layer again in the backward pass.
+        loss: writes what each trained token counts.
+        adamw: of the optimizer.
+        max_norm: of the gradient; None for no clipping.
+        combined: whether the gradients of several processes are added up between the sum of the
+            slices and their norm.
+    """
+
+    recompute: bool
+    loss: Loss
+    adamw: AdamWSettings
+    max_norm: float | None
+    combined: bool = False
+
+
 class TrainingPrograms:
     """The programs of one optimizer step.
 
-    begin; then for each micro-batch prefix (or its result out of a cache) and `micro_batch`; then
+    begin; then for each micro-batch prefix (or its result out of a cache) and `micro_batch`; then,
+    where gradients are combined, `sum_slices` and what the processes do with their sum; then
     finish. Between them the host only writes inputs; nothing waits.
 
-    Args:
-        recompute: keep only each layer's input, and run the layer again in the backward pass.
+    Attributes:
+        loss_weight: the uniform of `loss_weight_words`.
+        loss_scale: what gradients of activations are multiplied by.
+        step_words: the uniform of `lora.optim.adamw.step_words`.
+        sum_slices: leaves the gradient in the first slice; None where nothing is combined, since
+            `finish` then does that, too.
     """
 
-    def __init__(
-        self,
-        recording: Recording,
-        model: Model,
-        inputs: Inputs,
-        act: Activations,
-        layout: AdapterLayout,
-        adapter: AdapterState,
-        *,
-        recompute: bool,
-        max_norm: float | None,
-        betas: tuple[float, float],
-        epsilon: float,
-        weight_decay: float,
-    ) -> None:
-        self.loss_weight = recording.memory.uniform()  # `loss_weight_words`
+    def __init__(self, recording: Recording, tensors: StepTensors, settings: StepSettings) -> None:
+        adapter, act = tensors.adapter, tensors.activations
         self.loss_scale = LOSS_SCALE if recording.precision == "f16" else 1.0
-        self.step_words = recording.memory.uniform()  # lora.optim.adamw.step_words
+        self.step_words = recording.memory.uniform()
         self.begin = Program(recording)
         for gradient in adapter.gradients:
             self.begin.clear(gradient, label="clear gradients")
         self.begin.clear(act.loss_sum, label="clear loss sum")
-        self.micro_batch = self._record_micro_batch(
-            recording, model, inputs, act, layout, adapter, recompute
-        )
+        loss = LossTensors.allocate(recording, tensors.inputs, act.head.losses)
+        self.loss_weight = loss.scale
+        self.micro_batch = _record_micro_batch(recording, tensors, settings, loss)
+        self.sum_slices: Program | None = None
+        slices = adapter.gradients
+        if settings.combined:
+            self.sum_slices = Program(recording)
+            with self.sum_slices.scope("optimizer"):
+                sum_slices(self.sum_slices, slices)
+            slices = slices[:1]
         self.finish = Program(recording)
         with self.finish.scope("optimizer"):
             gradient_norm(
-                self.finish, adapter.gradients, act.state, max_norm=max_norm,
+                self.finish, slices, act.state, max_norm=settings.max_norm,
                 loss_scale=self.loss_scale,
             )  # fmt: skip
-            adamw(
-                self.finish,
-                adapter.parameters,
-                adapter.gradients[0],
-                adapter.first_moment,
-                adapter.second_moment,
-                act.state,
-                self.step_words,
-                betas=betas,
-                epsilon=epsilon,
-                weight_decay=weight_decay,
+            flat = AdamWTensors(
+                adapter.parameters, slices[0], adapter.first_moment, adapter.second_moment
             )
+            adamw(self.finish, flat, act.state, self.step_words, settings.adamw)
 
-    def _record_micro_batch(
-        self,
-        recording: Recording,
-        model: Model,
-        inputs: Inputs,
-        act: Activations,
-        layout: AdapterLayout,
-        adapter: AdapterState,
-        recompute: bool,
-    ) -> Program:
-        program = Program(recording)
-        factors = layout.factors(adapter.parameters)
-        slices = [layout.factors(gradient) for gradient in adapter.gradients]
-        gradients = {key: [s[key] for s in slices] for key in factors}
-        layers = range(layout.lowest_layer, model.architecture.n_layers)
-        scratch = Scratch.allocate(recording, model, inputs, factors)
-        shape = act.boundary.shape
-        kept = {
-            layer: act.boundary
-            if layer == layout.lowest_layer
-            else recording.memory.empty(shape, extent=inputs.rows, purpose="kept inputs")
-            for layer in layers
-        }
-        if layers:
-            kept[layers.stop] = act.final
-        computed = {
-            layer: act.shared
-            if recompute or layer == layers[-1]
-            else LayerActivations.allocate(recording, model, inputs, factors, layout.lowest_layer)
-            for layer in layers
-        }
+    @property
+    def all(self) -> tuple[Program, ...]:
+        """Those that there are, in the order in which they run."""
+        found = (self.begin, self.micro_batch, self.sum_slices, self.finish)
+        return tuple(program for program in found if program is not None)
 
-        for layer in layers:
-            record_layer(
-                program, model, layer, inputs, factors, computed[layer], kept[layer],
-                kept[layer + 1],
+
+def _record_micro_batch(
+    recording: Recording, tensors: StepTensors, settings: StepSettings, loss: LossTensors
+) -> Program:
+    """Layers upwards, the head with its loss, and layers downwards."""
+    program = Program(recording)
+    model, inputs, layout = tensors.model, tensors.inputs, tensors.layout
+    act, adapter = tensors.activations, tensors.adapter
+    factors = layout.factors(adapter.parameters)
+    slices = [layout.factors(gradient) for gradient in adapter.gradients]
+    gradients = {key: [s[key] for s in slices] for key in factors}
+    layers = range(layout.lowest_layer, model.architecture.n_layers)
+    scratch = Scratch.allocate(recording, model, inputs, factors)
+    shared = BackwardPass(model, inputs, factors, gradients, scratch)
+    shape = act.boundary.shape
+    kept = {
+        layer: act.boundary
+        if layer == layout.lowest_layer
+        else recording.memory.empty(shape, extent=inputs.rows, purpose="kept inputs")
+        for layer in layers
+    }
+    if layers:
+        kept[layers.stop] = act.final
+    computed = {
+        layer: act.shared
+        if settings.recompute or layer == layers[-1]
+        else LayerActivations.allocate(recording, model, inputs, factors, layout.lowest_layer)
+        for layer in layers
+    }
+    for layer in layers:
+        record_layer(
+            program, model, layer, inputs, factors, computed[layer], kept[layer], kept[layer + 1]
+        )
+    with program.scope("backward"):
+        record_head_backward(
+            program, shared, act.head, last_states(model, layout, act), settings.loss, loss,
+            act.loss_sum, lowest=not layers,
+        )  # fmt: skip
+        for layer in reversed(layers):
+            # The last layer's activations are still there.
+            if settings.recompute and layer != layers[-1]:
+                with program.scope("recompute"):
+                    record_layer(
+                        program, model, layer, inputs, factors, act.shared, kept[layer], None
+                    )
+            record_layer_backward(
+                program, shared, layer, computed[layer], kept[layer],
+                lowest=layer == layout.lowest_layer,
             )  # fmt: skip
-        with program.scope("backward"):
-            record_head_backward(
-                program, model, inputs, factors, gradients, act.head, scratch,
-                last_states(model, layout, act), self.loss_weight, act.loss_sum, lowest=not layers,
-            )  # fmt: skip
-            for layer in reversed(layers):
-                # The last layer's activations are still there.
-                if recompute and layer != layers[-1]:
-                    with program.scope("recompute"):
-                        record_layer(
-                            program, model, layer, inputs, factors, act.shared, kept[layer], None
-                        )
-                record_layer_backward(
-                    program, model, layer, inputs, factors, gradients, computed[layer], scratch,
-                    kept[layer], lowest=layer == layout.lowest_layer,
-                )  # fmt: skip
-        return program
+    return program
 
 
 def loss_weight_words(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:

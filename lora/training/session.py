@@ -11,7 +11,8 @@ import numpy as np
 
 from lora.adapters.files import load_adapter
 from lora.adapters.peft_files import save_peft_adapter
-from lora.data.batches import Batch, sequential_batches
+from lora.backward.losses import Loss, SupervisedLoss
+from lora.data.batches import Batch
 from lora.data.examples import Example
 from lora.forward.plans.matmul_plans import PlanSource, Product
 from lora.forward.plans.matmul_tiles import Plan
@@ -26,17 +27,18 @@ from lora.shaders.program import Program
 from lora.shaders.program_data import kernels_digest
 from lora.shaders.readback import ReadbackRing
 from lora.storage.tile_cache import find_tiles
+from lora.training.communicator import Communicator, SingleProcess
 from lora.training.device_state import (
+    Seams,
     SessionPlan,
     SessionPrograms,
     SessionTensors,
-    open_cache,
     replanned,
 )
-from lora.training.evaluation import Tally
+from lora.training.evaluation import Evaluator
 from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
 from lora.training.prefix_cache import PrefixCache
-from lora.training.programs import TrainingPrograms, loss_weight_words, record_eval
+from lora.training.programs import TrainingPrograms, loss_weight_words
 from lora.training.workload import Workload
 
 if TYPE_CHECKING:
@@ -57,6 +59,9 @@ class TrainingSession:
         examples: tokenized ones in place of data.train; example i has index i.
         device: one that is open already, and stays open; several sessions can share it. By default
             the config's is opened, and closed with the session.
+        loss: what each trained token counts in the gradient; None for the mean cross-entropy.
+        communicator: of the processes that train this adapter, each with batches of its own; None
+            for one process.
 
     Attributes:
         workload: the model's file, the adapter's layout and the data.
@@ -74,8 +79,12 @@ class TrainingSession:
         train: bool = True,
         examples: Sequence[Example] | None = None,
         device: Device | None = None,
+        loss: Loss | None = None,
+        communicator: Communicator | None = None,
     ) -> None:
         self.config = config
+        self.communicator = SingleProcess() if communicator is None else communicator
+        self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
         self.workload = Workload.open(config, train=train, examples=examples)
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self.device = Device(config.device) if device is None else device
@@ -91,12 +100,12 @@ class TrainingSession:
         """Puts everything on the device and records the programs."""
         workload, train = self.workload, self.config.train
         # All is recorded once on memory that only counts: what it asks for is known beforehand.
-        plan = SessionPlan.of(self.device.facts, workload)
+        plan = SessionPlan.of(self.device.facts, workload, None, self._seams)
         requests = plan.requests if workload.trains else None
         self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
         self.plans: dict[Product, Plan] = plan.chosen(self._found)
         if self._found is not None:
-            plan = SessionPlan.of(self.device.facts, workload, self._found)
+            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
         self.plan = plan
         self._recording = self.device.recording(
             memory=self._memory, precision=train.precision, plans=self._found
@@ -105,16 +114,16 @@ class TrainingSession:
             if plan.largest_scratch:
                 self._memory.scratch((plan.largest_scratch,))
             tensors = SessionTensors.allocate(self._recording, workload)
-            self._programs = SessionPrograms.record(self._recording, workload, tensors)
+            self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
             raise InputError(
                 f"{self.config.model.path} does not fit: {error}, and this run takes "
                 f"{memory_figures(plan.allocated)}. Lower train.batch_size or "
                 "data.max_length, set train.recompute: on, or take a smaller quantization."
             ) from error
-        self._act, self._cache = tensors.activations, tensors.train_cache
-        self._tensors = tensors
-        self.model, self.inputs, self.adapter = tensors.model, tensors.inputs, tensors.adapter
+        self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
+        self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
+        self._act = step.activations
         self.recompute = tensors.recompute
         self.steps_done = 0
         self.stream = workload.stream() if workload.trains else None
@@ -124,10 +133,7 @@ class TrainingSession:
             self._ring = ReadbackRing(self._memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
         self._digest: str | None = None
         self._generator: TextGenerator | None = None
-        self._eval_programs: dict[bool, Program] = {}
-        self._eval_ring: ReadbackRing | None = None
-        self._eval_cache: PrefixCache | None = None
-        self._has_eval_cache = False  # whether it was asked for, with whatever result
+        self._evaluator: Evaluator | None = None
 
     @classmethod
     def from_config(
@@ -165,8 +171,10 @@ class TrainingSession:
         self._programs.memory.close()
         if self._generator is not None:
             self._generator.close()
-        self._eval_programs, self._generator, self._digest = {}, None, None
-        self._programs = SessionPrograms.record(self._recording, self.workload, self._tensors)
+        self._evaluator, self._generator, self._digest = None, None, None
+        self._programs = SessionPrograms.record(
+            self._recording, self.workload, self._tensors, self._seams
+        )
 
     def _training(self) -> TrainingPrograms:
         if self._programs.training is None:
@@ -190,16 +198,21 @@ class TrainingSession:
             warmup_steps=self._warmup_steps,
         )
         self.steps_done += 1
-        n_trained = sum(batch.n_trained for batch in batches)
+        counts = [sum(b.n_trained for b in batches), sum(b.rows for b in batches)]
+        n_trained, n_tokens = self.communicator.sum(np.array(counts, np.int64)).tolist()
         words = step_words(rate, self.steps_done, (train.betas[0], train.betas[1]))
         weight = loss_weight_words(n_trained, programs.loss_scale)
         self._memory.write(programs.loss_weight, weight)
         self._memory.write(programs.step_words, words)
         programs.begin.run()
         for batch in batches:
-            self._write(batch)
-            self._run_prefix(batch, self._cache)
+            self._enter(batch, self._cache)
             programs.micro_batch.run()
+        if programs.sum_slices is not None:
+            programs.sum_slices.run()
+            for tensor in (self.adapter.gradients[0], self._act.loss_sum):
+                total = self.communicator.sum(self._memory.read(tensor))
+                self._memory.write(tensor, total)
         programs.finish.run()
         self._ring.push(
             self._act.metrics,
@@ -207,12 +220,13 @@ class TrainingSession:
                 step=self.steps_done,
                 epoch=self.stream.epoch,
                 learning_rate=rate,
-                tokens=sum(batch.rows for batch in batches),
+                tokens=n_tokens,
                 trained_tokens=n_trained,
             ),
         )
 
-    def _write(self, batch: Batch) -> None:
+    def _enter(self, batch: Batch, cache: PrefixCache | None) -> None:
+        """Puts what enters the lowest adapted layer into place: computed, or remembered."""
         self.inputs.write(
             self._memory,
             batch.token_ids,
@@ -221,9 +235,6 @@ class TrainingSession:
             batch.segment_end,
             batch.targets,
         )
-
-    def _run_prefix(self, batch: Batch, cache: PrefixCache | None) -> None:
-        """Puts what enters the lowest adapted layer into place: computed, or remembered."""
         if cache is None:
             self._programs.prefix.run()
         elif cache.holds(batch):
@@ -236,9 +247,7 @@ class TrainingSession:
         """Of all kernels that a step runs; see `shaders.program_data`."""
         if self._digest is None:
             programs = self._training()
-            self._digest = kernels_digest(
-                (programs.begin, self._programs.prefix, programs.micro_batch, programs.finish)
-            )
+            self._digest = kernels_digest((self._programs.prefix, *programs.all))
         return self._digest
 
     def finished_steps(self, *, wait: bool = False) -> list[Metrics]:
@@ -299,50 +308,11 @@ class TrainingSession:
             examples: at least one.
             adapted: False for the bare model.
         """
-        cache = None
-        if examples is None:
-            if not self.workload.eval_examples:
-                raise InputError("data.eval is null: there is nothing to evaluate on.")
-            examples = self.workload.eval_examples
-            cache = self._cache_of_eval()
-        if adapted not in self._eval_programs:
-            flat = self.adapter.parameters if adapted else None
-            self._eval_programs[adapted] = record_eval(
-                self._recording, self.model, self.inputs, self._act, self.layout, flat
+        if self._evaluator is None:
+            self._evaluator = Evaluator(
+                self._recording, self.workload, self._tensors.step, self._enter
             )
-        program, head = self._eval_programs[adapted], self._act.head
-        # The host prepares a batch while the device computes the one before it.
-        if self._eval_ring is None:
-            self._eval_ring = ReadbackRing(self._memory, head.losses.n_bytes, 2 * IN_FLIGHT)
-        ring, tally = self._eval_ring, Tally(examples)
-        ring.ready(wait=True)  # what an evaluation that was interrupted left behind
-        sent: list[Batch] = []
-        arrived: list[np.ndarray] = []
-
-        def count(*, wait: bool) -> None:
-            arrived.extend(ring.ready(wait=wait))
-            while len(arrived) > 1:
-                tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
-
-        for batch in sequential_batches(examples, self.config.train.batch_size):
-            self._write(batch)
-            self._run_prefix(batch, cache)
-            program.run()
-            for tensor in (head.losses, head.correct):
-                ring.push(tensor, lambda values: values)
-            sent.append(batch)
-            count(wait=False)
-        count(wait=True)
-        return tally.result()
-
-    def _cache_of_eval(self) -> PrefixCache | None:
-        """The prefix cache of data.eval, opened at its first use."""
-        if not self._has_eval_cache:
-            self._eval_cache = open_cache(
-                self._recording, self.workload, self.workload.eval_examples
-            )
-            self._has_eval_cache = True
-        return self._eval_cache
+        return self._evaluator.evaluate(examples, adapted=adapted)
 
     def generate(
         self,

@@ -1,11 +1,11 @@
 // losses[m] = logsumexp(logits[m]) − logits[m, labels[m]];  correct[m] = 1 where the label is the
 // argmax (the lowest index wins a tie), else 0; with the gradient, in place:
-//   logits[m, v] ← (softmax(logits[m])[v] − [v = label]) · weight,
+//   logits[m, v] ← (softmax(logits[m])[v] − [v = label]) · weights[m],
 // and where the logits are capped, cap · tanh(raw / cap), times the cap's slope 1 − (logit / cap)².
 //
 // Bindings: sums [chunk, {{ n_stretches }}, 4] of cross_entropy_sums.wgsl, labels u32 [chunk], losses and
-// correct [chunk]; with the gradient logits [chunk, {{ stride }}] (columns past {{ vocab_size }} stay) and loss_weight.value,
-// 1 / (trained tokens of the optimizer step). The stretches' sums are added in order.
+// correct [chunk]; with the gradient logits [chunk, {{ stride }}] (columns past {{ vocab_size }} stay) and weights
+// [chunk], what each loss counts. The stretches' sums are added in order.
 {% if with_gradient %}
 // One workgroup a row and stretch of {{ columns }} columns; its lanes take {{ quads }} quads at once, {{ lanes }} apart.
 {% else %}
@@ -13,7 +13,6 @@
 {% endif %}
 
 struct Extent { rows: u32 }
-struct LossWeight { value: f32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
 @group(0) @binding(1) var<storage, read> sums: array<vec4<f32>>;
@@ -22,7 +21,7 @@ struct LossWeight { value: f32 }
 @group(0) @binding(4) var<storage, read_write> correct: array<f32>;
 {% if with_gradient %}
 @group(0) @binding(5) var<storage, read_write> logits: array<vec4<f32>>;
-@group(0) @binding(6) var<uniform> loss_weight: LossWeight;
+@group(0) @binding(6) var<storage, read> weights: array<f32>;
 {% endif %}
 
 {% set n_quads = (vocab_size + 3) // 4 %}
@@ -63,7 +62,8 @@ fn main(
         correct[row] = select(0.0, 1.0, own == top && before < top);
     }
 {% if with_gradient %}
-    let factor = loss_weight.value / total;
+    let weight = weights[row];
+    let factor = weight / total;
     let base = row * {{ stride // 4 }}u;
     var quad = stretch * {{ columns // 4 }}u + lane;
 {% if steps > 1 %}
@@ -79,7 +79,7 @@ fn main(
 {% for q in range(quads) %}
         if (inside_{{ q }}) {
             let place = 4u * (quad + {{ q * lanes }}u) + vec4(0u, 1u, 2u, 3u);
-            var d = exp(value_{{ q }} - top) * factor - select(vec4(0.0), vec4(loss_weight.value), place == vec4(label));
+            var d = exp(value_{{ q }} - top) * factor - select(vec4(0.0), vec4(weight), place == vec4(label));
 {% if softcap %}
             let capped = value_{{ q }} / {{ softcap }};
             d *= 1.0 - capped * capped;

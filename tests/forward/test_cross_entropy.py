@@ -25,7 +25,7 @@ def test_reference_is_the_derivative() -> None:
     slope = central_difference(
         lambda v: float(losses_reference(v, labels).sum()), logits, direction
     )
-    expected = (gradient_reference(logits, labels, 1.0) * direction).sum()
+    expected = (gradient_reference(logits, labels, np.ones(3)) * direction).sum()
     assert slope == pytest.approx(expected, rel=1e-8)
 
 
@@ -53,17 +53,15 @@ def test_cross_entropy(
     labels = rng.integers(0, vocab_size, rows)
     logits[0, :4] = 80.0, -80.0, 80.0, 80.0  # a tie: the lowest index is the argmax
     labels[0] = 0
-    scale = 1 / 7
+    weights = rng.normal(size=rows).astype(np.float32)
     extent = extent_in_use(recording, rows, in_use)
     tensor = padded(recording, logits, extent)
     stored = recording.memory.read(tensor)
     losses, correct = marked(recording, extent), marked(recording, extent)
-    step = recording.memory.uniform()
-    recording.memory.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
     program = Program(recording)
     cross_entropy(
         program, tensor, activation(recording, labels, extent), losses, correct,
-        step if with_gradient else None, vocab_size=vocab_size,
+        activation(recording, weights, extent) if with_gradient else None, vocab_size=vocab_size,
     )  # fmt: skip
     results = []
     for _ in range(2):
@@ -82,9 +80,11 @@ def test_cross_entropy(
     assert (right[:in_use] == (logits.argmax(axis=1) == labels)[:in_use]).all()
     assert right[0] == 1.0
     assert (found[in_use:] == MARKER).all() and (right[in_use:] == MARKER).all()
-    expected = gradient_reference(logits, labels, scale) if with_gradient else logits
-    # exp of a difference that f32 rounds at 1e-5 (|logit| 80): as much in relative terms.
-    np.testing.assert_allclose(gradient[:in_use], expected[:in_use], rtol=2e-5, atol=1e-8)
+    expected = gradient_reference(logits, labels, weights) if with_gradient else logits
+    # exp of a difference that f32 rounds at 1e-5 (|logit| 80): as much in relative terms. At the
+    # label, 1 less: one rounding of a number near 1.
+    atol = 2.0**-24 * np.abs(weights).max()
+    np.testing.assert_allclose(gradient[:in_use], expected[:in_use], rtol=2e-5, atol=atol)
     assert (gradient[in_use:] == logits[in_use:]).all()
 
 
@@ -169,7 +169,7 @@ def test_capped_logits_and_columns_past_the_vocabulary(recording: Recording) -> 
     def capped(v: np.ndarray) -> np.ndarray:
         return cap * np.tanh(v / cap)
 
-    expected = gradient_reference(capped(raw), labels, scale)
+    expected = gradient_reference(capped(raw), labels, np.full(5, scale))
     expected *= 1 - (capped(raw) / cap) ** 2
     direction = rng.normal(size=raw.shape)
     slope = central_difference(
@@ -182,11 +182,10 @@ def test_capped_logits_and_columns_past_the_vocabulary(recording: Recording) -> 
     extent = recording.memory.extent(5)
     tensor = activation(recording, stored, extent)
     losses, correct = marked(recording, extent), marked(recording, extent)
-    step = recording.memory.uniform()
-    recording.memory.write(step, np.array([scale, 0, 0, 0], np.float32).view(np.uint32))
+    weights = activation(recording, np.full(5, scale, np.float32), extent)
     program = Program(recording)
     cross_entropy(
-        program, tensor, activation(recording, labels, extent), losses, correct, step,
+        program, tensor, activation(recording, labels, extent), losses, correct, weights,
         vocab_size=30, softcap=cap,
     )  # fmt: skip
     program.run()

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora.checks.references.optim import BETAS, EPSILON, AdamWReference, clip_reference
-from lora.optim.adamw import adamw, step_words
+from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.recorded_optimizer import Optimizer, padded, random_slices
@@ -144,8 +144,8 @@ def test_what_is_refused(recording: Recording) -> None:
             recording.memory.uniform(),
         )
         adamw(
-            Program(recording), p, gradient, m, v, state, step,
-            betas=BETAS, epsilon=epsilon, weight_decay=0.0,
+            Program(recording), AdamWTensors(p, gradient, m, v), state, step,
+            AdamWSettings(BETAS, epsilon, weight_decay=0.0),
         )  # fmt: skip
 
     record(64, 64, 1e-8)

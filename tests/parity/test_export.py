@@ -277,8 +277,7 @@ def our_logits(
         logits = []
         for example in session.workload.train_examples:
             batch = make_batch([example])
-            session._write(batch)
-            session._run_prefix(batch, None)
+            session._enter(batch, None)
             program.run()
             values = device.memory.read(session._act.head.logits)
             logits.append(values[:N_TOKENS, : session.model.architecture.vocab_size])

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.checks.references.optim import BETAS, EPSILON
-from lora.optim.adamw import adamw, step_words
+from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -66,15 +66,10 @@ class Optimizer:
         )
         adamw(
             o.program,
-            o.parameters,
-            o.gradients[0],
-            o.first_moment,
-            o.second_moment,
+            AdamWTensors(o.parameters, o.gradients[0], o.first_moment, o.second_moment),
             o.state,
             o.words,
-            betas=BETAS,
-            epsilon=EPSILON,
-            weight_decay=weight_decay,
+            AdamWSettings(BETAS, EPSILON, weight_decay),
             max_range=max_range,
         )
         return o

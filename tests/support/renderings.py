@@ -292,20 +292,20 @@ def _plan(
 
 def _training(plan: SessionPlan) -> list[Program]:
     """Its programs, and those of evaluations with and without the adapter."""
-    training, tensors, layout = plan.programs.training, plan.tensors, plan.workload.layout
+    training, step = plan.programs.training, plan.tensors.step
     assert training is not None
     recording = _counting(plan, plan.workload.config.train.precision)
     evaluations = [
-        record_eval(recording, tensors.model, tensors.inputs, tensors.activations, layout, flat)
-        for flat in (tensors.adapter.parameters, None)
+        record_eval(recording, step.model, step.inputs, step.activations, step.layout, flat)
+        for flat in (step.adapter.parameters, None)
     ]
     return [training.begin, *plan.programs.step, *evaluations]
 
 
 def _text(plan: SessionPlan) -> list[Program]:
     """Prompts and single rows, of the bare model and of the adapter."""
-    adapter = Adapter(plan.workload.layout, plan.tensors.adapter.parameters)
-    engine = DecodeEngine(_counting(plan), plan.tensors.model, {"adapter": adapter})
+    adapter = Adapter(plan.workload.layout, plan.tensors.step.adapter.parameters)
+    engine = DecodeEngine(_counting(plan), plan.tensors.step.model, {"adapter": adapter})
     inputs = (engine._tensors.pieces, engine._tensors.step)
     return [
         program

@@ -63,7 +63,7 @@ def logits(session: TrainingSession, *, adapted: bool) -> np.ndarray:
         np.zeros(batch.rows, np.int32),
     )
     assert len(session.inputs.chunks) == 1
-    session._run_prefix(batch, None)
+    session._programs.prefix.run()
     record_eval(
         session._recording,
         session.model,
@@ -84,8 +84,7 @@ def gradients(session: TrainingSession) -> OurGradients:
     words = loss_weight_words(batch.n_trained, programs.loss_scale)
     session.device.memory.write(programs.loss_weight, words)
     programs.begin.run()
-    session._write(batch)
-    session._run_prefix(batch, None)
+    session._enter(batch, None)
     programs.micro_batch.run()
     loss = float(session.device.memory.read(session._act.loss_sum)[0]) / batch.n_trained
     flat = sum(

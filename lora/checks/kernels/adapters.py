@@ -14,7 +14,7 @@ from lora.checks.references.optim import BETAS, EPSILON, AdamWReference, clip_re
 from lora.checks.tensors import MARKER, extent_in_use, normal, rounded, typed, typed_marked
 from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
-from lora.optim.adamw import adamw, step_words
+from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -106,7 +106,8 @@ def check_adamw(recording: Recording) -> Comparison:
         Program(recording),
     )
     gradient_norm(program, [gradient], state, max_norm=1.0)
-    adamw(program, p, gradient, m, v, state, words, betas=BETAS, epsilon=EPSILON, weight_decay=0.1)
+    settings = AdamWSettings(BETAS, EPSILON, weight_decay=0.1)
+    adamw(program, AdamWTensors(p, gradient, m, v), state, words, settings)
     reference = AdamWReference(start, 0.1)
     for t in range(1, 4):
         values = normal(20 + t, n)

@@ -7,6 +7,7 @@ from functools import partial
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from lora.backward.losses import loss_weights
 from lora.backward.rope import rope_backward
 from lora.backward.swiglu import swiglu_backward
 from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
@@ -62,6 +63,18 @@ def check_gather(recording: Recording) -> Comparison:
     expected = np.where((indices == NO_ROW)[:, None], 0, x[np.minimum(indices, 19)])
     result = recording.memory.read(out)
     return worst(same(result[:6], expected[:6]), untouched(result[6:]))
+
+
+def check_loss_weights(recording: Recording) -> Comparison:
+    """One number for every row in use."""
+    extent, program = extent_in_use(recording, 131, 130), Program(recording)
+    weights, scale = marked(recording, extent), recording.memory.uniform()
+    recording.memory.write(scale, np.array([1 / 7, 0, 0, 0], np.float32).view(np.uint32))
+    loss_weights(program, scale, weights)
+    program.run()
+    result = recording.memory.read(weights)
+    wanted = np.full(130, np.float32(1 / 7), np.float64)
+    return worst(same(result[:130], wanted), untouched(result[130:]))
 
 
 def check_argmax(recording: Recording) -> Comparison:
@@ -141,6 +154,7 @@ CHECKS = [
         for kind, q in QUANTIZATIONS.items()
     ),
     Check("gather", "7x36", check_gather),
+    Check("loss_weights", "131", check_loss_weights),
     Check("argmax", "7x3000", check_argmax),
     Check("sum_into", "10001", check_sum_into),
     *(

@@ -11,10 +11,10 @@ def losses_reference(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
     return lse - logits[np.arange(len(labels)), labels]
 
 
-def gradient_reference(logits: np.ndarray, labels: np.ndarray, scale: float) -> np.ndarray:
-    """The gradient of scale · Σ losses to the logits."""
+def gradient_reference(logits: np.ndarray, labels: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """The gradient of Σ weights · losses, [rows] each, to the logits."""
     logits = logits.astype(np.float64)
     p = np.exp(logits - logits.max(axis=1, keepdims=True))
     p /= p.sum(axis=1, keepdims=True)
     p[np.arange(len(labels)), labels] -= 1
-    return p * scale
+    return p * weights[:, None].astype(np.float64)

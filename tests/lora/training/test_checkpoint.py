@@ -137,7 +137,7 @@ def test_other_kernels_are_said(
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         resume(session, Path(session.config.output))
-    monkeypatch.setattr("lora.shaders.program_data.render", other)
+    monkeypatch.setattr("lora.shaders.program.render", other)
     session = open_session(config, device)
     with pytest.warns(UserWarning, match="made with other kernels: the last bits"):
         resume(session, Path(session.config.output))

@@ -27,7 +27,7 @@ def config(tmp_path: Path) -> Config:
             "model": {"path": str(path)},
             "adapter": {"rank": 4, "targets": ["q_proj", "down_proj", "lm_head"]},
             "data": {"train": "none", "max_length": 64},
-            "train": {"steps": 1, "batch_size": 2},
+            "train": {"steps": 1, "batch_size": 2, "tuning": "off"},
             "output": "none",
         }
     )

@@ -10,8 +10,10 @@ from pathlib import Path
 import pytest
 
 from lora.config.schema import Config, load_config
+from lora.data.batches import Batch
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError, LoraError
+from lora.shaders.readback import ReadbackRing
 from lora.training.session import TrainingSession
 from tests.support.tiny_run import write_run
 
@@ -104,3 +106,26 @@ def test_a_session_that_cannot_be_opened_leaves_nothing(config: Config, own_devi
     with pytest.raises(InputError, match="does not fit"):
         TrainingSession(config, device=own_device)
     assert own_device.allocated == {}
+
+
+def test_an_interrupted_evaluation_leaves_nothing_for_the_next(
+    config: Config, own_device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its results are still on their way when the next one asks for its own."""
+    train = config.train.model_copy(update={"batch_size": 1})
+    with TrainingSession(config.model_copy(update={"train": train}), device=own_device) as session:
+        examples = session.workload.train_examples
+        wanted = session.evaluate(examples)
+
+        def interrupted(batch: Batch, cache: object) -> None:
+            if batch.examples == [examples[-3].index]:  # the third
+                raise KeyboardInterrupt
+            enter(batch, None)
+
+        enter = session._enter
+        with monkeypatch.context() as patch:
+            patch.setattr(session._evaluator, "_enter", interrupted)
+            patch.setattr(ReadbackRing, "ready", lambda *_, wait=False: [])  # a slow device
+            with pytest.raises(KeyboardInterrupt):
+                session.evaluate(examples[::-1])
+        assert session.evaluate(examples) == wanted
