@@ -230,8 +230,9 @@ def _record_tiled(
     )
     tile, splits, length = plan_of(recording, request)
     constants |= tile.constants() | {"splits": splits, "split_length": length}
-    # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly.
-    constants["unroll"] = 4 if recording.facts.is_cpu else tile.depth
+    # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly, also where
+    # it is given the kernels of GPUs.
+    constants["unroll"] = 4 if recording.facts.info["adapter_type"] == "CPU" else tile.depth
     constants["maximum_rows"] = extent.maximum
     constants |= {"half": half, "carry": HALF_CARRY if half else tile.depth}
     grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,9 +41,18 @@ _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONG
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Puts the longest files first; the rest stays in order. The judges' warnings are theirs."""
+    """Puts the longest files first; the rest stays in order. The judges' warnings are theirs.
+
+    Coverage is taken of the first two cases of each test: tracing costs Python as much time again,
+    and the others run the same lines on other sizes.
+    """
     items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
+    cases: Counter[str] = Counter()
     for item in items:
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        if cases[function] > 2:
+            item.add_marker(pytest.mark.no_cover)
         if item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 

@@ -30,7 +30,6 @@ DEFAULTS = {
         ("gemma3", True, "f32"),
         ("llama_bias", False, "f32"),
         ("gemma3", False, "f16"),
-        ("llama_head", False, "f32"),
     ],
 )
 def test_a_step_within_the_default_limits(

@@ -14,7 +14,7 @@ SCRIPT = """
 import json, resource, sys
 import lora, datasets, tokenizers, wgpu
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-session = lora.TrainingSession.from_config("configs/quickstart.yaml", ["train.steps=2"])
+session = lora.TrainingSession.from_config("configs/quickstart.yaml", ["train.steps=1"])
 n_steps = len(list(session.train()))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([before / 1024, after / 1024, n_steps]))
@@ -32,5 +32,5 @@ def test_training_takes_at_most_600_megabytes(smollm2: Path) -> None:
     assert result.returncode == 0, result.stderr
     before, after, n_steps = json.loads(result.stdout.splitlines()[-1])
     print(f"{before:.0f} MB before, {after:.0f} MB at the peak")
-    assert n_steps == 2
+    assert n_steps == 1
     assert after - before <= 600

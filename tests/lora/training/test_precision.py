@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,9 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError, LoraError
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import Memory
+from lora.shaders.recording import Recording
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
 from tests.support.synthetic_models import Shape, write_model
@@ -32,14 +36,21 @@ def half(device: Device) -> Iterator[None]:
 
 @pytest.fixture(params=["wide", "tiled"])
 def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sessions opened in the test record this body of the matmul."""
+    """Sessions opened in the test record this body of the matmul; other kernels are the device's.
 
-    def opened(wanted: str | int) -> Device:
-        device = Device(wanted)
-        device.facts = replace(device.facts, is_cpu=request.param == "wide")
-        return device
+    Those of GPUs take llvmpipe twice as long to compile, and test_default_limits.py has them.
+    """
 
-    monkeypatch.setattr("lora.training.session.Device", opened)
+    def recorded(
+        facts: DeviceFacts, memory: Memory, precision: str, *_: object, **plans: Any
+    ) -> Recording:
+        return Recording(facts, memory, precision, request.param, **plans)
+
+    def on_device(device: Device, *, memory: Memory, precision: str, plans: Any) -> Recording:
+        return recorded(device.facts, memory, precision, plans=plans)
+
+    monkeypatch.setattr("lora.training.device_state.Recording", recorded)
+    monkeypatch.setattr(Device, "recording", on_device)
     return str(request.param)
 
 
