@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 
 from lora.forward import attention as forward_attention
 from lora.forward.attention import activation_like, attention_constants, visible_pairs
+from lora.forward.heads import Heads
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -17,20 +18,22 @@ _BLOCK = 32  # rows of the largest block of keys
 _SUM_LANES = 64
 
 
+@dataclass(frozen=True)
+class Attended:
+    """What `attention` was given and what it gave."""
+
+    qkv: Tensor  # [rows, (n_heads + 2 n_kv_heads) · head_size]
+    out: Tensor  # [rows, n_heads · head_size]
+    lse: Tensor  # [rows, n_heads]
+
+
 def attention_backward(
     program: Program,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
+    attended: Attended,
     d_out: Tensor,
     segments: Tensor,
+    heads: Heads,
     *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     d_qkv: Tensor | None = None,
     dots: Tensor | None = None,
 ) -> Tensor:  # [rows, (n_heads + 2 n_kv_heads) · head_size]
@@ -40,25 +43,18 @@ def attention_backward(
 
     Args:
         program: what the dispatches are appended to.
-        qkv: [rows, (n_heads + 2 n_kv_heads) · head_size], as the forward had it.
-        out: [rows, n_heads · head_size], the forward's result.
-        lse: [rows, n_heads], the forward's other result.
+        attended: of the forward.
         d_out: [rows, n_heads · head_size].
         segments: u32 [rows, 2], as the forward had them.
-        n_heads: and the options after it: as the forward had them.
-        n_kv_heads: see `attention`.
-        head_size: see `attention`.
-        scale: see `attention`.
-        window: see `attention`.
-        softcap: see `attention`.
+        heads: as the forward had them.
         d_qkv: where to write; a new tensor by default. qkv, out, d_out and d_qkv may be f16.
         dots: [rows, n_heads], for each row's d_out · out; a new tensor by default.
     """
+    qkv, out, lse = attended.qkv, attended.out, attended.lse
+    n_heads, n_kv_heads, head_size = heads.n_heads, heads.n_kv_heads, heads.head_size
     extent = extent_of(qkv)
     rows, recording = qkv.shape[0], program.recording
-    constants = attention_constants(
-        qkv, segments, n_heads, n_kv_heads, head_size, scale, window, softcap
-    )
+    constants = attention_constants(qkv, segments, heads)
     check_shape("attention output", out, rows, n_heads * head_size)
     check_shape("attention d_out", d_out, rows, n_heads * head_size)
     check_f32("attention_backward", lse=lse, dots=dots)
@@ -67,7 +63,7 @@ def attention_backward(
     check_shape("attention d_qkv", d_x, *qkv.shape)
     row_dots = dots if dots is not None else activation(program, extent, n_heads)
     check_shape("attention dots", row_dots, rows, n_heads)
-    pairs = visible_pairs(extent.maximum, window)
+    pairs = visible_pairs(extent.maximum, heads.window)
 
     tile_type = "f16" if qkv.dtype == d_out.dtype == "f16" else "f32"
     types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "d_out_type": d_out.dtype}

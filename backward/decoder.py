@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from lora.backward.attention import attention_backward
+from lora.backward.attention import Attended, attention_backward
 from lora.backward.head_norm_rope import head_norm_rope_backward
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
@@ -22,6 +22,7 @@ from lora.forward.decoder.head import (
 )
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.forward.model.adapter import Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
@@ -185,7 +186,9 @@ def record_layer_backward(
     model, inputs, factors = shared.model, shared.inputs, shared.factors
     gradients, scratch = shared.gradients, shared.scratch
     a, weights = model.architecture, model.layers[layer]
-    kind = a.layer_kinds[layer]
+    heads = Heads.of(a, layer)
+    interleaved = a.layer_kinds[layer].rope.interleaved
+    rotation = Rotation(inputs.positions, weights.rope, interleaved)
 
     def below_norm(source: Tensor | None, weight: Tensor | None) -> Tensor:
         """The gradient to what a post norm was given; without one, of the stream itself."""
@@ -247,39 +250,16 @@ def record_layer_backward(
         )  # fmt: skip
         if last == "attn_output":
             return
+        attended = Attended(act.qkv, act.attended, act.lse)
         attention_backward(
-            program,
-            act.qkv,
-            act.attended,
-            act.lse,
-            scratch.d_attended,
-            inputs.segments,
-            n_heads=a.n_heads,
-            n_kv_heads=a.n_kv_heads,
-            head_size=a.head_size,
-            scale=a.attention_scale,
-            window=kind.window,
-            softcap=a.attention_softcap,
-            d_qkv=scratch.d_qkv,
+            program, attended, scratch.d_attended, inputs.segments, heads, d_qkv=scratch.d_qkv,
             dots=scratch.dots,
-        )
+        )  # fmt: skip
         if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-            head_norm_rope_backward(
-                program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
-                inputs.positions, weights.rope, scratch.d_qkv, n_heads=a.n_heads,
-                n_kv_heads=a.n_kv_heads, head_size=a.head_size,
-                interleaved=kind.rope.interleaved,
-            )  # fmt: skip
+            norms = HeadNorms(weights.q_norm, weights.k_norm, a.norm_epsilon)
+            head_norm_rope_backward(program, act.raw_qkv, norms, rotation, heads, scratch.d_qkv)
         else:
-            rope_backward(
-                program,
-                scratch.d_qkv,
-                inputs.positions,
-                weights.rope,
-                n_rotated_heads=a.n_heads + a.n_kv_heads,
-                head_size=a.head_size,
-                interleaved=kind.rope.interleaved,
-            )
+            rope_backward(program, scratch.d_qkv, rotation, a.n_heads + a.n_kv_heads, a.head_size)
         through(
             "qkv", weights.qkv, act.normed, act.z_qkv, scratch.d_qkv,
             None if last == "qkv" else scratch.d_normed,

@@ -9,6 +9,7 @@ from lora.forward.head_norm_rope import (
     heads_a_workgroup,
     turns_whole_quads,
 )
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -17,17 +18,10 @@ from lora.shaders.tensor import Tensor
 def head_norm_rope_backward(
     program: Program,
     qkv: Tensor,
-    q_weight: Tensor,
-    k_weight: Tensor,
-    epsilon: float,
-    positions: Tensor,
-    tables: Tensor,
+    norms: HeadNorms,
+    rotation: Rotation,
+    heads: Heads,
     d_qkv: Tensor,
-    *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_size: int,
-    interleaved: bool,
 ) -> None:
     """Appends the gradient through `head_norm_rope`, in place; v's columns of d_qkv stay.
 
@@ -35,36 +29,21 @@ def head_norm_rope_backward(
         program: what the dispatch is appended to.
         qkv: [rows, (n_heads + 2 n_kv_heads) · head_size], f32 or f16, what `head_norm_rope` was
             given.
-        q_weight: [head_size].
-        k_weight: [head_size].
-        epsilon: as in the forward.
-        positions: as in the forward.
-        tables: as in the forward.
+        norms, rotation, heads: as in the forward.
         d_qkv: shaped as qkv, f32 or f16: the gradient to the output becomes that to the input.
-        n_heads: query heads.
-        n_kv_heads: key heads, and as many value heads.
-        head_size: columns of a head.
-        interleaved: as in the forward.
     """
-    check_head_shapes(qkv, q_weight, k_weight, positions, tables, n_heads, n_kv_heads, head_size)
+    check_head_shapes(qkv, norms, rotation, heads)
     check_shape("head_norm_rope_backward d_qkv", d_qkv, *qkv.shape)
-    together = turns_whole_quads(tables, interleaved)
-    if not together:
-        rope_backward(
-            program, d_qkv, positions, tables, n_rotated_heads=n_heads + n_kv_heads,
-            head_size=head_size, interleaved=interleaved,
-        )  # fmt: skip
-    constants = head_constants(
-        program.recording, tables.shape[1] if together else 0, epsilon, n_heads, n_kv_heads,
-        head_size, interleaved,
-    )  # fmt: skip
+    turning = heads.n_heads + heads.n_kv_heads
+    turned = [rotation.positions, rotation.tables]
+    if not turns_whole_quads(rotation):
+        rope_backward(program, d_qkv, rotation, turning, heads.head_size)
+        turned = []
+    constants = head_constants(program.recording, norms, rotation, heads)
     extent = extent_of(d_qkv)
     program.dispatch(
         "head_norm_rope_backward",
         constants | {"x_type": qkv.dtype, "out_type": d_qkv.dtype},
-        [
-            extent.uniform, qkv, q_weight, k_weight, d_qkv,
-            *([positions, tables] if together else []),
-        ],
-        -(-extent.maximum * (n_heads + n_kv_heads) // heads_a_workgroup(constants)),
-    )  # fmt: skip
+        [extent.uniform, qkv, norms.q_weight, norms.k_weight, d_qkv, *turned],
+        -(-extent.maximum * turning // heads_a_workgroup(constants)),
+    )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora.forward.matmul import Place, record_product
+from lora.forward.matmul import PartProduct, Place, record_product
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.plans.stretches import ProductNorm
@@ -36,26 +36,24 @@ def matmul_backward(
     check_shape("matmul_backward input", d_y, None, matrix.out_features)
     d_x = out if out is not None else activation(program, extent, matrix.in_features)
     check_shape("matmul_backward output", d_x, d_y.shape[0], matrix.in_features)
-    low_rank = [{"low_start": i * lora.rank} for i in range(lora.n_members)] if lora else []
+    n_members = lora.n_members if lora else 0
+    low_rank = tuple({"low_start": i * lora.rank} for i in range(n_members)) if lora else ()
     whole = len(matrix.parts) == 1
     for index, part in enumerate(matrix.parts):
-        record_product(
-            program,
-            extent,
+        one = PartProduct(
             d_y,
             part,
             d_x,
             transposed=True,
             contraction=part.out_features,
             place=None if whole else Place(part.first_feature, 0),
-            members=low_rank if index == 0 else [],
+            members=low_rank if index == 0 else (),
             low=d_z,
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
             epilogue="write" if index == 0 else "accumulate",
-            norm=norm if whole else None,
-            label=label,
         )
+        record_product(program, one, norm if whole else None, label)
     if norm is not None and not whole:
         norm.record(program, d_x)
     return d_x

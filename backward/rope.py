@@ -2,30 +2,14 @@
 
 from __future__ import annotations
 
+from lora.forward.heads import Rotation
 from lora.forward.rope import rope
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
 
 def rope_backward(
-    program: Program,
-    d_qkv: Tensor,
-    positions: Tensor,
-    tables: Tensor,
-    *,
-    n_rotated_heads: int,
-    head_size: int,
-    interleaved: bool,
+    program: Program, d_qkv: Tensor, rotation: Rotation, n_rotated_heads: int, head_size: int
 ) -> None:
     """Appends the inverse rotation of the first heads of `d_qkv`, in place; see `rope`."""
-    rope(
-        program,
-        d_qkv,
-        positions,
-        tables,
-        n_rotated_heads=n_rotated_heads,
-        head_size=head_size,
-        interleaved=interleaved,
-        inverse=True,
-        label="rope_backward",
-    )
+    rope(program, d_qkv, rotation, n_rotated_heads, head_size, inverse=True, label="rope_backward")

@@ -28,7 +28,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora.backward import attention as backward_attention
-from lora.backward.attention import attention_backward, choose_split
+from lora.backward.attention import Attended, attention_backward, choose_split
 from lora.checks.references.attention import (
     Shape,
     attention_backward_reference,
@@ -37,6 +37,7 @@ from lora.checks.references.attention import (
 )
 from lora.forward import attention as forward_attention
 from lora.forward.attention import Tile, attention, choose_tile
+from lora.forward.heads import Heads
 from lora.shaders.device import Device
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -82,8 +83,9 @@ def record(
     recording.memory.write(d_y, d_out)
     segments = recording.memory.upload(segments_of(lengths))
     program = Program(recording)
-    out, lse = attention(program, x, segments, **shape.options)
-    d_x = attention_backward(program, x, out, lse, d_y, segments, **shape.options)
+    heads = Heads(**shape.options)
+    out, lse = attention(program, x, segments, heads)
+    d_x = attention_backward(program, Attended(x, out, lse), d_y, segments, heads)
     return program, qkv, d_out, out, d_x
 
 

@@ -43,11 +43,12 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.int_row import IntRow, takes_int_row
 from lora.forward.matmul_int_row import IntRowTiling, matmul_int_row
-from lora.forward.matmul_row import InputNorm, RowTiling, matmul_row
+from lora.forward.matmul_row import RowTiling, matmul_row
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import HEAD, Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model, load_model
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.product import InputNorm, Product
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.engine import Adapter
 from lora.generation.generator import TextGenerator
@@ -380,14 +381,18 @@ def _record_product(
         ints = IntRow.allocate(recording, matrix.in_features, extent).before_norm(norm)
         out = IntRow.allocate(recording, width, extent) if stores or gate else None
         matmul_int_row(
-            program, ints, matrix, epsilon=1e-5, gate=gate, int_out=out,
+            program,
+            Product(ints, matrix, gate=gate),
+            epsilon=1e-5,
+            int_out=out,
             tiling=tiling if isinstance(tiling, IntRowTiling) else None,
-        )  # fmt: skip
+        )
     else:
         matmul_row(
-            program, x, matrix, norm=None if norm is None else InputNorm(norm, 1e-5), gate=gate,
+            program,
+            Product(x, matrix, norm=None if norm is None else InputNorm(norm, 1e-5), gate=gate),
             tiling=tiling if isinstance(tiling, RowTiling) else None,
-        )  # fmt: skip
+        )
 
 
 def encode_seconds(generator: TextGenerator, adapter: str | None) -> float:

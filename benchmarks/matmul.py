@@ -51,6 +51,7 @@ from lora.forward.plans.matmul_tiles import (
 )
 from lora.forward.plans.tuning import fastest
 from lora.forward.plans.workbench import Stopwatch, Workbench, fits, kernels_of
+from lora.forward.product import Product
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory
@@ -132,7 +133,7 @@ def requests_of_run(
         out_type = "f32" if group.residual else recording.precision
         out = activation(extent, matrix.out_features, out_type)
         residual = activation(extent, matrix.out_features, "f32") if group.residual else None
-        matmul(Program(recording), x, matrix, lora=lora, z=z, residual=residual, out=out)
+        matmul(Program(recording), Product(x, matrix, lora=lora, z=z, residual=residual), out=out)
         d_y = activation(extent, matrix.out_features, recording.precision)
         d_x = activation(extent, group.in_features, recording.precision)
         matmul_backward(Program(recording), d_y, matrix, lora=lora, d_z=z, out=d_x)
@@ -142,7 +143,7 @@ def requests_of_run(
     chunk = memory.extent(chunk_size(recording, shape.vocab_size, rows))
     head = matrix_of(((shape.vocab_size, "token_embd"),), shape.hidden_size)
     x, logits = (activation(chunk, n, "f32") for n in (head.in_features, head.out_features))
-    matmul(Program(recording), x, head, out=logits)
+    matmul(Program(recording), Product(x, head), out=logits)
     matmul_backward(Program(recording), logits, head, out=x)
     while len(names) < len(requests):
         transposed = requests[len(names)].constants["transposed"]

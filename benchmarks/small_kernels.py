@@ -38,6 +38,7 @@ from lora.backward.swiglu import swiglu_backward
 from lora.forward.cross_entropy import cross_entropy
 from lora.forward.decoder.head import chunk_size
 from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.rope_frequencies import Rope
@@ -123,26 +124,20 @@ def layer_kernels(
     positions = recording.memory.empty((rows,), "u32", extent=extent)
     recording.memory.write(positions, np.arange(rows, dtype=np.uint32))
     if shape.qk_norm:
-        heads = {
-            "n_heads": shape.n_heads,
-            "n_kv_heads": shape.n_kv_heads,
-            "head_size": shape.head_size,
-            "interleaved": False,
-        }
+        heads = Heads(shape.n_heads, shape.n_kv_heads, shape.head_size, scale=1.0)
         w = recording.memory.upload(np.ones(shape.head_size, np.float32))
         turns = recording.memory.upload(
             Rope(10000.0, shape.head_size, interleaved=False).tables(rows)
         )
+        norms, rotation = HeadNorms(w, w, EPSILON), Rotation(positions, turns, interleaved=False)
         yield Kernel(
             "head_norm_rope",
-            lambda p: head_norm_rope(p, qkv, w, w, EPSILON, positions, turns, out=d_qkv, **heads),
+            lambda p: head_norm_rope(p, qkv, norms, rotation, heads, out=d_qkv),
             2 * qkv.n_bytes,
         )
         yield Kernel(
             "head_norm_rope_backward",
-            lambda p: head_norm_rope_backward(
-                p, qkv, w, w, EPSILON, positions, turns, d_qkv, **heads
-            ),
+            lambda p: head_norm_rope_backward(p, qkv, norms, rotation, heads, d_qkv),
             3 * 4 * rows * (query + kv),
         )
     for interleaved in (True, False):
@@ -150,8 +145,8 @@ def layer_kernels(
         yield Kernel(
             "rope interleaved" if interleaved else "rope halves",
             lambda p, tables=tables, interleaved=interleaved: rope(  # type: ignore[misc]
-                p, qkv, positions, tables, n_rotated_heads=shape.n_heads + shape.n_kv_heads,
-                head_size=shape.head_size, interleaved=interleaved,
+                p, qkv, Rotation(positions, tables, interleaved),
+                shape.n_heads + shape.n_kv_heads, shape.head_size,
             ),
             2 * 4 * rows * (query + kv),
         )  # fmt: skip

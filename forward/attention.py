@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
 
+from lora.forward.heads import Heads
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -20,13 +21,8 @@ def attention(
     program: Program,
     qkv: Tensor,
     segments: Tensor,
+    heads: Heads,
     *,
-    n_heads: int,
-    n_kv_heads: int,
-    head_size: int,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
     out: Tensor | None = None,
     lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:  # [rows, n_heads · head_size], [rows, n_heads]
@@ -39,22 +35,16 @@ def attention(
         program: what the dispatch is appended to.
         qkv: [rows, (n_heads + 2 n_kv_heads) · head_size]: the heads of q, of k, of v; RoPE applied.
         segments: u32 [rows, 2]: for each row the first row of its example and the row past its end.
-        n_heads: query heads.
-        n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query heads in a row.
-        head_size: a multiple of 4, at most 256.
-        scale: of the scores.
-        window: a row sees this many rows, itself included; None for all.
-        softcap: scores s become softcap · tanh(s / softcap); None for none.
+        heads: how they lie, and how scores are made of them.
         out: where to write; a new tensor by default.
         lse: where to write the log of each row's sum of exponentials, which the backward needs;
             a new tensor by default; f32, where qkv and out may be f16.
     """
     extent = extent_of(qkv)
-    constants = attention_constants(
-        qkv, segments, n_heads, n_kv_heads, head_size, scale, window, softcap
-    )
-    y = out if out is not None else activation_like(program, qkv, n_heads * head_size)
-    check_shape("attention output", y, qkv.shape[0], n_heads * head_size)
+    constants = attention_constants(qkv, segments, heads)
+    n_heads, head_size = heads.n_heads, heads.head_size
+    y = out if out is not None else activation_like(program, qkv, heads.query_size)
+    check_shape("attention output", y, qkv.shape[0], heads.query_size)
     log_sums = lse if lse is not None else activation(program, extent, n_heads)
     check_f32("attention", lse=log_sums)
     check_shape("attention log-sum-exp", log_sums, qkv.shape[0], n_heads)
@@ -68,7 +58,7 @@ def attention(
         {**constants, **types, **asdict(tile)},
         [extent.uniform, qkv, segments, y, log_sums],
         tile.workgroups(extent.maximum, n_heads),
-        flops=4 * head_size * n_heads * visible_pairs(extent.maximum, window),
+        flops=4 * head_size * n_heads * visible_pairs(extent.maximum, heads.window),
     )
     return y, log_sums
 
@@ -79,41 +69,22 @@ def activation_like(program: Program, x: Tensor, columns: int) -> Tensor:
     return program.recording.memory.empty((extent.maximum, columns), x.dtype, extent=extent)
 
 
-def attention_constants(
-    qkv: Tensor,
-    segments: Tensor,
-    n_heads: int,
-    n_kv_heads: int,
-    head_size: int,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> dict[str, Any]:
-    """The template constants that forward and backward share, once shapes and options fit."""
-    if n_kv_heads < 1 or n_heads % n_kv_heads:
-        raise ValueError(f"{n_heads} query heads cannot share {n_kv_heads} key heads evenly")
-    if head_size % 4 or not 4 <= head_size <= 256:
-        raise ValueError(f"head_size is {head_size}, expected a multiple of 4 up to 256")
-    if window is not None and window < 1:
-        raise ValueError(f"an attention window of {window} rows sees nothing, not even itself")
-    if not scale > 0:
-        raise ValueError(f"scale is {scale}, expected a positive number")
-    if softcap is not None and softcap <= 0:
-        raise ValueError(f"softcap is {softcap}, expected a positive number, or None for no cap")
-    columns = (n_heads + 2 * n_kv_heads) * head_size
-    check_shape("attention qkv", qkv, None, columns)
+def attention_constants(qkv: Tensor, segments: Tensor, heads: Heads) -> dict[str, Any]:
+    """The template constants that forward and backward share, once shapes fit."""
+    heads.check_attended()
+    check_shape("attention qkv", qkv, None, heads.qkv_size)
     check_shape("attention segments", segments, qkv.shape[0], 2)
     if segments.dtype != "u32":
         raise ValueError(f"attention segments are {segments.dtype}, expected u32")
     return {
-        "n_heads": n_heads,
-        "n_kv_heads": n_kv_heads,
-        "head_size": head_size,
-        "stride": columns // 4,
-        "scale": float(scale),
-        "half_scale": 2.0 ** round(log2(scale)),  # exact in f16, unlike most scales
-        "window": window,
-        "softcap": None if softcap is None else float(softcap),
+        "n_heads": heads.n_heads,
+        "n_kv_heads": heads.n_kv_heads,
+        "head_size": heads.head_size,
+        "stride": heads.qkv_size // 4,
+        "scale": float(heads.scale),
+        "half_scale": 2.0 ** round(log2(heads.scale)),  # exact in f16, unlike most scales
+        "window": heads.window,
+        "softcap": None if heads.softcap is None else float(heads.softcap),
     }
 
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora.forward.heads import Heads
 from lora.forward.int_row import BLOCK, IntRow, to_int_row
-from lora.forward.model.architecture import Architecture
 from lora.forward.model.kv_cache import LayerCache
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -16,79 +16,6 @@ from lora.shaders.tensor import Tensor
 # many workgroups load all that they need at once.
 _ROW_KEYS = 64
 _ROW_LANES = 256
-
-
-@dataclass(frozen=True)
-class Heads:
-    """How q, k and v lie in a row, and how the scores of a layer are made of them.
-
-    Attributes:
-        n_heads: query heads.
-        n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query heads in a row.
-        head_size: a multiple of 4, at most 256.
-        scale: of the scores.
-        window: a row sees this many keys, its own included; None for all.
-        softcap: scores s become softcap · tanh(s / softcap); None for none.
-    """
-
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    scale: float
-    window: int | None = None
-    softcap: float | None = None
-
-    @classmethod
-    def of(cls, architecture: Architecture, layer: int) -> Heads:
-        """The heads of one layer of a model."""
-        a = architecture
-        return cls(
-            n_heads=a.n_heads,
-            n_kv_heads=a.n_kv_heads,
-            head_size=a.head_size,
-            scale=a.attention_scale,
-            window=a.layer_kinds[layer].window,
-            softcap=a.attention_softcap,
-        )
-
-    def __post_init__(self) -> None:
-        """Refuses what the kernels cannot do."""
-        if self.n_kv_heads < 1 or self.n_heads % self.n_kv_heads:
-            raise ValueError(
-                f"{self.n_heads} query heads cannot share {self.n_kv_heads} key heads evenly"
-            )
-        if self.head_size % 4 or not 4 <= self.head_size <= 256:
-            raise ValueError(f"head_size is {self.head_size}, expected a multiple of 4 up to 256")
-        if self.window is not None and self.window < 1:
-            raise ValueError(f"an attention window of {self.window} rows sees nothing, not itself")
-
-    @property
-    def query_size(self) -> int:
-        """Columns of q."""
-        return self.n_heads * self.head_size
-
-    @property
-    def qkv_size(self) -> int:
-        """Columns of q, k and v together."""
-        return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
-
-    def constants(self) -> dict[str, Any]:
-        """The template constants that all kernels share."""
-        return {
-            "n_heads": self.n_heads,
-            "n_kv_heads": self.n_kv_heads,
-            "head_size": self.head_size,
-            "scale": float(self.scale),
-            "window": self.window,
-            "softcap": None if self.softcap is None else float(self.softcap),
-        }
-
-    def check_cache(self, cache: LayerCache) -> int:
-        """Checks the shapes of a cache; its room."""
-        room, kv_size = cache.values.shape[0], self.n_kv_heads * self.head_size
-        check_shape("attention_decode values", cache.values, room, kv_size)
-        check_shape("attention_decode keys", cache.keys, kv_size // 4, room, 4)
-        return room
 
 
 def attention_decode(

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from lora.forward.model.adapter import LoraFactors
-from lora.forward.model.weights import FrozenMatrix, MatrixPart
+from lora.forward.model.weights import MatrixPart
 from lora.forward.plans.matmul_plans import Request, plan_of
 from lora.forward.plans.stretches import ProductNorm, Stretches
+from lora.forward.product import Product
 from lora.forward.rmsnorm import adds_up
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
-from lora.shaders.tensor import Extent, Tensor
+from lora.shaders.tensor import Tensor
 
 BODIES = ("wide", "tiled")  # for CPU devices; for GPUs
 
@@ -42,63 +42,48 @@ def _uniforms(program: Program, place: Place | None) -> list[Tensor]:
 
 def matmul(
     program: Program,
-    x: Tensor,
-    matrix: FrozenMatrix,
+    product: Product,
     *,
-    lora: LoraFactors | None = None,
-    z: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    residual: Tensor | None = None,
     out: Tensor | None = None,
     norm: ProductNorm | None = None,
     label: str = "matmul",
 ) -> Tensor:  # [rows, out_features]
-    """Appends y = cap(x · Wᵀ + scale · z · Bᵀ + bias) + residual, decoding W in the kernel's tiles.
-
-    The low-rank part is a few more steps of the same contraction (Hu et al. 2021, "LoRA").
+    """Appends a product, decoding W in the kernel's tiles.
 
     Args:
-        x: [rows, in_features].
-        matrix: W [out_features, in_features].
-        lora: the factors of the adapted members of W, or None.
-        z: [rows, members · rank] = x · Aᵀ, needed with `lora`.
-        bias: [out_features], added where given.
-        softcap: y becomes softcap · tanh(y / softcap); None for none.
-        residual: [rows, out_features], added where given; not the tensor `out`.
+        product: of rows of f32 or f16, without a gate or a norm before it.
         out: where to write; a new tensor by default.
         norm: a norm of y, appended too: with what finishes the product, where that is a second
             pass of its own.
     """
+    x, matrix, lora = product.x, product.matrix, product.lora
+    if not isinstance(x, Tensor) or product.gate is not None or product.norm is not None:
+        raise ValueError(f"{label}: rows of whole numbers, gates and norms are for one row")
     extent = extent_of(x)
-    if bias is not None:
-        check_shape("matmul bias", bias, matrix.out_features)
+    product.check(x.shape[0], label)
     check_shape("matmul input", x, None, matrix.in_features)
     y = out if out is not None else activation(program, extent, matrix.out_features)
     check_shape("matmul output", y, x.shape[0], matrix.out_features)
     whole = len(matrix.parts) == 1
     for part in matrix.parts:
-        record_product(
-            program,
-            extent,
+        one = PartProduct(
             x,
             part,
             y,
             transposed=False,
             contraction=matrix.in_features,
             place=None if whole else Place(0, part.first_feature),
-            members=adapted_members(lora, part),
-            low=z,
+            members=tuple(adapted_members(lora, part)),
+            low=product.z,
             factor=lora.b if lora else None,
             rank=lora.rank if lora else 0,
             scale=lora.scale if lora else 1.0,
-            residual=residual,
-            bias=bias,
-            softcap=softcap,
-            epilogue="write" if residual is None else "residual",
-            norm=norm if whole else None,
-            label=label,
+            residual=product.residual,
+            bias=product.bias,
+            softcap=product.softcap,
+            epilogue=product.epilogue,
         )
+        record_product(program, one, norm if whole else None, label)
     if norm is not None and not whole:
         norm.record(program, y)
     return y
@@ -124,110 +109,118 @@ def adapted_members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str
     return members
 
 
-def record_product(
-    program: Program,
-    extent: Extent,
-    x: Tensor,
-    part: MatrixPart,
-    out: Tensor,
-    *,
-    transposed: bool,
-    contraction: int,
-    place: Place | None = None,
-    members: Sequence[dict[str, int]] = (),
-    low: Tensor | None = None,
-    factor: Tensor | None = None,
-    rank: int = 0,
-    scale: float = 1.0,
-    residual: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    epilogue: str = "write",
-    norm: ProductNorm | None = None,
-    label: str,
-) -> None:
-    """Appends the product with one part: what `matmul` and its backward share.
+@dataclass(frozen=True)
+class PartProduct:
+    """The product with one part: what `matmul` and its backward share.
 
     transposed=False: out[m, n] = Σ_k x[m, k] · W[n, k] + scale · Σ_r low[m, r] · factor[n, r].
     transposed=True:  out[m, k] = Σ_n x[m, n] · W[n, k] + Σ_r low[m, r] · factor[r, k].
 
-    Args:
+    Attributes:
         contraction: length of the sum over k (or n).
         place: where the part's columns begin in x and out, where there are several parts.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
-        bias, softcap: see `matmul`; the bias's columns are those of out.
+        bias, softcap: see `Product`; the bias's columns are those of out.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
+    """
+
+    x: Tensor
+    part: MatrixPart
+    out: Tensor
+    transposed: bool
+    contraction: int
+    place: Place | None = None
+    members: tuple[dict[str, int], ...] = ()
+    low: Tensor | None = None
+    factor: Tensor | None = None
+    rank: int = 0
+    scale: float = 1.0
+    residual: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    epilogue: str = "write"
+
+    @property
+    def n_columns(self) -> int:
+        """Columns that this part gives."""
+        return self.out.shape[1] if self.transposed else self.part.out_features
+
+    def constants(self, label: str) -> dict[str, Any]:
+        """The template constants that the bodies share."""
+        x, out, n_columns = self.x, self.out, self.n_columns
+        if self.contraction % 4 or n_columns % 4 or x.shape[1] % 4 or self.rank % 4:
+            raise ValueError(
+                f"{label}: widths must be multiples of 4: {x.shape}, {out.shape}, {self.rank}"
+            )
+        return {
+            "quantization": self.part.quantization.name,
+            "transposed": self.transposed,
+            "contraction": self.contraction,
+            "n_columns": n_columns,
+            "row_words": self.part.words.shape[1],
+            "x_type": x.dtype,
+            "out_type": out.dtype,
+            "x_stride": x.shape[1],
+            "out_stride": out.shape[1],
+            "placed": self.place is not None,
+            "weight_columns": n_columns if self.transposed else self.contraction,
+            "members": list(self.members),
+            "rank": self.rank,
+            "low_stride": self.low.shape[1] if self.members and self.low is not None else 0,
+            "scale": self.scale,
+            "epilogue": self.epilogue,
+            "bias": self.bias is not None,
+            "softcap": self.softcap,
+        }
+
+
+def record_product(
+    program: Program, one: PartProduct, norm: ProductNorm | None, label: str
+) -> None:
+    """Appends a product with one part, by the body that the recording has or its device takes.
+
+    Args:
         norm: see `matmul`; of a matrix of one part.
     """
-    n_columns = out.shape[1] if transposed else part.out_features
-    if contraction % 4 or n_columns % 4 or x.shape[1] % 4 or rank % 4:
-        raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {out.shape}, {rank}")
-    constants: dict[str, Any] = {
-        "quantization": part.quantization.name,
-        "transposed": transposed,
-        "contraction": contraction,
-        "n_columns": n_columns,
-        "row_words": part.words.shape[1],
-        "x_type": x.dtype,
-        "out_type": out.dtype,
-        "x_stride": x.shape[1],
-        "out_stride": out.shape[1],
-        "placed": place is not None,
-        "weight_columns": n_columns if transposed else contraction,
-        "members": list(members),
-        "rank": rank,
-        "low_stride": low.shape[1] if members and low is not None else 0,
-        "scale": scale,
-        "epilogue": epilogue,
-        "bias": bias is not None,
-        "softcap": softcap,
-    }
-    tensors = [extent.uniform, x, part.words, out]
-    if members:
-        if low is None or factor is None:
+    extent, out = extent_of(one.x), one.out
+    constants = one.constants(label)
+    tensors = [extent.uniform, one.x, one.part.words, out]
+    if one.members:
+        if one.low is None or one.factor is None:
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
-        tensors += [low, factor]
-    check_f32(label, low=low, factor=factor, residual=residual, bias=bias)
-    if residual is not None:
-        check_shape(f"{label} residual", residual, *out.shape)
-    after = [tensor for tensor in (residual, bias) if tensor is not None]
-    flops = 2 * extent.maximum * n_columns * (contraction + len(members) * rank)
+        tensors += [one.low, one.factor]
+    check_f32(label, low=one.low, factor=one.factor, residual=one.residual, bias=one.bias)
+    if one.residual is not None:
+        check_shape(f"{label} residual", one.residual, *out.shape)
+    after = [tensor for tensor in (one.residual, one.bias) if tensor is not None]
+    n_columns = one.n_columns
+    flops = 2 * extent.maximum * n_columns * (one.contraction + len(one.members) * one.rank)
     body = program.recording.body or ("wide" if program.recording.facts.is_cpu else "tiled")
     if body == "wide":
         constants |= {"lane_rows": WIDE_ROWS, "lanes": WIDE_LANES}
         workgroups = -(-(-(-n_columns // 8) * -(-extent.maximum // WIDE_ROWS)) // WIDE_LANES)
-        tensors += [*after, *_uniforms(program, place)]
+        tensors += [*after, *_uniforms(program, one.place)]
         program.dispatch("matmul_wide", constants, tensors, workgroups, label=label, flops=flops)
         if norm is not None:
             norm.record(program, out)
-    else:
-        _record_tiled(program, extent, out, constants, tensors, after, place, label, flops, norm)
+        return
+    half = program.recording.precision == "f16"
+    _record_tiled(
+        program,
+        Request(
+            _record_tiled, half, extent, out, constants, tensors, after, one.place, label, flops,
+            norm,
+        ),
+    )  # fmt: skip
 
 
-def _record_tiled(
-    program: Program,
-    extent: Extent,
-    out: Tensor,
-    constants: dict[str, Any],
-    tensors: list[Tensor],
-    after: list[Tensor],
-    place: Place | None,
-    label: str,
-    flops: int,
-    norm: ProductNorm | None,
-) -> None:
-    """Appends matmul_tiled, in one pass or, where workgroups would be few, in two.
-
-    Args:
-        tensors: the extent, x, the weights, out, and the low-rank part's.
-        after: residual and bias, which the last pass takes.
-        norm: see `matmul`; it is the last pass where it can add stretches up.
-    """
+def _record_tiled(program: Program, request: Request) -> None:
+    """Appends matmul_tiled, in one pass or, where workgroups would be few, in two."""
+    extent, out, label, flops = request.extent, request.out, request.label, request.flops
+    constants, after, norm = dict(request.constants), request.after, request.norm
+    tensors, place = list(request.tensors), request.place
     n_columns, recording = constants["n_columns"], program.recording
-    half, given = recording.precision == "f16", dict(constants)
-    request = Request(
-        _record_tiled, half, extent, out, given, tensors, after, place, label, flops, norm
-    )
+    half = request.half
     tile, splits, length = plan_of(recording, request)
     constants |= tile.constants() | {"splits": splits, "split_length": length}
     # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly, also where

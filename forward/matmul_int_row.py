@@ -7,9 +7,7 @@ from typing import Any
 
 from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from lora.forward.matmul import adapted_members
-from lora.forward.matmul_row import check_row_product
-from lora.forward.model.adapter import LoraFactors
-from lora.forward.model.weights import FrozenMatrix
+from lora.forward.product import Product
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -73,48 +71,32 @@ def choose_int_tiling(
 
 def matmul_int_row(
     program: Program,
-    x: IntRow,
-    matrix: FrozenMatrix,
+    product: Product,
     *,
     epsilon: float = 0.0,
-    gate: str | None = None,
-    lora: LoraFactors | None = None,
-    z: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    residual: Tensor | None = None,
     out: Tensor | None = None,
     int_out: IntRow | None = None,
     tiling: IntRowTiling | None = None,
     label: str = "matmul",
 ) -> Tensor:  # [1, out_features], with a gate half of them
-    """Appends y = cap(norm(x) · Wᵀ + scale · z · Bᵀ + bias) + residual for one row.
+    """Appends a product of one row of whole numbers.
 
     Args:
-        x: of in_features columns; where it has the weight of an RMSNorm, that norm is completed.
-        matrix: W [out_features, in_features], one that `takes_int_row`.
+        product: of a row that may have the weight of an RMSNorm: that norm is completed, and z is
+            by `project_row` under the same one. W must be a matrix that `takes_int_row`.
         epsilon: of the norm.
-        gate: an activation that forward/swiglu.py lists: the first half of W's rows are a gate's,
-            the others those of up, and activation(gate) · up is what comes out. W must be one part
-            (`can_gate`); a softcap or a residual there is none.
-        lora: the factors of the adapted members of W, or None.
-        z: [1, members · rank], by `project_row` under the same norm; needed with `lora`.
-        bias: [out_features], added where given.
-        softcap: y becomes softcap · tanh(y / softcap); None for none.
-        residual: [1, out_features], added where given; not the tensor `out`.
         out: where to write; a new tensor by default.
         int_out: where to write y as whole numbers, too, for the product that takes it.
         tiling: by default chosen for the shape.
         label: what the dispatches are called in listings.
     """
-    recording = program.recording
+    x, matrix, gate, recording = product.x, product.matrix, product.gate, program.recording
+    lora, z, width = product.lora, product.z, product.width
+    if not isinstance(x, IntRow) or product.norm is not None:
+        raise ValueError(f"{label}: a row of whole numbers brings its norm with it")
     if x.width != matrix.in_features or not takes_int_row(recording, matrix):
         raise ValueError(f"{label}: an int row of {x.width} does not fit {matrix.in_features}")
-    check_row_product(
-        matrix, gate=gate, lora=lora, z=z, bias=bias, softcap=softcap, residual=residual,
-        label=label,
-    )  # fmt: skip
-    width = matrix.out_features if gate is None else matrix.out_features // 2
+    product.check_row(label)
     y = out if out is not None else activation(program, extent_of(x.words), width)
     check_shape("matmul_int_row output", y, 1, width)
     if int_out is not None and int_out.width != width:
@@ -125,7 +107,7 @@ def matmul_int_row(
         tensors = [x.words, part.words, y]
         if members and lora is not None and z is not None:
             tensors += [z, lora.b]
-        tensors += [tensor for tensor in (residual, bias) if tensor is not None]
+        tensors += [tensor for tensor in (product.residual, product.bias) if tensor is not None]
         stored = [] if int_out is None else [int_out.words]
         if int_out is not None and int_out.weight is not None:
             stored.append(int_out.weight)
@@ -153,9 +135,9 @@ def matmul_int_row(
             "members": members,
             "rank": lora.rank if lora else 0,
             "scale": lora.scale if lora else 1.0,
-            "epilogue": "write" if residual is None else "residual",
-            "bias": bias is not None,
-            "softcap": softcap,
+            "epilogue": product.epilogue,
+            "bias": product.bias is not None,
+            "softcap": product.softcap,
             "out_type": "f32",
             "int_out": stores_ints,
             "next_norm": stores_ints and int_out is not None and int_out.weight is not None,

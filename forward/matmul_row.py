@@ -7,8 +7,7 @@ from typing import Any
 
 from lora.forward.matmul import adapted_members
 from lora.forward.model.adapter import LoraFactors
-from lora.forward.model.weights import FrozenMatrix
-from lora.forward.swiglu import check_activation
+from lora.forward.product import InputNorm, Product
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -69,63 +68,32 @@ def choose_tiling(
     return RowTiling(max(share, _LANES), share, quads, min(_EIGHTS_AT_ONCE // quads, eights))
 
 
-@dataclass(frozen=True)
-class InputNorm:
-    """An RMSNorm that x passes on its way into a product.
-
-    Attributes:
-        weight: [in_features].
-        epsilon: added to the mean square.
-    """
-
-    weight: Tensor
-    epsilon: float
-
-
 def matmul_row(
     program: Program,
-    x: Tensor,
-    matrix: FrozenMatrix,
+    product: Product,
     *,
-    norm: InputNorm | None = None,
-    gate: str | None = None,
-    lora: LoraFactors | None = None,
-    z: Tensor | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    residual: Tensor | None = None,
     out: Tensor | None = None,
     tiling: RowTiling | None = None,
     label: str = "matmul",
 ) -> Tensor:  # [1, out_features], with a gate half of them
-    """Appends y = cap(norm(x) · Wᵀ + scale · z · Bᵀ + bias) + residual for one row.
+    """Appends a product of one row.
 
     Args:
-        x: [1, in_features].
-        matrix: W [out_features, in_features].
-        norm: what x passes first; None for nothing.
-        gate: an activation that forward/swiglu.py lists: the first half of W's rows are a gate's,
-            the others those of up, and activation(gate) · up is what comes out. W must be one part
-            (`can_gate`); a softcap or a residual there is none.
-        lora: the factors of the adapted members of W, or None.
-        z: [1, members · rank], by `project_row` under the same norm; needed with `lora`.
-        bias: [out_features], added where given.
-        softcap: y becomes softcap · tanh(y / softcap); None for none.
-        residual: [1, out_features], added where given; not the tensor `out`.
+        product: of [1, in_features] in f32; z by `project_row` under the same norm.
         out: where to write; a new tensor by default.
         tiling: by default chosen for the device.
         label: what the dispatches are called in listings.
     """
+    x, matrix, norm, gate = product.x, product.matrix, product.norm, product.gate
+    lora, z, width = product.lora, product.z, product.width
+    if not isinstance(x, Tensor):
+        raise ValueError(f"{label}: a row of whole numbers is for matmul_int_row")
     check_shape("matmul_row input", x, 1, matrix.in_features)
     if x.dtype != "f32":
         raise ValueError(f"{label}: one row is computed in f32, not from {x.dtype}")
     if norm is not None:
         check_shape("matmul_row norm", norm.weight, matrix.in_features)
-    check_row_product(
-        matrix, gate=gate, lora=lora, z=z, bias=bias, softcap=softcap, residual=residual,
-        label=label,
-    )  # fmt: skip
-    width = matrix.out_features if gate is None else matrix.out_features // 2
+    product.check_row(label)
     y = out if out is not None else activation(program, extent_of(x), width)
     check_shape("matmul_row output", y, 1, width)
     tiling = tiling or choose_tiling(
@@ -150,9 +118,9 @@ def matmul_row(
             "members": members,
             "rank": lora.rank if lora else 0,
             "scale": lora.scale if lora else 1.0,
-            "epilogue": "write" if residual is None else "residual",
-            "bias": bias is not None,
-            "softcap": softcap,
+            "epilogue": product.epilogue,
+            "bias": product.bias is not None,
+            "softcap": product.softcap,
             "out_type": "f32",
             "lanes": tiling.lanes,
             "share": tiling.share,
@@ -165,7 +133,7 @@ def matmul_row(
             tensors.append(norm.weight)
         if members and lora is not None and z is not None:
             tensors += [z, lora.b]
-        tensors += [tensor for tensor in (residual, bias) if tensor is not None]
+        tensors += [tensor for tensor in (product.residual, product.bias) if tensor is not None]
         if len(matrix.parts) > 1:
             tensors.append(program.recording.memory.constant_uniform((0, part.first_feature)))
         terms = matrix.in_features + (lora.rank if lora and members else 0)
@@ -178,42 +146,6 @@ def matmul_row(
             flops=2 * part.out_features * terms,
         )
     return y
-
-
-def check_row_product(
-    matrix: FrozenMatrix,
-    *,
-    gate: str | None,
-    lora: LoraFactors | None,
-    z: Tensor | None,
-    bias: Tensor | None,
-    softcap: float | None,
-    residual: Tensor | None,
-    label: str,
-) -> None:
-    """Refuses what no product of one row can do; arguments as for `matmul_row`."""
-    if bias is not None:
-        check_shape(f"{label} bias", bias, matrix.out_features)
-    if residual is not None:
-        check_shape(f"{label} residual", residual, 1, matrix.out_features)
-    if gate is not None:
-        check_activation(gate)
-        if not can_gate(matrix) or softcap is not None or residual is not None:
-            raise ValueError(f"{label}: a gate takes one part, no softcap and no residual")
-    if matrix.in_features % 4 or (lora is not None and lora.rank % 4):
-        raise ValueError(f"{label}: widths must be multiples of 4: {matrix.in_features}")
-    if lora is not None:
-        if z is None:
-            raise ValueError(f"{label}: an adapted matrix needs z and its factors")
-        check_shape(f"{label} z", z, 1, lora.n_members * lora.rank)
-    for part in matrix.parts:
-        if part.out_features % 4 or part.first_feature % 4:
-            raise ValueError(f"{label}: parts must be whole quads of rows: {part.words.shape}")
-
-
-def can_gate(matrix: FrozenMatrix) -> bool:
-    """Whether `matmul_row` can take the rows of gate and up together."""
-    return len(matrix.parts) == 1 and matrix.out_features % 8 == 0
 
 
 def project_row(

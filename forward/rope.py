@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora.forward.heads import Rotation
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -12,12 +13,10 @@ GPU_LANES, CPU_LANES = 64, 64  # of a workgroup
 def rope(
     program: Program,
     qkv: Tensor,
-    positions: Tensor,
-    tables: Tensor,
-    *,
+    rotation: Rotation,
     n_rotated_heads: int,
     head_size: int,
-    interleaved: bool,
+    *,
     inverse: bool = False,
     label: str = "rope",
 ) -> None:
@@ -25,14 +24,12 @@ def rope(
 
     Args:
         qkv: [rows, any width], f32 or f16: q heads, k heads, v heads.
-        positions: u32 [rows], within each token's example.
-        tables: [n_positions, rope_dimensions / 2, 2] from `Rope.tables`.
+        rotation: each row by its position in its example.
         n_rotated_heads: q and k heads together; what follows them is left alone.
         head_size: columns of a head; only its first rope_dimensions turn.
-        interleaved: pairs (2j, 2j + 1) instead of (j, j + rope_dimensions / 2).
         inverse: turn back (the backward pass).
     """
-    extent = extent_of(qkv)
+    extent, positions, tables = extent_of(qkv), rotation.positions, rotation.tables
     check_shape("rope positions", positions, qkv.shape[0])
     check_shape("rope tables", tables, None, None, 2)
     half = tables.shape[1]
@@ -52,7 +49,7 @@ def rope(
         "n_rotated_heads": n_rotated_heads,
         "head_size": head_size,
         "stride": qkv.shape[1],
-        "interleaved": interleaved,
+        "interleaved": rotation.interleaved,
         "inverse": inverse,
     }
     n_lanes = extent.maximum * half // unit * n_rotated_heads

@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -20,6 +21,8 @@ from lora.shaders.errors import GPUError
 from lora.shaders.webgpu import Buffer, Encoder, Found, Launch, Stamps, Use
 
 _NO_CHECKS = 0  # WGPUShaderRuntimeChecks_None of wgpu.h
+# wgpu-native (wgpu-py 0.32) ended the process where two threads opened devices at once (H100).
+_OPENING = Lock()
 _USAGES = {
     Use.STORAGE: wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC,
     Use.UNIFORM: wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC,
@@ -68,7 +71,7 @@ class WgpuNative:
 
     def found(self) -> list[Found]:
         """See `webgpu.Implementation`."""
-        with _quiet_loader():
+        with _OPENING, _quiet_loader():
             return [_Found(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
 
 
@@ -84,7 +87,7 @@ class _Found:
 
     def open(self, features: Iterable[str], limits: Mapping[str, int]) -> NativeDevice:
         """See `webgpu.Found`."""
-        with _quiet_loader(), _translated_errors():
+        with _OPENING, _quiet_loader(), _translated_errors():
             device = self._adapter.request_device_sync(
                 required_features=sorted(features), required_limits=dict(limits)
             )

@@ -8,17 +8,19 @@ before it. An adapted group has one more dispatch (its z), a model with post_nor
 
 from __future__ import annotations
 
-from functools import partial
+from dataclasses import replace
 
-from lora.forward.attention_decode import Heads, RowRope, attention_decode_row
+from lora.forward.attention_decode import RowRope, attention_decode_row
 from lora.forward.decoder.step_tensors import Row, StepActivations, StepInputs
+from lora.forward.heads import Heads
 from lora.forward.int_row import RowNorm, to_int_row
 from lora.forward.matmul_int_row import matmul_int_row
-from lora.forward.matmul_row import InputNorm, can_gate, matmul_row, project_row
-from lora.forward.model.adapter import Factors, LoraFactors
+from lora.forward.matmul_row import matmul_row, project_row
+from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.kv_cache import KeyValueCache
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.product import InputNorm, Product, can_gate
 from lora.forward.rmsnorm import rmsnorm
 from lora.forward.swiglu import swiglu
 from lora.shaders.program import Program
@@ -34,40 +36,33 @@ def fuses(recording: Recording) -> bool:
 def row_product(
     program: Program,
     row: Row,
-    matrix: FrozenMatrix,
+    product: Product,
     epsilon: float,
     out: Tensor,
     *,
-    lora: LoraFactors | None = None,
-    z: Tensor | None = None,
-    gate: str | None = None,
-    bias: Tensor | None = None,
-    softcap: float | None = None,
-    residual: Tensor | None = None,
     then: Row | None = None,
     label: str,
 ) -> None:
-    """Appends a product by the kernel that takes the row; arguments as for `matmul_row`.
+    """Appends a product by the kernel that takes the row, and its z before it.
 
     Args:
+        product: of row.values, without the row's norm; its z is where z is to be written, a new
+            tensor by default.
         epsilon: of the row's norm.
-        z: where z is to be written, with `lora`; a new tensor by default.
         then: the row that `out` becomes, where another product takes it.
     """
     norm = None if row.norm is None else InputNorm(row.norm, epsilon)
-    if lora is not None:
-        z = project_row(program, row.values, lora, norm=norm, out=z, label=f"{label}.z")
+    if product.lora is not None:
+        z = project_row(
+            program, row.values, product.lora, norm=norm, out=product.z, label=f"{label}.z"
+        )
+        product = replace(product, z=z)
     ints = None if then is None else then.ints
     if row.ints is not None:
-        product = partial(
-            matmul_int_row, program, row.ints, matrix, epsilon=epsilon, int_out=ints
-        )  # fmt: skip
+        whole = replace(product, x=row.ints)
+        matmul_int_row(program, whole, epsilon=epsilon, out=out, int_out=ints, label=label)
     else:
-        product = partial(matmul_row, program, row.values, matrix, norm=norm)
-    product(
-        gate=gate, lora=lora, z=z, bias=bias, softcap=softcap, residual=residual, out=out,
-        label=label,
-    )  # fmt: skip
+        matmul_row(program, replace(product, norm=norm), out=out, label=label)
     if row.ints is None and ints is not None:
         to_int_row(program, out, ints)
 
@@ -109,10 +104,11 @@ def record_row_layer(
     ) -> None:
         lora = factors.get((layer, group))
         z = None if lora is None else act.z(recording, lora)
-        row_product(
-            program, row, matrix, epsilon, out, lora=lora, z=z, gate=gate,
-            bias=weights.biases.get(group), residual=residual, then=then, label=group,
+        whole = Product(
+            row.values, matrix, lora=lora, z=z, gate=gate, bias=weights.biases.get(group),
+            residual=residual,
         )  # fmt: skip
+        row_product(program, row, whole, epsilon, out, then=then, label=group)
 
     def block_end(
         row: Row,

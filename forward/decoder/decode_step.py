@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from lora.forward.argmax import argmax
-from lora.forward.attention_decode import Heads, attention_decode
+from lora.forward.attention_decode import attention_decode
 from lora.forward.decoder.decode_row import fuses, record_first_row, record_row_layer, row_product
 from lora.forward.decoder.step_tensors import Row, StepActivations, StepHead, StepInputs
 from lora.forward.embedding import embedding
 from lora.forward.gather import gather_rows
 from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.forward.int_row import to_int_row
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
@@ -17,6 +18,7 @@ from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.kv_cache import KeyValueCache, store_keys_values
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm
 from lora.forward.rope import rope
 from lora.forward.swiglu import swiglu
@@ -68,10 +70,9 @@ def record_step_head(
                 to_int_row(program, last, row.ints)
         else:
             row = Row(rmsnorm(program, last, model.output_norm, a.norm_epsilon, out=head.normed))
-        row_product(
-            program, row, model.head, a.norm_epsilon, head.logits,
-            lora=factors.get((a.n_layers, "head")), softcap=a.logit_softcap, label="logits",
-        )  # fmt: skip
+        lora = factors.get((a.n_layers, "head"))
+        logits = Product(row.values, model.head, lora=lora, softcap=a.logit_softcap)
+        row_product(program, row, logits, a.norm_epsilon, head.logits, label="logits")
         argmax(program, head.logits, head.token, length=a.vocab_size)
 
 
@@ -86,8 +87,10 @@ def _record_layer(
 ) -> None:
     """Appends one decoder layer, in place: act.x += attention, act.x += feed-forward."""
     a, weights = model.architecture, model.layers[layer]
-    kind, heads = a.layer_kinds[layer], Heads.of(a, layer)
-    product = matmul_row if inputs.rows.maximum == 1 else matmul
+    heads = Heads.of(a, layer)
+    interleaved = a.layer_kinds[layer].rope.interleaved
+    rotation = Rotation(inputs.rope_rows, weights.rope, interleaved)
+    record = matmul_row if inputs.rows.maximum == 1 else matmul
 
     def adapted(
         source: Tensor, matrix: FrozenMatrix, group: str, to: Tensor, residual: Tensor | None = None
@@ -96,10 +99,10 @@ def _record_layer(
         if lora is not None:
             to_z = act.z(program.recording, lora)
             z = lora_project(program, source, lora, out=to_z, label=f"{group}.z")
-        product(
-            program, source, matrix, lora=lora, z=z, bias=weights.biases.get(group),
-            residual=residual, out=to, label=group,
-        )  # fmt: skip
+        product = Product(
+            source, matrix, lora=lora, z=z, bias=weights.biases.get(group), residual=residual
+        )
+        record(program, product, out=to, label=group)
 
     def block_end(
         source: Tensor,
@@ -121,21 +124,10 @@ def _record_layer(
     rmsnorm(program, act.x, weights.attn_norm, a.norm_epsilon, out=act.normed)
     adapted(act.normed, weights.qkv, "qkv", act.raw_qkv or act.qkv)
     if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-        head_norm_rope(
-            program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
-            inputs.rope_rows, weights.rope, n_heads=a.n_heads, n_kv_heads=a.n_kv_heads,
-            head_size=a.head_size, interleaved=kind.rope.interleaved, out=act.qkv,
-        )  # fmt: skip
+        norms = HeadNorms(weights.q_norm, weights.k_norm, a.norm_epsilon)
+        head_norm_rope(program, act.raw_qkv, norms, rotation, heads, out=act.qkv)
     else:
-        rope(
-            program,
-            act.qkv,
-            inputs.rope_rows,
-            weights.rope,
-            n_rotated_heads=a.n_heads + a.n_kv_heads,
-            head_size=a.head_size,
-            interleaved=kind.rope.interleaved,
-        )
+        rope(program, act.qkv, rotation, a.n_heads + a.n_kv_heads, a.head_size)
     layer_cache = cache.layers[layer]
     store_keys_values(program, act.qkv, inputs.positions, layer_cache, query_size=a.query_size)
     attention_decode(program, act.qkv, inputs.positions, layer_cache, heads, out=act.attended)

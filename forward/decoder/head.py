@@ -11,6 +11,7 @@ from lora.forward.matmul import matmul
 from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
+from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -98,7 +99,12 @@ def record_logits(
         z = chunk_of(act.z, inputs, index)
         lora_project(program, normed, lora, out=z, label="head.z")
     softcap = model.architecture.logit_softcap
-    matmul(program, normed, model.head, lora=lora, z=z, softcap=softcap, out=logits, label="head")
+    matmul(
+        program,
+        Product(normed, model.head, lora=lora, z=z, softcap=softcap),
+        out=logits,
+        label="head",
+    )
     return logits
 
 

@@ -7,12 +7,14 @@ from dataclasses import dataclass
 from lora.forward.attention import attention
 from lora.forward.embedding import embedding
 from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
 from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.product import Product
 from lora.forward.rmsnorm import NormAfter, rmsnorm
 from lora.forward.rope import rope
 from lora.forward.swiglu import swiglu
@@ -103,7 +105,9 @@ def record_layer(
         out: [rows, hidden_size]; None leaves out what only the output needs (recompute).
     """
     a, weights = model.architecture, model.layers[layer]
-    kind = a.layer_kinds[layer]
+    heads = Heads.of(a, layer)
+    interleaved = a.layer_kinds[layer].rope.interleaved
+    rotation = Rotation(inputs.positions, weights.rope, interleaved)
 
     def adapted(
         source: Tensor,
@@ -119,42 +123,29 @@ def record_layer(
             lora_project(program, source, lora, out=z, label=f"{group}.z")
         if to is not None:
             matmul(
-                program, source, matrix, lora=lora, z=z, bias=weights.biases.get(group),
-                residual=residual, out=to, norm=norm, label=group,
-            )  # fmt: skip
+                program,
+                Product(
+                    source,
+                    matrix,
+                    lora=lora,
+                    z=z,
+                    bias=weights.biases.get(group),
+                    residual=residual,
+                ),
+                out=to,
+                norm=norm,
+                label=group,
+            )
 
     with program.scope(f"layers.{layer}"):
         rmsnorm(program, x, weights.attn_norm, a.norm_epsilon, out=act.normed)
         adapted(act.normed, weights.qkv, "qkv", act.z_qkv, act.raw_qkv or act.qkv)
         if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-            head_norm_rope(
-                program, act.raw_qkv, weights.q_norm, weights.k_norm, a.norm_epsilon,
-                inputs.positions, weights.rope, n_heads=a.n_heads, n_kv_heads=a.n_kv_heads,
-                head_size=a.head_size, interleaved=kind.rope.interleaved, out=act.qkv,
-            )  # fmt: skip
+            norms = HeadNorms(weights.q_norm, weights.k_norm, a.norm_epsilon)
+            head_norm_rope(program, act.raw_qkv, norms, rotation, heads, out=act.qkv)
         else:
-            rope(
-                program,
-                act.qkv,
-                inputs.positions,
-                weights.rope,
-                n_rotated_heads=a.n_heads + a.n_kv_heads,
-                head_size=a.head_size,
-                interleaved=kind.rope.interleaved,
-            )
-        attention(
-            program,
-            act.qkv,
-            inputs.segments,
-            n_heads=a.n_heads,
-            n_kv_heads=a.n_kv_heads,
-            head_size=a.head_size,
-            scale=a.attention_scale,
-            window=kind.window,
-            softcap=a.attention_softcap,
-            out=act.attended,
-            lse=act.lse,
-        )
+            rope(program, act.qkv, rotation, a.n_heads + a.n_kv_heads, a.head_size)
+        attention(program, act.qkv, inputs.segments, heads, out=act.attended, lse=act.lse)
         z = act.z_attn_output
         ffn_norm = NormAfter(weights.ffn_norm, a.norm_epsilon, act.middle_normed)
         if act.projected is not None and weights.post_attention_norm is not None:

@@ -14,6 +14,7 @@ from typing import Any
 from lora.forward.plans.matmul_tiles import Plan, choose_tile
 from lora.forward.plans.stretches import ProductNorm
 from lora.shaders.facts import DeviceFacts
+from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -21,7 +22,7 @@ _ROW_STEP = 32  # rows of the smallest tile: between its multiples no tile's gri
 
 
 @dataclass(frozen=True)
-class Product:
+class ProductShape:
     """What decides which plan is the fastest for a product.
 
     Attributes:
@@ -56,12 +57,14 @@ class Request:
     """A product that is being recorded: what `record` needs to record it again elsewhere.
 
     Attributes:
-        record: called as record(program, extent, out, constants, tensors, after, place, label,
-            flops, norm); forward/matmul.py's own.
+        record: called with a program and a request; forward/matmul.py's own.
+        tensors: the extent, x, the weights, out, and the low-rank part's.
+        after: residual and bias, which the last pass takes.
+        norm: of a matrix of one part; it is the last pass where it can add stretches up.
         half: whether it is recorded under `precision: f16`.
     """
 
-    record: Callable[..., None]
+    record: Callable[[Program, Request], None]
     half: bool
     extent: Extent
     out: Tensor
@@ -74,10 +77,10 @@ class Request:
     norm: ProductNorm | None
 
     @property
-    def product(self) -> Product:
+    def product(self) -> ProductShape:
         """What decides the plan."""
         c = self.constants
-        return Product(
+        return ProductShape(
             rows=-(-self.extent.maximum // _ROW_STEP) * _ROW_STEP,
             columns=c["n_columns"],
             contraction=c["contraction"],
@@ -109,7 +112,7 @@ def plan_of(recording: Recording, request: Request) -> Plan:
     return plan or choose_tile(*request.shape(recording.facts))
 
 
-def source_of(plans: Mapping[Product, Plan], others: PlanSource | None = None) -> PlanSource:
+def source_of(plans: Mapping[ProductShape, Plan], others: PlanSource | None = None) -> PlanSource:
     """A source of these plans.
 
     Args:

@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 
-from lora.forward.plans.matmul_plans import Product, Request
+from lora.forward.plans.matmul_plans import ProductShape, Request
 from lora.forward.plans.matmul_tiles import (
     MOST_CANDIDATES,
     Plan,
@@ -44,7 +44,7 @@ def tune(
     seconds: float = TUNING_SECONDS,
     stopwatch: Stopwatch | None = None,
     clock: Callable[[], float] = time.perf_counter,
-) -> dict[Product, Plan]:
+) -> dict[ProductShape, Plan]:
     """Times the best few plans of each product, with the real kernels, and takes the fastest.
 
     What takes the largest share of a step by the model goes first. The model's choice stays where
@@ -62,8 +62,8 @@ def tune(
     Returns:
         A plan for every product of the requests.
     """
-    first: dict[Product, Request] = {}
-    share: Counter[Product] = Counter()
+    first: dict[ProductShape, Request] = {}
+    share: Counter[ProductShape] = Counter()
     for request in requests:
         product = request.product
         first.setdefault(product, request)
@@ -96,14 +96,14 @@ def tune(
 
 @dataclass(frozen=True)
 class _Compiled:
-    plans: dict[Product, list[Plan]]
+    plans: dict[ProductShape, list[Plan]]
     seconds: float  # what the plans after the first took
 
 
 def _compile(
     device: Device,
-    requests: Mapping[Product, Request],
-    plans: Mapping[Product, Sequence[Plan]],
+    requests: Mapping[ProductShape, Request],
+    plans: Mapping[ProductShape, Sequence[Plan]],
     seconds: float,
     clock: Callable[[], float],
 ) -> _Compiled:
@@ -125,7 +125,7 @@ def _compile(
             return False  # a candidate that a driver cannot compile is none
         return True
 
-    done: dict[Product, list[Plan]] = {product: [] for product in plans}
+    done: dict[ProductShape, list[Plan]] = {product: [] for product in plans}
     with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
 
         def compile_rank(rank: int, deadline: float | None) -> None:

@@ -126,15 +126,15 @@ class Workbench:
         program = Program(_recording(self._device.facts, self._memory, request, plan))
         request.record(
             program,
-            extent,
-            stand_in(request.out),
-            dict(request.constants),
-            [stand_in(tensor) for tensor in request.tensors],
-            [stand_in(tensor) for tensor in request.after],
-            request.place,
-            f"{request.label} {plan.name}",
-            request.flops,
-            _on(stand_in, request.norm),
+            replace(
+                request,
+                extent=extent,
+                out=stand_in(request.out),
+                tensors=[stand_in(tensor) for tensor in request.tensors],
+                after=[stand_in(tensor) for tensor in request.after],
+                label=f"{request.label} {plan.name}",
+                norm=_on(stand_in, request.norm),
+            ),
         )
         return program
 
@@ -177,18 +177,7 @@ def _on(stand_in: Callable[[Tensor], Tensor], norm: Any) -> ProductNorm | None:
 def kernels_of(facts: DeviceFacts, request: Request, plan: Plan) -> Kernels:
     """What a plan needs compiled."""
     program = Program(_recording(facts, CountingMemory(facts), request, plan))
-    request.record(
-        program,
-        request.extent,
-        request.out,
-        dict(request.constants),
-        request.tensors,
-        request.after,
-        request.place,
-        request.label,
-        request.flops,
-        request.norm,
-    )
+    request.record(program, request)
     return [(dispatch.template, dict(dispatch.constants)) for dispatch in program.dispatches]
 
 

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
-    from lora.forward.plans.matmul_plans import Product, Request
+    from lora.forward.plans.matmul_plans import ProductShape, Request
     from lora.forward.plans.matmul_tiles import Plan
 
 
@@ -54,7 +54,7 @@ def tune_command(
 
     def tuner(
         device: Device, missing: Sequence[Request], /, *, seconds: float
-    ) -> Mapping[Product, Plan]:
+    ) -> Mapping[ProductShape, Plan]:
         looked_for.extend(missing)
         return tune(device, missing, seconds=seconds)
 
@@ -68,7 +68,7 @@ def tune_command(
         console.print("train.tuning is off in this config: its runs take the default tiles.")
     table = Table("product", "times a step", "default", "chosen", title=device.facts.name)
     counts = Counter(request.product for request in requests)
-    first: dict[Product, Request] = {}
+    first: dict[ProductShape, Request] = {}
     for request in requests:
         first.setdefault(request.product, request)
     for product, count in counts.most_common():

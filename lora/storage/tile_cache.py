@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
-from lora.forward.plans.matmul_plans import PlanSource, Product, Request
+from lora.forward.plans.matmul_plans import PlanSource, ProductShape, Request
 from lora.forward.plans.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
 from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
@@ -38,7 +38,7 @@ class Tuner(Protocol):
 
     def __call__(
         self, device: Device, requests: Sequence[Request], /, *, seconds: float
-    ) -> Mapping[Product, Plan]:
+    ) -> Mapping[ProductShape, Plan]:
         """A plan for every product of the requests."""
 
 
@@ -73,7 +73,7 @@ def entry_of(plan: Plan) -> dict[str, Any]:
     return {"tile": plan.tile.name, "splits": plan.splits, "length": plan.length}
 
 
-def plan_of_entry(facts: DeviceFacts, product: Product, entry: Any) -> Plan | None:
+def plan_of_entry(facts: DeviceFacts, product: ProductShape, entry: Any) -> Plan | None:
     """The plan that `entry_of` gave; None for what is no plan that this product can use here."""
     if not isinstance(entry, dict):
         return None
@@ -120,7 +120,7 @@ class TileCache:
                 stacklevel=2,
             )
 
-    def plan(self, product: Product) -> Plan | None:
+    def plan(self, product: ProductShape) -> Plan | None:
         """The plan known for a product; None where there is none, or one that can't be used."""
         return plan_of_entry(self._device.facts, product, self._plans.get(product.key))
 
@@ -157,7 +157,7 @@ class TileCache:
             write_file(self.path, json.dumps(contents, indent=1) + "\n")
             self._plans |= found
 
-    def _seconds(self, product: Product) -> float:
+    def _seconds(self, product: ProductShape) -> float:
         """How long the search took that found a product's plan."""
         seconds = self._plans[product.key].get("seconds")
         return seconds if isinstance(seconds, int | float) else 0.0

@@ -19,7 +19,7 @@ import safetensors
 import safetensors.numpy
 
 from lora.adapters.peft_files import load_peft_adapter, save_peft_adapter
-from lora.forward.plans.matmul_plans import Product
+from lora.forward.plans.matmul_plans import ProductShape
 from lora.forward.plans.matmul_tiles import Plan
 from lora.shaders.errors import InputError
 from lora.storage.files import new_directory
@@ -130,7 +130,7 @@ def resume(session: TrainingSession, output: Path) -> Path:
 
 def _plans_of_then(
     session: TrainingSession, found_with: dict[str, Any], entries: dict[str, Any]
-) -> tuple[dict[Product, Plan], str | None]:
+) -> tuple[dict[ProductShape, Plan], str | None]:
     """The plans that a checkpoint holds for this session's products, and why these aren't all.
 
     Args:

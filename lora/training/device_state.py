@@ -12,7 +12,14 @@ from lora.forward.decoder.head import chunk_size
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.model.inputs import Inputs
-from lora.forward.plans.matmul_plans import PlanSource, Product, Request, noting, plan_of, source_of
+from lora.forward.plans.matmul_plans import (
+    PlanSource,
+    ProductShape,
+    Request,
+    noting,
+    plan_of,
+    source_of,
+)
 from lora.forward.plans.matmul_tiles import Plan
 from lora.optim.adamw import AdamWSettings
 from lora.shaders.errors import InputError
@@ -176,7 +183,7 @@ class SessionPlan:
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
         )
 
-    def chosen(self, plans: PlanSource | None) -> dict[Product, Plan]:
+    def chosen(self, plans: PlanSource | None) -> dict[ProductShape, Plan]:
         """The plan of each product that training records, from a source or the model."""
         if not self.workload.trains:
             return {}
@@ -186,7 +193,7 @@ class SessionPlan:
 
 
 def replanned(
-    recording: Recording, plans: Mapping[Product, Plan], others: PlanSource | None
+    recording: Recording, plans: Mapping[ProductShape, Plan], others: PlanSource | None
 ) -> Recording:
     """The same recording with these plans; `others` is asked for products not among them."""
     return replace(recording, plans=source_of(plans, others))

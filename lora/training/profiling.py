@@ -14,6 +14,7 @@ from lora.forward.gather import gather_rows
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
 from lora.forward.model.weights import load_matrix
+from lora.forward.product import Product
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.program import Program
@@ -71,7 +72,7 @@ def _measure_peaks(recording: Recording) -> Peaks:
     recording.memory.write(x, rng.normal(size=(n, n)))
     product = Program(recording)
     for _ in range(5):
-        matmul(product, x, matrix, out=recording.memory.scratch((n, n)))
+        matmul(product, Product(x, matrix), out=recording.memory.scratch((n, n)))
     rows = (4 if recording.facts.is_cpu else 64) << 10
     many = recording.memory.extent(rows)
     source, copied = (recording.memory.empty((rows, 256), extent=many) for _ in range(2))

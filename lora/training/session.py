@@ -14,7 +14,7 @@ from lora.adapters.peft_files import save_peft_adapter
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.batches import Batch
 from lora.data.examples import Example
-from lora.forward.plans.matmul_plans import PlanSource, Product
+from lora.forward.plans.matmul_plans import PlanSource, ProductShape
 from lora.forward.plans.matmul_tiles import Plan
 from lora.generation.engine import Adapter, memory_figures
 from lora.generation.generator import TextGenerator
@@ -103,7 +103,7 @@ class TrainingSession:
         plan = SessionPlan.of(self.device.facts, workload, None, self._seams)
         requests = plan.requests if workload.trains else None
         self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
-        self.plans: dict[Product, Plan] = plan.chosen(self._found)
+        self.plans: dict[ProductShape, Plan] = plan.chosen(self._found)
         if self._found is not None:
             plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
         self.plan = plan
@@ -156,7 +156,7 @@ class TrainingSession:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def use_plans(self, plans: Mapping[Product, Plan]) -> None:
+    def use_plans(self, plans: Mapping[ProductShape, Plan]) -> None:
         """Records the programs again, with these plans of products; others keep theirs.
 
         So a run goes on with the order of sums that it began with (lora/training/checkpoint.py).

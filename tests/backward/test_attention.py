@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from lora.backward import attention as backward_attention
-from lora.backward.attention import attention_backward
+from lora.backward.attention import Attended, attention_backward
 from lora.checks.references.attention import (
     Shape,
     attention_backward_reference,
@@ -16,6 +16,7 @@ from lora.checks.references.attention import (
     segments_of,
 )
 from lora.forward.attention import Tile, attention
+from lora.forward.heads import Heads
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.attention_cases import (
@@ -47,8 +48,9 @@ def run_backward(
     rows = segments_on(recording, extent, segments)
     d_y = activation_of(recording, extent, d_out)
     program = Program(recording)
-    out, lse = attention(program, x, rows, **shape.options)
-    d_qkv = attention_backward(program, x, out, lse, d_y, rows, **shape.options)
+    heads = Heads(**shape.options)
+    out, lse = attention(program, x, rows, heads)
+    d_qkv = attention_backward(program, Attended(x, out, lse), d_y, rows, heads)
     for tensor in (out, lse):
         recording.memory.write(tensor, np.full(tensor.shape, np.nan))
     recording.memory.write(d_qkv, np.full(d_qkv.shape, -7.0))
@@ -188,6 +190,7 @@ def test_a_d_out_of_another_shape_is_refused(recording: Recording) -> None:
     qkv = recording.memory.empty((4, shape.width), extent=extent)
     segments = recording.memory.upload(segments_of([4]))
     program = Program(recording)
-    out, lse = attention(program, qkv, segments, **shape.options)
+    heads = Heads(**shape.options)
+    out, lse = attention(program, qkv, segments, heads)
     with pytest.raises(ValueError, match="d_out has shape"):
-        attention_backward(program, qkv, out, lse, qkv, segments, **shape.options)
+        attention_backward(program, Attended(qkv, out, lse), qkv, segments, heads)

@@ -8,6 +8,7 @@ from lora.checks.references.head_norm_rope import (
     head_norm_rope_backward_reference,
     head_norm_rope_reference,
 )
+from lora.forward.heads import HeadNorms, Rotation
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
@@ -43,11 +44,15 @@ def check(recording: Recording, case: Case, x_type: str, d_type: str) -> None:
     positions, positions_tensor, tables = case.tensors(recording, extent)
     gradient = typed(recording, d_y, d_type, extent)
     program = Program(recording)
+    upload = recording.memory.upload
     head_norm_rope_backward(
-        program, typed(recording, qkv, x_type, extent), recording.memory.upload(q_weight),
-        recording.memory.upload(k_weight), EPSILON, positions_tensor, tables, gradient,
-        **case.heads,
-    )  # fmt: skip
+        program,
+        typed(recording, qkv, x_type, extent),
+        HeadNorms(upload(q_weight), upload(k_weight), EPSILON),
+        Rotation(positions_tensor, tables, case.interleaved),
+        case.heads,
+        gradient,
+    )
     assert len(program.commands) == case.dispatches
     result, used = run_twice(program, gradient), slice(0, case.in_use)
     expected = head_norm_rope_backward_reference(

@@ -5,6 +5,7 @@ import pytest
 
 from lora.backward.rope import rope_backward
 from lora.checks.references.rope import rope_backward_reference, rope_reference
+from lora.forward.heads import Rotation
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
 from lora.shaders.program import Program
@@ -42,11 +43,13 @@ def test_rope_backward(
     rope_backward(
         program,
         tensor,
-        activation(recording, positions, extent),
-        recording.memory.upload(Rope(BASE, dimensions, interleaved).tables(5000)),
-        n_rotated_heads=n_heads,
-        head_size=head_size,
-        interleaved=interleaved,
+        Rotation(
+            activation(recording, positions, extent),
+            recording.memory.upload(Rope(BASE, dimensions, interleaved).tables(5000)),
+            interleaved,
+        ),
+        n_heads,
+        head_size,
     )
     result = run_twice(program, tensor)
     expected = rope_backward_reference(
@@ -68,9 +71,6 @@ def test_there_and_back(recording: Recording, interleaved: bool) -> None:
     tables = recording.memory.upload(Rope(BASE, 12, interleaved).tables(4096))
     program = Program(recording)
     for turn in (rope, rope_backward):
-        turn(
-            program, tensor, positions, tables,
-            n_rotated_heads=3, head_size=20, interleaved=interleaved,
-        )  # fmt: skip
+        turn(program, tensor, Rotation(positions, tables, interleaved), 3, 20)
     # Twice the rounding of one rotation.
     np.testing.assert_allclose(run_twice(program, tensor), qkv, atol=4e-6)

@@ -10,6 +10,7 @@ import pytest
 
 from lora.checks.references.attention import Shape, attention_reference, segments_of
 from lora.forward.attention import GPU_TILES, Tile, attention, choose_tile
+from lora.forward.heads import Heads
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.attention_cases import (
@@ -38,7 +39,7 @@ def run_attention(
         program,
         activation_of(recording, extent, qkv),
         segments_on(recording, extent, segments),
-        **shape.options,
+        Heads(**shape.options),
     )
     for tensor in (out, lse):
         recording.memory.write(tensor, np.full(tensor.shape, -7.0))
@@ -191,4 +192,4 @@ def test_what_cannot_be_computed_is_refused(
     qkv = recording.memory.empty((4, shape.width), extent=extent)
     segments = recording.memory.upload(segments_of([4]))
     with pytest.raises(ValueError, match=message):
-        attention(Program(recording), qkv, segments, **{**shape.options, **options})
+        attention(Program(recording), qkv, segments, Heads(**{**shape.options, **options}))

@@ -7,6 +7,7 @@ import pytest
 
 from lora.checks.references.head_norm_rope import head_norm_rope_reference
 from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -28,10 +29,15 @@ def check(recording: Recording, case: Case, x_type: str, out_type: str) -> None:
     positions, positions_tensor, tables = case.tensors(recording, extent)
     out = typed_marked(recording, out_type, extent, case.width)
     program = Program(recording)
+    upload = recording.memory.upload
     head_norm_rope(
-        program, typed(recording, qkv, x_type, extent), recording.memory.upload(q_weight),
-        recording.memory.upload(k_weight), EPSILON, positions_tensor, tables, out=out, **case.heads,
-    )  # fmt: skip
+        program,
+        typed(recording, qkv, x_type, extent),
+        HeadNorms(upload(q_weight), upload(k_weight), EPSILON),
+        Rotation(positions_tensor, tables, case.interleaved),
+        case.heads,
+        out=out,
+    )
     assert len(program.commands) == case.dispatches
     result, used = run_twice(program, out), slice(0, case.in_use)
     expected = head_norm_rope_reference(qkv, q_weight, k_weight, positions, case.layout)
@@ -69,8 +75,8 @@ def test_weights_of_another_size_are_refused(recording: Recording) -> None:
     )
     with pytest.raises(ValueError, match="head_norm_rope k_weight has shape"):
         head_norm_rope(
-            Program(recording), qkv, weight, short, EPSILON, positions, tables,
-            n_heads=1, n_kv_heads=1, head_size=8, interleaved=False,
+            Program(recording), qkv, HeadNorms(weight, short, EPSILON),
+            Rotation(positions, tables, interleaved=False), Heads(1, 1, 8, scale=1.0),
         )  # fmt: skip
 
 
@@ -83,6 +89,6 @@ def test_more_rotated_columns_than_a_head_has_are_refused(recording: Recording) 
     )
     with pytest.raises(ValueError, match="16 rotated columns do not fit heads of 8"):
         head_norm_rope(
-            Program(recording), qkv, weight, weight, EPSILON, positions, tables,
-            n_heads=1, n_kv_heads=1, head_size=8, interleaved=False,
+            Program(recording), qkv, HeadNorms(weight, weight, EPSILON),
+            Rotation(positions, tables, interleaved=False), Heads(1, 1, 8, scale=1.0),
         )  # fmt: skip

@@ -11,6 +11,7 @@ from lora.checks.references.matmul import matmul_reference
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import (
@@ -82,9 +83,16 @@ def check(
     out, d_x = marked(recording, extent, n_out), marked(recording, extent, n_in)
     program = Program(recording)
     matmul(
-        program, activation(recording, x, extent), matrix, lora=lora, z=z_t,
-        residual=activation(recording, residual, extent), out=out,
-    )  # fmt: skip
+        program,
+        Product(
+            activation(recording, x, extent),
+            matrix,
+            lora=lora,
+            z=z_t,
+            residual=activation(recording, residual, extent),
+        ),
+        out=out,
+    )
     y = run_twice(program, out)
     program = Program(recording)
     matmul_backward(
@@ -159,4 +167,4 @@ def test_widths_that_are_no_multiple_of_four_are_refused(recording: Recording) -
     matrix = load_matrix(recording, [tensor_of(F32, data, 6)])
     x = recording.memory.empty((2, 6), extent=recording.memory.extent(2))
     with pytest.raises(ValueError, match="multiples of 4"):
-        matmul(Program(recording), x, matrix)
+        matmul(Program(recording), Product(x, matrix))

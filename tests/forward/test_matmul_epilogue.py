@@ -9,6 +9,7 @@ from gguf import GGMLQuantizationType, quants
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_tiles import choose_tile
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
@@ -61,10 +62,16 @@ def test_epilogue(
     out = marked(recording, extent, n_out)
     program = Program(recording)
     matmul(
-        program, activation(recording, x, extent), matrix,
-        bias=recording.memory.upload(bias) if with_bias else None, softcap=softcap,
-        residual=activation(recording, residual, extent) if with_residual else None, out=out,
-    )  # fmt: skip
+        program,
+        Product(
+            activation(recording, x, extent),
+            matrix,
+            bias=recording.memory.upload(bias) if with_bias else None,
+            softcap=softcap,
+            residual=activation(recording, residual, extent) if with_residual else None,
+        ),
+        out=out,
+    )
     result = run_twice(program, out)
     expected = x.astype(np.float64) @ w.T + with_bias * bias
     if softcap is not None:
@@ -90,7 +97,7 @@ def test_a_vocabulary_that_is_no_multiple_of_four(recording: Recording, body: st
     extent = recording.memory.extent(5)
     out = marked(recording, extent, 32)
     program = Program(recording)
-    matmul(program, activation(recording, x, extent), matrix, softcap=30.0, out=out)
+    matmul(program, Product(activation(recording, x, extent), matrix, softcap=30.0), out=out)
     result = run_twice(program, out)
     expected = 30 * np.tanh(x.astype(np.float64) @ w.T / 30)
     np.testing.assert_allclose(result[:, :30], expected, atol=2e-5)

@@ -12,9 +12,10 @@ from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
-from lora.forward.matmul_row import InputNorm, project_row
+from lora.forward.matmul_row import project_row
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.forward.product import InputNorm, Product
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
@@ -70,7 +71,7 @@ def test_random_blocks(
     x, weight = numbers(rng, 1, columns), numbers(rng, columns) if with_norm else None
     y = marked(recording, extent_in_use(recording, 1, 1), out_features)
     program = Program(recording)
-    matmul_int_row(program, whole(program, x, weight), matrix, epsilon=EPSILON, out=y)
+    matmul_int_row(program, Product(whole(program, x, weight), matrix), epsilon=EPSILON, out=y)
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + rounding(v, w)
     result = run_twice(program, y)
@@ -94,7 +95,7 @@ def test_tilings(recording: Recording, kind: str, tiling: IntRowTiling) -> None:
     y = marked(recording, extent_in_use(recording, 1, 1), 72)
     program = Program(recording)
     row = whole(program, x, weight)
-    matmul_int_row(program, row, matrix, epsilon=EPSILON, out=y, tiling=tiling)
+    matmul_int_row(program, Product(row, matrix), epsilon=EPSILON, out=y, tiling=tiling)
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, 2304) + rounding(v, w)
     assert (np.abs(run_twice(program, y) - v @ w.T) <= bound).all()
@@ -137,9 +138,14 @@ def test_norm_and_gate(
     y = marked(recording, extent, half)
     int_out = IntRow.allocate(recording, half, extent) if half % 32 == 0 else None
     matmul_int_row(
-        program, row, matrix, epsilon=EPSILON, gate=activation_name, lora=lora, z=z,
-        bias=recording.memory.upload(bias), out=y, int_out=int_out,
-    )  # fmt: skip
+        program,
+        Product(
+            row, matrix, gate=activation_name, lora=lora, z=z, bias=recording.memory.upload(bias)
+        ),
+        epsilon=EPSILON,
+        out=y,
+        int_out=int_out,
+    )
     result = run_twice(program, y)
 
     v = normed_row(x, weight, EPSILON)
@@ -204,11 +210,19 @@ def test_adapters_bias_cap_and_residual(
         )
     program = Program(recording)
     matmul_int_row(
-        program, whole(program, x), matrix, lora=lora, z=activation(recording, z, extent),
-        bias=recording.memory.upload(bias), softcap=softcap, residual=activation(recording,
-        residual, extent),
-        out=y, int_out=int_out,
-    )  # fmt: skip
+        program,
+        Product(
+            whole(program, x),
+            matrix,
+            lora=lora,
+            z=activation(recording, z, extent),
+            bias=recording.memory.upload(bias),
+            softcap=softcap,
+            residual=activation(recording, residual, extent),
+        ),
+        out=y,
+        int_out=int_out,
+    )
     result = run_twice(program, y)
 
     exact = x.astype(np.float64)
@@ -253,7 +267,7 @@ def test_the_row_that_comes_out(
     )
     program = Program(recording)
     row = whole(program, x)
-    matmul_int_row(program, row, matrix, out=y, int_out=int_out)
+    matmul_int_row(program, Product(row, matrix), out=y, int_out=int_out)
     assert len(program.commands) == 2  # whole numbers of x, and the product
     stored = run_twice(program, y)[0].astype(np.float64)
     check_int_row(recording.memory.read(int_out.words), stored * following, stored, error=2.0**-24)
@@ -274,10 +288,18 @@ def test_within_the_buffers_that_webgpu_promises(recording: Recording) -> None:
     )
     program = Program(recording)
     matmul_int_row(
-        program, whole(program, x), matrix, lora=lora, z=activation(recording, z, extent),
-        bias=recording.memory.upload(numbers(rng, columns)), out=y, int_out=int_out,
-        residual=activation(recording, numbers(rng, 1, columns), extent),
-    )  # fmt: skip
+        program,
+        Product(
+            whole(program, x),
+            matrix,
+            lora=lora,
+            z=activation(recording, z, extent),
+            bias=recording.memory.upload(numbers(rng, columns)),
+            residual=activation(recording, numbers(rng, 1, columns), extent),
+        ),
+        out=y,
+        int_out=int_out,
+    )
     assert max(len(c.tensors) for c in program.commands if isinstance(c, Dispatch)) <= 8
     stored = run_twice(program, y)[0].astype(np.float64)
     check_int_row(recording.memory.read(int_out.words), stored * following, stored, error=2.0**-24)
@@ -304,12 +326,12 @@ def test_what_the_kernel_cannot_do_is_refused(recording: Recording) -> None:
     extent = extent_in_use(recording, 1, 1)
     row = IntRow.allocate(recording, 64, extent)
     with pytest.raises(ValueError, match="an int row of 64 does not fit"):
-        matmul_int_row(Program(recording), row, matrix)
+        matmul_int_row(Program(recording), Product(row, matrix))
     row = IntRow.allocate(recording, 32, extent)
     with pytest.raises(ValueError, match="a gate takes one part"):
-        matmul_int_row(Program(recording), row, matrix, gate="silu")
+        matmul_int_row(Program(recording), Product(row, matrix, gate="silu"))
     with pytest.raises(ValueError, match="cannot hold 96 columns"):
-        matmul_int_row(Program(recording), row, matrix, int_out=row)
+        matmul_int_row(Program(recording), Product(row, matrix), int_out=row)
     recording = with_facts(recording, is_cpu=True)
     with pytest.raises(ValueError, match="does not fit"):
-        matmul_int_row(Program(recording), row, matrix)
+        matmul_int_row(Program(recording), Product(row, matrix))

@@ -18,6 +18,7 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import TILES, Plan, cut, tiles_of
+from lora.forward.product import Product
 from lora.forward.rmsnorm import (
     GPU_LANES,
     GPU_QUADS,
@@ -123,10 +124,19 @@ class Case:
         past = self.past if past_of == "norm" else None
         norm = NormAfter(self.weight, EPSILON, normed, residual=past)
         matmul(
-            program, self.x, self.matrix, lora=self.lora, z=self.z, softcap=softcap,
-            bias=self.bias if biased else None, out=product,
-            residual=self.past if past_of == "product" else None, norm=None if apart else norm,
-        )  # fmt: skip
+            program,
+            Product(
+                self.x,
+                self.matrix,
+                lora=self.lora,
+                z=self.z,
+                softcap=softcap,
+                bias=self.bias if biased else None,
+                residual=self.past if past_of == "product" else None,
+            ),
+            out=product,
+            norm=None if apart else norm,
+        )
         if apart:
             rmsnorm(program, product, self.weight, EPSILON, residual=past, out=normed)
         return run(program, [product, normed])

@@ -10,9 +10,10 @@ from lora.checks.references.matmul import error_bound
 from lora.checks.references.matmul_row import gated_reference, normed_row
 from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.matmul_row import InputNorm, RowTiling, choose_tiling, matmul_row, project_row
+from lora.forward.matmul_row import RowTiling, choose_tiling, matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.forward.product import InputNorm, Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
@@ -64,7 +65,7 @@ def test_random_blocks(
     y = marked(recording, extent, out_features)
     program = Program(recording)
     norm = None if weight is None else InputNorm(recording.memory.upload(weight), EPSILON)
-    matmul_row(program, activation(recording, x, extent), matrix, norm=norm, out=y)
+    matmul_row(program, Product(activation(recording, x, extent), matrix, norm=norm), out=y)
     v = normed_row(x, weight, EPSILON)
     magnitude = np.abs(v) @ np.abs(w).T
     result = run_twice(program, y)
@@ -112,9 +113,18 @@ def test_norm_and_gate(
         z = project_row(program, row, lora, norm=norm)
     y = marked(recording, extent, half)
     matmul_row(
-        program, row, matrix, norm=norm, gate=activation_name, lora=lora, z=z,
-        bias=recording.memory.upload(bias), out=y,
-    )  # fmt: skip
+        program,
+        Product(
+            row,
+            matrix,
+            norm=norm,
+            gate=activation_name,
+            lora=lora,
+            z=z,
+            bias=recording.memory.upload(bias),
+        ),
+        out=y,
+    )
     result = run_twice(program, y)
 
     v = normed_row(x, weight, EPSILON)
@@ -160,7 +170,7 @@ def test_long_contractions(
     y = marked(recording, extent, columns)
     program = Program(recording)
     given = tiling if quads == 2 else None
-    matmul_row(program, activation(recording, x, extent), matrix, out=y, tiling=given)
+    matmul_row(program, Product(activation(recording, x, extent), matrix), out=y, tiling=given)
     bound = error_bound(np.abs(x) @ np.abs(w).T, contraction)
     assert (np.abs(run_twice(program, y) - x @ w.T) <= bound).all()
 
@@ -207,10 +217,18 @@ def test_adapters_bias_cap_and_residual(
     y = marked(recording, extent, n_out)
     program = Program(recording)
     matmul_row(
-        program, activation(recording, x, extent), matrix, lora=lora,
-        z=activation(recording, z, extent), bias=recording.memory.upload(bias), softcap=softcap,
-        residual=activation(recording, residual, extent), out=y,
-    )  # fmt: skip
+        program,
+        Product(
+            activation(recording, x, extent),
+            matrix,
+            lora=lora,
+            z=activation(recording, z, extent),
+            bias=recording.memory.upload(bias),
+            softcap=softcap,
+            residual=activation(recording, residual, extent),
+        ),
+        out=y,
+    )
     result = run_twice(program, y)
 
     product = x.astype(np.float64) @ w.T + bias
@@ -280,11 +298,11 @@ def test_what_the_kernel_cannot_do_is_refused(recording: Recording) -> None:
     matrix, _ = stacked(recording, [4, 4, 4], 32)
     x = activation(recording, np.zeros((2, 32), np.float32), extent_in_use(recording, 2, 1))
     with pytest.raises(ValueError, match="matmul_row input has shape"):
-        matmul_row(Program(recording), x, matrix)
+        matmul_row(Program(recording), Product(x, matrix))
     extent = extent_in_use(recording, 1, 1)
     x = activation(recording, np.zeros((1, 36), np.float32), extent)
     with pytest.raises(ValueError, match="matmul_row input has shape"):
-        matmul_row(Program(recording), x, matrix)
+        matmul_row(Program(recording), Product(x, matrix))
     x = activation(recording, np.zeros((1, 32), np.float32), extent)
     with pytest.raises(ValueError, match="a gate takes one part"):
-        matmul_row(Program(recording), x, matrix, gate="silu")
+        matmul_row(Program(recording), Product(x, matrix, gate="silu"))

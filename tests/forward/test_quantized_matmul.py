@@ -13,6 +13,7 @@ from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul import BODIES, matmul
 from lora.forward.model.weights import load_matrix
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import (
@@ -68,7 +69,7 @@ def check(recording: Recording, tensor: GGUFTensor, rows: int, in_use: int) -> N
     extent = extent_in_use(recording, rows, in_use)
     y, d_x = marked(recording, extent, n_out), marked(recording, extent, n_in)
     forward, backward = Program(recording), Program(recording)
-    matmul(forward, activation(recording, x, extent), matrix, out=y)
+    matmul(forward, Product(activation(recording, x, extent), matrix), out=y)
     matmul_backward(backward, activation(recording, d_y, extent), matrix, out=d_x)
     for name, result, expected, magnitude, terms in (
         ("y", run_twice(forward, y), product_reference(x, w),

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lora.checks.references.rope import rope_reference
+from lora.forward.heads import Rotation
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
 from lora.shaders.program import Program
@@ -28,11 +29,13 @@ def test_rope(
     rope(
         program,
         tensor,
-        activation(recording, positions, extent),
-        recording.memory.upload(Rope(10000.0, dimensions, interleaved).tables(5000)),
-        n_rotated_heads=n_heads,
-        head_size=head_size,
-        interleaved=interleaved,
+        Rotation(
+            activation(recording, positions, extent),
+            recording.memory.upload(Rope(10000.0, dimensions, interleaved).tables(5000)),
+            interleaved,
+        ),
+        n_heads,
+        head_size,
     )
     result = run_twice(program, tensor)
     expected = rope_reference(qkv, positions, 10000.0, dimensions, n_heads, head_size, interleaved)
@@ -54,8 +57,8 @@ def test_rope_of_halves(recording: Recording, dimensions: int, interleaved: bool
     tables = recording.memory.upload(Rope(10000.0, dimensions, interleaved).tables(5000))
     program = Program(recording)
     rope(
-        program, tensor, activation(recording, positions, extent), tables,
-        n_rotated_heads=3, head_size=20, interleaved=interleaved,
+        program, tensor,
+        Rotation(activation(recording, positions, extent), tables, interleaved), 3, 20,
     )  # fmt: skip
     result = run_twice(program, tensor)
     expected = rope_reference(qkv, positions, 10000.0, dimensions, 3, 20, interleaved)
@@ -71,5 +74,4 @@ def test_heads_that_do_not_fit_are_refused(recording: Recording) -> None:
     positions = recording.memory.empty((2,), "u32", extent=extent)
     tables = recording.memory.upload(Rope(10.0, 8, interleaved=True).tables(4))
     with pytest.raises(ValueError, match="do not fit"):
-        rope(Program(recording), qkv, positions, tables, n_rotated_heads=3, head_size=8,
-             interleaved=True)  # fmt: skip
+        rope(Program(recording), qkv, Rotation(positions, tables, interleaved=True), 3, 8)

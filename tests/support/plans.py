@@ -12,9 +12,10 @@ from gguf import GGMLQuantizationType
 from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import matmul
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.forward.plans.matmul_plans import Product, Request, noting
+from lora.forward.plans.matmul_plans import ProductShape, Request, noting
 from lora.forward.plans.matmul_tiles import Plan, candidates
 from lora.forward.plans.tuning import TUNING_SECONDS
+from lora.forward.product import Product
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory
@@ -42,7 +43,7 @@ def planned_requests(
         matrix, extent = a_matrix(counting, n_out, n_in), memory.extent(rows)
         program = Program(counting)
         x = memory.empty((rows, n_in), extent=extent)
-        matmul_backward(program, matmul(program, x, matrix), matrix)
+        matmul_backward(program, matmul(program, Product(x, matrix)), matrix)
     return requests
 
 
@@ -58,14 +59,14 @@ def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Devi
 
 def second_choices(
     device: Device, requests: Sequence[Request], *, seconds: float
-) -> dict[Product, Plan]:
+) -> dict[ProductShape, Plan]:
     """What a tuner might find that disagrees with the model."""
     return {r.product: candidates(*r.shape(device.facts))[1] for r in requests}
 
 
 def refuse(
     device: Device, requests: Sequence[Request], *, seconds: float
-) -> Mapping[Product, Plan]:
+) -> Mapping[ProductShape, Plan]:
     raise AssertionError(f"measured again: {requests}")
 
 

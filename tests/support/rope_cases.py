@@ -1,11 +1,11 @@
 """What tests of rotary embeddings and of their gradient share."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lora.checks.references.head_norm_rope import HeadLayout
+from lora.forward.heads import Heads
 from lora.forward.model.rope_frequencies import Rope
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -48,8 +48,8 @@ class Case:
         return self.layout.width
 
     @property
-    def heads(self) -> dict[str, Any]:
-        return self.layout.options
+    def heads(self) -> Heads:
+        return Heads(self.n_heads, self.n_kv_heads, self.head_size, scale=1.0)
 
     def tensors(self, recording: Recording, extent: Extent) -> tuple[np.ndarray, Tensor, Tensor]:
         """Positions, the same on the device, and the tables."""

@@ -7,7 +7,7 @@ from functools import partial
 
 import numpy as np
 
-from lora.backward.attention import attention_backward
+from lora.backward.attention import Attended, attention_backward
 from lora.checks.comparison import (
     Check,
     Comparison,
@@ -35,12 +35,12 @@ from lora.checks.tensors import (
 )
 from lora.forward.attention import attention
 from lora.forward.attention_decode import (
-    Heads,
     RowPlace,
     RowRope,
     attention_decode,
     attention_decode_row,
 )
+from lora.forward.heads import Heads
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -67,10 +67,11 @@ def check_attention(recording: Recording, shape: Shape, dtype: str, backward: bo
         typed(recording, qkv, dtype, extent),
         recording.memory.upload(segments.astype(np.uint32)),
     )
-    out, lse = attention(program, x, where, **shape.options)
+    heads = Heads(**shape.options)
+    out, lse = attention(program, x, where, heads)
     if backward:
         d_y = typed(recording, d_out, dtype, extent)
-        result = attention_backward(program, x, out, lse, d_y, where, **shape.options)
+        result = attention_backward(program, Attended(x, out, lse), d_y, where, heads)
     else:
         result = out
     width = result.shape[1]

@@ -27,6 +27,7 @@ from lora.checks.tensors import (
 )
 from lora.forward.cross_entropy import cross_entropy
 from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.heads import HeadNorms, Heads, Rotation
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program
@@ -89,18 +90,19 @@ def check_head_norm_rope(recording: Recording, layout: HeadLayout, backward: boo
         activation(recording, qkv, extent),
         map(recording.memory.upload, weights),
     )
-    where = activation(recording, positions, extent), recording.memory.upload(tables)
+    norms = HeadNorms(q_weight, k_weight, layout.epsilon)
+    rotation = Rotation(
+        activation(recording, positions, extent), recording.memory.upload(tables),
+        layout.interleaved,
+    )  # fmt: skip
+    heads = Heads(layout.n_heads, layout.n_kv_heads, layout.head_size, scale=1.0)
     if backward:
         out = activation(recording, d_y, extent)
-        head_norm_rope_backward(
-            program, x, q_weight, k_weight, layout.epsilon, *where, out, **layout.options
-        )
+        head_norm_rope_backward(program, x, norms, rotation, heads, out)
         expected = head_norm_rope_backward_reference(qkv, *weights, d_y, positions, layout)
     else:
         out = marked(recording, extent, layout.width)
-        head_norm_rope(
-            program, x, q_weight, k_weight, layout.epsilon, *where, out=out, **layout.options
-        )
+        head_norm_rope(program, x, norms, rotation, heads, out=out)
         expected = head_norm_rope_reference(qkv, *weights, positions, layout)
     program.run()
     result = recording.memory.read(out)

@@ -16,8 +16,9 @@ from lora.checks.tensors import activation, extent_in_use, frozen, marked, norma
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from lora.forward.matmul_int_row import matmul_int_row
-from lora.forward.matmul_row import InputNorm, matmul_row, project_row
+from lora.forward.matmul_row import matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
+from lora.forward.product import InputNorm, Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -48,11 +49,16 @@ def check_matmul_row(recording: Recording, kind: GGMLQuantizationType) -> Compar
     extent, program = extent_in_use(recording, 1, 1), Program(recording)
     y = marked(recording, extent, 72)
     matmul_row(
-        program, activation(recording, x, extent), matrix,
-        norm=InputNorm(recording.memory.upload(weight), EPSILON),
-        bias=recording.memory.upload(bias),
-        residual=activation(recording, residual[None], extent), out=y,
-    )  # fmt: skip
+        program,
+        Product(
+            activation(recording, x, extent),
+            matrix,
+            norm=InputNorm(recording.memory.upload(weight), EPSILON),
+            bias=recording.memory.upload(bias),
+            residual=activation(recording, residual[None], extent),
+        ),
+        out=y,
+    )
     program.run()
     v = normed_row(x, weight, EPSILON)
     size = np.abs(v) @ np.abs(w).T + np.abs(bias) + np.abs(residual)
@@ -71,7 +77,7 @@ def check_matmul_int_row(recording: Recording, kind: GGMLQuantizationType) -> Co
     row = IntRow.allocate(recording, columns, extent).before_norm(recording.memory.upload(weight))
     y = marked(recording, extent, 72)
     to_int_row(program, activation(recording, x, extent), row)
-    matmul_int_row(program, row, matrix, epsilon=EPSILON, out=y)
+    matmul_int_row(program, Product(row, matrix), epsilon=EPSILON, out=y)
     program.run()
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + int_rounding(v, w)
@@ -105,11 +111,19 @@ def check_gated(recording: Recording, whole: bool) -> Comparison:
     if whole:
         ints = IntRow.allocate(recording, columns, extent).before_norm(norm.weight)
         matmul_int_row(
-            program, to_int_row(program, row, ints), matrix, epsilon=EPSILON, gate="silu",
-            lora=lora, z=z, bias=bias_t, out=y,
-        )  # fmt: skip
+            program,
+            Product(
+                to_int_row(program, row, ints), matrix, gate="silu", lora=lora, z=z, bias=bias_t
+            ),
+            epsilon=EPSILON,
+            out=y,
+        )
     else:
-        matmul_row(program, row, matrix, norm=norm, gate="silu", lora=lora, z=z, bias=bias_t, out=y)
+        matmul_row(
+            program,
+            Product(row, matrix, norm=norm, gate="silu", lora=lora, z=z, bias=bias_t),
+            out=y,
+        )
     program.run()
     v = normed_row(x, weight, EPSILON)
     gate, up, size = gated_reference(v, w, bias, a, b, (0, 1), SCALE)

@@ -33,6 +33,7 @@ from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -77,10 +78,17 @@ def check_matmul(
     out, d_x = (typed_marked(recording, dtype, extent, n) for n in (OUT_FEATURES, columns))
 
     matmul(
-        program, typed(recording, x, dtype, extent), matrix, lora=lora,
-        z=activation(recording, z, extent), bias=recording.memory.upload(bias),
-        residual=activation(recording, residual, extent), out=out,
-    )  # fmt: skip
+        program,
+        Product(
+            typed(recording, x, dtype, extent),
+            matrix,
+            lora=lora,
+            z=activation(recording, z, extent),
+            bias=recording.memory.upload(bias),
+            residual=activation(recording, residual, extent),
+        ),
+        out=out,
+    )
     matmul_backward(
         program, typed(recording, d_y, dtype, extent), matrix, lora=lora,
         d_z=activation(recording, d_z, extent), out=d_x,

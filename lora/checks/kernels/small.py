@@ -27,6 +27,7 @@ from lora.forward.argmax import argmax
 from lora.forward.embedding import embedding
 from lora.forward.gather import gather_rows
 from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.heads import Rotation
 from lora.forward.model.inputs import NO_ROW
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rope import rope
@@ -108,10 +109,8 @@ def check_rope(recording: Recording, backward: bool, interleaved: bool, dtype: s
     extent = extent_in_use(recording, ROWS, IN_USE)
     tensor, program = typed(recording, qkv, dtype, extent), Program(recording)
     tables = recording.memory.upload(Rope(10000.0, 12, interleaved).tables(5000))
-    (rope_backward if backward else rope)(
-        program, tensor, activation(recording, positions, extent), tables,
-        n_rotated_heads=3, head_size=20, interleaved=interleaved,
-    )  # fmt: skip
+    rotation = Rotation(activation(recording, positions, extent), tables, interleaved)
+    (rope_backward if backward else rope)(program, tensor, rotation, 3, 20)
     program.run()
     reference = rope_backward_reference if backward else rope_reference
     expected = reference(qkv, positions, 10000.0, 12, 3, 20, interleaved)

@@ -1,7 +1,6 @@
 """The norm and rotation of query and key heads, and its gradient."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -24,12 +23,6 @@ class HeadLayout:
     def width(self) -> int:
         """Columns of qkv."""
         return (self.n_heads + 2 * self.n_kv_heads) * self.head_size
-
-    @property
-    def options(self) -> dict[str, Any]:
-        """Keywords of the kernels' functions."""
-        names = ("n_heads", "n_kv_heads", "head_size", "interleaved")
-        return {name: getattr(self, name) for name in names}
 
 
 def head_norm_rope_reference(

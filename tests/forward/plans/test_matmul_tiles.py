@@ -27,6 +27,7 @@ from lora.forward.plans.matmul_tiles import (
     ranked_plans,
     tiles_of,
 )
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves
@@ -90,7 +91,7 @@ def check_both_directions(recording: Recording, dtype: str, rounding: float) -> 
         results.append(recording.memory.empty((ROWS, width), dtype, extent=extent))
         recording.memory.write(results[-1], np.full((ROWS, width), MARKER, np.float32))
     forward, backward = Program(recording), Program(recording)
-    matmul(forward, tensors["x"], matrix, lora=lora, z=tensors["z"], out=results[0])
+    matmul(forward, Product(tensors["x"], matrix, lora=lora, z=tensors["z"]), out=results[0])
     matmul_backward(backward, tensors["d_y"], matrix, lora=lora, d_z=tensors["d_z"], out=results[1])
     x, z, d_y, d_z = (arrays[name].astype(np.float64) for name in ("x", "z", "d_y", "d_z"))
     expected = x @ w.T

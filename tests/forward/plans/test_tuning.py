@@ -17,6 +17,7 @@ from lora.forward.plans.matmul_plans import Request, noting, plan_of, source_of
 from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
 from lora.forward.plans.tuning import fastest, tune
 from lora.forward.plans.workbench import Stopwatch, Workbench, kernels_of
+from lora.forward.product import Product
 from lora.shaders.device import Device
 from lora.shaders.errors import LoraError
 from lora.shaders.memory import CountingMemory
@@ -68,19 +69,19 @@ def test_a_plan_is_recorded_and_computes_the_product(tiled: Recording) -> None:
     values = np.random.default_rng(0).normal(size=(ROWS, N_IN)).astype(np.float32)
     x = activation(tiled, values, extent)
     requests: list[Request] = []
-    matmul(Program(replace(tiled, plans=noting(requests))), x, matrix)
+    matmul(Program(replace(tiled, plans=noting(requests))), Product(x, matrix))
     (request,) = requests
     model = choose_tile(*request.shape(tiled.facts))
     # Of two plans one at least is not the model's.
     whole = Plan(tiles_of(False)[0], *cut(N_IN, 1, 32))
     program = Program(replace(tiled, plans=source_of({request.product: whole})))
-    matmul(program, x, matrix)
+    matmul(program, Product(x, matrix))
     assert [c.template for c in program.dispatches] == ["matmul_tiled"]
     assert program.commands[0].workgroups == (3, 3, 1)  # 96 / 32, 70 / 32
     halves = Plan(tiles_of(False)[1], *cut(N_IN, 2, 32))
     attached = replace(tiled, plans=source_of({request.product: halves}))
     program = Program(attached)
-    out = matmul(program, x, matrix)
+    out = matmul(program, Product(x, matrix))
     assert [c.template for c in program.dispatches] == ["matmul_tiled", "matmul_reduce"]
     assert program.commands[0].workgroups == (2, 3, 2)  # 96 / 64, 70 / 32, two stretches
     program.run()
@@ -203,7 +204,7 @@ def test_training_finds_the_kernels_that_tuning_compiled(device: Device, tiled: 
     compiled = len(device._pipelines)
     matrix, extent = a_matrix(tiled, 160, 640), tiled.memory.extent(64)
     x = tiled.memory.empty((64, 640), extent=extent)
-    matmul(Program(replace(tiled, plans=source_of(found))), x, matrix)
+    matmul(Program(replace(tiled, plans=source_of(found))), Product(x, matrix))
     assert len(device._pipelines) == compiled
 
 

@@ -15,7 +15,7 @@ import lora.forward.plans.tuning
 import lora.shaders.device
 from lora.commands.tune import tune_command
 from lora.config.schema import load_config
-from lora.forward.plans.matmul_plans import Product, Request
+from lora.forward.plans.matmul_plans import ProductShape, Request
 from lora.forward.plans.matmul_tiles import Plan, candidates
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
@@ -57,7 +57,9 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
     """The number of products and the options of every search, none of which times anything."""
     searches = []
 
-    def tuner(device: Device, requests: Iterable[Request], **options: Any) -> dict[Product, Plan]:
+    def tuner(
+        device: Device, requests: Iterable[Request], **options: Any
+    ) -> dict[ProductShape, Plan]:
         found = {r.product: candidates(*r.shape(device.facts))[-1] for r in requests}
         searches.append((len(found), options))
         return found

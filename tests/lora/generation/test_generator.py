@@ -34,8 +34,8 @@ PREFILLED = 6  # tokens at once, before those one by one
 # Each kind of layer, of rope and of shape that kernels have code for. The other models differ in
 # tables that the host computes; tests/forward/model/test_families.py has their logits.
 BY_KERNELS_OF_GPUS = (
-    "llama_odd", "llama_head", "llama_head_dim", "llama_bias", "smollm3", "qwen3", "gemma2_q8_0", "gemma3",
-    "phi3_window", "phi3_long",
+    "llama_odd", "llama_head", "llama_head_dim", "llama_bias", "smollm3", "qwen3", "gemma2_q8_0",
+    "gemma3", "phi3_window", "phi3_long",
 )  # fmt: skip
 
 

@@ -15,7 +15,7 @@ import pytest
 import lora.storage.tile_cache
 from lora.forward.plans.matmul_plans import (
     PlanSource,
-    Product,
+    ProductShape,
     Request,
     plan_of,
 )
@@ -51,7 +51,9 @@ def test_found_once(gpu: Device, tmp_path: Path) -> None:
     assert again.path.parent == tmp_path / "webgpu-lora" == cache_folder()
     looked_for: list[Request] = []
 
-    def note(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+    def note(
+        device: Device, missing: Sequence[Request], *, seconds: float
+    ) -> dict[ProductShape, Plan]:
         looked_for.extend(missing)
         return second_choices(device, missing, seconds=seconds)
 
@@ -72,7 +74,9 @@ def test_more_time_looks_again_at_what_less_time_found(gpu: Device) -> None:
     requests = requests_for(gpu)
     calls: list[tuple[int, float]] = []
 
-    def note(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+    def note(
+        device: Device, missing: Sequence[Request], *, seconds: float
+    ) -> dict[ProductShape, Plan]:
         calls.append((len(missing), seconds))
         return second_choices(device, missing, seconds=seconds)
 
@@ -169,7 +173,7 @@ def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
 
     def tuner(
         device: Device, requests: Sequence[Request], *, seconds: float
-    ) -> dict[Product, Plan]:
+    ) -> dict[ProductShape, Plan]:
         calls.append(list(requests))
         return second_choices(device, requests, seconds=seconds)
 
@@ -212,7 +216,9 @@ def _find_slowly(rank: int, folder: Path, started: object, results: object) -> N
     requests = requests_for(device)
     cache = TileCache(device, folder)
 
-    def tuner(device: Device, missing: Sequence[Request], *, seconds: float) -> dict[Product, Plan]:
+    def tuner(
+        device: Device, missing: Sequence[Request], *, seconds: float
+    ) -> dict[ProductShape, Plan]:
         time.sleep(0.3)
         return {r.product: candidates(*r.shape(device.facts))[rank] for r in missing}
 

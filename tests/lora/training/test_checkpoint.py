@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lora.config.schema import load_config
-from lora.forward.plans.matmul_plans import Product, Request
+from lora.forward.plans.matmul_plans import ProductShape, Request
 from lora.forward.plans.matmul_tiles import Plan, candidates
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
@@ -33,7 +33,7 @@ ADAPTER = "adapter_model.safetensors"
 
 def first_choices(
     device: Device, requests: Sequence[Request], *, seconds: float
-) -> dict[Product, Plan]:
+) -> dict[ProductShape, Plan]:
     """What a tuner finds that agrees with the model."""
     return {r.product: candidates(*r.shape(device.facts))[0] for r in requests}
 

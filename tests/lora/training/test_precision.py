@@ -42,7 +42,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     """
 
     def recorded(
-        facts: DeviceFacts, memory: Memory, precision: str, *_: object, **plans: Any
+        facts: DeviceFacts, memory: Memory, precision: str = "f32", **plans: Any
     ) -> Recording:
         return Recording(facts, memory, precision, request.param, **plans)
 
