@@ -11,8 +11,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-import numpy as np
-
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.metadata import Metadata
 from lora.forward.model.families import Family, family_of
@@ -27,6 +25,7 @@ class LayerKind:
 
     window: int | None  # a row sees this many rows, itself included; None: all before it
     rope: Rope
+    fused_qkv: bool = False  # q, k, v are one tensor of the file (convert_hf_to_gguf's --fuse-qkv)
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ class Architecture:
     qk_norm: bool  # every head of q and of k passes an RMSNorm before rope
     post_norms: bool  # what attention and feed-forward give is normed before it is added
     biases: frozenset[str]  # GGUF names (within a layer) of the matrices that have a bias
-    fused: bool  # q, k, v are one tensor, gate and up another
+    fused: bool  # q, k, v are one module, gate and up another
+    permuted: bool  # the rows of q and k are permuted within heads, for rope that turns neighbours
 
     @property
     def query_size(self) -> int:
@@ -92,6 +92,20 @@ class Architecture:
             name: tuple(m for m in self.matrices.values() if m.group == name)
             for name in ("qkv", "attn_output", "gate_up", "down")
         }
+
+    def tensors_of(self, layer: int, group: str) -> tuple[str, ...]:
+        """The names of the file's tensors that hold a group of a layer's matrices, in order."""
+        if group == "qkv" and self.layer_kinds[layer].fused_qkv:
+            return (f"blk.{layer}.{FUSED_QKV}.weight",)
+        return tuple(matrix.tensor_name(layer) for matrix in self.groups[group])
+
+    def place_of(self, layer: int, matrix: AdaptableMatrix) -> tuple[str, int]:
+        """The file's tensor that holds a layer's matrix, and the first of its rows there."""
+        tensors, members = self.tensors_of(layer, matrix.group), self.groups[matrix.group]
+        if len(tensors) == len(members):
+            return matrix.tensor_name(layer), 0
+        before = members[: members.index(matrix)]
+        return tensors[0], sum(member.out_size(self) for member in before)
 
     @classmethod
     def from_gguf(cls, gguf_file: GGUFFile) -> Architecture:
@@ -137,7 +151,12 @@ class Architecture:
             norm_epsilon=metadata.positive_number(
                 "attention.layer_norm_rms_epsilon", family.default_epsilon
             ),
-            layer_kinds=_layer_kinds(gguf_file, metadata, family, n_layers, head_size),
+            layer_kinds=tuple(
+                replace(kind, fused_qkv=_is_fused(gguf_file, family, layer))
+                for layer, kind in enumerate(
+                    _layer_kinds(gguf_file, metadata, family, n_layers, head_size)
+                )
+            ),
             tied_head="output.weight" not in gguf_file.tensors,
             activation=family.activation,
             attention_scale=(
@@ -149,10 +168,9 @@ class Architecture:
             embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
             qk_norm=family.qk_norm,
             post_norms=family.post_norms,
-            biases=frozenset(
-                name for name in family.biases if f"blk.0.{name}.bias" in gguf_file.tensors
-            ),
+            biases=_biases(gguf_file, family),
             fused=family.fused,
+            permuted=family.permuted,
         )
         _check_sizes(architecture, metadata, family)
         check_tensors(architecture.tensor_shapes(), gguf_file)
@@ -177,12 +195,17 @@ class Architecture:
             if self.post_norms:
                 shapes[blk + "post_attention_norm.weight"] = hidden
                 shapes[blk + "post_ffw_norm.weight"] = hidden
-            for group in self.groups.values():
-                for matrix in group:
+            for group, members in self.groups.items():
+                for matrix in members:
                     rows = matrix.out_size(self)
-                    shapes[matrix.tensor_name(layer)] = (rows, matrix.in_size(self))
+                    if not (group == "qkv" and self.layer_kinds[layer].fused_qkv):
+                        shapes[matrix.tensor_name(layer)] = (rows, matrix.in_size(self))
                     if matrix.gguf_name in self.biases:
                         shapes[f"{blk}{matrix.gguf_name}.bias"] = (rows,)
+            if self.layer_kinds[layer].fused_qkv:
+                shapes[f"{blk}{FUSED_QKV}.weight"] = (self.qkv_size, self.hidden_size)
+                if FUSED_QKV in self.biases:
+                    shapes[f"{blk}{FUSED_QKV}.bias"] = (self.qkv_size,)
         return shapes
 
 
@@ -227,9 +250,24 @@ class AdaptableMatrix:
 
     def permuted_heads(self, architecture: Architecture) -> int | None:
         """The heads within which the GGUF permutes its rows; None where the order is PEFT's."""
-        if self.heads_field is None or not architecture.layer_kinds[0].rope.interleaved:
+        if self.heads_field is None or not architecture.permuted:
             return None
         return int(getattr(architecture, self.heads_field))
+
+
+FUSED_QKV = "attn_qkv"  # within a layer: rows of q, then of k, then of v
+_QKV = frozenset(("attn_q", "attn_k", "attn_v"))
+
+
+def _is_fused(gguf_file: GGUFFile, family: Family, layer: int) -> bool:
+    """Whether the file has q, k and v of a layer in one tensor, though they are three modules."""
+    return not family.fused and f"blk.{layer}.{FUSED_QKV}.weight" in gguf_file.tensors
+
+
+def _biases(gguf_file: GGUFFile, family: Family) -> frozenset[str]:
+    """The GGUF names of the biases that a layer has, of those that its family may have."""
+    known = family.biases | ({FUSED_QKV} if family.biases >= _QKV else set())
+    return frozenset(name for name in known if f"blk.0.{name}.bias" in gguf_file.tensors)
 
 
 def _matrix(path: str, gguf_name: str, group: str, *sizes: str) -> AdaptableMatrix:
@@ -256,43 +294,6 @@ _FUSED = (
 )
 HEAD = _matrix("lm_head", "output", "head", "hidden_size", "vocab_size")
 MODULE_NAMES = tuple(dict.fromkeys(m.module for m in (*_SEPARATE, *_FUSED, HEAD)))
-
-
-def permute_rows_to_gguf(array: np.ndarray, n_heads: int) -> np.ndarray:
-    """Puts rows in the Hugging Face order of q and k into the order of a llama GGUF.
-
-    Within a head of size d, GGUF row 2j + h is Hugging Face row h·d/2 + j, h in {0, 1}: rope
-    then turns neighbours instead of halves (llama.cpp, convert_hf_to_gguf.py, `permute`).
-
-    Args:
-        array: [n_heads · d, ...]: a weight, a bias, or the B of an adapter.
-        n_heads: n_heads for q, n_kv_heads for k.
-
-    Returns:
-        A new array of the same shape.
-    """
-    halves = array.reshape(n_heads, 2, _half_head(array, n_heads), *array.shape[1:])
-    return halves.swapaxes(1, 2).reshape(array.shape)
-
-
-def permute_rows_to_hf(array: np.ndarray, n_heads: int) -> np.ndarray:
-    """Undoes `permute_rows_to_gguf`: from the order of a llama GGUF to Hugging Face's.
-
-    Args:
-        array: [n_heads · d, ...].
-        n_heads: n_heads for q, n_kv_heads for k.
-
-    Returns:
-        A new array of the same shape.
-    """
-    pairs = array.reshape(n_heads, _half_head(array, n_heads), 2, *array.shape[1:])
-    return pairs.swapaxes(1, 2).reshape(array.shape)
-
-
-def _half_head(array: np.ndarray, n_heads: int) -> int:
-    if array.shape[0] % (2 * n_heads):
-        raise ValueError(f"{array.shape[0]} rows are not {n_heads} heads of an even size")
-    return array.shape[0] // (2 * n_heads)
 
 
 # What a key must say (or be absent) for the decoder to be right, without the architecture prefix.

@@ -19,10 +19,11 @@ class Family:
     Attributes:
         models: known models of it, for messages.
         activation: of the gate, a name of forward/swiglu.py.
-        rope_interleaved: rope turns neighbours (2j, 2j + 1), and the rows of q and k are permuted
-            for it; otherwise halves.
+        rope_interleaved: rope turns neighbours (2j, 2j + 1); otherwise halves.
+        permuted: the rows of q and k are permuted within heads, since Hugging Face's model turns
+            halves.
         biases: matrices (GGUF names within a layer) that may have a bias.
-        fused: q, k, v are one tensor, and gate and up another.
+        fused: q, k, v are one module of the Hugging Face model, and gate and up another.
         qk_norm: every head of q and of k passes an RMSNorm before rope.
         post_norms: what attention and feed-forward give passes an RMSNorm before it is added.
         scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
@@ -39,6 +40,7 @@ class Family:
     models: str
     activation: str = "silu"
     rope_interleaved: bool = False
+    permuted: bool = False
     biases: frozenset[str] = frozenset()
     fused: bool = False
     qk_norm: bool = False
@@ -56,11 +58,12 @@ FAMILIES = {
     "llama": Family(
         "Llama 2 and 3, Mistral, SmolLM 1 and 2",
         rope_interleaved=True,
+        permuted=True,
         biases=frozenset(
             ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
         ),
     ),
-    "smollm3": Family("SmolLM 3", rope_interleaved=True, no_rope_every=4),
+    "smollm3": Family("SmolLM 3", rope_interleaved=True, permuted=True, no_rope_every=4),
     "qwen2": Family("Qwen 2 and 2.5", biases=frozenset(("attn_q", "attn_k", "attn_v"))),
     "qwen3": Family("Qwen 3", qk_norm=True),
     "gemma2": Family(

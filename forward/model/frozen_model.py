@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.architecture import AdaptableMatrix, Architecture
+from lora.forward.model.architecture import FUSED_QKV, AdaptableMatrix, Architecture
 from lora.forward.model.inputs import LongExamples
 from lora.forward.model.rope_frequencies import Rope, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
@@ -78,14 +78,12 @@ def load_model(
 
     def layer_weights(layer: int) -> LayerWeights:
         blk = f"blk.{layer}."
-        groups = {
-            group: matrix(*(m.tensor_name(layer) for m in members))
-            for group, members in a.groups.items()
-        }
+        groups = {group: matrix(*a.tensors_of(layer, group)) for group in a.groups}
         biases = {
             group: recording.memory.upload(_stacked_bias(gguf_file, a, members, layer))
             for group, members in a.groups.items()
             if any(m.gguf_name in a.biases for m in members)
+            or (group == "qkv" and FUSED_QKV in a.biases)
         }
         return LayerWeights(
             attn_norm=vector(blk + "attn_norm"),
@@ -109,6 +107,9 @@ def _stacked_bias(
     gguf_file: GGUFFile, a: Architecture, members: Sequence[AdaptableMatrix], layer: int
 ) -> np.ndarray:
     """The biases of matrices that are stacked, f32 [out_features]; zero for one without."""
+    whole = gguf_file.tensors.get(f"blk.{layer}.{FUSED_QKV}.bias")
+    if whole is not None and a.layer_kinds[layer].fused_qkv and members[0].group == "qkv":
+        return read_vector(gguf_file, whole)
     return np.concatenate(
         [
             read_vector(gguf_file, gguf_file.tensors[f"blk.{layer}.{m.gguf_name}.bias"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,12 +10,8 @@ from typing import Any
 import numpy as np
 
 from lora.adapters.peft_files import WEIGHTS, read_peft_factors
-from lora.forward.model.architecture import (
-    HEAD,
-    AdaptableMatrix,
-    Architecture,
-    permute_rows_to_gguf,
-)
+from lora.forward.model.architecture import HEAD, AdaptableMatrix, Architecture
+from lora.forward.model.row_order import permute_rows_to_gguf
 from lora.shaders.errors import InputError
 
 
@@ -31,7 +27,8 @@ class AdaptedTensor:
         a: f32 [rank, columns].
         b: f32 [rows, rank], rows in the GGUF's order.
         scale: alpha / rank, or alpha / sqrt(rank) of an rsLoRA adapter.
-        magnitude: DoRA's m, f32 [rows] in the GGUF's order; else None.
+        magnitude: DoRA's m, f32 [rows] in the GGUF's order, NaN for rows that it leaves alone;
+            None without DoRA.
     """
 
     name: str
@@ -56,9 +53,9 @@ class AdaptedTensor:
         change: np.ndarray = (self.b[rows] * np.float32(self.scale)) @ self.a
         if self.magnitude is None:
             return change
-        whole = base + change
+        whole, magnitude = base + change, self.magnitude[rows, None]
         lengths = np.linalg.norm(whole, axis=1, keepdims=True)
-        return self.magnitude[rows, None] / lengths * whole - base
+        return np.where(np.isnan(magnitude), change, magnitude / lengths * whole - base)
 
 
 def read_adapted_tensors(
@@ -73,8 +70,8 @@ def read_adapted_tensors(
     Raises:
         InputError: the weights can't be read, or do not fit the base.
     """
-    places = {path: (matrix, name) for path, matrix, name in adaptable(architecture)}
-    adapted = {}
+    places = {place.path: place for place in adaptable(architecture)}
+    parts: dict[str, list[tuple[int, AdaptedTensor]]] = {}  # by tensor: first row, change
     modules = read_peft_factors(directory, settings)
     if not modules:
         raise InputError(f"{directory / WEIGHTS} is empty: the adapter changes nothing.")
@@ -84,10 +81,10 @@ def read_adapted_tensors(
                 f"{directory} adapts {path}, which the base (architecture {architecture.name!r}, "
                 f"{architecture.n_layers} layers) does not have; name the right one with --base."
             )
-        matrix, name = places[path]
+        place = places[path]
         a, b, magnitude, rank = factors.a, factors.b, factors.magnitude, factors.rank
-        n_rows = matrix.out_size(architecture)
-        expected = (rank, matrix.in_size(architecture)), (n_rows, rank)
+        n_rows = place.matrix.out_size(architecture)
+        expected = (rank, place.matrix.in_size(architecture)), (n_rows, rank)
         if (a.shape, b.shape) != expected:
             raise InputError(
                 f"{directory}: {path} has A {a.shape} and B {b.shape}; this base and rank {rank} "
@@ -98,19 +95,62 @@ def read_adapted_tensors(
                 f"{directory}: {path} has a lora_magnitude_vector {magnitude.shape}; this base "
                 f"wants {(n_rows,)}. Name the right base with --base."
             )
-        heads = matrix.permuted_heads(architecture)
+        heads = place.matrix.permuted_heads(architecture)
         if heads is not None:
             b = np.ascontiguousarray(permute_rows_to_gguf(b, heads))
             if magnitude is not None:
                 magnitude = permute_rows_to_gguf(magnitude[:, None], heads)[:, 0]
-        adapted[name] = AdaptedTensor(name, a, b, factors.scale, magnitude)
-    return adapted
+        one = AdaptedTensor(place.tensor, a, b, factors.scale, magnitude)
+        parts.setdefault(place.tensor, []).append((place.first_row, one))
+    fused = {place.tensor for place in places.values() if place.first_row}
+    return {
+        name: _as_one(found, architecture.qkv_size) if name in fused else found[0][1]
+        for name, found in parts.items()
+    }
 
 
-def adaptable(architecture: Architecture) -> Iterator[tuple[str, AdaptableMatrix, str]]:
-    """(PEFT's module path, matrix, name of the GGUF's tensor) of all that LoRA can adapt."""
+def _as_one(parts: Sequence[tuple[int, AdaptedTensor]], n_rows: int) -> AdaptedTensor:
+    """Changes of rows of one tensor as one change: A stacked, B in blocks, scales within B.
+
+    Rows that DoRA leaves alone have no magnitude: NaN.
+    """
+    parts = sorted(parts, key=lambda part: part[0])  # q, k, v, however the adapter lists them
+    rank = sum(part.rank for _, part in parts)
+    b, column = np.zeros((n_rows, rank), np.float32), 0
+    magnitude = np.full(n_rows, np.nan, np.float32)
+    for first, part in parts:
+        rows = slice(first, first + len(part.b))
+        b[rows, column : column + part.rank] = part.b * np.float32(part.scale)
+        column += part.rank
+        if part.magnitude is not None:
+            magnitude[rows] = part.magnitude
+    has_lengths = any(part.magnitude is not None for _, part in parts)
+    a = np.concatenate([part.a for _, part in parts])
+    return AdaptedTensor(parts[0][1].name, a, b, 1.0, magnitude if has_lengths else None)
+
+
+@dataclass(frozen=True)
+class Adaptable:
+    """Where a matrix that LoRA can adapt lies.
+
+    Attributes:
+        path: PEFT's, of the module.
+        tensor: name of the GGUF's tensor that holds it, with others where the file fuses them.
+        first_row: of it, in that tensor.
+    """
+
+    path: str
+    matrix: AdaptableMatrix
+    tensor: str
+    first_row: int = 0
+
+
+def adaptable(architecture: Architecture) -> Iterator[Adaptable]:
+    """All that LoRA can adapt."""
     for matrix in architecture.matrices.values():
         if matrix is not HEAD:
             for layer in range(architecture.n_layers):
-                yield matrix.peft_path(layer), matrix, matrix.tensor_name(layer)
-    yield HEAD.module, HEAD, "output.weight"
+                yield Adaptable(
+                    matrix.peft_path(layer), matrix, *architecture.place_of(layer, matrix)
+                )
+    yield Adaptable(HEAD.module, HEAD, "output.weight")

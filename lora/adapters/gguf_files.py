@@ -22,7 +22,8 @@ from lora.adapters.saved_factors import SavedFactors, pack
 from lora.forward.gguf.file import GGUFFile, shortened
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import Architecture, permute_rows_to_hf
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.row_order import permute_rows_to_hf
 from lora.shaders.errors import InputError
 from lora.storage.gguf_output import new_file
 
@@ -108,14 +109,15 @@ class AdapterSettings:
                 f"{self.path} is an adapter for the architecture {self.architecture!r}; this "
                 f"model's is {architecture.name!r}."
             )
-        paths = {name: path for path, _, name in adaptable(architecture)}
+        places = list(adaptable(architecture))
+        known = {place.tensor for place in places}
         for name in self.ranks:
-            if name not in paths:
+            if name not in known:
                 raise InputError(
                     f"{self.path} adapts {name}, which can't be adapted here or which this model "
                     f"of {architecture.n_layers} layers does not have."
                 )
-        return {paths[name]: name for name in self.ranks}
+        return {place.path: place.tensor for place in places if place.tensor in self.ranks}
 
 
 def read_adapter_settings(path: Path) -> AdapterSettings:
@@ -136,12 +138,23 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
     file = GGUFFile(path)
     settings = _settings(file)
     architecture = layout.architecture
-    matrices = {name: matrix for _, matrix, name in adaptable(architecture)}
+    places = {place.path: place for place in adaptable(architecture)}
     modules = {}
     for module, name in settings.modules(architecture).items():
         a, b = (_decoded(file, f"{name}.{suffix}") for suffix in _SUFFIXES)
-        heads = matrices[name].permuted_heads(architecture)
-        if heads is not None and len(b) == matrices[name].out_size(architecture):
+        place = places[module]
+        n_rows, heads = (
+            place.matrix.out_size(architecture),
+            place.matrix.permuted_heads(architecture),
+        )
+        if any(other.first_row for other in places.values() if other.tensor == name):
+            if len(b) != architecture.qkv_size:
+                raise InputError(
+                    f"{path}: B of {name} has {len(b)} rows; this model's has "
+                    f"{architecture.qkv_size}."
+                )
+            b = b[place.first_row : place.first_row + n_rows]
+        if heads is not None and len(b) == n_rows:
             b = permute_rows_to_hf(b, heads)
         modules[module] = SavedFactors(a, b, settings.scale(name))
     return pack(path, modules, layout)

@@ -108,18 +108,22 @@ def test_real_tensors_come_back(model: str, request: pytest.FixtureRequest) -> N
 # -- tiny models: every architecture --------------------------------------------------------------
 
 
+_IN_LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3_short")
+
+
 @pytest.mark.parametrize(
-    "name", ["llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3_short"]
+    ("name", "head", "fused"),
+    [(name, head, False) for name in _IN_LLAMA_CPP for head in (False, True)]
+    + [(name, False, True) for name in ("llama", "qwen2")],
 )
-@pytest.mark.parametrize("head", [False, True], ids=["layers", "head"])
-def test_tiny_models_in_llama_cpp(name: str, head: bool, tmp_path: Path) -> None:
-    """The adapter alone and merged, against transformers and PEFT."""
+def test_tiny_models_in_llama_cpp(name: str, head: bool, fused: bool, tmp_path: Path) -> None:
+    """The adapter alone and merged, against transformers and PEFT; `fused`: q, k, v one tensor."""
     from tests.support.tiny_judge import judge, log_softmax
 
     model = replace(TINY_MODELS[name], adapted_head=head)
     tied = model.config["tie_word_embeddings"]
     base = tmp_path / "base.gguf"
-    model.write_gguf(base)
+    model.write_gguf(base, range(2) if fused else ())
     model.write_adapter(tmp_path / "adapter")
     judgement = judge(model, tmp_path / "adapter")
     row = model.token_rows()[0]
@@ -207,7 +211,8 @@ def write_random_adapter(directory: Path, base: Path) -> None:
     architecture = Architecture.from_gguf(file)
     random = np.random.default_rng(3)
     tensors = {}
-    for path, matrix, name in adaptable(architecture):
+    for place in adaptable(architecture):
+        path, matrix, name = place.path, place.matrix, place.tensor
         if name == "output.weight":
             continue
         columns = matrix.in_size(architecture)

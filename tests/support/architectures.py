@@ -11,8 +11,9 @@ LLAMA = Architecture(
     layer_kinds=(LayerKind(None, Rope(10000.0, 8, interleaved=True)),) * 3, tied_head=True,
     activation="silu", attention_scale=8**-0.5, attention_softcap=None, logit_softcap=None,
     embedding_scale=1.0, qk_norm=False, post_norms=False, biases=frozenset(), fused=False,
+    permuted=True,
 )  # fmt: skip
 PHI3 = replace(
     LLAMA, name="phi3", layer_kinds=(LayerKind(None, Rope(1e4, 8, interleaved=False)),) * 3,
-    fused=True,
+    fused=True, permuted=False,
 )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import safetensors.numpy
 from lora.export.to_gguf import Export, export
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import Architecture, permute_rows_to_gguf
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.row_order import permute_rows_to_gguf
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_model import TinyModel
 
@@ -29,12 +31,12 @@ def decoded(file: GGUFFile, name: str) -> np.ndarray:
 class Case:
     """A tiny model and its PEFT adapter on disk."""
 
-    def __init__(self, model: TinyModel, folder: Path) -> None:
+    def __init__(self, model: TinyModel, folder: Path, fused_layers: Collection[int] = ()) -> None:
         self.model = model
         self.base = folder / "base.gguf"
         self.adapter = folder / "adapter"
         folder.mkdir(exist_ok=True)
-        model.write_gguf(self.base)
+        model.write_gguf(self.base, fused_layers)
         model.write_adapter(self.adapter)
 
     def change(self, **settings: Any) -> None:

@@ -8,9 +8,11 @@ rope factors.
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import zlib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,7 +21,7 @@ import gguf
 import numpy as np
 import safetensors.numpy
 
-from lora.forward.model.architecture import permute_rows_to_gguf
+from lora.forward.model.row_order import permute_rows_to_gguf
 from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
@@ -212,8 +214,12 @@ class TinyModel:
             settings |= {"layers_to_transform": self.adapted_layers, "layers_pattern": "layers"}
         (directory / "adapter_config.json").write_text(json.dumps(settings))
 
-    def write_gguf(self, path: Path) -> None:
-        """Writes the model as llama.cpp's converter would."""
+    def write_gguf(self, path: Path, fused_layers: Collection[int] = ()) -> None:
+        """Writes the model as llama.cpp's converter would.
+
+        Args:
+            fused_layers: whose q, k and v are one tensor, as its --fuse-qkv makes them.
+        """
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         if self.architecture not in known:
             raise ValueError(
@@ -225,7 +231,7 @@ class TinyModel:
             "q_proj": self.config["num_attention_heads"],
             "k_proj": self.config["num_key_value_heads"],
         }
-        tensors: dict[str, np.ndarray | None] = {}
+        tensors: dict[str, np.ndarray] = {}
         for name, exact in self._exact_weights().items():
             module = name.split(".")[-2]
             values = exact
@@ -237,6 +243,11 @@ class TinyModel:
             if gguf_name is None or gguf_name in tensors:
                 raise ValueError(f"gguf-py has no name of its own for {name}")
             tensors[gguf_name] = values
+        for layer, kind in itertools.product(fused_layers, ("weight", "bias")):
+            parts = [f"blk.{layer}.attn_{which}.{kind}" for which in "qkv"]
+            if parts[0] in tensors:
+                whole = np.concatenate([tensors.pop(part) for part in parts])
+                tensors[f"blk.{layer}.attn_qkv.{kind}"] = whole
         write_gguf(
             path,
             self._metadata(),

@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import Architecture, permute_rows_to_hf
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.row_order import permute_rows_to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.recording import Recording
 from tests.support.architectures import LLAMA, PHI3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,13 +10,9 @@ import numpy as np
 import pytest
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.architecture import (
-    Architecture,
-    LayerKind,
-    permute_rows_to_gguf,
-    permute_rows_to_hf,
-)
+from lora.forward.model.architecture import Architecture, LayerKind
 from lora.forward.model.rope_frequencies import Rope
+from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
 from lora.shaders.errors import InputError
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
@@ -59,6 +56,7 @@ def test_fields(tmp_path: Path) -> None:
         post_norms=False,
         biases=frozenset(),
         fused=False,
+        permuted=True,
     )
     assert (architecture.query_size, architecture.kv_size) == (64, 32)
 
@@ -185,6 +183,10 @@ def test_matrices_name_the_files_tensors(tmp_path: Path) -> None:
     assert named["lm_head"].peft_path(2) == "lm_head"
     heads = {m.module: m.permuted_heads(architecture) for m in named.values()}
     assert {module: n for module, n in heads.items() if n} == {"q_proj": 4, "k_proj": 2}
+    # Whether rope turns neighbours does not say whether rows are permuted for it.
+    assert architecture.layer_kinds[0].rope.interleaved
+    as_stored = replace(architecture, permuted=False)
+    assert as_stored.matrices["q_proj"].permuted_heads(as_stored) is None
 
 
 def test_biases_and_rope_scaling_of_a_llama(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from lora.adapters.gguf_files import load_gguf_adapter, read_adapter_settings
 from lora.adapters.peft_files import load_peft_adapter
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import quantize
-from lora.forward.model.architecture import permute_rows_to_gguf
+from lora.forward.model.row_order import permute_rows_to_gguf
 from lora.shaders.errors import InputError
 from tests.support.export_case import CASES, Case, products
 from tests.support.tiny_models import TINY_MODELS
