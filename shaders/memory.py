@@ -256,6 +256,7 @@ class Arena(Memory):
 
     def inner(self) -> Arena:
         """An arena within this one, that may be closed before it."""
+        self._check_open()
         arena = Arena(self._device, self)
         self._inner.add(arena)
         return arena

@@ -46,7 +46,7 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     if session.stream is None:
         raise ValueError("a session without training has no checkpoints")
     path = output / "checkpoints" / f"step-{session.steps_done:06d}"
-    adapter, memory = session.adapter, session.device.memory
+    adapter, memory = session.adapter, session.memory
     moments = {
         "first_moment": memory.read(adapter.first_moment),
         "second_moment": memory.read(adapter.second_moment),
@@ -124,7 +124,7 @@ def resume(session: TrainingSession, output: Path) -> Path:
         (session.adapter.first_moment, moments[0]),
         (session.adapter.second_moment, moments[1]),
     ):
-        session.device.memory.write(tensor, array)
+        session.memory.write(tensor, array)
     return path
 
 

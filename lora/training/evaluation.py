@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import cached_property
 
 import numpy as np
@@ -87,7 +88,9 @@ class Evaluator:
         tensors: StepTensors,
         enter: Callable[[Batch, PrefixCache | None], None],
     ) -> None:
-        self._recording = recording
+        # Of its own: dropped with it when programs are recorded again.
+        self._memory = recording.memory.inner()
+        self._recording = replace(recording, memory=self._memory)
         self._workload = workload
         self._tensors = tensors
         self._enter = enter
@@ -95,9 +98,8 @@ class Evaluator:
 
     @cached_property
     def _ring(self) -> ReadbackRing:
-        memory = self._recording.memory
-        assert isinstance(memory, Arena)
-        return ReadbackRing(memory, self._tensors.activations.head.losses.n_bytes, _SLOTS)
+        assert isinstance(self._memory, Arena)  # what only counts evaluates nothing
+        return ReadbackRing(self._memory, self._tensors.activations.head.losses.n_bytes, _SLOTS)
 
     @cached_property
     def _cache(self) -> PrefixCache | None:
@@ -112,6 +114,10 @@ class Evaluator:
                 self._recording, t.model, t.inputs, t.activations, t.layout, flat
             )
         return self._programs[adapted]
+
+    def close(self) -> None:
+        """Gives back its memory."""
+        self._memory.close()
 
     def evaluate(self, examples: Sequence[Example] | None, *, adapted: bool) -> EvalResult:
         """See `TrainingSession.evaluate`."""

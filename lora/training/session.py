@@ -65,6 +65,7 @@ class TrainingSession:
 
     Attributes:
         workload: the model's file, the adapter's layout and the data.
+        memory: that the session owns.
         plan: what the session takes.
         plans: what the products of training are recorded with; none on adapters without tiles.
 
@@ -89,7 +90,7 @@ class TrainingSession:
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self.device = Device(config.device) if device is None else device
         self._owns_device = device is None
-        self._memory = self.device.arena()
+        self.memory = self.device.arena()
         try:
             self._open()
         except BaseException:
@@ -108,11 +109,11 @@ class TrainingSession:
             plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
         self.plan = plan
         self._recording = self.device.recording(
-            memory=self._memory, precision=train.precision, plans=self._found
+            memory=self.memory, precision=train.precision, plans=self._found
         )
         try:
             if plan.largest_scratch:
-                self._memory.scratch((plan.largest_scratch,))
+                self.memory.scratch((plan.largest_scratch,))
             tensors = SessionTensors.allocate(self._recording, workload)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
@@ -130,7 +131,7 @@ class TrainingSession:
         if self.stream is not None:
             self.total_steps = self.stream.total_steps
             self._warmup_steps = train.resolve_warmup(self.total_steps)
-            self._ring = ReadbackRing(self._memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+            self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
         self._digest: str | None = None
         self._generator: TextGenerator | None = None
         self._evaluator: Evaluator | None = None
@@ -146,7 +147,7 @@ class TrainingSession:
 
     def close(self) -> None:
         """Gives the memory back, and the device where the session opened it."""
-        self._memory.close()
+        self.memory.close()
         if self._owns_device:
             self.device.close()
 
@@ -169,8 +170,9 @@ class TrainingSession:
         self._recording = replanned(self._recording, self.plans, self._found)
         # Their memory goes first: there may be no room for both.
         self._programs.memory.close()
-        if self._generator is not None:
-            self._generator.close()
+        for user in (self._generator, self._evaluator):
+            if user is not None:
+                user.close()
         self._evaluator, self._generator, self._digest = None, None, None
         self._programs = SessionPrograms.record(
             self._recording, self.workload, self._tensors, self._seams
@@ -202,8 +204,8 @@ class TrainingSession:
         n_trained, n_tokens = self.communicator.sum(np.array(counts, np.int64)).tolist()
         words = step_words(rate, self.steps_done, (train.betas[0], train.betas[1]))
         weight = loss_weight_words(n_trained, programs.loss_scale)
-        self._memory.write(programs.loss_weight, weight)
-        self._memory.write(programs.step_words, words)
+        self.memory.write(programs.loss_weight, weight)
+        self.memory.write(programs.step_words, words)
         programs.begin.run()
         for batch in batches:
             self._enter(batch, self._cache)
@@ -211,8 +213,8 @@ class TrainingSession:
         if programs.sum_slices is not None:
             programs.sum_slices.run()
             for tensor in (self.adapter.gradients[0], self._act.loss_sum):
-                total = self.communicator.sum(self._memory.read(tensor))
-                self._memory.write(tensor, total)
+                total = self.communicator.sum(self.memory.read(tensor))
+                self.memory.write(tensor, total)
         programs.finish.run()
         self._ring.push(
             self._act.metrics,
@@ -228,7 +230,7 @@ class TrainingSession:
     def _enter(self, batch: Batch, cache: PrefixCache | None) -> None:
         """Puts what enters the lowest adapted layer into place: computed, or remembered."""
         self.inputs.write(
-            self._memory,
+            self.memory,
             batch.token_ids,
             batch.positions,
             batch.segment_start,
@@ -361,7 +363,7 @@ class TrainingSession:
 
     def parameters(self) -> np.ndarray:
         """The adapter, f32 [layout.size], after all steps so far."""
-        return self._memory.read(self.adapter.parameters)
+        return self.memory.read(self.adapter.parameters)
 
     def load_adapter(self, path: str | Path) -> None:
         """Puts an adapter of the config's rank and targets in place of the present one.
@@ -369,7 +371,7 @@ class TrainingSession:
         Args:
             path: a PEFT adapter directory, or a GGUF adapter.
         """
-        self._memory.write(self.adapter.parameters, load_adapter(Path(path), self.layout))
+        self.memory.write(self.adapter.parameters, load_adapter(Path(path), self.layout))
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""

@@ -1,19 +1,19 @@
 """Products with frozen matrices, forward and to the input, against float64 numpy; both bodies."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lora.backward.matmul import matmul_backward
 from lora.checks.references.matmul import matmul_reference
-from lora.forward.matmul import BODIES, matmul
+from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from tests.support.bodies import body as body
+from tests.support.bodies import recording as recording
 from tests.support.kernels import (
     MARKER,
     activation,
@@ -25,20 +25,6 @@ from tests.support.kernels import (
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
 F32, F16, Q4_1, Q8_0 = (GGMLQuantizationType[name] for name in ("F32", "F16", "Q4_1", "Q8_0"))
-
-
-@pytest.fixture(params=BODIES)
-def body(request: pytest.FixtureRequest) -> str:
-    """Both kernels on whatever device there is."""
-    return str(request.param)
-
-
-@pytest.fixture
-def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
-    """With the body that a test asks for."""
-    if "body" not in request.fixturenames:
-        return recording
-    return replace(recording, body=request.getfixturevalue("body"))
 
 
 def test_reference_gradient_is_the_derivative() -> None:

@@ -1,35 +1,21 @@
 """Bias, soft cap and residual after a product, in one pass and in two, both bodies."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from gguf import GGMLQuantizationType, quants
 
-from lora.forward.matmul import BODIES, matmul
+from lora.forward.matmul import matmul
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_tiles import choose_tile
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from tests.support.bodies import body as body
+from tests.support.bodies import recording as recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
 F32 = GGMLQuantizationType.F32
-
-
-@pytest.fixture(params=BODIES)
-def body(request: pytest.FixtureRequest) -> str:
-    """Both kernels on whatever device there is."""
-    return str(request.param)
-
-
-@pytest.fixture
-def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
-    """With the body that a test asks for."""
-    if "body" not in request.fixturenames:
-        return recording
-    return replace(recording, body=request.getfixturevalue("body"))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,5 @@
 """Products with matrices of every tensor type, forward and to the input, against float64 numpy."""
 
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +10,13 @@ from lora.backward.matmul import matmul_backward
 from lora.checks.references.matmul import product_gradient_reference, product_reference
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.matmul import BODIES, matmul
+from lora.forward.matmul import matmul
 from lora.forward.model.weights import load_matrix
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from tests.support.bodies import body as body
+from tests.support.bodies import recording as recording
 from tests.support.kernels import (
     MARKER,
     activation,
@@ -31,20 +32,6 @@ from tests.support.quantized_tensors import (
     random_blocks,
     tensor_of,
 )
-
-
-@pytest.fixture(params=BODIES)
-def body(request: pytest.FixtureRequest) -> str:
-    """Both kernels on whatever device there is."""
-    return str(request.param)
-
-
-@pytest.fixture
-def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
-    """With the body that a test asks for."""
-    if "body" not in request.fixturenames:
-        return recording
-    return replace(recording, body=request.getfixturevalue("body"))
 
 
 def test_reference_gradient_is_the_derivative() -> None:

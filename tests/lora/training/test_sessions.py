@@ -11,10 +11,13 @@ import pytest
 
 from lora.config.schema import Config, load_config
 from lora.data.batches import Batch
+from lora.forward.plans.matmul_tiles import choose_tile
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError, LoraError
 from lora.shaders.readback import ReadbackRing
 from lora.training.session import TrainingSession
+from tests.support.plans import gpu as gpu  # a fixture
+from tests.support.plans import second_choices, use_tuner
 from tests.support.tiny_run import write_run
 
 MOST_GROWTH = 20 << 20  # bytes of the process between the 10th and the 100th session
@@ -129,3 +132,20 @@ def test_an_interrupted_evaluation_leaves_nothing_for_the_next(
             with pytest.raises(KeyboardInterrupt):
                 session.evaluate(examples[::-1])
         assert session.evaluate(examples) == wanted
+
+
+def test_programs_recorded_again_leave_nothing_behind(
+    tmp_path: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of a run that goes on with other plans; evaluation and text among them."""
+    use_tuner(monkeypatch, second_choices)
+    path = write_run(tmp_path, adapter={"layers": {"last": 1}}, train={"epochs": 1})
+    with TrainingSession(load_config(str(path)), device=gpu) as session:
+        model = {r.product: choose_tile(*r.shape(gpu.facts)) for r in session.plan.requests}
+        memory = []
+        for plans in (model, dict(session.plans), model):
+            session.use_plans(plans)
+            session.evaluate()
+            session.generate("Say", max_tokens=1)
+            memory.append(dict(gpu.allocated))
+        assert memory[0] == memory[2] and memory[0]["frozen prefix"] > 0

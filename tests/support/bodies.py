@@ -1,0 +1,24 @@
+"""Tests of products run by both bodies: `body` in a test's arguments, or by `usefixtures`."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from lora.forward.matmul import BODIES
+from lora.shaders.recording import Recording
+
+
+@pytest.fixture(params=BODIES)
+def body(request: pytest.FixtureRequest) -> str:
+    """Both kernels on whatever device there is."""
+    return str(request.param)
+
+
+@pytest.fixture
+def recording(request: pytest.FixtureRequest, recording: Recording) -> Recording:
+    """With the body that a test asks for."""
+    if "body" not in request.fixturenames:
+        return recording
+    return replace(recording, body=request.getfixturevalue("body"))
