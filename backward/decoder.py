@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-
-from lora.backward.attention import Attended, attention_backward
-from lora.backward.head_norm_rope import head_norm_rope_backward
+from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.matmul import matmul_backward
+from lora.backward.recorder import BackwardPass, BackwardRecorder
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
-from lora.backward.rope import rope_backward
-from lora.backward.swiglu import swiglu_backward
 from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
@@ -22,79 +17,10 @@ from lora.forward.decoder.head import (
 )
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
-from lora.forward.heads import HeadNorms, Heads, Rotation
-from lora.forward.model.adapter import Factors, LoraFactors
-from lora.forward.model.frozen_model import Model
-from lora.forward.model.inputs import Inputs
-from lora.forward.model.weights import FrozenMatrix
+from lora.forward.model.norm import Norm
 from lora.forward.sums import sum_into
 from lora.shaders.program import Program
-from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
-
-Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
-
-
-@dataclass(frozen=True)
-class Scratch:
-    """Gradients of activations, shared by all layers; types as in LayerActivations."""
-
-    d_x: Tensor  # [rows, hidden_size], the gradient to the residual stream, carried downwards
-    d_normed: Tensor  # [rows, hidden_size]
-    d_output: Tensor | None  # [rows, hidden_size], below a post norm, with post_norms
-    d_gated: Tensor  # [rows, intermediate_size]
-    d_attended: Tensor  # [rows, query_size]
-    d_qkv: Tensor  # [rows, qkv_size]
-    dots: Tensor  # [rows, n_heads], D of the attention's backward
-    d_z: Mapping[int, Tensor]  # [rows, width], by width
-    d_head_z: Tensor | None  # [targets, rank], where the head is adapted
-    d_head_normed: Tensor  # [targets, hidden_size]
-    d_picked: Tensor  # [targets, hidden_size]
-
-    @classmethod
-    def allocate(
-        cls, recording: Recording, model: Model, inputs: Inputs, factors: Factors
-    ) -> Scratch:
-        """Tensors for the backward pass."""
-        a = model.architecture
-
-        def tensor(width: int, dtype: str = recording.precision) -> Tensor:
-            return recording.memory.empty((inputs.rows.maximum, width), dtype, extent=inputs.rows)
-
-        def over_targets(width: int) -> Tensor:
-            return recording.memory.empty((inputs.targets.maximum, width), extent=inputs.targets)
-
-        head = factors.get((a.n_layers, "head"))
-        in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]
-
-        return cls(
-            d_x=tensor(a.hidden_size, "f32"),
-            d_normed=tensor(a.hidden_size),
-            d_output=tensor(a.hidden_size) if a.post_norms else None,
-            d_gated=tensor(a.intermediate_size),
-            d_attended=tensor(a.query_size),
-            d_qkv=tensor(a.qkv_size),
-            dots=tensor(a.n_heads, "f32"),
-            d_z={w: tensor(w, "f32") for w in {f.n_members * f.rank for f in in_layers}},
-            d_head_z=None if head is None else over_targets(head.rank),
-            d_head_normed=over_targets(a.hidden_size),
-            d_picked=over_targets(a.hidden_size),
-        )
-
-
-@dataclass(frozen=True)
-class BackwardPass:
-    """What the head and all layers go backward with.
-
-    Attributes:
-        gradients: the slices that gradients of A and B are added to.
-    """
-
-    model: Model
-    inputs: Inputs
-    factors: Factors
-    gradients: Gradients
-    scratch: Scratch
 
 
 def record_head_backward(
@@ -152,12 +78,7 @@ def record_head_backward(
         if lowest:
             return
         rmsnorm_backward(
-            program,
-            act.picked,
-            model.output_norm,
-            model.architecture.norm_epsilon,
-            scratch.d_head_normed,
-            out=scratch.d_picked,
+            program, act.picked, model.output_norm, scratch.d_head_normed, out=scratch.d_picked
         )
         gather_rows(
             program, scratch.d_picked, inputs.target_slots, inputs.rows, out=scratch.d_x,
@@ -176,92 +97,35 @@ def record_layer_backward(
 ) -> None:
     """Appends one layer's backward: scratch.d_x goes from its output to its input.
 
-    Gradients of A and B are added to `gradients`. act.gate_up is overwritten.
+    Gradients of A and B are added to `gradients`. Activations of the blocks may be overwritten.
 
     Args:
         act: the layer's activations, just computed or kept.
         x: [rows, hidden_size], the layer's input.
         lowest: nothing below is adapted: stop after the layer's last adapted matrix.
     """
-    model, inputs, factors = shared.model, shared.inputs, shared.factors
-    gradients, scratch = shared.gradients, shared.scratch
-    a, weights = model.architecture, model.layers[layer]
-    heads = Heads.of(a, layer)
-    interleaved = a.layer_kinds[layer].rope.interleaved
-    rotation = Rotation(inputs.positions, weights.rope, interleaved)
+    scratch, weights = shared.scratch, shared.model.layers[layer]
+    spec = weights.spec
 
-    def below_norm(source: Tensor | None, weight: Tensor | None) -> Tensor:
+    def below_norm(source: Tensor | None, norm: Norm | None) -> Tensor:
         """The gradient to what a post norm was given; without one, of the stream itself."""
-        if source is None or weight is None or scratch.d_output is None:
+        if source is None or norm is None or scratch.d_output is None:
             return scratch.d_x
-        return rmsnorm_backward(
-            program, source, weight, a.norm_epsilon, scratch.d_x, out=scratch.d_output
-        )
-
-    def through(
-        group: str,
-        matrix: FrozenMatrix,
-        source: Tensor,
-        z: Tensor | None,
-        d_y: Tensor,
-        out: Tensor | None,
-        norm: NormBefore | None = None,
-    ) -> None:
-        """The gradients of a group's factors, and of its input (None: not wanted) or its norm's."""
-        lora = factors.get((layer, group))
-        d_z = None
-        if lora is not None and z is not None:
-            d_z = scratch.d_z[lora.n_members * lora.rank]
-            lora_project_gradient(program, d_y, lora, out=d_z)
-            lora_gradients(program, source, z, d_y, d_z, lora, gradients[layer, group])
-        if out is not None:
-            matmul_backward(
-                program, d_y, matrix, lora=lora, d_z=d_z, out=out, norm=norm,
-                label=f"{group}_backward",
-            )  # fmt: skip
+        return rmsnorm_backward(program, source, norm, scratch.d_x, out=scratch.d_output)
 
     # Where this is the lowest adapted layer, what lies below its lowest adapted group is not run.
-    adapted = [group for group in ("qkv", "attn_output", "gate_up", "down")
-               if (layer, group) in factors]  # fmt: skip
-    last = adapted[0] if lowest else ""
+    adapted = [group for group in spec.groups if (layer, group) in shared.factors]
+    recorder = BackwardRecorder(program, shared, layer, act.z, adapted[0] if lowest else "")
     d_x = scratch.d_x
     with program.scope(f"layers.{layer}"):
-        through(
-            "down", weights.down, act.gated, act.z_down,
-            below_norm(act.ffn_output, weights.post_ffn_norm),
-            None if last == "down" else scratch.d_gated,
-        )  # fmt: skip
-        if last == "down":
+        norm = NormBefore(act.middle, weights.feed_forward_norm, d_x, residual=d_x)
+        d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
+        record = BLOCKS_BACKWARD[type(spec.feed_forward)].record
+        if not record(
+            recorder, spec.feed_forward, act.feed_forward, act.middle_normed, d_output, norm
+        ):
             return
-        d_gate_up = swiglu_backward(
-            program, act.gate_up, scratch.d_gated, activation_name=a.activation, out=act.gate_up
-        )
-        through(
-            "gate_up", weights.gate_up, act.middle_normed, act.z_gate_up, d_gate_up,
-            None if last == "gate_up" else scratch.d_normed,
-            NormBefore(act.middle, weights.ffn_norm, a.norm_epsilon, d_x, residual=d_x),
-        )  # fmt: skip
-        if last == "gate_up":
-            return
-        through(
-            "attn_output", weights.attn_output, act.attended, act.z_attn_output,
-            below_norm(act.projected, weights.post_attention_norm),
-            None if last == "attn_output" else scratch.d_attended,
-        )  # fmt: skip
-        if last == "attn_output":
-            return
-        attended = Attended(act.qkv, act.attended, act.lse)
-        attention_backward(
-            program, attended, scratch.d_attended, inputs.segments, heads, d_qkv=scratch.d_qkv,
-            dots=scratch.dots,
-        )  # fmt: skip
-        if act.raw_qkv is not None and weights.q_norm is not None and weights.k_norm is not None:
-            norms = HeadNorms(weights.q_norm, weights.k_norm, a.norm_epsilon)
-            head_norm_rope_backward(program, act.raw_qkv, norms, rotation, heads, scratch.d_qkv)
-        else:
-            rope_backward(program, scratch.d_qkv, rotation, a.n_heads + a.n_kv_heads, a.head_size)
-        through(
-            "qkv", weights.qkv, act.normed, act.z_qkv, scratch.d_qkv,
-            None if last == "qkv" else scratch.d_normed,
-            NormBefore(x, weights.attn_norm, a.norm_epsilon, d_x, residual=d_x),
-        )  # fmt: skip
+        norm = NormBefore(x, weights.mixer_norm, d_x, residual=d_x)
+        d_output = below_norm(act.mixer_output, weights.post_mixer_norm)
+        record = BLOCKS_BACKWARD[type(spec.mixer)].record
+        record(recorder, spec.mixer, act.mixer, act.normed, d_output, norm)

@@ -9,7 +9,8 @@ from lora.forward.head_norm_rope import (
     heads_a_workgroup,
     turns_whole_quads,
 )
-from lora.forward.heads import HeadNorms, Heads, Rotation
+from lora.forward.heads import Heads, Rotation
+from lora.forward.model.norm import HeadNorms
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -44,6 +45,6 @@ def head_norm_rope_backward(
     program.dispatch(
         "head_norm_rope_backward",
         constants | {"x_type": qkv.dtype, "out_type": d_qkv.dtype},
-        [extent.uniform, qkv, norms.q_weight, norms.k_weight, d_qkv, *turned],
+        [extent.uniform, qkv, norms.q.weight, norms.k.weight, d_qkv, *turned],
         -(-extent.maximum * turning // heads_a_workgroup(constants)),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.model.norm import Norm
 from lora.forward.plans.stretches import Stretches
 from lora.forward.rmsnorm import check_stretches, row_lanes
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
@@ -16,15 +17,14 @@ class NormBefore:
     """RMSNorm's backward of a product's gradient; attributes as arguments of `rmsnorm_backward`."""
 
     x: Tensor
-    weight: Tensor
-    epsilon: float
+    norm: Norm
     out: Tensor
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `lora.forward.plans.stretches.ProductNorm`; a product in stretches is not written."""
         rmsnorm_backward(
-            program, self.x, self.weight, self.epsilon, product, residual=self.residual,
+            program, self.x, self.norm, product, residual=self.residual,
             out=self.out, stretches=stretches,
         )  # fmt: skip
 
@@ -32,8 +32,7 @@ class NormBefore:
 def rmsnorm_backward(
     program: Program,
     x: Tensor,
-    weight: Tensor,
-    epsilon: float,
+    norm: Norm,
     d_y: Tensor,
     *,
     residual: Tensor | None = None,
@@ -44,8 +43,7 @@ def rmsnorm_backward(
 
     Args:
         x: [rows, width], f32 or f16, what the norm was given.
-        weight: [width].
-        epsilon: as in the forward.
+        norm: as in the forward.
         d_y: [rows, width], f32 or f16, the gradient to the norm's output.
         residual: f32 [rows, width], the gradient that flows past the norm; may be `out` itself.
         out: where to write, f32 or f16; a new f32 tensor by default.
@@ -53,13 +51,13 @@ def rmsnorm_backward(
             neither read nor written.
     """
     width = x.shape[1]
-    check_shape("rmsnorm_backward weight", weight, width)
-    check_f32("rmsnorm_backward", weight=weight)
+    check_shape("rmsnorm_backward weight", norm.weight, width)
+    check_f32("rmsnorm_backward", weight=norm.weight)
     check_shape("rmsnorm_backward d_y", d_y, x.shape[0], width)
     extent = extent_of(x)
     d_x = out if out is not None else activation(program, extent, width)
     check_shape("rmsnorm_backward output", d_x, x.shape[0], width)
-    tensors = [extent.uniform, x, weight, stretches.partial if stretches else d_y, d_x]
+    tensors = [extent.uniform, x, norm.weight, stretches.partial if stretches else d_y, d_x]
     kind = "none"
     if residual is not None:
         check_shape("rmsnorm_backward residual", residual, x.shape[0], width)
@@ -79,7 +77,7 @@ def rmsnorm_backward(
         "d_y_type": d_y.dtype,
         "out_type": d_x.dtype,
         "lanes": row_lanes(program.recording, width),
-        "epsilon": epsilon,
+        "epsilon": norm.epsilon,
         "residual": kind,
         "splits": stretches.splits if stretches else 1,
         "maximum_rows": extent.maximum if stretches else 0,

@@ -38,6 +38,8 @@ from typing import Any
 import gguf
 import numpy as np
 
+from lora.forward.model.norm import Norm
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora.forward.gguf.file import GGUFFile
@@ -45,10 +47,11 @@ from lora.forward.int_row import IntRow, takes_int_row
 from lora.forward.matmul_int_row import IntRowTiling, matmul_int_row
 from lora.forward.matmul_row import RowTiling, matmul_row
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import HEAD, Architecture
+from lora.forward.model.architecture import Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model, load_model
+from lora.forward.model.layer_spec import HEAD
 from lora.forward.model.weights import FrozenMatrix
-from lora.forward.product import InputNorm, Product
+from lora.forward.product import Product
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.engine import Adapter
 from lora.generation.generator import TextGenerator
@@ -164,22 +167,20 @@ def repeat_layer(recording: Recording, model: Model, n_layers: int) -> Model:
         return replace(matrix, parts=parts)
 
     def another(layer: LayerWeights) -> LayerWeights:
-        return replace(
-            layer, qkv=copy_of(layer.qkv), attn_output=copy_of(layer.attn_output),
-            gate_up=copy_of(layer.gate_up), down=copy_of(layer.down),
-        )  # fmt: skip
+        matrices = {group: copy_of(matrix) for group, matrix in layer.matrices.items()}
+        return replace(layer, matrices=matrices)
 
     first, a = model.layers[0], model.architecture
     layers = (first, *(another(first) for _ in range(n_layers - 1)))
     program.run()
-    architecture = replace(a, n_layers=n_layers, layer_kinds=a.layer_kinds * n_layers)
+    architecture = replace(a, layers=a.layers * n_layers)
     return replace(model, architecture=architecture, layers=layers)
 
 
 def matrices_of(model: Model) -> list[FrozenMatrix]:
     """The matrices that one new token reads."""
-    layers = [[layer.qkv, layer.attn_output, layer.gate_up, layer.down] for layer in model.layers]
-    return [model.head, *(matrix for layer in layers for matrix in layer)]
+    layers = (layer.matrices.values() for layer in model.layers)
+    return [model.head, *(matrix for matrices in layers for matrix in matrices)]
 
 
 def warm_up(memory: Memory, programs: Sequence[Program]) -> None:
@@ -315,15 +316,19 @@ def kernel_table(
 
 def sweep(device: Device, model: Model) -> list[dict[str, Any]]:
     """Microseconds of each product of one row under tilings, over the matrices of all layers."""
-    layers = model.layers
-    cases: list[tuple[str, list[FrozenMatrix], Tensor | None, str | None]] = [
-        ("qkv", [layer.qkv for layer in layers], layers[0].attn_norm, None),
-        ("attn_output", [layer.attn_output for layer in layers], None, None),
-        ("gate_up", [layer.gate_up for layer in layers], layers[0].ffn_norm,
-         model.architecture.activation),
-        ("down", [layer.down for layer in layers], None, None),
+    first = model.layers[0]
+
+    def all_of(group: str) -> list[FrozenMatrix]:
+        return [layer.matrices[group] for layer in model.layers]
+
+    activation = first.spec.feed_forward.activation
+    cases: list[tuple[str, list[FrozenMatrix], Norm | None, str | None]] = [
+        ("qkv", all_of("qkv"), first.mixer_norm, None),
+        ("attn_output", all_of("attn_output"), None, None),
+        ("gate_up", all_of("gate_up"), first.feed_forward_norm, activation),
+        ("down", all_of("down"), None, None),
         ("logits", [model.head], model.output_norm, None),
-    ]  # fmt: skip
+    ]
     found = []
     for name, matrices, norm, gate in cases:
         one = matrices[0]
@@ -371,7 +376,7 @@ def _tilings(recording: Recording, matrix: FrozenMatrix, *, gated: bool) -> list
 
 
 def _record_product(
-    program: Program, x: Tensor, matrix: FrozenMatrix, norm: Tensor | None, gate: str | None,
+    program: Program, x: Tensor, matrix: FrozenMatrix, norm: Norm | None, gate: str | None,
     tiling: Tiling | None, *, stores: bool,
 ) -> None:  # fmt: skip
     """Appends one product as a layer has it; where no norm follows it, whole numbers come out."""
@@ -383,14 +388,13 @@ def _record_product(
         matmul_int_row(
             program,
             Product(ints, matrix, gate=gate),
-            epsilon=1e-5,
             int_out=out,
             tiling=tiling if isinstance(tiling, IntRowTiling) else None,
         )
     else:
         matmul_row(
             program,
-            Product(x, matrix, norm=None if norm is None else InputNorm(norm, 1e-5), gate=gate),
+            Product(x, matrix, norm=norm, gate=gate),
             tiling=tiling if isinstance(tiling, RowTiling) else None,
         )
 

@@ -29,6 +29,8 @@ from typing import Any
 
 import numpy as np
 
+from lora.forward.model.norm import HeadNorms, Norm
+
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora.backward.head_norm_rope import head_norm_rope_backward
@@ -38,7 +40,7 @@ from lora.backward.swiglu import swiglu_backward
 from lora.forward.cross_entropy import cross_entropy
 from lora.forward.decoder.head import chunk_size
 from lora.forward.head_norm_rope import head_norm_rope
-from lora.forward.heads import HeadNorms, Heads, Rotation
+from lora.forward.heads import Heads, Rotation
 from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.rope_frequencies import Rope
@@ -112,12 +114,12 @@ def layer_kernels(
     hidden, inner = shape.hidden_size, shape.intermediate_size
     query, kv = shape.n_heads * shape.head_size, shape.n_kv_heads * shape.head_size
     x, d_y, residual, out = (new(hidden) for _ in range(4))
-    weight = recording.memory.upload(np.ones(hidden, np.float32))
+    norm = Norm(recording.memory.upload(np.ones(hidden, np.float32)), EPSILON)
     one = x.n_bytes
-    yield Kernel("rmsnorm", lambda p: rmsnorm(p, x, weight, EPSILON, out=out), 2 * one)
+    yield Kernel("rmsnorm", lambda p: rmsnorm(p, x, norm, out=out), 2 * one)
     yield Kernel(
         "rmsnorm_backward",
-        lambda p: rmsnorm_backward(p, x, weight, EPSILON, d_y, residual=residual, out=residual),
+        lambda p: rmsnorm_backward(p, x, norm, d_y, residual=residual, out=residual),
         4 * one,
     )
     qkv, d_qkv = new(query + 2 * kv), new(query + 2 * kv)
@@ -129,7 +131,10 @@ def layer_kernels(
         turns = recording.memory.upload(
             Rope(10000.0, shape.head_size, interleaved=False).tables(rows)
         )
-        norms, rotation = HeadNorms(w, w, EPSILON), Rotation(positions, turns, interleaved=False)
+        norms, rotation = (
+            HeadNorms(Norm(w, EPSILON), Norm(w, EPSILON)),
+            Rotation(positions, turns, interleaved=False),
+        )
         yield Kernel(
             "head_norm_rope",
             lambda p: head_norm_rope(p, qkv, norms, rotation, heads, out=d_qkv),

@@ -8,6 +8,7 @@ from typing import Any
 from lora.forward.heads import Heads
 from lora.forward.int_row import BLOCK, IntRow, to_int_row
 from lora.forward.model.kv_cache import LayerCache
+from lora.forward.model.norm import HeadNorms
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -59,16 +60,12 @@ class RowRope:
     Attributes:
         tables: [n_positions, rope_dimensions / 2, 2] from `Rope.tables`.
         interleaved: pairs (2j, 2j + 1) instead of (j, j + rope_dimensions / 2).
-        q_weight: [head_size], of the norm of q's heads before rope; None for no norm.
-        k_weight: [head_size], of k's.
-        epsilon: of these norms.
+        norms: of the heads before rope; None for none.
     """
 
     tables: Tensor
     interleaved: bool
-    q_weight: Tensor | None = None
-    k_weight: Tensor | None = None
-    epsilon: float = 0.0
+    norms: HeadNorms | None = None
 
 
 @dataclass(frozen=True)
@@ -121,18 +118,17 @@ def attention_decode_row(
     splits, quads = -(-room // _ROW_KEYS), heads.head_size // 4
     partial = program.recording.memory.scratch((heads.n_heads, splits, quads + 1, 4))
     tensors.append(partial)
-    qk_norm = rope.q_weight is not None and rope.k_weight is not None
-    if rope.q_weight is not None and rope.k_weight is not None:
-        check_shape("attention_decode_row q_weight", rope.q_weight, heads.head_size)
-        check_shape("attention_decode_row k_weight", rope.k_weight, heads.head_size)
-        tensors += [rope.q_weight, rope.k_weight]
+    if rope.norms is not None:
+        check_shape("attention_decode_row q_weight", rope.norms.q.weight, heads.head_size)
+        check_shape("attention_decode_row k_weight", rope.norms.k.weight, heads.head_size)
+        tensors += [rope.norms.q.weight, rope.norms.k.weight]
     constants: dict[str, Any] = {
         **heads.constants(),
         "room": room,
         "half": rope.tables.shape[1],
         "interleaved": rope.interleaved,
-        "qk_norm": qk_norm,
-        "epsilon": rope.epsilon,
+        "qk_norm": rope.norms is not None,
+        "epsilon": 0.0 if rope.norms is None else rope.norms.q.epsilon,
         "position_at": place.position_at,
         "rope_row_at": place.rope_row_at,
         "splits": splits,

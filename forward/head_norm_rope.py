@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-from lora.forward.heads import HeadNorms, Heads, Rotation
+from lora.forward.heads import Heads, Rotation
+from lora.forward.model.norm import HeadNorms
 from lora.forward.rope import rope
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -46,7 +47,7 @@ def head_norm_rope(
     program.dispatch(
         "head_norm_rope",
         constants | {"x_type": qkv.dtype, "out_type": y.dtype},
-        [extent.uniform, qkv, norms.q_weight, norms.k_weight, y, *turned],
+        [extent.uniform, qkv, norms.q.weight, norms.k.weight, y, *turned],
         -(-extent.maximum * (heads.n_heads + 2 * heads.n_kv_heads) // heads_a_workgroup(constants)),
     )
     if not together:
@@ -58,8 +59,8 @@ def check_head_shapes(qkv: Tensor, norms: HeadNorms, rotation: Rotation, heads: 
     """Refuses what does not fit together, forward and backward alike."""
     half = rotation.tables.shape[1]
     check_shape("head_norm_rope qkv", qkv, None, heads.qkv_size)
-    check_shape("head_norm_rope q_weight", norms.q_weight, heads.head_size)
-    check_shape("head_norm_rope k_weight", norms.k_weight, heads.head_size)
+    check_shape("head_norm_rope q_weight", norms.q.weight, heads.head_size)
+    check_shape("head_norm_rope k_weight", norms.k.weight, heads.head_size)
     check_shape("head_norm_rope positions", rotation.positions, qkv.shape[0])
     check_shape("head_norm_rope tables", rotation.tables, None, None, 2)
     if 2 * half > heads.head_size:
@@ -90,7 +91,7 @@ def head_constants(
         "n_heads": heads.n_heads,
         "n_kv_heads": heads.n_kv_heads,
         "head_size": heads.head_size,
-        "epsilon": norms.epsilon,
+        "epsilon": norms.q.epsilon,
         "half": rotation.tables.shape[1] if turns_whole_quads(rotation) else 0,
         "interleaved": rotation.interleaved,
     }

@@ -5,12 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from lora.forward.model.architecture import Architecture
 from lora.forward.model.kv_cache import LayerCache
+from lora.forward.model.layer_spec import MOST_HEAD_SIZE, Attention
 from lora.shaders.activations import check_shape
 from lora.shaders.tensor import Tensor
-
-MOST_ATTENDED = 256  # columns of a head
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Heads:
     Attributes:
         n_heads: query heads.
         n_kv_heads: key and value heads; each serves n_heads / n_kv_heads query heads in a row.
-        head_size: a multiple of 4; attention has kernels for at most MOST_ATTENDED.
+        head_size: a multiple of 4; attention has kernels for at most MOST_HEAD_SIZE.
         scale: of the scores.
         window: a row sees this many keys, its own included; None for all.
         softcap: scores s become softcap · tanh(s / softcap); None for none.
@@ -34,16 +32,15 @@ class Heads:
     softcap: float | None = None
 
     @classmethod
-    def of(cls, architecture: Architecture, layer: int) -> Heads:
+    def of(cls, attention: Attention) -> Heads:
         """The heads of one layer of a model."""
-        a = architecture
         return cls(
-            n_heads=a.n_heads,
-            n_kv_heads=a.n_kv_heads,
-            head_size=a.head_size,
-            scale=a.attention_scale,
-            window=a.layer_kinds[layer].window,
-            softcap=a.attention_softcap,
+            n_heads=attention.n_heads,
+            n_kv_heads=attention.n_kv_heads,
+            head_size=attention.head_size,
+            scale=attention.scale,
+            window=attention.window,
+            softcap=attention.softcap,
         )
 
     def __post_init__(self) -> None:
@@ -75,9 +72,9 @@ class Heads:
 
     def check_attended(self) -> None:
         """Refuses heads that no kernel of attention takes."""
-        if self.head_size > MOST_ATTENDED:
+        if self.head_size > MOST_HEAD_SIZE:
             raise ValueError(
-                f"head_size is {self.head_size}, expected a multiple of 4 up to {MOST_ATTENDED}"
+                f"head_size is {self.head_size}, expected a multiple of 4 up to {MOST_HEAD_SIZE}"
             )
 
     def constants(self) -> dict[str, Any]:
@@ -98,15 +95,6 @@ class Heads:
         check_shape("attention_decode values", cache.values, room, kv_size)
         check_shape("attention_decode keys", cache.keys, kv_size // 4, room, 4)
         return room
-
-
-@dataclass(frozen=True)
-class HeadNorms:
-    """The RMSNorms of query and key heads, each on its own."""
-
-    q_weight: Tensor  # [head_size]
-    k_weight: Tensor  # [head_size]
-    epsilon: float  # added to the mean square
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.rmsnorm import row_lanes
 from lora.shaders.activations import check_shape
@@ -30,13 +31,13 @@ class IntRow:
     Attributes:
         words: u32 [width / 32 · 28]; see shaders/wgsl/parts/int_row_store.wgsl.
         width: columns of the row, a multiple of 32.
-        weight: [width] of the RMSNorm that the row is on its way into, which is in v; None for v =
-            y. The product that takes the row divides by the root mean square of y.
+        norm: the RMSNorm that the row is on its way into, whose weight is in v; None for v = y. The
+            product that takes the row divides by the root mean square of y.
     """
 
     words: Tensor
     width: int
-    weight: Tensor | None = None
+    norm: Norm | None = None
 
     @classmethod
     def allocate(cls, recording: Recording, width: int, extent: Extent) -> IntRow:
@@ -47,11 +48,11 @@ class IntRow:
             recording.memory.empty((1, width // BLOCK * _BLOCK_WORDS), "u32", extent=extent), width
         )
 
-    def before_norm(self, weight: Tensor | None) -> IntRow:
-        """The same memory, for a row on its way into an RMSNorm of that weight."""
-        if weight is not None:
-            check_shape("int row's norm", weight, self.width)
-        return replace(self, weight=weight)
+    def before_norm(self, norm: Norm | None) -> IntRow:
+        """The same memory, for a row on its way into an RMSNorm."""
+        if norm is not None:
+            check_shape("int row's norm", norm.weight, self.width)
+        return replace(self, norm=norm)
 
 
 def takes_int_row(recording: Recording, matrix: FrozenMatrix) -> bool:
@@ -72,14 +73,12 @@ class RowNorm:
     """An RMSNorm of a row: y = norm(x) ∘ weight + residual.
 
     Attributes:
-        weight: [width].
-        epsilon: added to the mean square.
+        norm: of that width.
         out: [1, width], where y is written.
         residual: [1, width], added; None for none.
     """
 
-    weight: Tensor
-    epsilon: float
+    norm: Norm
     out: Tensor
     residual: Tensor | None = None
 
@@ -91,7 +90,7 @@ def to_int_row(
 
     Args:
         x: [1, width].
-        to: what to write; its `weight` is multiplied in.
+        to: what to write; the weight of its norm is multiplied in.
         norm: what x passes first; None for nothing.
         label: what the dispatch is called in listings.
     """
@@ -102,21 +101,21 @@ def to_int_row(
     tensors = [x, to.words]
     if norm is not None:
         lanes = max(8, row_lanes(program.recording, to.width))
-        check_shape("int row's norm", norm.weight, to.width)
+        check_shape("int row's norm", norm.norm.weight, to.width)
         check_shape("int row's output", norm.out, 1, to.width)
-        tensors += [norm.weight, norm.out]
+        tensors += [norm.norm.weight, norm.out]
         if norm.residual is not None:
             check_shape("int row's residual", norm.residual, 1, to.width)
             tensors.append(norm.residual)
-    if to.weight is not None:
-        tensors.append(to.weight)
+    if to.norm is not None:
+        tensors.append(to.norm.weight)
     constants: dict[str, Any] = {
         "width": to.width,
         "lanes": lanes,
         "norm": norm is not None,
-        "epsilon": norm.epsilon if norm else None,
+        "epsilon": norm.norm.epsilon if norm else None,
         "residual": norm is not None and norm.residual is not None,
-        "next_norm": to.weight is not None,
+        "next_norm": to.norm is not None,
     }
     workgroups = 1 if norm is not None else -(-to.width // (4 * lanes))
     program.dispatch("int_row", constants, tensors, workgroups, label=label)

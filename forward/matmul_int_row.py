@@ -73,7 +73,6 @@ def matmul_int_row(
     program: Program,
     product: Product,
     *,
-    epsilon: float = 0.0,
     out: Tensor | None = None,
     int_out: IntRow | None = None,
     tiling: IntRowTiling | None = None,
@@ -82,9 +81,8 @@ def matmul_int_row(
     """Appends a product of one row of whole numbers.
 
     Args:
-        product: of a row that may have the weight of an RMSNorm: that norm is completed, and z is
+        product: of a row that may be on its way into an RMSNorm: that norm is completed, and z is
             by `project_row` under the same one. W must be a matrix that `takes_int_row`.
-        epsilon: of the norm.
         out: where to write; a new tensor by default.
         int_out: where to write y as whole numbers, too, for the product that takes it.
         tiling: by default chosen for the shape.
@@ -109,8 +107,8 @@ def matmul_int_row(
             tensors += [z, lora.b]
         tensors += [tensor for tensor in (product.residual, product.bias) if tensor is not None]
         stored = [] if int_out is None else [int_out.words]
-        if int_out is not None and int_out.weight is not None:
-            stored.append(int_out.weight)
+        if int_out is not None and int_out.norm is not None:
+            stored.append(int_out.norm.weight)
         # WebGPU promises eight buffers: an adapted product with a bias would take nine.
         fits = (
             len(matrix.parts) == 1 and n_columns % BLOCK == 0
@@ -128,7 +126,7 @@ def matmul_int_row(
             "contraction": matrix.in_features,
             "n_columns": n_columns,
             "row_words": part.words.shape[1],
-            "epsilon": None if x.weight is None else epsilon,
+            "epsilon": None if x.norm is None else x.norm.epsilon,
             "gate": gate is not None,
             "activation": gate,
             "placed": len(matrix.parts) > 1,
@@ -140,7 +138,7 @@ def matmul_int_row(
             "softcap": product.softcap,
             "out_type": "f32",
             "int_out": stores_ints,
-            "next_norm": stores_ints and int_out is not None and int_out.weight is not None,
+            "next_norm": stores_ints and int_out is not None and int_out.norm is not None,
             "lanes": chosen.lanes,
             "share": chosen.share,
             "weight_rows": weight_rows,

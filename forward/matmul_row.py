@@ -7,7 +7,8 @@ from typing import Any
 
 from lora.forward.matmul import adapted_members
 from lora.forward.model.adapter import LoraFactors
-from lora.forward.product import InputNorm, Product
+from lora.forward.model.norm import Norm
+from lora.forward.product import Product
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -153,7 +154,7 @@ def project_row(
     x: Tensor,
     lora: LoraFactors,
     *,
-    norm: InputNorm | None = None,
+    norm: Norm | None = None,
     out: Tensor | None = None,
     label: str = "z",
 ) -> Tensor:  # [1, members · rank]

@@ -6,23 +6,11 @@ from dataclasses import dataclass
 
 from lora.forward.int_row import IntRow
 from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.swiglu import check_activation
 from lora.shaders.activations import check_f32, check_shape
 from lora.shaders.tensor import Tensor
-
-
-@dataclass(frozen=True)
-class InputNorm:
-    """An RMSNorm that x passes on its way into a product.
-
-    Attributes:
-        weight: [in_features].
-        epsilon: added to the mean square.
-    """
-
-    weight: Tensor
-    epsilon: float
 
 
 @dataclass(frozen=True)
@@ -53,7 +41,7 @@ class Product:
     softcap: float | None = None
     residual: Tensor | None = None
     gate: str | None = None
-    norm: InputNorm | None = None
+    norm: Norm | None = None
 
     @property
     def width(self) -> int:

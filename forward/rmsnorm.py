@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.model.norm import Norm
 from lora.forward.plans.stretches import Stretches
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
@@ -45,15 +46,14 @@ def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> N
 class NormAfter:
     """RMSNorm of a product; attributes as the arguments of `rmsnorm`."""
 
-    weight: Tensor
-    epsilon: float
+    norm: Norm
     out: Tensor
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `ProductNorm`; the product is written in either case."""
         rmsnorm(
-            program, product, self.weight, self.epsilon, residual=self.residual, out=self.out,
+            program, product, self.norm, residual=self.residual, out=self.out,
             stretches=stretches,
         )  # fmt: skip
 
@@ -61,8 +61,7 @@ class NormAfter:
 def rmsnorm(
     program: Program,
     x: Tensor,
-    weight: Tensor,
-    epsilon: float,
+    norm: Norm,
     *,
     residual: Tensor | None = None,
     out: Tensor | None = None,
@@ -72,19 +71,18 @@ def rmsnorm(
 
     Args:
         x: [rows, width], f32 or f16, width a multiple of 4.
-        weight: [width], as the GGUF holds it (Gemma's + 1 included).
-        epsilon: added to the mean square.
+        norm: of that width.
         residual: f32 [rows, width], added where given; not the tensor `out`.
         out: where to write, f32 or f16; a new f32 tensor by default.
         stretches: where given, x is first written as their sum (and its residual).
     """
     width = x.shape[1]
-    check_shape("rmsnorm weight", weight, width)
+    check_shape("rmsnorm weight", norm.weight, width)
     extent = extent_of(x)
     y = out if out is not None else activation(program, extent, width)
     check_shape("rmsnorm output", y, x.shape[0], width)
-    check_f32("rmsnorm", weight=weight, residual=residual)
-    tensors = [extent.uniform, stretches.partial if stretches else x, weight, y]
+    check_f32("rmsnorm", weight=norm.weight, residual=residual)
+    tensors = [extent.uniform, stretches.partial if stretches else x, norm.weight, y]
     if residual is not None:
         check_shape("rmsnorm residual", residual, x.shape[0], width)
         tensors.append(residual)
@@ -99,7 +97,7 @@ def rmsnorm(
         "x_type": x.dtype,
         "out_type": y.dtype,
         "lanes": row_lanes(program.recording, width),
-        "epsilon": epsilon,
+        "epsilon": norm.epsilon,
         "residual": residual is not None,
         "splits": stretches.splits if stretches else 1,
         "maximum_rows": extent.maximum if stretches else 0,

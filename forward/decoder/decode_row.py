@@ -8,21 +8,11 @@ before it. An adapted group has one more dispatch (its z), a model with post_nor
 
 from __future__ import annotations
 
-from dataclasses import replace
-
-from lora.forward.attention_decode import RowRope, attention_decode_row
-from lora.forward.decoder.step_tensors import Row, StepActivations, StepInputs
-from lora.forward.heads import Heads
-from lora.forward.int_row import RowNorm, to_int_row
-from lora.forward.matmul_int_row import matmul_int_row
-from lora.forward.matmul_row import matmul_row, project_row
-from lora.forward.model.adapter import Factors
+from lora.forward.decoder.blocks import BLOCKS
+from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
+from lora.forward.decoder.step_tensors import StepActivations
+from lora.forward.int_row import to_int_row
 from lora.forward.model.frozen_model import Model
-from lora.forward.model.kv_cache import KeyValueCache
-from lora.forward.model.weights import FrozenMatrix
-from lora.forward.product import InputNorm, Product, can_gate
-from lora.forward.rmsnorm import rmsnorm
-from lora.forward.swiglu import swiglu
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -33,129 +23,46 @@ def fuses(recording: Recording) -> bool:
     return not recording.facts.is_cpu
 
 
-def row_product(
-    program: Program,
-    row: Row,
-    product: Product,
-    epsilon: float,
-    out: Tensor,
-    *,
-    then: Row | None = None,
-    label: str,
-) -> None:
-    """Appends a product by the kernel that takes the row, and its z before it.
-
-    Args:
-        product: of row.values, without the row's norm; its z is where z is to be written, a new
-            tensor by default.
-        epsilon: of the row's norm.
-        then: the row that `out` becomes, where another product takes it.
-    """
-    norm = None if row.norm is None else InputNorm(row.norm, epsilon)
-    if product.lora is not None:
-        z = project_row(
-            program, row.values, product.lora, norm=norm, out=product.z, label=f"{label}.z"
-        )
-        product = replace(product, z=z)
-    ints = None if then is None else then.ints
-    if row.ints is not None:
-        whole = replace(product, x=row.ints)
-        matmul_int_row(program, whole, epsilon=epsilon, out=out, int_out=ints, label=label)
-    else:
-        matmul_row(program, replace(product, norm=norm), out=out, label=label)
-    if row.ints is None and ints is not None:
-        to_int_row(program, out, ints)
+def row_into(program: Program, model: Model, act: StepActivations, layer: int, x: Tensor) -> Row:
+    """The residual stream as the first product of a layer (of the head: n_layers) takes it."""
+    matrix, norm = model.head, model.output_norm
+    if layer < len(model.layers):
+        weights = model.layers[layer]
+        matrix = weights.matrices[weights.spec.mixer.matrices[0].group]
+        norm = weights.mixer_norm
+    return act.memory.before(program.recording, "x", x, matrix, norm)
 
 
 def record_first_row(program: Program, model: Model, act: StepActivations) -> None:
     """Appends what the first layer takes of the embedded token, act.x."""
-    first = model.layers[0]
-    row = act.row_before(program.recording, "x", act.x, first.qkv, first.attn_norm)
+    row = row_into(program, model, act, 0, act.x)
     if row.ints is not None:
         to_int_row(program, act.x, row.ints)
 
 
-def record_row_layer(
-    program: Program,
-    model: Model,
-    layer: int,
-    inputs: StepInputs,
-    factors: Factors,
-    act: StepActivations,
-    cache: KeyValueCache,
-) -> None:
-    """Appends one decoder layer for one row, in place: act.x += attention, act.x += feed-forward.
+def record_row_layer(recorder: RowRecorder, act: StepActivations) -> None:
+    """Appends one decoder layer for one row, in place: act.x += mixer, act.x += feed-forward.
 
     It finds act.x in the form that its first product takes, and leaves it as the next layer's (or
     the head's) takes it.
     """
-    a, weights, recording = model.architecture, model.layers[layer], program.recording
-    epsilon = a.norm_epsilon
-
-    def product(
-        row: Row,
-        matrix: FrozenMatrix,
-        group: str,
-        out: Tensor,
-        *,
-        gate: str | None = None,
-        residual: Tensor | None = None,
-        then: Row | None = None,
-    ) -> None:
-        lora = factors.get((layer, group))
-        z = None if lora is None else act.z(recording, lora)
-        whole = Product(
-            row.values, matrix, lora=lora, z=z, gate=gate, bias=weights.biases.get(group),
-            residual=residual,
-        )  # fmt: skip
-        row_product(program, row, whole, epsilon, out, then=then, label=group)
-
-    def block_end(
-        row: Row,
-        matrix: FrozenMatrix,
-        group: str,
-        post_norm: Tensor | None,
-        residual: Tensor,
-        then: Row,
-    ) -> None:
-        """then = residual + the block's last product, normed where the model has post_norms."""
-        if act.block_output is None or post_norm is None:
-            product(row, matrix, group, then.values, residual=residual, then=then)
-            return
-        product(row, matrix, group, act.block_output)
-        if then.ints is not None:
-            norm = RowNorm(post_norm, epsilon, then.values, residual)
-            to_int_row(program, act.block_output, then.ints, norm=norm, label="post_norm")
-        else:
-            rmsnorm(
-                program, act.block_output, post_norm, epsilon, residual=residual, out=then.values
-            )  # fmt: skip
-
-    x = act.row_before(recording, "x", act.x, weights.qkv, weights.attn_norm)
-    product(x, weights.qkv, "qkv", act.qkv)
-    attended = act.row_before(recording, "attended", act.attended, weights.attn_output)
-    interleaved = a.layer_kinds[layer].rope.interleaved
-    rope = RowRope(weights.rope, interleaved, weights.q_norm, weights.k_norm, epsilon)
-    attention_decode_row(
-        program, act.qkv, inputs.place, cache.layers[layer], Heads.of(a, layer), rope,
-        out=act.attended, int_out=attended.ints,
-    )  # fmt: skip
-    # The whole numbers of middle may lie where those of x lay: qkv has read them.
-    middle = act.row_before(recording, "x", act.middle, weights.gate_up, weights.ffn_norm)
-    block_end(
-        attended, weights.attn_output, "attn_output", weights.post_attention_norm, act.x, middle
+    program, model, weights = recorder.program, recorder.model, recorder.weights
+    spec = weights.spec
+    tensors = act.of(spec)
+    # The whole numbers of middle may lie where those of x lay: the mixer has read them.
+    middle = act.memory.before(
+        program.recording,
+        "x",
+        tensors.middle,
+        weights.matrices[spec.feed_forward.matrices[0].group],
+        weights.feed_forward_norm,
     )
-    gated = act.row_before(recording, "gated", act.gated, weights.down)
-    if can_gate(weights.gate_up):
-        product(middle, weights.gate_up, "gate_up", act.gated, gate=a.activation, then=gated)
-    else:
-        product(middle, weights.gate_up, "gate_up", act.gate_up)
-        swiglu(program, act.gate_up, activation_name=a.activation, out=act.gated)
-        if gated.ints is not None:
-            to_int_row(program, act.gated, gated.ints)
-    if layer + 1 < a.n_layers:
-        following = model.layers[layer + 1]
-        after = act.row_before(recording, "x", act.x, following.qkv, following.attn_norm)
-    else:
-        after = act.row_before(recording, "x", act.x, model.head, model.output_norm)
-    block_end(gated, weights.down, "down", weights.post_ffn_norm, act.middle, after)
+    x = row_into(program, model, act, recorder.layer, act.x)
+    end = RowEnd(act.x, weights.post_mixer_norm, tensors.mixer_output, then=middle)
+    BLOCKS[type(spec.mixer)].record_row(recorder, spec.mixer, tensors.mixer, x, end)
+    after = row_into(program, model, act, recorder.layer + 1, act.x)
+    end = RowEnd(
+        tensors.middle, weights.post_feed_forward_norm, tensors.feed_forward_output, then=after
+    )
+    record = BLOCKS[type(spec.feed_forward)].record_row
+    record(recorder, spec.feed_forward, tensors.feed_forward, middle, end)

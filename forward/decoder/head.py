@@ -71,8 +71,7 @@ def record_head_input(
 ) -> None:
     """Appends: the rows of x [rows, hidden_size] that have a target, and their final norm."""
     gather_rows(program, x, inputs.target_rows, inputs.targets, out=act.picked)
-    epsilon = model.architecture.norm_epsilon
-    rmsnorm(program, act.picked, model.output_norm, epsilon, out=act.normed)
+    rmsnorm(program, act.picked, model.output_norm, out=act.normed)
 
 
 def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:

@@ -36,6 +36,9 @@ class Metadata:
         value = self._required(key, default)
         if isinstance(value, list) and value and all(item == value[0] for item in value):
             value = value[0]
+        return self._checked(key, value, multiple_of)
+
+    def _checked(self, key: str, value: Any, multiple_of: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(
                 f"{self.path}: {self.name}.{key} is {shortened(value)}; one whole number above "
@@ -47,6 +50,22 @@ class Metadata:
                 f"{multiple_of}."
             )
         return value
+
+    def sizes(
+        self, key: str, n_layers: int, default: int | None = None, *, multiple_of: int = 1
+    ) -> tuple[int, ...]:
+        """Whole numbers above 0, one a layer: of a list, or the same for all.
+
+        Raises:
+            InputError: as of `size`, or a list is of another length.
+        """
+        value = self._required(key, default)
+        values = value if isinstance(value, list) else [value] * n_layers
+        if len(values) != n_layers or not values:
+            raise InputError(
+                f"{self.path}: {self.name}.{key} has {len(values)} numbers for {n_layers} layers."
+            )
+        return tuple(self._checked(key, item, multiple_of) for item in values)
 
     def positive_number(self, key: str, default: float | None = None) -> float:
         """A finite number above 0.

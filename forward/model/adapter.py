@@ -11,7 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora.forward.model.architecture import HEAD, AdaptableMatrix, Architecture
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import HEAD, AdaptableMatrix
 from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
@@ -61,7 +62,7 @@ class AdaptedGroup:
     """Where the factors of one group of one layer lie in the flat arrays."""
 
     layer: int  # n_layers for the head
-    group: str  # of Architecture.groups, or "head"
+    group: str  # of LayerSpec.groups, or "head"
     members: tuple[AdaptableMatrix, ...]  # the adapted ones
     ranges: tuple[tuple[int, int], ...]
     in_features: int
@@ -99,7 +100,7 @@ class AdapterLayout:
         self.n_trainable = 0  # parameters, padding not counted
         self._end = 0
         for layer in self.layers:
-            for name, matrices in architecture.groups.items():
+            for name, matrices in architecture.layers[layer].groups.items():
                 self._place(layer, name, matrices)
         self._place(architecture.n_layers, HEAD.group, (HEAD,))
         self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
@@ -107,18 +108,17 @@ class AdapterLayout:
     def _place(self, layer: int, name: str, matrices: Sequence[AdaptableMatrix]) -> None:
         """Gives the adapted matrices of one group their place after all others."""
         members, ranges, column = [], [], 0
+        holder = self.architecture.holder(layer)
         for matrix in matrices:
-            rows = _whole_quads(matrix.out_size(self.architecture))
+            rows = _whole_quads(matrix.out_size(holder))
             if matrix.module in self.targets:
                 members.append(matrix)
                 ranges.append((column, column + rows))
-                self.n_trainable += self.rank * (
-                    matrix.out_size(self.architecture) + matrix.in_size(self.architecture)
-                )
+                self.n_trainable += self.rank * (matrix.out_size(holder) + matrix.in_size(holder))
             column += rows
         if not members:
             return
-        in_features = members[0].in_size(self.architecture)
+        in_features = members[0].in_size(holder)
         b_start = _aligned(self._end + len(members) * self.padded_rank * in_features)
         group = AdaptedGroup(
             layer, name, tuple(members), tuple(ranges), in_features, self._end, b_start
@@ -167,11 +167,10 @@ class AdapterLayout:
                     f"highest rank for them here is {highest}."
                 )
 
-    def _views(
-        self, flat: np.ndarray
-    ) -> Iterable[tuple[AdaptableMatrix, str, np.ndarray, np.ndarray]]:
-        """(matrix, PEFT path, A [rank, in], B [out, rank]), views of a flat array."""
+    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, int | None, np.ndarray, np.ndarray]]:
+        """(PEFT path, permuted heads, A [rank, in], B [out, rank]), views of a flat array."""
         for group in self.groups:
+            holder = self.architecture.holder(group.layer)
             a_row = group.a_start
             b_row = group.b_start
             for matrix, (start, stop) in zip(group.members, group.ranges, strict=True):
@@ -179,10 +178,10 @@ class AdapterLayout:
                 n_b = (stop - start) * self.padded_rank
                 a = flat[a_row : a_row + n_a].reshape(self.padded_rank, group.in_features)
                 b = flat[b_row : b_row + n_b].reshape(stop - start, self.padded_rank)
-                out_features = matrix.out_size(self.architecture)
+                out_features = matrix.out_size(holder)
                 yield (
-                    matrix,
                     matrix.peft_path(group.layer),
+                    matrix.permuted_heads(holder),
                     a[: self.rank],
                     b[:out_features, : self.rank],
                 )
@@ -196,8 +195,7 @@ class AdapterLayout:
             flat: f32 [size], in the layout of the device.
         """
         modules = {}
-        for matrix, path, a, b in self._views(flat):
-            heads = matrix.permuted_heads(self.architecture)
+        for path, heads, a, b in self._views(flat):
             rows = b if heads is None else permute_rows_to_hf(b, heads)
             modules[path] = (a.copy(), np.ascontiguousarray(rows))
         return modules
@@ -205,14 +203,13 @@ class AdapterLayout:
     def from_modules(self, modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The inverse of `to_modules`: f32 [size], padding zero. Every module must be there."""
         flat = np.zeros(self.size, np.float32)
-        for matrix, path, a, b in self._views(flat):
+        for path, heads, a, b in self._views(flat):
             given_a, given_b = modules[path]
             if given_a.shape != a.shape or given_b.shape != b.shape:
                 raise ValueError(
                     f"{path} has A {given_a.shape} and B {given_b.shape}, expected {a.shape} and "
                     f"{b.shape}"
                 )
-            heads = matrix.permuted_heads(self.architecture)
             a[:] = given_a
             b[:] = given_b if heads is None else permute_rows_to_gguf(given_b, heads)
         return flat

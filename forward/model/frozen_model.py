@@ -8,8 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.architecture import FUSED_QKV, AdaptableMatrix, Architecture
+from lora.forward.model.architecture import Architecture
 from lora.forward.model.inputs import LongExamples
+from lora.forward.model.layer_spec import FUSED_QKV, AdaptableMatrix, LayerSpec
+from lora.forward.model.norm import Norm
 from lora.forward.model.rope_frequencies import Rope, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.recording import Recording
@@ -18,21 +20,29 @@ from lora.shaders.tensor import Tensor
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """The frozen weights of one decoder layer; matrices that share an input are stacked."""
+    """The frozen weights of one decoder layer.
 
-    attn_norm: Tensor  # [hidden_size]
-    qkv: FrozenMatrix  # [query_size + 2 · kv_size, hidden_size]
-    attn_output: FrozenMatrix  # [hidden_size, query_size]
-    ffn_norm: Tensor  # [hidden_size]
-    gate_up: FrozenMatrix  # [2 · intermediate_size, hidden_size]
-    down: FrozenMatrix  # [hidden_size, intermediate_size]
-    rope: Tensor  # [n_positions, rope dimensions / 2, 2]; layers of one kind share it. With
-    # long_examples twice as many positions: those of long examples after the others
-    biases: Mapping[str, Tensor]  # group → [out_features of its matrices], where it has one
-    q_norm: Tensor | None  # [head_size], with qk_norm
-    k_norm: Tensor | None  # [head_size], with qk_norm
-    post_attention_norm: Tensor | None  # [hidden_size], with post_norms
-    post_ffn_norm: Tensor | None  # [hidden_size], with post_norms
+    Attributes:
+        spec: what the layer is made of.
+        matrices: by group, [out_features, in_features]; those that share an input are stacked.
+        biases: by group, [out_features], where it has one.
+        mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks.
+        post_mixer_norm, post_feed_forward_norm: the same after them, with post_norms.
+        vectors: other tensors of its blocks, by GGUF name within the layer.
+        rope: [n_positions, rope dimensions / 2, 2] of the mixer; layers of one rope share it. With
+            long_examples twice as many positions: those of long examples after the others. None
+            where nothing turns.
+    """
+
+    spec: LayerSpec
+    matrices: Mapping[str, FrozenMatrix]
+    biases: Mapping[str, Tensor]
+    mixer_norm: Norm
+    feed_forward_norm: Norm
+    post_mixer_norm: Norm | None
+    post_feed_forward_norm: Norm | None
+    vectors: Mapping[str, Tensor]
+    rope: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -42,8 +52,9 @@ class Model:
     architecture: Architecture
     embedding: FrozenMatrix  # [logits_size, hidden_size]: rows of zeros after the vocabulary
     layers: tuple[LayerWeights, ...]
-    output_norm: Tensor  # [hidden_size]
+    output_norm: Norm  # of hidden_size columns
     head: FrozenMatrix  # [logits_size, hidden_size]; the embedding itself where they are tied
+    n_positions: int  # of the longest example, or text
     long_examples: LongExamples | None  # with LongRoPE, where examples can be that long
 
 
@@ -64,57 +75,72 @@ def load_model(
     def vector(name: str) -> Tensor:
         return recording.memory.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
 
-    contexts = {kind.rope.long.original_context for kind in a.layer_kinds if kind.rope.long}
+    all_ropes = {spec.rope for spec in a.layers}
+    contexts = {rope.long.original_context for rope in all_ropes if rope and rope.long}
     long_examples = None
     if contexts and n_positions > min(contexts):
         long_examples = LongExamples(min(contexts), n_positions)
     ropes: dict[Rope, Tensor] = {}
-    for kind in a.layer_kinds:
-        if kind.rope not in ropes:
-            tables = kind.rope.tables(n_positions)
+
+    def rope_tables(rope: Rope | None) -> Tensor | None:
+        if rope is None:
+            return None
+        if rope not in ropes:
+            tables = rope.tables(n_positions)
             if long_examples is not None:
-                tables = np.concatenate([tables, kind.rope.tables(n_positions, long=True)])
-            ropes[kind.rope] = recording.memory.upload(tables, purpose="rope tables")
+                tables = np.concatenate([tables, rope.tables(n_positions, long=True)])
+            ropes[rope] = recording.memory.upload(tables, purpose="rope tables")
+        return ropes[rope]
 
     def layer_weights(layer: int) -> LayerWeights:
-        blk = f"blk.{layer}."
-        groups = {group: matrix(*a.tensors_of(layer, group)) for group in a.groups}
+        blk, spec = f"blk.{layer}.", a.layers[layer]
+        epsilon = spec.norm_epsilon
+
+        def norm(name: str) -> Norm:
+            return Norm(vector(blk + name), epsilon)
+
         biases = {
-            group: recording.memory.upload(_stacked_bias(gguf_file, a, members, layer))
-            for group, members in a.groups.items()
-            if any(m.gguf_name in a.biases for m in members)
-            or (group == "qkv" and FUSED_QKV in a.biases)
+            group: recording.memory.upload(_stacked_bias(gguf_file, spec, members, layer))
+            for group, members in spec.groups.items()
+            if any(m.gguf_name in spec.biases for m in members)
+            or (group == "qkv" and FUSED_QKV in spec.biases)
         }
+        post_norms = spec.post_norms
         return LayerWeights(
-            attn_norm=vector(blk + "attn_norm"),
-            ffn_norm=vector(blk + "ffn_norm"),
-            rope=ropes[a.layer_kinds[layer].rope],
+            spec=spec,
+            matrices={group: matrix(*a.tensors_of(layer, group)) for group in spec.groups},
             biases=biases,
-            q_norm=vector(blk + "attn_q_norm") if a.qk_norm else None,
-            k_norm=vector(blk + "attn_k_norm") if a.qk_norm else None,
-            post_attention_norm=vector(blk + "post_attention_norm") if a.post_norms else None,
-            post_ffn_norm=vector(blk + "post_ffw_norm") if a.post_norms else None,
-            **groups,
+            mixer_norm=norm("attn_norm"),
+            feed_forward_norm=norm("ffn_norm"),
+            post_mixer_norm=norm("post_attention_norm") if post_norms else None,
+            post_feed_forward_norm=norm("post_ffw_norm") if post_norms else None,
+            vectors={
+                name: vector(blk + name)
+                for block in (spec.mixer, spec.feed_forward)
+                for name in block.vectors
+            },
+            rope=rope_tables(spec.rope),
         )
 
     layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
     embedding = matrix("token_embd.weight")
     head = embedding if a.tied_head else matrix("output.weight")
-    return Model(a, embedding, layers, vector("output_norm"), head, long_examples)
+    output_norm = Norm(vector("output_norm"), a.norm_epsilon)
+    return Model(a, embedding, layers, output_norm, head, n_positions, long_examples)
 
 
 def _stacked_bias(
-    gguf_file: GGUFFile, a: Architecture, members: Sequence[AdaptableMatrix], layer: int
+    gguf_file: GGUFFile, spec: LayerSpec, members: Sequence[AdaptableMatrix], layer: int
 ) -> np.ndarray:
     """The biases of matrices that are stacked, f32 [out_features]; zero for one without."""
     whole = gguf_file.tensors.get(f"blk.{layer}.{FUSED_QKV}.bias")
-    if whole is not None and a.layer_kinds[layer].fused_qkv and members[0].group == "qkv":
+    if whole is not None and spec.fused_tensor and members[0].group == "qkv":
         return read_vector(gguf_file, whole)
     return np.concatenate(
         [
             read_vector(gguf_file, gguf_file.tensors[f"blk.{layer}.{m.gguf_name}.bias"])
-            if m.gguf_name in a.biases
-            else np.zeros(m.out_size(a), np.float32)
+            if m.gguf_name in spec.biases
+            else np.zeros(m.out_size(spec), np.float32)
             for m in members
         ]
     )

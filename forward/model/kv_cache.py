@@ -1,10 +1,10 @@
-"""The keys and values of the tokens so far, layer by layer, kept on the device."""
+"""The keys and values of the tokens so far, kept on the device."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import Attention
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -18,26 +18,14 @@ class LayerCache:
     keys: Tensor  # [kv_size / 4, room, 4]: lanes that each take one key read side by side
     values: Tensor  # [room, kv_size]
 
-
-@dataclass(frozen=True)
-class KeyValueCache:
-    """Room for the keys and values of one text of up to `room` tokens."""
-
-    room: int
-    layers: tuple[LayerCache, ...]
-
     @classmethod
-    def allocate(cls, recording: Recording, architecture: Architecture, room: int) -> KeyValueCache:
-        """Tensors for `room` tokens, in f32."""
-        kv_size = architecture.kv_size
-
-        def layer() -> LayerCache:
-            return LayerCache(
-                recording.memory.empty((kv_size // 4, room, 4), purpose="key-value cache"),
-                recording.memory.empty((room, kv_size), purpose="key-value cache"),
-            )
-
-        return cls(room, tuple(layer() for _ in range(architecture.n_layers)))
+    def allocate(cls, recording: Recording, attention: Attention, room: int) -> LayerCache:
+        """Tensors for the keys and values of one text of up to `room` tokens, in f32."""
+        kv_size = attention.kv_size
+        return cls(
+            recording.memory.empty((kv_size // 4, room, 4), purpose="key-value cache"),
+            recording.memory.empty((room, kv_size), purpose="key-value cache"),
+        )
 
 
 def store_keys_values(

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import fields, replace
+from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
 import numpy as np
 
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
-from lora.forward.plans.stretches import ProductNorm
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
@@ -165,13 +164,14 @@ def _recording(facts: DeviceFacts, memory: Memory, request: Request, plan: Plan)
     return Recording(facts, memory, precision, body="tiled", plans=lambda _: plan)
 
 
-def _on(stand_in: Callable[[Tensor], Tensor], norm: Any) -> ProductNorm | None:
-    """A norm on other tensors."""
-    if norm is None:
-        return None
-    held = {field.name: getattr(norm, field.name) for field in fields(norm)}
-    changed = {name: stand_in(value) for name, value in held.items() if isinstance(value, Tensor)}
-    return replace(norm, **changed)
+def _on(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:
+    """A value on other tensors, however deep in it they are."""
+    if isinstance(value, Tensor):
+        return stand_in(value)
+    if not is_dataclass(value) or isinstance(value, type):
+        return value
+    held = {field.name: getattr(value, field.name) for field in fields(value)}
+    return replace(value, **{name: _on(stand_in, held[name]) for name in held})
 
 
 def kernels_of(facts: DeviceFacts, request: Request, plan: Plan) -> Kernels:

@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 
 from lora.adapters.peft_files import WEIGHTS, read_peft_factors
-from lora.forward.model.architecture import HEAD, AdaptableMatrix, Architecture
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import HEAD, AdaptableMatrix, LayerSpec
 from lora.forward.model.row_order import permute_rows_to_gguf
 from lora.shaders.errors import InputError
 
@@ -83,8 +84,8 @@ def read_adapted_tensors(
             )
         place = places[path]
         a, b, magnitude, rank = factors.a, factors.b, factors.magnitude, factors.rank
-        n_rows = place.matrix.out_size(architecture)
-        expected = (rank, place.matrix.in_size(architecture)), (n_rows, rank)
+        n_rows = place.matrix.out_size(place.holder)
+        expected = (rank, place.matrix.in_size(place.holder)), (n_rows, rank)
         if (a.shape, b.shape) != expected:
             raise InputError(
                 f"{directory}: {path} has A {a.shape} and B {b.shape}; this base and rank {rank} "
@@ -95,16 +96,16 @@ def read_adapted_tensors(
                 f"{directory}: {path} has a lora_magnitude_vector {magnitude.shape}; this base "
                 f"wants {(n_rows,)}. Name the right base with --base."
             )
-        heads = place.matrix.permuted_heads(architecture)
+        heads = place.matrix.permuted_heads(place.holder)
         if heads is not None:
             b = np.ascontiguousarray(permute_rows_to_gguf(b, heads))
             if magnitude is not None:
                 magnitude = permute_rows_to_gguf(magnitude[:, None], heads)[:, 0]
         one = AdaptedTensor(place.tensor, a, b, factors.scale, magnitude)
         parts.setdefault(place.tensor, []).append((place.first_row, one))
-    fused = {place.tensor for place in places.values() if place.first_row}
+    fused = {place.tensor: place.tensor_rows for place in places.values() if place.first_row}
     return {
-        name: _as_one(found, architecture.qkv_size) if name in fused else found[0][1]
+        name: _as_one(found, fused[name]) if name in fused else found[0][1]
         for name, found in parts.items()
     }
 
@@ -135,22 +136,29 @@ class Adaptable:
 
     Attributes:
         path: PEFT's, of the module.
+        holder: what has its sizes.
         tensor: name of the GGUF's tensor that holds it, with others where the file fuses them.
         first_row: of it, in that tensor.
     """
 
     path: str
     matrix: AdaptableMatrix
+    holder: LayerSpec | Architecture
     tensor: str
     first_row: int = 0
+
+    @property
+    def tensor_rows(self) -> int:
+        """Rows of the tensor that holds it, where that holds its whole group."""
+        assert isinstance(self.holder, LayerSpec)  # the head is alone in its tensor
+        return sum(m.out_size(self.holder) for m in self.holder.groups[self.matrix.group])
 
 
 def adaptable(architecture: Architecture) -> Iterator[Adaptable]:
     """All that LoRA can adapt."""
     for matrix in architecture.matrices.values():
-        if matrix is not HEAD:
-            for layer in range(architecture.n_layers):
-                yield Adaptable(
-                    matrix.peft_path(layer), matrix, *architecture.place_of(layer, matrix)
-                )
-    yield Adaptable(HEAD.module, HEAD, "output.weight")
+        for layer, spec in enumerate(architecture.layers):
+            if matrix in spec.groups.get(matrix.group, ()):
+                place = architecture.place_of(layer, matrix)
+                yield Adaptable(matrix.peft_path(layer), matrix, spec, *place)
+    yield Adaptable(HEAD.module, HEAD, architecture, "output.weight")

@@ -144,14 +144,13 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
         a, b = (_decoded(file, f"{name}.{suffix}") for suffix in _SUFFIXES)
         place = places[module]
         n_rows, heads = (
-            place.matrix.out_size(architecture),
-            place.matrix.permuted_heads(architecture),
+            place.matrix.out_size(place.holder),
+            place.matrix.permuted_heads(place.holder),
         )
         if any(other.first_row for other in places.values() if other.tensor == name):
-            if len(b) != architecture.qkv_size:
+            if len(b) != place.tensor_rows:
                 raise InputError(
-                    f"{path}: B of {name} has {len(b)} rows; this model's has "
-                    f"{architecture.qkv_size}."
+                    f"{path}: B of {name} has {len(b)} rows; this model's has {place.tensor_rows}."
                 )
             b = b[place.first_row : place.first_row + n_rows]
         if heads is not None and len(b) == n_rows:

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from lora.adapters.saved_factors import SavedFactors, pack
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.architecture import HEAD
+from lora.forward.model.layer_spec import HEAD
 from lora.shaders.errors import InputError
 from lora.storage.files import write_file
 

@@ -24,7 +24,8 @@ from pydantic import (
 
 from lora.config.errors import config_problems, did_you_mean
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
-from lora.forward.model.architecture import HEAD, MODULE_NAMES, Architecture
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
 from lora.shaders.errors import InputError
 from lora.storage.stores import MODEL_NAME_FORMS, check_model_name
 

@@ -6,14 +6,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
-from lora.forward.decoder.decode_step import record_step, record_step_head
-from lora.forward.decoder.step_tensors import StepActivations, StepHead, StepInputs
+from lora.forward.decoder.decode_step import Step, allocate_caches, record_step, record_step_head
+from lora.forward.decoder.step_inputs import StepInputs
+from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.frozen_model import Model
-from lora.forward.model.kv_cache import KeyValueCache
 from lora.shaders.errors import DeviceMemoryError, InputError
 from lora.shaders.memory import Arena, CountingMemory
 from lora.shaders.program import Program, encode
@@ -41,7 +42,7 @@ class Adapter:
 class TextTensors:
     """What text needs on the device besides the model and the adapters."""
 
-    cache: KeyValueCache
+    caches: tuple[Any, ...]  # of the layers
     pieces: StepInputs
     step: StepInputs
     head: StepHead
@@ -55,7 +56,7 @@ class TextTensors:
             DeviceMemoryError: there is no memory for it.
         """
         piece = min(room, _CPU_PIECE_ROWS if recording.facts.is_cpu else _PIECE_ROWS)
-        cache = KeyValueCache.allocate(recording, model.architecture, room)
+        caches = allocate_caches(recording, model, room)
         pieces = StepInputs.allocate(recording, piece)
         head = StepHead.allocate(recording, model)
         step = StepInputs.allocate(recording, 1, head.token)
@@ -63,7 +64,7 @@ class TextTensors:
             inputs.rows.maximum: StepActivations.allocate(recording, model, inputs.rows)
             for inputs in (pieces, step)
         }
-        return cls(cache, pieces, step, head, activations)
+        return cls(caches, pieces, step, head, activations)
 
 
 class DecodeEngine:
@@ -87,7 +88,7 @@ class DecodeEngine:
         self.adapters = dict(adapters)
         self._model = model
         long = model.long_examples
-        self.room = model.layers[0].rope.shape[0] if long is None else long.first_position
+        self.room = model.n_positions if long is None else long.first_position
         taken = Counter(recording.memory.allocated)
         self._memory = recording.memory.inner()
         self._recording = replace(recording, memory=self._memory)
@@ -177,8 +178,9 @@ class DecodeEngine:
             layers, head = Program(self._recording), Program(self._recording)
             tensors = self._tensors
             act = tensors.activations[rows]
-            record_step(layers, self._model, inputs, factors, act, tensors.cache)
-            record_step_head(head, self._model, inputs, factors, act, tensors.head)
+            step = Step(self._model, inputs, factors, act, tensors.caches)
+            record_step(layers, step)
+            record_step_head(head, step, tensors.head)
             self._programs[adapter, rows] = layers, head
         return self._programs[adapter, rows]
 

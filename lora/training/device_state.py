@@ -9,7 +9,6 @@ from dataclasses import dataclass, field, replace
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
 from lora.forward.decoder.head import chunk_size
-from lora.forward.decoder.layers import LayerActivations
 from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
@@ -36,6 +35,7 @@ from lora.training.programs import (
     StepSettings,
     StepTensors,
     TrainingPrograms,
+    allocate_layer,
     record_prefix,
 )
 from lora.training.workload import Workload
@@ -207,10 +207,11 @@ def wants_recompute(recording: Recording, workload: Workload, model: Model, inpu
     counted = CountingMemory(recording.facts)
     counting = replace(recording, memory=counted)
     factors = layout.factors(counted.empty_flat(layout.size, purpose="adapter"))
-    LayerActivations.allocate(counting, model, inputs, factors, layout.lowest_layer)
+    layers = range(layout.lowest_layer, model.architecture.n_layers)
+    for layer in layers:
+        allocate_layer(counting, model, inputs, factors, layer)
     kept_input = item_bytes("f32") * inputs.rows.maximum * model.architecture.hidden_size
-    n_layers = model.architecture.n_layers - layout.lowest_layer
-    return n_layers * (counted.allocated["activations"] + kept_input) > KEPT_ACTIVATIONS_LIMIT
+    return counted.allocated["activations"] + len(layers) * kept_input > KEPT_ACTIVATIONS_LIMIT
 
 
 def open_cache(

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
-from lora.backward.decoder import (
-    BackwardPass,
-    Scratch,
-    record_head_backward,
-    record_layer_backward,
-)
+from lora.backward.decoder import record_head_backward, record_layer_backward
 from lora.backward.losses import Loss, LossTensors
+from lora.backward.recorder import BackwardPass
+from lora.backward.scratch import allocate_scratch
 from lora.forward.decoder.head import HeadActivations, record_evaluation
-from lora.forward.decoder.layers import LayerActivations, record_embedding, record_layer
-from lora.forward.model.adapter import AdapterLayout
+from lora.forward.decoder.layers import (
+    LayerActivations,
+    low_rank_tensors,
+    record_embedding,
+    record_layer,
+)
+from lora.forward.decoder.recorder import Walk, WithinExamples
+from lora.forward.model.adapter import AdapterLayout, Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw
@@ -61,13 +65,40 @@ class AdapterState:
         )
 
 
+def allocate_layer(
+    recording: Recording, model: Model, inputs: Inputs, factors: Factors, layer: int
+) -> LayerActivations:
+    """Activations of one layer, its low-rank ones included."""
+    z = low_rank_tensors(recording, factors, layer, inputs.rows)
+    return LayerActivations.allocate(recording, model.layers[layer].spec, inputs.rows, z)
+
+
+Sizes = tuple[object, ...]  # of a LayerSpec
+
+
+def allocate_layers(
+    recording: Recording, model: Model, inputs: Inputs, factors: Factors
+) -> dict[Sizes, LayerActivations]:
+    """Activations of the layer that is being computed: layers of the same sizes share them.
+
+    The same matrices are adapted in all adapted layers; the others leave their z alone.
+    """
+    layers, adapted = model.architecture.layers, {layer for layer, _ in factors}
+    found: dict[Sizes, LayerActivations] = {}
+    for layer in sorted(range(len(layers)), key=lambda layer: layer not in adapted):
+        if layers[layer].sizes not in found:
+            sizes = layers[layer].sizes
+            found[sizes] = allocate_layer(recording, model, inputs, factors, layer)
+    return found
+
+
 @dataclass(frozen=True)
 class Activations:
     """Tensors between the layers, shared by training and evaluation."""
 
     boundary: Tensor  # [rows, hidden_size], what enters the lowest adapted layer
     final: Tensor  # [rows, hidden_size], the output of the last layer
-    shared: LayerActivations  # of the layer that is being computed
+    shared: Mapping[Sizes, LayerActivations]  # of the layer that is being computed
     head: HeadActivations
     loss_sum: Tensor  # [64], the first of which is the sum of losses
     state: Tensor  # [64], of gradient_norm; beside `loss_sum` in one buffer
@@ -84,9 +115,7 @@ class Activations:
         return cls(
             boundary=recording.memory.empty(shape, extent=inputs.rows),
             final=recording.memory.empty(shape, extent=inputs.rows),
-            shared=LayerActivations.allocate(
-                recording, model, inputs, factors, layout.lowest_layer
-            ),
+            shared=allocate_layers(recording, model, inputs, factors),
             head=HeadActivations.allocate(recording, model, inputs, factors),
             loss_sum=metrics.slice(0, 64),
             state=metrics.slice(64, 128),
@@ -100,10 +129,17 @@ def record_prefix(
     """Embedding and the layers below the lowest adapted one: act.boundary from the tokens."""
     program = Program(recording)
     with program.scope("prefix"):
-        record_embedding(program, model, inputs, act.boundary)
+        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary)
+        walk = Walk(model, {}, WithinExamples(inputs))
         for layer in range(lowest_layer):
-            # In place: a layer's input is not read after its attention block.
-            record_layer(program, model, layer, inputs, {}, act.shared, act.boundary, act.boundary)
+            record_layer(
+                program,
+                walk,
+                layer,
+                act.shared[model.layers[layer].spec.sizes],
+                act.boundary,
+                act.boundary,
+            )
     return program
 
 
@@ -122,9 +158,10 @@ def record_forward_only(
     """
     program = Program(recording)
     factors = {} if flat is None else layout.factors(flat)
+    walk = Walk(model, factors, WithinExamples(inputs))
     x = act.boundary
     for layer in range(layout.lowest_layer, model.architecture.n_layers):
-        record_layer(program, model, layer, inputs, factors, act.shared, x, act.final)
+        record_layer(program, walk, layer, act.shared[model.layers[layer].spec.sizes], x, act.final)
         x = act.final
     return program
 
@@ -244,7 +281,8 @@ def _record_micro_batch(
     slices = [layout.factors(gradient) for gradient in adapter.gradients]
     gradients = {key: [s[key] for s in slices] for key in factors}
     layers = range(layout.lowest_layer, model.architecture.n_layers)
-    scratch = Scratch.allocate(recording, model, inputs, factors)
+    scratch = allocate_scratch(recording, model, inputs, factors)
+    walk = Walk(model, factors, WithinExamples(inputs))
     shared = BackwardPass(model, inputs, factors, gradients, scratch)
     shape = act.boundary.shape
     kept = {
@@ -256,15 +294,13 @@ def _record_micro_batch(
     if layers:
         kept[layers.stop] = act.final
     computed = {
-        layer: act.shared
+        layer: act.shared[model.layers[layer].spec.sizes]
         if settings.recompute or layer == layers[-1]
-        else LayerActivations.allocate(recording, model, inputs, factors, layout.lowest_layer)
+        else allocate_layer(recording, model, inputs, factors, layer)
         for layer in layers
     }
     for layer in layers:
-        record_layer(
-            program, model, layer, inputs, factors, computed[layer], kept[layer], kept[layer + 1]
-        )
+        record_layer(program, walk, layer, computed[layer], kept[layer], kept[layer + 1])
     with program.scope("backward"):
         record_head_backward(
             program, shared, act.head, last_states(model, layout, act), settings.loss, loss,
@@ -274,9 +310,7 @@ def _record_micro_batch(
             # The last layer's activations are still there.
             if settings.recompute and layer != layers[-1]:
                 with program.scope("recompute"):
-                    record_layer(
-                        program, model, layer, inputs, factors, act.shared, kept[layer], None
-                    )
+                    record_layer(program, walk, layer, computed[layer], kept[layer], None)
             record_layer_backward(
                 program, shared, layer, computed[layer], kept[layer],
                 lowest=layer == layout.lowest_layer,

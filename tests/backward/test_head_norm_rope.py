@@ -8,7 +8,8 @@ from lora.checks.references.head_norm_rope import (
     head_norm_rope_backward_reference,
     head_norm_rope_reference,
 )
-from lora.forward.heads import HeadNorms, Rotation
+from lora.forward.heads import Rotation
+from lora.forward.model.norm import HeadNorms, Norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
@@ -48,7 +49,7 @@ def check(recording: Recording, case: Case, x_type: str, d_type: str) -> None:
     head_norm_rope_backward(
         program,
         typed(recording, qkv, x_type, extent),
-        HeadNorms(upload(q_weight), upload(k_weight), EPSILON),
+        HeadNorms(Norm(upload(q_weight), EPSILON), Norm(upload(k_weight), EPSILON)),
         Rotation(positions_tensor, tables, case.interleaved),
         case.heads,
         gradient,

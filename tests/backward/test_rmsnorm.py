@@ -5,6 +5,7 @@ import pytest
 
 from lora.backward.rmsnorm import rmsnorm_backward
 from lora.checks.references.rmsnorm import rmsnorm_backward_reference, rmsnorm_reference
+from lora.forward.model.norm import Norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -63,7 +64,7 @@ def test_rmsnorm_backward(
     out = past_t if residual == "in place" else marked(recording, extent, width)
     program = Program(recording)
     rmsnorm_backward(
-        program, x_t, recording.memory.upload(weight), EPSILON, d_t,
+        program, x_t, Norm(recording.memory.upload(weight), EPSILON), d_t,
         residual=None if residual == "none" else past_t, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
@@ -83,7 +84,7 @@ def test_another_range_of_the_same_buffer_is_no_residual_in_place(recording: Rec
     x, d_y = (activation(recording, np.ones((1, 64), np.float32), extent) for _ in range(2))
     with pytest.raises(ValueError, match="another range of the output's buffer"):
         rmsnorm_backward(
-            Program(recording), x, recording.memory.upload(np.ones(64)), EPSILON, d_y,
+            Program(recording), x, Norm(recording.memory.upload(np.ones(64)), EPSILON), d_y,
             residual=both.slice(0, 1), out=both.slice(1, 2),
         )  # fmt: skip
 
@@ -111,7 +112,8 @@ def test_rmsnorm_backward_of_halves(
         recording.memory.write(out, past)
     program = Program(recording)
     rmsnorm_backward(
-        program, typed(recording, x, x_type, extent), recording.memory.upload(weight), EPSILON,
+        program, typed(recording, x, x_type, extent),
+        Norm(recording.memory.upload(weight), EPSILON),
         typed(recording, d_y, d_y_type, extent), residual=out if in_place else None, out=out,
     )  # fmt: skip
     result = run_twice(program, out)

@@ -15,6 +15,7 @@ from lora.forward.attention_decode import (
 from lora.forward.heads import Heads
 from lora.forward.int_row import IntRow
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
+from lora.forward.model.norm import HeadNorms, Norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
@@ -139,7 +140,8 @@ def test_one_row_on_its_way_into_the_cache(
     place = RowPlace(recording.memory.upload(np.array([7, position, rope_row])), 1, 2)
     rope = RowRope(
         recording.memory.upload(tables), interleaved,
-        *(None if w is None else recording.memory.upload(w) for w in weights), EPSILON,
+        None if None in weights
+        else HeadNorms(*(Norm(recording.memory.upload(w), EPSILON) for w in weights)),
     )  # fmt: skip
     extent = extent_in_use(recording, 1, 1)
     out = marked(recording, extent, q_size)

@@ -7,7 +7,8 @@ import pytest
 
 from lora.checks.references.head_norm_rope import head_norm_rope_reference
 from lora.forward.head_norm_rope import head_norm_rope
-from lora.forward.heads import HeadNorms, Heads, Rotation
+from lora.forward.heads import Heads, Rotation
+from lora.forward.model.norm import HeadNorms, Norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -33,7 +34,7 @@ def check(recording: Recording, case: Case, x_type: str, out_type: str) -> None:
     head_norm_rope(
         program,
         typed(recording, qkv, x_type, extent),
-        HeadNorms(upload(q_weight), upload(k_weight), EPSILON),
+        HeadNorms(Norm(upload(q_weight), EPSILON), Norm(upload(k_weight), EPSILON)),
         Rotation(positions_tensor, tables, case.interleaved),
         case.heads,
         out=out,
@@ -75,7 +76,7 @@ def test_weights_of_another_size_are_refused(recording: Recording) -> None:
     )
     with pytest.raises(ValueError, match="head_norm_rope k_weight has shape"):
         head_norm_rope(
-            Program(recording), qkv, HeadNorms(weight, short, EPSILON),
+            Program(recording), qkv, HeadNorms(Norm(weight, EPSILON), Norm(short, EPSILON)),
             Rotation(positions, tables, interleaved=False), Heads(1, 1, 8, scale=1.0),
         )  # fmt: skip
 
@@ -89,6 +90,6 @@ def test_more_rotated_columns_than_a_head_has_are_refused(recording: Recording) 
     )
     with pytest.raises(ValueError, match="16 rotated columns do not fit heads of 8"):
         head_norm_rope(
-            Program(recording), qkv, HeadNorms(weight, weight, EPSILON),
+            Program(recording), qkv, HeadNorms(Norm(weight, EPSILON), Norm(weight, EPSILON)),
             Rotation(positions, tables, interleaved=False), Heads(1, 1, 8, scale=1.0),
         )  # fmt: skip

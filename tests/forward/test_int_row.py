@@ -8,6 +8,7 @@ import pytest
 from lora.checks.references.matmul_row import normed_row
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import IntRow, RowNorm, takes_int_row, to_int_row
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, MatrixPart
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -30,7 +31,7 @@ def test_a_row(recording: Recording, width: int, with_weight: bool) -> None:
     weight = numbers(rng, width) if with_weight else None
     to = int_row_of(recording, width)
     if weight is not None:
-        to = to.before_norm(recording.memory.upload(weight))
+        to = to.before_norm(Norm(recording.memory.upload(weight), EPSILON))
     program = Program(recording)
     to_int_row(program, activation(recording, x, extent_in_use(recording, 1, 1)), to)
     program.run()
@@ -59,9 +60,9 @@ def test_a_norm_before(recording: Recording, width: int, residual: bool, with_we
     out = marked(recording, extent, width)
     to = int_row_of(recording, width)
     if following is not None:
-        to = to.before_norm(recording.memory.upload(following))
+        to = to.before_norm(Norm(recording.memory.upload(following), EPSILON))
     past = activation(recording, before, extent) if residual else None
-    norm = RowNorm(recording.memory.upload(weight), EPSILON, out, past)
+    norm = RowNorm(Norm(recording.memory.upload(weight), EPSILON), out, past)
     program = Program(recording)
     to_int_row(program, activation(recording, x, extent), to, norm=norm)
     program.run()
@@ -107,7 +108,7 @@ def test_what_cannot_be_is_refused(recording: Recording) -> None:
             Program(recording), activation(recording, np.zeros((1, 32), np.float32), extent), row
         )
     with pytest.raises(ValueError, match="int row's norm has shape"):
-        row.before_norm(recording.memory.empty((32,)))
+        row.before_norm(Norm(recording.memory.empty((32,)), EPSILON))
     halves = recording.memory.empty((1, 64), "f16", extent=extent)
     with pytest.raises(ValueError, match="cannot become whole numbers"):
         to_int_row(Program(recording), halves, row)

@@ -14,8 +14,9 @@ from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
 from lora.forward.matmul_row import project_row
 from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.forward.product import InputNorm, Product
+from lora.forward.product import Product
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
@@ -37,7 +38,7 @@ def whole(program: Program, x: np.ndarray, norm: np.ndarray | None = None) -> In
     extent = extent_in_use(recording, 1, 1)
     row = IntRow.allocate(recording, x.size, extent)
     if norm is not None:
-        row = row.before_norm(recording.memory.upload(norm))
+        row = row.before_norm(Norm(recording.memory.upload(norm), EPSILON))
     return to_int_row(program, activation(recording, x, extent), row)
 
 
@@ -71,7 +72,7 @@ def test_random_blocks(
     x, weight = numbers(rng, 1, columns), numbers(rng, columns) if with_norm else None
     y = marked(recording, extent_in_use(recording, 1, 1), out_features)
     program = Program(recording)
-    matmul_int_row(program, Product(whole(program, x, weight), matrix), epsilon=EPSILON, out=y)
+    matmul_int_row(program, Product(whole(program, x, weight), matrix), out=y)
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + rounding(v, w)
     result = run_twice(program, y)
@@ -95,7 +96,7 @@ def test_tilings(recording: Recording, kind: str, tiling: IntRowTiling) -> None:
     y = marked(recording, extent_in_use(recording, 1, 1), 72)
     program = Program(recording)
     row = whole(program, x, weight)
-    matmul_int_row(program, Product(row, matrix), epsilon=EPSILON, out=y, tiling=tiling)
+    matmul_int_row(program, Product(row, matrix), out=y, tiling=tiling)
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, 2304) + rounding(v, w)
     assert (np.abs(run_twice(program, y) - v @ w.T) <= bound).all()
@@ -133,7 +134,7 @@ def test_norm_and_gate(
         lora = LoraFactors(
             recording.memory.upload(a), recording.memory.upload(b), rank, scale, ranges
         )
-        norm = InputNorm(recording.memory.upload(weight), EPSILON)
+        norm = Norm(recording.memory.upload(weight), EPSILON)
         z = project_row(program, activation(recording, x, extent), lora, norm=norm)
     y = marked(recording, extent, half)
     int_out = IntRow.allocate(recording, half, extent) if half % 32 == 0 else None
@@ -142,7 +143,6 @@ def test_norm_and_gate(
         Product(
             row, matrix, gate=activation_name, lora=lora, z=z, bias=recording.memory.upload(bias)
         ),
-        epsilon=EPSILON,
         out=y,
         int_out=int_out,
     )
@@ -206,7 +206,7 @@ def test_adapters_bias_cap_and_residual(
     int_out = None
     if n_out % 32 == 0:
         int_out = IntRow.allocate(recording, n_out, extent).before_norm(
-            recording.memory.upload(following)
+            Norm(recording.memory.upload(following), EPSILON)
         )
     program = Program(recording)
     matmul_int_row(
@@ -263,7 +263,7 @@ def test_the_row_that_comes_out(
     extent = extent_in_use(recording, 1, 1)
     y = marked(recording, extent, columns)
     int_out = IntRow.allocate(recording, columns, extent).before_norm(
-        recording.memory.upload(following)
+        Norm(recording.memory.upload(following), EPSILON)
     )
     program = Program(recording)
     row = whole(program, x)
@@ -284,7 +284,7 @@ def test_within_the_buffers_that_webgpu_promises(recording: Recording) -> None:
     lora = LoraFactors(recording.memory.empty((rank, 32)), b, rank, 1.0, ((0, columns),))
     y = marked(recording, extent, columns)
     int_out = IntRow.allocate(recording, columns, extent).before_norm(
-        recording.memory.upload(following)
+        Norm(recording.memory.upload(following), EPSILON)
     )
     program = Program(recording)
     matmul_int_row(

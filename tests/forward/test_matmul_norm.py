@@ -15,6 +15,7 @@ from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.forward import rmsnorm as forward_rmsnorm
 from lora.forward.matmul import matmul
 from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import TILES, Plan, cut, tiles_of
@@ -122,7 +123,7 @@ class Case:
         product, normed = (typed_marked(self.recording, t, self.extent, self.width) for t in types)
         program = Program(self.recording)
         past = self.past if past_of == "norm" else None
-        norm = NormAfter(self.weight, EPSILON, normed, residual=past)
+        norm = NormAfter(Norm(self.weight, EPSILON), normed, residual=past)
         matmul(
             program,
             Product(
@@ -138,7 +139,7 @@ class Case:
             norm=None if apart else norm,
         )
         if apart:
-            rmsnorm(program, product, self.weight, EPSILON, residual=past, out=normed)
+            rmsnorm(program, product, Norm(self.weight, EPSILON), residual=past, out=normed)
         return run(program, [product, normed])
 
     def backward(
@@ -149,14 +150,19 @@ class Case:
         d_x = typed(self.recording, self.recording.memory.read(self.past), types[1], self.extent)
         program = Program(self.recording)
         residual = d_x if in_place else None
-        norm = NormBefore(self.norm_input, self.weight, EPSILON, d_x, residual=residual)
+        norm = NormBefore(self.norm_input, Norm(self.weight, EPSILON), d_x, residual=residual)
         matmul_backward(
             program, self.x, self.transposed, lora=self.lora_backward, d_z=self.z, out=d_y,
             norm=None if apart else norm,
         )  # fmt: skip
         if apart:
             rmsnorm_backward(
-                program, self.norm_input, self.weight, EPSILON, d_y, residual=residual, out=d_x
+                program,
+                self.norm_input,
+                Norm(self.weight, EPSILON),
+                d_y,
+                residual=residual,
+                out=d_x,
             )
         return run(program, [d_x])
 
@@ -273,11 +279,15 @@ def test_stretches_that_do_not_fit_are_refused(recording: Recording) -> None:
         recording.memory.empty(shape, extent=extent) for shape in ((2, 8), (8,), (3, 8))
     )
     with pytest.raises(ValueError, match="rmsnorm stretches has shape"):
-        rmsnorm(Program(recording), x, weight, EPSILON, stretches=Stretches(partial, 2))
+        rmsnorm(Program(recording), x, Norm(weight, EPSILON), stretches=Stretches(partial, 2))
     whole = recording.memory.empty((4, 8))
     with pytest.raises(ValueError, match="no residual of its own"):
         rmsnorm_backward(
-            Program(recording), x, weight, EPSILON, x, stretches=Stretches(whole, 2, residual=x)
+            Program(recording),
+            x,
+            Norm(weight, EPSILON),
+            x,
+            stretches=Stretches(whole, 2, residual=x),
         )
 
 

@@ -12,8 +12,9 @@ from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_row import RowTiling, choose_tiling, matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, load_matrix
-from lora.forward.product import InputNorm, Product
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice, with_facts
@@ -64,7 +65,7 @@ def test_random_blocks(
     extent = extent_in_use(recording, 1, 1)
     y = marked(recording, extent, out_features)
     program = Program(recording)
-    norm = None if weight is None else InputNorm(recording.memory.upload(weight), EPSILON)
+    norm = None if weight is None else Norm(recording.memory.upload(weight), EPSILON)
     matmul_row(program, Product(activation(recording, x, extent), matrix, norm=norm), out=y)
     v = normed_row(x, weight, EPSILON)
     magnitude = np.abs(v) @ np.abs(w).T
@@ -101,7 +102,7 @@ def test_norm_and_gate(
     a = numbers(rng, len(adapted) * rank, columns)
     b = numbers(rng, len(adapted) * half, rank)
     extent = extent_in_use(recording, 1, 1)
-    norm = InputNorm(recording.memory.upload(weight), EPSILON)
+    norm = Norm(recording.memory.upload(weight), EPSILON)
     row = activation(recording, x, extent)
     program = Program(recording)
     lora, z = None, None
@@ -272,7 +273,7 @@ def test_project_row(
     lora = LoraFactors(recording.memory.upload(a), b, rank, 1.0, ranges)
     extent = extent_in_use(recording, 1, 1)
     z = marked(recording, extent, members * rank)
-    norm = InputNorm(recording.memory.upload(weight), EPSILON) if with_norm else None
+    norm = Norm(recording.memory.upload(weight), EPSILON) if with_norm else None
     program = Program(recording)
     project_row(program, activation(recording, x, extent), lora, norm=norm, out=z)
     v = x.astype(np.float64) * (weight if with_norm else 1.0)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from lora.checks.references.rmsnorm import rmsnorm_reference
+from lora.forward.model.norm import Norm
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -42,8 +43,7 @@ def test_rmsnorm(
     y = rmsnorm(
         program,
         tensor,
-        recording.memory.upload(weight),
-        1e-5,
+        Norm(recording.memory.upload(weight), 1e-5),
         residual=past if with_residual else None,
     )
     recording.memory.write(y, np.full((rows, width), -7.0))
@@ -72,7 +72,7 @@ def test_rmsnorm_of_halves(
     out = typed_marked(recording, out_type, extent, 100)
     program = Program(recording)
     rmsnorm(
-        program, typed(recording, x, x_type, extent), recording.memory.upload(weight), 1e-5,
+        program, typed(recording, x, x_type, extent), Norm(recording.memory.upload(weight), 1e-5),
         residual=activation(recording, past, extent) if with_residual else None, out=out,
     )  # fmt: skip
     result = run_twice(program, out)
@@ -91,7 +91,7 @@ def test_beyond_its_largest_number_a_half_is_infinite(recording: Recording) -> N
     program = Program(recording)
     x = activation(recording, np.array([[1, -1, 1, 1]], np.float32), extent)
     weight = recording.memory.upload(np.array([1e6, 1e6, 1e4, -1e30], np.float32))
-    rmsnorm(program, x, weight, 0.0, out=out)
+    rmsnorm(program, x, Norm(weight, 0.0), out=out)
     assert (run_twice(program, out) == [[np.inf, -np.inf, 1e4, -np.inf]]).all()
 
 
@@ -104,7 +104,9 @@ def test_a_row_does_not_depend_on_the_others(recording: Recording, is_cpu: bool)
     for rows in (x, x[4:5]):
         program = Program(recording)
         y = rmsnorm(
-            program, activation(recording, rows, recording.memory.extent(len(rows))), weight, 1e-5
+            program,
+            activation(recording, rows, recording.memory.extent(len(rows))),
+            Norm(weight, 1e-5),
         )
         program.run()
         found.append(recording.memory.read(y))
@@ -117,4 +119,4 @@ def test_a_width_of_no_whole_vectors_is_refused(recording: Recording) -> None:
         recording.memory.empty((6,)),
     )
     with pytest.raises(ValueError, match="no multiple of 4"):
-        rmsnorm(Program(recording), x, weight, 1e-5)
+        rmsnorm(Program(recording), x, Norm(weight, 1e-5))

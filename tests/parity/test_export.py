@@ -215,13 +215,13 @@ def write_random_adapter(directory: Path, base: Path) -> None:
         path, matrix, name = place.path, place.matrix, place.tensor
         if name == "output.weight":
             continue
-        columns = matrix.in_size(architecture)
+        columns = matrix.in_size(place.holder)
         a = random.normal(0, columns**-0.5, (RANK, columns))
         # scale · B · A is then CHANGE times as large as the weight.
         tensor = file.tensors[name]
         weights = gguf.quants.dequantize(np.ascontiguousarray(tensor.data[:64]), tensor.type)
         std = CHANGE * np.sqrt(np.mean(weights**2) * columns * RANK) / ALPHA
-        b = random.normal(0, std, (matrix.out_size(architecture), RANK))
+        b = random.normal(0, std, (matrix.out_size(place.holder), RANK))
         tensors[f"base_model.model.{path}.lora_A.weight"] = a.astype(np.float32)
         tensors[f"base_model.model.{path}.lora_B.weight"] = b.astype(np.float32)
     directory.mkdir()

@@ -42,6 +42,7 @@ from lora.forward.attention_decode import (
 )
 from lora.forward.heads import Heads
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
+from lora.forward.model.norm import HeadNorms, Norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -153,7 +154,7 @@ def check_attention_decode_row(recording: Recording, heads: Heads, interleaved: 
     weights = normal(11, size), normal(12, size)
     rope = RowRope(
         recording.memory.upload(np.stack([np.cos(angles), np.sin(angles)], axis=-1)), interleaved,
-        recording.memory.upload(weights[0]), recording.memory.upload(weights[1]), EPSILON,
+        HeadNorms(*(Norm(recording.memory.upload(weight), EPSILON) for weight in weights)),
     )  # fmt: skip
     place = RowPlace(recording.memory.upload(np.array([7, position, 5])), 1, 2)
     extent, program = extent_in_use(recording, 1, 1), Program(recording)

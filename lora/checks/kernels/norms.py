@@ -27,7 +27,8 @@ from lora.checks.tensors import (
 )
 from lora.forward.cross_entropy import cross_entropy
 from lora.forward.head_norm_rope import head_norm_rope
-from lora.forward.heads import HeadNorms, Heads, Rotation
+from lora.forward.heads import Heads, Rotation
+from lora.forward.model.norm import HeadNorms, Norm
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program
@@ -48,7 +49,7 @@ def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
     extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
     out = typed_marked(recording, dtype, extent, width)
     rmsnorm(
-        program, typed(recording, x, dtype, extent), recording.memory.upload(weight), EPSILON,
+        program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
         residual=activation(recording, past, extent), out=out,
     )  # fmt: skip
     program.run()
@@ -67,7 +68,7 @@ def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comp
     weight, extent = normal(7, width), extent_in_use(recording, ROWS, IN_USE)
     out, program = typed(recording, past, dtype, extent), Program(recording)  # in place
     rmsnorm_backward(
-        program, typed(recording, x, dtype, extent), recording.memory.upload(weight), EPSILON,
+        program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
         typed(recording, d_y, dtype, extent), residual=out, out=out,
     )  # fmt: skip
     program.run()
@@ -90,7 +91,7 @@ def check_head_norm_rope(recording: Recording, layout: HeadLayout, backward: boo
         activation(recording, qkv, extent),
         map(recording.memory.upload, weights),
     )
-    norms = HeadNorms(q_weight, k_weight, layout.epsilon)
+    norms = HeadNorms(Norm(q_weight, layout.epsilon), Norm(k_weight, layout.epsilon))
     rotation = Rotation(
         activation(recording, positions, extent), recording.memory.upload(tables),
         layout.interleaved,

@@ -18,7 +18,8 @@ from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from lora.forward.matmul_int_row import matmul_int_row
 from lora.forward.matmul_row import matmul_row, project_row
 from lora.forward.model.adapter import LoraFactors
-from lora.forward.product import InputNorm, Product
+from lora.forward.model.norm import Norm
+from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -53,7 +54,7 @@ def check_matmul_row(recording: Recording, kind: GGMLQuantizationType) -> Compar
         Product(
             activation(recording, x, extent),
             matrix,
-            norm=InputNorm(recording.memory.upload(weight), EPSILON),
+            norm=Norm(recording.memory.upload(weight), EPSILON),
             bias=recording.memory.upload(bias),
             residual=activation(recording, residual[None], extent),
         ),
@@ -74,10 +75,12 @@ def check_matmul_int_row(recording: Recording, kind: GGMLQuantizationType) -> Co
         raise NotHereError(f"{recording.facts.info['backend_type']} takes no rows of whole numbers")
     x, weight = normal(5, 1, columns), normal(6, columns)
     extent, program = extent_in_use(recording, 1, 1), Program(recording)
-    row = IntRow.allocate(recording, columns, extent).before_norm(recording.memory.upload(weight))
+    row = IntRow.allocate(recording, columns, extent).before_norm(
+        Norm(recording.memory.upload(weight), EPSILON)
+    )
     y = marked(recording, extent, 72)
     to_int_row(program, activation(recording, x, extent), row)
-    matmul_int_row(program, Product(row, matrix), epsilon=EPSILON, out=y)
+    matmul_int_row(program, Product(row, matrix), out=y)
     program.run()
     v = normed_row(x, weight, EPSILON)
     bound = error_bound(np.abs(v) @ np.abs(w).T, columns) + int_rounding(v, w)
@@ -101,7 +104,7 @@ def check_gated(recording: Recording, whole: bool) -> Comparison:
         raise NotHereError(f"{recording.facts.info['backend_type']} takes no rows of whole numbers")
     extent, program = extent_in_use(recording, 1, 1), Program(recording)
     norm, row = (
-        InputNorm(recording.memory.upload(weight), EPSILON),
+        Norm(recording.memory.upload(weight), EPSILON),
         activation(recording, x, extent),
     )
     ranges = ((0, half), (half, 2 * half))
@@ -109,13 +112,12 @@ def check_gated(recording: Recording, whole: bool) -> Comparison:
     z, y = project_row(program, row, lora, norm=norm), marked(recording, extent, half)
     bias_t = recording.memory.upload(bias)
     if whole:
-        ints = IntRow.allocate(recording, columns, extent).before_norm(norm.weight)
+        ints = IntRow.allocate(recording, columns, extent).before_norm(norm)
         matmul_int_row(
             program,
             Product(
                 to_int_row(program, row, ints), matrix, gate="silu", lora=lora, z=z, bias=bias_t
             ),
-            epsilon=EPSILON,
             out=y,
         )
     else:
@@ -142,7 +144,7 @@ def check_project_row(recording: Recording) -> Comparison:
     )
     extent, program = extent_in_use(recording, 1, 1), Program(recording)
     z = marked(recording, extent, 3 * RANK)
-    norm = InputNorm(recording.memory.upload(weight), EPSILON)
+    norm = Norm(recording.memory.upload(weight), EPSILON)
     project_row(program, activation(recording, x, extent), lora, norm=norm, out=z)
     program.run()
     v = x.astype(np.float64) * weight

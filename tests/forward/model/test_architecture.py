@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.architecture import Architecture, LayerKind
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import Attention, GatedFeedForward, LayerSpec
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
 from lora.shaders.errors import InputError
@@ -34,31 +35,38 @@ def _error(tmp_path: Path, **options: Any) -> str:
 
 def test_fields(tmp_path: Path) -> None:
     architecture = _read(tmp_path, types={"weight": "Q8_0"}, head_size=16, tied_head=False)
-    assert architecture == Architecture(
-        name="llama",
-        n_layers=2,
+    epsilon = float(np.float32(1e-5))
+    layer = LayerSpec(
+        mixer=Attention(
+            n_heads=4,
+            n_kv_heads=2,
+            head_size=16,
+            rope=Rope(10000.0, 16, interleaved=True),
+            window=None,
+            scale=0.25,
+            softcap=None,
+            qk_norm=False,
+            fused_modules=False,
+            permuted=True,
+        ),
+        feed_forward=GatedFeedForward(64, "silu", fused_modules=False),
         hidden_size=32,
-        intermediate_size=64,
-        n_heads=4,
-        n_kv_heads=2,
-        head_size=16,
-        vocab_size=320,
-        context_length=128,
-        norm_epsilon=float(np.float32(1e-5)),
-        layer_kinds=(LayerKind(None, Rope(10000.0, 16, interleaved=True)),) * 2,
-        tied_head=False,
-        activation="silu",
-        attention_scale=0.25,
-        attention_softcap=None,
-        logit_softcap=None,
-        embedding_scale=1.0,
-        qk_norm=False,
+        norm_epsilon=epsilon,
         post_norms=False,
         biases=frozenset(),
-        fused=False,
-        permuted=True,
     )
-    assert (architecture.query_size, architecture.kv_size) == (64, 32)
+    assert architecture == Architecture(
+        name="llama",
+        layers=(layer, layer),
+        hidden_size=32,
+        vocab_size=320,
+        context_length=128,
+        norm_epsilon=epsilon,
+        tied_head=False,
+        logit_softcap=None,
+        embedding_scale=1.0,
+    )
+    assert (layer.mixer.query_size, layer.mixer.kv_size) == (64, 32)
 
 
 def test_defaults_of_absent_keys(tmp_path: Path) -> None:
@@ -72,9 +80,10 @@ def test_defaults_of_absent_keys(tmp_path: Path) -> None:
     )
     metadata = {f"llama.{key}": None for key in absent}
     architecture = _read(tmp_path, n_kv_heads=4, metadata=metadata)
-    assert architecture.head_size == 8
-    assert architecture.n_kv_heads == 4
-    assert architecture.layer_kinds == (LayerKind(None, Rope(10000.0, 8, interleaved=True)),) * 2
+    mixer = architecture.layers[0].mixer
+    assert (mixer.head_size, mixer.n_kv_heads, mixer.window) == (8, 4, None)
+    assert mixer.rope == Rope(10000.0, 8, interleaved=True)
+    assert architecture.layers[1] == architecture.layers[0]
     assert architecture.vocab_size == 320
 
 
@@ -110,7 +119,8 @@ def test_supported_types(tmp_path: Path, kind: str) -> None:
         ({"llama.block_count": 2**32 - 1}, "claims 4294967295 layers"),
         ({"llama.block_count": 0}, "llama.block_count is 0"),
         ({"llama.block_count": "two"}, "llama.block_count is 'two'"),
-        ({"llama.attention.head_count": [4, 2]}, "head_count is [4, 2]"),
+        ({"llama.attention.head_count": [4, 2, 4]}, "head_count has 3 numbers for 2 layers"),
+        ({"llama.attention.head_count": [4, 0]}, "head_count is 0"),
         ({"llama.attention.head_count_kv": 3}, "cannot share 3"),
         ({"llama.embedding_length": 30}, "embedding_length is 30; supported are multiples of 4"),
         ({"llama.embedding_length": 36}, "'token_embd.weight' has the shape [320, 32]"),
@@ -138,7 +148,7 @@ def test_neutral_metadata_is_accepted(tmp_path: Path) -> None:
         ({"rope_freqs.weight": np.zeros(4, np.float32)}, "is not 4 numbers above 0"),
         ({"rope_factors_long.weight": np.ones(4, np.float32)}, "holds only one of rope_factors"),
         ({"blk.0.attn_norm.bias": HIDDEN}, "'blk.0.attn_norm.bias': a model with biases in"),
-        ({"blk.0.attn_q.bias": HIDDEN}, "lacks the tensor 'blk.1.attn_q.bias' of shape [32]"),
+        ({"blk.0.attn_q.bias": np.ones(16, "f4")}, "'blk.0.attn_q.bias' has the shape [16]"),
         ({"v.patch_embd.weight": HIDDEN}, "a model with images or sound"),
         ({"blk.0.ffn_gate_inp.weight": HIDDEN}, "a model with experts"),
         ({"blk.0.attn_q_norm.weight": HIDDEN}, "holds the tensor 'blk.0.attn_q_norm.weight'"),
@@ -173,20 +183,21 @@ def test_matrices_name_the_files_tensors(tmp_path: Path) -> None:
         *("q_proj", "k_proj", "v_proj", "o_proj"),
         *("gate_proj", "up_proj", "down_proj", "lm_head"),
     ]
-    for members in architecture.groups.values():
+    spec = architecture.layers[1]
+    for members in spec.groups.values():
         for matrix in members:
-            shape = (matrix.out_size(architecture), matrix.in_size(architecture))
+            shape = (matrix.out_size(spec), matrix.in_size(spec))
             assert written[matrix.tensor_name(1)].shape == shape
     named = architecture.matrices
     assert named["q_proj"].peft_path(3) == "model.layers.3.self_attn.q_proj"
     assert named["down_proj"].peft_path(0) == "model.layers.0.mlp.down_proj"
     assert named["lm_head"].peft_path(2) == "lm_head"
-    heads = {m.module: m.permuted_heads(architecture) for m in named.values()}
+    heads = {m.module: m.permuted_heads(spec) for m in named.values()}
     assert {module: n for module, n in heads.items() if n} == {"q_proj": 4, "k_proj": 2}
     # Whether rope turns neighbours does not say whether rows are permuted for it.
-    assert architecture.layer_kinds[0].rope.interleaved
-    as_stored = replace(architecture, permuted=False)
-    assert as_stored.matrices["q_proj"].permuted_heads(as_stored) is None
+    assert spec.mixer.rope.interleaved
+    as_stored = replace(spec, mixer=replace(spec.mixer, permuted=False))
+    assert named["q_proj"].permuted_heads(as_stored) is None
 
 
 def test_biases_and_rope_scaling_of_a_llama(tmp_path: Path) -> None:
@@ -200,17 +211,17 @@ def test_biases_and_rope_scaling_of_a_llama(tmp_path: Path) -> None:
     architecture = _read(
         tmp_path, tensors={**biases, "rope_freqs.weight": factors}, metadata=scaling
     )
-    assert architecture.biases == {"attn_q", "attn_k"}
-    rope = architecture.layer_kinds[0].rope
+    assert [spec.biases for spec in architecture.layers] == [{"attn_q", "attn_k"}] * 2
+    rope = architecture.layers[0].mixer.rope
     assert (rope.factor, rope.divisors) == (4.0, (1.0, 2.0, 4.0, 8.0))
 
 
 def test_windows(tmp_path: Path) -> None:
     """One window for all layers (Mistral), or a list of flags, one a layer."""
     window = {"llama.attention.sliding_window": 8}
-    assert [kind.window for kind in _read(tmp_path, metadata=window).layer_kinds] == [8, 8]
+    assert [spec.mixer.window for spec in _read(tmp_path, metadata=window).layers] == [8, 8]
     window["llama.attention.sliding_window_pattern"] = [False, True]  # type: ignore[assignment]
-    assert [kind.window for kind in _read(tmp_path, metadata=window).layer_kinds] == [None, 8]
+    assert [spec.mixer.window for spec in _read(tmp_path, metadata=window).layers] == [None, 8]
 
 
 @pytest.mark.parametrize("width", [None, 3])
@@ -232,9 +243,11 @@ def test_row_order_of_q_and_k(width: int | None) -> None:
 def test_the_real_model(smollm2: Path) -> None:
     architecture = Architecture.from_gguf(GGUFFile(smollm2))
     assert (architecture.n_layers, architecture.hidden_size) == (30, 576)
-    assert (architecture.n_heads, architecture.n_kv_heads, architecture.head_size) == (9, 3, 64)
-    assert (architecture.intermediate_size, architecture.vocab_size) == (1536, 49152)
-    assert architecture.layer_kinds == (LayerKind(None, Rope(1e5, 64, interleaved=True)),) * 30
+    (spec,) = set(architecture.layers)
+    mixer = spec.mixer
+    assert (mixer.n_heads, mixer.n_kv_heads, mixer.head_size) == (9, 3, 64)
+    assert (spec.feed_forward.intermediate_size, architecture.vocab_size) == (1536, 49152)
+    assert (mixer.window, mixer.rope) == (None, Rope(1e5, 64, interleaved=True))
     assert architecture.tied_head
 
 
@@ -245,7 +258,7 @@ def test_names_of_ollamas_converter(tmp_path: Path) -> None:
     file.metadata["gemma3.attention.layer_norm_rms_epsilon"] = 1e-6
     expected = Architecture.from_gguf(file)
     globally, locally = (
-        next(k.rope.base for k in expected.layer_kinds if (k.window is None) == every)
+        next(s.mixer.rope.base for s in expected.layers if (s.mixer.window is None) == every)
         for every in (True, False)
     )
     assert globally != locally
@@ -258,8 +271,8 @@ def test_names_of_ollamas_converter(tmp_path: Path) -> None:
 
 def test_layers_without_rope(tmp_path: Path) -> None:
     TINY_MODELS["smollm3"].write_gguf(tmp_path / "smollm3.gguf")
-    kinds = Architecture.from_gguf(GGUFFile(tmp_path / "smollm3.gguf")).layer_kinds
-    turning = [bool(kind.rope.frequencies().any()) for kind in kinds]
+    layers = Architecture.from_gguf(GGUFFile(tmp_path / "smollm3.gguf")).layers
+    turning = [bool(spec.mixer.rope.frequencies().any()) for spec in layers]
     assert turning == [True, True, True, False, True]
-    still = kinds[3].rope.tables(5)
+    still = layers[3].mixer.rope.tables(5)
     assert (still[..., 0] == 1).all() and (still[..., 1] == 0).all()

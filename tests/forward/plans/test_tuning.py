@@ -13,6 +13,7 @@ from gguf import quants
 from lora.backward.matmul import matmul_backward
 from lora.backward.rmsnorm import NormBefore
 from lora.forward.matmul import matmul
+from lora.forward.model.norm import Norm
 from lora.forward.plans.matmul_plans import Request, noting, plan_of, source_of
 from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
 from lora.forward.plans.tuning import fastest, tune
@@ -240,7 +241,7 @@ def test_a_product_is_timed_with_its_norm(device: Device) -> None:
     extent = counting.memory.extent(64)
     d_y, d_x, x, out = (counting.memory.empty((64, 96), extent=extent) for _ in range(4))
     weight, matrix = counting.memory.empty((96,)), a_matrix(counting, 96, 96)
-    norm = NormBefore(x, weight, 1e-5, d_x, residual=d_x)
+    norm = NormBefore(x, Norm(weight, 1e-5), d_x, residual=d_x)
     matmul_backward(Program(counting), d_y, matrix, out=out, norm=norm)
     matmul_backward(Program(counting), d_y, matrix, out=out)
     normed, bare = requests

@@ -1,0 +1,32 @@
+"""The table of blocks, backward: one row for each of forward/decoder/blocks.py."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora.backward.attention_block import allocate_attention_gradients, record_attention_backward
+from lora.backward.gated_block import allocate_gated_gradient, record_gated_backward
+from lora.forward.model.layer_spec import Attention, GatedFeedForward
+
+
+@dataclass(frozen=True)
+class BlockBackward:
+    """The backward of one kind of mixer or feed-forward block.
+
+    Attributes:
+        allocate: (recording, spec, rows) → its gradients of activations.
+        record: (BackwardRecorder, spec, activations, normed, d_output, NormBefore) → whether
+            anything below the block is wanted: appends the block from the gradient to its last
+            product down to that of the norm before it.
+    """
+
+    allocate: Callable[..., Any]
+    record: Callable[..., bool]
+
+
+BLOCKS_BACKWARD: Mapping[type, BlockBackward] = {
+    Attention: BlockBackward(allocate_attention_gradients, record_attention_backward),
+    GatedFeedForward: BlockBackward(allocate_gated_gradient, record_gated_backward),
+}

@@ -1,0 +1,31 @@
+"""Gradient of the dense gated feed-forward."""
+
+from __future__ import annotations
+
+from lora.backward.recorder import BackwardRecorder
+from lora.backward.rmsnorm import NormBefore
+from lora.backward.swiglu import swiglu_backward
+from lora.forward.decoder.gated_block import GatedActivations
+from lora.forward.model.layer_spec import GatedFeedForward
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Extent, Tensor
+
+
+def allocate_gated_gradient(recording: Recording, spec: GatedFeedForward, rows: Extent) -> Tensor:
+    """The gradient to what down is given, [rows, intermediate_size]."""
+    shape = (rows.maximum, spec.intermediate_size)
+    return recording.memory.empty(shape, recording.precision, extent=rows)
+
+
+def record_gated_backward(
+    layer: BackwardRecorder, spec: GatedFeedForward, act: GatedActivations, normed: Tensor,
+    d_output: Tensor, norm: NormBefore,
+) -> bool:  # fmt: skip
+    """Appends the block's backward; see `BlockBackward`. act.gate_up is overwritten."""
+    d_gated = layer.scratch(spec)
+    if not layer.through("down", act.gated, d_output, d_gated):
+        return False
+    d_gate_up = swiglu_backward(
+        layer.program, act.gate_up, d_gated, activation_name=spec.activation, out=act.gate_up
+    )
+    return layer.through("gate_up", normed, d_gate_up, layer.shared.scratch.d_normed, norm)

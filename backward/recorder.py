@@ -1,0 +1,109 @@
+"""What a block's backward is recorded with: the pass it is part of, its products' gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.matmul import matmul_backward
+from lora.backward.rmsnorm import NormBefore
+from lora.forward.model.adapter import Factors, LoraFactors
+from lora.forward.model.frozen_model import LayerWeights, Model
+from lora.forward.model.inputs import Inputs
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
+
+Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
+
+
+@dataclass(frozen=True)
+class Scratch:
+    """Gradients of activations, shared by all layers; types as in LayerActivations.
+
+    Attributes:
+        d_x: [rows, hidden_size], the gradient to the residual stream, carried downwards.
+        d_normed: [rows, hidden_size].
+        d_output: [rows, hidden_size], below a post norm, with post_norms.
+        blocks: by the `sizes` of a block, as the table allocates it.
+        d_z: [rows, width], by width.
+        d_head_z: [targets, rank], where the head is adapted.
+        d_head_normed, d_picked: [targets, hidden_size].
+    """
+
+    d_x: Tensor
+    d_normed: Tensor
+    d_output: Tensor | None
+    blocks: Mapping[tuple[object, ...], Any]
+    d_z: Mapping[int, Tensor]
+    d_head_z: Tensor | None
+    d_head_normed: Tensor
+    d_picked: Tensor
+
+
+@dataclass(frozen=True)
+class BackwardPass:
+    """What the head and all layers go backward with.
+
+    Attributes:
+        gradients: the slices that gradients of A and B are added to.
+    """
+
+    model: Model
+    inputs: Inputs
+    factors: Factors
+    gradients: Gradients
+    scratch: Scratch
+
+
+@dataclass(frozen=True)
+class BackwardRecorder:
+    """Appends the gradients of one layer's products.
+
+    Attributes:
+        z: [rows, members · rank], by adapted group.
+        last: the group below which nothing is wanted; "" where all is.
+    """
+
+    program: Program
+    shared: BackwardPass
+    layer: int
+    z: Mapping[str, Tensor]
+    last: str
+
+    @property
+    def weights(self) -> LayerWeights:
+        """Of the layer."""
+        return self.shared.model.layers[self.layer]
+
+    def scratch(self, block: Any) -> Any:
+        """What the table has allocated for a block of the layer."""
+        return self.shared.scratch.blocks[block.sizes]
+
+    def through(
+        self, group: str, source: Tensor, d_y: Tensor, out: Tensor, norm: NormBefore | None = None
+    ) -> bool:
+        """Appends the gradients of a group's factors, and of its input or, given one, its norm's.
+
+        Args:
+            source: [rows, in_features], what the product was given.
+            d_y: [rows, out_features].
+            out: [rows, in_features], the gradient to source.
+
+        Returns:
+            Whether anything below the group is wanted; if not, `out` is not written.
+        """
+        lora = self.shared.factors.get((self.layer, group))
+        z, d_z, wanted = self.z.get(group), None, group != self.last
+        if lora is not None and z is not None:
+            d_z = self.shared.scratch.d_z[lora.n_members * lora.rank]
+            lora_project_gradient(self.program, d_y, lora, out=d_z)
+            slices = self.shared.gradients[self.layer, group]
+            lora_gradients(self.program, source, z, d_y, d_z, lora, slices)
+        if wanted:
+            matmul_backward(
+                self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z, out=out,
+                norm=norm, label=f"{group}_backward",
+            )  # fmt: skip
+        return wanted

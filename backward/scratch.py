@@ -1,0 +1,41 @@
+"""Memory of the backward pass."""
+
+from __future__ import annotations
+
+from lora.backward.blocks import BLOCKS_BACKWARD
+from lora.backward.recorder import Scratch
+from lora.forward.model.adapter import Factors
+from lora.forward.model.frozen_model import Model
+from lora.forward.model.inputs import Inputs
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
+
+
+def allocate_scratch(
+    recording: Recording, model: Model, inputs: Inputs, factors: Factors
+) -> Scratch:
+    """Tensors for the backward pass."""
+    a, rows = model.architecture, inputs.rows
+
+    def tensor(width: int, dtype: str = recording.precision) -> Tensor:
+        return recording.memory.empty((rows.maximum, width), dtype, extent=rows)
+
+    def over_targets(width: int) -> Tensor:
+        return recording.memory.empty((inputs.targets.maximum, width), extent=inputs.targets)
+
+    head = factors.get((a.n_layers, "head"))
+    in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]
+    blocks = {b.sizes: b for spec in a.layers for b in (spec.mixer, spec.feed_forward)}
+    return Scratch(
+        d_x=tensor(a.hidden_size, "f32"),
+        d_normed=tensor(a.hidden_size),
+        d_output=tensor(a.hidden_size) if any(spec.post_norms for spec in a.layers) else None,
+        blocks={
+            sizes: BLOCKS_BACKWARD[type(block)].allocate(recording, block, rows)
+            for sizes, block in blocks.items()
+        },
+        d_z={w: tensor(w, "f32") for w in {f.n_members * f.rank for f in in_layers}},
+        d_head_z=None if head is None else over_targets(head.rank),
+        d_head_normed=over_targets(a.hidden_size),
+        d_picked=over_targets(a.hidden_size),
+    )

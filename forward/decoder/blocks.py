@@ -1,0 +1,46 @@
+"""The table of blocks: what the decoder does for each kind that a LayerSpec may name.
+
+A kind more is one file beside attention_block.py and one row here; its gradient is another file
+beside backward/attention_block.py and a row of the table there. CONTRIBUTING.md goes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from lora.forward.decoder.attention_block import allocate_attention, record_attention
+from lora.forward.decoder.attention_row import record_attention_row
+from lora.forward.decoder.gated_block import allocate_gated, record_gated
+from lora.forward.decoder.gated_row import record_gated_row
+from lora.forward.model.kv_cache import LayerCache
+from lora.forward.model.layer_spec import Attention, GatedFeedForward
+
+
+@dataclass(frozen=True)
+class Block:
+    """One kind of mixer or feed-forward block. `spec` is what the layer's LayerSpec has of it.
+
+    Attributes:
+        allocate: (recording, spec, rows) → its activations.
+        record: (LayerRecorder, spec, activations, normed, BlockEnd): appends it for rows of
+            training, evaluation, recompute and a prompt's pieces.
+        record_row: (RowRecorder, spec, activations, Row, RowEnd): appends it for one new token on
+            a GPU.
+        cache: (recording, spec, room) → what a text of up to `room` tokens leaves for the tokens
+            after it; None for nothing.
+    """
+
+    allocate: Callable[..., Any]
+    record: Callable[..., None]
+    record_row: Callable[..., None]
+    cache: Callable[..., Any] | None = None
+
+
+BLOCKS: Mapping[type, Block] = {
+    Attention: Block(
+        allocate_attention, record_attention, record_attention_row, LayerCache.allocate
+    ),
+    GatedFeedForward: Block(allocate_gated, record_gated, record_gated_row),
+}

@@ -1,0 +1,195 @@
+"""What a block of a layer is recorded with: the walk it is part of, its products, where it ends."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from lora.forward.attention import attention
+from lora.forward.attention_decode import attention_decode
+from lora.forward.decoder.step_inputs import StepInputs
+from lora.forward.heads import Heads
+from lora.forward.lora import lora_project
+from lora.forward.matmul import matmul
+from lora.forward.matmul_row import matmul_row
+from lora.forward.model.adapter import Factors
+from lora.forward.model.frozen_model import LayerWeights, Model
+from lora.forward.model.inputs import Inputs
+from lora.forward.model.kv_cache import store_keys_values
+from lora.forward.model.norm import Norm
+from lora.forward.product import Product
+from lora.forward.rmsnorm import NormAfter
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Attending:
+    """What attention reads and writes.
+
+    Attributes:
+        qkv: [rows, qkv_size], q and k normed and rotated.
+        attended: [rows, query_size], written.
+        lse: f32 [rows, n_heads], log-sum-exp of the scores, written where a backward follows.
+    """
+
+    qkv: Tensor
+    attended: Tensor
+    lse: Tensor
+
+
+class Context(Protocol):
+    """Where rows stand, and what they see of each other: all that differs between walks."""
+
+    @property
+    def positions(self) -> Tensor:
+        """u32 [rows]: rows of rope's tables."""
+
+    @property
+    def one_row(self) -> bool:
+        """Whether there is one row at most."""
+
+    def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
+        """Appends the attention of one layer."""
+
+
+@dataclass(frozen=True)
+class WithinExamples:
+    """Rows of whole examples, which see what is before them in their own."""
+
+    inputs: Inputs
+    one_row = False
+
+    @property
+    def positions(self) -> Tensor:
+        """See `Context`."""
+        return self.inputs.positions
+
+    def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
+        """See `Context`."""
+        segments = self.inputs.segments
+        attention(program, act.qkv, segments, heads, out=act.attended, lse=act.lse)
+
+
+@dataclass(frozen=True)
+class AfterCache:
+    """New rows of a text, which see its cache, where they leave their own keys and values.
+
+    Attributes:
+        caches: of the layers.
+    """
+
+    inputs: StepInputs
+    caches: tuple[Any, ...]
+
+    @property
+    def positions(self) -> Tensor:
+        """See `Context`."""
+        return self.inputs.rope_rows
+
+    @property
+    def one_row(self) -> bool:
+        """See `Context`."""
+        return self.inputs.rows.maximum == 1
+
+    def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
+        """See `Context`."""
+        cache, positions = self.caches[layer], self.inputs.positions
+        store_keys_values(program, act.qkv, positions, cache, query_size=heads.query_size)
+        attention_decode(program, act.qkv, positions, cache, heads, out=act.attended)
+
+
+@dataclass(frozen=True)
+class Walk:
+    """One way of rows through the layers.
+
+    Attributes:
+        factors: the adapters; empty for the bare model.
+    """
+
+    model: Model
+    factors: Factors
+    context: Context
+
+
+@dataclass(frozen=True)
+class BlockEnd:
+    """Where the last product of a block goes: out = residual + norm(product).
+
+    Attributes:
+        residual: [rows, hidden_size].
+        out: [rows, hidden_size]; None leaves out what only the output needs.
+        post_norm: None for no norm.
+        output: [rows, hidden_size], the product itself, with a norm.
+        following: the norm that takes out, recorded with what finishes it; None for none.
+    """
+
+    residual: Tensor
+    out: Tensor | None
+    post_norm: Norm | None
+    output: Tensor | None
+    following: NormAfter | None = None
+
+
+@dataclass(frozen=True)
+class LayerRecorder:
+    """Appends the products of one layer.
+
+    Attributes:
+        z: [rows, members · rank], by adapted group.
+    """
+
+    program: Program
+    walk: Walk
+    layer: int
+    z: Mapping[str, Tensor]
+
+    @property
+    def weights(self) -> LayerWeights:
+        """Of the layer."""
+        return self.walk.model.layers[self.layer]
+
+    def product(
+        self,
+        source: Tensor,
+        group: str,
+        to: Tensor | None,
+        *,
+        residual: Tensor | None = None,
+        norm: NormAfter | None = None,
+    ) -> None:
+        """Appends a group's product, its low-rank part included; `to` None wants z alone."""
+        lora, z = self.walk.factors.get((self.layer, group)), self.z.get(group)
+        if lora is not None:
+            lora_project(self.program, source, lora, out=z, label=f"{group}.z")
+        if to is None:
+            return
+        weights = self.weights
+        product = Product(
+            source,
+            weights.matrices[group],
+            lora=lora,
+            z=None if lora is None else z,
+            bias=weights.biases.get(group),
+            residual=residual,
+        )
+        if self.walk.context.one_row:
+            matmul_row(self.program, product, out=to, label=group)
+            if norm is not None:
+                norm.record(self.program, to)
+        else:
+            matmul(self.program, product, out=to, norm=norm, label=group)
+
+    def end(self, source: Tensor, group: str, end: BlockEnd) -> None:
+        """Appends the last product of a block."""
+        if end.post_norm is None:
+            self.product(source, group, end.out, residual=end.residual, norm=end.following)
+            return
+        # The norm's backward reads what it was given: recompute needs the product too.
+        norm = None
+        if end.out is not None:
+            norm = NormAfter(end.post_norm, end.out, residual=end.residual)
+        self.product(source, group, end.output, norm=norm)
+        if end.following is not None and end.out is not None:
+            end.following.record(self.program, end.out)

@@ -1,0 +1,265 @@
+"""What a layer is made of, as a value: a block that mixes positions, and a feed-forward block.
+
+Each kind of block is a class here, its sizes taken from the file, layer by layer. What the decoder
+does for a kind stands in the tables of forward/decoder/blocks.py and backward/blocks.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from operator import attrgetter
+from typing import Any
+
+from lora.forward.model.rope_frequencies import Rope
+
+MOST_HEAD_SIZE = 256  # numbers in a head that attention has kernels for
+
+
+class BlockSpec:
+    """What every kind of block says of itself."""
+
+    @property
+    def matrices(self) -> tuple[AdaptableMatrix, ...]:
+        """Its matrices, in the order in which they are used."""
+        raise NotImplementedError
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """Widths of its other tensors, norms for example, by GGUF name within the layer."""
+        return {}
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What decides the shapes of its activations."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Attention(BlockSpec):
+    """Grouped-query attention (Ainslie et al. 2023), its heads turned by rope.
+
+    Attributes:
+        n_heads: query heads.
+        n_kv_heads: key and value heads; divides n_heads.
+        head_size: numbers in a head; n_heads · head_size need not be hidden_size.
+        rope: how the heads of q and k turn.
+        window: a row sees this many rows, itself included; None: all before it.
+        scale: scores are multiplied by it.
+        softcap: scores s become softcap · tanh(s / softcap); None for no cap.
+        qk_norm: every head of q and of k passes an RMSNorm before rope.
+        fused_modules: q, k and v are one module of the Hugging Face model (Phi).
+        permuted: the rows of q and k are permuted within heads in the file, for rope that turns
+            neighbours.
+        fused_tensor: q, k, v, three modules, are one tensor of the file (convert_hf_to_gguf's
+            --fuse-qkv).
+    """
+
+    n_heads: int
+    n_kv_heads: int
+    head_size: int
+    rope: Rope
+    window: int | None
+    scale: float
+    softcap: float | None
+    qk_norm: bool
+    fused_modules: bool
+    permuted: bool
+    fused_tensor: bool = False
+
+    @property
+    def query_size(self) -> int:
+        """Width of all query heads together."""
+        return self.n_heads * self.head_size
+
+    @property
+    def kv_size(self) -> int:
+        """Width of all key heads (or all value heads) together."""
+        return self.n_kv_heads * self.head_size
+
+    @property
+    def qkv_size(self) -> int:
+        """Width of q, k and v side by side."""
+        return self.query_size + 2 * self.kv_size
+
+    @property
+    def matrices(self) -> tuple[AdaptableMatrix, ...]:
+        """See `BlockSpec`."""
+        return _FUSED_ATTENTION if self.fused_modules else _ATTENTION
+
+    @property
+    def vectors(self) -> Mapping[str, int]:
+        """See `BlockSpec`."""
+        return dict.fromkeys((Q_NORM, K_NORM), self.head_size) if self.qk_norm else {}
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """See `BlockSpec`."""
+        return Attention, self.n_heads, self.n_kv_heads, self.head_size, self.qk_norm
+
+
+@dataclass(frozen=True)
+class GatedFeedForward(BlockSpec):
+    """down(activation(gate(x)) · up(x)) (Shazeer 2020, "GLU Variants Improve Transformer").
+
+    Attributes:
+        intermediate_size: width inside the block.
+        activation: of the gate: "silu" or "gelu_tanh".
+        fused_modules: gate and up are one module of the Hugging Face model (Phi).
+    """
+
+    intermediate_size: int
+    activation: str
+    fused_modules: bool
+
+    @property
+    def gate_up_size(self) -> int:
+        """Width of gate and up side by side."""
+        return 2 * self.intermediate_size
+
+    @property
+    def matrices(self) -> tuple[AdaptableMatrix, ...]:
+        """See `BlockSpec`."""
+        return _FUSED_GATED if self.fused_modules else _GATED
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """See `BlockSpec`."""
+        return GatedFeedForward, self.intermediate_size
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One decoder layer: x += mixer(norm(x)), x += feed_forward(norm(x)).
+
+    Attributes:
+        hidden_size: width of the residual stream.
+        norm_epsilon: added to the mean square in all its RMSNorms.
+        post_norms: what each block gives is normed before it is added.
+        biases: GGUF names (within the layer) of the matrices that have a bias.
+    """
+
+    mixer: BlockSpec
+    feed_forward: BlockSpec
+    hidden_size: int
+    norm_epsilon: float
+    post_norms: bool
+    biases: frozenset[str]
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """What decides the shapes of its activations: layers of equal sizes can share them."""
+        return self.mixer.sizes, self.feed_forward.sizes, self.hidden_size, self.post_norms
+
+    @property
+    def rope(self) -> Rope | None:
+        """How the mixer's heads turn; None for a mixer that turns nothing."""
+        return getattr(self.mixer, "rope", None)
+
+    @property
+    def fused_tensor(self) -> bool:
+        """Whether the matrices of q, k and v, three modules, are one tensor of the file."""
+        return getattr(self.mixer, "fused_tensor", False)
+
+    @cached_property
+    def groups(self) -> Mapping[str, tuple[AdaptableMatrix, ...]]:
+        """Matrices that share an input, by group: stacked in this order, used in this order."""
+        found: dict[str, tuple[AdaptableMatrix, ...]] = {}
+        for matrix in (*self.mixer.matrices, *self.feed_forward.matrices):
+            found[matrix.group] = (*found.get(matrix.group, ()), matrix)
+        return found
+
+
+@dataclass(frozen=True)
+class AdaptableMatrix:
+    """A matrix that LoRA can adapt, under PEFT's name and under GGUF's.
+
+    Attributes:
+        module: PEFT's name for it, as in the config's `adapter.targets`.
+        peft_parent: the module that holds it within a layer; "" for the head.
+        gguf_name: its name within a layer of the GGUF.
+        group: matrices of one group share their input and are stacked.
+        in_field, out_field: the field of a LayerSpec (of Architecture, for the head) that is its
+            number of columns, of rows.
+        heads_field: the field that counts its heads where rope turns its output, else None.
+    """
+
+    module: str
+    peft_parent: str
+    gguf_name: str
+    group: str
+    in_field: str
+    out_field: str
+    heads_field: str | None = None
+
+    def tensor_name(self, layer: int) -> str:
+        """Its tensor in the GGUF, for example `blk.3.attn_q.weight`."""
+        return f"blk.{layer}.{self.gguf_name}.weight"
+
+    def peft_path(self, layer: int) -> str:
+        """Its module in the Hugging Face model, e.g. `model.layers.3.self_attn.q_proj`."""
+        if not self.peft_parent:
+            return self.module
+        return f"model.layers.{layer}.{self.peft_parent}.{self.module}"
+
+    def in_size(self, of: Any) -> int:
+        """Its number of columns: A is [rank, in_size].
+
+        Args:
+            of: the LayerSpec of its layer; the Architecture, for the head.
+        """
+        return int(attrgetter(self.in_field)(of))
+
+    def out_size(self, of: Any) -> int:
+        """Its number of rows: B is [out_size, rank]; argument as of `in_size`."""
+        return int(attrgetter(self.out_field)(of))
+
+    def permuted_heads(self, of: Any) -> int | None:
+        """The heads within which the GGUF permutes its rows; None where the order is PEFT's."""
+        if self.heads_field is None or not of.mixer.permuted:
+            return None
+        return int(attrgetter(self.heads_field)(of))
+
+
+Q_NORM, K_NORM = "attn_q_norm", "attn_k_norm"  # within a layer: norms of heads
+FUSED_QKV = "attn_qkv"  # within a layer: rows of q, then of k, then of v
+
+
+def _matrix(path: str, gguf_name: str, group: str, *sizes: str) -> AdaptableMatrix:
+    parent, _, module = path.rpartition(".")
+    return AdaptableMatrix(module, parent, gguf_name, group, *sizes)
+
+
+_OUTPUT = _matrix(
+    "self_attn.o_proj", "attn_output", "attn_output", "mixer.query_size", "hidden_size"
+)
+_ATTENTION = (
+    _matrix(
+        "self_attn.q_proj", "attn_q", "qkv", "hidden_size", "mixer.query_size", "mixer.n_heads"
+    ),
+    _matrix(
+        "self_attn.k_proj", "attn_k", "qkv", "hidden_size", "mixer.kv_size", "mixer.n_kv_heads"
+    ),
+    _matrix("self_attn.v_proj", "attn_v", "qkv", "hidden_size", "mixer.kv_size"),
+    _OUTPUT,
+)
+_FUSED_ATTENTION = (
+    _matrix("self_attn.qkv_proj", FUSED_QKV, "qkv", "hidden_size", "mixer.qkv_size"),
+    _OUTPUT,
+)
+_INNER = "feed_forward.intermediate_size"
+_DOWN = _matrix("mlp.down_proj", "ffn_down", "down", _INNER, "hidden_size")
+_GATED = (
+    _matrix("mlp.gate_proj", "ffn_gate", "gate_up", "hidden_size", _INNER),
+    _matrix("mlp.up_proj", "ffn_up", "gate_up", "hidden_size", _INNER),
+    _DOWN,
+)
+_FUSED_GATED = (
+    _matrix("mlp.gate_up_proj", "ffn_up", "gate_up", "hidden_size", "feed_forward.gate_up_size"),
+    _DOWN,
+)
+HEAD = _matrix("lm_head", "output", "head", "hidden_size", "vocab_size")
+MODULE_NAMES = tuple(
+    dict.fromkeys(m.module for m in (*_ATTENTION, *_GATED, *_FUSED_ATTENTION, *_FUSED_GATED, HEAD))
+)
