@@ -1,0 +1,100 @@
+"""No way through a layer may leave a field of its LayerSpec unread."""
+
+from __future__ import annotations
+
+from dataclasses import fields, replace
+from typing import Any
+
+import pytest
+
+from lora.backward.blocks import BLOCKS_BACKWARD
+from lora.forward.decoder.blocks import BLOCKS
+from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import Attention, GatedFeedForward, LayerSpec
+from lora.forward.model.rope_frequencies import Rope
+from lora.shaders.memory import CountingMemory
+from lora.shaders.program import Dispatch
+from lora.shaders.recording import Recording
+from tests.support.layer_models import paths_of
+
+SPEC = LayerSpec(
+    mixer=Attention(
+        n_heads=4, n_kv_heads=2, head_size=16, rope=Rope(1e4, 16, interleaved=False), window=5,
+        scale=0.25, softcap=30.0, qk_norm=True, fused_modules=False, permuted=False,
+    ),
+    feed_forward=GatedFeedForward(96, "silu", fused_modules=False),
+    hidden_size=32, norm_epsilon=1e-5, post_norms=True, biases=frozenset(("attn_q",)),
+)  # fmt: skip
+
+# Another value of every field.
+CHANGED: dict[str, dict[str, Any]] = {
+    "mixer": {
+        "n_heads": 8, "n_kv_heads": 1, "head_size": 32, "rope": Rope(1e4, 8, interleaved=True),
+        "window": None, "scale": 0.5, "softcap": None, "qk_norm": False, "fused_modules": True,
+        "permuted": True, "fused_tensor": True,
+    },
+    "feed_forward": {
+        "intermediate_size": 64, "activation": "gelu_tanh", "fused_modules": True,
+    },
+    "": {"hidden_size": 48, "norm_epsilon": 1e-6, "post_norms": False, "biases": frozenset()},
+}  # fmt: skip
+# How the file lies, not how the layer computes: read where files are (the second test).
+OF_FILES = {"fused_modules", "permuted", "fused_tensor"}
+# A bias is added by the forward alone: its gradient passes on as it is.
+UNSEEN = {("backward", "biases")}
+
+
+def changed(part: str, name: str) -> LayerSpec:
+    value = {name: CHANGED[part][name]}
+    if not part:
+        return replace(SPEC, **value)
+    return replace(SPEC, **{part: replace(getattr(SPEC, part), **value)})
+
+
+def test_every_field_has_another_value() -> None:
+    for part, values in CHANGED.items():
+        of = getattr(SPEC, part) if part else SPEC
+        names = {field.name for field in fields(of)} - {"mixer", "feed_forward"}
+        assert set(values) == names
+        assert all(getattr(of, name) != value for name, value in values.items())
+
+
+def test_every_kind_has_its_rows() -> None:
+    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == {Attention, GatedFeedForward}
+
+
+@pytest.mark.parametrize("path", paths_of())
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [(part, name) for part, values in CHANGED.items() for name in values if name not in OF_FILES],
+)
+def test_what_is_recorded_follows_every_field(
+    recording: Recording, path: str, part: str, name: str
+) -> None:
+    """Another value gives other dispatches: other constants, shapes, grids or kernels."""
+
+    def recorded(spec: LayerSpec) -> list[Any]:
+        facts = recording.facts
+        program = paths_of()[path](Recording(facts, CountingMemory(facts)), spec)
+        return [
+            (c.template, c.constants, c.workgroups, [(t.shape, t.dtype) for t in c.tensors])
+            for c in program.commands
+            if isinstance(c, Dispatch)
+        ]
+
+    follows = recorded(changed(part, name)) != recorded(SPEC)
+    assert follows or (path, name) in UNSEEN
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [(part, name) for part, values in CHANGED.items() for name in values
+     if name in OF_FILES | {"biases"}],
+)  # fmt: skip
+def test_what_is_loaded_and_written_follows_every_field_of_files(part: str, name: str) -> None:
+    def seen(spec: LayerSpec) -> Any:
+        a = Architecture("test", (spec,), 32, 64, 128, 1e-5, True, None, 1.0)
+        rows = [m.permuted_heads(spec) for members in spec.groups.values() for m in members]
+        return a.tensor_shapes(), a.matrices, rows, {g: a.tensors_of(0, g) for g in spec.groups}
+
+    assert seen(changed(part, name)) != seen(SPEC)

@@ -1,0 +1,113 @@
+"""A mixer to show what one takes: each row plus a part of the row before it, and a product.
+
+mixed[t] = x[t] + share · x[t − 1], nothing before an example's first row (RWKV's token shift).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from lora.backward.blocks import BlockBackward
+from lora.backward.recorder import BackwardRecorder
+from lora.backward.rmsnorm import NormBefore
+from lora.forward.decoder.blocks import Block
+from lora.forward.decoder.recorder import AfterCache, BlockEnd, LayerRecorder, WithinExamples
+from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
+from lora.forward.model.layer_spec import AdaptableMatrix, BlockSpec
+from lora.forward.rmsnorm import rmsnorm
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Extent, Tensor
+
+_OUT = AdaptableMatrix("o_proj", "mix", "mix_out", "mix", "hidden_size", "hidden_size")
+
+# What differs: where the other row is, when there is one, and what takes its place.
+_WAYS = {
+    "forward": ("row - 1u", "row > bounds[2u * row]", "", ""),
+    "backward": ("row + 1u", "row + 1u < bounds[2u * row + 1u]", "", ""),
+    "text": ("row - 1u", "row > 0u", "else if (bounds[0] > 0u) { other = state[at.x]; }",
+             "state[at.x] = x[(extent.rows - 1u) * width + at.x];"),
+}  # fmt: skip
+_CODE = """struct Extent { rows: u32 }
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> x: array<f32>;
+@group(0) @binding(2) var<storage, read> bounds: array<u32>;  // of examples; of a text: positions
+@group(0) @binding(3) var<storage, read_write> y: array<f32>;
+@group(0) @binding(4) var<storage, read_write> state: array<f32>;
+const width = WIDTHu;
+@compute @workgroup_size(64) fn main(@builtin(global_invocation_id) at: vec3<u32>) {
+    if (at.x >= width) { return; }
+    for (var row = 0u; row < extent.rows; row++) {
+        var other = 0.0;
+        if (EXISTS) { other = x[(OTHER) * width + at.x]; } ELSE
+        y[row * width + at.x] = x[row * width + at.x] + f32(SHARE) * other;
+    }
+    LAST
+}"""
+
+
+@dataclass(frozen=True)
+class TokenShift(BlockSpec):
+    """The mixer's spec; share: of the row before."""
+
+    width: int
+    share: float
+    matrices = (_OUT,)
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        return TokenShift, self.width
+
+    def record(self, way: str, program: Program, tensors: Sequence[Tensor], rows: Extent) -> None:
+        values = dict(zip(("OTHER", "EXISTS", "ELSE", "LAST"), _WAYS[way], strict=True))
+        code = _CODE if way == "text" else _CODE.replace(_CODE.splitlines()[5], "")
+        for name, value in (values | {"WIDTH": str(self.width), "SHARE": str(self.share)}).items():
+            code = code.replace(name, value)
+        program.dispatch_wgsl("shift", code, [rows.uniform, *tensors], -(-self.width // 64))
+
+
+def allocate(recording: Recording, spec: TokenShift, rows: Extent) -> Tensor:
+    return recording.memory.empty((rows.maximum, spec.width), extent=rows)
+
+
+def record(
+    layer: LayerRecorder, spec: TokenShift, mixed: Tensor, normed: Tensor, end: BlockEnd
+) -> None:
+    context = layer.walk.context
+    if isinstance(context, WithinExamples):
+        tensors = [normed, context.inputs.segments, mixed]
+        spec.record("forward", layer.program, tensors, context.inputs.rows)
+    elif isinstance(context, AfterCache):
+        tensors = [normed, context.inputs.positions, mixed, context.caches[layer.layer]]
+        spec.record("text", layer.program, tensors, context.inputs.rows)
+    layer.end(mixed, "mix", end)
+
+
+def record_row(layer: RowRecorder, spec: TokenShift, mixed: Tensor, row: Row, end: RowEnd) -> None:
+    assert row.norm is not None
+    normed = rmsnorm(layer.program, row.values, row.norm)
+    tensors = [normed, layer.inputs.positions, mixed, layer.cache]
+    spec.record("text", layer.program, tensors, layer.inputs.rows)
+    layer.end(layer.before("mixed", mixed, "mix"), "mix", end)
+
+
+def cache(recording: Recording, spec: TokenShift, room: int) -> Tensor:
+    return recording.memory.empty((spec.width,), purpose="key-value cache")
+
+
+def record_backward(
+    layer: BackwardRecorder, spec: TokenShift, mixed: Tensor, _: Tensor, d: Tensor, norm: NormBefore
+) -> bool:
+    d_mixed = layer.scratch(spec)
+    if not layer.through("mix", mixed, d, d_mixed):
+        return False
+    d_normed, inputs = layer.shared.scratch.d_normed, layer.shared.inputs
+    tensors = [d_mixed, inputs.segments, d_normed]
+    spec.record("backward", layer.program, tensors, inputs.rows)
+    norm.record(layer.program, d_normed)
+    return True
+
+
+BLOCK = Block(allocate, record, record_row, cache)
+BLOCK_BACKWARD = BlockBackward(allocate, record_backward)
