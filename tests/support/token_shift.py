@@ -1,7 +1,4 @@
-"""A mixer to show what one takes: each row plus a part of the row before it, and a product.
-
-mixed[t] = x[t] + share · x[t − 1], nothing before an example's first row (RWKV's token shift).
-"""
+"""A mixer to show what one takes: W · (x[t] + share · x[t − 1]), as RWKV's token shift."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from lora.backward.blocks import BlockBackward
 from lora.backward.recorder import BackwardRecorder
 from lora.backward.rmsnorm import NormBefore
 from lora.forward.decoder.blocks import Block
-from lora.forward.decoder.recorder import AfterCache, BlockEnd, LayerRecorder, WithinExamples
+from lora.forward.decoder.recorder import AfterCache, BlockEnd, LayerRecorder
 from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
 from lora.forward.model.layer_spec import AdaptableMatrix, BlockSpec
 from lora.forward.rmsnorm import rmsnorm
@@ -27,23 +24,21 @@ _WAYS = {
     "forward": ("row - 1u", "row > bounds[2u * row]", "", ""),
     "backward": ("row + 1u", "row + 1u < bounds[2u * row + 1u]", "", ""),
     "text": ("row - 1u", "row > 0u", "else if (bounds[0] > 0u) { other = state[at.x]; }",
-             "state[at.x] = x[(extent.rows - 1u) * width + at.x];"),
+             "if (at.x < width) { state[at.x] = x[(rows.x - 1u) * width + at.x]; }"),
 }  # fmt: skip
-_CODE = """struct Extent { rows: u32 }
-@group(0) @binding(0) var<uniform> extent: Extent;
+_CODE = """@group(0) @binding(0) var<uniform> rows: vec4<u32>;
 @group(0) @binding(1) var<storage, read> x: array<f32>;
 @group(0) @binding(2) var<storage, read> bounds: array<u32>;  // of examples; of a text: positions
 @group(0) @binding(3) var<storage, read_write> y: array<f32>;
 @group(0) @binding(4) var<storage, read_write> state: array<f32>;
-const width = WIDTHu;
+const width = %(width)du;
 @compute @workgroup_size(64) fn main(@builtin(global_invocation_id) at: vec3<u32>) {
-    if (at.x >= width) { return; }
-    for (var row = 0u; row < extent.rows; row++) {
+    for (var row = 0u; row < rows.x && at.x < width; row++) {
         var other = 0.0;
-        if (EXISTS) { other = x[(OTHER) * width + at.x]; } ELSE
-        y[row * width + at.x] = x[row * width + at.x] + f32(SHARE) * other;
+        if (%(exists)s) { other = x[(%(other)s) * width + at.x]; } %(else)s
+        y[row * width + at.x] = x[row * width + at.x] + f32(%(share)f) * other;
     }
-    LAST
+    %(last)s
 }"""
 
 
@@ -55,15 +50,9 @@ class TokenShift(BlockSpec):
     share: float
     matrices = (_OUT,)
 
-    @property
-    def sizes(self) -> tuple[object, ...]:
-        return TokenShift, self.width
-
     def record(self, way: str, program: Program, tensors: Sequence[Tensor], rows: Extent) -> None:
-        values = dict(zip(("OTHER", "EXISTS", "ELSE", "LAST"), _WAYS[way], strict=True))
-        code = _CODE if way == "text" else _CODE.replace(_CODE.splitlines()[5], "")
-        for name, value in (values | {"WIDTH": str(self.width), "SHARE": str(self.share)}).items():
-            code = code.replace(name, value)
+        names = "other", "exists", "else", "last", "width", "share"
+        code = _CODE % dict(zip(names, (*_WAYS[way], self.width, self.share), strict=True))
         program.dispatch_wgsl("shift", code, [rows.uniform, *tensors], -(-self.width // 64))
 
 
@@ -74,21 +63,19 @@ def allocate(recording: Recording, spec: TokenShift, rows: Extent) -> Tensor:
 def record(
     layer: LayerRecorder, spec: TokenShift, mixed: Tensor, normed: Tensor, end: BlockEnd
 ) -> None:
-    context = layer.walk.context
-    if isinstance(context, WithinExamples):
-        tensors = [normed, context.inputs.segments, mixed]
-        spec.record("forward", layer.program, tensors, context.inputs.rows)
-    elif isinstance(context, AfterCache):
+    context, rows = layer.walk.context, layer.walk.context.inputs.rows
+    if isinstance(context, AfterCache):
         tensors = [normed, context.inputs.positions, mixed, context.caches[layer.layer]]
-        spec.record("text", layer.program, tensors, context.inputs.rows)
+        spec.record("text", layer.program, tensors, rows)
+    else:
+        spec.record("forward", layer.program, [normed, context.inputs.segments, mixed], rows)
     layer.end(mixed, "mix", end)
 
 
 def record_row(layer: RowRecorder, spec: TokenShift, mixed: Tensor, row: Row, end: RowEnd) -> None:
-    assert row.norm is not None
     normed = rmsnorm(layer.program, row.values, row.norm)
-    tensors = [normed, layer.inputs.positions, mixed, layer.cache]
-    spec.record("text", layer.program, tensors, layer.inputs.rows)
+    inputs = layer.inputs
+    spec.record("text", layer.program, [normed, inputs.positions, mixed, layer.cache], inputs.rows)
     layer.end(layer.before("mixed", mixed, "mix"), "mix", end)
 
 
@@ -103,8 +90,7 @@ def record_backward(
     if not layer.through("mix", mixed, d, d_mixed):
         return False
     d_normed, inputs = layer.shared.scratch.d_normed, layer.shared.inputs
-    tensors = [d_mixed, inputs.segments, d_normed]
-    spec.record("backward", layer.program, tensors, inputs.rows)
+    spec.record("backward", layer.program, [d_mixed, inputs.segments, d_normed], inputs.rows)
     norm.record(layer.program, d_normed)
     return True
 
