@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from lora.forward.matmul import PartProduct, Place, record_product
+from lora.forward.matmul_bodies import record_product
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.part_product import PartProduct, Place
 from lora.forward.plans.stretches import ProductNorm
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program

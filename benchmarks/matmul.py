@@ -42,10 +42,8 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.plans.matmul_plans import Request, noting
 from lora.forward.plans.matmul_tiles import (
-    MULTIPROCESSORS,
     Plan,
     candidates,
-    predicted_microseconds,
     ranked_plans,
     tiles_of,
 )
@@ -210,11 +208,11 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
     lost: dict[str, list[tuple[float, float]]] = {}
     end = time.perf_counter() + options.seconds
     for index, (precision, name, request) in enumerate(jobs):
-        shape = request.shape(facts)
-        ranked = ranked_plans(*shape)
-        within = options.within * predicted_microseconds(ranked[0], *shape[:2])
-        likely = [p for p in ranked if predicted_microseconds(p, *shape[:2]) <= within]
-        tuned = candidates(*shape)
+        shape = request.space(facts)
+        ranked = ranked_plans(shape)
+        within = options.within * shape.microseconds(ranked[0])
+        likely = [p for p in ranked if shape.microseconds(p) <= within]
+        tuned = candidates(shape)
         # What the tuner would time comes first, so that a short run has it all.
         order = [*tuned, *(plan for plan in likely if plan not in tuned)]
         seconds = (end - time.perf_counter()) / (len(jobs) - index)
@@ -232,6 +230,7 @@ def sweep(options: argparse.Namespace) -> list[dict[str, Any]]:
                 | {"us": microseconds}
                 | {"half": product.half, "rows": shape[0], "columns": shape[1]}
                 | {"contraction": shape[2], "name": name, "product": product.key}
+                | {"multiprocessors": facts.multiprocessors}
                 | {"adapter": facts.name, "driver": facts.info["description"]}
             )
         best = min(medians, key=medians.__getitem__)
@@ -280,7 +279,7 @@ def _fit_tiles(figures: Sequence[dict[str, Any]], half: bool) -> None:
 
     workgroups = np.ceil(column("rows") / column("tile_rows"))
     workgroups *= np.ceil(column("columns") / column("tile_columns"))
-    load = np.ceil(workgroups * column("splits") / MULTIPROCESSORS)
+    load = np.ceil(workgroups * column("splits") / column("multiprocessors"))
     steps = column("length") / column("depth")
     split = column("splits") > 1
     partial = column("rows") * column("columns") * column("splits") / 1e6 * split

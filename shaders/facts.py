@@ -18,6 +18,22 @@ def _host_memory() -> int | None:
         return None
 
 
+MULTIPROCESSORS = 132  # of an H100 or H200, on which the model of a product's time was fitted
+
+# By words of adapters' names, as the makers give them: streaming multiprocessors, compute units.
+# The first that is in a name counts.
+_MULTIPROCESSORS = {
+    "H100 PCIe": 114, "H100": 132, "H200": 132, "A100": 108, "L40S": 142, "L4": 58, "Tesla T4": 40,
+    "RTX 5090": 170, "RTX 4090": 128, "RTX 4080": 76, "RTX 3090": 82, "RTX 3080": 68,
+    "RX 7900 XTX": 96,
+}  # fmt: skip
+
+
+def multiprocessors_of(name: str) -> int:
+    """Of the device of that name; of an H100 for one that is not known."""
+    return next((n for words, n in _MULTIPROCESSORS.items() if words in name), MULTIPROCESSORS)
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What recording must know of a device.
@@ -31,6 +47,8 @@ class DeviceFacts:
         workgroup_memory: bytes.
         most_lanes: of a workgroup.
         most_storage_buffers: that one kernel may bind.
+        multiprocessors: between which workgroups are divided: WebGPU doesn't tell, a table of names
+            does; that of the GPU that plans were fitted on for others.
         memory_limit: bytes of all buffers together; None where the device itself says when they
             are too many. A CPU device has the host's memory, and would be killed first.
     """
@@ -44,6 +62,7 @@ class DeviceFacts:
     workgroup_memory: int
     most_lanes: int
     most_storage_buffers: int
+    multiprocessors: int = MULTIPROCESSORS
     memory_limit: int | None = None
 
     @classmethod
@@ -67,5 +86,6 @@ class DeviceFacts:
                 )
             ),
             most_storage_buffers=int(limits["max-storage-buffers-per-shader-stage"]),
+            multiprocessors=multiprocessors_of(found.info["device"]),
             memory_limit=_host_memory() if is_cpu else None,
         )

@@ -20,7 +20,7 @@ class Recording:
         memory: who owns the tensors that recording asks for; one that only counts makes programs
             that cannot run, from which sizes, products and kernels are read.
         precision: of tiles and activations: f32, or f16 where the device has shader-f16.
-        body: of products, a name of forward/matmul.py; None: by the device.
+        body: of products, a name of forward/matmul_bodies.py; None: by the device.
         plans: asked for the tile of each product that is recorded (forward/plans/matmul_plans.py);
             None, as an answer too, leaves it to the model of the time.
 

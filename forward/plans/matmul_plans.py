@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora.forward.plans.matmul_tiles import Plan, choose_tile
+from lora.forward.plans.matmul_tiles import Plan, PlanSpace, Tile, choose_plan
 from lora.forward.plans.stretches import ProductNorm
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
@@ -57,7 +57,9 @@ class Request:
     """A product that is being recorded: what `record` needs to record it again elsewhere.
 
     Attributes:
-        record: called with a program and a request; forward/matmul.py's own.
+        record: called with a program and a request; forward/matmul_bodies.py's own.
+        body: the first that fits.
+        tiles: of all bodies that fit.
         tensors: the extent, x, the weights, out, and the low-rank part's.
         after: residual and bias, which the last pass takes.
         norm: of a matrix of one part; it is the last pass where it can add stretches up.
@@ -65,6 +67,8 @@ class Request:
     """
 
     record: Callable[[Program, Request], None]
+    body: str
+    tiles: tuple[Tile, ...]
     half: bool
     extent: Extent
     out: Tensor
@@ -96,11 +100,10 @@ class Request:
             normed=self.norm is not None,
         )
 
-    def shape(self, facts: DeviceFacts) -> tuple[int, int, int, int, bool]:
-        """The arguments of `choose_tile`."""
-        c = self.constants
-        limit = facts.workgroup_memory
-        return self.extent.maximum, c["n_columns"], c["contraction"], limit, self.half
+    def space(self, facts: DeviceFacts) -> PlanSpace:
+        """The plans that there are for it on a device."""
+        c, rows = self.constants, self.extent.maximum
+        return PlanSpace(rows, c["n_columns"], c["contraction"], self.tiles, facts.multiprocessors)
 
 
 PlanSource = Callable[[Request], Plan | None]
@@ -109,7 +112,7 @@ PlanSource = Callable[[Request], Plan | None]
 def plan_of(recording: Recording, request: Request) -> Plan:
     """The plan of a product: the recording's source has the first word, then the model."""
     plan = None if recording.plans is None else recording.plans(request)
-    return plan or choose_tile(*request.shape(recording.facts))
+    return plan or choose_plan(request.space(recording.facts))
 
 
 def source_of(plans: Mapping[ProductShape, Plan], others: PlanSource | None = None) -> PlanSource:

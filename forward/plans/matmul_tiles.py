@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 from functools import cache
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
-MULTIPROCESSORS = 132
+from lora.shaders.facts import MULTIPROCESSORS
+
 _PRODUCT = 7.0  # microseconds of a dispatch beside its steps
 _REDUCE = 2.5  # of the second pass
 _REDUCE_MILLION = 0.5  # and for a million partial sums
@@ -47,6 +48,7 @@ class Tile:
     work: float = 0.0
     item_bytes: int = 4
     buffers: int = 1
+    body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
 
     @property
     def workgroup_bytes(self) -> int:
@@ -111,39 +113,51 @@ HALF_TILES = (
 )
 
 
-def tiles_of(half: bool) -> tuple[Tile, ...]:
-    """The tiles of one precision: f16 where `half`."""
-    return HALF_TILES if half else TILES
+def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]:
+    """The tiles of one precision: f16 where `half`.
+
+    Args:
+        workgroup_bytes: workgroup memory that the device has; None for all tiles.
+    """
+    tiles = HALF_TILES if half else TILES
+    if workgroup_bytes is None:
+        return tiles
+    return tuple(tile for tile in tiles if tile.workgroup_bytes <= workgroup_bytes)
 
 
-def predicted_microseconds(plan: Plan, rows: int, columns: int) -> float:
-    """The model's time of a product of rows x columns outputs."""
-    tile, splits, length = plan
-    workgroups = -(-rows // tile.tile_rows) * -(-columns // tile.tile_columns)
-    load = -(-workgroups * splits // MULTIPROCESSORS)
-    time = _PRODUCT + length / tile.depth * max(tile.latency, load * tile.work)
-    if splits > 1:
-        time += _REDUCE + _REDUCE_MILLION * rows * columns * splits / 1e6
-    return time
+class PlanSpace(NamedTuple):
+    """All plans that there are for one product on one device.
+
+    Attributes:
+        rows, columns: of the output.
+        contraction: length of each sum.
+        tiles: among which to choose.
+        multiprocessors: of the device, between which workgroups are divided.
+    """
+
+    rows: int
+    columns: int
+    contraction: int
+    tiles: tuple[Tile, ...]
+    multiprocessors: int = MULTIPROCESSORS
+
+    def microseconds(self, plan: Plan) -> float:
+        """The model's time of the product under a plan."""
+        tile, splits, length = plan
+        workgroups = -(-self.rows // tile.tile_rows) * -(-self.columns // tile.tile_columns)
+        load = -(-workgroups * splits // self.multiprocessors)
+        time = _PRODUCT + length / tile.depth * max(tile.latency, load * tile.work)
+        if splits > 1:
+            time += _REDUCE + _REDUCE_MILLION * self.rows * self.columns * splits / 1e6
+        return time
 
 
 @cache
-def ranked_plans(
-    rows: int, columns: int, contraction: int, workgroup_bytes: int, half: bool = False
-) -> tuple[Plan, ...]:
-    """All plans for one product, the one that the model thinks fastest first.
-
-    Args:
-        rows: of the output.
-        columns: of the output.
-        contraction: length of each sum.
-        workgroup_bytes: workgroup memory that the device has.
-        half: whether the tiles are of f16.
-    """
+def ranked_plans(space: PlanSpace) -> tuple[Plan, ...]:
+    """All plans for one product, the one that the model thinks fastest first."""
+    rows, columns, contraction, tiles, _ = space
     plans: dict[Plan, float] = {}
-    for tile in tiles_of(half):
-        if tile.workgroup_bytes > workgroup_bytes:
-            continue
+    for tile in tiles:
         for wanted in (*_SPLITS, *_FINE_SPLITS):
             shortest = _SHORTEST_FINE_SPLIT if wanted in _FINE_SPLITS else _SHORTEST_SPLIT
             if wanted > 1 and contraction // wanted < shortest:
@@ -151,31 +165,27 @@ def ranked_plans(
             if wanted > 1 and wanted * rows * columns > MOST_PARTIAL_SUMS:
                 break
             plan = Plan(tile, *cut(contraction, wanted, tile.depth))
-            plans[plan] = predicted_microseconds(plan, rows, columns)
+            plans[plan] = space.microseconds(plan)
     return tuple(sorted(plans, key=plans.__getitem__))
 
 
-def choose_tile(
-    rows: int, columns: int, contraction: int, workgroup_bytes: int, half: bool = False
-) -> Plan:
-    """The plan that the model thinks fastest; arguments as of `ranked_plans`."""
-    return ranked_plans(rows, columns, contraction, workgroup_bytes, half)[0]
+def choose_plan(space: PlanSpace) -> Plan:
+    """The plan that the model thinks fastest."""
+    return ranked_plans(space)[0]
 
 
-def candidates(
-    rows: int, columns: int, contraction: int, workgroup_bytes: int, half: bool = False
-) -> list[Plan]:
+def candidates(space: PlanSpace) -> list[Plan]:
     """The few plans that are worth timing, the model's choice first.
 
     At most two of one tile, since the model may be wrong about a tile on another device, and none
     that it thinks twice as slow as its choice.
     """
-    plans = ranked_plans(rows, columns, contraction, workgroup_bytes, half)
-    slowest = 2 * predicted_microseconds(plans[0], rows, columns)
+    plans = ranked_plans(space)
+    slowest = 2 * space.microseconds(plans[0])
     chosen: list[Plan] = []
     of_tile: Counter[Tile] = Counter()
     for plan in plans:
-        if len(chosen) == MOST_CANDIDATES or predicted_microseconds(plan, rows, columns) > slowest:
+        if len(chosen) == MOST_CANDIDATES or space.microseconds(plan) > slowest:
             break
         if of_tile[plan.tile] < 2:
             of_tile[plan.tile] += 1

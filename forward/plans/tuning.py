@@ -20,8 +20,7 @@ from lora.forward.plans.matmul_tiles import (
     MOST_CANDIDATES,
     Plan,
     candidates,
-    choose_tile,
-    predicted_microseconds,
+    choose_plan,
 )
 from lora.forward.plans.workbench import Kernels, Stopwatch, Workbench, fits, kernels_of
 from lora.shaders.device import Device
@@ -67,13 +66,13 @@ def tune(
     for request in requests:
         product = request.product
         first.setdefault(product, request)
-        rows, columns, *_ = shape = request.shape(device.facts)
-        share[product] += round(1e3 * predicted_microseconds(choose_tile(*shape), rows, columns))
+        space = request.space(device.facts)
+        share[product] += round(1e3 * space.microseconds(choose_plan(space)))
     heaviest_first = [product for product, _ in share.most_common()]
     plans = {}
     for product in heaviest_first:
         request = first[product]
-        model, *others = candidates(*request.shape(device.facts))
+        model, *others = candidates(request.space(device.facts))
         plans[product] = [model, *(plan for plan in others if fits(device.facts, request, plan))]
     compiled = _compile(device, first, plans, _COMPILING_SHARE * seconds, clock)
     chosen = {product: plans[product][0] for product in heaviest_first}

@@ -161,7 +161,7 @@ class Workbench:
 def _recording(facts: DeviceFacts, memory: Memory, request: Request, plan: Plan) -> Recording:
     """As a request was recorded, but under a plan."""
     precision = "f16" if request.half else "f32"
-    return Recording(facts, memory, precision, body="tiled", plans=lambda _: plan)
+    return Recording(facts, memory, precision, plans=lambda _: plan)
 
 
 def _on(stand_in: Callable[[Tensor], Tensor], value: Any) -> Any:

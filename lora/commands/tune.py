@@ -29,7 +29,7 @@ def tune_command(
     Products whose tiles were found with as much time before are left as they are.
     """
     from lora.config.schema import load_config
-    from lora.forward.plans.matmul_tiles import choose_tile
+    from lora.forward.plans.matmul_tiles import choose_plan
     from lora.forward.plans.tuning import tune
     from lora.shaders.device import Device
     from lora.shaders.errors import InputError
@@ -72,7 +72,7 @@ def tune_command(
     for request in requests:
         first.setdefault(request.product, request)
     for product, count in counts.most_common():
-        default = choose_tile(*first[product].shape(device.facts))
+        default = choose_plan(first[product].space(device.facts))
         chosen = cache.plan(product) or default
         name = f"{product.rows} x {product.columns} x {product.contraction} {product.quantization}"
         name += " to the input" if product.transposed else ""

@@ -309,7 +309,7 @@ def test_a_step_is_the_same(
         return Plan(tile, *cut(contraction, 2, tile.depth))
 
     monkeypatch.setattr("lora.training.session.Device", opened)
-    monkeypatch.setattr("lora.forward.plans.matmul_plans.choose_tile", in_two)
+    monkeypatch.setattr("lora.forward.plans.matmul_plans.choose_plan", in_two)
     model = TINY_MODELS[name]
     model.write_gguf(tmp_path / "model.gguf")
     model.write_adapter(tmp_path / "adapter")
@@ -318,7 +318,7 @@ def test_a_step_is_the_same(
         monkeypatch.setattr(forward_rmsnorm, "MOST_PARTIAL_QUADS", most)
         session = open_session(
             model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision, tuning="off"
-        )  # plans that were found on a GPU would come before choose_tile's
+        )  # plans that were found on a GPU would come before choose_plan's
         found.append(gradients(session))
         last = f"layers.{session.model.architecture.n_layers - 1}."
         commands = [c for c in session._programs.training.micro_batch.commands if last in c.label]

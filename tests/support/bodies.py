@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lora.forward.matmul import BODIES
+from lora.forward.matmul_bodies import BODIES
 from lora.shaders.recording import Recording
 
 

@@ -61,7 +61,7 @@ def second_choices(
     device: Device, requests: Sequence[Request], *, seconds: float
 ) -> dict[ProductShape, Plan]:
     """What a tuner might find that disagrees with the model."""
-    return {r.product: candidates(*r.shape(device.facts))[1] for r in requests}
+    return {r.product: candidates(r.space(device.facts))[1] for r in requests}
 
 
 def refuse(

@@ -21,7 +21,7 @@ import numpy as np
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut, tiles_of
+from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, PlanSpace, Tile, cut
 from lora.generation.engine import Adapter, DecodeEngine
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory
@@ -248,12 +248,11 @@ def _record_tile(path: Path, tile: Tile, splits: int) -> Run:
     """Training of a model whose products all have one tile and so many stretches."""
     half = tile.item_bytes == 2
 
-    def choose(rows: int, columns: int, contraction: int, memory: int, is_half: bool) -> Plan:
-        chosen = tile if is_half == half else tiles_of(is_half)[0]
-        return Plan(chosen, *cut(contraction, splits, chosen.depth))
+    def choose(space: PlanSpace) -> Plan:
+        return Plan(tile, *cut(space.contraction, splits, tile.depth))
 
     def run(found: Found) -> None:
-        with mock.patch("lora.forward.plans.matmul_plans.choose_tile", choose):
+        with mock.patch("lora.forward.plans.matmul_plans.choose_plan", choose):
             plan = _plan(LARGE_GPU, path, _ALL, F16 if half else F32)
             keep(LARGE_GPU, _training(plan), found)
 

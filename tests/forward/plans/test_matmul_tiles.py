@@ -10,7 +10,8 @@ import pytest
 from gguf import GGMLQuantizationType, quants
 
 from lora.backward.matmul import matmul_backward
-from lora.forward.matmul import HALF_CARRY, matmul
+from lora.forward.matmul import matmul
+from lora.forward.matmul_tiled import HALF_CARRY
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
@@ -19,12 +20,11 @@ from lora.forward.plans.matmul_tiles import (
     MOST_CANDIDATES,
     TILES,
     Plan,
+    PlanSpace,
     Tile,
     candidates,
-    choose_tile,
+    choose_plan,
     cut,
-    predicted_microseconds,
-    ranked_plans,
     tiles_of,
 )
 from lora.forward.product import Product
@@ -150,29 +150,30 @@ def test_stretches_cover_the_contraction() -> None:
 
 def test_choice() -> None:
     """Small products get small tiles and stretches, large ones large tiles and one pass."""
-    small, splits, _ = choose_tile(128, 576, 3072, 16384)
+    small, splits, _ = choose_plan(PlanSpace(128, 576, 3072, tiles_of(False, 16384)))
     assert small.tile_rows * small.tile_columns <= 4096 and splits > 1
-    large, splits, length = choose_tile(4096, 4096, 4096, 49152)
+    large, splits, length = choose_plan(PlanSpace(4096, 4096, 4096, tiles_of(False, 49152)))
     assert (large.tile_rows, large.tile_columns, splits, length) == (128, 128, 1, 4096)
     for rows in (1, 100, 5000):
         for columns in (4, 576, 49152):
             for contraction in (4, 576, 49152):
                 for half in (False, True):
-                    shape = rows, columns, contraction, 16384, half
-                    assert all(plan.tile.workgroup_bytes <= 16384 for plan in ranked_plans(*shape))
-                    assert choose_tile(*shape).tile in tiles_of(half)
+                    tiles = tiles_of(half, 16384)
+                    assert all(tile.workgroup_bytes <= 16384 for tile in tiles)
+                    assert choose_plan(PlanSpace(rows, columns, contraction, tiles)).tile in tiles
 
 
 def test_candidates() -> None:
     """A few, of several tiles, the model's choice first, none that it thinks much slower."""
     for shape in ((128, 576, 3072), (512, 16384, 2048), (2048, 960, 576), (64, 640, 262144)):
         for half in (False, True):
-            plans = candidates(*shape, 49152, half)
-            assert plans[0] == choose_tile(*shape, 49152, half)
+            space = PlanSpace(*shape, tiles_of(half, 49152))
+            plans = candidates(space)
+            assert plans[0] == choose_plan(space)
             assert 6 <= len(plans) == len(set(plans)) <= MOST_CANDIDATES
             tiles = Counter(plan.tile for plan in plans)
             assert len(tiles) >= 4 and max(tiles.values()) <= 2
-            times = [predicted_microseconds(plan, *shape[:2]) for plan in plans]
+            times = [space.microseconds(plan) for plan in plans]
             assert times == sorted(times) and times[-1] <= 2 * times[0]
 
 

@@ -15,7 +15,7 @@ from lora.backward.rmsnorm import NormBefore
 from lora.forward.matmul import matmul
 from lora.forward.model.norm import Norm
 from lora.forward.plans.matmul_plans import Request, noting, plan_of, source_of
-from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile, cut, tiles_of
+from lora.forward.plans.matmul_tiles import Plan, PlanSpace, candidates, choose_plan, cut, tiles_of
 from lora.forward.plans.tuning import fastest, tune
 from lora.forward.plans.workbench import Stopwatch, Workbench, kernels_of
 from lora.forward.product import Product
@@ -61,7 +61,7 @@ class FakeStopwatch(Stopwatch):
 
 
 def plans_of(device: Device, request: Request) -> list[Plan]:
-    return candidates(*request.shape(device.facts))
+    return candidates(request.space(device.facts))
 
 
 def test_a_plan_is_recorded_and_computes_the_product(tiled: Recording) -> None:
@@ -72,7 +72,7 @@ def test_a_plan_is_recorded_and_computes_the_product(tiled: Recording) -> None:
     requests: list[Request] = []
     matmul(Program(replace(tiled, plans=noting(requests))), Product(x, matrix))
     (request,) = requests
-    model = choose_tile(*request.shape(tiled.facts))
+    model = choose_plan(request.space(tiled.facts))
     # Of two plans one at least is not the model's.
     whole = Plan(tiles_of(False)[0], *cut(N_IN, 1, 32))
     program = Program(replace(tiled, plans=source_of({request.product: whole})))
@@ -118,7 +118,7 @@ def test_what_a_product_is(device: Device) -> None:
     ],
 )
 def test_another_plan_must_be_three_percent_faster(times: list[float], winner: int) -> None:
-    plans = candidates(512, 576, 1536, 49152)[: len(times)]
+    plans = candidates(PlanSpace(512, 576, 1536, tiles_of(False, 49152)))[: len(times)]
     # One outlier each, which a mean would take for a difference.
     series = {p: [t, t, 10 * t, t, t] for p, t in zip(plans, times, strict=True)}
     assert fastest(series) == plans[winner]
@@ -145,7 +145,7 @@ def test_the_choice_follows_the_timings(device: Device, half: bool) -> None:
 def test_slow_devices_keep_to_the_time(device: Device) -> None:
     """Where rounds of timings would not fit, the model's choices stay."""
     requests = planned_requests(device.facts, [(256, 512, 1024), (256, 1024, 512)])
-    model = {r.product: choose_tile(*r.shape(device.facts)) for r in requests}
+    model = {r.product: choose_plan(r.space(device.facts)) for r in requests}
     slower = {f"{r.label} {plans_of(device, r)[0].name}" for r in requests}
     for once, seconds in ((0.3, 2.0), (0.01, 0.0)):
         watch = FakeStopwatch(
@@ -164,7 +164,7 @@ def test_slow_compilers_keep_to_the_time(device: Device) -> None:
     ticks = itertools.count()
     before = len(device._pipelines)
     found = tune(device, requests, seconds=0.5, stopwatch=watch, clock=lambda: float(next(ticks)))
-    model = {r.product: choose_tile(*r.shape(device.facts)) for r in requests}
+    model = {r.product: choose_plan(r.space(device.facts)) for r in requests}
     assert found == model and not watch.labels
     kernels = [kernels_of(device.facts, r, model[r.product]) for r in requests]
     assert len(device._pipelines) - before == len({repr(k) for ks in kernels for k in ks})
@@ -224,7 +224,7 @@ def test_the_real_stopwatch(device: Device, stamps: bool, monkeypatch: pytest.Mo
     many = (512, 256, 256) if facts.is_cpu else (4096, 2048, 2048)
     small, _, large, _ = planned_requests(facts, [(64, 64, 64), many])
     with Workbench(device) as bench:
-        programs = [bench.program(r, choose_tile(*r.shape(facts)), {}) for r in (small, large)]
+        programs = [bench.program(r, choose_plan(r.space(facts)), {}) for r in (small, large)]
         watch = Stopwatch(device)
         watch(programs, 1)  # the software driver compiles a kernel when it first runs
         times = np.array([watch(programs, 2) for _ in range(5)])

@@ -60,7 +60,7 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
     def tuner(
         device: Device, requests: Iterable[Request], **options: Any
     ) -> dict[ProductShape, Plan]:
-        found = {r.product: candidates(*r.shape(device.facts))[-1] for r in requests}
+        found = {r.product: candidates(r.space(device.facts))[-1] for r in requests}
         searches.append((len(found), options))
         return found
 

@@ -19,7 +19,7 @@ from lora.forward.plans.matmul_plans import (
     Request,
     plan_of,
 )
-from lora.forward.plans.matmul_tiles import Plan, candidates, choose_tile
+from lora.forward.plans.matmul_tiles import Plan, candidates, choose_plan
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
@@ -180,7 +180,7 @@ def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     use_tuner(monkeypatch, tuner)
     requests = requests_for(gpu)
     wanted = list(second_choices(gpu, requests, seconds=1).values())
-    model = [choose_tile(*r.shape(gpu.facts)) for r in requests]
+    model = [choose_plan(r.space(gpu.facts)) for r in requests]
 
     def plans(source: PlanSource | None) -> list[Plan]:
         return plans_of(gpu, source, requests)
@@ -207,7 +207,7 @@ def test_without_a_place_to_keep_them_the_model_chooses(
     (tmp_path / "webgpu-lora").write_text("a file where the folder should be")
     with pytest.warns(UserWarning, match="train.tuning"), pytest.warns(match="cannot be read"):
         source = find_tiles(gpu, "auto", requests)
-    assert plans_of(gpu, source, requests) == [choose_tile(*r.shape(gpu.facts)) for r in requests]
+    assert plans_of(gpu, source, requests) == [choose_plan(r.space(gpu.facts)) for r in requests]
 
 
 def _find_slowly(rank: int, folder: Path, started: object, results: object) -> None:
@@ -220,7 +220,7 @@ def _find_slowly(rank: int, folder: Path, started: object, results: object) -> N
         device: Device, missing: Sequence[Request], *, seconds: float
     ) -> dict[ProductShape, Plan]:
         time.sleep(0.3)
-        return {r.product: candidates(*r.shape(device.facts))[rank] for r in missing}
+        return {r.product: candidates(r.space(device.facts))[rank] for r in missing}
 
     started.wait()  # type: ignore[attr-defined]
     cache.find(requests, tuner)

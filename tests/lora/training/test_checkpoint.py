@@ -35,7 +35,7 @@ def first_choices(
     device: Device, requests: Sequence[Request], *, seconds: float
 ) -> dict[ProductShape, Plan]:
     """What a tuner finds that agrees with the model."""
-    return {r.product: candidates(*r.shape(device.facts))[0] for r in requests}
+    return {r.product: candidates(r.space(device.facts))[0] for r in requests}
 
 
 @pytest.fixture

@@ -11,7 +11,7 @@ import pytest
 
 from lora.config.schema import Config, load_config
 from lora.data.batches import Batch
-from lora.forward.plans.matmul_tiles import choose_tile
+from lora.forward.plans.matmul_tiles import choose_plan
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError, LoraError
 from lora.shaders.readback import ReadbackRing
@@ -141,7 +141,7 @@ def test_programs_recorded_again_leave_nothing_behind(
     use_tuner(monkeypatch, second_choices)
     path = write_run(tmp_path, adapter={"layers": {"last": 1}}, train={"epochs": 1})
     with TrainingSession(load_config(str(path)), device=gpu) as session:
-        model = {r.product: choose_tile(*r.shape(gpu.facts)) for r in session.plan.requests}
+        model = {r.product: choose_plan(r.space(gpu.facts)) for r in session.plan.requests}
         memory = []
         for plans in (model, dict(session.plans), model):
             session.use_plans(plans)

@@ -1,0 +1,102 @@
+"""The table of bodies: what can compute a product with frozen matrices, and which one does.
+
+A body more is a file beside matmul_tiled.py and a row here. CONTRIBUTING.md goes through it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from lora.forward.matmul_tiled import record_tiled
+from lora.forward.matmul_wide import record_wide
+from lora.forward.part_product import PartProduct
+from lora.forward.plans.matmul_plans import Request, plan_of
+from lora.forward.plans.matmul_tiles import Plan, Tile, tiles_of
+from lora.forward.plans.stretches import ProductNorm
+from lora.shaders.activations import check_f32, check_shape, extent_of
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+
+
+@dataclass(frozen=True)
+class Body:
+    """One way to compute a product.
+
+    Attributes:
+        fits: (recording, product) → whether it can compute that there.
+        plans: (facts, half) → the tiles among which a plan chooses, those of f16 where half; each
+            names its body. Empty where there is nothing to choose.
+        record: (program, request, plan) appends it; the plan is None without tiles.
+    """
+
+    fits: Callable[[Recording, PartProduct], bool]
+    plans: Callable[[DeviceFacts, bool], tuple[Tile, ...]]
+    record: Callable[[Program, Request, Plan | None], None]
+
+
+def _tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
+    return tiles_of(half, facts.workgroup_memory)
+
+
+# Of those that fit the first computes; where it has tiles, plans choose among those of all.
+BODIES: Mapping[str, Body] = {
+    "wide": Body(lambda recording, _: recording.facts.is_cpu, lambda *_: (), record_wide),
+    "tiled": Body(lambda recording, _: not recording.facts.is_cpu, _tiles, record_tiled),
+}
+
+
+def record_product(
+    program: Program, one: PartProduct, norm: ProductNorm | None, label: str
+) -> None:
+    """Appends a product with one part, by the body that the recording names or those that fit.
+
+    Args:
+        norm: see `lora.forward.matmul.matmul`; of a matrix of one part.
+    """
+    recording, extent = program.recording, extent_of(one.x)
+    constants = one.constants(label)
+    tensors = [extent.uniform, one.x, one.part.words, one.out]
+    if one.members:
+        if one.low is None or one.factor is None:
+            raise ValueError(f"{label}: an adapted matrix needs z and its factors")
+        tensors += [one.low, one.factor]
+    check_f32(label, low=one.low, factor=one.factor, residual=one.residual, bias=one.bias)
+    if one.residual is not None:
+        check_shape(f"{label} residual", one.residual, *one.out.shape)
+    half = recording.precision == "f16"
+    names = [name for name, body in BODIES.items() if body.fits(recording, one)]
+    if recording.body is not None:
+        names = [recording.body]
+    terms = one.contraction + len(one.members) * one.rank
+    request = Request(
+        record=record_request,
+        body=names[0],
+        tiles=_tiles_of(names, recording.facts, half),
+        half=half,
+        extent=extent,
+        out=one.out,
+        constants=constants,
+        tensors=tensors,
+        after=[tensor for tensor in (one.residual, one.bias) if tensor is not None],
+        place=one.place,
+        label=label,
+        flops=2 * extent.maximum * one.n_columns * terms,
+        norm=norm,
+    )
+    record_request(program, request)
+
+
+def _tiles_of(names: Sequence[str], facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
+    of_bodies = [BODIES[name].plans(facts, half) for name in names]
+    return tuple(tile for tiles in of_bodies for tile in tiles) if of_bodies[0] else ()
+
+
+def record_request(program: Program, request: Request) -> None:
+    """Appends a product by the body of its plan."""
+    if not request.tiles:
+        BODIES[request.body].record(program, request, None)
+        return
+    plan = plan_of(program.recording, request)
+    BODIES[plan.tile.body].record(program, request, plan)

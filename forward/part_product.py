@@ -1,0 +1,111 @@
+"""A product with one part of a matrix: what bodies record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import MatrixPart
+from lora.shaders.program import Program
+from lora.shaders.tensor import Tensor
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where one part's columns begin in x and in out: parts of a matrix share their kernel so."""
+
+    x_column: int
+    out_column: int
+
+
+def place_uniforms(program: Program, place: Place | None) -> list[Tensor]:
+    """The uniform of a part's place, where it has one."""
+    if place is None:
+        return []
+    return [program.recording.memory.constant_uniform((place.x_column, place.out_column))]
+
+
+def adapted_members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str, int]]:
+    """The adapted ranges inside a part: columns of the part, columns of z, rows of B."""
+    members: list[dict[str, int]] = []
+    if lora is None:
+        return members
+    for index, (start, stop) in enumerate(lora.ranges):
+        first = max(start, part.first_feature)
+        last = min(stop, part.first_feature + part.out_features)
+        if first < last:
+            members.append(
+                {
+                    "start": first - part.first_feature,
+                    "stop": last - part.first_feature,
+                    "low_start": index * lora.rank,
+                    "factor_start": lora.first_feature(index) + first - start,
+                }
+            )
+    return members
+
+
+@dataclass(frozen=True)
+class PartProduct:
+    """The product with one part: what `matmul` and its backward share.
+
+    transposed=False: out[m, n] = Σ_k x[m, k] · W[n, k] + scale · Σ_r low[m, r] · factor[n, r].
+    transposed=True:  out[m, k] = Σ_n x[m, n] · W[n, k] + Σ_r low[m, r] · factor[r, k].
+
+    Attributes:
+        contraction: length of the sum over k (or n).
+        place: where the part's columns begin in x and out, where there are several parts.
+        members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
+        bias, softcap: see `Product`; the bias's columns are those of out.
+        epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
+    """
+
+    x: Tensor
+    part: MatrixPart
+    out: Tensor
+    transposed: bool
+    contraction: int
+    place: Place | None = None
+    members: tuple[dict[str, int], ...] = ()
+    low: Tensor | None = None
+    factor: Tensor | None = None
+    rank: int = 0
+    scale: float = 1.0
+    residual: Tensor | None = None
+    bias: Tensor | None = None
+    softcap: float | None = None
+    epilogue: str = "write"
+
+    @property
+    def n_columns(self) -> int:
+        """Columns that this part gives."""
+        return self.out.shape[1] if self.transposed else self.part.out_features
+
+    def constants(self, label: str) -> dict[str, Any]:
+        """The template constants that the bodies share."""
+        x, out, n_columns = self.x, self.out, self.n_columns
+        if self.contraction % 4 or n_columns % 4 or x.shape[1] % 4 or self.rank % 4:
+            raise ValueError(
+                f"{label}: widths must be multiples of 4: {x.shape}, {out.shape}, {self.rank}"
+            )
+        return {
+            "quantization": self.part.quantization.name,
+            "transposed": self.transposed,
+            "contraction": self.contraction,
+            "n_columns": n_columns,
+            "row_words": self.part.words.shape[1],
+            "x_type": x.dtype,
+            "out_type": out.dtype,
+            "x_stride": x.shape[1],
+            "out_stride": out.shape[1],
+            "placed": self.place is not None,
+            "weight_columns": n_columns if self.transposed else self.contraction,
+            "members": list(self.members),
+            "rank": self.rank,
+            "low_stride": self.low.shape[1] if self.members and self.low is not None else 0,
+            "scale": self.scale,
+            "epilogue": self.epilogue,
+            "bias": self.bias is not None,
+            "softcap": self.softcap,
+        }
