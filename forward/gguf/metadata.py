@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from lora.forward.gguf.file import GGUFFile, shortened
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.gguf.header import shortened
 from lora.shaders.errors import InputError
 
 

@@ -19,7 +19,8 @@ from gguf import GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import AdaptedTensor, adaptable
 from lora.adapters.saved_factors import SavedFactors, pack
-from lora.forward.gguf.file import GGUFFile, shortened
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.gguf.header import shortened
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture

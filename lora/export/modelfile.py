@@ -11,7 +11,7 @@ from typing import Any
 
 from lora.adapters.origin import PromptForm
 from lora.shaders.errors import InputError
-from lora.storage.stores import OllamaSettings
+from lora.storage.ollama import OllamaSettings
 
 _FIRST_LINE = "# Written by lora export."
 

@@ -15,14 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.forward.gguf.file import (
-    MAX_ARRAY_VALUES,
-    MAX_ENTRIES,
-    MAX_HEADER_BYTES,
-    MAX_NAME_BYTES,
-    GGUFFile,
-    part_names,
-)
+from lora.forward.gguf.file import GGUFFile, part_names
+from lora.forward.gguf.header import MAX_ARRAY_VALUES, MAX_ENTRIES, MAX_HEADER_BYTES, MAX_NAME_BYTES
 from lora.shaders.errors import InputError
 from tests.support.tiny_gguf import write_tiny_llama
 

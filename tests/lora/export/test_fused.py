@@ -24,7 +24,7 @@ CASES = [("llama_bias", (0, 1)), ("qwen2", (0, 1)), ("qwen3", (1,)), ("gemma3", 
 
 def of_name(architecture: Architecture, layer: int, which: str) -> slice:
     """The rows of q, k or v in the tensor of all three."""
-    a = architecture
+    a = architecture.layers[layer].mixer
     bounds = np.cumsum([0, a.query_size, a.kv_size, a.kv_size])
     place = "qkv".index(which)
     return slice(bounds[place], bounds[place + 1])

@@ -17,10 +17,11 @@ import gguf
 import numpy as np
 import pytest
 
-import lora.storage.stores
+import lora.storage.ollama
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError
-from lora.storage.stores import OllamaSettings, check_model_name, ollama_settings, resolve_model
+from lora.storage.ollama import OllamaSettings
+from lora.storage.stores import check_model_name, ollama_settings, resolve_model
 from tests.support.ollama_store import MODEL, REGISTRY, install, layer
 from tests.support.ollama_store import store as store  # a fixture
 from tests.support.tiny_gguf import write_tiny_llama
@@ -167,7 +168,7 @@ def test_without_ollama_models_the_users_store_comes_before_the_services(
         (folder / "blobs").mkdir(parents=True)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     monkeypatch.setenv("OLLAMA_MODELS", "")
-    monkeypatch.setattr(lora.storage.stores, "_SERVICE_STORE", service)
+    monkeypatch.setattr(lora.storage.ollama, "_SERVICE_STORE", service)
     install(service, f"{REGISTRY}/x/latest", layer(service, b"the service's"))
     assert resolve_model("ollama:x").read_bytes() == b"the service's"
     assert f"is not in {home} or {service}. There are ollama:x:latest." in refusal("ollama:y")
