@@ -30,6 +30,14 @@ _COMPUTE_BACKENDS = {"wgpu": ("Vulkan", "Metal", "D3D12"), "dawn": ("D3D12", "Vu
 _KINDS = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 2}
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """A device as the config's `device:` names it, and an implementation as `webgpu:` does."""
+
+    device: str | int = "auto"
+    webgpu: str = "auto"
+
+
 class UnavailableError(Exception):
     """An implementation that can't be used here; the message says why, without a full stop."""
 

@@ -49,6 +49,7 @@ class Dawn:
     """
 
     name = "Dawn"
+    setting = "dawn"
     package = "wgpudawn"
     version: str = wgpudawn.__version__
     library_version: str = dawn.__version__

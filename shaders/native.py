@@ -38,6 +38,7 @@ class WgpuNative:
     """See `webgpu.Implementation`."""
 
     name = "wgpu-native"
+    setting = "wgpu"
     package = "wgpu"
     version: str = wgpu.__version__
 

@@ -215,6 +215,10 @@ class Implementation(Protocol):
         """As reports call it."""
 
     @property
+    def setting(self) -> str:
+        """As the config's `webgpu:` calls it."""
+
+    @property
     def package(self) -> str:
         """The Python package that it comes in."""
 

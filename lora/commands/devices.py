@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from math import isfinite
 from pathlib import Path
@@ -197,24 +196,14 @@ def facts_of(result: Result) -> dict[str, Any]:
 
 def device_facts(device: Device) -> dict[str, Any]:
     """Everything about the device and the software around it that a report needs."""
-    import numpy
+    from lora.training.provenance import versions
 
-    import lora
-
-    maker = device.found.implementation
     return {
         "device": {key: str(value) for key, value in device.facts.info.items()},
         "features": sorted(device.found.features),
         "limits": dict(device.found.limits),
         "matrix_shapes": [vars(shape) for shape in device.found.matrix_shapes],
-        "versions": {
-            "webgpu-lora": lora.__version__,
-            maker.package: maker.version,
-            maker.name: maker.library_version,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-            "system": platform.platform(),
-        },
+        "versions": versions(device),
     }
 
 
