@@ -9,10 +9,13 @@ LONGEST_FIRST := -n auto --dist loadfile --no-loadscope-reorder
 # LLVM's optimizations and with vectors of four that takes two thirds of the time, and gives the same
 # numbers. What computes for minutes keeps them. numpy's threads would spin beside the other workers'.
 QUICK := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=128 OPENBLAS_NUM_THREADS=1
+# Vectors of eight are subgroups of eight lanes, for which llvmpipe has matrix units.
+DAWN := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=256 OPENBLAS_NUM_THREADS=1 LORA_WEBGPU=dawn \
+	VK_DRIVER_FILES=$(abspath $(VENV))/.dawn/driver.json $(VENV)/.dawn/py/bin/python
 # Of the judges' tests, those that compute with tiny models alone.
 TINY := $(addprefix tests/parity/test_,architectures.py peft_adapters.py tokenizers.py)
 
-.PHONY: quickstart test parity parity-long lint clean
+.PHONY: quickstart test test-dawn parity parity-long lint clean
 
 ## quickstart: train a small adapter and print the held-out score before and after
 quickstart: $(VENV)/.vulkan
@@ -23,9 +26,14 @@ quickstart: $(VENV)/.vulkan
 ## test: lint, types, and every test that needs no judge
 test: lint $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
-	$(QUICK) $(BIN)/python -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
+	LORA_WEBGPU=wgpu $(QUICK) $(BIN)/python -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
 		--cov --cov-report=term --durations=10
 	$(BIN)/python -m pytest tests/parity
+
+## test-dawn: the tests of `make test` through Dawn, on a software driver with matrix units
+test-dawn: $(VENV)/.dawn/ready $(VENV)/.vulkan
+	$(BIN)/lora pull smollm2-135m
+	$(DAWN) -m pytest $(LONGEST_FIRST) --ignore=tests/parity --durations=10
 
 ## parity: compare live with PyTorch, transformers, PEFT and llama.cpp
 parity: $(VENV)/.parity $(VENV)/.vulkan
@@ -58,6 +66,10 @@ $(VENV)/.parity: $(VENV)/.test
 
 $(VENV)/.vulkan: $(VENV)/.test scripts/vulkan.sh
 	scripts/vulkan.sh $(BIN)/python
+	touch $@
+
+$(VENV)/.dawn/ready: $(VENV)/.test scripts/dawn_driver.sh
+	scripts/dawn_driver.sh $(BIN)/python $(VENV)/.dawn
 	touch $@
 
 clean:

@@ -57,7 +57,7 @@ from lora.generation.engine import Adapter
 from lora.generation.generator import TextGenerator
 from lora.optim.clipping import gradient_norm
 from lora.shaders.activations import extent_of
-from lora.shaders.device import Device, implementation
+from lora.shaders.device import Device
 from lora.shaders.memory import Memory
 from lora.shaders.program import Dispatch, Program, encode
 from lora.shaders.recording import Recording
@@ -601,7 +601,7 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
     project = tomllib.loads(PROJECT.read_text())["project"]
     results: dict[str, Any] = {
         "device": f"{device.facts.name}, {device.facts.info['description']}",
-        "version": f"webgpu-lora {project['version']} on wgpu {implementation().version}",
+        "version": f"webgpu-lora {project['version']} on {device.facts.software}",
         "bandwidths": bandwidths(device),
         "weight_bytes": sum(matrix.n_bytes for matrix in matrices_of(model)),
         "ours": {},

@@ -53,11 +53,11 @@ def used_memory() -> int | None:
 
 
 def describe(device: Device) -> str:
-    """The GPU and its driver."""
+    """The GPU, its driver, and what WebGPU comes from."""
     named = _nvidia_smi("name,driver_version")
     if named is None or device.facts.is_cpu:
-        return f"{device.facts.name}, {device.facts.info['description']}"
-    return named
+        return f"{device.facts.name}, {device.facts.info['description']}, {device.facts.software}"
+    return f"{named}, {device.facts.software}"
 
 
 def _nvidia_smi(fields: str) -> str | None:

@@ -2,7 +2,7 @@
 # Installs Debian's software Vulkan driver where WebGPU finds no device. $1: the Python to ask.
 set -euo pipefail
 python=$1
-has_device() { "$python" -c 'import sys; from lora.shaders.device import list_devices; sys.exit(not list_devices())' 2>/dev/null; }
+has_device() { "$python" -c 'import sys; from lora.shaders.choice import list_devices; sys.exit(not list_devices("wgpu"))' 2>/dev/null; }
 has_device && exit 0
 if ! command -v apt-get >/dev/null; then
     echo "WebGPU finds no device, and this is no Debian: install a Vulkan driver for your GPU." >&2

@@ -1,4 +1,4 @@
-"""The device: its choice, its facts, its compiled pipelines and who has memory on it."""
+"""The device: its facts, its compiled pipelines and who has memory on it."""
 
 from __future__ import annotations
 
@@ -9,14 +9,15 @@ from functools import cached_property
 from typing import Any
 from weakref import WeakSet
 
+from lora.shaders.choice import Choice, choose_device, say_once
 from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import Arena
 from lora.shaders.recording import Recording
 from lora.shaders.templates import render
-from lora.shaders.webgpu import Buffer, Found, Implementation, OpenDevice, Pipeline, Use
+from lora.shaders.webgpu import MATRIX_FEATURE, Buffer, Found, OpenDevice, Pipeline, Use
 
-_WANTED_FEATURES = ("timestamp-query", "shader-f16", "subgroup")
+_WANTED_FEATURES = ("timestamp-query", "shader-f16", "subgroups", MATRIX_FEATURE)
 _WANTED_LIMITS = (
     "max-buffer-size",
     "max-storage-buffer-binding-size",
@@ -26,74 +27,35 @@ _WANTED_LIMITS = (
     "max-compute-workgroup-size-y",
     "max-storage-buffers-per-shader-stage",
 )
-_COMPUTE_BACKENDS = ("Vulkan", "Metal", "D3D12")
 _CHECKED = "LORA_CHECKED"  # of the environment: 1 compiles every kernel with run-time checks
-
-
-def implementation() -> Implementation:
-    """The implementation of WebGPU that is used."""
-    from lora.shaders.native import WgpuNative  # wgpu only where a device is asked for
-
-    return WgpuNative()
-
-
-def list_devices() -> list[Found]:
-    """The devices that can compute, in WebGPU's order; OpenGL's repeat these and are left out."""
-    return [d for d in implementation().found() if d.info["backend_type"] in _COMPUTE_BACKENDS]
-
-
-def choose_device(wanted: str | int = "auto") -> Found:
-    """The device named by the config's `device:` key.
-
-    Args:
-        wanted: "auto" (a discrete GPU before an integrated one before a software driver), an index
-            into `list_devices()`, or part of a name, in any case.
-
-    Raises:
-        InputError: no device at all, or none that fits.
-    """
-    found = list_devices()
-    if not found:
-        raise InputError(
-            "WebGPU found no device on this machine. Install a Vulkan driver "
-            "(Debian: apt-get install mesa-vulkan-drivers) and see `lora devices`."
-        )
-    listing = ", ".join(f"{i}: {a.info['device']}" for i, a in enumerate(found))
-    text = str(wanted)
-    if text == "auto":
-        order = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 2}
-        return min(found, key=lambda a: order.get(a.info["adapter_type"], 3))
-    if text.isdigit():
-        if int(text) < len(found):
-            return found[int(text)]
-        raise InputError(f"device: {text}: there is no device of that index; there are {listing}.")
-    for one in found:
-        if text.lower() in one.info["device"].lower():
-            return one
-    raise InputError(f"device: {text!r}: no device has that in its name; there are {listing}.")
 
 
 class Device:
     """One open WebGPU device: a context manager.
 
     Args:
-        wanted: see `choose_device`.
+        wanted: see `choice.choose_device`.
         limits: limits to request in place of the device's own (tests ask for WebGPU's defaults).
+        webgpu: the implementation, as the config's `webgpu:`.
 
     Attributes:
         facts: what recording must know of it.
         found: what it was opened from.
         handle: the implementation's device.
+
+    Raises:
+        InputError: there is no such device or implementation, or the driver makes no device of it.
     """
 
-    def __init__(self, wanted: str | int = "auto", limits: Mapping[str, int] | None = None) -> None:
-        self.found = choose_device(wanted)
-        features = [f for f in _WANTED_FEATURES if f in self.found.features]
-        if limits is None:
-            limits = {k: self.found.limits[k] for k in _WANTED_LIMITS if k in self.found.limits}
-        self.handle: OpenDevice = self.found.open(features, limits)
+    def __init__(
+        self,
+        wanted: str | int = "auto",
+        limits: Mapping[str, int] | None = None,
+        webgpu: str = "auto",
+    ) -> None:
+        self.found, self.handle = _open(choose_device(wanted, webgpu), limits)
+        features = _features(self.found)
         self.facts = DeviceFacts.of(self.found, features, self.handle.limits)
-        self._checked = not self.found.bounds_are_kept or os.environ.get(_CHECKED) == "1"
         self._arenas: WeakSet[Arena] = WeakSet()
         self._pipelines: dict[tuple[str, str], Pipeline] = {}
 
@@ -170,10 +132,10 @@ class Device:
     def compile(self, label: str, code: str) -> Pipeline:
         """The pipeline of a kernel's WGSL text, whose entry point is `main`.
 
-        Without run-time checks where the driver keeps every access inside its buffer, unless
-        LORA_CHECKED=1 is set in the environment.
+        With run-time checks where `Found.bounds_are_kept` says so, and where LORA_CHECKED=1 was
+        set in the environment when the device was opened.
         """
-        return self.handle.compile(label, code, checked=self._checked)
+        return self.handle.compile(label, code)
 
     # -- the end --------------------------------------------------------------------------------
 
@@ -189,3 +151,26 @@ class Device:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _features(found: Found) -> list[str]:
+    """Those of use here that a device has."""
+    return [feature for feature in _WANTED_FEATURES if feature in found.features]
+
+
+def _open(choice: Choice, limits: Mapping[str, int] | None) -> tuple[Found, OpenDevice]:
+    """Opens a chosen device, or what the choice has instead; which, and its handle."""
+    found = choice.found
+    asked = limits
+    if asked is None:
+        asked = {k: found.limits[k] for k in _WANTED_LIMITS if k in found.limits}
+    checked = not found.bounds_are_kept or os.environ.get(_CHECKED) == "1"
+    try:
+        return found, found.open(_features(found), asked, checked=checked)
+    except GPUError as error:
+        reason = str(error).splitlines()[0]
+        name = f"{found.implementation.name} makes no device of {found.info['device']}"
+        if choice.instead is None:
+            raise InputError(f"{name} ({reason}); name another in `device`.") from error
+        say_once(f"webgpu: auto: {name} ({reason}); wgpu-native is used.")
+    return _open(Choice(choice.instead), limits)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from lora.shaders.webgpu import Found
+from lora.shaders.webgpu import MATRIX_FEATURE, Found, MatrixShape
 
 
 def _host_memory() -> int | None:
@@ -34,6 +34,15 @@ def multiprocessors_of(name: str) -> int:
     return next((n for words, n in _MULTIPROCESSORS.items() if words in name), MULTIPROCESSORS)
 
 
+def usable_shapes(shapes: Iterable[MatrixShape]) -> tuple[MatrixShape, ...]:
+    """Of the shapes of matrix units those that our kernels can use: f16 factors, f32 sums.
+
+    Sums in f16 would lose what f32 tiles keep, and weights of whole numbers don't meet activations
+    that are.
+    """
+    return tuple(shape for shape in shapes if (shape.inputs, shape.result) == ("f16", "f32"))
+
+
 @dataclass(frozen=True)
 class DeviceFacts:
     """What recording must know of a device.
@@ -49,6 +58,9 @@ class DeviceFacts:
         most_storage_buffers: that one kernel may bind.
         multiprocessors: between which workgroups are divided: WebGPU doesn't tell, a table of names
             does; that of the GPU that plans were fitted on for others.
+        implementation, version: of WebGPU, and of the Python package that it comes in.
+        subgroup_lanes: the fewest and the most of a subgroup; None where it is not known.
+        matrix_shapes: that its matrix units compute and our kernels can use, in the driver's order.
         memory_limit: bytes of all buffers together; None where the device itself says when they
             are too many. A CPU device has the host's memory, and would be killed first.
     """
@@ -63,17 +75,28 @@ class DeviceFacts:
     most_lanes: int
     most_storage_buffers: int
     multiprocessors: int = MULTIPROCESSORS
+    implementation: str = "wgpu-native"
+    version: str = ""
+    subgroup_lanes: tuple[int, int] | None = None
+    matrix_shapes: tuple[MatrixShape, ...] = ()
     memory_limit: int | None = None
+
+    @property
+    def software(self) -> str:
+        """The implementation and the version of its package, as reports name them."""
+        return f"{self.implementation} {self.version}"
 
     @classmethod
     def of(cls, found: Found, features: Iterable[str], limits: Mapping[str, int]) -> DeviceFacts:
         """Of a device that was opened with these features and limits."""
         is_cpu = found.info["adapter_type"] == "CPU"
+        enabled = frozenset(features)
+        shapes = usable_shapes(found.matrix_shapes) if MATRIX_FEATURE in enabled else ()
         return cls(
             name=found.info["device"],
             info=dict(found.info),
             is_cpu=is_cpu,
-            features=frozenset(features),
+            features=enabled,
             max_buffer=int(limits["max-buffer-size"]),
             max_binding=int(
                 min(limits["max-storage-buffer-binding-size"], limits["max-buffer-size"])
@@ -87,5 +110,9 @@ class DeviceFacts:
             ),
             most_storage_buffers=int(limits["max-storage-buffers-per-shader-stage"]),
             multiprocessors=multiprocessors_of(found.info["device"]),
+            implementation=found.implementation.name,
+            version=found.implementation.version,
+            subgroup_lanes=found.subgroup_lanes,
+            matrix_shapes=shapes,
             memory_limit=_host_memory() if is_cpu else None,
         )

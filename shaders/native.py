@@ -6,28 +6,21 @@ The dependency is pinned below 0.33, and tests/shaders/test_native.py holds what
 
 from __future__ import annotations
 
-import os
-import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from functools import cache
 from threading import Lock
 from typing import Any
 
-import numpy as np
 import wgpu
 
-from lora.shaders.errors import GPUError
-from lora.shaders.webgpu import Buffer, Encoder, Found, Launch, Stamps, Use
+from lora.shaders.python_api import PythonDevice, PythonMapped, quiet_loader, translated
+from lora.shaders.webgpu import Buffer, Found, MatrixShape
 
 _NO_CHECKS = 0  # WGPUShaderRuntimeChecks_None of wgpu.h
 # wgpu-native (wgpu-py 0.32) ended the process where two threads opened devices at once (H100).
 _OPENING = Lock()
-_USAGES = {
-    Use.STORAGE: wgpu.BufferUsage.STORAGE | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC,
-    Use.UNIFORM: wgpu.BufferUsage.UNIFORM | wgpu.BufferUsage.COPY_DST | wgpu.BufferUsage.COPY_SRC,
-    Use.RESULT: wgpu.BufferUsage.MAP_READ | wgpu.BufferUsage.COPY_DST,
-}
+_ERRORS = (wgpu.GPUError,)
+_OWN_NAMES = {"subgroups": "subgroup"}  # WebGPU's names of features, and wgpu-py's
 # wgpu-native asks Vulkan for robust buffer access and D3D12 has it for descriptor tables; Metal
 # has none.
 _BOUNDS_ARE_KEPT = ("Vulkan", "D3D12")
@@ -41,88 +34,63 @@ def _inner() -> Any:
     return _api
 
 
-@contextmanager
-def _translated_errors() -> Iterator[None]:
-    """wgpu-py's errors as this project's."""
-    try:
-        yield
-    except wgpu.GPUError as error:
-        raise GPUError(str(error)) from error
-
-
-@contextmanager
-def _quiet_loader() -> Iterator[None]:
-    """The Vulkan loader warns where XDG_RUNTIME_DIR is unset (containers, services)."""
-    if "XDG_RUNTIME_DIR" in os.environ or os.name != "posix":
-        yield
-        return
-    os.environ["XDG_RUNTIME_DIR"] = tempfile.gettempdir()
-    try:
-        yield
-    finally:
-        del os.environ["XDG_RUNTIME_DIR"]
-
-
 class WgpuNative:
     """See `webgpu.Implementation`."""
 
     name = "wgpu-native"
+    setting = "wgpu"
+    package = "wgpu"
     version: str = wgpu.__version__
+
+    @property
+    def library_version(self) -> str:
+        """See `webgpu.Implementation`."""
+        from wgpu.backends import wgpu_native
+
+        return str(wgpu_native.__version__)
 
     def found(self) -> list[Found]:
         """See `webgpu.Implementation`."""
-        with _OPENING, _quiet_loader():
-            return [_Found(adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
+        with _OPENING, quiet_loader():
+            return [_Found(self, adapter) for adapter in wgpu.gpu.enumerate_adapters_sync()]
 
 
 class _Found:
     """See `webgpu.Found`."""
 
-    def __init__(self, adapter: wgpu.GPUAdapter) -> None:
+    # wgpu-native lists cooperative matrices, and offers no way to ask for them.
+    matrix_shapes: tuple[MatrixShape, ...] = ()
+    subgroup_lanes: tuple[int, int] | None = None  # wgpu-py gives constants
+
+    def __init__(self, implementation: WgpuNative, adapter: wgpu.GPUAdapter) -> None:
+        self.implementation = implementation
         self._adapter = adapter
         self.info: dict[str, Any] = dict(adapter.info)
-        self.features = frozenset(adapter.features)
+        names = {own: name for name, own in _OWN_NAMES.items()}
+        self.features = frozenset(names.get(own, own) for own in adapter.features)
         self.limits: dict[str, int] = dict(adapter.limits)
         self.bounds_are_kept = self.info["backend_type"] in _BOUNDS_ARE_KEPT
 
-    def open(self, features: Iterable[str], limits: Mapping[str, int]) -> NativeDevice:
+    def open(
+        self, features: Iterable[str], limits: Mapping[str, int], *, checked: bool
+    ) -> NativeDevice:
         """See `webgpu.Found`."""
-        with _OPENING, _quiet_loader(), _translated_errors():
+        asked = sorted(_OWN_NAMES.get(name, name) for name in features)
+        with _OPENING, quiet_loader(), translated((*_ERRORS, RuntimeError)):
             device = self._adapter.request_device_sync(
-                required_features=sorted(features), required_limits=dict(limits)
+                required_features=asked, required_limits=dict(limits)
             )
-        return NativeDevice(device)
+        return NativeDevice(device, checked=checked)
 
 
-class NativeDevice:
+class NativeDevice(PythonDevice):
     """See `webgpu.OpenDevice`."""
 
-    def __init__(self, device: wgpu.GPUDevice) -> None:
-        self.wgpu = device
-        self._queue: wgpu.GPUQueue = device.queue
-        self.limits: dict[str, int] = dict(device.limits)
+    def __init__(self, device: wgpu.GPUDevice, *, checked: bool) -> None:
+        super().__init__(device, wgpu, _inner(), _ERRORS)
+        self._checked = checked
 
-    def create_buffer(self, n_bytes: int, use: Use) -> Buffer:
-        """See `webgpu.OpenDevice`."""
-        with _translated_errors():
-            buffer: Buffer = self.wgpu.create_buffer(size=n_bytes, usage=_USAGES[use])
-            return buffer
-
-    def write(self, buffer: Buffer, offset: int, data: Any) -> None:
-        """See `webgpu.OpenDevice`."""
-        self._queue.write_buffer(buffer, offset, data)
-
-    def release_staging(self) -> None:
-        """See `webgpu.OpenDevice`. An empty submission makes wgpu hand that memory back."""
-        self._queue.submit([])
-
-    def read(self, buffer: Buffer, offset: int, n_bytes: int) -> memoryview:
-        """See `webgpu.OpenDevice`."""
-        with _translated_errors():
-            data: memoryview = self._queue.read_buffer(buffer, offset, n_bytes)
-            return data
-
-    def map_for_reading(self, buffer: Buffer) -> _Mapped:
+    def map_for_reading(self, buffer: Buffer) -> PythonMapped:
         """See `webgpu.OpenDevice`.
 
         wgpu-py's `map_async` wakes a thread that waits until all submitted work is done, and while
@@ -131,124 +99,34 @@ class NativeDevice:
         """
         poller, self.wgpu._poller = self.wgpu._poller, _NoPoller()
         try:
-            return _Mapped(buffer, buffer.map_async("READ_NOSYNC"))  # type: ignore[attr-defined]
+            promise = buffer.map_async("READ_NOSYNC")  # type: ignore[attr-defined]
+            return PythonMapped(buffer, promise, _ERRORS)
         finally:
             self.wgpu._poller = poller
 
-    def poll(self) -> None:
-        """See `webgpu.OpenDevice`. wgpu-py's blocking poll waits for later steps, too."""
-        self.wgpu._poll()
+    def _module(self, label: str, code: str) -> wgpu.GPUShaderModule:
+        """Compiles WGSL, without run-time checks where the device was opened so.
 
-    def compile(self, label: str, code: str, *, checked: bool) -> wgpu.GPUComputePipeline:
-        """See `webgpu.OpenDevice`."""
-        with _translated_errors():
-            if checked:
-                module = self.wgpu.create_shader_module(label=label, code=code)
-            else:
-                module = _trusted_shader_module(self.wgpu, label, code)
-            return self.wgpu.create_compute_pipeline(
-                label=label, layout="auto", compute={"module": module, "entry_point": "main"}
-            )
-
-    def bind_group(
-        self, pipeline: wgpu.GPUComputePipeline, ranges: Sequence[tuple[Buffer, int, int]]
-    ) -> wgpu.GPUBindGroup:
-        """See `webgpu.OpenDevice`."""
-        with _translated_errors():
-            return self.wgpu.create_bind_group(
-                layout=pipeline.get_bind_group_layout(0),
-                entries=[
-                    {"binding": i, "resource": {"buffer": buffer, "offset": offset, "size": size}}
-                    for i, (buffer, offset, size) in enumerate(ranges)
-                ],
-            )
-
-    def query_set(self, count: int) -> wgpu.GPUQuerySet:
-        """See `webgpu.OpenDevice`."""
-        return self.wgpu.create_query_set(type="timestamp", count=count)
-
-    def encoder(self) -> _Encoder:
-        """See `webgpu.OpenDevice`."""
-        return _Encoder(self.wgpu.create_command_encoder())
-
-    def submit(self, commands: wgpu.GPUCommandBuffer) -> None:
-        """See `webgpu.OpenDevice`."""
-        with _translated_errors():
-            self._queue.submit([commands])
-
-    def submit_timed(self, encoder: Encoder, queries: wgpu.GPUQuerySet, count: int) -> list[int]:
-        """See `webgpu.OpenDevice`.
-
-        wgpu gives ticks; one tick is one nanosecond on every device seen (NVIDIA, llvmpipe).
+        For code it can't trust wgpu clamps every dynamic index and counts the turns of every loop.
+        Our kernels are our own: their loops end and their indices stay in range, and the checks
+        cost a tenth of a matmul's speed (docs/log.md). The driver's robust buffer access stays on:
+        a stray read cannot leave its buffer.
         """
-        usage = wgpu.BufferUsage.QUERY_RESOLVE | wgpu.BufferUsage.COPY_SRC
-        resolved = self.wgpu.create_buffer(size=8 * count, usage=usage)
-        assert isinstance(encoder, _Encoder)
-        encoder.inner.resolve_query_set(queries, 0, count, resolved, 0)
-        self.submit(encoder.finish())
-        ticks = np.frombuffer(self.read(resolved, 0, 8 * count), np.uint64)
-        resolved.destroy()
-        return [int(tick) for tick in ticks]
-
-    def close(self) -> None:
-        """See `webgpu.OpenDevice`."""
-        self.wgpu.destroy()
-
-
-class _Encoder:
-    """See `webgpu.Encoder`."""
-
-    def __init__(self, inner: wgpu.GPUCommandEncoder) -> None:
-        self.inner = inner
-
-    def dispatches(self, launches: Iterable[Launch], stamps: Stamps | None = None) -> None:
-        """See `webgpu.Encoder`."""
-        options: dict[str, Any] = {}
-        if stamps is not None:
-            queries, before, after = stamps
-            options["timestamp_writes"] = {
-                "query_set": queries,
-                "beginning_of_pass_write_index": before,
-                "end_of_pass_write_index": after,
-            }
-        compute_pass = self.inner.begin_compute_pass(**options)
-        _encode_dispatches(compute_pass, launches)
-        compute_pass.end()
-
-    def copy(
-        self, source: Buffer, source_offset: int, target: Buffer, offset: int, n_bytes: int
-    ) -> None:
-        """See `webgpu.Encoder`."""
-        self.inner.copy_buffer_to_buffer(source, source_offset, target, offset, n_bytes)
-
-    def clear(self, buffer: Buffer, offset: int, n_bytes: int) -> None:
-        """See `webgpu.Encoder`."""
-        self.inner.clear_buffer(buffer, offset, n_bytes)
-
-    def finish(self) -> wgpu.GPUCommandBuffer:
-        """See `webgpu.Encoder`."""
-        with _translated_errors():
-            return self.inner.finish()
-
-
-class _Mapped:
-    """See `webgpu.Mapped`."""
-
-    def __init__(self, buffer: Any, promise: Any) -> None:
-        self._buffer = buffer
-        self._promise = promise
-
-    def arrived(self) -> bool:
-        """See `webgpu.Mapped`."""
-        return bool(self._promise._state != "pending")
-
-    def take(self) -> bytes:
-        """See `webgpu.Mapped`."""
-        with _translated_errors():
-            self._promise.sync_wait()
-            data = bytes(self._buffer.read_mapped())
-            self._buffer.unmap()
-        return data
+        if self._checked:
+            return super()._module(label, code)
+        api, device = _inner(), self.wgpu
+        source = api.new_struct_p("WGPUShaderSourceWGSL *", code=api.to_c_string_view(code))
+        source[0].chain.next = api.ffi.NULL
+        source[0].chain.sType = api.lib.WGPUSType_ShaderSourceWGSL
+        descriptor = api.new_struct_p(
+            "WGPUShaderModuleDescriptor *",
+            nextInChain=api.ffi.cast("WGPUChainedStruct *", source),
+            label=api.to_c_string_view(label),
+        )
+        module = api.libf.wgpuDeviceCreateShaderModuleTrusted(
+            device._internal, descriptor, _NO_CHECKS
+        )
+        return api.GPUShaderModule(label, module, device)
 
 
 class _NoPoller:
@@ -259,46 +137,3 @@ class _NoPoller:
 
     def set_done(self) -> None:
         """The end of what was never begun."""
-
-
-def _trusted_shader_module(device: wgpu.GPUDevice, label: str, code: str) -> wgpu.GPUShaderModule:
-    """Compiles WGSL as `device.create_shader_module` does, without run-time checks.
-
-    For code it can't trust wgpu clamps every dynamic index and counts the turns of every loop. Our
-    kernels are our own: their loops end and their indices stay in range, and the checks cost a
-    tenth of a matmul's speed (docs/log.md). The driver's robust buffer access stays on: a stray
-    read cannot leave its buffer.
-    """
-    api = _inner()
-    source = api.new_struct_p("WGPUShaderSourceWGSL *", code=api.to_c_string_view(code))
-    source[0].chain.next = api.ffi.NULL
-    source[0].chain.sType = api.lib.WGPUSType_ShaderSourceWGSL
-    descriptor = api.new_struct_p(
-        "WGPUShaderModuleDescriptor *",
-        nextInChain=api.ffi.cast("WGPUChainedStruct *", source),
-        label=api.to_c_string_view(label),
-    )
-    module = api.libf.wgpuDeviceCreateShaderModuleTrusted(device._internal, descriptor, _NO_CHECKS)
-    return api.GPUShaderModule(label, module, device)
-
-
-def _encode_dispatches(
-    compute_pass: wgpu.GPUComputePassEncoder, launches: Iterable[Launch]
-) -> None:
-    """Appends launches to a pass.
-
-    As the pass's own methods do, but without their error scope around each of three calls: a step
-    has a thousand dispatches. What is wrong shows when the encoder finishes.
-    """
-    lib, no_offsets = _inner().lib, _inner().ffi.NULL
-    set_pipeline = lib.wgpuComputePassEncoderSetPipeline
-    set_bind_group = lib.wgpuComputePassEncoderSetBindGroup
-    dispatch = lib.wgpuComputePassEncoderDispatchWorkgroups
-    inner = compute_pass._internal
-    last = None
-    for pipeline, bind_group, (x, y, z) in launches:
-        if pipeline is not last:
-            set_pipeline(inner, pipeline._internal)
-            last = pipeline
-        set_bind_group(inner, 0, bind_group._internal, 0, no_offsets)
-        dispatch(inner, x, y, z)

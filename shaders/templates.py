@@ -17,7 +17,12 @@ if TYPE_CHECKING:
     import jinja2
 
 _FOLDER = Path(__file__).parent / "wgsl"
-_HALF = re.compile(r"\bf16\b")
+# What a kernel must enable before it may use it, in the order in which they are written.
+_ENABLED = {
+    "f16": re.compile(r"\bf16\b"),
+    "subgroups": re.compile(r"\bsubgroup[A-Z_]\w*"),
+    "chromium_experimental_subgroup_matrix": re.compile(r"\bsubgroup(Matrix|_matrix)\w*"),
+}
 
 
 @cache
@@ -37,7 +42,13 @@ def _environment() -> jinja2.Environment:
 def render(template: str, constants: dict[str, Any]) -> str:
     """The WGSL text of `shaders/wgsl/{template}.wgsl`. An unknown constant is an error.
 
-    A kernel that comes out with f16 in it gets the directive that allows that.
+    A kernel gets the directives that allow what comes out in it.
     """
-    code = _environment().get_template(f"{template}.wgsl").render(**constants)
-    return f"enable f16;\n{code}" if _HALF.search(re.sub(r"//.*", "", code)) else code
+    return with_directives(_environment().get_template(f"{template}.wgsl").render(**constants))
+
+
+def with_directives(code: str) -> str:
+    """WGSL with `enable` lines on top, for those of f16, subgroups and their matrices it uses."""
+    text = re.sub(r"//.*", "", code)
+    names = [name for name, used in _ENABLED.items() if used.search(text)]
+    return "".join(f"enable {name};\n" for name in names) + code

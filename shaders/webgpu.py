@@ -1,7 +1,7 @@
-"""What is asked of a WebGPU implementation: the seam behind which wgpu-native stands.
+"""What is asked of a WebGPU implementation: the seam behind which wgpu-native and Dawn stand.
 
-shaders/native.py is the one implementation so far. Nothing outside shaders/ imports an
-implementation or knows its inner functions; inside, only native.py does.
+shaders/native.py is wgpu-native, shaders/dawn.py is Dawn, and shaders/python_api.py is what their
+packages have in common. Nothing else imports an implementation or knows its inner functions.
 
 Pipelines, bind groups, query sets and encoded commands are whatever the implementation makes them:
 they are only handed back to it.
@@ -10,6 +10,7 @@ they are only handed back to it.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
@@ -20,6 +21,30 @@ Commands = Any
 Launch = tuple[Pipeline, BindGroup, tuple[int, int, int]]  # the last the grid of workgroups
 UNIFORM = 0x40  # of a buffer's flags
 Stamps = tuple[QuerySet, int, int]  # which queries take the times before and after a pass
+MATRIX_FEATURE = "chromium-experimental-subgroup-matrix"  # Dawn's name; WebGPU has none yet
+
+
+@dataclass(frozen=True, order=True)
+class MatrixShape:
+    """A product that a GPU's matrix units compute: [m, k] · [k, n] added to [m, n].
+
+    Attributes:
+        m, n, k: rows of the result, its columns, and the length of the sums.
+        inputs: type of both factors, as WGSL names it (f16, f32, i8, u8).
+        result: type of the sums (f16, f32, i32, u32).
+        least_lanes, most_lanes: of the subgroups that compute it together.
+    """
+
+    m: int
+    n: int
+    k: int
+    inputs: str
+    result: str
+    least_lanes: int
+    most_lanes: int
+
+    def __str__(self) -> str:
+        return f"{self.inputs}→{self.result} {self.m}×{self.n}×{self.k}"
 
 
 class Use(Enum):
@@ -106,11 +131,8 @@ class OpenDevice(Protocol):
     def poll(self) -> None:
         """Finds out what has ended, without waiting."""
 
-    def compile(self, label: str, code: str, *, checked: bool) -> Pipeline:
+    def compile(self, label: str, code: str) -> Pipeline:
         """The pipeline of a kernel's WGSL text, whose entry point is `main`.
-
-        Args:
-            checked: with the implementation's own checks of indices and loops.
 
         Raises:
             GPUError: the code is wrong.
@@ -146,21 +168,43 @@ class Found(Protocol):
 
     @property
     def features(self) -> frozenset[str]:
-        """WebGPU's features, by their names with hyphens."""
+        """WebGPU's features, by their names with hyphens, whatever the implementation's are."""
 
     @property
     def limits(self) -> Mapping[str, int]:
         """The most that can be asked for."""
 
     @property
-    def bounds_are_kept(self) -> bool:
-        """Whether the driver guarantees that no kernel leaves its buffers (robust access).
+    def implementation(self) -> Implementation:
+        """Whose it is."""
 
-        Where it does not, kernels run with the implementation's own checks.
+    @property
+    def subgroup_lanes(self) -> tuple[int, int] | None:
+        """The fewest and the most lanes of a subgroup; None where the implementation can't tell."""
+
+    @property
+    def matrix_shapes(self) -> tuple[MatrixShape, ...]:
+        """What its matrix units compute, in the driver's order; empty where none can be reached."""
+
+    @property
+    def bounds_are_kept(self) -> bool:
+        """Whether kernels may run without the implementation's own checks.
+
+        Where neither the driver keeps every access inside its buffers (robust access) nor the
+        checks cost little, they run with them.
         """
 
-    def open(self, features: Iterable[str], limits: Mapping[str, int]) -> OpenDevice:
-        """Opens it with these features and limits."""
+    def open(
+        self, features: Iterable[str], limits: Mapping[str, int], *, checked: bool
+    ) -> OpenDevice:
+        """Opens it with these features and limits.
+
+        Args:
+            checked: kernels are compiled with the implementation's own checks of indices and loops.
+
+        Raises:
+            GPUError: the driver makes no such device.
+        """
 
 
 class Implementation(Protocol):
@@ -171,8 +215,20 @@ class Implementation(Protocol):
         """As reports call it."""
 
     @property
+    def setting(self) -> str:
+        """As the config's `webgpu:` calls it."""
+
+    @property
+    def package(self) -> str:
+        """The Python package that it comes in."""
+
+    @property
     def version(self) -> str:
-        """Of the package it comes in."""
+        """Of that package, which holds one version of the implementation."""
+
+    @property
+    def library_version(self) -> str:
+        """Of the implementation itself."""
 
     def found(self) -> list[Found]:
         """The devices of this machine, in its order."""

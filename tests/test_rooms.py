@@ -42,16 +42,24 @@ def test_nothing_imports_a_judge_or_a_room_by_its_bare_name() -> None:
         assert not first & (JUDGES | (set(ROOMS) - {"lora"})), module
 
 
-def test_one_file_knows_the_implementation_of_webgpu() -> None:
-    """All others go through shaders/webgpu.py; of tests its own may look behind it."""
-    files = [*module_files().values(), *(REPOSITORY / "benchmarks").rglob("*.py")]
-    files += [path for path in (REPOSITORY / "tests").rglob("*.py")]
+@pytest.mark.parametrize(
+    ("package", "files"),
+    [
+        ("wgpu", {"shaders/native.py"}),
+        # The second asks Dawn's compiler in a process of its own.
+        ("wgpudawn", {"shaders/dawn.py", "tests/support/tint.py"}),
+    ],
+)
+def test_one_file_knows_an_implementation_of_webgpu(package: str, files: set[str]) -> None:
+    """All others go through shaders/webgpu.py."""
+    every = [*module_files().values(), *(REPOSITORY / "benchmarks").rglob("*.py")]
+    every += [path for path in (REPOSITORY / "tests").rglob("*.py")]
     knowing = {
         str(path.relative_to(REPOSITORY))
-        for path in files
-        if any(name.split(".")[0] == "wgpu" for name in imported_names(path))
+        for path in every
+        if any(name.split(".")[0] == package for name in imported_names(path))
     }
-    assert knowing == {"shaders/native.py"}
+    assert knowing == files
 
 
 def test_tests_and_benchmarks_share_through_support_alone() -> None:

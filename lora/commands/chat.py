@@ -15,6 +15,7 @@ from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
 from lora.generation.sampling import Sampler, Sampling
+from lora.shaders.choice import Wanted
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
 
@@ -329,7 +330,7 @@ def chat(
     max_tokens: int,
     tokenizer: str | None = None,
     max_length: int | None,
-    device: str,
+    device: Wanted,
 ) -> None:
     """Opens a model with its adapters and converses on the terminal: the command `lora chat`.
 
@@ -341,7 +342,7 @@ def chat(
         max_tokens: of one answer.
         tokenizer: a tokenizer.json in place of the GGUF's own.
         max_length: the room of the conversation; None for what suits the model.
-        device: as in the config.
+        device: as in the config, with the implementation of WebGPU.
 
     Raises:
         InputError: something can't be opened, or the model has no chat template.

@@ -13,6 +13,14 @@ from lora.commands.devices import devices_command
 from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
 from lora.commands.init import init_command
+from lora.commands.options import (
+    ConfigArgument,
+    DeviceName,
+    Overrides,
+    WebGPUName,
+    WebGPUOverride,
+    overrides,
+)
 from lora.commands.tune import tune_command
 from lora.shaders.errors import InputError, LoraError
 
@@ -40,12 +48,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 console = Console()
-
-ConfigArgument = Annotated[str, typer.Argument(help="A YAML config.")]
-Overrides = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
-]
 
 
 def _print_version(asked: bool) -> None:
@@ -76,16 +78,20 @@ app.command(name="init")(init_command)
 def train(
     config: ConfigArgument,
     set_: Overrides = None,
+    webgpu: WebGPUOverride = None,
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
 ) -> None:
     """Train an adapter; Ctrl-C saves a checkpoint and says how to resume."""
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
+    from lora.training.checkpoint import device_of_then
     from lora.training.run import Interrupted, run_training
     from lora.training.session import TrainingSession
 
-    session = TrainingSession(load_config(config, set_ or []))
+    given = overrides(set_, webgpu)
+    loaded = load_config(config, given)
+    session = TrainingSession(loaded, device=device_of_then(loaded) if resume else None)
     print_plan(console, session.plan)
     if dry_run:
         return
@@ -93,15 +99,15 @@ def train(
         with TrainingProgress(console, session) as progress:
             output = run_training(session, resuming=resume, listeners=[progress])
     except Interrupted as stop:
-        given = "".join(f" --set {value}" for value in set_ or [])
+        options = "".join(f" --set {value}" for value in given)
         console.print(f"Stopped; saved {stop.checkpoint}.")
-        console.print(f"Go on with: lora train {config}{given} --resume", highlight=False)
+        console.print(f"Go on with: lora train {config}{options} --resume", highlight=False)
         raise typer.Exit(130) from None
     console.print(f"Saved the adapter to {output}.")
 
 
 @app.command()
-def plan(config: ConfigArgument, set_: Overrides = None) -> None:
+def plan(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
     """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
     from lora.commands.progress import print_plan
     from lora.config.schema import load_config
@@ -111,9 +117,9 @@ def plan(config: ConfigArgument, set_: Overrides = None) -> None:
     from lora.training.profiling import expected_seconds, measure_peaks
     from lora.training.workload import Workload
 
-    loaded = load_config(config, set_ or [])
+    loaded = load_config(config, overrides(set_, webgpu))
     workload = Workload.open(loaded, train=True)
-    with Device(loaded.device) as device:
+    with Device(loaded.device, webgpu=loaded.webgpu) as device:
         plans = find_tiles(device, loaded.train.tuning)
         planned = SessionPlan.of(device.facts, workload, plans)
         seconds = None
@@ -123,13 +129,13 @@ def plan(config: ConfigArgument, set_: Overrides = None) -> None:
 
 
 @app.command()
-def bench(config: ConfigArgument, set_: Overrides = None) -> None:
+def bench(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
     """Where a step's time goes, kernel by kernel, against the device's measured peaks."""
     from lora.config.schema import load_config
     from lora.training.profiling import kernel_table, measure_peaks, print_kernels
     from lora.training.session import TrainingSession
 
-    session = TrainingSession(load_config(config, set_ or []))
+    session = TrainingSession(load_config(config, overrides(set_, webgpu)))
     assert session.stream is not None
     for _, batches in zip(range(3), session.stream, strict=False):
         session.step(batches)
@@ -158,7 +164,6 @@ TokenizerFile = Annotated[
     str | None,
     typer.Option(help="A tokenizer.json, or its directory, in place of the GGUF's own."),
 ]
-DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name.")]
 ORDER_OF_SAMPLING = (
     "A token is chosen as in transformers: repetition penalty over the whole text, temperature, "
     "top-k, top-p, min-p, in this order (llama.cpp has the temperature last and penalizes the last "
@@ -227,11 +232,13 @@ def generate(
     seed: Seed = None,
     tokenizer: TokenizerFile = None,
     device: DeviceName = "auto",
+    webgpu: WebGPUName = "auto",
 ) -> None:
     """Continue a text with the tuned model."""
     from lora.commands.chat import check_can_chat, conversation_ids
     from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
+    from lora.shaders.choice import Wanted
 
     sampling = _check_draws(
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), GREEDY
@@ -241,7 +248,11 @@ def generate(
         check_can_chat(model, tokenizer)
     adapters = {} if adapter is None else {"adapter": adapter}
     generator = open_generator(
-        model, adapters, tokenizer=tokenizer, max_length=max_length, device=device
+        model,
+        adapters,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        device=Wanted(device, webgpu),
     )
     text: str | list[int] = prompt
     if chat:
@@ -271,10 +282,12 @@ def converse(
     seed: Seed = None,
     tokenizer: TokenizerFile = None,
     device: DeviceName = "auto",
+    webgpu: WebGPUName = "auto",
 ) -> None:
     """Converse with a model, with adapters to switch on, off and between."""
     from lora.commands.chat import chat
     from lora.generation.sampling import Sampling
+    from lora.shaders.choice import Wanted
 
     by_default = Sampling(CHAT_TEMPERATURE, CHAT_TOP_K, CHAT_TOP_P, CHAT_MIN_P)
     sampling = Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed)
@@ -286,7 +299,7 @@ def converse(
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         max_length=max_length,
-        device=device,
+        device=Wanted(device, webgpu),
     )
 
 

@@ -3,23 +3,24 @@
 from __future__ import annotations
 
 import json
-import platform
 from collections import Counter
 from math import isfinite
 from pathlib import Path
+from textwrap import fill
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:  # imported where they are used: --help is quick
     from lora.checks.suite import Result
     from lora.shaders.device import Device
+    from lora.shaders.webgpu import Found
 
 _REPORT = Path("lora-check.json")
+_COLUMNS = 80
+_FEATURES = ("shader-f16", "subgroups", "timestamp-query")  # of use here
 
 
 def devices_command(
@@ -29,47 +30,107 @@ def devices_command(
     device: Annotated[
         str, typer.Option(help="For --check: auto, an index, or part of a name.")
     ] = "auto",
+    webgpu: Annotated[
+        str, typer.Option(help="For --check: auto, wgpu or dawn, the implementation.")
+    ] = "auto",
     output: Annotated[
         Path, typer.Option(help="For --check: the file to attach to a report.")
     ] = _REPORT,
 ) -> None:
-    """The devices that WebGPU sees; with --check, whether one computes what it should.
+    """The devices that wgpu-native and Dawn see; with --check, whether one computes what it should.
 
     The check runs every kernel on small shapes against numpy in float64. A minute or two; exit
     status 1 where one failed. The file it writes says all that a report needs.
     """
     if check:
-        if not run_check(device, output):
+        if not run_check(device, output, webgpu):
             raise typer.Exit(1)
         return
-    if device != "auto" or output != _REPORT:
-        raise InputError("--device and --output belong to --check: add it, or leave them out.")
-    from lora.shaders.device import list_devices
-
-    found = list_devices()
-    if not found:
+    if (device, webgpu, output) != ("auto", "auto", _REPORT):
         raise InputError(
-            "WebGPU found no device on this machine. Install a Vulkan driver "
-            "(Debian: apt-get install mesa-vulkan-drivers)."
+            "--device, --webgpu and --output belong to --check: add it, or leave them out."
         )
-    table = Table("index", "name", "kind", "backend", "driver", "binding", "workgroup", "features")
-    for index, one in enumerate(found):
-        info, limits = one.info, one.limits
-        table.add_row(
-            str(index),
-            info["device"],
-            info["adapter_type"],
-            info["backend_type"],
-            info["description"],
-            f"{limits['max-storage-buffer-binding-size'] / 2**20:.0f} MiB",
-            f"{limits['max-compute-workgroup-storage-size'] / 2**10:.0f} KiB",
-            ", ".join(f for f in ("shader-f16", "subgroup", "timestamp-query")
-                      if f in one.features),
-        )  # fmt: skip
-    Console().print(table)
+    for line in listing():
+        print(line)
 
 
-def run_check(wanted: str, output: Path) -> bool:
+def listing() -> list[str]:
+    """What both implementations see, and what `auto` takes, in lines of 80 columns.
+
+    Raises:
+        InputError: neither sees a device.
+    """
+    from lora.shaders.choice import UnavailableError, asked_for, choose, list_devices
+
+    lines: list[str] = []
+    found: dict[str, list[Found]] = {}
+    for setting, name in (("wgpu", "wgpu-native"), ("dawn", "Dawn")):
+        lines.append(f"{name} (webgpu: {setting})")
+        found[setting] = []
+        try:
+            found[setting] = list_devices(setting)
+        except UnavailableError as reason:
+            lines += _wrapped(f"{reason}.", "  ")
+            continue
+        if not found[setting]:
+            lines.append("  no device")
+        for index, one in enumerate(found[setting]):
+            lines += device_lines(index, one)
+    asked = asked_for()
+    chosen = choose(asked, "auto", found["wgpu"], found["dawn"]).found
+    maker = chosen.implementation
+    by = "webgpu: auto" if asked == "auto" else f"LORA_WEBGPU={asked}"
+    taken = f"{by} takes {chosen.info['device']} through {maker.name} "
+    return [*lines, "", *_wrapped(f"{taken}({maker.package} {maker.version}).", "")]
+
+
+def device_lines(index: int, found: Found) -> list[str]:
+    """A device as the listing has it."""
+    from lora.shaders.facts import usable_shapes
+
+    info, limits = found.info, found.limits
+    features = [name for name in _FEATURES if name in found.features]
+    usable = usable_shapes(found.matrix_shapes)
+    others = [shape for shape in found.matrix_shapes if shape not in usable]
+    rows = {
+        "kind": f"{info['adapter_type']}, {info['backend_type']}",
+        "driver": info["description"] or "not told",
+        "limits": f"buffer {_size(limits['max-buffer-size'])}, "
+        f"binding {_size(limits['max-storage-buffer-binding-size'])}, "
+        f"workgroup {_size(limits['max-compute-workgroup-storage-size'])} and "
+        f"{limits['max-compute-invocations-per-workgroup']} lanes, "
+        f"{limits['max-storage-buffers-per-shader-stage']} buffers a kernel",
+        "features": ", ".join(features) or "none of use here",
+        "matrix units": ", ".join(map(str, usable)) or "none that kernels here can use",
+    }
+    if found.subgroup_lanes is not None:
+        least, most = found.subgroup_lanes
+        rows["features"] += f"; subgroups of {least if least == most else f'{least} to {most}'}"
+    if others:
+        rows["matrix units"] += f" (others: {', '.join(map(str, others))})"
+    lines = _wrapped(f"{index}  {info['device']}", "  ", "     ")
+    for name, value in rows.items():
+        lines += _wrapped(f"{name + ':':<14}{value}", "     ", " " * 19)
+    return lines
+
+
+def _wrapped(text: str, indent: str, further: str | None = None) -> list[str]:
+    """A text in lines of 80 columns."""
+    return fill(
+        text, _COLUMNS, initial_indent=indent,
+        subsequent_indent=indent if further is None else further,
+    ).splitlines()  # fmt: skip
+
+
+def _size(n_bytes: int) -> str:
+    """Bytes in the unit that leaves few digits."""
+    for unit, name in ((40, "TiB"), (30, "GiB"), (20, "MiB")):
+        if n_bytes >= 1 << unit:
+            return f"{n_bytes / (1 << unit):.4g} {name}"
+    return f"{n_bytes / 1024:.4g} KiB"
+
+
+def run_check(wanted: str, output: Path, webgpu: str = "auto") -> bool:
     """Checks a device, prints a table of 80 columns and writes the file; whether all passed.
 
     The file is written anew after each check and names the next one: a driver that ends the
@@ -81,7 +142,7 @@ def run_check(wanted: str, output: Path) -> bool:
     from lora.checks.suite import ALL_CHECKS, run_checks
     from lora.shaders.device import Device
 
-    first = [Device(wanted)]  # a wrong name is the user's error
+    first = [Device(wanted, webgpu=webgpu)]  # a wrong name is the user's error
     report = {**device_facts(first[0]), "finished": False, "checks": []}
     print(f"{report['device']['device']}, {report['device']['description']}")
     print(f"{'kernel':<24}{'shape':<32}{'error':>8} {'bound':>7} result")
@@ -90,7 +151,7 @@ def run_check(wanted: str, output: Path) -> bool:
     write_report(output, {**report, "running": names[0]})
 
     def open_device() -> Device:
-        return first.pop() if first else Device(wanted)
+        return first.pop() if first else Device(wanted, webgpu=webgpu)
 
     for index, result in enumerate(run_checks(open_device, ALL_CHECKS)):
         counts[result.status] += 1
@@ -135,22 +196,14 @@ def facts_of(result: Result) -> dict[str, Any]:
 
 def device_facts(device: Device) -> dict[str, Any]:
     """Everything about the device and the software around it that a report needs."""
-    import numpy
-
-    import lora
-    from lora.shaders.device import implementation
+    from lora.training.provenance import versions
 
     return {
         "device": {key: str(value) for key, value in device.facts.info.items()},
         "features": sorted(device.found.features),
         "limits": dict(device.found.limits),
-        "versions": {
-            "webgpu-lora": lora.__version__,
-            "wgpu": implementation().version,
-            "numpy": numpy.__version__,
-            "python": platform.python_version(),
-            "system": platform.platform(),
-        },
+        "matrix_shapes": [vars(shape) for shape in device.found.matrix_shapes],
+        "versions": versions(device),
     }
 
 

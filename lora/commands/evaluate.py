@@ -11,6 +11,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
+
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.data.examples import DataSummary, Example
     from lora.training.metrics import EvalResult
@@ -20,14 +22,12 @@ _MORE_TOKENS = 8  # that a written-out answer may have than the wanted one: it s
 
 
 def eval_command(
-    config: Annotated[str, typer.Argument(help="A YAML config.")],
+    config: ConfigArgument,
     adapter: Annotated[
         Path | None, typer.Option(help="A PEFT adapter directory, or a GGUF adapter.")
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
-    ] = None,
+    set_: Overrides = None,
+    webgpu: WebGPUOverride = None,
     examples: Annotated[
         int, typer.Option(min=0, help="So many first examples with their answers; not in JSON.")
     ] = 2,
@@ -43,7 +43,7 @@ def eval_command(
     from lora.shaders.errors import InputError
     from lora.training.session import TrainingSession
 
-    loaded = load_config(config, set_ or [])
+    loaded = load_config(config, overrides(set_, webgpu))
     if loaded.data.eval is None:  # said before the model is loaded for nothing
         raise InputError(
             "data.eval is null: there is nothing to evaluate on. Name a file of examples in the "

@@ -10,17 +10,17 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
+
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.forward.plans.matmul_plans import ProductShape, Request
     from lora.forward.plans.matmul_tiles import Plan
 
 
 def tune_command(
-    config: Annotated[str, typer.Argument(help="A YAML config.")],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
-    ] = None,
+    config: ConfigArgument,
+    set_: Overrides = None,
+    webgpu: WebGPUOverride = None,
     seconds: Annotated[float, typer.Option(help="Time to spend.")] = 30.0,
     again: Annotated[bool, typer.Option(help="Forget what is known of this device.")] = False,
 ) -> None:
@@ -39,8 +39,8 @@ def tune_command(
 
     if seconds <= 0:
         raise InputError(f"--seconds {seconds:g}: give some time, such as 30.")
-    loaded = load_config(config, set_ or [])
-    device = Device(loaded.device)
+    loaded = load_config(config, overrides(set_, webgpu))
+    device = Device(loaded.device, webgpu=loaded.webgpu)
     if device.facts.is_cpu:
         raise InputError(
             f"{device.facts.name} runs on the CPU, whose products have no tiles to choose. Name a "

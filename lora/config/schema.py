@@ -291,6 +291,9 @@ class Config(_Section):
     device: Text | Annotated[int, Field(ge=0)] = Field(
         default="auto", description="auto, a device's index, or part of its name"
     )
+    webgpu: Literal["auto", "wgpu", "dawn"] = Field(
+        default="auto", description="auto, wgpu or dawn"
+    )
     output: Text = Field(description="the directory that the run writes to")
 
     @model_validator(mode="after")

@@ -13,9 +13,10 @@ from lora.forward.model.frozen_model import load_model
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.engine import Adapter, TextTensors, memory_figures
 from lora.generation.generator import TextGenerator
+from lora.shaders.choice import Wanted
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError
-from lora.shaders.memory import CountingMemory
+from lora.shaders.memory import Arena, CountingMemory
 from lora.shaders.recording import Recording
 from lora.storage.stores import resolve_model
 from lora.storage.tile_cache import find_tiles
@@ -42,7 +43,7 @@ def open_generator(
     *,
     tokenizer: str | None = None,
     max_length: int | None = None,
-    device: str | Device = "auto",
+    device: str | Wanted | Device = "auto",
 ) -> TextGenerator:
     """Opens a model and adapters for text; `close` on what it returns gives all memory back.
 
@@ -52,7 +53,8 @@ def open_generator(
         tokenizer: a tokenizer.json, or a directory that holds one; None for the GGUF's own.
         max_length: the room: tokens of prompt and answer together; None for what the model was
             trained for, DEFAULT_ROOM at most. More than it was trained for is refused.
-        device: as in the config, or one that is open already, and stays open.
+        device: as in the config, also with an implementation of WebGPU; or one that is open
+            already, and stays open.
 
     Raises:
         InputError: the model or an adapter can't be read, they do not fit together, max_length is
@@ -71,9 +73,13 @@ def open_generator(
             f"{architecture.context_length} tokens and writes nonsense beyond them. Set "
             f"--max-length to {architecture.context_length} or less."
         )
-    opened = Device(device) if isinstance(device, str) else device
-    memory = opened.arena()
-    owner = opened if isinstance(device, str) else memory
+    wanted = Wanted(device) if isinstance(device, str) else device
+    if isinstance(wanted, Device):
+        opened, memory = wanted, wanted.arena()
+        owner: Device | Arena = memory
+    else:
+        owner = opened = Device(wanted.device, webgpu=wanted.webgpu)
+        memory = opened.arena()
     recording = opened.recording(memory=memory, plans=find_tiles(opened, "auto"))
     try:
         try:

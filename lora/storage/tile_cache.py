@@ -20,7 +20,7 @@ from lora.forward.plans.matmul_plans import PlanSource, ProductShape, Request
 from lora.forward.plans.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
 from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
-from lora.shaders.device import Device, implementation
+from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
 from lora.storage.files import write_file
 
@@ -58,11 +58,12 @@ def cache_folder() -> Path:
 
 def circumstances(facts: DeviceFacts) -> dict[str, Any]:
     """All that the plans found on a device hold for, as values that JSON can hold."""
+    native = facts.implementation == "wgpu-native"  # the only one when this key got its name
     return {
         "adapter": facts.name,
         "driver": facts.info["description"],
         "backend": facts.info["backend_type"],
-        "wgpu": implementation().version,
+        "wgpu": facts.version if native else facts.software,
         "workgroup_memory": facts.workgroup_memory,
         "kernels": _kernels_digest(),
     }

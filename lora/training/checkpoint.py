@@ -11,8 +11,9 @@ import json
 import re
 import shutil
 import warnings
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -21,10 +22,15 @@ import safetensors.numpy
 from lora.adapters.peft_files import load_peft_adapter, save_peft_adapter
 from lora.forward.plans.matmul_plans import ProductShape
 from lora.forward.plans.matmul_tiles import Plan
+from lora.shaders.choice import SETTINGS, asked_for
+from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.storage.files import new_directory
 from lora.storage.tile_cache import circumstances, entry_of, plan_of_entry
 from lora.training.session import TrainingSession
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 _NAME = re.compile(r"step-(\d{6,})")
 _OPTIMIZER = "optimizer.safetensors"
@@ -56,6 +62,7 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "stream": session.stream.state(),
         "precision": session.config.train.precision,
         "found_with": circumstances(session.device.facts),
+        "webgpu": session.device.found.implementation.setting,
         "kernels": session.kernels_digest(),
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
     }
@@ -66,6 +73,28 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     for old in checkpoints(output)[: -session.config.train.keep_checkpoints]:
         shutil.rmtree(old)
     return path
+
+
+def device_of_then(config: Config) -> Device:
+    """The device to go on with a run on: with `webgpu: auto`, through what its checkpoint names.
+
+    So the kernels are those of then. Where that can't be used here any more, auto chooses anew, and
+    `resume` says so.
+
+    Args:
+        config: of the run; its output directory may hold checkpoints.
+
+    Raises:
+        InputError: there is no such device.
+    """
+    then = None
+    for path in checkpoints(Path(config.output))[-1:]:
+        with suppress(OSError, ValueError, AttributeError):  # `resume` says what is wrong with it
+            then = json.loads((path / _STATE).read_text()).get("webgpu")
+    if asked_for(config.webgpu) == "auto" and then in SETTINGS:
+        with suppress(InputError):
+            return Device(config.device, webgpu=then)
+    return Device(config.device, webgpu=config.webgpu)
 
 
 def resume(session: TrainingSession, output: Path) -> Path:
@@ -139,7 +168,7 @@ def _plans_of_then(
     """
     facts = session.device.facts
     changed = [
-        f"{name} {found_with.get(name)} (now {now})"
+        f"{_named(name, found_with.get(name))} (now {now})"
         for name, now in circumstances(facts).items()
         if found_with.get(name) != now
     ]
@@ -154,3 +183,8 @@ def _plans_of_then(
         n_lacking = len(plans) - len(usable)
         return usable, f"The checkpoint has no tiles for {n_lacking} of {len(plans)} products"
     return usable, None
+
+
+def _named(name: str, value: Any) -> str:
+    """A circumstance of then; Dawn's version comes with its own name (`circumstances`)."""
+    return str(value) if name == "wgpu" and str(value).startswith("Dawn") else f"{name} {value}"

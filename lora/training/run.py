@@ -14,10 +14,12 @@ from types import FrameType
 from lora.storage.files import write_file
 from lora.training.checkpoint import resume, save_checkpoint
 from lora.training.listeners import Audience, Listener, MetricsFile
+from lora.training.provenance import ran_on
 from lora.training.session import TrainingSession
 
 METRICS = "metrics.jsonl"
 CONFIG = "config.yaml"
+RUN = "run.json"  # what ran, where config.yaml has what was asked for
 
 
 class Interrupted(Exception):
@@ -50,6 +52,7 @@ def run_training(
         _set_aside(output)
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / CONFIG, session.config.dump_yaml())
+    write_file(output / RUN, json.dumps(ran_on(session.device), indent=1) + "\n")
     audience = Audience([MetricsFile(output / METRICS), *listeners])
     with _stop_requests() as interrupted, audience.hearing(session):
         _train(session, output, audience, interrupted)

@@ -88,7 +88,7 @@ class TrainingSession:
         self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
         self.workload = Workload.open(config, train=train, examples=examples)
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
-        self.device = Device(config.device) if device is None else device
+        self.device = Device(config.device, webgpu=config.webgpu) if device is None else device
         self._owns_device = device is None
         self.memory = self.device.arena()
         try:

@@ -8,12 +8,12 @@ from pathlib import Path
 import pytest
 
 from benchmarks.kernels import section, time_step, write_report
-from lora.shaders.device import choose_device
+from lora.shaders.choice import choose_device
 from tests.support.synthetic_models import SHAPES, write_model
 
 
 def test_a_step_of_a_tiny_model(tmp_path: Path) -> None:
-    if "timestamp-query" not in choose_device().features:
+    if "timestamp-query" not in choose_device().found.features:
         pytest.skip("the device has no timestamps")
     shape = SHAPES["tiny"]
     path = tmp_path / "model.gguf"

@@ -13,7 +13,8 @@ from benchmarks import vs_peft
 from benchmarks.sessions import Case, used_memory
 from benchmarks.vs_peft import PEFT_VARIANTS, parse_options, parse_shapes
 from benchmarks.vs_peft_report import LOSS_TOLERANCE, NORM_TOLERANCE, memory_lines, write_report
-from lora.shaders.device import Device, choose_device
+from lora.shaders.choice import choose_device
+from lora.shaders.device import Device
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
 from tests.support.synthetic_models import SHAPES, write_model
@@ -102,7 +103,7 @@ def test_a_report(tiny: Path, tmp_path: Path) -> None:
     text = (tmp_path / "vs_peft-tiny-2x20.md").read_text()
     on, off = [line for line in text.splitlines() if line.startswith("| ours")][:2]
     assert on.endswith("| is compared with |") and off.endswith("| yes |")
-    if "timestamp-query" in choose_device().features:
+    if "timestamp-query" in choose_device().found.features:
         assert "| matmul_" in text
 
 

@@ -1,60 +1,16 @@
-"""Choice of device, and how it compiles."""
+"""How a device is opened, and how it compiles."""
 
-from types import SimpleNamespace
+import logging
+from collections.abc import Mapping
 
 import pytest
 
+from lora.shaders import choice
 from lora.shaders import device as device_module
-from lora.shaders.device import Device, choose_device, list_devices
-from lora.shaders.errors import InputError
-from lora.shaders.templates import render
-
-
-def devices(*kinds: tuple[str, str]) -> list[SimpleNamespace]:
-    return [SimpleNamespace(info={"device": name, "adapter_type": kind}) for name, kind in kinds]
-
-
-@pytest.fixture
-def three(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = devices(("llvmpipe", "CPU"), ("Iris Xe", "IntegratedGPU"), ("RTX 9", "DiscreteGPU"))
-    monkeypatch.setattr(device_module, "list_devices", lambda: found)
-
-
-@pytest.mark.parametrize(
-    ("wanted", "name"), [("auto", "RTX 9"), ("1", "Iris Xe"), (0, "llvmpipe"), ("xe", "Iris Xe")]
-)
-def test_choice(three: None, wanted: str | int, name: str) -> None:
-    assert choose_device(wanted).info["device"] == name
-
-
-def test_wrong_choices(three: None) -> None:
-    with pytest.raises(InputError, match="device: 3: there is no device of that index; there are"):
-        choose_device("3")
-    with pytest.raises(InputError, match="'voodoo': no device has that in its name.*0: llvmpipe"):
-        choose_device("voodoo")
-
-
-def test_no_device(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(device_module, "list_devices", lambda: [])
-    with pytest.raises(InputError, match="apt-get install mesa-vulkan-drivers"):
-        choose_device()
-
-
-def test_devices_that_repeat_others_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    backends = ["OpenGL", "Vulkan", "Metal", "Null", "D3D12"]
-    found = [SimpleNamespace(info={"backend_type": backend}) for backend in backends]
-    monkeypatch.setattr(
-        device_module, "implementation", lambda: SimpleNamespace(found=lambda: found)
-    )
-    assert [a.info["backend_type"] for a in list_devices()] == ["Vulkan", "Metal", "D3D12"]
-
-
-def test_auto_takes_the_software_driver_where_nothing_else_is(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    found = devices(("unknown", "Unknown"), ("llvmpipe", "CPU"))
-    monkeypatch.setattr(device_module, "list_devices", lambda: found)
-    assert choose_device().info["device"] == "llvmpipe"
+from lora.shaders.choice import Choice, choose_device
+from lora.shaders.device import Device
+from lora.shaders.errors import GPUError, InputError
+from lora.shaders.templates import render, with_directives
 
 
 @pytest.mark.parametrize(
@@ -65,17 +21,64 @@ def test_kernels_are_checked_where_the_driver_is_not_to_be_trusted(
     monkeypatch: pytest.MonkeyPatch, kept: bool, asked: str | None, checked: bool
 ) -> None:
     """Or where LORA_CHECKED=1 asks for it."""
-    found = choose_device()
+    found = choose_device().found
+    asked_with: list[bool] = []
+
+    def refuse(features: object, limits: object, *, checked: bool) -> None:
+        asked_with.append(checked)
+        raise GPUError("not today")
+
     monkeypatch.setattr(found, "bounds_are_kept", kept)
-    monkeypatch.setattr(device_module, "choose_device", lambda _: found)
+    monkeypatch.setattr(found, "open", refuse)
+    monkeypatch.setattr(device_module, "choose_device", lambda *_: Choice(found))
     monkeypatch.delenv("LORA_CHECKED", raising=False)
     if asked is not None:
         monkeypatch.setenv("LORA_CHECKED", asked)
-    with Device() as device:
-        compiled = []
-        monkeypatch.setattr(device.handle, "compile", lambda *_, checked: compiled.append(checked))
-        device.pipeline("gather", {"width": 4})
-    assert compiled == [checked]
+    with pytest.raises(InputError, match=r"makes no device of .*\(not today\); name another"):
+        Device()
+    assert asked_with == [checked]
+
+
+def test_where_one_implementation_makes_no_device_the_other_is_asked(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As `auto` does it; one line says so, once in a process."""
+    first, second = choose_device().found, choose_device().found
+
+    def refuse(features: object, limits: Mapping[str, int], *, checked: bool) -> None:
+        raise GPUError("the driver is confused\nat line 5")
+
+    monkeypatch.setattr(first, "open", refuse)
+    monkeypatch.setattr(device_module, "choose_device", lambda *_: Choice(first, instead=second))
+    choice.say_once.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        for _ in range(2):
+            with Device() as device:
+                assert device.found is second
+    assert len(caplog.messages) == 1
+    assert "makes no device of" in caplog.text and "confused); wgpu-native" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("code", "enabled"),
+    [
+        ("var a: f32; // f16, subgroupAdd", []),
+        ("var a: f16;", ["f16"]),
+        ("let a = subgroupAdd(b);", ["subgroups"]),
+        ("@builtin(subgroup_id) at: u32", ["subgroups"]),
+        (
+            "var a: subgroup_matrix_left<f16, 8, 8>;",
+            ["f16", "subgroups", "chromium_experimental_subgroup_matrix"],
+        ),
+        (
+            "subgroupMatrixStore<row_major>(&y, 0u, a, 8u);",
+            ["subgroups", "chromium_experimental_subgroup_matrix"],
+        ),
+    ],
+)
+def test_a_kernel_enables_what_it_uses(code: str, enabled: list[str]) -> None:
+    """Tint refuses a kernel without these lines, and naga one with lines that it doesn't know."""
+    assert with_directives(code) == "".join(f"enable {name};\n" for name in enabled) + code
 
 
 def test_an_unknown_constant_is_an_error() -> None:

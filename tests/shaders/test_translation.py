@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 
+from lora.shaders.templates import with_directives
 from tests.support.npm import NotFetchedError, npm_package
 from tests.support.renderings import WGSL, all_renderings
 
@@ -85,6 +86,21 @@ def test_tint_takes_every_kernel() -> None:
     texts = list(renderings.templates)
     refused = tint_refusals(texts, [text in renderings.within_defaults for text in texts])
     assert not [(renderings.templates[texts[index]], message) for index, message in refused]
+
+
+def test_tint_takes_matrices_with_their_directives() -> None:
+    """So a kernel with matrix units can be rendered; without the lines Tint refuses it."""
+    code = """
+@group(0) @binding(0) var<storage, read> x: array<f16>;
+@group(0) @binding(1) var<storage, read_write> y: array<f32>;
+@compute @workgroup_size(32) fn main() {
+    let a = subgroupMatrixLoad<subgroup_matrix_left<f16, 8, 8>, row_major>(&x, 0u, 8u);
+    let b = subgroupMatrixLoad<subgroup_matrix_right<f16, 8, 8>, col_major>(&x, 0u, 8u);
+    let sums = subgroupMatrixMultiplyAccumulate(a, b, subgroup_matrix_result<f32, 8, 8>());
+    subgroupMatrixStore<row_major>(&y, 0u, sums, 8u);
+}"""
+    refused = tint_refusals([with_directives(code), code], [False, False])
+    assert [index for index, _ in refused] == [1]
 
 
 def test_naga_translates_every_kernel_to_metal_and_hlsl() -> None:

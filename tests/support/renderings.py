@@ -59,7 +59,7 @@ class Kind:
             name=self.name,
             info={"adapter_type": self.adapter_type, "backend_type": self.backend},
             is_cpu=self.adapter_type == "CPU",
-            features=frozenset({"shader-f16", "subgroup"}),
+            features=frozenset({"shader-f16", "subgroups"}),
             max_buffer=2 * self.max_binding,
             max_binding=self.max_binding,
             workgroup_memory=self.workgroup_memory,

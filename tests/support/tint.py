@@ -20,7 +20,9 @@ def null_device() -> Any:
     adapter = wgpudawn.gpu._request_adapter(
         "core", "high-performance", False, _api._NULL, _api.lib.WGPUBackendType_Null
     ).sync_wait()
-    return adapter.request_device_sync(required_features=["subgroups", "shader-f16"])
+    return adapter.request_device_sync(
+        required_features=["subgroups", "shader-f16", "chromium-experimental-subgroup-matrix"]
+    )
 
 
 def refusals(texts: list[str], pipelines: list[bool]) -> list[tuple[int, str]]:

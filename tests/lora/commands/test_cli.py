@@ -163,6 +163,24 @@ def test_wrong_settings(tmp_path: Path, override: str, words: list[str]) -> None
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("command", ["train", "plan", "bench", "eval", "tune", "generate", "chat"])
+def test_every_command_that_computes_takes_an_implementation(tmp_path: Path, command: str) -> None:
+    """A wrong name is refused before the model is loaded."""
+    path = write_run(tmp_path)
+    arguments = {
+        "generate": [tmp_path / "model.gguf", "--prompt", "a"],
+        "chat": [tmp_path / "model.gguf"],
+    }.get(command, [path])
+    refused(lora(command, *arguments, "--webgpu", "metal"), "webgpu: got 'metal'", "dawn")
+
+
+def test_an_option_goes_before_the_environment(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    refused(lora("plan", path, LORA_WEBGPU="metal"), "LORA_WEBGPU: got 'metal'; allowed here: auto")
+    done = lora("plan", path, "--webgpu", "wgpu", LORA_WEBGPU="metal")
+    assert done.returncode == 0, done.stderr
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [

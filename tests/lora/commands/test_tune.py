@@ -46,8 +46,8 @@ def test_a_cpu_device_is_refused(tmp_path: Path, device: Device) -> None:
 class Card(Device):
     """The software driver, taken for a GPU."""
 
-    def __init__(self, wanted: str | int) -> None:
-        super().__init__(wanted)
+    def __init__(self, wanted: str | int, webgpu: str = "auto") -> None:
+        super().__init__(wanted, webgpu=webgpu)
         info = {**self.facts.info, "adapter_type": "DiscreteGPU"}
         self.facts = replace(self.facts, is_cpu=False, info=info)
 

@@ -78,6 +78,7 @@ def test_the_contracts_defaults(path: str) -> None:
             "keep_checkpoints": 3,
         },
         "device": "auto",
+        "webgpu": "auto",
         "output": "runs/x",
     }
 
@@ -131,7 +132,10 @@ def test_overrides(path: str) -> None:
         ("train.learning_rat=1", "unknown key; did you mean learning_rate?"),
         ("learning_rate=1", "unknown key; did you mean train.learning_rate?"),
         ("trian={}", "unknown key; did you mean train?"),
-        ("zzz=1", "unknown key; allowed here: model, adapter, data, train, device, output."),
+        (
+            "zzz=1",
+            "unknown key; allowed here: model, adapter, data, train, device, webgpu, output.",
+        ),
         ("data.zzz=1", "unknown key; allowed here: train, eval, format, max_length, packing, "),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
         ("train=[1]", "got [1]; allowed here: a mapping with the keys epochs, steps, batch_size"),
@@ -185,6 +189,7 @@ def test_overrides(path: str) -> None:
         ("train.eval_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
         ("train.save_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
         ("train.keep_checkpoints=0", "got 0; allowed here: a whole number of at least 1."),
+        ("webgpu=metal", "got 'metal'; allowed here: auto, wgpu or dawn."),
         ("device=true", "got True; allowed here: auto, a device's index, or part of its name."),
         ("output=", "got None; allowed here: the directory that the run writes to."),
     ],

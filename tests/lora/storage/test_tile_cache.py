@@ -23,7 +23,7 @@ from lora.forward.plans.matmul_tiles import Plan, candidates, choose_plan
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
-from lora.storage.tile_cache import TileCache, cache_folder, find_tiles
+from lora.storage.tile_cache import TileCache, cache_folder, circumstances, find_tiles
 from tests.support.plans import gpu as gpu  # a fixture
 from tests.support.plans import planned_requests, refuse, second_choices, use_tuner
 
@@ -98,7 +98,17 @@ def test_more_time_looks_again_at_what_less_time_found(gpu: Device) -> None:
 
 
 @pytest.mark.parametrize(
-    "other", ["name", "driver", "backend", "workgroup_memory", "kernel", "precision"]
+    "other",
+    [
+        "name",
+        "driver",
+        "backend",
+        "workgroup_memory",
+        "implementation",
+        "version",
+        "kernel",
+        "precision",
+    ],
 )
 def test_what_is_found_holds_for_one_device_driver_and_kernel(
     gpu: Device, other: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -115,10 +125,20 @@ def test_what_is_found_holds_for_one_device_driver_and_kernel(
         requests = requests_for(gpu, "f16")
     else:
         values: dict[str, Any] = {"name": "Card 4000", "workgroup_memory": 16384}
+        values |= {"implementation": "another", "version": "0.99"}
         monkeypatch.setattr(gpu, "facts", replace(gpu.facts, **{other: values[other]}))
     cache = TileCache(gpu)
     cache.load()
     assert all(cache.plan(r.product) is None for r in requests)
+
+
+def test_wgpus_entry_keeps_its_form(device: Device) -> None:
+    """Files of before Dawn was there are still found; Dawn's version comes with its name."""
+    native = replace(device.facts, implementation="wgpu-native", version="0.32.0")
+    assert circumstances(native)["wgpu"] == "0.32.0"
+    dawn = replace(native, implementation="Dawn", version="0.32.0.4")
+    assert circumstances(dawn)["wgpu"] == "Dawn 0.32.0.4"
+    assert list(circumstances(dawn)) == list(circumstances(native))
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,8 @@ from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.templates import render
 from lora.storage.tile_cache import TileCache
-from lora.training.checkpoint import checkpoints, resume
+from lora.training import checkpoint
+from lora.training.checkpoint import checkpoints, device_of_then, resume
 from lora.training.run import run_training
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
@@ -149,3 +150,72 @@ def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:
     run_training(open_session(config, device))
     with pytest.raises(InputError, match=r"made with train\.precision f32, and now it is f16"):
         run_training(open_session(config, device, "train.precision=f16"), resuming=True)
+
+
+def test_another_implementation_is_said(
+    config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own name: Dawn's version is none of wgpu's."""
+    native = replace(gpu.facts, implementation="wgpu-native", version="0.32.0")
+    dawn = replace(native, implementation="Dawn", version="0.32.0.4")
+    for then, now, said in (
+        (native, dawn, r"made with wgpu 0\.32\.0 \(now Dawn 0\.32\.0\.4\): the last bits"),
+        (dawn, native, r"made with Dawn 0\.32\.0\.4 \(now 0\.32\.0\): the last bits"),
+    ):
+        monkeypatch.setattr(gpu, "facts", then)
+        run_training(open_session(config, gpu))
+        monkeypatch.setattr(gpu, "facts", now)
+        session = open_session(config, gpu)
+        with pytest.warns(UserWarning, match=said):
+            resume(session, Path(session.config.output))
+
+
+@pytest.mark.parametrize(
+    ("asked", "environment", "then", "opened"),
+    [
+        ("auto", None, "dawn", ["dawn"]),  # what the checkpoint names
+        ("auto", None, "wgpu", ["wgpu"]),
+        ("auto", None, "vulkan", ["auto"]),  # nothing that we know
+        ("auto", None, None, ["auto"]),  # of a version that did not keep it
+        ("auto", "wgpu", "dawn", ["auto"]),  # asked for otherwise: `resume` says so
+        ("wgpu", None, "dawn", ["wgpu"]),
+        ("auto", None, "gone", ["dawn", "auto"]),  # it can't be used any more
+    ],
+)
+def test_a_resumed_run_takes_the_implementation_of_then(
+    asked: str,
+    environment: str | None,
+    then: str | None,
+    opened: list[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path = tmp_path / "run" / "checkpoints" / "step-000002"
+    path.mkdir(parents=True)
+    state = {"webgpu": "dawn" if then == "gone" else then} if then else {}
+    (path / "state.json").write_text(json.dumps(state))
+    loaded = load_config(str(write_run(tmp_path)), [f"webgpu={asked}"])
+    monkeypatch.delenv("LORA_WEBGPU")
+    if environment is not None:
+        monkeypatch.setenv("LORA_WEBGPU", environment)
+    asked_with: list[str] = []
+
+    def open_device(wanted: str, *, webgpu: str) -> str:
+        asked_with.append(webgpu)
+        if then == "gone" and webgpu == "dawn":
+            raise InputError("webgpu: dawn: Dawn is not installed")
+        return webgpu
+
+    monkeypatch.setattr(checkpoint, "Device", open_device)
+    assert device_of_then(loaded) == opened[-1]
+    assert asked_with == opened
+
+
+def test_what_a_checkpoint_keeps_of_the_implementation(tmp_path: Path, device: Device) -> None:
+    config = write_run(tmp_path, train={"steps": 2, "save_every": 2})
+    path = checkpoints(run_training(open_session(config, device)))[-1]
+    state = json.loads((path / "state.json").read_text())
+    assert state["webgpu"] == device.found.implementation.setting
+    (path / "state.json").write_text("{")  # `resume` says what is wrong with it
+    with device_of_then(load_config(str(config))) as opened:
+        assert opened.facts.software == device.facts.software

@@ -67,6 +67,15 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     last = checkpoints(output)[-1] / ADAPTER
     assert (output / ADAPTER).read_bytes() == last.read_bytes()
     assert not [p for p in tmp_path.rglob("*.tmp")]
+    # What ran stands beside what was asked for.
+    ran = json.loads((output / "run.json").read_text())
+    assert "webgpu: auto" in (output / "config.yaml").read_text()
+    assert ran["webgpu"] == os.environ["LORA_WEBGPU"]
+    assert set(ran) == {
+        "versions", "webgpu", "adapter", "backend", "driver", "features", "matrix_shapes"
+    }  # fmt: skip
+    package, maker = {"wgpu": ("wgpu", "wgpu-native"), "dawn": ("wgpudawn", "Dawn")}[ran["webgpu"]]
+    assert {"webgpu-lora", package, maker, "numpy", "python"} <= set(ran["versions"])
     # The config as resolved runs again as it is; the first run is set aside, not mixed.
     again = run_training(TrainingSession.from_config(output / "config.yaml"))
     assert (again / ADAPTER).read_bytes() == (tmp_path / "run.old-1" / ADAPTER).read_bytes()
