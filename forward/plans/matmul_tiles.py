@@ -68,6 +68,39 @@ class Tile:
         return {name: getattr(self, name) for name in names}
 
 
+@dataclass(frozen=True)
+class MatrixTile(Tile):
+    """Tunables of matmul_matrix: `lane_rows` and `lane_columns` are outputs of a subgroup."""
+
+    body: ClassVar[str] = "matrix"
+
+    @property
+    def workgroup_bytes(self) -> int:
+        """Workgroup memory: tiles of f16 with rows of 16 bytes more, and fragments of f32.
+
+        The most that fragments of 16 rows take.
+        """
+        x, w = self.tile_rows * (self.depth + 8), self.tile_columns * (self.depth + 8)
+        w = max(w, self.depth * (self.tile_columns + 8))
+        stage = self.tile_rows // self.lane_rows * 16 * self.tile_columns
+        return self.item_bytes * (x + w) + 4 * stage
+
+    @property
+    def name(self) -> str:
+        """Its sizes, as files and tables name it: matrix 128x128x32/64x64."""
+        return f"matrix {super().name}"
+
+    def constants(self) -> dict[str, int]:
+        """What the template needs of it."""
+        return {
+            "tile_rows": self.tile_rows,
+            "tile_columns": self.tile_columns,
+            "depth": self.depth,
+            "subgroup_rows": self.lane_rows,
+            "subgroup_columns": self.lane_columns,
+        }
+
+
 class Plan(NamedTuple):
     """How one product is computed: its tile, the number of stretches and their length."""
 
@@ -112,6 +145,18 @@ HALF_TILES = (
     Tile(128, 128, 32, 8, 8, 2.05, 2.76, 2, 2),
 )
 
+# On matrix units.
+MATRIX_TILES = (
+    MatrixTile(128, 128, 32, 64, 64, 1.00, 0.64, 2),
+    MatrixTile(128, 256, 32, 64, 64, 1.40, 1.30, 2),
+    MatrixTile(64, 128, 32, 64, 64, 0.80, 0.35, 2),
+    MatrixTile(128, 64, 32, 64, 64, 0.80, 0.35, 2),
+    MatrixTile(64, 128, 32, 32, 64, 0.70, 0.40, 2),
+    MatrixTile(64, 64, 64, 32, 32, 0.80, 0.42, 2),
+    MatrixTile(64, 64, 32, 32, 32, 0.50, 0.22, 2),
+    MatrixTile(32, 64, 32, 32, 32, 0.45, 0.14, 2),
+)
+
 
 def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]:
     """The tiles of one precision: f16 where `half`.
@@ -123,6 +168,11 @@ def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]
     if workgroup_bytes is None:
         return tiles
     return tuple(tile for tile in tiles if tile.workgroup_bytes <= workgroup_bytes)
+
+
+def matrix_tiles_of(workgroup_bytes: int) -> tuple[MatrixTile, ...]:
+    """The tiles on matrix units that fit workgroup memory of so many bytes."""
+    return tuple(tile for tile in MATRIX_TILES if tile.workgroup_bytes <= workgroup_bytes)
 
 
 class PlanSpace(NamedTuple):

@@ -1,0 +1,49 @@
+"""The body of products for matrix units: fragments of tiles, multiplied by a subgroup together.
+
+WGSL's subgroup matrices (chromium_experimental_subgroup_matrix). Where a device lists none, the
+same tiling and indexing run in plain WGSL, for tests.
+"""
+
+from __future__ import annotations
+
+from lora.forward.matmul_passes import record_passes
+from lora.forward.part_product import PartProduct
+from lora.forward.plans.matmul_plans import Request
+from lora.forward.plans.matmul_tiles import Plan
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+from lora.shaders.webgpu import MatrixShape
+
+# What plain WGSL does instead of an NVIDIA GPU's matrix units.
+EMULATED = MatrixShape(16, 16, 16, "f16", "f32", 32, 32)
+
+
+def shape_on(facts: DeviceFacts) -> MatrixShape | None:
+    """The shape of fragments that the body takes on a device; None where there is none.
+
+    Lanes of a subgroup must be known, since a workgroup is made of whole ones.
+    """
+    fixed = [shape for shape in facts.matrix_shapes if shape.least_lanes == shape.most_lanes]
+    return max(fixed, key=lambda shape: shape.m * shape.n * shape.k, default=None)
+
+
+def fits_matrix(recording: Recording, _: PartProduct) -> bool:
+    """Under f16 on a GPU that has such units: factors are f16 there, sums f32."""
+    half = recording.precision == "f16"
+    return half and not recording.facts.is_cpu and shape_on(recording.facts) is not None
+
+
+def record_matrix(program: Program, request: Request, plan: Plan | None) -> None:
+    """Appends the product, and the norm after it."""
+    assert plan is not None  # tiles are chosen
+    shape = shape_on(program.recording.facts)
+    of = shape or EMULATED
+    constants = {
+        "emulated": shape is None,
+        "m": of.m,
+        "n": of.n,
+        "k": of.k,
+        "subgroup_lanes": of.most_lanes,
+    }
+    record_passes(program, request, plan, "matmul_matrix", constants)

@@ -1,0 +1,66 @@
+"""A product by tiles, in one pass or, where workgroups would be few, in stretches and a second."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from lora.forward.part_product import Place, place_uniforms
+from lora.forward.plans.matmul_plans import Request
+from lora.forward.plans.matmul_tiles import Plan
+from lora.forward.plans.stretches import Stretches
+from lora.forward.rmsnorm import adds_up
+from lora.shaders.program import Program
+
+
+def record_passes(
+    program: Program, request: Request, plan: Plan, template: str, more: Mapping[str, Any]
+) -> None:
+    """Appends a product by a template that computes one tile a workgroup, and the norm after it.
+
+    Args:
+        more: constants of the template beside the request's, the tile's and the stretches'.
+    """
+    extent, out, label, flops = request.extent, request.out, request.label, request.flops
+    after, norm, recording = request.after, request.norm, program.recording
+    tensors, place = list(request.tensors), request.place
+    tile, splits, length = plan
+    constants = {
+        **request.constants, **tile.constants(), **more, "splits": splits, "split_length": length,
+        "maximum_rows": extent.maximum,
+    }  # fmt: skip
+    n_columns = constants["n_columns"]
+    grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
+    placed = place_uniforms(program, place)
+    if splits == 1:
+        tensors = [*tensors, *after, *placed]
+        program.dispatch(template, constants, tensors, grid, label=label, flops=flops)
+        if norm is not None:
+            norm.record(program, out)
+        return
+    partial = recording.memory.scratch((splits * extent.maximum, n_columns))
+    first_pass = constants | {
+        "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
+        "out_type": "f32",
+    }  # fmt: skip
+    product = [*tensors[:3], partial, *tensors[4:]]
+    if place is not None:
+        product += place_uniforms(program, Place(place.x_column, 0))
+    program.dispatch(template, first_pass, product, grid, label=label, flops=flops)
+    plain = not constants["bias"] and constants["softcap"] is None
+    if norm is not None and plain and adds_up(recording, n_columns, splits):
+        norm.record(program, out, Stretches(partial, splits, after[0] if after else None))
+        return
+    keys = (
+        "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
+        "placed", "out_type",
+    )  # fmt: skip
+    program.dispatch(
+        "matmul_reduce",
+        {key: constants[key] for key in keys},
+        [extent.uniform, partial, out, *after, *placed],
+        -(-extent.maximum * n_columns // 256),
+        label=f"{label}.reduce",
+    )
+    if norm is not None:
+        norm.record(program, out)
