@@ -99,7 +99,7 @@ def requests_of_run(
     shape = SHAPES[model]
     requests: list[Request] = []
     memory = CountingMemory(facts)
-    recording = Recording(facts, memory, precision, body="tiled", plans=noting(requests))
+    recording = Recording(facts, memory, precision, plans=noting(requests))
 
     def matrix_of(members: Sequence[tuple[int, str]], in_features: int) -> FrozenMatrix:
         nothing = np.zeros((0, 0), np.uint8)  # memory that only counts takes no weights

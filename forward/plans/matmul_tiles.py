@@ -73,6 +73,8 @@ class MatrixTile(Tile):
     """Tunables of matmul_matrix: `lane_rows` and `lane_columns` are outputs of a subgroup."""
 
     body: ClassVar[str] = "matrix"
+    prefetch: bool = True
+    pad: int = 8
 
     @property
     def workgroup_bytes(self) -> int:
@@ -80,15 +82,16 @@ class MatrixTile(Tile):
 
         The most that fragments of 16 rows take.
         """
-        x, w = self.tile_rows * (self.depth + 8), self.tile_columns * (self.depth + 8)
-        w = max(w, self.depth * (self.tile_columns + 8))
+        x, w = self.tile_rows * (self.depth + self.pad), self.tile_columns * (self.depth + self.pad)
+        w = max(w, self.depth * (self.tile_columns + self.pad))
         stage = self.tile_rows // self.lane_rows * 16 * self.tile_columns
         return self.item_bytes * (x + w) + 4 * stage
 
     @property
     def name(self) -> str:
         """Its sizes, as files and tables name it: matrix 128x128x32/64x64."""
-        return f"matrix {super().name}"
+        at_once = "" if self.prefetch else " at once"
+        return f"matrix {super().name}{at_once} pad {self.pad}"
 
     def constants(self) -> dict[str, int]:
         """What the template needs of it."""
@@ -98,6 +101,8 @@ class MatrixTile(Tile):
             "depth": self.depth,
             "subgroup_rows": self.lane_rows,
             "subgroup_columns": self.lane_columns,
+            "prefetch": self.prefetch,
+            "pad": self.pad,
         }
 
 

@@ -24,8 +24,8 @@
 {% set row_fragments = subgroup_rows // m %}
 {% set column_fragments = subgroup_columns // n %}
 {# Rows of a tile lie this many numbers apart: 16 bytes more, off each other's banks. #}
-{% set x_step = depth + 8 %}
-{% set w_step = (tile_columns if transposed else depth) + 8 %}
+{% set x_step = depth + pad %}
+{% set w_step = (tile_columns if transposed else depth) + pad %}
 {% set x_units = depth * tile_rows // 4 // lanes %}
 {% set w_units = depth * tile_columns // 8 // lanes %}
 {% set low_steps = [depth, (rank + k - 1) // k * k] | min %}
@@ -222,7 +222,9 @@ fn main(
     let first_k = 0u;
     let last_k = contraction;
 {% endif %}
+{% if prefetch %}
 {{ fetch("first_k") }}
+{% endif %}
 {% if splits > 1 %}
     if (group.z == 0u) {
 {% endif %}
@@ -293,11 +295,16 @@ fn main(
 {% endif %}
 
     for (var at_k = first_k; at_k < last_k; at_k += depth) {
+{% if not prefetch %}
+{{ fetch("at_k") }}
+{% endif %}
         workgroupBarrier();
 {{ store_tiles() }}
         workgroupBarrier();
+{% if prefetch %}
         let ahead = select(at_k, at_k + depth, at_k + depth < last_k);
 {{ fetch("ahead") }}
+{% endif %}
 {{ multiply_tiles(depth) }}
     }
 
