@@ -75,6 +75,7 @@ class MatrixTile(Tile):
     body: ClassVar[str] = "matrix"
     prefetch: bool = True
     pad: int = 8
+    staged: int = 1
 
     @property
     def workgroup_bytes(self) -> int:
@@ -84,14 +85,15 @@ class MatrixTile(Tile):
         """
         x, w = self.tile_rows * (self.depth + self.pad), self.tile_columns * (self.depth + self.pad)
         w = max(w, self.depth * (self.tile_columns + self.pad))
-        stage = self.tile_rows // self.lane_rows * 16 * self.tile_columns
+        subgroups = self.tile_rows // self.lane_rows * (self.tile_columns // self.lane_columns)
+        stage = subgroups * 16 * 16 * self.staged
         return self.item_bytes * (x + w) + 4 * stage
 
     @property
     def name(self) -> str:
         """Its sizes, as files and tables name it: matrix 128x128x32/64x64."""
         at_once = "" if self.prefetch else " at once"
-        return f"matrix {super().name}{at_once} pad {self.pad}"
+        return f"matrix {super().name}{at_once} pad {self.pad} staged {self.staged}"
 
     def constants(self) -> dict[str, int]:
         """What the template needs of it."""
@@ -103,6 +105,7 @@ class MatrixTile(Tile):
             "subgroup_columns": self.lane_columns,
             "prefetch": self.prefetch,
             "pad": self.pad,
+            "staged": self.staged,
         }
 
 

@@ -32,14 +32,17 @@
 {% set low_x_units = (low_steps * tile_rows // 4 + lanes - 1) // lanes %}
 {% set low_w_units = (low_steps * tile_columns // 4 + lanes - 1) // lanes %}
 {% set stage_rows = subgroups_y * m %}
-{% set stage_quads = stage_rows * tile_columns // 4 %}
+{# As many fragments of a row of them as pass the stage at once. #}
+{% set staged_columns = staged * n %}
+{% set stage_columns = subgroups_x * staged_columns %}
+{% set stage_quads = stage_rows * stage_columns // 4 %}
 {% set whole = contraction % depth == 0 %}
 const tile_rows = {{ tile_rows }}u;
 const tile_columns = {{ tile_columns }}u;
 const depth = {{ depth }}u;
 
-// x_tile [tile_rows][{{ x_step }}]; w_tile [{{ "depth" if transposed else "tile_columns" }}][{{ w_step }}]; stage [{{ stage_rows }}][tile_columns]: a row of
-// fragments of every subgroup.
+// x_tile [tile_rows][{{ x_step }}]; w_tile [{{ "depth" if transposed else "tile_columns" }}][{{ w_step }}]; stage
+// [{{ stage_rows }}][{{ stage_columns }}]: some fragments of every subgroup.
 var<workgroup> x_tile: array<vec4<f16>, {{ tile_rows * x_step // 4 }}>;
 var<workgroup> w_tile: array<vec4<f16>, {{ (depth if transposed else tile_columns) * w_step // 4 }}>;
 var<workgroup> stage: array<vec4<f32>, {{ stage_quads }}>;
@@ -73,27 +76,44 @@ fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
 }
 {% endif %}
 
-{# Fetches the tile from `from` on into the registers x_… and w_…. #}
+{# What a lane fetches lies in the same place of several lines of a tile, so many lines apart: the
+   compiler keeps one address for all. #}
+{% set x_lines = lanes // (depth // 4) %}
+{% set w_lines = lanes // (tile_columns // 8 if transposed else depth // 8) %}
+{# Whether no tile reaches past the rows that there is memory for, past the columns of W. #}
+{% set rows_fit = maximum_rows >= tile_rows %}
+{% set columns_fit = n_columns >= tile_columns and (not transposed or n_columns % 8 == 0) %}
+
+{# Fetches the tile from `from` on into the registers fetched_…. #}
 {% macro fetch(from) %}
 {% for i in range(x_units) %}
-{% if whole %}
-        fetched_x_{{ i }} = {{ stored("x[x_from_%d + %s / 4u]" % (i, from), "f16") if x_type == "f32" else "x[x_from_%d + %s / 4u]" % (i, from) }};
+{% if rows_fit %}
+{% set at = "x_from + %du + %s / 4u" % (i * x_lines * x_stride // 4, from) %}
 {% else %}
-        fetched_x_{{ i }} = vec4<f16>(x[min(x_from_{{ i }} + {{ from }} / 4u, last_x)]);
-        if ({{ from }} + 4u * x_quad_{{ i }} >= contraction) { fetched_x_{{ i }} = vec4<f16>(); }
+{% set at = "(min(first_row + x_row + %du, last_row) * x_stride + x_column) / 4u + x_quad + %s / 4u" % (i * x_lines, from) %}
+{% endif %}
+{% if whole %}
+        fetched_x_{{ i }} = {{ "vec4<f16>(x[" ~ at ~ "])" if x_type == "f32" else "x[" ~ at ~ "]" }};
+{% else %}
+        fetched_x_{{ i }} = vec4<f16>(x[min({{ at }}, last_x)]);
+        if ({{ from }} + 4u * x_quad >= contraction) { fetched_x_{{ i }} = vec4<f16>(); }
 {% endif %}
 {% endfor %}
 {% for i in range(w_units) %}
         {
             var eight = Eight();
-{% if not whole %}
-            if ({{ from }} + {{ "w_row_%d" % i if transposed else "8u * w_eight_%d" % i }} < contraction) {
-{% endif %}
 {% if transposed %}
-            eight = decode8({{ from }} + w_row_{{ i }}, w_column_{{ i }});
+{% set row, column = "%s + w_line + %du" % (from, i * w_lines), "w_column" %}
+{% set inside = row %}
 {% else %}
-            eight = decode8(w_row_{{ i }}, {{ from }} + 8u * w_eight_{{ i }});
+{% set row = ("first_column + w_line + %du" if columns_fit else "min(first_column + w_line + %du, n_columns - 1u)") % (i * w_lines) %}
+{% set column = "%s + 8u * w_eight" % from %}
+{% set inside = column %}
 {% endif %}
+{% if not whole %}
+            if ({{ inside }} < contraction) {
+{% endif %}
+            eight = decode8({{ row }}, {{ column }});
 {% if not whole %}
             }
 {% endif %}
@@ -106,11 +126,11 @@ fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
 {# Stores what was fetched into the tiles. #}
 {% macro store_tiles() %}
 {% for i in range(x_units) %}
-        x_tile[x_to_{{ i }}] = fetched_x_{{ i }};
+        x_tile[x_to + {{ i * x_lines * x_step // 4 }}u] = fetched_x_{{ i }};
 {% endfor %}
 {% for i in range(w_units) %}
-        w_tile[w_to_{{ i }}] = fetched_a_{{ i }};
-        w_tile[w_to_{{ i }} + 1u] = fetched_b_{{ i }};
+        w_tile[w_to + {{ i * w_lines * w_step // 4 }}u] = fetched_a_{{ i }};
+        w_tile[w_to + {{ i * w_lines * w_step // 4 + 1 }}u] = fetched_b_{{ i }};
 {% endfor %}
 {% endmacro %}
 
@@ -144,13 +164,14 @@ fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
 {% endif %}
 {% endmacro %}
 
-// Writes out the `i`th row of fragments of every subgroup.
-fn store_stage(lane: u32, first_row: u32, first_column: u32, i: u32, stretch: u32, rows: u32) {
+// Writes out what is in the stage: of every subgroup the fragments from (row, column) on.
+fn store_stage(lane: u32, first: vec2<u32>, own: vec2<u32>, fragment: vec2<u32>, stretch: u32) {
     for (var at = lane; at < {{ stage_quads }}u; at += {{ lanes }}u) {
-        let line = at / {{ tile_columns // 4 }}u;
-        let row = first_row + line / {{ m }}u * {{ subgroup_rows }}u + i * {{ m }}u + line % {{ m }}u;
-        let column = first_column + at % {{ tile_columns // 4 }}u * 4u;
-        if (row < rows && column < n_columns) {
+        let line = at / {{ stage_columns // 4 }}u;
+        let along = at % {{ stage_columns // 4 }}u * 4u;
+        let row = first.y + line / {{ m }}u * {{ subgroup_rows }}u + fragment.y + line % {{ m }}u;
+        let column = first.x + along / {{ staged_columns }}u * {{ subgroup_columns }}u + fragment.x + along % {{ staged_columns }}u;
+        if (row >= own.y && row < extent.rows && column >= own.x && column < n_columns) {
             store({{ "row + stretch * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, stage[at]);
         }
     }
@@ -164,11 +185,14 @@ fn main(
     @builtin(subgroup_id) team: u32,
 {% endif %}
 ) {
-    let first_row = group.y * tile_rows;
-    let first_column = group.x * tile_columns;
+    let own_row = group.y * tile_rows;
+    let own_column = group.x * tile_columns;
     // Uniform: the whole workgroup leaves before its first barrier.
-    if (first_row >= extent.rows) { return; }
-    // Rows and columns past the end repeat the last: what they give is not stored.
+    if (own_row >= extent.rows) { return; }
+    // The last tiles begin so early that they end with the memory, and store only what is theirs.
+    // Smaller products repeat their last row and column. Rows not in use are computed, and not stored.
+    let first_row = {{ "min(own_row, %du)" % (maximum_rows - tile_rows) if rows_fit else "own_row" }};
+    let first_column = {{ "min(own_column, %du)" % (n_columns - tile_columns) if columns_fit else "own_column" }};
     let last_row = extent.rows - 1u;
     let x_column = {{ "place.x_column" if placed else "0u" }};
 {% if not whole %}
@@ -191,25 +215,22 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% endif %}
+    let x_quad = lane % {{ depth // 4 }}u;
+    let x_row = lane / {{ depth // 4 }}u;
+    let x_to = x_row * {{ x_step // 4 }}u + x_quad;
+{% if rows_fit %}
+    let x_from = ((first_row + x_row) * x_stride + x_column) / 4u + x_quad;
+{% endif %}
 {% for i in range(x_units) %}
-    let x_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ depth // 4 }}u;
-    let x_row_{{ i }} = (lane + {{ i * lanes }}u) / {{ depth // 4 }}u;
-    let x_to_{{ i }} = x_row_{{ i }} * {{ x_step // 4 }}u + x_quad_{{ i }};
-    let x_from_{{ i }} = (min(first_row + x_row_{{ i }}, last_row) * x_stride + x_column) / 4u + x_quad_{{ i }};
     var fetched_x_{{ i }} = vec4<f16>();
 {% endfor %}
-{% for i in range(w_units) %}
+    let w_eight = lane % {{ tile_columns // 8 if transposed else depth // 8 }}u;
+    let w_line = lane / {{ tile_columns // 8 if transposed else depth // 8 }}u;
+    let w_to = w_line * {{ w_step // 4 }}u + 2u * w_eight;
 {% if transposed %}
-    let w_row_{{ i }} = (lane + {{ i * lanes }}u) / {{ tile_columns // 8 }}u;
-    let w_eight_{{ i }} = (lane + {{ i * lanes }}u) % {{ tile_columns // 8 }}u;
-    let w_to_{{ i }} = w_row_{{ i }} * {{ w_step // 4 }}u + 2u * w_eight_{{ i }};
-    let w_column_{{ i }} = min(first_column + 8u * w_eight_{{ i }}, {{ (n_columns - 1) // 8 * 8 }}u);
-{% else %}
-    let w_eight_{{ i }} = (lane + {{ i * lanes }}u) % {{ depth // 8 }}u;
-    let w_line_{{ i }} = (lane + {{ i * lanes }}u) / {{ depth // 8 }}u;
-    let w_to_{{ i }} = w_line_{{ i }} * {{ w_step // 4 }}u + 2u * w_eight_{{ i }};
-    let w_row_{{ i }} = min(first_column + w_line_{{ i }}, n_columns - 1u);
+    let w_column = {{ "first_column + 8u * w_eight" if columns_fit else "min(first_column + 8u * w_eight, %du)" % ((n_columns - 1) // 8 * 8) }};
 {% endif %}
+{% for i in range(w_units) %}
     var fetched_a_{{ i }} = vec4<f16>();
     var fetched_b_{{ i }} = vec4<f16>();
 {% endfor %}
@@ -308,26 +329,32 @@ fn main(
 {{ multiply_tiles(depth) }}
     }
 
-    let stage_from = team_y * {{ m * tile_columns // 4 }}u + team_x * {{ subgroup_columns // 4 }}u;
+    let first = vec2(first_column, first_row);
+    let own = vec2(own_column, own_row);
+    let stage_from = team_y * {{ m * stage_columns // 4 }}u + team_x * {{ staged_columns // 4 }}u;
 {% if emulated %}
     for (var i = 0u; i < {{ row_fragments }}u; i++) {
-        workgroupBarrier();
-        for (var at = 0u; at < {{ column_fragments * held }}u; at++) {
-            let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
-            let column = at / {{ held }}u * {{ n }}u + place % {{ n }}u;
-            stage[stage_from + place / {{ n }}u * {{ tile_columns // 4 }}u + column / 4u][column % 4u] = sums[i * {{ column_fragments * held }}u + at];
+        for (var j = 0u; j < {{ column_fragments }}u; j += {{ staged }}u) {
+            workgroupBarrier();
+            for (var at = 0u; at < {{ staged * held }}u; at++) {
+                let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
+                let column = at / {{ held }}u * {{ n }}u + place % {{ n }}u;
+                stage[stage_from + place / {{ n }}u * {{ stage_columns // 4 }}u + column / 4u][column % 4u] = sums[(i * {{ column_fragments }}u + j) * {{ held }}u + at];
+            }
+            workgroupBarrier();
+            store_stage(lane, first, own, vec2(j * {{ n }}u, i * {{ m }}u), group.z);
         }
-        workgroupBarrier();
-        store_stage(lane, first_row, first_column, i, group.z, extent.rows);
     }
 {% else %}
 {% for i in range(row_fragments) %}
+{% for j in range(0, column_fragments, staged) %}
     workgroupBarrier();
-{% for j in range(column_fragments) %}
-    subgroupMatrixStore<row_major>(&stage, stage_from + {{ j * n // 4 }}u, sum_{{ i }}_{{ j }}, {{ tile_columns // 4 }}u);
+{% for s in range(staged) %}
+    subgroupMatrixStore<row_major>(&stage, stage_from + {{ s * n // 4 }}u, sum_{{ i }}_{{ j + s }}, {{ stage_columns // 4 }}u);
 {% endfor %}
     workgroupBarrier();
-    store_stage(lane, first_row, first_column, {{ i }}u, group.z, extent.rows);
+    store_stage(lane, first, own, vec2({{ j * n }}u, {{ i * m }}u), group.z);
+{% endfor %}
 {% endfor %}
 {% endif %}
 }
