@@ -10,8 +10,8 @@ LONGEST_FIRST := -n auto --dist loadfile --no-loadscope-reorder
 # numbers. What computes for minutes keeps them. numpy's threads would spin beside the other workers'.
 QUICK := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=128 OPENBLAS_NUM_THREADS=1
 # Vectors of eight are subgroups of eight lanes, for which llvmpipe has matrix units.
-DAWN := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=256 OPENBLAS_NUM_THREADS=1 LORA_WEBGPU=dawn \
-	VK_DRIVER_FILES=$(abspath $(VENV))/.dawn/driver.json $(VENV)/.dawn/py/bin/python
+DAWN := LORA_WEBGPU=dawn VK_DRIVER_FILES=$(abspath $(VENV))/.dawn/driver.json LP_NATIVE_VECTOR_WIDTH=256
+DAWN_PYTHON := $(VENV)/.dawn/py/bin/python
 # Of the judges' tests, those that compute with tiny models alone.
 TINY := $(addprefix tests/parity/test_,architectures.py peft_adapters.py tokenizers.py)
 
@@ -33,7 +33,8 @@ test: lint $(VENV)/.vulkan
 ## test-dawn: the tests of `make test` through Dawn, on a software driver with matrix units
 test-dawn: $(VENV)/.dawn/ready $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
-	$(DAWN) -m pytest $(LONGEST_FIRST) --ignore=tests/parity --durations=10
+	$(QUICK) $(DAWN) $(DAWN_PYTHON) -m pytest $(LONGEST_FIRST) --ignore=tests/parity --durations=10
+	$(DAWN) $(DAWN_PYTHON) -m pytest tests/parity
 
 ## parity: compare live with PyTorch, transformers, PEFT and llama.cpp
 parity: $(VENV)/.parity $(VENV)/.vulkan

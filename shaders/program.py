@@ -139,6 +139,9 @@ class Program:
     ) -> None:
         """Appends one launch of a kernel that is no template here: a script's own loss, say.
 
+        Its indices must stay inside what it binds, as ours do: it is compiled like them, and Dawn
+        guards none of them then. LORA_CHECKED=1 in the environment finds those that don't.
+
         Args:
             label: what it is called in listings.
             code: WGSL whose entry point is `main`.

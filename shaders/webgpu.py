@@ -187,11 +187,11 @@ class Found(Protocol):
         """What its matrix units compute, in the driver's order; empty where none can be reached."""
 
     @property
-    def bounds_are_kept(self) -> bool:
-        """Whether kernels may run without the implementation's own checks.
+    def trusts_kernels(self) -> bool:
+        """Whether our kernels run without the implementation's own checks, which cost a tenth.
 
-        Where neither the driver keeps every access inside its buffers (robust access) nor the
-        checks cost little, they run with them.
+        Where the driver keeps every access inside its buffer all the same, or where these kernels
+        have been tested with the checks on; not on Metal, which nobody here has.
         """
 
     def open(

@@ -31,7 +31,7 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
     )
     rows = {
-        "device": plan.facts.name,
+        "device": f"{plan.facts.name}, through {plan.facts.software}",
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "

@@ -297,8 +297,8 @@ def test_a_step_is_the_same(
 ) -> None:
     """Loss and gradients do not tell whether norms add stretches up."""
 
-    def opened(wanted: str | int) -> Device:
-        device = Device(wanted)
+    def opened(wanted: str | int, webgpu: str) -> Device:
+        device = Device(wanted, webgpu=webgpu)
         device.facts = replace(device.facts, is_cpu=False)
         if precision == "f16":
             needs_halves(device.facts)

@@ -28,7 +28,7 @@ def test_kernels_are_checked_where_the_driver_is_not_to_be_trusted(
         asked_with.append(checked)
         raise GPUError("not today")
 
-    monkeypatch.setattr(found, "bounds_are_kept", kept)
+    monkeypatch.setattr(found, "trusts_kernels", kept)
     monkeypatch.setattr(found, "open", refuse)
     monkeypatch.setattr(device_module, "choose_device", lambda *_: Choice(found))
     monkeypatch.delenv("LORA_CHECKED", raising=False)

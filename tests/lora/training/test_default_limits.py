@@ -49,8 +49,10 @@ def test_a_step_within_the_default_limits(
     results = []
     for limits in (None, DEFAULTS):
 
-        def device(wanted: str | int, limits: dict[str, int] | None = limits) -> Device:
-            opened = Device(wanted, limits)
+        def device(
+            wanted: str | int, limits: dict[str, int] | None = limits, webgpu: str = "auto"
+        ) -> Device:
+            opened = Device(wanted, limits, webgpu)
             opened.facts = replace(opened.facts, is_cpu=is_cpu)
             return opened
 
