@@ -3,8 +3,9 @@
     python benchmarks/products.py [--sizes 4096x4096x4096,…] [--types F16,Q4_K] [--seconds 60]
         [--bodies matrix,tiled] [--output FILE]
 
-A size is rows × columns × contraction, forward and to the input (where columns and contraction change
-places). Plans are timed in turns on tensors of ordinary numbers; the median counts.
+A size is rows × columns × contraction, forward and to the input (where the last two change
+places). Plans are timed in turns on tensors of ordinary numbers, after a second of warming up: an
+idle GPU is four times slower. The median counts.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from gguf import GGMLQuantizationType
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.matmul import time_plans
+from benchmarks import matmul as timings
 from lora.backward.matmul import matmul_backward
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
@@ -81,6 +82,7 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
     options = parser.parse_args()
+    timings.WARM_UP = 1.0
     device = Device(options.device)
     facts = device.facts
     print(f"{facts.name}, {facts.info['description']}, {facts.software}, {facts.matrix_shapes}")
@@ -90,7 +92,7 @@ def main() -> None:
     for size, kind, transposed in jobs:
         request = request_of(facts, size, kind, transposed)
         plans = plans_of(facts, request, options.bodies.split(","))
-        times = time_plans(device, request, plans, options.seconds / len(jobs))
+        times = timings.time_plans(device, request, plans, options.seconds / len(jobs))
         medians = {plan: statistics.median(values) for plan, values in times.items()}
         print(f"{size} {kind}{' to the input' if transposed else ''}")
         for plan, microseconds in sorted(medians.items(), key=lambda item: item[1]):

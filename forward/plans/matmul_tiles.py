@@ -24,6 +24,8 @@ _SHORTEST_SPLIT = 96
 # A contraction over a vocabulary may be cut finer: a few rows of a head's gradient fill no GPU.
 _FINE_SPLITS = (16, 32)
 _SHORTEST_FINE_SPLIT = 2048
+_PAD = 8  # f16 between the rows of a tile on matrix units, off each other's banks
+_MOST_FRAGMENT = 256  # outputs of a fragment
 MOST_PARTIAL_SUMS = 12 << 20  # of all stretches: memory that every session would hold
 MOST_CANDIDATES = 8  # of one product, to be timed
 
@@ -70,30 +72,30 @@ class Tile:
 
 @dataclass(frozen=True)
 class MatrixTile(Tile):
-    """Tunables of matmul_matrix: `lane_rows` and `lane_columns` are outputs of a subgroup."""
+    """Tunables of matmul_matrix: `lane_rows` and `lane_columns` are outputs of a subgroup.
 
+    Always of f16. A subgroup's 64 × 64 outputs are 128 registers of each lane of 32.
+    """
+
+    item_bytes: int = 2
     body: ClassVar[str] = "matrix"
-    prefetch: bool = True
-    pad: int = 8
-    staged: int = 1
 
     @property
     def workgroup_bytes(self) -> int:
-        """Workgroup memory: tiles of f16 with rows of 16 bytes more, and fragments of f32.
+        """Workgroup memory: tiles whose rows have 16 bytes more, and a fragment of each subgroup.
 
-        The most that fragments of 16 rows take.
+        Little is left on purpose: with fragments of 16 KiB an H100 ran one workgroup a
+        multiprocessor instead of two, at half the speed (docs/log.md).
         """
-        x, w = self.tile_rows * (self.depth + self.pad), self.tile_columns * (self.depth + self.pad)
-        w = max(w, self.depth * (self.tile_columns + self.pad))
+        x, w = self.tile_rows * (self.depth + _PAD), self.tile_columns * (self.depth + _PAD)
+        w = max(w, self.depth * (self.tile_columns + _PAD))
         subgroups = self.tile_rows // self.lane_rows * (self.tile_columns // self.lane_columns)
-        stage = subgroups * 16 * 16 * self.staged
-        return self.item_bytes * (x + w) + 4 * stage
+        return self.item_bytes * (x + w) + 4 * subgroups * _MOST_FRAGMENT
 
     @property
     def name(self) -> str:
         """Its sizes, as files and tables name it: matrix 128x128x32/64x64."""
-        at_once = "" if self.prefetch else " at once"
-        return f"matrix {super().name}{at_once} pad {self.pad} staged {self.staged}"
+        return f"matrix {super().name}"
 
     def constants(self) -> dict[str, int]:
         """What the template needs of it."""
@@ -103,9 +105,7 @@ class MatrixTile(Tile):
             "depth": self.depth,
             "subgroup_rows": self.lane_rows,
             "subgroup_columns": self.lane_columns,
-            "prefetch": self.prefetch,
-            "pad": self.pad,
-            "staged": self.staged,
+            "pad": _PAD,
         }
 
 
@@ -153,16 +153,16 @@ HALF_TILES = (
     Tile(128, 128, 32, 8, 8, 2.05, 2.76, 2, 2),
 )
 
-# On matrix units.
+# On matrix units; constants of the model by a few products on an H100.
 MATRIX_TILES = (
-    MatrixTile(128, 128, 32, 64, 64, 1.00, 0.64, 2),
-    MatrixTile(128, 256, 32, 64, 64, 1.40, 1.30, 2),
-    MatrixTile(64, 128, 32, 64, 64, 0.80, 0.35, 2),
-    MatrixTile(128, 64, 32, 64, 64, 0.80, 0.35, 2),
-    MatrixTile(64, 128, 32, 32, 64, 0.70, 0.40, 2),
-    MatrixTile(64, 64, 64, 32, 32, 0.80, 0.42, 2),
-    MatrixTile(64, 64, 32, 32, 32, 0.50, 0.22, 2),
-    MatrixTile(32, 64, 32, 32, 32, 0.45, 0.14, 2),
+    MatrixTile(128, 128, 32, 64, 64, 1.10, 0.66),
+    MatrixTile(256, 128, 32, 64, 64, 1.60, 1.30),
+    MatrixTile(128, 128, 32, 64, 32, 0.90, 0.86),
+    MatrixTile(128, 64, 32, 64, 32, 0.70, 0.43),
+    MatrixTile(64, 128, 32, 64, 32, 0.70, 0.46),
+    MatrixTile(64, 64, 64, 32, 32, 0.80, 0.52),
+    MatrixTile(64, 64, 32, 32, 32, 0.50, 0.26),
+    MatrixTile(32, 64, 32, 32, 32, 0.40, 0.16),
 )
 
 
@@ -176,6 +176,11 @@ def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]
     if workgroup_bytes is None:
         return tiles
     return tuple(tile for tile in tiles if tile.workgroup_bytes <= workgroup_bytes)
+
+
+def known_tiles(half: bool) -> tuple[Tile, ...]:
+    """All tiles of one precision, of any body."""
+    return (*tiles_of(half), *MATRIX_TILES) if half else tiles_of(half)
 
 
 def matrix_tiles_of(workgroup_bytes: int) -> tuple[MatrixTile, ...]:

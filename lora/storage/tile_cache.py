@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora.forward.plans.matmul_plans import PlanSource, ProductShape, Request
-from lora.forward.plans.matmul_tiles import HALF_TILES, MOST_PARTIAL_SUMS, TILES, Plan, tiles_of
+from lora.forward.plans.matmul_tiles import MOST_PARTIAL_SUMS, TILES, MatrixTile, Plan, known_tiles
 from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
 from lora.shaders.device import Device
@@ -78,8 +78,10 @@ def plan_of_entry(facts: DeviceFacts, product: ProductShape, entry: Any) -> Plan
     """The plan that `entry_of` gave; None for what is no plan that this product can use here."""
     if not isinstance(entry, dict):
         return None
-    tile = next((t for t in tiles_of(product.half) if t.name == entry.get("tile")), None)
+    tile = next((t for t in known_tiles(product.half) if t.name == entry.get("tile")), None)
     splits, length = entry.get("splits"), entry.get("length")
+    if isinstance(tile, MatrixTile) and not facts.matrix_shapes:
+        return None
     if tile is None or not isinstance(splits, int) or not isinstance(length, int):
         return None
     whole = length > 0 and length % tile.depth == 0
@@ -187,7 +189,7 @@ def _kernels_digest() -> str:
     for pattern in _TEMPLATES:
         for path in sorted(_KERNELS.glob(pattern)):
             digest.update(path.read_bytes())
-    digest.update(repr([tile.name for tile in (*TILES, *HALF_TILES)]).encode())
+    digest.update(repr([tile.name for tile in (*TILES, *known_tiles(half=True))]).encode())
     return digest.hexdigest()[:16]
 
 

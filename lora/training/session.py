@@ -42,7 +42,8 @@ from lora.training.programs import TrainingPrograms, loss_weight_words
 from lora.training.workload import Workload
 
 if TYPE_CHECKING:
-    from lora.config.schema import Config
+    from lora.checks.matrix_units import trust_matrix_units
+from lora.config.schema import Config
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 
@@ -90,6 +91,8 @@ class TrainingSession:
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self.device = Device(config.device, webgpu=config.webgpu) if device is None else device
         self._owns_device = device is None
+        if config.train.precision == "f16":
+            trust_matrix_units(self.device, config.device)
         self.memory = self.device.arena()
         try:
             self._open()

@@ -9,7 +9,7 @@
 // A workgroup computes {{ tile_rows }} × {{ tile_columns }} outputs, a subgroup {{ subgroup_rows }} × {{ subgroup_columns }} of them in fragments of f32. The
 // low-rank part comes first, then the weight, each in order of the contraction. Factors are rounded to
 // f16, products exact, sums f32. The next tile is fetched into registers while the present one is
-// multiplied. What comes out passes workgroup memory, a row of fragments at a time.
+// multiplied. What comes out passes workgroup memory, a fragment of every subgroup at a time.
 {% if emulated %}
 //
 // In plain WGSL: a lane holds every {{ subgroup_lanes }}th number of a fragment.
@@ -32,9 +32,7 @@
 {% set low_x_units = (low_steps * tile_rows // 4 + lanes - 1) // lanes %}
 {% set low_w_units = (low_steps * tile_columns // 4 + lanes - 1) // lanes %}
 {% set stage_rows = subgroups_y * m %}
-{# As many fragments of a row of them as pass the stage at once. #}
-{% set staged_columns = staged * n %}
-{% set stage_columns = subgroups_x * staged_columns %}
+{% set stage_columns = subgroups_x * n %}
 {% set stage_quads = stage_rows * stage_columns // 4 %}
 {% set whole = contraction % depth == 0 %}
 const tile_rows = {{ tile_rows }}u;
@@ -42,7 +40,7 @@ const tile_columns = {{ tile_columns }}u;
 const depth = {{ depth }}u;
 
 // x_tile [tile_rows][{{ x_step }}]; w_tile [{{ "depth" if transposed else "tile_columns" }}][{{ w_step }}]; stage
-// [{{ stage_rows }}][{{ stage_columns }}]: some fragments of every subgroup.
+// [{{ stage_rows }}][{{ stage_columns }}]: a fragment of every subgroup.
 var<workgroup> x_tile: array<vec4<f16>, {{ tile_rows * x_step // 4 }}>;
 var<workgroup> w_tile: array<vec4<f16>, {{ (depth if transposed else tile_columns) * w_step // 4 }}>;
 var<workgroup> stage: array<vec4<f32>, {{ stage_quads }}>;
@@ -170,7 +168,7 @@ fn store_stage(lane: u32, first: vec2<u32>, own: vec2<u32>, fragment: vec2<u32>,
         let line = at / {{ stage_columns // 4 }}u;
         let along = at % {{ stage_columns // 4 }}u * 4u;
         let row = first.y + line / {{ m }}u * {{ subgroup_rows }}u + fragment.y + line % {{ m }}u;
-        let column = first.x + along / {{ staged_columns }}u * {{ subgroup_columns }}u + fragment.x + along % {{ staged_columns }}u;
+        let column = first.x + along / {{ n }}u * {{ subgroup_columns }}u + fragment.x + along % {{ n }}u;
         if (row >= own.y && row < extent.rows && column >= own.x && column < n_columns) {
             store({{ "row + stretch * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, stage[at]);
         }
@@ -243,9 +241,7 @@ fn main(
     let first_k = 0u;
     let last_k = contraction;
 {% endif %}
-{% if prefetch %}
 {{ fetch("first_k") }}
-{% endif %}
 {% if splits > 1 %}
     if (group.z == 0u) {
 {% endif %}
@@ -316,29 +312,24 @@ fn main(
 {% endif %}
 
     for (var at_k = first_k; at_k < last_k; at_k += depth) {
-{% if not prefetch %}
-{{ fetch("at_k") }}
-{% endif %}
         workgroupBarrier();
 {{ store_tiles() }}
         workgroupBarrier();
-{% if prefetch %}
         let ahead = select(at_k, at_k + depth, at_k + depth < last_k);
 {{ fetch("ahead") }}
-{% endif %}
 {{ multiply_tiles(depth) }}
     }
 
     let first = vec2(first_column, first_row);
     let own = vec2(own_column, own_row);
-    let stage_from = team_y * {{ m * stage_columns // 4 }}u + team_x * {{ staged_columns // 4 }}u;
+    let stage_from = team_y * {{ m * stage_columns // 4 }}u + team_x * {{ n // 4 }}u;
 {% if emulated %}
     for (var i = 0u; i < {{ row_fragments }}u; i++) {
-        for (var j = 0u; j < {{ column_fragments }}u; j += {{ staged }}u) {
+        for (var j = 0u; j < {{ column_fragments }}u; j++) {
             workgroupBarrier();
-            for (var at = 0u; at < {{ staged * held }}u; at++) {
-                let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
-                let column = at / {{ held }}u * {{ n }}u + place % {{ n }}u;
+            for (var at = 0u; at < {{ held }}u; at++) {
+                let place = at * {{ subgroup_lanes }}u + team_lane;
+                let column = place % {{ n }}u;
                 stage[stage_from + place / {{ n }}u * {{ stage_columns // 4 }}u + column / 4u][column % 4u] = sums[(i * {{ column_fragments }}u + j) * {{ held }}u + at];
             }
             workgroupBarrier();
@@ -347,11 +338,9 @@ fn main(
     }
 {% else %}
 {% for i in range(row_fragments) %}
-{% for j in range(0, column_fragments, staged) %}
+{% for j in range(column_fragments) %}
     workgroupBarrier();
-{% for s in range(staged) %}
-    subgroupMatrixStore<row_major>(&stage, stage_from + {{ s * n // 4 }}u, sum_{{ i }}_{{ j + s }}, {{ stage_columns // 4 }}u);
-{% endfor %}
+    subgroupMatrixStore<row_major>(&stage, stage_from, sum_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
     workgroupBarrier();
     store_stage(lane, first, own, vec2({{ j * n }}u, {{ i * m }}u), group.z);
 {% endfor %}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +18,6 @@ from lora.forward.plans.matmul_tiles import MATRIX_TILES, MatrixTile, Plan, cut
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.webgpu import MatrixShape
 from tests.support.half_tensors import needs_halves
 from tests.support.kernels import MARKER, extent_in_use, run_twice
 from tests.support.quantized_tensors import (
@@ -31,16 +29,17 @@ from tests.support.quantized_tensors import (
 )
 
 Q8_0, F16 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
-SMALL = MatrixTile(32, 64, 32, 32, 32, item_bytes=2, staged=2)
-EMULATED_8 = MatrixShape(8, 8, 8, "f16", "f32", 8, 8)
+SMALL, SMALLEST = MATRIX_TILES[-1], MatrixTile(16, 32, 16, 16, 16)
 SCALE = 1.5
 
 
 def with_tile(
-    recording: Recording, tile: MatrixTile, splits: int = 1, shapes: Sequence[MatrixShape] = ()
+    recording: Recording, tile: MatrixTile, splits: int = 1, *, on_software: bool = False
 ) -> Recording:
     """As f16 training has it, all products by one tile."""
     needs_halves(recording.facts)
+    if recording.facts.info["adapter_type"] == "CPU" and not on_software:
+        pytest.skip("software drivers would compile it for minutes: test_on_any_driver is for them")
     if tile.workgroup_bytes > recording.facts.workgroup_memory:
         pytest.skip(f"workgroups have {recording.facts.workgroup_memory} bytes of memory")
 
@@ -138,7 +137,7 @@ def check(recording: Recording, case: Case) -> None:
     d_size = np.abs(rounded(d_y)) @ np.abs(w) + np.abs(rounded(d_z)) @ np.abs(rounded(a))
     results = ((forward, out, expected, size), (backward, d_x, d_expected, d_size))
     for program, tensor, wanted, magnitude in results:
-        assert all(d.template in ("matmul_matrix", "matmul_reduce") for d in program.dispatches)
+        assert {d.template for d in program.dispatches} <= {"matmul_matrix", "matmul_reduce"}
         marks = np.full(tensor.shape, MARKER, np.float32)
         found = run_twice(program, tensor, marks).astype(np.float64)
         # A sum of some hundred f32, and decoded weights that lie on the edge between two f16.
@@ -147,6 +146,22 @@ def check(recording: Recording, case: Case) -> None:
         worst = np.abs(found - wanted)[: case.in_use] - bound[: case.in_use]
         assert worst.max() < 0
         assert (found[case.in_use :] == marks.astype(tensor.numpy_dtype)[0, 0]).all()
+
+
+@pytest.mark.parametrize(
+    ("case", "splits"),
+    [
+        (Case(1, 1, 4, 32, ranges=(), parts=(F16,)), 1),
+        (Case(33, 32, 68, 100, ranges=(), parts=(F16,), bias=True, residual=True,
+              out_type="f32"), 2),
+        (Case(20, 19, 36, 64, rank=20, ranges=((4, 32),), x_type="f32"), 1),
+        (Case(20, 20, 36, 64, ranges=((8, 44), (60, 72)), parts=(Q8_0, F16), out_type="f32"), 1),
+    ],
+    ids=["one row", "stretches", "a large rank", "two parts"],
+)  # fmt: skip
+def test_on_any_driver(recording: Recording, case: Case, splits: int) -> None:
+    """A tile so small that software drivers compile it in seconds."""
+    check(with_tile(recording, SMALLEST, splits, on_software=True), case)
 
 
 @pytest.mark.parametrize("tile", MATRIX_TILES, ids=lambda tile: tile.name)

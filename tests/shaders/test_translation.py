@@ -104,7 +104,11 @@ def test_tint_takes_matrices_with_their_directives() -> None:
 
 
 def test_naga_translates_every_kernel_to_metal_and_hlsl() -> None:
-    few = all_renderings().covering
+    """But those on matrix units, which naga does not know: only Dawn runs them."""
+    few = {
+        text: template for text, template in all_renderings().covering.items()
+        if "subgroupMatrix" not in text
+    }  # fmt: skip
     texts = [
         text.replace("@compute", f"{LACKING[template]}\n\n@compute", 1)
         if template in LACKING else text

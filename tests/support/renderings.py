@@ -21,13 +21,22 @@ import numpy as np
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
-from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, PlanSpace, Tile, cut
+from lora.forward.plans.matmul_tiles import (
+    HALF_TILES,
+    MATRIX_TILES,
+    TILES,
+    Plan,
+    PlanSpace,
+    Tile,
+    cut,
+)
 from lora.generation.engine import Adapter, DecodeEngine
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.templates import render
+from lora.shaders.webgpu import MatrixShape
 from lora.training.device_state import SessionPlan
 from lora.training.programs import record_eval
 from lora.training.workload import Workload
@@ -51,6 +60,7 @@ class Kind:
     most_lanes: int = 256
     most_storage_buffers: int = 8
     max_binding: int = 128 * _MIB
+    matrix_shapes: tuple[MatrixShape, ...] = ()
 
     @property
     def facts(self) -> DeviceFacts:
@@ -65,6 +75,7 @@ class Kind:
             workgroup_memory=self.workgroup_memory,
             most_lanes=self.most_lanes,
             most_storage_buffers=self.most_storage_buffers,
+            matrix_shapes=self.matrix_shapes,
         )
 
 
@@ -73,6 +84,15 @@ LARGE_GPU = Kind(
     max_binding=2048 * _MIB,
 )  # fmt: skip
 SMALL_GPU = Kind("GPU of default limits")
+# Fragments as NVIDIA's and as Apple's GPUs have them.
+MATRIX_GPU = replace(
+    LARGE_GPU, name="GPU with matrix units",
+    matrix_shapes=(MatrixShape(16, 16, 16, "f16", "f32", 32, 32),),
+)  # fmt: skip
+SMALL_MATRICES = replace(
+    LARGE_GPU, name="GPU with small matrix units", workgroup_memory=32768,
+    matrix_shapes=(MatrixShape(8, 8, 8, "f16", "f32", 32, 32),),
+)  # fmt: skip
 METAL = Kind("Metal", backend="Metal", workgroup_memory=32768, most_lanes=1024)
 CPU = Kind("CPU", adapter_type="CPU", workgroup_memory=32768, most_lanes=1024)
 F32, F16 = {"precision": "f32", "recompute": "on"}, {"precision": "f16", "recompute": "off"}
@@ -181,12 +201,17 @@ def _runs(folder: Path) -> Iterator[Run]:
     yield _record(tiled, (METAL,), (F32,))
     yield _record(tiled, (CPU,), (F16,))
     for index, tile in enumerate((*TILES, *HALF_TILES)):
-        yield _record_tile(tiled, tile, splits=(1, 3)[index % 2])
+        yield _record_tile(LARGE_GPU, tiled, tile, splits=(1, 3)[index % 2])
+    for index, tile in enumerate(MATRIX_TILES):
+        kind = (MATRIX_GPU, SMALL_MATRICES)[index // 2 % 2]
+        if tile.workgroup_bytes <= kind.workgroup_memory:
+            yield _record_tile(kind, tiled, tile, splits=(1, 3)[index % 2])
     # Widths of no whole eights, and gradients that nothing clips.
     path = folder / "narrow.gguf"
     write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,
                      head_size=12)  # fmt: skip
     yield _record(path, (LARGE_GPU, CPU), (F32, {**F16, "max_grad_norm": None}))
+    yield _record(path, (MATRIX_GPU,), (F16,))
     # Norms after quantized products of rows that are no few steps of a workgroup.
     post_norms, path = TINY_MODELS["gemma2_q8_0"], folder / "wide.gguf"
     replace(post_norms, config=post_norms.config | {"hidden_size": 512}).write_gguf(path)
@@ -213,6 +238,7 @@ def _runs(folder: Path) -> Iterator[Run]:
             vocab_size=512, types={"weight": kind.name}, metadata={"llama.context_length": 4096},
         )  # fmt: skip
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
+        yield _record(path, (MATRIX_GPU,), (F16,), lengths=_LONG)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
 
 
@@ -244,7 +270,7 @@ def _record(
     return run
 
 
-def _record_tile(path: Path, tile: Tile, splits: int) -> Run:
+def _record_tile(kind: Kind, path: Path, tile: Tile, splits: int) -> Run:
     """Training of a model whose products all have one tile and so many stretches."""
     half = tile.item_bytes == 2
 
@@ -253,8 +279,8 @@ def _record_tile(path: Path, tile: Tile, splits: int) -> Run:
 
     def run(found: Found) -> None:
         with mock.patch("lora.forward.plans.matmul_plans.choose_plan", choose):
-            plan = _plan(LARGE_GPU, path, _ALL, F16 if half else F32)
-            keep(LARGE_GPU, _training(plan), found)
+            plan = _plan(kind, path, _ALL, F16 if half else F32)
+            keep(kind, _training(plan), found)
 
     return run
 

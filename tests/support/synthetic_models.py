@@ -80,6 +80,11 @@ SHAPES = {
         {"weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K"},
         {"rope.freq_base": 500000.0},
     ),
+    "Llama-8B": Shape(
+        "llama", 32, 4096, 14336, 32, 8, 128, 128256,
+        {"weight": "Q4_K", "ffn_down.weight": "Q6_K", "output.weight": "Q6_K"},
+        {"rope.freq_base": 500000.0}, tied_head=False,
+    ),
     "tiny": Shape(
         "llama", 2, 256, 512, 4, 2, 64, 512, {"weight": "Q4_K", "token_embd.weight": "Q6_K"}
     ),

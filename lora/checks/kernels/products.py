@@ -30,9 +30,18 @@ from lora.checks.tensors import (
     typed_marked,
 )
 from lora.forward.matmul import matmul
+from lora.forward.matmul_matrix import shape_on
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.plans.matmul_plans import Request
-from lora.forward.plans.matmul_tiles import HALF_TILES, TILES, Plan, Tile, cut
+from lora.forward.plans.matmul_tiles import (
+    HALF_TILES,
+    MATRIX_TILES,
+    TILES,
+    MatrixTile,
+    Plan,
+    Tile,
+    cut,
+)
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -59,7 +68,11 @@ def check_matmul(
         needs_half(recording)
     if tile is not None and tile.workgroup_bytes > recording.facts.workgroup_memory:
         raise NotHereError(f"workgroups have {recording.facts.workgroup_memory} bytes of memory")
-    if tile not in (None, TILES[0], HALF_TILES[0]):
+    if isinstance(tile, MatrixTile):
+        if shape_on(recording.facts) is None:
+            raise NotHereError("no matrix units that multiply f16 and add f32")
+        spare_software(recording)
+    elif tile not in (None, TILES[0], HALF_TILES[0]):
         spare_software(recording)
     dtype = "f16" if half else "f32"
 
@@ -135,5 +148,10 @@ CHECKS = [
               partial(check_matmul, kind=Q4_0, columns=224, tile=tile, splits=splits))
         for tiles in (TILES, HALF_TILES)
         for tile, splits in zip(tiles, (2, 1) * len(tiles), strict=False)
+    ),
+    *(
+        Check("matmul_matrix", f"{tile.name} in {splits}",
+              partial(check_matmul, kind=Q4_K, columns=256, tile=tile, splits=splits))
+        for tile, splits in zip(MATRIX_TILES, (2, 1) * len(MATRIX_TILES), strict=False)
     ),
 ]  # fmt: skip

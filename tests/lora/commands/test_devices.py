@@ -45,7 +45,10 @@ def test_every_kernel_has_a_check_and_passes_it() -> None:
     results = list(run_checks(Device))
     assert [(r.check, r.reason) for r in results if r.status == "failed"] == []
     used = {template for result in results for template in result.templates}
-    assert used == {path.stem for path in WGSL.glob("*.wgsl")}
+    # What only GPUs of some kinds run: its check is there, and compiles nothing on others.
+    everywhere = {path.stem for path in WGSL.glob("*.wgsl")} - {"matmul_matrix"}
+    assert used - {"matmul_matrix"} == everywhere
+    assert any(result.check.kernel == "matmul_matrix" for result in results)
 
 
 def test_what_is_printed_and_written(few: list[Check], tmp_path: Path) -> None:

@@ -1,0 +1,79 @@
+"""Matrix units that compute something else are left alone, with one line; asked once."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from lora.checks.matrix_units import ask_child, trust_matrix_units
+from lora.shaders.device import Device
+from lora.shaders.webgpu import MatrixShape
+
+SHAPE = MatrixShape(16, 16, 16, "f16", "f32", 32, 32)
+
+
+@pytest.fixture
+def card(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
+    """The software driver under the name of a GPU with matrix units, and an empty cache."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    facts = replace(device.facts, name="Card", is_cpu=False, matrix_shapes=(SHAPE,))
+    monkeypatch.setattr(device, "facts", facts)
+    yield device
+
+
+def test_right_ones_stay_and_are_asked_once(card: Device) -> None:
+    asked: list[str | int] = []
+
+    def ask(_: Device, wanted: str | int) -> str:
+        asked.append(wanted)
+        return ""
+
+    for _ in range(2):
+        trust_matrix_units(card, "auto", ask)
+    assert card.facts.matrix_shapes == (SHAPE,) and asked == ["auto"]
+
+
+def test_wrong_ones_are_left_alone(card: Device, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        trust_matrix_units(card, 0, lambda *_: "an error of 2, above 0.1")
+    assert card.facts.matrix_shapes == ()
+    (line,) = caplog.messages
+    assert "Card are left alone: an error of 2, above 0.1" in line and "\n" not in line
+
+
+def test_remembered_for_a_driver(card: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    trust_matrix_units(card, 0, lambda *_: "wrong")
+    info = {**card.facts.info, "description": "another driver"}
+    facts = replace(card.facts, info=info, matrix_shapes=(SHAPE,))
+    monkeypatch.setattr(card, "facts", facts)
+    trust_matrix_units(card, 0, lambda *_: "")
+    assert card.facts.matrix_shapes == (SHAPE,)
+
+
+def test_a_damaged_answer_is_asked_again(card: Device, tmp_path: Path) -> None:
+    trust_matrix_units(card, 0, lambda *_: "")
+    (path,) = (tmp_path / "webgpu-lora").glob("matrix-units-*.json")
+    path.write_text("{")
+    trust_matrix_units(card, 0, lambda *_: "wrong now")
+    assert card.facts.matrix_shapes == ()
+
+
+def test_devices_without_them_are_not_asked(device: Device) -> None:
+    def ask(*_: object) -> str:
+        raise AssertionError("asked")
+
+    trust_matrix_units(device, 0, ask)
+
+
+def test_a_child_that_fails_is_a_reason(device: Device) -> None:
+    """No such device: whatever ends a child, the plain kernels go on."""
+    assert "ended badly" in ask_child(device, "no such card")
+
+
+def test_a_child_without_matrix_units_finds_nothing_wrong(device: Device) -> None:
+    """It skips what the device can't do, and ends well."""
+    assert ask_child(device, "auto") == ""
