@@ -12,6 +12,7 @@ import numpy as np
 from lora.adapters.files import load_adapter
 from lora.adapters.peft_files import save_peft_adapter
 from lora.backward.losses import Loss, SupervisedLoss
+from lora.checks.matrix_units import trust_matrix_units
 from lora.data.batches import Batch
 from lora.data.examples import Example
 from lora.forward.plans.matmul_plans import PlanSource, ProductShape
@@ -42,8 +43,7 @@ from lora.training.programs import TrainingPrograms, loss_weight_words
 from lora.training.workload import Workload
 
 if TYPE_CHECKING:
-    from lora.checks.matrix_units import trust_matrix_units
-from lora.config.schema import Config
+    from lora.config.schema import Config
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 

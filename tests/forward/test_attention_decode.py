@@ -140,7 +140,7 @@ def test_one_row_on_its_way_into_the_cache(
     place = RowPlace(recording.memory.upload(np.array([7, position, rope_row])), 1, 2)
     rope = RowRope(
         recording.memory.upload(tables), interleaved,
-        None if None in weights
+        None if weights[0] is None
         else HeadNorms(*(Norm(recording.memory.upload(w), EPSILON) for w in weights)),
     )  # fmt: skip
     extent = extent_in_use(recording, 1, 1)

@@ -6,7 +6,7 @@ from gguf import GGMLQuantizationType, quants
 
 from lora.forward.matmul import matmul
 from lora.forward.model.weights import load_matrix
-from lora.forward.plans.matmul_tiles import choose_plan
+from lora.forward.plans.matmul_tiles import PlanSpace, choose_plan, tiles_of
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -70,7 +70,7 @@ def test_epilogue(
 
 
 def test_the_long_shape_takes_two_passes() -> None:
-    assert choose_plan(33, 64, 1024, 16384)[1] > 1
+    assert choose_plan(PlanSpace(33, 64, 1024, tiles_of(False, 16384))).splits > 1
 
 
 def test_a_vocabulary_that_is_no_multiple_of_four(recording: Recording, body: str) -> None:

@@ -33,7 +33,8 @@ for _place, _wing in enumerate(_WINGS):
     MAY_IMPORT[f"lora/{_wing}"] = _FORWARD | {f"lora/{below}" for below in _WINGS[:_place]}
 MAY_IMPORT["lora/export"] -= {"lora/generation"}
 MAY_IMPORT["lora/training"] = MAY_IMPORT["lora/training"] - {"lora/export"} | {"backward", "optim"}
-MAY_IMPORT["lora/checks"] = _FORWARD | {"backward", "optim"}
+MAY_IMPORT["lora/checks"] = _FORWARD | {"backward", "optim", "lora/storage"}
+MAY_IMPORT["lora/training"] |= {"lora/checks"}
 MAY_IMPORT["lora/commands"] |= {"lora/checks"}
 MAY_IMPORT["lora"] = {name for name in MAY_IMPORT if name.startswith("lora/")} | {"shaders"}
 

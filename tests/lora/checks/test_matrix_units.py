@@ -62,10 +62,13 @@ def test_a_damaged_answer_is_asked_again(card: Device, tmp_path: Path) -> None:
     assert card.facts.matrix_shapes == ()
 
 
-def test_devices_without_them_are_not_asked(device: Device) -> None:
+def test_devices_without_them_are_not_asked(
+    device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
     def ask(*_: object) -> str:
         raise AssertionError("asked")
 
+    monkeypatch.setattr(device, "facts", replace(device.facts, matrix_shapes=()))
     trust_matrix_units(device, 0, ask)
 
 

@@ -97,11 +97,11 @@ def test_what_is_f16(recompute: str, tmp_path: Path) -> None:
     for purpose in ("weights", "adapter", "gradients", "optimizer", "logits", "kept inputs"):
         assert small[purpose] == full[purpose], purpose
     act = sessions[1]._act
-    halves = (act.shared.normed, act.shared.qkv, act.shared.attended, act.shared.gate_up)
+    (layer,) = act.shared.values()
+    mixer = layer.mixer
+    halves = (layer.normed, mixer.qkv, mixer.attended, layer.feed_forward.gate_up)
     assert {tensor.dtype for tensor in halves} == {"f16"}
-    assert {t.dtype for t in (act.boundary, act.final, act.shared.middle, act.shared.lse)} == {
-        "f32"
-    }
+    assert {t.dtype for t in (act.boundary, act.final, layer.middle, mixer.lse)} == {"f32"}
     assert sessions[1].plan.allocated == small
 
 
