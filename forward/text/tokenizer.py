@@ -45,7 +45,9 @@ class _Codec(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+    def encode(
+        self, text: str, *, continues: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
 
@@ -66,6 +68,7 @@ class Tokenizer:
         add_bos: bool,
         end_of_turn_ids: frozenset[int],
         chat_template: str | None,
+        tool_use_template: str | None = None,
     ) -> None:
         """Completes a codec; use `from_gguf` or `from_file`."""
         self._codec = codec
@@ -73,6 +76,7 @@ class Tokenizer:
         self._eos_id = eos_id
         self._end_of_turn_ids = end_of_turn_ids
         self._chat_template = chat_template
+        self._tool_use_template = tool_use_template
         self.add_bos = add_bos and bos_id is not None
 
     @classmethod
@@ -109,6 +113,7 @@ class Tokenizer:
             add_bos=add_bos,
             end_of_turn_ids=vocabulary.end_ids,
             chat_template=metadata.get("tokenizer.chat_template"),
+            tool_use_template=metadata.get("tokenizer.chat_template.tool_use"),
         )
 
     @classmethod
@@ -137,7 +142,7 @@ class Tokenizer:
         config = _read_config(file.parent / "tokenizer_config.json")
         bos_id = _configured_id(tokenizer, config, "bos_token")
         eos_id = _configured_id(tokenizer, config, "eos_token")
-        template = _configured_template(file.parent / "chat_template.jinja", config)
+        template, for_tools = _configured_templates(file.parent, config)
         tokens: dict[str, int] = tokenizer.get_vocab()
         end_ids = {tokens[text] for text in end_texts(tokens)}
         if gguf_file is not None:
@@ -155,7 +160,9 @@ class Tokenizer:
             bos_id = model_bos if bos_id is None else bos_id
             eos_id = model_eos if eos_id is None else eos_id
             end_ids |= metadata_end_ids(gguf_file, n_tokens)
-            template = template or gguf_file.metadata.get("tokenizer.chat_template")
+            if template is None:
+                template = gguf_file.metadata.get("tokenizer.chat_template")
+                for_tools = gguf_file.metadata.get("tokenizer.chat_template.tool_use")
         return cls(
             LibraryCodec(tokenizer),
             bos_id=bos_id if first_id is None else first_id,
@@ -163,6 +170,7 @@ class Tokenizer:
             add_bos=first_id is not None,
             end_of_turn_ids=frozenset(end_ids if eos_id is None else end_ids | {eos_id}),
             chat_template=template,
+            tool_use_template=for_tools,
         )
 
     @property
@@ -190,30 +198,41 @@ class Tokenizer:
         """The Jinja template that turns messages into text; None where there is none."""
         return self._chat_template
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> TokenizedText:
+    @property
+    def tool_use_template(self) -> str | None:
+        """A second template for chats with tools; None where the first serves these, too."""
+        return self._tool_use_template
+
+    def encode(
+        self, text: str, *, add_bos: bool | None = None, continues: bool = False
+    ) -> TokenizedText:
         """Cuts a text into tokens; special tokens written in it become their ids.
 
         EOS is never added here; whether a text for training ends with it, data.append_eos says.
 
         Args:
             text: any text.
-            add_bos: puts BOS first; by default where the model asks for it. Say False for a
-                rendered chat template, which writes BOS itself.
+            add_bos: puts BOS first, unless the text begins with it: a rendered chat template may
+                write it. By default where the model asks for it.
+            continues: the text goes on from another one: nothing is put before it, neither BOS nor
+                the space with which some SentencePiece tokenizers begin a text.
 
         Raises:
             InputError: BOS is asked for and the model has none, or the text holds half a
                 surrogate pair.
         """
         try:
-            ids, offsets = self._codec.encode(text)
+            ids, offsets = self._codec.encode(text, continues=continues)
         except (TypeError, UnicodeEncodeError) as error:
             half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
             reason = str(error) if half is None else f"{half!r} in it is half a surrogate pair"
             raise InputError(f"The text {text[:40]!r} cannot be tokenized: {reason}.") from error
-        if not (self.add_bos if add_bos is None else add_bos):
+        if continues or not (self.add_bos if add_bos is None else add_bos):
             return TokenizedText(ids, offsets)
         if self._bos_id is None:
             raise InputError("The tokenizer has no BOS token to put first.")
+        if ids[:1] == [self._bos_id]:
+            return TokenizedText(ids, offsets)
         return TokenizedText([self._bos_id, *ids], [(0, 0), *offsets])
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -302,11 +321,31 @@ def _configured_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], key:
     return int(token)
 
 
-def _configured_template(file: Path, config: dict[str, Any]) -> str | None:
+def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The chat template, and that for chats with tools where there is another one."""
+    file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        beside = folder / "additional_chat_templates" / "tool_use.jinja"
+        return read_template(file), read_template(beside) if beside.is_file() else None
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates; transformers takes "default"
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):  # several named templates; transformers takes these two
+        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        found = named.get("default"), named.get("tool_use")
+    else:
+        found = template, None
+    first, second = (one if isinstance(one, str) else None for one in found)
+    return first, second
+
+
+def read_template(file: Path) -> str:
+    """The text of a file that holds a chat template.
+
+    Raises:
+        InputError: it can't be read, or is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not text in UTF-8; a chat template is.") from None

@@ -10,7 +10,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.text.chat_template import render_chat
+from lora.forward.text.chat_template import ChatTemplate
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
@@ -247,19 +247,11 @@ def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]
     Raises:
         InputError: the model has no chat template, or it refuses the messages.
     """
-    text = render_chat(
-        check_has_template(tokenizer.chat_template),
-        messages,
-        add_generation_prompt=True,
-        bos_token=_token_text(tokenizer, tokenizer.bos_id),
-        eos_token=_token_text(tokenizer, tokenizer.eos_id),
-    )
-    return tokenizer.encode(text, add_bos=False).ids  # the template writes BOS where it belongs
-
-
-def _token_text(tokenizer: Tokenizer, token: int | None) -> str:
-    """How a special token is written, "" for none."""
-    return "" if token is None else tokenizer.decode([token], skip_special=False)
+    check_has_template(tokenizer.chat_template)
+    template = ChatTemplate.of(tokenizer)
+    assert template is not None
+    # The template may write BOS; where it does not and the model wants it, it is put there.
+    return tokenizer.encode(template.render(messages, add_generation_prompt=True).text).ids
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def eval_command(
             "adapter_path": None if adapter is None else str(adapter),
             "data": loaded.data.eval,
             "max_length": summary.max_length,
-            "n_rows": summary.n_examples + summary.n_untrained,
+            "n_rows": summary.n_rows,
             "n_left_out": summary.n_untrained,
             **{name: vars(result) for name, result in results.items()},
         }

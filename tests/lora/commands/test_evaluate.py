@@ -39,7 +39,7 @@ def evaluated(*arguments: object) -> Result:
 
 
 def summary(*, n_untrained: int = 0, longest: int = 10) -> DataSummary:
-    return DataSummary("chat", 4, 40, 20, 0, n_untrained, longest, 16)
+    return DataSummary("chat", 4, 40, 20, 0, n_untrained, longest, 16, 4 + n_untrained)
 
 
 def result(n_cut: int = 0) -> EvalResult:

@@ -1,0 +1,162 @@
+"""Records as conversations: messages, tools and template variables in one form, whatever theirs.
+
+Calls of tools have arguments that are objects, thoughts have the names that templates read, and
+what says whether a message is trained stands beside the messages.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from lora.data.records import REASONING, parsed_json
+from lora.shaders.errors import InputError
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """What a chat template is given for one record.
+
+    Attributes:
+        messages: without `weight` and `train`, and without keys that were null.
+        wanted: one a message: whether it says itself that it is trained (`train`, `weight` 0);
+            None where it doesn't.
+        names: one a message: what users call it, `messages[1]` or `instruction`.
+        tools: JSON schemas; None for none.
+        arguments: `chat_template_kwargs` of the record.
+        older_calls: the messages whose tool_calls were given as function_call.
+    """
+
+    messages: list[Message]
+    wanted: list[bool | None]
+    names: list[str]
+    tools: list[dict[str, Any]] | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    older_calls: frozenset[int] = frozenset()
+
+    @property
+    def has_calls(self) -> bool:
+        """Whether a message calls a tool."""
+        return any(message.get("tool_calls") for message in self.messages)
+
+    def in_form(self, form: CallForm) -> Conversation:
+        """The same with calls of tools as another kind of template reads them."""
+        return replace(self, messages=[_in_form(message, form) for message in self.messages])
+
+
+@dataclass(frozen=True)
+class CallForm:
+    """How a template reads a call of a tool.
+
+    Attributes:
+        as_text: arguments are the text of their JSON, which the template joins to its own
+            (DeepSeek's); else they are objects.
+        null_content: a call without content has null for it, by which the template knows calls
+            (DeepSeek R1's); else "".
+    """
+
+    as_text: bool = False
+    null_content: bool = False
+
+
+# The first is that of nearly all templates.
+CALL_FORMS = (CallForm(), CallForm(True), CallForm(False, True), CallForm(True, True))
+
+
+def conversation_of(columns: Mapping[str, Any], data_format: str) -> Conversation:
+    """The conversation in a record's columns.
+
+    Args:
+        columns: of a checked record.
+        data_format: chat, or instruct: a system message, the history, the question, the answer.
+
+    Raises:
+        InputError: the record has a system message twice.
+    """
+    if data_format == "chat":
+        given = list(columns["messages"])
+        names = [f"messages[{index}]" for index in range(len(given))]
+    else:
+        given, names = [], []
+        for index, (question, answer) in enumerate(columns.get("history", [])):
+            given += _exchange(question, answer)
+            names += [f"history[{index}][0]", f"history[{index}][1]"]
+        given += _exchange("\n\n".join(instruction_parts(columns)), columns["output"])
+        names += ["instruction", "output"]
+    if "system" in columns:
+        if given[0]["role"] in ("system", "developer"):
+            raise InputError(
+                "The row has the column system, and its messages begin with a system message; keep "
+                "one of them."
+            )
+        given.insert(0, {"role": "system", "content": columns["system"]})
+        names.insert(0, "system")
+    tools = parsed_json(columns.get("tools"))
+    return Conversation(
+        [_normal(message) for message in given],
+        [_wanted(message) for message in given],
+        names,
+        tools or None,
+        columns.get("chat_template_kwargs", {}),
+        frozenset(i for i, message in enumerate(given) if message.get("function_call")),
+    )
+
+
+def instruction_parts(columns: Mapping[str, Any]) -> list[str]:
+    """The instruction, and the input where it isn't empty (Alpaca writes "" for none)."""
+    return [part for part in (columns["instruction"], columns.get("input")) if part]
+
+
+def _exchange(question: str, answer: str) -> list[Message]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+
+
+def _wanted(message: Mapping[str, Any]) -> bool | None:
+    """Whether a message asks to be trained; a weight of 1 only says what holds anyway."""
+    train, weight = message.get("train"), message.get("weight")
+    if train is not None:
+        return bool(train)
+    return False if weight == 0 else None
+
+
+def _normal(message: Mapping[str, Any]) -> Message:
+    kept = {k: v for k, v in message.items() if v is not None and k not in ("weight", "train")}
+    call = kept.pop("function_call", None)
+    if call:
+        kept["tool_calls"] = [{"type": "function", "function": call}]
+    if kept.get("tool_calls"):
+        kept["tool_calls"] = [_normal_call(call) for call in kept["tool_calls"]]
+    # As transformers does: templates read the first name, gpt-oss's the last.
+    reasoning = next((kept[name] for name in REASONING if name in kept), None)
+    if reasoning is not None:
+        kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
+    kept.setdefault("content", "")
+    return kept
+
+
+def _normal_call(call: Mapping[str, Any]) -> dict[str, Any]:
+    inner = call.get("function", call)
+    function = {key: value for key, value in inner.items() if value is not None}
+    function["arguments"] = parsed_json(function.get("arguments")) or {}
+    outer = {k: v for k, v in call.items() if v is not None} if "function" in call else {}
+    return {"type": "function", **outer, "function": function}
+
+
+def _in_form(message: Message, form: CallForm) -> Message:
+    if not message.get("tool_calls"):
+        return message
+    calls: Sequence[Mapping[str, Any]] = message["tool_calls"]
+    if form.as_text:
+        calls = [
+            {**call, "function": {**call["function"], "arguments": _json(call)}} for call in calls
+        ]
+    content = message["content"] or (None if form.null_content else "")
+    return {**message, "content": content, "tool_calls": list(calls)}
+
+
+def _json(call: Mapping[str, Any]) -> str:
+    return json.dumps(call["function"]["arguments"], ensure_ascii=False)
