@@ -10,7 +10,7 @@ LONGEST_FIRST := -n auto --dist loadfile --no-loadscope-reorder
 # numbers. What computes for minutes keeps them. numpy's threads would spin beside the other workers'.
 QUICK := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=128 OPENBLAS_NUM_THREADS=1
 # Of the judges' tests, those that compute with tiny models alone.
-TINY := $(addprefix tests/parity/test_,architectures.py peft_adapters.py tokenizers.py)
+TINY := $(addprefix tests/parity/test_,architectures.py chat_templates.py peft_adapters.py tokenizers.py)
 
 .PHONY: quickstart test parity parity-long lint clean
 

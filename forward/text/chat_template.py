@@ -1,8 +1,8 @@
 """Messages to text, by the chat template inside the model.
 
 Rendered as transformers does (utils/chat_template_utils.py, `_compile_jinja_template`), because
-the templates are written for it. A template comes out of a downloaded file: it runs in Jinja's
-sandbox.
+the templates are written for it, with the variables that llama.cpp gives with --jinja. A template
+comes out of a downloaded file: it runs in Jinja's sandbox.
 """
 
 from __future__ import annotations
@@ -27,8 +27,13 @@ Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
 # Written around what {% generation %} holds and taken out again: noncharacters, which no text has.
 _OPENS, _CLOSES = "\ufdd0", "\ufdd1"
+_WHITE_SPACE = " \t\n\r\f\v"
 _MARK = re.compile(f"[{_OPENS}{_CLOSES}]")
-_GIVEN = ("messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token")
+# Not to be given as arguments.
+_GIVEN = (
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token",
+    "strftime_now",
+)  # fmt: skip
 
 
 class SpecialTokens(Protocol):
@@ -68,7 +73,7 @@ class ChatTemplate:
         bos_token, eos_token: their text, for templates that write them; None leaves the name
             undefined, which renders as nothing.
         arguments: further variables (`chat_template_kwargs`), such as enable_thinking.
-        now: what strftime_now tells; None for the clock.
+        now: what strftime_now, date_string and datetime tell; None for the clock.
     """
 
     source: str
@@ -139,10 +144,18 @@ class ChatTemplate:
             InputError: the template is no Jinja, or refuses the messages.
         """
         special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        variables: dict[str, Any] = {k: v for k, v in special_tokens.items() if v is not None}
-        if self.now is not None:
-            variables["strftime_now"] = self.now.strftime
-        variables |= {**self.arguments, **(arguments or {})}
+        now = self.now or datetime.now()
+        variables: dict[str, Any] = {
+            **{name: text for name, text in special_tokens.items() if text is not None},
+            # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
+            # models, and Llama 3.1's date is one of 2024.
+            "enable_thinking": True,
+            "date_string": now.strftime("%d %b %Y"),
+            "datetime": now.strftime("%b %d %Y"),
+            "strftime_now": now.strftime,
+            **self.arguments,
+            **(arguments or {}),
+        }
         use_tools = tools is not None and self.tool_use_source is not None
         source = self.tool_use_source if use_tools else self.source
         assert source is not None
@@ -181,14 +194,25 @@ def _unmarked(marked: str) -> Rendering:
     return Rendering("".join([*parts, marked[done:]]), said)
 
 
+class _Environment(ImmutableSandboxedEnvironment):
+    """Strips ASCII white space, as llama.cpp; Python would strip a no-break space, too."""
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Calls what a template calls."""
+        of_text = isinstance(getattr(obj, "__self__", None), str)
+        if of_text and not args and obj.__name__ in ("strip", "lstrip", "rstrip"):
+            args = (_WHITE_SPACE,)
+        return super().call(context, obj, *args, **kwargs)
+
+
 @lru_cache(maxsize=1)
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
+def _environment() -> _Environment:
+    environment = _Environment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
     )
     environment.filters["tojson"] = _to_json
+    environment.filters["trim"] = _trim
     environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     return environment
 
 
@@ -232,6 +256,10 @@ class _GenerationBlock(Extension):
         return nodes.Scope([opens, *body, closes], lineno=line)
 
 
+def _trim(value: Any, chars: str | None = None) -> str:
+    return str(value).strip(chars or _WHITE_SPACE)
+
+
 def _to_json(
     value: Any,
     ensure_ascii: bool = False,
@@ -251,10 +279,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
 
 
 def _reason(error: Exception) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora.data.records import REASONING, parsed_json
@@ -39,32 +39,40 @@ class Conversation:
     older_calls: frozenset[int] = frozenset()
 
     @property
-    def has_calls(self) -> bool:
-        """Whether a message calls a tool."""
-        return any(message.get("tool_calls") for message in self.messages)
+    def forms(self) -> tuple[Form, ...]:
+        """The forms in which a template may read it, the commonest first."""
+        called = any(message.get("tool_calls") for message in self.messages)
+        return _FORMS if called else tuple(form for form in _FORMS if not form.of_calls)
 
-    def in_form(self, form: CallForm) -> Conversation:
-        """The same with calls of tools as another kind of template reads them."""
-        return replace(self, messages=[_in_form(message, form) for message in self.messages])
+    def in_form(self, form: Form) -> list[Message]:
+        """The messages as one kind of template reads them."""
+        return [_in_form(message, form) for message in self.messages]
 
 
 @dataclass(frozen=True)
-class CallForm:
-    """How a template reads a call of a tool.
+class Form:
+    """How a template reads messages; llama.cpp tries the same things.
 
     Attributes:
-        as_text: arguments are the text of their JSON, which the template joins to its own
-            (DeepSeek's); else they are objects.
+        arguments_as_text: arguments of calls are the text of their JSON, which the template joins
+            to its own (DeepSeek's); else they are objects.
         null_content: a call without content has null for it, by which the template knows calls
             (DeepSeek R1's); else "".
+        content_as_parts: content is a list of one part, {"type": "text", "text": …} (templates of
+            models that see); else a string.
     """
 
-    as_text: bool = False
+    arguments_as_text: bool = False
     null_content: bool = False
+    content_as_parts: bool = False
+
+    @property
+    def of_calls(self) -> bool:
+        """Whether it differs from the commonest for calls of tools alone."""
+        return self.arguments_as_text or self.null_content
 
 
-# The first is that of nearly all templates.
-CALL_FORMS = (CallForm(), CallForm(True), CallForm(False, True), CallForm(True, True))
+_FORMS = (Form(), Form(True), Form(False, True), Form(True, True), Form(content_as_parts=True))
 
 
 def conversation_of(columns: Mapping[str, Any], data_format: str) -> Conversation:
@@ -146,11 +154,13 @@ def _normal_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **outer, "function": function}
 
 
-def _in_form(message: Message, form: CallForm) -> Message:
-    if not message.get("tool_calls"):
+def _in_form(message: Message, form: Form) -> Message:
+    if form.content_as_parts:
+        return {**message, "content": [{"type": "text", "text": message["content"]}]}
+    calls: Sequence[Mapping[str, Any]] = message.get("tool_calls", [])
+    if not calls:
         return message
-    calls: Sequence[Mapping[str, Any]] = message["tool_calls"]
-    if form.as_text:
+    if form.arguments_as_text:
         calls = [
             {**call, "function": {**call["function"], "arguments": _json(call)}} for call in calls
         ]

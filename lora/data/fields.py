@@ -51,7 +51,7 @@ def dropped_fields(message: Mapping[str, Any], shown: Shown) -> Iterator[str]:
         message: in the form of `Conversation.messages`.
         shown: what was rendered for it.
     """
-    if not shown.has_content(message["content"] or ""):
+    if not shown.has_content(message["content"]):
         yield "content"
     if not shown.has(message.get("reasoning_content", "")):
         yield "reasoning_content"
@@ -63,8 +63,6 @@ def _shows_call(function: Mapping[str, Any], shown: Shown) -> bool:
     if not shown.has(function["name"]):
         return False
     arguments = function["arguments"]
-    if isinstance(arguments, str):
-        arguments = json.loads(arguments)
     # A template that takes texts writes an object as Python shows it.
     as_python, as_json = repr(arguments), json.dumps(arguments, ensure_ascii=False)
     if as_python != as_json and shown.has(as_python):

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora.data.conversations import CALL_FORMS, Conversation, Message
+from lora.data.conversations import Conversation, Form, Message
 from lora.data.fields import Shown, dropped_fields, dropped_tool
 from lora.shaders.errors import InputError
 
@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # Jinja2 is loaded for chats only
     from lora.forward.text.chat_template import ChatTemplate, Rendering, Span
 
 ASSISTANT = "assistant"
+_LONGEST_HEADER = 200  # characters that a template writes between a prompt and an answer, at most
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,14 @@ class Turn:
 
     Attributes:
         index: of the message.
-        text: the rendering of all messages through this one.
+        text: the rendering of all messages through this one; where that has the prompt otherwise
+            than generation (Mistral shows the system message in the last question only), the
+            generation's prompt and the answer.
         start: where in it the model's part begins.
         after_prompt: a generation prompt ends there, so that tokens do, too.
         said: what the template marks with {% generation %}; None where it marks nothing.
         closing: where the text has no end of turn of its own: what the template writes next if a
-            user's message follows (GLM's <|user|>); "" where it refuses one.
+            user's message follows, or a tool's result (GLM's <|user|>); "" where it refuses one.
     """
 
     index: int
@@ -82,15 +85,14 @@ def render_turns(
     unread = [name for name in conversation.arguments if name not in template.optional_variables]
     if unread:
         raise InputError(f"chat_template_kwargs: {unread_argument(unread[0], template)}")
-    forms = CALL_FORMS if conversation.has_calls else CALL_FORMS[:1]
-    refusal: InputError | None = None
-    for form in forms:
+    refusals: list[InputError] = []
+    for form in conversation.forms:
         try:
-            return _Renderer(conversation.in_form(form), template, settings, end_texts).render()
+            return _Renderer(conversation, form, template, settings, end_texts).render()
         except InputError as error:
-            refusal = refusal or error
-    assert refusal is not None
-    raise refusal
+            refusals.append(error)
+    # Of the template's own form, which comes furthest: in others it stumbles, or drops all.
+    raise max(refusals, key=lambda error: getattr(error, "index", -2))
 
 
 def unread_argument(name: str, template: ChatTemplate) -> str:
@@ -99,17 +101,32 @@ def unread_argument(name: str, template: ChatTemplate) -> str:
     return f"{name} is no variable that the chat template reads; it reads {read}."
 
 
+class _DroppedError(InputError):
+    """A template doesn't show something of the message `index`; -1: of the tools."""
+
+    def __init__(self, message: str, index: int) -> None:
+        super().__init__(message)
+        self.index = index
+
+
 class _Renderer:
     """Renders one conversation, turn by turn."""
 
     def __init__(
         self,
         conversation: Conversation,
+        form: Form,
         template: ChatTemplate,
         settings: DataConfig,
         end_texts: Sequence[str],
     ) -> None:
         self._conversation = conversation
+        self._messages = conversation.in_form(form)
+        if "developer" not in template.source:  # llama.cpp's name for it then
+            self._messages = [
+                {**message, "role": "system"} if message["role"] == "developer" else message
+                for message in self._messages
+            ]
         self._template = template
         self._settings = settings
         self._end_texts = end_texts
@@ -151,21 +168,39 @@ class _Renderer:
             start = common_length(before, text)
             after_prompt = start == len(before)
             if not after_prompt and start < common_length(before, self._text(index)):
-                raise InputError(
-                    f"{self._conversation.names[index]}: the chat template writes the messages "
-                    "before it otherwise once it follows, so the model would not see what it was "
-                    "trained on. Give another template with data.chat_template, or set "
-                    "data.train_on: all."
-                )
+                answer = self._answer_start(index, before, text)
+                moved = len(before) - answer
+                said = through.said and [(a + moved, b + moved) for a, b in through.said]
+                return Turn(index, before + text[answer:], len(before), True, said, "")
         else:
             start, after_prompt = self._content_start(index, text), False
         ended = any(end in text[start:] for end in self._end_texts)
         closing = "" if ended else self._closing(index, text)
         return Turn(index, text, start, after_prompt, through.said, closing)
 
+    def _answer_start(self, index: int, before: str, text: str) -> int:
+        """Where the answer begins in a rendering that has the prompt otherwise.
+
+        There ends what it has in common with the prompt's end, which must hold the whole last
+        message, and it is the same for every answer.
+        """
+        other = {"role": ASSISTANT, "content": "\ufdd2"}  # no answer begins with it
+        stop = common_length(text, self._render([*self._messages[:index], other]).text)
+        ends = range(stop, max(0, stop - _LONGEST_HEADER), -1)
+        shared = {end: _common_ending(before, text[:end]) for end in ends}
+        answer = max(shared, key=shared.__getitem__, default=0)
+        last = Shown(before[len(before) - shared.get(answer, 0) :])
+        if next(dropped_fields(self._conversation.messages[index - 1], last), None) is not None:
+            raise InputError(
+                f"{self._conversation.names[index]}: the chat template writes the message before "
+                "it otherwise once it follows, so where the answer begins can't be told. Give "
+                "another template with data.chat_template, or set data.train_on: all."
+            )
+        return answer
+
     def _content_start(self, index: int, text: str) -> int:
         """Where the content of a message stands that has no generation prompt of its own."""
-        content = (self._conversation.messages[index]["content"] or "").strip()
+        content = self._conversation.messages[index]["content"].strip()
         start = text.rfind(content)
         if start < 0 or not content:
             raise InputError(
@@ -176,9 +211,10 @@ class _Renderer:
         return start
 
     def _closing(self, index: int, text: str) -> str:
-        """What a template writes behind a turn when a user's message follows: GLM's <|user|>."""
-        follows = {"role": "user", "content": "x"}
-        messages = [*self._conversation.messages[: index + 1], follows]
+        """What a template writes behind a turn: GLM's <|user|>, or <|observation|> after calls."""
+        called = bool(self._messages[index].get("tool_calls"))
+        follows = {"role": "tool" if called else "user", "content": "x"}
+        messages = [*self._messages[: index + 1], follows]
         try:
             longer = self._render(messages).text
         except InputError:
@@ -190,23 +226,25 @@ class _Renderer:
         for index in indices:
             for name in dropped_fields(self._conversation.messages[index], shown):
                 role = self._conversation.messages[index]["role"]
-                raise InputError(
+                raise _DroppedError(
                     f"{self._name(index, name)}: the chat template does not show it (role {role}), "
                     "so the model would be trained without it. Take it out of the row, leave the "
-                    "row out, or give a template that shows it with data.chat_template."
+                    "row out, or give a template that shows it with data.chat_template.",
+                    index,
                 )
 
     def _check_tools(self, whole: str) -> None:
         tools = self._conversation.tools
         if tools is None:
             return
-        without = self._render(self._conversation.messages, with_tools=False).text
+        without = self._render(self._messages, with_tools=False).text
         name = dropped_tool(tools, whole, without)
         if name is not None:
-            raise InputError(
+            raise _DroppedError(
                 f"tools: the chat template does not show the tool {name!r}, so the model would be "
                 "trained without it. Take tools out of the row, leave the row out, or give a "
-                "template that shows them with data.chat_template."
+                "template that shows them with data.chat_template.",
+                -1,
             )
 
     def _name(self, index: int, field: str) -> str:
@@ -221,7 +259,7 @@ class _Renderer:
 
     def _rendered(self, n_messages: int, *, add_generation_prompt: bool = False) -> Rendering:
         return self._render(
-            self._conversation.messages[:n_messages], add_generation_prompt=add_generation_prompt
+            self._messages[:n_messages], add_generation_prompt=add_generation_prompt
         )
 
     def _render(
@@ -262,6 +300,11 @@ def _trained(conversation: Conversation, settings: DataConfig) -> list[int]:
         for index, asked in enumerate(wanted)
         if (index in by_role if asked is None else asked)
     ]
+
+
+def _common_ending(first: str, second: str) -> int:
+    """How many characters two texts have in common at their end."""
+    return common_length(first[::-1], second[::-1])
 
 
 def common_length(first: str, second: str) -> int:

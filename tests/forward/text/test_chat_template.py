@@ -91,21 +91,36 @@ def test_absent_special_tokens_render_as_nothing() -> None:
 
 
 def test_arguments_are_variables_and_a_rows_come_before_the_configs() -> None:
-    template = _template(
-        "{{ a }}{% if enable_thinking is defined %}{{ enable_thinking }}{% endif %}",
-        arguments={"a": "of all"},
-    )
-    assert template.render(MESSAGES).text == "of all"
-    assert template.render(MESSAGES, arguments={"a": 1, "enable_thinking": False}).text == "1False"
+    template = _template("{{ a }} {{ enable_thinking }}", arguments={"a": "of all"})
+    assert template.render(MESSAGES).text == "of all True"  # as llama.cpp
+    assert template.render(MESSAGES, arguments={"a": 1, "enable_thinking": False}).text == "1 False"
     assert template.optional_variables == ["a", "enable_thinking"]
 
 
 def test_the_time_is_the_given_one() -> None:
     then = datetime(2026, 11, 29, 23, 59)
-    template = _template("{{ strftime_now('%d %b %Y') }}", now=then)
-    assert template.render(MESSAGES).text == "29 Nov 2026"
-    assert template.optional_variables == []
+    template = _template(
+        "{{ strftime_now('%d.%m.%Y') }} {{ date_string }} {{ datetime }}", now=then
+    )
+    assert template.render(MESSAGES).text == "29.11.2026 29 Nov 2026 Nov 29 2026"
+    assert template.optional_variables == ["date_string", "datetime"]
+    given = {"date_string": "26 Jul 2024"}
+    assert template.render(MESSAGES, arguments=given).text == "29.11.2026 26 Jul 2024 Nov 29 2026"
     assert _render("{{ strftime_now('%Y') }}") == str(datetime.now().year)
+
+
+def test_white_space_is_stripped_as_by_llama_cpp() -> None:
+    messages = [{"role": "user", "content": " \t\u00a0Hi\u00a0\r\n"}]
+    for strips, expected in (
+        ("| trim", "\u00a0Hi\u00a0"),
+        (".strip()", "\u00a0Hi\u00a0"),
+        (".lstrip()", "\u00a0Hi\u00a0\r\n"),
+        (".rstrip()", " \t\u00a0Hi\u00a0"),
+        (".strip('\\n')", " \t\u00a0Hi\u00a0\r"),
+        ("| trim('\\n')", " \t\u00a0Hi\u00a0\r"),
+        (".strip().replace('H', 'h')", "\u00a0hi\u00a0"),
+    ):
+        assert _render("{{ messages[0].content" + strips + " }}", messages) == expected
 
 
 def test_a_template_for_tools_is_taken_for_rows_that_have_some() -> None:

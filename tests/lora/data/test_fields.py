@@ -110,6 +110,22 @@ def test_whole_roles_that_the_template_drops_are_refused() -> None:
         trained({"messages": messages}, CHATML)
 
 
+def test_a_developers_message_is_the_systems_where_the_template_knows_no_developer() -> None:
+    messages = [{"role": "developer", "content": "Be terse."}, user("a"), assistant("b")]
+    text, _ = trained_text({"messages": messages}, "chat", FakeTokenizer())
+    assert text.startswith("<|im_start|>system\nBe terse.<|im_end|>")
+    knows = CHATML + "{# developer #}"
+    text, _ = trained_text({"messages": messages}, "chat", FakeTokenizer(knows))
+    assert text.startswith("<|im_start|>developer\n")
+
+
+def test_a_template_that_takes_content_in_parts() -> None:
+    parts = CHATML.replace("message['content']", "message['content'][0].text")
+    text, said = trained_text({"messages": [user("a"), assistant("b")]}, "chat",
+                              FakeTokenizer(parts))  # fmt: skip
+    assert text.startswith("<|im_start|>user\na<|im_end|>") and said == ["b<|im_end|>"]
+
+
 def test_a_context_is_looked_for_where_it_was_said() -> None:
     """That an earlier message says the same doesn't make it shown."""
     messages = [user("12 degrees"), assistant("b"), {"role": "tool", "content": "12 degrees"},

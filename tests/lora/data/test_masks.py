@@ -380,10 +380,25 @@ def test_rows_that_cannot_be_marked() -> None:
     assert trained == ["A1<|im_end|>", "A2<|im_end|>"]
 
 
-def test_a_prompt_that_an_answer_changes_is_refused() -> None:
-    ends_otherwise = CHATML.replace("message['content']", "message['content'] + loop.last|string")
+def test_a_prompt_that_an_answer_changes_is_what_generation_sees() -> None:
+    """As Mistral's, whose last question has the system message: an answer drops it."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}"
+        "{{ '[' + (messages[0].content if loop.last else '') + m.content + ']' }}"
+        "{% elif m.role == 'assistant' %}{{ ' ' + m.content + '<|im_end|>' }}{% endif %}"
+        "{% endfor %}"
+    )
+    messages = [{"role": "system", "content": "terse "}, *TWO_TURNS]
+    tokenizer = FakeTokenizer(template)
+    examples = masked({"messages": messages}, "chat", tokenizer)
+    assert [(tokens.turn, *shown(tokens, tokenizer)) for tokens in examples] == [
+        (2, "[terse Q1] A1<|im_end|>", [" A1<|im_end|>"]),
+        (4, "[Q1] A1<|im_end|>[terse Q2] A2<|im_end|>", [" A2<|im_end|>"]),
+    ]
+    # One that changes the end of the last question leaves nothing to find the answer by.
+    ends_otherwise = CHATML.replace("message['content']", "message['content'][loop.last|int:]")
     message = refused({"messages": TWO_TURNS}, "chat", ends_otherwise)
-    assert message.startswith("messages[1]: the chat template writes the messages before it other")
+    assert message.startswith("messages[1]: the chat template writes the message before it other")
 
 
 # The config's template.
