@@ -211,7 +211,7 @@ class DataConfig(_Section):
     chat_template: Text | None = Field(
         default=None, description="null, a file that holds a Jinja chat template, or its text"
     )
-    chat_template_kwargs: dict[str, Any] = Field(
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_section_from_nothing)] = Field(
         default={}, description="a mapping of the chat template's variables to values"
     )
     train_on: Literal["completion", "all", "last"] = Field(
