@@ -119,6 +119,11 @@ class ChatTemplate:
         return frozenset().union(*(_variables(source) for source in sources))
 
     @property
+    def is_dated(self) -> bool:
+        """Whether it reads the time."""
+        return not self.variables.isdisjoint(("strftime_now", "date_string", "datetime"))
+
+    @property
     def optional_variables(self) -> list[str]:
         """What may be given as `arguments`, by the names that the template reads."""
         built_in = {*_GIVEN, *_environment().globals}

@@ -82,10 +82,13 @@ def train(
     """Train an adapter; Ctrl-C saves a checkpoint and says how to resume."""
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
+    from lora.training.checkpoint import started_at
     from lora.training.run import Interrupted, run_training
     from lora.training.session import TrainingSession
 
-    session = TrainingSession(load_config(config, set_ or []))
+    loaded = load_config(config, set_ or [])
+    started = started_at(Path(loaded.output)) if resume else None
+    session = TrainingSession(loaded, started=started)
     print_plan(console, session.plan)
     if dry_run:
         return

@@ -75,6 +75,7 @@ class DataSummary:
     n_rows: int  # of the data set
     left_out: Mapping[str, int] = field(default_factory=dict)  # why, and how many of n_untrained
     ignored: tuple[str, ...] = ()  # columns that carry no meaning here
+    dated: bool = False  # the chat template may write the time
 
     def __str__(self) -> str:
         n_used = self.n_rows - self.n_untrained
@@ -191,6 +192,7 @@ def load_data(
         n_rows=len(records),
         left_out=Counter(one.reason for one in left_out),
         ignored=tuple(dict.fromkeys(name for record in records for name in record.ignored)),
+        dated=rows.is_dated,
     )
     return LoadedData(examples, lengths, left_out, summary)
 
@@ -240,6 +242,11 @@ class RowTokenizer:
         self._end_texts = [
             tokenizer.decode([token], skip_special=False) for token in tokenizer.end_of_turn_ids
         ]
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the template may write the time."""
+        return self._template is not None and self._template.is_dated
 
     def tokenize(self, columns: Mapping[str, Any]) -> list[MaskedTokens]:
         """The examples of a record, before cutting; the first token of none is trained.
