@@ -80,6 +80,21 @@ class Tokenizer:
         self.add_bos = add_bos and bos_id is not None
 
     @classmethod
+    def open(cls, gguf_file: GGUFFile, file: str | None = None) -> Tokenizer:
+        """The tokenizer of a model: the one inside the GGUF, or a tokenizer.json in its place.
+
+        Args:
+            gguf_file: the model.
+            file: as `from_file` takes it; None for the GGUF's own.
+
+        Raises:
+            InputError: there is none, or it can't be read.
+        """
+        if file is None:
+            return cls.from_gguf(gguf_file)
+        return cls.from_file(file, gguf_file=gguf_file)
+
+    @classmethod
     def from_gguf(cls, gguf_file: GGUFFile) -> Tokenizer:
         """Builds the tokenizer that the GGUF holds.
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from lora.commands.data import data_command
 from lora.commands.devices import devices_command
 from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
@@ -140,6 +141,7 @@ def bench(config: ConfigArgument, set_: Overrides = None) -> None:
     print_kernels(console, kernel_table(session), measure_peaks(session.device))
 
 
+app.command(name="data")(data_command)
 app.command(name="eval")(eval_command)
 
 

@@ -50,6 +50,7 @@ class Example:
         row: the record's place in the data set, counted from 0.
         turn: the message that is trained, where the example is of one turn, since the whole
             rendering shows it otherwise than it was said; None for a whole row.
+        n_cut: tokens that data.max_length cut off its end.
     """
 
     ids: np.ndarray
@@ -58,6 +59,7 @@ class Example:
     cut: bool = False
     row: int = 0
     turn: int | None = None
+    n_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -90,7 +92,7 @@ class DataSummary:
         for reason, number in self.left_out.items():
             text += f"; {number} left out, {reason}"
         if self.ignored:
-            text += f"; ignored columns: {', '.join(self.ignored)}"
+            text += f"; ignored columns: {', '.join(map(printable, self.ignored))}"
         return text
 
 
@@ -112,10 +114,12 @@ class LoadedData:
     """A whole data set as examples.
 
     Attributes:
-        lengths: tokens of each example before cutting.
+        places: where each row is: `data/train.jsonl, line 3`.
+        lengths: tokens of each example before cutting, those of rows that are left out, too.
     """
 
     examples: list[Example]
+    places: list[str]
     lengths: list[int]
     left_out: list[LeftOut]
     summary: DataSummary
@@ -194,7 +198,12 @@ def load_data(
         ignored=tuple(dict.fromkeys(name for record in records for name in record.ignored)),
         dated=rows.is_dated,
     )
-    return LoadedData(examples, lengths, left_out, summary)
+    return LoadedData(examples, [one.place for one in records], lengths, left_out, summary)
+
+
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: other characters than printable ones escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def _masked(rows: RowTokenizer, record: Record) -> tuple[list[MaskedTokens], str]:
@@ -210,7 +219,8 @@ def _example(tokens: MaskedTokens, row: int, index: int, max_length: int) -> Exa
     cut = any(tokens.trained[max_length:])
     ids = np.array(tokens.ids[:max_length], dtype=np.int32)
     trained = np.array(tokens.trained[:max_length], dtype=np.bool_)
-    return Example(ids, trained, index, cut, row, tokens.turn)
+    n_cut = max(0, len(tokens.ids) - max_length)
+    return Example(ids, trained, index, cut, row, tokens.turn, n_cut)
 
 
 class RowTokenizer:

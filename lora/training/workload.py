@@ -69,10 +69,7 @@ class Workload:
         """
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
-        if config.model.tokenizer is None:
-            tokenizer = Tokenizer.from_gguf(gguf_file)
-        else:
-            tokenizer = Tokenizer.from_file(config.model.tokenizer, gguf_file=gguf_file)
+        tokenizer = Tokenizer.open(gguf_file, config.model.tokenizer)
         adapter = config.adapter
         layout = AdapterLayout(
             architecture,

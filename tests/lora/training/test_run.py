@@ -125,7 +125,8 @@ def test_a_resumed_run_sees_the_date_of_its_first_start(tmp_path: Path) -> None:
     """Templates may write it (Llama 3), and the text of a run does not change overnight."""
     template = (
         "{{ strftime_now('%d %b %Y') }} {% for m in messages %}"
-        "{{ m.role + m.content + '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+        "{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
     )
     data = {"chat_template": template, "eval": None}
     path = write_run(tmp_path, data=data, train={"epochs": 1, "save_every": 1})
