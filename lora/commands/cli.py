@@ -234,7 +234,7 @@ def generate(
     device: DeviceName = "auto",
 ) -> None:
     """Continue a text with the tuned model."""
-    from lora.commands.chat import check_can_chat, conversation_ids
+    from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
     from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
 
@@ -242,15 +242,17 @@ def generate(
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), GREEDY
     )
     prompt = _read_prompt(prompt)
-    if chat:
-        check_can_chat(model, tokenizer)
     adapters = {} if adapter is None else {"adapter": adapter}
+    if chat:
+        check_can_chat(model, tokenizer, adapters.values())
     generator = open_generator(
         model, adapters, tokenizer=tokenizer, max_length=max_length, device=device
     )
     text: str | list[int] = prompt
     if chat:
-        text = conversation_ids(generator.tokenizer, [{"role": "user", "content": prompt}])
+        template = trained_templates(generator.tokenizer, adapters).get("adapter")
+        asked = [{"role": "user", "content": prompt}]
+        text = conversation_ids(generator.tokenizer, asked, template)
     for piece in generator.stream(
         text, max_tokens=max_tokens, adapter=next(iter(adapters), None), sampling=sampling
     ):

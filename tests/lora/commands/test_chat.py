@@ -14,8 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora.commands.chat import Chat, chat, check_can_chat, conversation_ids, named_adapters
+from lora.commands.chat import Chat, chat, named_adapters
 from lora.commands.cli import generate
+from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
 from lora.config.schema import Config
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
@@ -268,6 +269,40 @@ def test_a_conversation_has_bos_once(tmp_path: Path) -> None:
         ids = conversation_ids(tokenizer, [{"role": "user", "content": "hello"}])
         assert ids.count(0) == (add_bos or writes)
         assert (ids[0] == 0) is (add_bos or writes)
+
+
+def test_an_adapters_own_template_writes_its_chats(
+    generator: TextGenerator, tmp_path: Path
+) -> None:
+    """As its run was trained; the bare model is asked the same, others have the model's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    source = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ mood }}"
+    data = {"train": "t", "chat_template": source, "chat_template_kwargs": {"mood": "glad"}}
+    config = {"model": {"path": "m.gguf"}, "data": data, "output": "run"}
+    (run / "config.yaml").write_text(json.dumps(config))
+    adapters = {"polite": run, "rude": tmp_path / "other.gguf"}
+    with pytest.raises(InputError, match="chat_template.jinja: there is no such file, and the ad"):
+        trained_templates(generator.tokenizer, adapters)
+    (run / "chat_template.jinja").write_text(source)
+    templates = trained_templates(generator.tokenizer, adapters)
+    assert list(templates) == ["polite"]
+    conversation = Conversation(generator, templates=templates)
+    asked: list[list[int]] = []
+    stream = generator.stream
+
+    def noting(ids: list[int], **options: object) -> Iterator[str]:
+        asked.append(ids)
+        return stream(ids, **options)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "stream", noting)
+        conversation.say("hi", "/adapter off", "/reset", "hi")
+    ours = generator.tokenizer.encode("[hi]glad").ids
+    assert asked == [ours, ours]
+    # A model without a template can chat with such an adapter.
+    write_tiny_llama(tmp_path / "model.gguf", metadata={"tokenizer.chat_template": None})
+    check_can_chat(str(tmp_path / "model.gguf"), None, [run])
 
 
 def test_one_series_of_draws(generator: TextGenerator) -> None:

@@ -138,6 +138,7 @@ def test_a_resumed_run_sees_the_date_of_its_first_start(tmp_path: Path) -> None:
     assert tokenizer.decode(first.workload.train_examples[0].ids.tolist()).startswith("03 Feb 2020")
     output = run_training(first)
     assert started_at(output) == then
+    assert (output / "chat_template.jinja").read_text() == template  # for who runs the adapter
     # One that was opened with another date is refused, and the command opens it with that of then.
     with pytest.raises(InputError, match="writes the date, and this session was opened with anoth"):
         run_training(TrainingSession.from_config(path, ["train.epochs=2"]), resuming=True)
