@@ -23,6 +23,8 @@ from lora.forward.text.pre_tokenizers import named_pre_tokenizer
 from lora.forward.text.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
 from lora.shaders.errors import InputError
 
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
+
 
 @dataclass(frozen=True)
 class TokenizedText:
@@ -120,15 +122,15 @@ class Tokenizer:
             codec = _by_scores(gguf_file, vocabulary)
             add_bos = True
         if kind != "gemma4":  # converters wrote False for Gemma 4, which was trained with BOS
-            add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
+            add_bos = bool(metadata.get(_ADD_BOS, add_bos))
         return cls(
             codec,
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,
             add_bos=add_bos,
             end_of_turn_ids=vocabulary.end_ids,
-            chat_template=metadata.get("tokenizer.chat_template"),
-            tool_use_template=metadata.get("tokenizer.chat_template.tool_use"),
+            chat_template=_template_of(gguf_file),
+            tool_use_template=_template_of(gguf_file, ".tool_use"),
         )
 
     @classmethod
@@ -136,7 +138,8 @@ class Tokenizer:
         """Reads a tokenizer.json, or a directory that holds one, as Hugging Face writes them.
 
         `tokenizer_config.json` (BOS, EOS, chat template) and `chat_template.jinja` are read from
-        beside it where they are. BOS is added if the tokenizer.json itself adds it.
+        beside it where they are. BOS is added if the GGUF says so, as by llama.cpp, or else if the
+        tokenizer.json itself adds it.
 
         Args:
             path: the file or the directory.
@@ -160,7 +163,10 @@ class Tokenizer:
         template, for_tools = _configured_templates(file.parent, config)
         tokens: dict[str, int] = tokenizer.get_vocab()
         end_ids = {tokens[text] for text in end_texts(tokens)}
+        add_bos = first_id is not None
         if gguf_file is not None:
+            if isinstance(gguf_file.metadata.get(_ADD_BOS), bool) and not _is_gemma4(gguf_file):
+                add_bos = gguf_file.metadata[_ADD_BOS]
             n_tokens = tokenizer.get_vocab_size()
             for name in ("bos", "eos"):
                 token = gguf_file.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -176,13 +182,13 @@ class Tokenizer:
             eos_id = model_eos if eos_id is None else eos_id
             end_ids |= metadata_end_ids(gguf_file, n_tokens)
             if template is None:
-                template = gguf_file.metadata.get("tokenizer.chat_template")
-                for_tools = gguf_file.metadata.get("tokenizer.chat_template.tool_use")
+                template = _template_of(gguf_file)
+                for_tools = _template_of(gguf_file, ".tool_use")
         return cls(
             LibraryCodec(tokenizer),
             bos_id=bos_id if first_id is None else first_id,
             eos_id=eos_id,
-            add_bos=first_id is not None,
+            add_bos=add_bos,
             end_of_turn_ids=frozenset(end_ids if eos_id is None else end_ids | {eos_id}),
             chat_template=template,
             tool_use_template=for_tools,
@@ -274,9 +280,19 @@ def _kind(gguf_file: GGUFFile) -> str:
             "supported are gpt2 (byte-level BPE), llama (SentencePiece) and gemma4. Name the "
             "model's tokenizer.json with model.tokenizer."
         )
+    return "gemma4" if _is_gemma4(gguf_file) else str(model)
+
+
+def _is_gemma4(gguf_file: GGUFFile) -> bool:
     # Ollama's converter gives Gemma 4 the kind llama.
-    gemma4 = gguf_file.metadata.get("tokenizer.ggml.pre") == "gemma4"
-    return "gemma4" if gemma4 else str(model)
+    kinds = (gguf_file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    return "gemma4" in kinds
+
+
+def _template_of(gguf_file: GGUFFile, name: str = "") -> str | None:
+    """A chat template of the metadata; None where there is none, or no text."""
+    template = gguf_file.metadata.get(f"tokenizer.chat_template{name}")
+    return template if isinstance(template, str) else None
 
 
 def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiece:

@@ -165,6 +165,8 @@ def load_data(
     if source is None:
         raise InputError("data.eval: got null; name the examples to evaluate on.")
     data_format, records = load_records(source, settings.format, split)
+    if split == "train" and data_format in ("completion", "text"):
+        _check_settings_of_chats(settings, data_format)
     rows = RowTokenizer(settings, tokenizer, data_format, now)
     examples: list[Example] = []
     lengths: list[int] = []
@@ -174,6 +176,8 @@ def load_data(
             masked, reason = _masked(rows, record)
         except InputError as error:
             raise InputError(f"{record.place}: {error}") from error
+        except RecursionError:
+            raise InputError(f"{record.place}: nested too deeply.") from None
         n_before = len(examples)
         for tokens in masked:
             trained = tokens.trained[: settings.max_length]
@@ -199,6 +203,20 @@ def load_data(
         dated=rows.is_dated,
     )
     return LoadedData(examples, [one.place for one in records], lengths, left_out, summary)
+
+
+def _check_settings_of_chats(settings: DataConfig, data_format: str) -> None:
+    """Refuses what would do nothing.
+
+    Raises:
+        InputError: a setting is given that only chats have a use for.
+    """
+    for name in ("chat_template", "chat_template_kwargs", "roles_to_train"):
+        if getattr(settings, name) != type(settings).model_fields[name].default:
+            raise InputError(
+                f"data.{name} is for chats, and the rows are of the format {data_format}: leave it "
+                "out, or write the rows as messages."
+            )
 
 
 def printable(text: str) -> str:

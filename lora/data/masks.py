@@ -70,7 +70,7 @@ def mask_text(
         InputError: the text can't be tokenized, or there is no EOS to append.
     """
     trains_all = settings.train_on == "all" or not prompt
-    ids, offsets = _tokens(tokenizer, prompt + answer, len(prompt))
+    ids, offsets = _tokens(tokenizer, prompt + answer, len(prompt) or None)
     trained = [trains_all or end > len(prompt) for _, end in offsets]
     end = _last_end_of_turn(ids, tokenizer)
     if end is not None and not trains_all:  # generation stops there
@@ -165,20 +165,25 @@ class _TokenizedTurns:
     Args:
         text: a rendering.
         tokenizer: the model's.
-        border: a place in the text that no token may cross; None for none.
+        border: where a prompt ends that is to have its own tokens; None for none.
     """
 
     def __init__(self, text: str, tokenizer: TextTokenizer, border: int | None = None) -> None:
         self.ids, self._offsets = _tokens(tokenizer, text, border)
-        self._text = text
+        self._text, self._tokenizer = text, tokenizer
         self._ends = tokenizer.end_of_turn_ids
 
     def find(self, turn: Turn) -> _Places | None:
         """Where a turn is, if it stands here with the tokens with which it was said; else None."""
         common = common_length(self._text, turn.text)
         first = bisect_right(self._offsets, turn.start, key=lambda span: span[1])
-        if first < len(self.ids) and self._offsets[first][0] < turn.start and turn.after_prompt:
-            return None  # the prompt's last token is another one when the model runs
+        if turn.start > common:
+            return None
+        tokens = TokenizedText(self.ids, self._offsets)
+        if turn.after_prompt and not _prompt_stands(
+            self._tokenizer, self._text, tokens, turn.start
+        ):
+            return None
         inside: list[int] = []
         for place in range(first, len(self.ids)):
             begin, end = self._offsets[place]
@@ -213,7 +218,7 @@ def _own_example(turn: Turn, settings: DataConfig, tokenizer: TextTokenizer) -> 
     """A turn by itself, to its end."""
     tokens = _TokenizedTurns(turn.text, tokenizer, turn.start if turn.after_prompt else None)
     places = tokens.find(turn)
-    assert places is not None  # it is the turn's own text, and no token crosses the border
+    assert places is not None  # it is the turn's own text, and the prompt has its own tokens
     ids = tokens.ids[: places.stop]
     trained = [False] * len(ids)
     for place in places.trained:
@@ -228,21 +233,44 @@ def _tokens(
 ) -> tuple[list[int], list[Span]]:
     """A text's tokens and their offsets.
 
-    Byte-pair merges never come apart again, so where no token of the whole crosses a border, the
-    tokens before it are those of the text before it.
-
     Args:
         tokenizer: the model's.
         text: all of it.
-        border: a place that no token may cross; None for none.
+        border: where a prompt ends that is to have its own tokens; None for none.
     """
     whole = tokenizer.encode(text)
-    if border is None or not any(start < border < end for start, end in whole.offsets):
+    if border is None or _prompt_stands(tokenizer, text, whole, border):
         return list(whole.ids), list(whole.offsets)
     before = tokenizer.encode(text[:border])
     after = tokenizer.encode(text[border:], continues=True)
     moved = [(start + border, end + border) for start, end in after.offsets]
     return [*before.ids, *after.ids], [*before.offsets, *moved]
+
+
+def _prompt_stands(tokenizer: TextTokenizer, text: str, whole: TokenizedText, border: int) -> bool:
+    """Whether a text's tokens up to a border are those of the text before the border alone.
+
+    They are not where a token crosses it, nor always where none does: expressions that cut a text
+    before it is merged look ahead ("  \\n" is one word at the end of a text, two before a letter).
+
+    Args:
+        tokenizer: the model's.
+        text: all of it.
+        whole: its tokens.
+        border: in characters.
+    """
+    ids, offsets = whole.ids, whole.offsets
+    first = bisect_right(offsets, border, key=lambda span: span[1])
+    if first < len(ids) and offsets[first][0] < border:
+        return False
+    # Special tokens cut a text: what stands before the last one needn't be tokenized again.
+    ends = tokenizer.end_of_turn_ids
+    last = next((place for place in range(first - 1, -1, -1) if ids[place] in ends), None)
+    if last is not None:
+        rest = tokenizer.encode(text[offsets[last][1] : border], add_bos=False)
+        if rest.ids == ids[last + 1 : first]:
+            return True
+    return tokenizer.encode(text[:border]).ids == ids[:first]
 
 
 def _end_turn(

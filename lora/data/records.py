@@ -104,8 +104,10 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
             values = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise InputError(f"{place}: not text in UTF-8.") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except RecursionError:
+            raise InputError(f"{place}: nested too deeply.") from None
+        except ValueError as error:  # besides JSONDecodeError: of numbers with thousands of digits
+            reason = getattr(error, "msg", "a number in it is too long")
             raise InputError(f"{place}: not JSON ({reason}); each line is one object.") from None
         yield values, place
 

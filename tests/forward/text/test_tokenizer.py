@@ -302,6 +302,24 @@ def test_from_file_reads_its_neighbours(tmp_path: Path) -> None:
         Tokenizer.from_file(directory)
 
 
+def test_what_the_gguf_says_of_bos_goes_before_a_tokenizer_json(tmp_path: Path) -> None:
+    """As by llama.cpp, which reads the GGUF alone."""
+    for with_bos in (False, True):
+        directory = _saved(tmp_path, with_bos=with_bos)
+        for metadata, expected in (
+            ({"add_bos_token": True}, True),
+            ({"add_bos_token": False}, False),
+            ({"add_bos_token": None}, with_bos),
+        ):
+            gguf_file = _gguf(tmp_path, **metadata)
+            assert Tokenizer.from_file(directory, gguf_file=gguf_file).add_bos is expected
+
+
+def test_a_template_that_is_no_text_is_none(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "list.gguf", metadata={"tokenizer.chat_template": ["a"]})
+    assert Tokenizer.from_gguf(GGUFFile(tmp_path / "list.gguf")).chat_template is None
+
+
 def test_a_second_template_is_for_chats_with_tools(tmp_path: Path) -> None:
     directory = _saved(tmp_path, with_bos=True)
     named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]

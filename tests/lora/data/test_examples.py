@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import random
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -125,6 +126,8 @@ def test_several_files_blank_lines_marks_and_line_separators(tmp_path: Path) -> 
             '{"messages": [{"role": "user", "content": ["hi"]}]}\n',
             ', line 1: messages[0].content is ["hi"]; it must be a string.',
         ),
+        ('{"text": ' + "1" * 5000 + "}\n", ", line 1: not JSON (a number in it is too long); each"),
+        ('{"text": ' + "[" * 100_000 + "\n", ", line 1: nested too deeply."),
         ("\n \n", ": holds no rows."),
         ("", ": holds no rows."),
     ],
@@ -155,6 +158,24 @@ def test_a_rows_error_in_the_template_names_the_line(tmp_path: Path) -> None:
         f"{path}, line 1: The chat template refused the messages: roles must alternate. Check "
         "their roles and fields."
     )
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"chat_template": CHATML},
+        {"chat_template_kwargs": {"style": 1}},
+        {"roles_to_train": ["user"]},
+    ],
+)
+def test_settings_of_chats_are_refused_where_there_are_none(tmp_path: Path, given: Any) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "abc"}])
+    (name,) = given
+    assert refusal(path, **given).startswith(
+        f"data.{name} is for chats, and the rows are of the format text: leave it out"
+    )
+    # Evaluation may be on rows of another kind.
+    load_examples(settings(eval=path, **given), FakeTokenizer(), "eval")
 
 
 def test_a_data_set_without_a_trained_token(tmp_path: Path) -> None:
@@ -226,6 +247,24 @@ def test_training_from_a_file_does_not_import_datasets(
 
 
 # The real tokenizer and template.
+
+
+def test_smollm2s_prompts_are_tokenized_as_by_generation(smollm2: Path) -> None:
+    """Whatever a prompt ends with and an answer begins with, and only where it matters apart."""
+    tokenizer = Tokenizer.from_gguf(GGUFFile(smollm2))
+    rows = RowTokenizer(settings(), tokenizer, "completion")
+    draw, apart = random.Random(0), 0
+    pieces = ("a", "the", "12", "345", " ", "  ", "\n", "\n\n", "\t", ".", "...", "'", "s", "é",
+              "🙂", "日本", "<|im_start|>", "user")  # fmt: skip
+    for _ in range(500):
+        prompt, answer = ("".join(draw.choices(pieces, k=draw.randint(1, 5))) for _ in range(2))
+        (tokens,) = rows.tokenize({"prompt": prompt, "completion": answer})
+        seen = tokenizer.encode(prompt).ids
+        assert tokens.ids[: len(seen)] == seen
+        assert tokens.trained.index(True) == len(seen)
+        assert tokenizer.decode(tokens.ids, skip_special=False) == prompt + answer + "<|im_end|>"
+        apart += tokens.ids[:-1] != tokenizer.encode(prompt + answer).ids
+    assert 50 < apart < 250
 
 
 def test_smollm2_trains_what_the_assistant_says(smollm2: Path) -> None:

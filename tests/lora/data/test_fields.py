@@ -204,6 +204,15 @@ def test_every_argument_and_every_call_is_looked_for() -> None:
     )
 
 
+def test_arguments_that_are_nested_too_deeply(tmp_path: Path) -> None:
+    deep: Any = 1
+    for _ in range(950):
+        deep = {"a": deep}
+    call = {"function": {"name": "f", "arguments": deep}}
+    with pytest.raises(InputError, match=r"a.jsonl, line 1: nested too deeply\."):
+        load(tmp_path, {"messages": [user("a"), calling(tool_calls=[call])]})
+
+
 def test_tools_are_shown_or_refused() -> None:
     columns = {"messages": [user("Weather?"), calling()], "tools": [TOOL]}
     text, said = trained_text(columns, "chat", FakeTokenizer(KNOWS_TOOLS))
