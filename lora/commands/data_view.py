@@ -18,7 +18,7 @@ def heading(data: LoadedData, example: Example) -> str:
     """What an example is: where its row stands, its turn, how many tokens, what is cut."""
     text = f"row {example.row} ({printable(data.places[example.row])})"
     if example.turn is not None:
-        text += f", messages[{example.turn}] by itself"
+        text += f", message {example.turn} by itself"
     n_trained = int(example.trained.sum())
     text += f": {len(example.ids) + example.n_cut} tokens, {n_trained} trained"
     if example.n_cut:

@@ -46,7 +46,7 @@ class Conversation:
 
     def in_form(self, form: Form) -> list[Message]:
         """The messages as one kind of template reads them."""
-        return [_in_form(message, form) for message in self.messages]
+        return [in_form(message, form) for message in self.messages]
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,8 @@ def _normal_call(call: Mapping[str, Any]) -> dict[str, Any]:
     return {"type": "function", **outer, "function": function}
 
 
-def _in_form(message: Message, form: Form) -> Message:
+def in_form(message: Message, form: Form) -> Message:
+    """A message as one kind of template reads it."""
     if form.content_as_parts:
         return {**message, "content": [{"type": "text", "text": message["content"]}]}
     calls: Sequence[Mapping[str, Any]] = message.get("tool_calls", [])

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from lora.data.conversations import Conversation, Form, Message
+from lora.data.conversations import Conversation, Form, Message, in_form
 from lora.data.fields import Shown, dropped_fields, dropped_tool
 from lora.shaders.errors import InputError
 
@@ -121,6 +121,7 @@ class _Renderer:
         end_texts: Sequence[str],
     ) -> None:
         self._conversation = conversation
+        self._form = form
         self._messages = conversation.in_form(form)
         if "developer" not in template.source:  # llama.cpp's name for it then
             self._messages = [
@@ -170,13 +171,14 @@ class _Renderer:
             if not after_prompt and start < common_length(before, self._text(index)):
                 answer = self._answer_start(index, before, text)
                 moved = len(before) - answer
-                said = through.said and [(a + moved, b + moved) for a, b in through.said]
-                return Turn(index, before + text[answer:], len(before), True, said, "")
-        else:
-            start, after_prompt = self._content_start(index, text), False
+                marks = through.said and [(a + moved, b + moved) for a, b in through.said]
+                return Turn(index, before + text[answer:], len(before), True, marks, "")
+            said = through.said
+        else:  # marks are around what assistants say
+            start, after_prompt, said = self._content_start(index, text), False, None
         ended = any(end in text[start:] for end in self._end_texts)
         closing = "" if ended else self._closing(index, text)
-        return Turn(index, text, start, after_prompt, through.said, closing)
+        return Turn(index, text, start, after_prompt, said, closing)
 
     def _answer_start(self, index: int, before: str, text: str) -> int:
         """Where the answer begins in a rendering that has the prompt otherwise.
@@ -184,7 +186,7 @@ class _Renderer:
         There ends what it has in common with the prompt's end, which must hold the whole last
         message, and it is the same for every answer.
         """
-        other = {"role": ASSISTANT, "content": "\ufdd2"}  # no answer begins with it
+        other = in_form({"role": ASSISTANT, "content": "\ufdd2"}, self._form)  # as no answer begins
         stop = common_length(text, self._render([*self._messages[:index], other]).text)
         ends = range(stop, max(0, stop - _LONGEST_HEADER), -1)
         shared = {end: _common_ending(before, text[:end]) for end in ends}
@@ -213,7 +215,7 @@ class _Renderer:
     def _closing(self, index: int, text: str) -> str:
         """What a template writes behind a turn: GLM's <|user|>, or <|observation|> after calls."""
         called = bool(self._messages[index].get("tool_calls"))
-        follows = {"role": "tool" if called else "user", "content": "x"}
+        follows = in_form({"role": "tool" if called else "user", "content": "x"}, self._form)
         messages = [*self._messages[: index + 1], follows]
         try:
             longer = self._render(messages).text

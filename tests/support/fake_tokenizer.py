@@ -24,6 +24,14 @@ PLAIN = (
     "{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
 )
+# As Qwen3's: the last answer alone has a place for thoughts.
+THINK_IN_LAST = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{% if m.role == 'assistant' and loop.last %}"
+    "{{ '<think>\n' + m.reasoning_content|default('') + '\n</think>\n\n' }}{% endif %}"
+    "{{ m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 SPECIAL = {"<|bos|>": 1, "<|im_end|>": 2, "<|im_start|>": 3, "<|eos|>": 4}
 
 
@@ -100,3 +108,6 @@ def shown(tokens: MaskedTokens, tokenizer: FakeTokenizer) -> tuple[str, list[str
                 stretches.append("")
             stretches[-1] += tokenizer.decode([ids[t]])
     return tokenizer.decode(ids), stretches
+
+
+TWO_TURNS = [user("Q1"), assistant("A1"), user("Q2"), assistant("A2")]
