@@ -7,7 +7,7 @@ what says whether a message is trained stands beside the messages.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,7 +28,8 @@ class Conversation:
         names: one a message: what users call it, `messages[1]` or `instruction`.
         tools: JSON schemas; None for none.
         arguments: `chat_template_kwargs` of the record.
-        older_calls: the messages whose tool_calls were given as function_call.
+        given_names: what a field of a message was called in the record, where it has another name
+            here, by the message's place and the name here.
     """
 
     messages: list[Message]
@@ -36,7 +37,7 @@ class Conversation:
     names: list[str]
     tools: list[dict[str, Any]] | None = None
     arguments: Mapping[str, Any] = field(default_factory=dict)
-    older_calls: frozenset[int] = frozenset()
+    given_names: Mapping[tuple[int, str], str] = field(default_factory=dict)
 
     @property
     def forms(self) -> tuple[Form, ...]:
@@ -110,7 +111,7 @@ def conversation_of(columns: Mapping[str, Any], data_format: str) -> Conversatio
         names,
         tools or None,
         columns.get("chat_template_kwargs", {}),
-        frozenset(i for i, message in enumerate(given) if message.get("function_call")),
+        {(i, here): name for i, message in enumerate(given) for here, name in _renamed(message)},
     )
 
 
@@ -144,6 +145,15 @@ def _normal(message: Mapping[str, Any]) -> Message:
         kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
     kept.setdefault("content", "")
     return kept
+
+
+def _renamed(message: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """(name here, name in the record) of the fields that get another one."""
+    if message.get("function_call"):
+        yield "tool_calls", "function_call"
+    reasoning = next((name for name in REASONING if message.get(name) is not None), None)
+    if reasoning is not None:
+        yield "reasoning_content", reasoning
 
 
 def _normal_call(call: Mapping[str, Any]) -> dict[str, Any]:

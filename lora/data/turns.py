@@ -252,8 +252,7 @@ class _Renderer:
     def _name(self, index: int, field: str) -> str:
         """What users call a field of a message."""
         name = self._conversation.names[index]
-        if field == "tool_calls" and index in self._conversation.older_calls:
-            field = "function_call"
+        field = self._conversation.given_names.get((index, field), field)
         return f"{name}.{field}" if name.startswith("messages") else name
 
     def _text(self, n_messages: int, *, add_generation_prompt: bool = False) -> str:

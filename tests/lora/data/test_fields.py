@@ -85,7 +85,8 @@ def trained(columns: dict[str, Any], template: str = KNOWS_TOOLS) -> list[str]:
         ({"content": "", "tool_calls": [CALL]}, "tool_calls"),
         ({"content": "", "function_call": CALL["function"]}, "function_call"),
         ({"content": "Cold.", "reasoning_content": "It is winter."}, "reasoning_content"),
-        ({"content": "Cold.", "thinking": "It is winter."}, "reasoning_content"),
+        ({"content": "Cold.", "thinking": "It is winter."}, "thinking"),
+        ({"content": "Cold.", "reasoning": "It is winter."}, "reasoning"),
     ],
 )
 def test_what_the_template_does_not_show_is_refused(fields: dict[str, Any], name: str) -> None:
