@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import sys
 from collections.abc import Sequence
@@ -64,6 +65,8 @@ def data_command(
         write_page(html, f"data.{split} of {config}", data, shown, tokenizer)
         print(f"Wrote {html}.")
         return
+    if isinstance(sys.stdout, io.TextIOWrapper):  # texts have what an ASCII terminal hasn't
+        sys.stdout.reconfigure(errors="backslashreplace")
     console = Console(highlight=False)
     console.soft_wrap = not console.is_terminal  # who reads a pipe cuts lines himself
     for example in first_rows(data, _SHOWN_ROWS if rows is None else rows):

@@ -137,6 +137,21 @@ def test_a_terminal_of_80_columns_gets_colours(tmp_path: Path) -> None:
     assert max(map(len, plain.splitlines())) <= 80
 
 
+def test_a_reader_that_has_enough_and_a_terminal_of_ascii(tmp_path: Path) -> None:
+    config = write(tmp_path, ROWS[:1] * 3000)
+    command = [sys.executable, "-m", "lora", "data", config, "--json"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        assert json.loads(process.stdout.readline())["row"] == 0
+        process.stdout.close()
+        assert process.stderr.read() == b""
+    done = subprocess.run(
+        command[:-1], capture_output=True, env={**os.environ, "PYTHONIOENCODING": "ascii"}
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"[[hello\\u21b5\nworld" in done.stdout
+
+
 def test_a_page(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config, page = write(tmp_path), tmp_path / "page.html"
     assert printed(capsys, config, html=page) == f"Wrote {page}.\n"
