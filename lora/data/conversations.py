@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora.data.records import REASONING, parsed_json
+from lora.data.records import REASONING, parsed_json, text_of
 from lora.shaders.errors import InputError
 
 Message = dict[str, Any]
@@ -143,7 +143,7 @@ def _normal(message: Mapping[str, Any]) -> Message:
     reasoning = next((kept[name] for name in REASONING if name in kept), None)
     if reasoning is not None:
         kept = {"thinking": reasoning, **kept, "reasoning_content": reasoning}
-    kept.setdefault("content", "")
+    kept["content"] = text_of(kept.get("content", ""))
     return kept
 
 

@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from lora.forward.text.chat_template import ChatTemplate
 
 # Why a row gives no example.
-_UNTRAINED = "none of their tokens is trained"
+_UNTRAINED = "empty, or without a turn to train"
 _TOO_LONG = "what is trained begins beyond data.max_length"
 _NO_WEIGHT = "of weight 0"
 
@@ -146,10 +146,11 @@ def load_examples(
     loaded = load_data(settings, tokenizer, split, now)
     if not loaded.examples:
         summary = loaded.summary
+        reasons = "; ".join(f"{n_rows}, {reason}" for reason, n_rows in summary.left_out.items())
         raise InputError(
-            f"data.{split}: no token of its {summary.n_rows} rows is trained: they are empty, have "
-            f"no assistant turn, or their answers begin beyond data.max_length "
-            f"({settings.max_length} tokens; the longest row has {summary.longest})."
+            f"data.{split}: no token of its {summary.n_rows} rows is trained. Left out: {reasons} "
+            f"(data.max_length is {settings.max_length}; the longest row has {summary.longest} "
+            "tokens)."
         )
     return loaded.examples, loaded.summary
 

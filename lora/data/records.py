@@ -216,10 +216,18 @@ def _check_messages(value: Any, where: str) -> None:
 
 
 def _check_message(message: dict[str, Any], where: str) -> None:
-    content = message.get("content")
+    content = text_of(message.get("content"))
     # Null where a call of a tool, or a thought, is all that is said.
     may_lack = any(message.get(name) for name in (*CALLS, *REASONING))
     if not isinstance(content, str) and not (content is None and may_lack):
+        parts = content if isinstance(content, list) else []
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        other = next((kind for kind in kinds if kind != "text"), None)
+        if other is not None:
+            raise InputError(
+                f"{where}.content has a part of the type {short(other)}; "
+                f"{_elsewhere('images', 'chat')}"
+            )
         raise InputError(f"{where}.content is {short(content)}; it must be a string.")
     for name in _MEDIA:
         if message.get(name):
@@ -307,6 +315,18 @@ _CHECKS = {
     "history": _check_history,
     "tools": _check_tools,
 }
+
+
+def text_of(content: Any) -> Any:
+    """The text of a content that is one part of text, `[{"type": "text", "text": "Hi"}]`.
+
+    Any other is returned as it is: templates join several parts in different ways.
+    """
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        part = {key: value for key, value in content[0].items() if value is not None}
+        if part.keys() == {"type", "text"} and part["type"] == "text":
+            return part["text"]
+    return content
 
 
 def parsed_json(value: Any) -> Any:

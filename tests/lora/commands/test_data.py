@@ -101,7 +101,7 @@ def test_what_a_pipe_gets(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     numbers = re.findall(r"^[\d\[\] ]+$", second, re.MULTILINE)[0]
     assert len(re.findall(r"\d+", numbers)) == 60
     assert "left out, what is trained begins beyond data.max_length: row 2\n" in shown
-    assert "left out, none of their tokens is trained: row 3\n" in shown
+    assert "left out, empty, or without a turn to train: row 3\n" in shown
     assert "left out, of weight 0: row 4\n" in shown
     assert "ignored columns: id" in shown
     assert shown.count("row 0 (") == 1 and "row 2 (" not in shown

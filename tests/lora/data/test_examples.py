@@ -181,8 +181,8 @@ def test_settings_of_chats_are_refused_where_there_are_none(tmp_path: Path, give
 def test_a_data_set_without_a_trained_token(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"messages": [user("a")]}, {"messages": [user("b")]}])
     assert refusal(path) == (
-        "data.train: no token of its 2 rows is trained: they are empty, have no assistant turn, "
-        "or their answers begin beyond data.max_length (512 tokens; the longest row has 9)."
+        "data.train: no token of its 2 rows is trained. Left out: 2, empty, or without a turn to "
+        "train (data.max_length is 512; the longest row has 9 tokens)."
     )
 
 

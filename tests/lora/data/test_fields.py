@@ -127,6 +127,14 @@ def test_a_template_that_takes_content_in_parts() -> None:
     assert text.startswith("<|im_start|>user\na<|im_end|>") and said == ["b<|im_end|>"]
 
 
+def test_a_content_of_one_part_is_its_text(tmp_path: Path) -> None:
+    part = {"type": "text", "text": "a", "image": None}
+    rows = ({"messages": [{"role": "user", "content": content}, assistant("b")]}
+            for content in ("a", [part]))  # fmt: skip
+    first, second = (load(tmp_path, row)[0][0].ids.tolist() for row in rows)
+    assert first == second
+
+
 def test_a_context_is_looked_for_where_it_was_said() -> None:
     """That an earlier message says the same doesn't make it shown."""
     messages = [user("12 degrees"), assistant("b"), {"role": "tool", "content": "12 degrees"},
@@ -284,6 +292,12 @@ COMPLETION_ROW = {"prompt": "a", "completion": "b"}
          "messages[1]: weight is 0, but train is true."),
         ({"messages": [user("a"), {"role": "assistant", "content": None}]},
          "messages[1].content is null; it must be a string."),
+        ({"messages": [{"role": "user", "content": [{"type": "image", "url": "x"}]}]},
+         'messages[0].content has a part of the type "image"; this version trains on text alone'),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": "a"}] * 2}]},
+         'messages[0].content is [{"type": "text", "text": "a"}, {"type": "text", "text": ...'),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+         "messages[0].content is 3; it must be a string."),
         ({"messages": [user("a"), {**assistant("b"), "images": ["x"]}]},
          'messages[1].images is ["x"]; this version trains on text alone'),
         ({"messages": [user("a"), {**assistant("b"), "reasoning_content": 3}]},
