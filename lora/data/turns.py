@@ -85,6 +85,14 @@ def render_turns(
     unread = [name for name in conversation.arguments if name not in template.optional_variables]
     if unread:
         raise InputError(f"chat_template_kwargs: {unread_argument(unread[0], template)}")
+    if _folds_results(template.source):
+        roles = [message["role"] for message in conversation.messages]
+        if "tool" in roles:
+            raise InputError(
+                f"{conversation.names[roles.index('tool')]}: llama.cpp writes results of tools "
+                "into the calls under this first template of Gemma 4, and transformers as turns: "
+                "give a newer one with data.chat_template."
+            )
     refusals: list[InputError] = []
     for form in conversation.forms:
         try:
@@ -93,6 +101,11 @@ def render_turns(
             refusals.append(error)
     # Of the template's own form, which comes furthest: in others it stumbles, or drops all.
     raise max(refusals, key=lambda error: getattr(error, "index", -2))
+
+
+def _folds_results(source: str) -> bool:
+    """Whether llama.cpp rewrites results of tools for a template, by what it looks for itself."""
+    return "'<|tool_call>call:'" in source and "{#- OpenAI Chat Completions:" not in source
 
 
 def unread_argument(name: str, template: ChatTemplate) -> str:

@@ -127,6 +127,17 @@ def test_a_template_that_takes_content_in_parts() -> None:
     assert text.startswith("<|im_start|>user\na<|im_end|>") and said == ["b<|im_end|>"]
 
 
+def test_results_of_tools_under_gemma_4s_first_template() -> None:
+    """llama.cpp knows it by these texts, and rewrites messages that transformers leaves alone."""
+    first = CHATML + "{# '<|tool_call>call:' #}"
+    messages = [user("a"), assistant("b"), {"role": "tool", "content": "c"}, assistant("d")]
+    assert refused({"messages": messages}, first).startswith(
+        "messages[2]: llama.cpp writes results of tools into the calls under this first template"
+    )
+    trained({"messages": messages[:2]}, first)
+    trained({"messages": messages}, first + "{#- OpenAI Chat Completions: #}")
+
+
 def test_a_content_of_one_part_is_its_text(tmp_path: Path) -> None:
     part = {"type": "text", "text": "a", "image": None}
     rows = ({"messages": [{"role": "user", "content": content}, assistant("b")]}
