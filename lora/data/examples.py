@@ -268,9 +268,8 @@ class RowTokenizer:
         self._template: ChatTemplate | None = None
         if data_format in ("chat", "instruct"):  # Jinja2 is imported for these only
             self._template = chat_template(settings, tokenizer, now)
-        self._end_texts = [
-            tokenizer.decode([token], skip_special=False) for token in tokenizer.end_of_turn_ids
-        ]
+        ends = (tokenizer.decode([t], skip_special=False) for t in tokenizer.end_of_turn_ids)
+        self._end_texts = sorted(filter(None, ends))
 
     @property
     def is_dated(self) -> bool:

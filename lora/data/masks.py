@@ -131,6 +131,9 @@ def train_ends(
     changed: list[MaskedTokens] = []
     keeps = settings.train_on_eos == "last"
     for example in reversed(examples):
+        if not any(example.trained):  # to be left out, whatever its ends
+            changed.insert(0, example)
+            continue
         trained = list(example.trained)
         for place in reversed(range(len(trained))):
             if example.ids[place] not in ends:

@@ -149,6 +149,8 @@ class _Renderer:
         messages, trains_all = self._conversation.messages, self._settings.train_on == "all"
         indices = _trained(self._conversation, self._settings)
         whole = self._text(len(messages))
+        if self._form.content_as_parts and "[{'type': 'text'" in whole:
+            raise InputError("The chat template refused the messages: it takes no parts.")
         self._check_tools(whole)
         if trains_all:
             self._check(range(len(messages)), Shown(whole))
@@ -169,6 +171,7 @@ class _Renderer:
             self._check(range(done, index), Shown(context, common_length(before, context)))
             self._check([index], Shown(turn.text, turn.start))
             if index in indices:
+                self._check_end(turn)
                 turns.append(turn)
             done, before = index + 1, turn.text
         self._check(range(done, len(messages)), Shown(whole, common_length(before, whole)))
@@ -247,6 +250,21 @@ class _Renderer:
                     "row out, or give a template that shows it with data.chat_template.",
                     index,
                 )
+
+    def _check_end(self, turn: Turn) -> None:
+        """Refuses a message that goes on where generation has stopped."""
+        found = [(turn.text.find(end, turn.start), end) for end in self._end_texts]
+        place, end = min(((p, e) for p, e in found if p >= 0), default=(len(turn.text), ""))
+        rest = turn.text[place + len(end) :]
+        if not rest.strip():
+            return
+        shown = Shown(turn.text[: place + len(end)], turn.start)
+        name = next(dropped_fields(self._conversation.messages[turn.index], shown), None)
+        if name is not None:
+            raise InputError(
+                f"{self._name(turn.index, name)}: it goes on behind {end}, and generation stops "
+                "there, so the rest would not be trained. Take that token out of the row."
+            )
 
     def _check_tools(self, whole: str) -> None:
         tools = self._conversation.tools

@@ -160,9 +160,25 @@ def test_a_context_is_looked_for_where_it_was_said() -> None:
 
 def test_an_answer_that_goes_on_after_its_end_is_refused_by_what_is_not_shown() -> None:
     cut = CHATML.replace("message['content']", "message['content'][:5]")
-    assert refused({"messages": [user("a"), assistant("one two three")]}, cut).startswith(
-        "messages[1].content: the chat template does not show it"
+    # A template that prints whatever it is given prints parts as Python shows them: no way out.
+    prints = cut.replace("+ message['content'][:5] +", "~ message['content'][:5] ~")
+    for template in (cut, prints):
+        assert refused({"messages": [user("a"), assistant("one two three")]}, template).startswith(
+            "messages[1].content: the chat template does not show it"
+        )
+
+
+def test_an_answer_that_holds_an_end_of_turn_goes_on_after_it() -> None:
+    for said in ("one<|im_end|>", "one<|im_end|>\n", "one"):
+        assert trained({"messages": [user("a"), assistant(said)]}) == ["one<|im_end|>"]
+    messages = [user("a"), assistant("one<|im_end|>two")]
+    assert refused({"messages": messages}) == (
+        "messages[1].content: it goes on behind <|im_end|>, and generation stops there, so the "
+        "rest would not be trained. Take that token out of the row."
     )
+    trained_text({"messages": messages}, "chat", FakeTokenizer(), train_on="all")
+    messages[1] = {**messages[1], "weight": 0}
+    trained({"messages": [*messages, user("c"), assistant("d")]})
 
 
 def test_a_null_content_is_empty_and_parquet_agrees(

@@ -92,6 +92,13 @@ def test_train_on_eos(value: str, expected: list[str]) -> None:
     assert ends == {"turn": 2, "none": 0, "last": 1, "all": 2}[value]
 
 
+def test_ends_alone_make_no_row_a_trained_one() -> None:
+    messages = [user("Q1"), {**assistant("A1"), "weight": 0}]
+    for value in ("turn", "all", "last", "none"):
+        (tokens,) = masked({"messages": messages}, "chat", FakeTokenizer(), train_on_eos=value)
+        assert not any(tokens.trained)
+
+
 def test_rows_that_cannot_be_marked() -> None:
     assert refused({"messages": [assistant("b")]}).startswith(
         "The chat begins with the assistant, so nothing"
