@@ -67,14 +67,19 @@ def mask_text(
         tokenizer: the model's.
 
     Raises:
-        InputError: the text can't be tokenized, or there is no EOS to append.
+        InputError: the text can't be tokenized, there is no EOS to append, or the answer goes on
+            where generation has stopped.
     """
     trains_all = settings.train_on == "all" or not prompt
     ids, offsets = _tokens(tokenizer, prompt + answer, len(prompt) or None)
     trained = [trains_all or end > len(prompt) for _, end in offsets]
     end = _last_end_of_turn(ids, tokenizer)
-    if end is not None and not trains_all:  # generation stops there
-        trained[end + 1 :] = [False] * (len(ids) - end - 1)
+    if not trains_all:
+        ends = (
+            t for t, token in enumerate(ids) if trained[t] and token in tokenizer.end_of_turn_ids
+        )
+        end = next(ends, None)
+        _stop_at(end, ids, trained, tokenizer)
     if settings.append_eos == "on":
         wanted = end is None or trains_all
     else:
@@ -83,6 +88,23 @@ def mask_text(
     if wanted:
         _append_eos(ids, trained, tokenizer)
     return MaskedTokens(ids, trained)
+
+
+def _stop_at(
+    end: int | None, ids: list[int], trained: list[bool], tokenizer: TextTokenizer
+) -> None:
+    """Trains nothing behind an answer's end; refuses an answer that goes on there."""
+    if end is None:
+        return
+    for place in range(end + 1, len(ids)):
+        trained[place] = False
+        text = tokenizer.decode([ids[place]], skip_special=False)
+        if text.strip() and ids[place] not in tokenizer.end_of_turn_ids:
+            raise InputError(
+                f"The answer goes on behind {tokenizer.decode([ids[end]], skip_special=False)}, "
+                "and generation stops there, so the rest would not be trained. Write the row as "
+                "messages or as text, take that token out, or set data.train_on: all."
+            )
 
 
 def mask_conversation(

@@ -230,6 +230,13 @@ def test_no_eos_is_appended_where_generation_has_stopped() -> None:
         for append_eos in ("auto", "on"):
             text, trained = trained_text(columns, "completion", tokenizer, append_eos=append_eos)
             assert (text, trained) == (f"p{completion}", [completion.rstrip()])
+    columns = {"prompt": "p", "completion": "c<|im_end|>\nand more"}
+    with pytest.raises(InputError, match=r"The answer goes on behind <\|im_end\|>, and generation"):
+        masked(columns, "completion", tokenizer)
+    _, trained = trained_text(columns, "completion", tokenizer, train_on="all")
+    assert trained == ["c<|im_end|>\nand more<|eos|>"]
+    columns = {"prompt": "a<|im_end|>b", "completion": "c<|im_end|><|eos|>"}
+    assert trained_text(columns, "completion", tokenizer)[1] == ["c<|im_end|>"]
     text, _ = trained_text({"text": "tu<|im_end|>"}, "text", tokenizer)
     assert text == "tu<|im_end|>"
 
