@@ -27,6 +27,9 @@ Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
 # Written around what {% generation %} holds and taken out again: noncharacters, which no text has.
 _OPENS, _CLOSES = "\ufdd0", "\ufdd1"
+# In templates that read thoughts. llama.cpp finds these out by rendering some: tags alone, such as
+# those with which a prompt closes thoughts that it doesn't want, are none.
+_THOUGHTS = re.compile(r"reasoning|thought|\[THINK\]|<\|channel")
 _WHITE_SPACE = " \t\n\r\f\v"
 _MARK = re.compile(f"[{_OPENS}{_CLOSES}]")
 # Not to be given as arguments.
@@ -150,20 +153,20 @@ class ChatTemplate:
         """
         special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
         now = self.now or datetime.now()
+        use_tools = tools is not None and self.tool_use_source is not None
+        source = self.tool_use_source if use_tools else self.source
+        assert source is not None
         variables: dict[str, Any] = {
             **{name: text for name, text in special_tokens.items() if text is not None},
             # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
             # models, and Llama 3.1's date is one of 2024.
-            "enable_thinking": True,
+            "enable_thinking": _THOUGHTS.search(source) is not None,
             "date_string": now.strftime("%d %b %Y"),
             "datetime": now.strftime("%b %d %Y"),
             "strftime_now": now.strftime,
             **self.arguments,
             **(arguments or {}),
         }
-        use_tools = tools is not None and self.tool_use_source is not None
-        source = self.tool_use_source if use_tools else self.source
-        assert source is not None
         compiled = _compile(source)
         # tools and documents are given as None and not left out: templates ask `tools is none`.
         given = {"documents": None, **variables, "messages": messages, "tools": tools}

@@ -282,6 +282,32 @@ def test_what_a_template_marks_is_trained_until_generation_stops(name: str, case
     assert sorted(trained) == sorted(expected)
 
 
+TURNS = "{% for m in messages %}[{{ m.role }}]{{ m.content }}{% endfor %}"
+READS_THINKING = {
+    "a mode alone": "{{ enable_thinking }}" + TURNS,
+    "a place for thoughts": "{{ enable_thinking }}" + TURNS.replace(
+        "{{ m.content }}",
+        "{% if m.reasoning_content %}<think>{{ m.reasoning_content }}</think>{% endif %}"
+        "{{ m.content }}",
+    ),
+    "thoughts that the prompt closes": TURNS
+    + "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", READS_THINKING)
+def test_thoughts_are_on_where_llama_cpp_finds_a_place_for_them(name: str, tmp_path: Path) -> None:
+    source, messages = READS_THINKING[name], CASES["one"]["messages"][:1]
+    write_tiny_llama(tmp_path / "tiny.gguf")
+    for arguments in ({}, {"enable_thinking": False}, {"enable_thinking": True}):
+        body = {"messages": messages, "chat_template_kwargs": arguments}
+        theirs = llama_cpp_prompts(tmp_path / "tiny.gguf", [body], template=source)
+        ours = ChatTemplate(source).render(
+            messages, add_generation_prompt=True, arguments=arguments
+        )
+        assert [ours.text] == theirs, arguments
+
+
 PIECES = (
     "a", "Hello", "hello world", "1", "42", "1234567", "Grüße", "🙂", "日本語", "naïve", ".", ",",
     "?!", "...", "don't", "x = {'a': 1}", "<b>", "</think", "[INST]", "#", "  ", " ", "\n", "\n\n",

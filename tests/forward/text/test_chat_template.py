@@ -92,7 +92,9 @@ def test_absent_special_tokens_render_as_nothing() -> None:
 
 def test_arguments_are_variables_and_a_rows_come_before_the_configs() -> None:
     template = _template("{{ a }} {{ enable_thinking }}", arguments={"a": "of all"})
-    assert template.render(MESSAGES).text == "of all True"  # as llama.cpp
+    assert template.render(MESSAGES).text == "of all False"
+    reads = _template("{{ enable_thinking }}{{ messages[1].reasoning_content }}")
+    assert reads.render(MESSAGES).text == "True"
     assert template.render(MESSAGES, arguments={"a": 1, "enable_thinking": False}).text == "1 False"
     assert template.optional_variables == ["a", "enable_thinking"]
 
