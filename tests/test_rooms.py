@@ -14,7 +14,7 @@ from tests.support.imports import (
     module_files,
 )
 
-JUDGES = {"torch", "transformers", "peft", "xllamacpp", "accelerate", "tests", "benchmarks"}
+JUDGES = {"torch", "transformers", "peft", "xllamacpp", "accelerate", "trl", "tests", "benchmarks"}
 
 
 def test_every_home_has_its_directions() -> None:

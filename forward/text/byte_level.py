@@ -30,9 +30,23 @@ class LibraryCodec:
         self._tokenizer = tokenizer
         self._n_library: int = tokenizer.get_vocab_size(with_added_tokens=True)
         self.vocab_size = self._n_library if vocab_size is None else vocab_size
+        # SentencePiece's, out of a tokenizer.json: it puts a space before a text.
+        first = self._tokenizer.encode("a", add_special_tokens=False).tokens[:1]
+        self._prefixes = "".join(first).startswith(("▁", "Ġ"))
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
-        """The text's ids and, in characters of it, where each begins and ends."""
+    def encode(
+        self, text: str, *, continues: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """The text's ids and, in characters of it, where each begins and ends.
+
+        `continues` says that the text goes on from another: no space is put before it.
+        """
+        if continues and self._prefixes:
+            # The space goes before a line break, with which nothing merges.
+            ids, offsets = self.encode("\n" + text)
+            first = next((t for t, (_, end) in enumerate(offsets) if end > 1), len(ids))
+            if first == len(ids) or offsets[first][0] >= 1:
+                return ids[first:], [(start - 1, end - 1) for start, end in offsets[first:]]
         encoding = self._tokenizer.encode(text, add_special_tokens=False)
         ids, offsets = encoding.ids, encoding.offsets
         if self.vocab_size < self._n_library and max(ids, default=0) >= self.vocab_size:

@@ -1,91 +1,271 @@
 """Messages to text, by the chat template inside the model.
 
 Rendered as transformers does (utils/chat_template_utils.py, `_compile_jinja_template`), because
-the templates are written for it. A template comes out of a downloaded file: it runs in Jinja's
-sandbox.
+the templates are written for it, with the variables that llama.cpp gives with --jinja. A template
+comes out of a downloaded file: it runs in Jinja's sandbox.
 """
 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime
-from functools import lru_cache
-from typing import Any, NoReturn
+from functools import cached_property, lru_cache
+from typing import Any, NoReturn, Protocol
 
 import jinja2
-from jinja2 import nodes
+from jinja2 import meta, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lora.shaders.errors import InputError
 
+Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
-def render_chat(
-    template: str,
-    messages: Sequence[Mapping[str, Any]],
-    *,
-    add_generation_prompt: bool,
-    bos_token: str | None,
-    eos_token: str | None,
-) -> str:
-    """Renders messages into the text that the model was trained on.
+# Written around what {% generation %} holds and taken out again: noncharacters, which no text has.
+_OPENS, _CLOSES = "\ufdd0", "\ufdd1"
+# In templates that read thoughts. llama.cpp finds these out by rendering some: tags alone, such as
+# those with which a prompt closes thoughts that it doesn't want, are none.
+_THOUGHTS = re.compile(r"reasoning|thought|\[THINK\]|<\|channel")
+_WHITE_SPACE = " \t\n\r\f\v"
+_MARK = re.compile(f"[{_OPENS}{_CLOSES}]")
+# Not to be given as arguments.
+_GIVEN = (
+    "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token",
+    "strftime_now",
+)  # fmt: skip
 
-    Args:
-        template: the Jinja template, `Tokenizer.chat_template`.
-        messages: each with `role` and `content`, and whatever else the template reads.
-        add_generation_prompt: ends with the opening of an assistant's turn.
+
+class SpecialTokens(Protocol):
+    """What is asked of a tokenizer here."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+    @property
+    def eos_id(self) -> int | None: ...
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def tool_use_template(self) -> str | None: ...
+    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+
+
+@dataclass(frozen=True)
+class Rendering:
+    """Messages as text.
+
+    Attributes:
+        text: the rendering.
+        said: what {% generation %} holds, ascending; None where the template has no such mark.
+    """
+
+    text: str
+    said: list[Span] | None = None
+
+
+@dataclass(frozen=True)
+class ChatTemplate:
+    """A template with all that it is given besides the messages.
+
+    Attributes:
+        source: Jinja.
+        tool_use_source: of the template that some models have for rows with tools; None for none.
         bos_token, eos_token: their text, for templates that write them; None leaves the name
             undefined, which renders as nothing.
-
-    Raises:
-        InputError: the template is no Jinja, or refuses the messages.
+        arguments: further variables (`chat_template_kwargs`), such as enable_thinking.
+        now: what strftime_now, date_string and datetime tell; None for the clock.
     """
-    special_tokens = {"bos_token": bos_token, "eos_token": eos_token}
-    variables = {name: text for name, text in special_tokens.items() if text is not None}
-    compiled = _compile(template)
-    try:
-        # tools and documents are given as None and not left out: templates ask `tools is none`.
-        return compiled.render(
-            messages=messages,
-            tools=None,
-            documents=None,
-            add_generation_prompt=add_generation_prompt,
-            **variables,
+
+    source: str
+    tool_use_source: str | None = None
+    bos_token: str | None = None
+    eos_token: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    now: datetime | None = None
+
+    @classmethod
+    def of(
+        cls,
+        tokenizer: SpecialTokens,
+        source: str | None = None,
+        *,
+        arguments: Mapping[str, Any] | None = None,
+        now: datetime | None = None,
+    ) -> ChatTemplate | None:
+        """The template of a tokenizer, or another one with the tokenizer's BOS and EOS.
+
+        Args:
+            source: in place of the tokenizer's; None for the tokenizer's.
+            arguments, now: see the class.
+
+        Returns:
+            None where there is no template.
+        """
+        own = source is None
+        template = tokenizer.chat_template if own else source
+        if template is None:
+            return None
+        bos, eos = (
+            None if token is None else tokenizer.decode([token], skip_special=False)
+            for token in (tokenizer.bos_id, tokenizer.eos_id)
         )
-    except Exception as error:  # a template is a program: it may raise anything
-        raise InputError(
-            f"The chat template refused the messages: {_reason(error)}. Check their roles and "
-            "fields."
-        ) from error
+        for_tools = tokenizer.tool_use_template if own else None
+        return cls(template, for_tools, bos, eos, arguments or {}, now)
+
+    @cached_property
+    def variables(self) -> frozenset[str]:
+        """The names that the template reads from outside, those of messages and tools included."""
+        sources = filter(None, (self.source, self.tool_use_source))
+        return frozenset().union(*(_variables(source) for source in sources))
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether it reads the time."""
+        return not self.variables.isdisjoint(("strftime_now", "date_string", "datetime"))
+
+    @property
+    def optional_variables(self) -> list[str]:
+        """What may be given as `arguments`, by the names that the template reads."""
+        built_in = {*_GIVEN, *_environment().globals}
+        return sorted(self.variables - built_in)
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = False,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> Rendering:
+        """Renders messages into the text that the model was trained on.
+
+        Args:
+            messages: each with `role` and `content`, and whatever else the template reads.
+            tools: JSON schemas of functions; None for none.
+            add_generation_prompt: ends with the opening of an assistant's turn.
+            arguments: further variables, besides the template's own and before them.
+
+        Raises:
+            InputError: the template is no Jinja, or refuses the messages.
+        """
+        special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        now = self.now or datetime.now()
+        use_tools = tools is not None and self.tool_use_source is not None
+        source = self.tool_use_source if use_tools else self.source
+        assert source is not None
+        variables: dict[str, Any] = {
+            **{name: text for name, text in special_tokens.items() if text is not None},
+            # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
+            # models, and Llama 3.1's date is one of 2024.
+            "enable_thinking": _THOUGHTS.search(source) is not None,
+            "date_string": now.strftime("%d %b %Y"),
+            "datetime": now.strftime("%b %d %Y"),
+            "strftime_now": now.strftime,
+            **self.arguments,
+            **(arguments or {}),
+        }
+        compiled = _compile(source)
+        # tools and documents are given as None and not left out: templates ask `tools is none`.
+        given = {"documents": None, **variables, "messages": messages, "tools": tools}
+        try:
+            text = compiled.render(given, add_generation_prompt=add_generation_prompt)
+        except Exception as error:  # a template is a program: it may raise anything
+            raise InputError(
+                f"The chat template refused the messages: {_reason(error)}. Check their roles and "
+                "fields."
+            ) from error
+        return _unmarked(text) if _has_generation_blocks(source) else Rendering(text)
+
+
+def _unmarked(marked: str) -> Rendering:
+    """Takes the marks of generation blocks out of a rendering, and says where they were."""
+    said: list[Span] = []
+    parts: list[str] = []
+    length, opened, done = 0, None, 0
+    for mark in _MARK.finditer(marked):
+        parts.append(marked[done : mark.start()])
+        length += len(parts[-1])
+        done = mark.end()
+        if (mark[0] == _OPENS) is not (opened is None):
+            raise InputError(
+                "The messages hold U+FDD0 or U+FDD1, which are no characters, or the chat template "
+                "nests {% generation %} blocks."
+            )
+        if opened is None:
+            opened = length
+        else:
+            said.append((opened, length))
+            opened = None
+    return Rendering("".join([*parts, marked[done:]]), said)
+
+
+class _Environment(ImmutableSandboxedEnvironment):
+    """Strips ASCII white space, as llama.cpp; Python would strip a no-break space, too."""
+
+    def call(self, context: Any, obj: Any, /, *args: Any, **kwargs: Any) -> Any:
+        """Calls what a template calls."""
+        of_text = isinstance(getattr(obj, "__self__", None), str)
+        if of_text and not args and obj.__name__ in ("strip", "lstrip", "rstrip"):
+            args = (_WHITE_SPACE,)
+        return super().call(context, obj, *args, **kwargs)
+
+
+@lru_cache(maxsize=1)
+def _environment() -> _Environment:
+    environment = _Environment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
+    )
+    environment.filters["tojson"] = _to_json
+    environment.filters["trim"] = _trim
+    environment.globals["raise_exception"] = _raise_exception
+    return environment
 
 
 @lru_cache(maxsize=8)
 def _compile(template: str) -> jinja2.Template:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationBlock, loopcontrols]
-    )
-    environment.filters["tojson"] = _to_json
-    environment.globals["raise_exception"] = _raise_exception
-    environment.globals["strftime_now"] = _strftime_now
     try:
-        return environment.from_string(template)
+        return _environment().from_string(template)
     except Exception as error:  # besides TemplateSyntaxError, RecursionError and the like
         raise InputError(f"The chat template is not valid Jinja: {_reason(error)}.") from error
+
+
+@lru_cache(maxsize=8)
+def _variables(template: str) -> frozenset[str]:
+    _compile(template)  # refuses what is no Jinja
+    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+@lru_cache(maxsize=8)
+def _has_generation_blocks(template: str) -> bool:
+    _compile(template)
+    parsed = _environment().parse(template)
+    marks = parsed.find_all(nodes.TemplateData)
+    return any(_OPENS in data.data for data in marks)
 
 
 class _GenerationBlock(Extension):
     """{% generation %} … {% endgeneration %}, transformers' mark around what is trained on.
 
-    The text inside is rendered as if the mark were not there.
+    The text inside is rendered as if the mark were not there, between two marks of our own. What is
+    set inside is not seen outside, as in transformers.
     """
 
     tags = {"generation"}
 
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+    def parse(self, parser: Parser) -> nodes.Node:
+        line = next(parser.stream).lineno
+        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+        opens, closes = (
+            nodes.Output([nodes.TemplateData(mark)], lineno=line) for mark in (_OPENS, _CLOSES)
+        )
+        return nodes.Scope([opens, *body, closes], lineno=line)
+
+
+def _trim(value: Any, chars: str | None = None) -> str:
+    return str(value).strip(chars or _WHITE_SPACE)
 
 
 def _to_json(
@@ -107,10 +287,6 @@ def _to_json(
 
 def _raise_exception(message: str) -> NoReturn:
     raise jinja2.TemplateError(message)
-
-
-def _strftime_now(layout: str) -> str:
-    return datetime.now().strftime(layout)
 
 
 def _reason(error: Exception) -> str:

@@ -73,11 +73,14 @@ class SentencePiece:
         """Number of tokens."""
         return len(self._texts)
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    def encode(
+        self, text: str, *, continues: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
         """The text's ids and, in characters of it, where each begins and ends.
 
-        A space that was put before the text has no place in it: a token of that space alone gets
-        the offsets of the character behind it, as a byte of a character gets the character's.
+        `continues` says that the text goes on from another: no space is put before it. A space
+        that was put before the text has no place in it: a token of that space alone gets the
+        offsets of the character behind it, as a byte of a character gets the character's.
 
         Raises:
             UnicodeEncodeError: the text holds half a surrogate pair.
@@ -87,11 +90,11 @@ class SentencePiece:
         offsets: list[tuple[int, int]] = []
         done = 0
         for start, end, token in self._special.find(text):
-            self._encode_fragment(text, done, start, ids, offsets)
+            self._encode_fragment(text, done, start, ids, offsets, continues=continues and not done)
             ids.append(token)
             offsets.append((start, end))
             done = end
-        self._encode_fragment(text, done, len(text), ids, offsets)
+        self._encode_fragment(text, done, len(text), ids, offsets, continues=continues and not done)
         return ids, offsets
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
@@ -117,14 +120,21 @@ class SentencePiece:
         return data.decode(errors="replace")
 
     def _encode_fragment(
-        self, text: str, start: int, end: int, ids: list[int], offsets: list[tuple[int, int]]
+        self,
+        text: str,
+        start: int,
+        end: int,
+        ids: list[int],
+        offsets: list[tuple[int, int]],
+        *,
+        continues: bool,
     ) -> None:
         """Appends the tokens of text[start:end], which lies between special tokens."""
         if start == end:
             return
         fragment = text[start:end].replace(" ", _SPACE)
         position = start
-        if self._add_space_prefix:
+        if self._add_space_prefix and not continues:
             fragment = _SPACE + fragment
             position -= 1
         for chunk in self._boundary.split(fragment):

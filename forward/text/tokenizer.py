@@ -23,6 +23,8 @@ from lora.forward.text.pre_tokenizers import named_pre_tokenizer
 from lora.forward.text.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
 from lora.shaders.errors import InputError
 
+_ADD_BOS = "tokenizer.ggml.add_bos_token"
+
 
 @dataclass(frozen=True)
 class TokenizedText:
@@ -45,7 +47,9 @@ class _Codec(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
+    def encode(
+        self, text: str, *, continues: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
 
@@ -66,6 +70,7 @@ class Tokenizer:
         add_bos: bool,
         end_of_turn_ids: frozenset[int],
         chat_template: str | None,
+        tool_use_template: str | None = None,
     ) -> None:
         """Completes a codec; use `from_gguf` or `from_file`."""
         self._codec = codec
@@ -73,7 +78,23 @@ class Tokenizer:
         self._eos_id = eos_id
         self._end_of_turn_ids = end_of_turn_ids
         self._chat_template = chat_template
+        self._tool_use_template = tool_use_template
         self.add_bos = add_bos and bos_id is not None
+
+    @classmethod
+    def open(cls, gguf_file: GGUFFile, file: str | None = None) -> Tokenizer:
+        """The tokenizer of a model: the one inside the GGUF, or a tokenizer.json in its place.
+
+        Args:
+            gguf_file: the model.
+            file: as `from_file` takes it; None for the GGUF's own.
+
+        Raises:
+            InputError: there is none, or it can't be read.
+        """
+        if file is None:
+            return cls.from_gguf(gguf_file)
+        return cls.from_file(file, gguf_file=gguf_file)
 
     @classmethod
     def from_gguf(cls, gguf_file: GGUFFile) -> Tokenizer:
@@ -101,14 +122,15 @@ class Tokenizer:
             codec = _by_scores(gguf_file, vocabulary)
             add_bos = True
         if kind != "gemma4":  # converters wrote False for Gemma 4, which was trained with BOS
-            add_bos = bool(metadata.get("tokenizer.ggml.add_bos_token", add_bos))
+            add_bos = bool(metadata.get(_ADD_BOS, add_bos))
         return cls(
             codec,
             bos_id=vocabulary.bos_id,
             eos_id=vocabulary.eos_id,
             add_bos=add_bos,
             end_of_turn_ids=vocabulary.end_ids,
-            chat_template=metadata.get("tokenizer.chat_template"),
+            chat_template=_template_of(gguf_file),
+            tool_use_template=_template_of(gguf_file, ".tool_use"),
         )
 
     @classmethod
@@ -116,7 +138,8 @@ class Tokenizer:
         """Reads a tokenizer.json, or a directory that holds one, as Hugging Face writes them.
 
         `tokenizer_config.json` (BOS, EOS, chat template) and `chat_template.jinja` are read from
-        beside it where they are. BOS is added if the tokenizer.json itself adds it.
+        beside it where they are. BOS is added if the GGUF says so, as by llama.cpp, or else if the
+        tokenizer.json itself adds it.
 
         Args:
             path: the file or the directory.
@@ -137,10 +160,13 @@ class Tokenizer:
         config = _read_config(file.parent / "tokenizer_config.json")
         bos_id = _configured_id(tokenizer, config, "bos_token")
         eos_id = _configured_id(tokenizer, config, "eos_token")
-        template = _configured_template(file.parent / "chat_template.jinja", config)
+        template, for_tools = _configured_templates(file.parent, config)
         tokens: dict[str, int] = tokenizer.get_vocab()
         end_ids = {tokens[text] for text in end_texts(tokens)}
+        add_bos = first_id is not None
         if gguf_file is not None:
+            if isinstance(gguf_file.metadata.get(_ADD_BOS), bool) and not _is_gemma4(gguf_file):
+                add_bos = gguf_file.metadata[_ADD_BOS]
             n_tokens = tokenizer.get_vocab_size()
             for name in ("bos", "eos"):
                 token = gguf_file.metadata.get(f"tokenizer.ggml.{name}_token_id")
@@ -155,14 +181,17 @@ class Tokenizer:
             bos_id = model_bos if bos_id is None else bos_id
             eos_id = model_eos if eos_id is None else eos_id
             end_ids |= metadata_end_ids(gguf_file, n_tokens)
-            template = template or gguf_file.metadata.get("tokenizer.chat_template")
+            if template is None:
+                template = _template_of(gguf_file)
+                for_tools = _template_of(gguf_file, ".tool_use")
         return cls(
             LibraryCodec(tokenizer),
             bos_id=bos_id if first_id is None else first_id,
             eos_id=eos_id,
-            add_bos=first_id is not None,
+            add_bos=add_bos,
             end_of_turn_ids=frozenset(end_ids if eos_id is None else end_ids | {eos_id}),
             chat_template=template,
+            tool_use_template=for_tools,
         )
 
     @property
@@ -190,30 +219,41 @@ class Tokenizer:
         """The Jinja template that turns messages into text; None where there is none."""
         return self._chat_template
 
-    def encode(self, text: str, *, add_bos: bool | None = None) -> TokenizedText:
+    @property
+    def tool_use_template(self) -> str | None:
+        """A second template for chats with tools; None where the first serves these, too."""
+        return self._tool_use_template
+
+    def encode(
+        self, text: str, *, add_bos: bool | None = None, continues: bool = False
+    ) -> TokenizedText:
         """Cuts a text into tokens; special tokens written in it become their ids.
 
         EOS is never added here; whether a text for training ends with it, data.append_eos says.
 
         Args:
             text: any text.
-            add_bos: puts BOS first; by default where the model asks for it. Say False for a
-                rendered chat template, which writes BOS itself.
+            add_bos: puts BOS first, unless the text begins with it: a rendered chat template may
+                write it. By default where the model asks for it.
+            continues: the text goes on from another one: nothing is put before it, neither BOS nor
+                the space with which some SentencePiece tokenizers begin a text.
 
         Raises:
             InputError: BOS is asked for and the model has none, or the text holds half a
                 surrogate pair.
         """
         try:
-            ids, offsets = self._codec.encode(text)
+            ids, offsets = self._codec.encode(text, continues=continues)
         except (TypeError, UnicodeEncodeError) as error:
             half = next((c for c in text if "\ud800" <= c <= "\udfff"), None)
             reason = str(error) if half is None else f"{half!r} in it is half a surrogate pair"
             raise InputError(f"The text {text[:40]!r} cannot be tokenized: {reason}.") from error
-        if not (self.add_bos if add_bos is None else add_bos):
+        if continues or not (self.add_bos if add_bos is None else add_bos):
             return TokenizedText(ids, offsets)
         if self._bos_id is None:
             raise InputError("The tokenizer has no BOS token to put first.")
+        if ids[:1] == [self._bos_id]:
+            return TokenizedText(ids, offsets)
         return TokenizedText([self._bos_id, *ids], [(0, 0), *offsets])
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
@@ -240,9 +280,19 @@ def _kind(gguf_file: GGUFFile) -> str:
             "supported are gpt2 (byte-level BPE), llama (SentencePiece) and gemma4. Name the "
             "model's tokenizer.json with model.tokenizer."
         )
+    return "gemma4" if _is_gemma4(gguf_file) else str(model)
+
+
+def _is_gemma4(gguf_file: GGUFFile) -> bool:
     # Ollama's converter gives Gemma 4 the kind llama.
-    gemma4 = gguf_file.metadata.get("tokenizer.ggml.pre") == "gemma4"
-    return "gemma4" if gemma4 else str(model)
+    kinds = (gguf_file.metadata.get(f"tokenizer.ggml.{key}") for key in ("model", "pre"))
+    return "gemma4" in kinds
+
+
+def _template_of(gguf_file: GGUFFile, name: str = "") -> str | None:
+    """A chat template of the metadata; None where there is none, or no text."""
+    template = gguf_file.metadata.get(f"tokenizer.chat_template{name}")
+    return template if isinstance(template, str) else None
 
 
 def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiece:
@@ -302,11 +352,31 @@ def _configured_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], key:
     return int(token)
 
 
-def _configured_template(file: Path, config: dict[str, Any]) -> str | None:
+def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
+    """The chat template, and that for chats with tools where there is another one."""
+    file = folder / "chat_template.jinja"
     if file.is_file():
-        return file.read_text(encoding="utf-8")
+        beside = folder / "additional_chat_templates" / "tool_use.jinja"
+        return read_template(file), read_template(beside) if beside.is_file() else None
     template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates; transformers takes "default"
-        named = {entry.get("name"): entry.get("template") for entry in template}
-        template = named.get("default")
-    return template if isinstance(template, str) else None
+    if isinstance(template, list):  # several named templates; transformers takes these two
+        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        found = named.get("default"), named.get("tool_use")
+    else:
+        found = template, None
+    first, second = (one if isinstance(one, str) else None for one in found)
+    return first, second
+
+
+def read_template(file: Path) -> str:
+    """The text of a file that holds a chat template.
+
+    Raises:
+        InputError: it can't be read, or is no text.
+    """
+    try:
+        return file.read_text(encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file}: not text in UTF-8; a chat template is.") from None

@@ -9,10 +9,12 @@ from pathlib import Path
 from lora.config.schema import Config, load_config
 from lora.data.records import Record, load_records
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.text.tokenizer import Tokenizer
+from lora.forward.text.chat_template import ChatTemplate
+from lora.forward.text.tokenizer import Tokenizer, read_template
 from lora.shaders.errors import InputError
 
 CONFIG = "config.yaml"
+TEMPLATE = "chat_template.jinja"
 
 
 @dataclass(frozen=True)
@@ -34,11 +36,47 @@ class Origin:
 
     Attributes:
         config: of the run.
+        run: its directory.
         folders: where relative paths of its config may lead from, likeliest first.
     """
 
     config: Config
+    run: Path
     folders: tuple[Path, ...]
+
+    @property
+    def template_file(self) -> Path | None:
+        """The chat template that the run wrote chats with; None for the model's own.
+
+        Raises:
+            InputError: it isn't there any more.
+        """
+        if self.config.data.chat_template is None:
+            return None
+        file = self.run / TEMPLATE
+        if not file.is_file():
+            raise InputError(
+                f"{file}: there is no such file, and the adapter was trained with a chat template "
+                "of its own (data.chat_template); put it there."
+            )
+        return file
+
+    def chat_template(self, tokenizer: Tokenizer) -> ChatTemplate | None:
+        """What chats with the adapter are written with, template variables included.
+
+        Args:
+            tokenizer: the model's.
+
+        Returns:
+            None where neither the run nor the model has a template.
+
+        Raises:
+            InputError: the run's isn't there any more.
+        """
+        file = self.template_file
+        source = None if file is None else read_template(file)
+        arguments = self.config.data.chat_template_kwargs
+        return ChatTemplate.of(tokenizer, source, arguments=arguments)
 
     def find(self, name: str) -> Path | None:
         """The file or directory that the run's config calls by a path; None if it is gone."""
@@ -68,6 +106,8 @@ class Origin:
 
     def _has_chat_template(self, base: GGUFFile) -> bool | None:
         """Whether rows of instructions went through a chat template; None: it can't be known."""
+        if self.config.data.chat_template is not None:
+            return True
         name = self.config.model.tokenizer
         if name is None:
             return base.metadata.get("tokenizer.chat_template") is not None
@@ -91,7 +131,7 @@ def origin_of(directory: Path) -> Origin | None:
     # A run that wrote to runs/a and lies in /home/x/runs/a was started in /home/x.
     output = Path(os.path.normpath(config.output)).parts
     started = [Path(*run.parts[: -len(output)])] if run.parts[-len(output) :] == output else []
-    return Origin(config, (Path(), *started))
+    return Origin(config, run, (Path(), *started))
 
 
 def _common_ending(texts: list[str]) -> str:

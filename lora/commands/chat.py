@@ -5,19 +5,22 @@ from __future__ import annotations
 import io
 import signal
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from lora.forward.gguf.file import GGUFFile
-from lora.forward.text.chat_template import render_chat
-from lora.forward.text.tokenizer import Tokenizer
+from lora.commands.prompts import (
+    check_can_chat,
+    check_has_template,
+    conversation_ids,
+    trained_templates,
+)
+from lora.forward.text.chat_template import ChatTemplate
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
 from lora.generation.sampling import Sampler, Sampling
 from lora.shaders.choice import Wanted
 from lora.shaders.errors import InputError
-from lora.storage.stores import resolve_model
 
 HELP = """\
 /adapter           which adapter is on, and which are loaded
@@ -41,9 +44,11 @@ class Chat:
         max_tokens: of one answer.
         sampling: how tokens are chosen; a seed gives one series of draws for all answers.
         system: the system message; None for none.
+        templates: chat templates by the adapters that were trained with them; the model's for
+            others.
 
     Raises:
-        InputError: the model has no chat template.
+        InputError: there is no chat template.
     """
 
     def __init__(
@@ -54,17 +59,25 @@ class Chat:
         max_tokens: int,
         sampling: Sampling,
         system: str | None = None,
+        templates: Mapping[str, ChatTemplate] | None = None,
     ) -> None:
-        check_has_template(generator.tokenizer.chat_template)
         self._generator = generator
+        self._templates = templates or {}
         self._write = write
         self._max_tokens = max_tokens
         self._sampler = Sampler(sampling)
         self._system = system
         self._chosen = next(iter(generator.adapters), None)  # what /adapter on means
         self.adapter = self._chosen
+        if self._template is None:
+            check_has_template(generator.tokenizer.chat_template)
         self.messages: list[dict[str, str]] = []
         self.reset()
+
+    @property
+    def _template(self) -> ChatTemplate | None:
+        """The chosen adapter's, also while it is off: the bare model is asked the same."""
+        return None if self._chosen is None else self._templates.get(self._chosen)
 
     def reset(self) -> None:
         """Forgets the conversation; the system message stays."""
@@ -135,7 +148,7 @@ class Chat:
         Raises:
             InputError: it leaves no room for an answer.
         """
-        ids = conversation_ids(self._generator.tokenizer, self.messages)
+        ids = conversation_ids(self._generator.tokenizer, self.messages, self._template)
         if len(ids) >= self._generator.room:
             raise InputError(
                 f"The conversation has {len(ids)} tokens and the room is {self._generator.room}; "
@@ -190,20 +203,6 @@ class Chat:
         return f"(adapter {self.adapter or 'off'}; loaded: {', '.join(loaded) or 'none'})"
 
 
-def check_has_template(template: str | None) -> str:
-    """The chat template of a model; refuses one that has none.
-
-    Raises:
-        InputError: it is None.
-    """
-    if template is None:
-        raise InputError(
-            "The model holds no chat template, so it cannot chat; continue texts with it: "
-            "lora generate, without --chat."
-        )
-    return template
-
-
 def check_is_text(text: str, what: str) -> None:
     """Refuses a text that was read from bytes that are not UTF-8.
 
@@ -223,44 +222,6 @@ def check_is_text(text: str, what: str) -> None:
             f"{what} is not UTF-8: its character {error.start + 1} is {found}. Convert it, for "
             "example with iconv -f latin1 -t utf-8, or set the terminal to UTF-8."
         ) from error
-
-
-def check_can_chat(model: str, tokenizer: str | None = None) -> None:
-    """Refuses a model that has no chat template, out of its header: before it is loaded.
-
-    Args:
-        model: a GGUF file, or a name as in model.path.
-        tokenizer: a tokenizer.json in place of the GGUF's own.
-
-    Raises:
-        InputError: it has none, or a file can't be read.
-    """
-    gguf_file = GGUFFile(resolve_model(model))
-    if tokenizer is None:
-        check_has_template(gguf_file.metadata.get("tokenizer.chat_template"))
-    else:
-        check_has_template(Tokenizer.from_file(tokenizer, gguf_file=gguf_file).chat_template)
-
-
-def conversation_ids(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """A conversation as token ids, up to where the next answer begins.
-
-    Raises:
-        InputError: the model has no chat template, or it refuses the messages.
-    """
-    text = render_chat(
-        check_has_template(tokenizer.chat_template),
-        messages,
-        add_generation_prompt=True,
-        bos_token=_token_text(tokenizer, tokenizer.bos_id),
-        eos_token=_token_text(tokenizer, tokenizer.eos_id),
-    )
-    return tokenizer.encode(text, add_bos=False).ids  # the template writes BOS where it belongs
-
-
-def _token_text(tokenizer: Tokenizer, token: int | None) -> str:
-    """How a special token is written, "" for none."""
-    return "" if token is None else tokenizer.decode([token], skip_special=False)
 
 
 @contextmanager
@@ -351,7 +312,7 @@ def chat(
         check_is_text(system, "The system message (--system)")
     read_line = open_terminal()
     named = named_adapters(adapters)
-    check_can_chat(model, tokenizer)
+    check_can_chat(model, tokenizer, named.values())
     generator = open_generator(
         model,
         named,
@@ -363,6 +324,13 @@ def chat(
     def write(piece: str) -> None:
         print(piece, end="", flush=True)
 
-    conversation = Chat(generator, write, max_tokens=max_tokens, sampling=sampling, system=system)
+    conversation = Chat(
+        generator,
+        write,
+        max_tokens=max_tokens,
+        sampling=sampling,
+        system=system,
+        templates=trained_templates(generator.tokenizer, named),
+    )
     write(f"{model}; adapter {conversation.adapter or 'off'}; /help lists the commands\n")
     conversation.run(read_line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
+from lora.commands.data import data_command
 from lora.commands.devices import devices_command
 from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
@@ -85,13 +87,15 @@ def train(
     """Train an adapter; Ctrl-C saves a checkpoint and says how to resume."""
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
-    from lora.training.checkpoint import device_of_then
+    from lora.training.checkpoint import device_of_then, started_at
     from lora.training.run import Interrupted, run_training
     from lora.training.session import TrainingSession
 
     given = overrides(set_, webgpu)
     loaded = load_config(config, given)
-    session = TrainingSession(loaded, device=device_of_then(loaded) if resume else None)
+    device = device_of_then(loaded) if resume else None
+    started = started_at(Path(loaded.output)) if resume else None
+    session = TrainingSession(loaded, device=device, started=started)
     print_plan(console, session.plan)
     if dry_run:
         return
@@ -143,6 +147,7 @@ def bench(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride
     print_kernels(console, kernel_table(session), measure_peaks(session.device))
 
 
+app.command(name="data")(data_command)
 app.command(name="eval")(eval_command)
 
 
@@ -235,7 +240,7 @@ def generate(
     webgpu: WebGPUName = "auto",
 ) -> None:
     """Continue a text with the tuned model."""
-    from lora.commands.chat import check_can_chat, conversation_ids
+    from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
     from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
     from lora.shaders.choice import Wanted
@@ -244,9 +249,9 @@ def generate(
         Sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed), GREEDY
     )
     prompt = _read_prompt(prompt)
-    if chat:
-        check_can_chat(model, tokenizer)
     adapters = {} if adapter is None else {"adapter": adapter}
+    if chat:
+        check_can_chat(model, tokenizer, adapters.values())
     generator = open_generator(
         model,
         adapters,
@@ -256,7 +261,9 @@ def generate(
     )
     text: str | list[int] = prompt
     if chat:
-        text = conversation_ids(generator.tokenizer, [{"role": "user", "content": prompt}])
+        template = trained_templates(generator.tokenizer, adapters).get("adapter")
+        asked = [{"role": "user", "content": prompt}]
+        text = conversation_ids(generator.tokenizer, asked, template)
     for piece in generator.stream(
         text, max_tokens=max_tokens, adapter=next(iter(adapters), None), sampling=sampling
     ):
@@ -352,6 +359,9 @@ def main() -> None:
             raise
         print(f"lora: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)
+    except BrokenPipeError:  # who reads has enough, such as `head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
     except Exception as error:
         click_exit = getattr(error, "exit_code", None)
         if click_exit is None or debug:

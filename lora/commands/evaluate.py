@@ -63,7 +63,7 @@ def eval_command(
             "adapter_path": None if adapter is None else str(adapter),
             "data": loaded.data.eval,
             "max_length": summary.max_length,
-            "n_rows": summary.n_examples + summary.n_untrained,
+            "n_rows": summary.n_rows,
             "n_left_out": summary.n_untrained,
             **{name: vars(result) for name, result in results.items()},
         }
@@ -80,9 +80,8 @@ def describe_examples(summary: DataSummary, result: EvalResult) -> str:
     some_too_long = summary.longest > summary.max_length
     if result.n_cut:
         text += f", {result.n_cut} cut to {summary.max_length} tokens (never counted as exact)"
-    if summary.n_untrained:
-        text += f"; {summary.n_untrained} left out, without an answer"
-        text += f" in the first {summary.max_length} tokens" if some_too_long else ""
+    for reason, n_rows in summary.left_out.items():
+        text += f"; {n_rows} left out, {reason}"
     if some_too_long and (result.n_cut or summary.n_untrained):
         text += f"; data.max_length: {summary.longest} would hold them all"
     return text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shlex
 import sys
 from collections import Counter
@@ -82,8 +83,10 @@ def describe(done: Export) -> list[str]:
         ]
     else:
         model = f"-m {shlex.quote(str(done.base_path))} --lora {gguf}"
+    if done.template is not None:
+        lines += _how_to_chat(done)
     if done.prompts is None:
-        llama_cpp = f"llama-cli {model}"
+        llama_cpp = f"llama-cli {model}{_template_options(done)}"
     else:
         lines += _how_to_prompt(done.prompts)
         # llama-cli only chats. llama.cpp reads \n in -p as a line break.
@@ -94,6 +97,27 @@ def describe(done: Export) -> list[str]:
         *lines,
         f"llama.cpp{part}: {llama_cpp}",
         f"Ollama{part}: ollama create NAME -f {shlex.quote(str(done.modelfile))}",
+    ]
+
+
+def _template_options(done: Export) -> str:
+    """What llama.cpp must be told to write chats as in training."""
+    options = []
+    if done.template is not None and not done.merged:
+        options += ["--chat-template-file", str(done.template)]
+    if done.template_arguments:
+        options += ["--chat-template-kwargs", json.dumps(dict(done.template_arguments))]
+    if options or done.template is not None:
+        options.insert(0, "--jinja")
+    return "".join(f" {shlex.quote(option)}" for option in options)
+
+
+def _how_to_chat(done: Export) -> list[str]:
+    """What the model's chats are written with, where that isn't the base's template."""
+    where = "which the merged file holds" if done.merged else f"which is {done.template}"
+    return [
+        f"The adapter was trained with a chat template of its own (data.chat_template), {where}.",
+        f"Ollama takes templates in Go alone: write its form as TEMPLATE into {done.modelfile}.",
     ]
 
 

@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Self
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
@@ -36,7 +37,7 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
         f"{', '.join(sorted(layout.targets))} of {len(layout.layers)} layers",
-        "data": str(workload.train_summary),
+        "data": escape(str(workload.train_summary)),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
         f"recompute {'on' if plan.tensors.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",

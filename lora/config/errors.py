@@ -13,6 +13,8 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
+from lora.config.other_names import OTHER_NAMES
+
 
 def config_problems(
     error: ValidationError, model: type[BaseModel], values: Mapping[str, Any]
@@ -77,22 +79,25 @@ def _unknown_key(model: type[BaseModel], key: str) -> str:
     section = model
     for part in sections:
         section = _section_of(section.model_fields[part]) or section
+    if name.lower() in OTHER_NAMES:
+        return f"unknown key; its name here is {OTHER_NAMES[name.lower()]}."
     suggestion = did_you_mean(name, list(section.model_fields))
     if suggestion:
         return "unknown key" + suggestion
     # A right key in the wrong section: learning_rate beside train, not inside it.
-    for other in _dotted_keys(model):
+    for other in dotted_keys(model):
         if other.rpartition(".")[2] == name:
             return f"unknown key; did you mean {other}?"
     return f"unknown key; allowed here: {', '.join(section.model_fields)}."
 
 
-def _dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def dotted_keys(model: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Every key of a model, sections and what is in them: `train`, `train.steps`."""
     for name, field in model.model_fields.items():
         yield prefix + name
         section = _section_of(field)
         if section is not None:
-            yield from _dotted_keys(section, f"{prefix}{name}.")
+            yield from dotted_keys(section, f"{prefix}{name}.")
 
 
 def _allowed(field: FieldInfo | None) -> str:

@@ -209,11 +209,32 @@ class DataConfig(_Section):
     )
     max_length: int = Field(default=512, ge=2, description="a whole number of tokens, at least 2")
     packing: bool = Field(default=False, description="true or false")
-    train_on: Literal["completion", "all"] = Field(
-        default="completion", description="completion or all"
+    chat_template: Text | None = Field(
+        default=None, description="null, a file that holds a Jinja chat template, or its text"
+    )
+    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_section_from_nothing)] = Field(
+        default={}, description="a mapping of the chat template's variables to values"
+    )
+    train_on: Literal["completion", "all", "last"] = Field(
+        default="completion", description="completion, all or last"
+    )
+    roles_to_train: Annotated[list[Text], Field(min_length=1)] = Field(
+        default=["assistant"], description="a list of roles, such as [assistant]"
+    )
+    train_on_eos: Literal["turn", "all", "last", "none"] = Field(
+        default="turn", description="turn, all, last or none"
     )
     append_eos: Switch = Field(default="auto", description="auto, on or off")
     shuffle: bool = Field(default=True, description="true or false")
+
+    @model_validator(mode="after")
+    def _roles_that_count(self) -> Self:
+        if self.train_on == "all" and self.roles_to_train != ["assistant"]:
+            raise ValueError(
+                "train_on: all trains every token, whatever the role: leave roles_to_train out, or "
+                "take train_on: completion."
+            )
+        return self
 
 
 class TrainConfig(_Section):

@@ -1,45 +1,45 @@
-"""Rows to tokens: which text the model sees, and which of its tokens it is trained to predict.
+"""Rows to examples: which text the model sees, and which of its tokens it is trained to predict.
 
-A token is trained where it shares a character with a trained stretch of the text; stretches are
-found in the text, never by tokenizing parts, so the tokens are those that the model will see.
+Messages become text in lora/data/turns.py and text becomes tokens in lora/data/masks.py; here they
+are cut to data.max_length, counted, and put together for a whole data set.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lora.data.records import load_records
-from lora.forward.text.tokenizer import TokenizedText
+from lora.data.conversations import conversation_of, instruction_parts
+from lora.data.masks import (
+    MaskedTokens,
+    TextTokenizer,
+    mask_conversation,
+    mask_text,
+    train_ends,
+)
+from lora.data.records import Record, load_records
+from lora.data.turns import render_turns, unread_argument
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:
     from lora.config.schema import DataConfig
+    from lora.forward.text.chat_template import ChatTemplate
 
-Span = tuple[int, int]  # (start, end) in characters, end exclusive
-
-
-class TextTokenizer(Protocol):
-    """What is asked of a tokenizer here; `lora.forward.text.tokenizer.Tokenizer` is one."""
-
-    @property
-    def bos_id(self) -> int | None: ...
-    @property
-    def eos_id(self) -> int | None: ...
-    @property
-    def end_of_turn_ids(self) -> frozenset[int]: ...
-    @property
-    def chat_template(self) -> str | None: ...
-    def encode(self, text: str, *, add_bos: bool | None = None) -> TokenizedText: ...
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
+# Why a row gives no example.
+_UNTRAINED = "empty, or without a turn to train"
+_TOO_LONG = "what is trained begins beyond data.max_length"
+_NO_WEIGHT = "of weight 0"
 
 
 @dataclass(frozen=True)
 class Example:
-    """One row as tokens.
+    """One row as tokens, or one turn of a row.
 
     Attributes:
         ids: int32 [n], the tokens, n at most data.max_length.
@@ -47,12 +47,19 @@ class Example:
             counts in the loss. trained[0] is False: nothing stands before it.
         index: its place in the list that `load_examples` returned.
         cut: data.max_length cut off some of what would be trained, an answer's end at least.
+        row: the record's place in the data set, counted from 0.
+        turn: the message that is trained, where the example is of one turn, since the whole
+            rendering shows it otherwise than it was said; None for a whole row.
+        n_cut: tokens that data.max_length cut off its end.
     """
 
     ids: np.ndarray
     trained: np.ndarray
     index: int
     cut: bool = False
+    row: int = 0
+    turn: int | None = None
+    n_cut: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,47 +67,69 @@ class DataSummary:
     """What was loaded, for printing."""
 
     data_format: str  # chat, completion, instruct or text
-    n_examples: int  # records that are used
-    n_tokens: int  # of all used records, after cutting
+    n_examples: int  # of the rows that are used; a chat may give several
+    n_tokens: int  # of all of them, after cutting
     n_trained_tokens: int  # of these, tokens that count in the loss
-    n_cut: int  # records longer than max_length, cut at the end
-    n_untrained: int  # records left out because no token of theirs is trained
-    longest: int  # tokens of the longest row before cutting
-    max_length: int  # tokens that a row may have
+    n_cut: int  # examples longer than max_length, cut at the end
+    n_untrained: int  # rows left out because no token of theirs is trained
+    longest: int  # tokens of the longest example before cutting
+    max_length: int  # tokens that an example may have
+    n_rows: int  # of the data set
+    left_out: Mapping[str, int] = field(default_factory=dict)  # why, and how many of n_untrained
+    ignored: tuple[str, ...] = ()  # columns that carry no meaning here
+    dated: bool = False  # the chat template may write the time
 
     def __str__(self) -> str:
-        text = (
-            f"{self.n_examples} {self.data_format} examples, {self.n_tokens} tokens, "
-            f"{self.n_trained_tokens} of them trained; the longest row has {self.longest}"
+        n_used = self.n_rows - self.n_untrained
+        text = f"{self.n_examples} {self.data_format} examples"
+        text += f" of {n_used} rows" if n_used != self.n_examples else ""
+        text += (
+            f", {self.n_tokens} tokens, {self.n_trained_tokens} of them trained; the longest "
+            f"{'row' if n_used == self.n_examples else 'example'} has {self.longest}"
         )
         if self.n_cut:
             text += f"; {self.n_cut} cut to {self.max_length}"
-        if self.n_untrained:
-            text += f"; {self.n_untrained} left out, none of their tokens is trained"
+        for reason, number in self.left_out.items():
+            text += f"; {number} left out, {reason}"
+        if self.ignored:
+            text += f"; ignored columns: {', '.join(map(printable, self.ignored))}"
         return text
 
 
 @dataclass(frozen=True)
-class _MarkedText:
-    """A row's text before tokenizing.
+class LeftOut:
+    """A row that gives no example.
 
     Attributes:
-        text: all of it.
-        spans: the stretches to train on, ascending.
-        rendered: it comes out of a chat template, which writes BOS and ends of turns itself.
-        turns: the spans are assistant turns, each to be trained through its end-of-turn token.
-        may_end: EOS may follow: the text ends with something that the model is to say.
+        row: its place in the data set, counted from 0.
+        reason: as part of a sentence.
     """
 
-    text: str
-    spans: list[Span]
-    rendered: bool
-    turns: bool
-    may_end: bool
+    row: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class LoadedData:
+    """A whole data set as examples.
+
+    Attributes:
+        places: where each row is: `data/train.jsonl, line 3`.
+        lengths: tokens of each example before cutting, those of rows that are left out, too.
+    """
+
+    examples: list[Example]
+    places: list[str]
+    lengths: list[int]
+    left_out: list[LeftOut]
+    summary: DataSummary
 
 
 def load_examples(
-    settings: DataConfig, tokenizer: TextTokenizer, split: Literal["train", "eval"] = "train"
+    settings: DataConfig,
+    tokenizer: TextTokenizer,
+    split: Literal["train", "eval"] = "train",
+    now: datetime | None = None,
 ) -> tuple[list[Example], DataSummary]:
     """Loads and tokenizes the records of data.train or data.eval.
 
@@ -108,186 +137,224 @@ def load_examples(
         settings: the config's `data:`.
         tokenizer: the model's.
         split: which of the two; data.eval must be set for "eval".
+        now: what chat templates take for the time; None for the clock.
 
     Raises:
         InputError: data can't be read, a row doesn't fit its format, the model has no chat
             template for chats, or no token of the whole data set is trained.
     """
+    loaded = load_data(settings, tokenizer, split, now)
+    if not loaded.examples:
+        summary = loaded.summary
+        reasons = "; ".join(f"{n_rows}, {reason}" for reason, n_rows in summary.left_out.items())
+        raise InputError(
+            f"data.{split}: no token of its {summary.n_rows} rows is trained. Left out: {reasons} "
+            f"(data.max_length is {settings.max_length}; the longest row has {summary.longest} "
+            "tokens)."
+        )
+    return loaded.examples, loaded.summary
+
+
+def load_data(
+    settings: DataConfig,
+    tokenizer: TextTokenizer,
+    split: Literal["train", "eval"] = "train",
+    now: datetime | None = None,
+) -> LoadedData:
+    """The same with what is left out, which may be all; arguments and errors as `load_examples`."""
     source = settings.train if split == "train" else settings.eval
     if source is None:
         raise InputError("data.eval: got null; name the examples to evaluate on.")
     data_format, records = load_records(source, settings.format, split)
+    if split == "train" and data_format in ("completion", "text"):
+        _check_settings_of_chats(settings, data_format)
+    rows = RowTokenizer(settings, tokenizer, data_format, now)
     examples: list[Example] = []
-    n_cut = longest = 0
-    for record in records:
+    lengths: list[int] = []
+    left_out: list[LeftOut] = []
+    for row, record in enumerate(records):
         try:
-            ids, trained = tokenize_record(record.columns, data_format, settings, tokenizer)
+            masked, reason = _masked(rows, record)
         except InputError as error:
             raise InputError(f"{record.place}: {error}") from error
-        longest = max(longest, len(ids))
-        n_cut += len(ids) > settings.max_length
-        # A row that loses only what isn't trained, as ChatML's last line break, is whole.
-        cut = bool(trained[settings.max_length :].any())
-        ids, trained = ids[: settings.max_length], trained[: settings.max_length]
-        if trained.any():
-            examples.append(Example(ids, trained, len(examples), cut))
-    if not examples:
-        raise InputError(
-            f"data.{split}: no token of its {len(records)} rows is trained: they are empty, have "
-            f"no assistant turn, or their answers begin beyond data.max_length "
-            f"({settings.max_length} tokens; the longest row has {longest})."
-        )
+        except RecursionError:
+            raise InputError(f"{record.place}: nested too deeply.") from None
+        n_before = len(examples)
+        for tokens in masked:
+            trained = tokens.trained[: settings.max_length]
+            lengths.append(len(tokens.ids))
+            if any(trained):
+                examples.append(_example(tokens, row, len(examples), settings.max_length))
+            elif any(tokens.trained):
+                reason = _TOO_LONG
+        if len(examples) == n_before:
+            left_out.append(LeftOut(row, reason))
     summary = DataSummary(
         data_format=data_format,
         n_examples=len(examples),
         n_tokens=sum(len(example.ids) for example in examples),
         n_trained_tokens=sum(int(example.trained.sum()) for example in examples),
-        n_cut=n_cut,
-        n_untrained=len(records) - len(examples),
-        longest=longest,
+        n_cut=sum(length > settings.max_length for length in lengths),
+        n_untrained=len(left_out),
+        longest=max(lengths, default=0),
         max_length=settings.max_length,
+        n_rows=len(records),
+        left_out=Counter(one.reason for one in left_out),
+        ignored=tuple(dict.fromkeys(name for record in records for name in record.ignored)),
+        dated=rows.is_dated,
     )
-    return examples, summary
+    return LoadedData(examples, [one.place for one in records], lengths, left_out, summary)
 
 
-def tokenize_record(
-    columns: dict[str, Any], data_format: str, settings: DataConfig, tokenizer: TextTokenizer
-) -> tuple[np.ndarray, np.ndarray]:
-    """Turns one record into tokens, before cutting.
-
-    Returns:
-        ids int32 [n] and trained bool [n].
+def _check_settings_of_chats(settings: DataConfig, data_format: str) -> None:
+    """Refuses what would do nothing.
 
     Raises:
-        InputError: the row can't be rendered or its trained part can't be found.
+        InputError: a setting is given that only chats have a use for.
     """
-    marked = _mark(columns, data_format, settings.train_on, tokenizer)
-    # A rendered template holds BOS where the model wants it; a second one would be added here.
-    tokens = tokenizer.encode(marked.text, add_bos=False if marked.rendered else None)
-    ids, offsets = list(tokens.ids), tokens.offsets
-    trained = [False] * len(ids)
-    for start, end in marked.spans:
-        inside = [t for t, (a, b) in enumerate(offsets) if a < b and a < end and b > start]
-        for t in inside[: _turn_length(marked, [ids[t] for t in inside], tokenizer)]:
-            trained[t] = True
-    if _wants_eos(marked, data_format, ids, settings, tokenizer):
-        if tokenizer.eos_id is None:
-            raise InputError("The tokenizer has no EOS token to append; set data.append_eos: off.")
-        if ids[-1:] != [tokenizer.eos_id]:
-            ids.append(tokenizer.eos_id)
-            trained.append(True)
-    if trained:
-        trained[0] = False
-    return np.array(ids, dtype=np.int32), np.array(trained, dtype=np.bool_)
-
-
-def _mark(
-    columns: dict[str, Any], data_format: str, train_on: str, tokenizer: TextTokenizer
-) -> _MarkedText:
-    if data_format == "chat":
-        return _mark_chat(columns["messages"], train_on, tokenizer)
-    if data_format == "instruct" and tokenizer.chat_template is not None:
-        question = "\n\n".join(_instruction_parts(columns))
-        messages = [
-            {"role": "user", "content": question},
-            {"role": "assistant", "content": columns["output"]},
-        ]
-        return _mark_chat(messages, train_on, tokenizer)
-    if data_format == "instruct":
-        prompt = "".join(part + "\n\n" for part in _instruction_parts(columns))
-        text = prompt + columns["output"]
-    elif data_format == "completion":
-        prompt = columns["prompt"]
-        text = prompt + columns["completion"]
-    else:
-        prompt, text = "", columns["text"]
-    start = 0 if train_on == "all" else len(prompt)
-    return _MarkedText(text, [(start, len(text))], rendered=False, turns=False, may_end=True)
-
-
-def _instruction_parts(columns: dict[str, Any]) -> list[str]:
-    """The instruction, and the input where it isn't empty (Alpaca writes "" for none)."""
-    return [part for part in (columns["instruction"], columns.get("input")) if part]
-
-
-def _mark_chat(
-    messages: list[dict[str, Any]], train_on: str, tokenizer: TextTokenizer
-) -> _MarkedText:
-    template = tokenizer.chat_template
-    if template is None:
-        raise InputError(
-            "The model has no chat template. Use a model that has one, name its tokenizer with "
-            "model.tokenizer, or write the data as prompt and completion."
-        )
-    names = {
-        f"{name}_token": None if token is None else tokenizer.decode([token], skip_special=False)
-        for name, token in (("bos", tokenizer.bos_id), ("eos", tokenizer.eos_id))
-    }
-
-    from lora.forward.text.chat_template import render_chat  # with Jinja2, for chats only
-
-    def render(n_messages: int, add_generation_prompt: bool = False) -> str:
-        return render_chat(
-            template,
-            messages[:n_messages],
-            add_generation_prompt=add_generation_prompt,
-            bos_token=names["bos_token"],
-            eos_token=names["eos_token"],
-        )
-
-    text = render(len(messages))
-    may_end = messages[-1]["role"] == "assistant"
-    if train_on == "all":
-        return _MarkedText(text, [(0, len(text))], rendered=True, turns=False, may_end=may_end)
-    spans = []
-    for index, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        if index == 0:
+    for name in ("chat_template", "chat_template_kwargs", "roles_to_train"):
+        if getattr(settings, name) != type(settings).model_fields[name].default:
             raise InputError(
-                "The chat begins with the assistant, so nothing stands before what it says; begin "
-                "with a user's message, or set data.train_on: all."
+                f"data.{name} is for chats, and the rows are of the format {data_format}: leave it "
+                "out, or write the rows as messages."
             )
-        before, through = render(index, add_generation_prompt=True), render(index + 1)
-        if not through.startswith(before) or not text.startswith(through):
-            raise InputError(
-                f"The chat template rewrites earlier text when the assistant's message {index} is "
-                "added, so what it said cannot be told apart; set data.train_on: all."
-            )
-        spans.append((len(before), len(through)))
-    return _MarkedText(text, spans, rendered=True, turns=True, may_end=may_end)
 
 
-def _turn_length(marked: _MarkedText, ids: list[int], tokenizer: TextTokenizer) -> int:
-    """How many of a span's tokens are the turn: through its end-of-turn token.
+def printable(text: str) -> str:
+    """A text without what a terminal would obey: other characters than printable ones escaped."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
-    ChatML has a line break after <|im_end|>: generation stops before it, so it isn't trained.
+
+def _masked(rows: RowTokenizer, record: Record) -> tuple[list[MaskedTokens], str]:
+    """A record's tokens, and why it is left out if none of them is trained."""
+    columns = record.columns
+    if columns.get("weight") == 0 or columns.get("train") is False:
+        return [], _NO_WEIGHT
+    return rows.tokenize(columns), _UNTRAINED
+
+
+def _example(tokens: MaskedTokens, row: int, index: int, max_length: int) -> Example:
+    # A row that loses only what isn't trained, as ChatML's last line break, is whole.
+    cut = any(tokens.trained[max_length:])
+    ids = np.array(tokens.ids[:max_length], dtype=np.int32)
+    trained = np.array(tokens.trained[:max_length], dtype=np.bool_)
+    n_cut = max(0, len(tokens.ids) - max_length)
+    return Example(ids, trained, index, cut, row, tokens.turn, n_cut)
+
+
+class RowTokenizer:
+    """Turns records of one format into tokens.
+
+    Args:
+        settings: the config's `data:`.
+        tokenizer: the model's.
+        data_format: of the records.
+        now: what chat templates take for the time; None for the clock.
+
+    Raises:
+        InputError: data.chat_template or data.chat_template_kwargs is wrong.
     """
-    if not marked.turns:
-        return len(ids)
-    end = _end_of_turn(ids, tokenizer)
-    return len(ids) if end is None else end + 1
+
+    def __init__(
+        self,
+        settings: DataConfig,
+        tokenizer: TextTokenizer,
+        data_format: str,
+        now: datetime | None = None,
+    ) -> None:
+        self._settings = settings
+        self._tokenizer = tokenizer
+        self._data_format = data_format
+        self._template: ChatTemplate | None = None
+        if data_format in ("chat", "instruct"):  # Jinja2 is imported for these only
+            self._template = chat_template(settings, tokenizer, now)
+        ends = (tokenizer.decode([t], skip_special=False) for t in tokenizer.end_of_turn_ids)
+        self._end_texts = sorted(filter(None, ends))
+
+    @property
+    def is_dated(self) -> bool:
+        """Whether the template may write the time."""
+        return self._template is not None and self._template.is_dated
+
+    def tokenize(self, columns: Mapping[str, Any]) -> list[MaskedTokens]:
+        """The examples of a record, before cutting; the first token of none is trained.
+
+        Raises:
+            InputError: the row can't be rendered, or has something that its rendering doesn't.
+        """
+        settings, tokenizer = self._settings, self._tokenizer
+        if self._data_format == "chat" or (self._data_format == "instruct" and self._template):
+            masked = self._conversation(columns)
+        else:
+            prompt, answer = self._plain(columns)
+            masked = [mask_text(prompt, answer, settings, tokenizer)]
+        masked = train_ends(masked, settings, tokenizer)
+        for tokens in masked:
+            tokens.trained[:1] = [False] * len(tokens.trained[:1])
+        return masked
+
+    def _conversation(self, columns: Mapping[str, Any]) -> list[MaskedTokens]:
+        if self._template is None:
+            raise InputError(
+                "The model has no chat template. Give one with data.chat_template, use a model "
+                "that has one, name its tokenizer with model.tokenizer, or write the data as "
+                "prompt and completion."
+            )
+        conversation = conversation_of(columns, self._data_format)
+        rendered = render_turns(conversation, self._template, self._settings, self._end_texts)
+        return mask_conversation(rendered, self._settings, self._tokenizer)
+
+    def _plain(self, columns: Mapping[str, Any]) -> tuple[str, str]:
+        """Prompt and answer without a chat template around them."""
+        if self._data_format == "completion":
+            return columns["prompt"], columns["completion"]
+        if self._data_format == "text":
+            return "", columns["text"]
+        for name in ("system", "history", "tools", "chat_template_kwargs"):
+            if name in columns:
+                raise InputError(
+                    f"{name} needs a chat template, and the model has none: give one with "
+                    "data.chat_template, or leave it out."
+                )
+        return "".join(part + "\n\n" for part in instruction_parts(columns)), columns["output"]
 
 
-def _end_of_turn(ids: list[int], tokenizer: TextTokenizer) -> int | None:
-    """Where the end-of-turn token stands that only white space follows; None without one."""
-    for position in range(len(ids) - 1, -1, -1):
-        if ids[position] in tokenizer.end_of_turn_ids:
-            return position
-        if tokenizer.decode([ids[position]], skip_special=False).strip():
-            return None
-    return None
+def chat_template(
+    settings: DataConfig, tokenizer: TextTokenizer, now: datetime | None = None
+) -> ChatTemplate | None:
+    """The template that chats are written with: data.chat_template's, or else the model's.
+
+    Raises:
+        InputError: data.chat_template is no file and no template, or the template reads no
+            variable of the name of one in data.chat_template_kwargs.
+    """
+    from lora.forward.text.chat_template import ChatTemplate
+
+    source = settings.chat_template
+    found = ChatTemplate.of(
+        tokenizer,
+        None if source is None else template_source(source),
+        arguments=settings.chat_template_kwargs,
+        now=now,
+    )
+    for name in settings.chat_template_kwargs:
+        if found is None:
+            raise InputError("data.chat_template_kwargs: the model has no chat template.")
+        if name not in found.optional_variables:
+            raise InputError(f"data.chat_template_kwargs: {unread_argument(name, found)}")
+    return found
 
 
-def _wants_eos(
-    marked: _MarkedText,
-    data_format: str,
-    ids: list[int],
-    settings: DataConfig,
-    tokenizer: TextTokenizer,
-) -> bool:
-    if settings.append_eos != "auto":
-        return settings.append_eos == "on"
-    if data_format == "text" or not marked.may_end:
-        return False
-    return not marked.rendered or _end_of_turn(ids, tokenizer) is None
+def template_source(value: str) -> str:
+    """The template that data.chat_template names or is.
+
+    Raises:
+        InputError: it is no file, and no text of a template either.
+    """
+    if "{{" in value or "{%" in value:
+        return value
+    from lora.forward.text.tokenizer import read_template
+
+    if not Path(value).is_file():
+        raise InputError(f"data.chat_template: {value}: there is no such file.")
+    return read_template(Path(value))

@@ -17,7 +17,22 @@ FORMATS: dict[str, tuple[str, ...]] = {
     "instruct": ("instruction", "output"),
     "text": ("text",),
 }
-_OPTIONAL_COLUMNS = {"instruct": ("input",)}
+# What else a format reads. The rest of what carries meaning is refused, other columns are ignored.
+_WEIGHTS = ("weight", "train")
+_MEDIA = ("images", "image", "audio", "audios", "videos")
+CALLS = ("tool_calls", "function_call")  # of a message: calls of tools, and OpenAI's older form
+REASONING = ("reasoning_content", "reasoning", "thinking")  # names of one thing, as transformers
+_CHAT = ("system", "tools", "chat_template_kwargs", *_WEIGHTS)
+_OPTIONAL_COLUMNS = {
+    "chat": _CHAT,
+    "completion": _WEIGHTS,
+    "instruct": ("input", "history", *_CHAT),
+    "text": _WEIGHTS,
+}
+_MEANINGFUL = (
+    *CALLS, "reasoning_content", "system", "history", "tools", "functions", "chat_template_kwargs",
+    *_WEIGHTS, *_MEDIA,
+)  # fmt: skip
 _FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt")
 
 
@@ -26,13 +41,15 @@ class Record:
     """One record of a data set, which users know as a row.
 
     Attributes:
-        columns: what its format reads: strings, or for chat `messages`, a list of mappings with
-            `role` and `content`.
+        columns: what its format reads, without what is null or empty: strings, or for chat
+            `messages`, a list of mappings with `role` and mostly `content`.
         place: where it is, for errors: `data/train.jsonl, line 3`.
+        ignored: the names of its columns that carry no meaning here, such as id or source.
     """
 
     columns: dict[str, Any]
     place: str
+    ignored: tuple[str, ...] = ()
 
 
 def load_records(
@@ -87,8 +104,10 @@ def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
             values = json.loads(line.decode("utf-8-sig"))
         except UnicodeDecodeError:
             raise InputError(f"{place}: not text in UTF-8.") from None
-        except (json.JSONDecodeError, RecursionError) as error:
-            reason = error.msg if isinstance(error, json.JSONDecodeError) else "nested too deeply"
+        except RecursionError:
+            raise InputError(f"{place}: nested too deeply.") from None
+        except ValueError as error:  # besides JSONDecodeError: of numbers with thousands of digits
+            reason = getattr(error, "msg", "a number in it is too long")
             raise InputError(f"{place}: not JSON ({reason}); each line is one object.") from None
         yield values, place
 
@@ -145,44 +164,186 @@ def _check_record(values: Any, place: str, data_format: str) -> Record:
             f"{place}: lacks {', '.join(lacking)}, which the format {data_format} needs; its "
             f"columns are {_names(values)}."
         )
-    columns = {}
-    for column in (*required, *_OPTIONAL_COLUMNS.get(data_format, ())):
-        if column in required or values.get(column) is not None:
-            check = _check_messages if column == "messages" else _check_text
-            check(values[column], f"{place}: {column}")
-            columns[column] = values[column]
-    return Record(columns, place)
+    columns = {column: values[column] for column in required}
+    allowed = _OPTIONAL_COLUMNS[data_format]
+    for column in (*allowed, *_MEANINGFUL):
+        value = values.get(column)
+        if value is None or value in ("", [], {}) or column in columns:
+            continue
+        if column not in allowed:
+            raise InputError(
+                f"{place}: {column} is {short(value)}, and rows of the format {data_format} have "
+                f"no place for it; {_elsewhere(column, data_format)}"
+            )
+        columns[column] = value
+    for column, value in columns.items():
+        _CHECKS.get(column, _check_text)(value, f"{place}: {column}")
+    known = {*columns, *allowed, *_MEANINGFUL}
+    return Record(columns, place, tuple(name for name in values if name not in known))
+
+
+def _elsewhere(column: str, data_format: str) -> str:
+    """Where a column's content may go instead."""
+    if column in _MEDIA:
+        return "this version trains on text alone: leave the row out."
+    if data_format in ("completion", "text"):
+        return "write it as it shall stand in the text, or write the row as messages."
+    if column in ("tool_calls", "function_call", "reasoning_content"):
+        return "it belongs to a message of the assistant, in messages."
+    return "give functions as tools." if column == "functions" else "leave it out."
 
 
 def _check_object(values: Any, place: str) -> None:
     if not isinstance(values, Mapping):
-        raise InputError(f"{place}: got {_short(values)}; each row is an object with columns.")
+        raise InputError(f"{place}: got {short(values)}; each row is an object with columns.")
 
 
 def _check_text(value: Any, where: str) -> None:
     if not isinstance(value, str):
-        raise InputError(f"{where} is {_short(value)}; it must be a string.")
+        raise InputError(f"{where} is {short(value)}; it must be a string.")
 
 
 def _check_messages(value: Any, where: str) -> None:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where} is {_short(value)}; it must be a list of messages.")
+        raise InputError(f"{where} is {short(value)}; it must be a list of messages.")
     for index, message in enumerate(value):
         if not isinstance(message, dict) or not isinstance(message.get("role"), str):
             raise InputError(
-                f"{where}[{index}] is {_short(message)}; a message is an object with role and "
+                f"{where}[{index}] is {short(message)}; a message is an object with role and "
                 "content."
             )
-        # A call of a tool may come without content.
-        if "tool_calls" not in message and not isinstance(message.get("content"), str):
-            content = _short(message.get("content"))
-            raise InputError(f"{where}[{index}].content is {content}; it must be a string.")
+        _check_message(message, f"{where}[{index}]")
+
+
+def _check_message(message: dict[str, Any], where: str) -> None:
+    content = text_of(message.get("content"))
+    # Null where a call of a tool, or a thought, is all that is said.
+    may_lack = any(message.get(name) for name in (*CALLS, *REASONING))
+    if not isinstance(content, str) and not (content is None and may_lack):
+        parts = content if isinstance(content, list) else []
+        kinds = [part.get("type") for part in parts if isinstance(part, dict)]
+        other = next((kind for kind in kinds if kind != "text"), None)
+        if other is not None:
+            raise InputError(
+                f"{where}.content has a part of the type {short(other)}; "
+                f"{_elsewhere('images', 'chat')}"
+            )
+        raise InputError(f"{where}.content is {short(content)}; it must be a string.")
+    for name in _MEDIA:
+        if message.get(name):
+            raise InputError(
+                f"{where}.{name} is {short(message[name])}; {_elsewhere(name, 'chat')}"
+            )
+    for name in REASONING:
+        if message.get(name) is not None:
+            _check_text(message[name], f"{where}.{name}")
+    for name, check in (("weight", _check_weight), ("train", _check_train)):
+        if message.get(name) is not None:
+            check(message[name], f"{where}.{name}")
+    weight, train = message.get("weight"), message.get("train")
+    if weight is not None and train is not None and bool(weight) != train:
+        raise InputError(f"{where}: weight is {short(weight)}, but train is {short(train)}.")
+    calls = message.get("tool_calls")
+    if calls is not None and not (isinstance(calls, list) and all(map(_is_tool_call, calls))):
+        raise InputError(
+            f"{where}.tool_calls is {short(calls)}; it must be a list of objects with a function: "
+            "its name and its arguments."
+        )
+    legacy = message.get("function_call")
+    if legacy is not None and not _is_call(legacy):
+        raise InputError(
+            f"{where}.function_call is {short(legacy)}; it must be an object with name and "
+            "arguments."
+        )
+    if calls and legacy:
+        raise InputError(f"{where} has tool_calls and function_call; keep one of them.")
+
+
+def _is_tool_call(value: Any) -> bool:
+    return isinstance(value, dict) and _is_call(value.get("function", value))
+
+
+def _is_call(value: Any) -> bool:
+    """Whether it is the call of a function; arguments may be an object or the text of one."""
+    if not isinstance(value, dict) or not isinstance(value.get("name"), str):
+        return False
+    arguments = value.get("arguments")
+    return arguments in (None, "") or isinstance(parsed_json(arguments), dict)
+
+
+def _check_weight(value: Any, where: str) -> None:
+    if isinstance(value, bool) or value not in (0, 1):
+        raise InputError(
+            f"{where} is {short(value)}; a weight is 0 (not trained) or 1; others are not "
+            "supported."
+        )
+
+
+def _check_train(value: Any, where: str) -> None:
+    if not isinstance(value, bool):
+        raise InputError(f"{where} is {short(value)}; it must be true or false.")
+
+
+def _check_arguments(value: Any, where: str) -> None:
+    if not isinstance(value, dict):
+        raise InputError(f"{where} is {short(value)}; it must be an object of template variables.")
+
+
+def _check_history(value: Any, where: str) -> None:
+    pairs = isinstance(value, list) and all(
+        isinstance(pair, list) and len(pair) == 2 and all(isinstance(one, str) for one in pair)
+        for pair in value
+    )
+    if not pairs:
+        raise InputError(
+            f"{where} is {short(value)}; it must be a list of [instruction, output], two strings."
+        )
+
+
+def _check_tools(value: Any, where: str) -> None:
+    """Data sets of Arrow often hold tools as the text of their JSON; it is parsed later."""
+    tools = parsed_json(value)
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise InputError(f"{where} is {short(value)}; it must be a list of JSON schemas.")
+
+
+_CHECKS = {
+    "messages": _check_messages,
+    "weight": _check_weight,
+    "train": _check_train,
+    "chat_template_kwargs": _check_arguments,
+    "history": _check_history,
+    "tools": _check_tools,
+}
+
+
+def text_of(content: Any) -> Any:
+    """The text of a content that is one part of text, `[{"type": "text", "text": "Hi"}]`.
+
+    Any other is returned as it is: templates join several parts in different ways.
+    """
+    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
+        part = {key: value for key, value in content[0].items() if value is not None}
+        if part.keys() == {"type", "text"} and part["type"] == "text":
+            return part["text"]
+    return content
+
+
+def parsed_json(value: Any) -> Any:
+    """What the JSON in a string says; what is no string, or no JSON, as it is."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
 
 
 def _names(values: Mapping[str, Any]) -> str:
     return ", ".join(values) or "none"
 
 
-def _short(value: Any) -> str:
+def short(value: Any) -> str:
+    """A value as JSON of at most 60 characters, for errors."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 60 else text[:57] + "..."

@@ -56,6 +56,7 @@ def write_merged_gguf(
     adapted: Mapping[str, AdaptedTensor],
     kind: GGMLQuantizationType | None = None,
     on_tensor: Callable[[MergedTensor], None] = lambda tensor: None,
+    chat_template: str | None = None,
 ) -> list[MergedTensor]:
     """Writes base plus adapter; what the adapter doesn't touch is copied byte for byte.
 
@@ -65,6 +66,7 @@ def write_merged_gguf(
         adapted: changes by the tensors' names in the base.
         kind: how touched tensors are stored; None: as they are in the base.
         on_tensor: called after each touched tensor.
+        chat_template: what the adapter was trained with, in place of the base's.
 
     Raises:
         InputError: a type can't hold a tensor.
@@ -78,6 +80,10 @@ def write_merged_gguf(
         stored = kind if kind is not None and name in adapted else source.type
         _check_fits(name, source, stored)
         places.append(TensorPlace(name, source.shape, stored))
+    texts: dict[str, str | None] = {}
+    if chat_template is not None:  # the base's second one, for tools, doesn't go with it
+        key = "tokenizer.chat_template"
+        texts = {key: chat_template, f"{key}.tool_use": None}
     report = []
     n_threads = os.cpu_count() or 1
     with (
@@ -85,7 +91,7 @@ def write_merged_gguf(
         ThreadPoolExecutor(n_threads) as pool,
         open(temporary, "wb") as file,
     ):
-        write_header(file, base, places)
+        write_header(file, base, places, texts)
         for place in places:
             source = sources[place.name]
             if place.name in adapted:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import difflib
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 from gguf import GGMLQuantizationType
 
@@ -25,6 +26,7 @@ from lora.export.modelfile import (
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
+from lora.forward.text.tokenizer import read_template
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.files import write_file
 from lora.storage.stores import ollama_settings, resolve_model
@@ -49,6 +51,9 @@ class Export:
         merged: what merging did to each of them; empty for an adapter alone.
         prompts: how prompts are written where no chat template is to stand around them; None
             where one is, or where the adapter's run is not known.
+        template: the file of the chat template that the adapter was trained with; None for the
+            base's own. A merged GGUF holds it.
+        template_arguments: `data.chat_template_kwargs` of its run.
     """
 
     path: Path
@@ -57,6 +62,8 @@ class Export:
     n_tensors: int
     merged: list[MergedTensor]
     prompts: PromptForm | None = None
+    template: Path | None = None
+    template_arguments: Mapping[str, Any] = field(default_factory=dict)
 
 
 def export(
@@ -100,6 +107,7 @@ def export(
     file = _open_base(name, directory, origin, given=base is not None)
     _check_output(path, modelfile, directory, file, force=force)
     prompts = None if origin is None else origin.prompt_form(file)
+    template = None if origin is None or prompts is not None else origin.template_file
     architecture = Architecture.from_gguf(file)
     adapted = read_adapted_tensors(directory, settings, architecture)
     merged: list[MergedTensor] = []
@@ -112,14 +120,21 @@ def export(
             path, architecture.name, adapted.values(), stored or GGMLQuantizationType.F32
         )
     else:
-        text = modelfile_of_merged(path, prompts, ollama_settings(name))
-        merged = write_merged_gguf(path, file, adapted, stored, on_tensor)
+        settings_of_base = ollama_settings(name)
+        if template is not None and settings_of_base is not None:
+            settings_of_base = replace(settings_of_base, template=None)
+        text = modelfile_of_merged(path, prompts, settings_of_base)
+        source = None if template is None else read_template(template)
+        merged = write_merged_gguf(path, file, adapted, stored, on_tensor, source)
     try:
         write_file(modelfile, text)
     except OSError as error:
         reason = error.strerror or error
         raise LoraError(f"{modelfile} could not be written: {reason}. {path} is whole.") from error
-    return Export(path, modelfile, file.path, len(adapted), merged, prompts)
+    return Export(
+        path, modelfile, file.path, len(adapted), merged, prompts, template,
+        {} if origin is None or prompts is not None else origin.config.data.chat_template_kwargs,
+    )  # fmt: skip
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:

@@ -62,10 +62,7 @@ def open_generator(
     """
     gguf_file = GGUFFile(resolve_model(model))
     architecture = Architecture.from_gguf(gguf_file)
-    if tokenizer is None:
-        text_tokens = Tokenizer.from_gguf(gguf_file)
-    else:
-        text_tokens = Tokenizer.from_file(tokenizer, gguf_file=gguf_file)
+    text_tokens = Tokenizer.open(gguf_file, tokenizer)
     room = max_length or min(architecture.context_length, DEFAULT_ROOM)
     if room > architecture.context_length:
         raise InputError(

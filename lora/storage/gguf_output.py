@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import struct
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,12 +67,27 @@ class TensorPlace:
         return int(np.prod(self.shape, dtype=np.int64)) // block_size * block_bytes
 
 
-def write_header(file: BinaryIO, base: GGUFFile, tensors: Sequence[TensorPlace]) -> None:
+def write_header(
+    file: BinaryIO,
+    base: GGUFFile,
+    tensors: Sequence[TensorPlace],
+    texts: Mapping[str, str | None] | None = None,
+) -> None:
     """Writes everything before the tensors' data: the base's metadata and a new list of tensors.
 
     The data must follow in the same order, each tensor's followed by `padding`.
+
+    Args:
+        file: the new file, at its beginning.
+        base: whose metadata it is.
+        tensors: the new list.
+        texts: metadata in place of the base's, or besides it; None leaves a key out.
     """
-    keys = [data for key, data in _raw_metadata(base) if not key.startswith("split.")]
+    new = dict(texts or {})
+    keys: list[bytes | memoryview] = [
+        data for key, data in _raw_metadata(base) if not key.startswith("split.") and key not in new
+    ]
+    keys += [_text_entry(key, text) for key, text in new.items() if text is not None]
     file.write(struct.pack("<4sIQQ", b"GGUF", base.version, len(tensors), len(keys)))
     file.writelines(keys)
     offset = 0
@@ -83,6 +98,13 @@ def write_header(file: BinaryIO, base: GGUFFile, tensors: Sequence[TensorPlace])
         file.write(struct.pack("<IQ", tensor.kind, offset))
         offset += tensor.n_bytes + len(padding(base, tensor.n_bytes))
     file.write(padding(base, file.tell()))
+
+
+def _text_entry(key: str, text: str) -> bytes:
+    """A key of the metadata that holds a text."""
+    name, value = key.encode(), text.encode()
+    head = struct.pack("<Q", len(name)) + name + struct.pack("<I", GGUFValueType.STRING)
+    return head + struct.pack("<Q", len(value)) + value
 
 
 def padding(base: GGUFFile, n_bytes: int) -> bytes:

@@ -1,7 +1,8 @@
 """Checkpoints: enough to go on bit for bit.
 
 `OUTPUT/checkpoints/step-000100/` holds the adapter as PEFT saves it, the two moments of AdamW, the
-position in the data, and the tiles of the products, which decide in which order sums are taken. The
+position in the data, when the run began (chat templates may write the date), and the tiles of the
+products, which decide in which order sums are taken. The
 order of an epoch follows from (seed, epoch), so that position is all of the random state.
 """
 
@@ -12,6 +13,7 @@ import re
 import shutil
 import warnings
 from contextlib import suppress
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -59,6 +61,7 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     }
     state = {
         "step": session.steps_done,
+        "started": session.started.isoformat(),
         "stream": session.stream.state(),
         "precision": session.config.train.precision,
         "found_with": circumstances(session.device.facts),
@@ -95,6 +98,16 @@ def device_of_then(config: Config) -> Device:
         with suppress(InputError):
             return Device(config.device, webgpu=then)
     return Device(config.device, webgpu=config.webgpu)
+
+
+def started_at(output: Path) -> datetime | None:
+    """When a run began, by its last checkpoint; None where there is none that says it."""
+    for path in checkpoints(output)[-1:]:
+        try:
+            return datetime.fromisoformat(json.loads((path / _STATE).read_text())["started"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return None  # resume says what is wrong with it
+    return None
 
 
 def resume(session: TrainingSession, output: Path) -> Path:
@@ -135,6 +148,13 @@ def resume(session: TrainingSession, output: Path) -> Path:
         raise InputError(
             f"The checkpoint was made with train.precision {precision}, and now it is {now}; "
             "resume with the setting of then, or start anew without --resume."
+        )
+    summary = session.workload.train_summary
+    began = started_at(output)
+    if summary is not None and summary.dated and began not in (None, session.started):
+        raise InputError(
+            "The chat template writes the date, and this session was opened with another than the "
+            "run began with; open it with TrainingSession(…, started=started_at(output))."
         )
     session.stream.restore(stream)
     plans, reason = _plans_of_then(session, found_with, entries)

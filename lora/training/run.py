@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
+from lora.data.examples import template_source
 from lora.storage.files import write_file
 from lora.training.checkpoint import resume, save_checkpoint
 from lora.training.listeners import Audience, Listener, MetricsFile
@@ -18,6 +19,7 @@ from lora.training.provenance import ran_on
 from lora.training.session import TrainingSession
 
 METRICS = "metrics.jsonl"
+TEMPLATE = "chat_template.jinja"  # transformers' name for it
 CONFIG = "config.yaml"
 RUN = "run.json"  # what ran, where config.yaml has what was asked for
 
@@ -53,6 +55,8 @@ def run_training(
     output.mkdir(parents=True, exist_ok=True)
     write_file(output / CONFIG, session.config.dump_yaml())
     write_file(output / RUN, json.dumps(ran_on(session.device), indent=1) + "\n")
+    if session.config.data.chat_template is not None:  # who runs the adapter needs it, too
+        write_file(output / TEMPLATE, template_source(session.config.data.chat_template))
     audience = Audience([MetricsFile(output / METRICS), *listeners])
     with _stop_requests() as interrupted, audience.hearing(session):
         _train(session, output, audience, interrupted)

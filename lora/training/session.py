@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,11 @@ class TrainingSession:
         loss: what each trained token counts in the gradient; None for the mean cross-entropy.
         communicator: of the processes that train this adapter, each with batches of its own; None
             for one process.
+        started: when the run began, which chat templates may write; None for now. A resumed run's
+            is that of its first start (`lora.training.checkpoint.started_at`).
 
     Attributes:
+        started: the same.
         workload: the model's file, the adapter's layout and the data.
         memory: that the session owns.
         plan: what the session takes.
@@ -83,11 +87,13 @@ class TrainingSession:
         device: Device | None = None,
         loss: Loss | None = None,
         communicator: Communicator | None = None,
+        started: datetime | None = None,
     ) -> None:
         self.config = config
+        self.started = datetime.now() if started is None else started
         self.communicator = SingleProcess() if communicator is None else communicator
         self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
-        self.workload = Workload.open(config, train=train, examples=examples)
+        self.workload = Workload.open(config, train=train, examples=examples, now=self.started)
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self.device = Device(config.device, webgpu=config.webgpu) if device is None else device
         self._owns_device = device is None

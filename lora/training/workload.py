@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -49,23 +50,26 @@ class Workload:
 
     @classmethod
     def open(
-        cls, config: Config, *, train: bool, examples: Sequence[Example] | None = None
+        cls,
+        config: Config,
+        *,
+        train: bool,
+        examples: Sequence[Example] | None = None,
+        now: datetime | None = None,
     ) -> Workload:
         """Reads what a config names.
 
         Args:
             train: False leaves out the data of training.
             examples: tokenized ones in place of data.train.
+            now: the time that chat templates write; None for the clock.
 
         Raises:
             InputError: a file can't be read, or they do not fit together.
         """
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
-        if config.model.tokenizer is None:
-            tokenizer = Tokenizer.from_gguf(gguf_file)
-        else:
-            tokenizer = Tokenizer.from_file(config.model.tokenizer, gguf_file=gguf_file)
+        tokenizer = Tokenizer.open(gguf_file, config.model.tokenizer)
         adapter = config.adapter
         layout = AdapterLayout(
             architecture,
@@ -79,11 +83,11 @@ class Workload:
         if examples is not None:
             train_examples = list(examples)
         elif train:
-            train_examples, train_summary = load_examples(config.data, tokenizer)
+            train_examples, train_summary = load_examples(config.data, tokenizer, now=now)
         eval_examples: list[Example] = []
         eval_summary = None
         if config.data.eval is not None:
-            eval_examples, eval_summary = load_examples(config.data, tokenizer, "eval")
+            eval_examples, eval_summary = load_examples(config.data, tokenizer, "eval", now)
         initial = _initial_parameters(config, layout)
         _check_tokens([*train_examples, *eval_examples], architecture.vocab_size)
         return cls(

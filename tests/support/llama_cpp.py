@@ -1,6 +1,6 @@
-"""Token ids from llama.cpp itself (xllamacpp's server), for texts or for what a GGUF tokenizes.
+"""Token ids and rendered chats from llama.cpp itself (xllamacpp's server).
 
-    python tests/support/llama_cpp.py MODEL.gguf < texts.json > ids.json
+    python tests/support/llama_cpp.py MODEL.gguf < asked.json > answers.json
 
 A process of its own: a second server in one process has crashed, and its threads don't end.
 """
@@ -14,6 +14,7 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 
@@ -27,20 +28,47 @@ def llama_cpp_ids(
         texts: any texts.
         add_special: BOS and EOS where the model wants them.
     """
-    asked = json.dumps({"texts": list(texts), "add_special": add_special})
+    bodies = [
+        {"content": text, "add_special": add_special, "parse_special": True} for text in texts
+    ]
+    answers = _answers(model, {"path": "/tokenize", "bodies": bodies})
+    for text, answer in zip(texts, answers, strict=True):
+        if "tokens" not in answer:
+            raise RuntimeError(f"{text[:80]!r}: {answer}")
+    return [answer["tokens"] for answer in answers]
+
+
+def llama_cpp_prompts(
+    model: Path, bodies: Sequence[dict[str, Any]], *, template: str | None = None
+) -> list[str | None]:
+    """What llama.cpp renders with --jinja, up to where the assistant's answer begins.
+
+    Args:
+        model: a GGUF that llama.cpp can load.
+        bodies: of /apply-template: messages, and tools or chat_template_kwargs.
+        template: in place of the GGUF's own.
+
+    Returns:
+        the prompts, without the BOS that a template writes; None where it refuses the messages.
+    """
+    asked = {"path": "/apply-template", "bodies": list(bodies), "template": template}
+    return [answer.get("prompt") for answer in _answers(model, asked)]
+
+
+def _answers(model: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
     done = subprocess.run(
         [sys.executable, __file__, str(model)],
-        input=asked.encode(),
+        input=json.dumps(asked).encode(),
         capture_output=True,
         timeout=600,
     )
     if done.returncode != 0:
         raise RuntimeError(f"llama.cpp failed on {model}: {done.stderr.decode()[-2000:]}")
-    answer: list[list[int]] = json.loads(done.stdout.splitlines()[-1])
-    return answer
+    answers: list[dict[str, Any]] = json.loads(done.stdout.splitlines()[-1])
+    return answers
 
 
-def _serve(model: str, asked: dict[str, object]) -> list[list[int]]:
+def _serve(model: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     import xllamacpp
 
     parameters = xllamacpp.CommonParams()
@@ -51,19 +79,17 @@ def _serve(model: str, asked: dict[str, object]) -> list[list[int]]:
     parameters.verbosity = 0
     parameters.n_gpu_layers = 0
     parameters.cpuparams.n_threads = 1
+    if asked["path"] == "/apply-template":
+        parameters.use_jinja = True
+        if asked["template"] is not None:
+            parameters.chat_template = asked["template"]
     server = xllamacpp.Server(parameters)
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
     answers = []
-    for text in asked["texts"]:  # type: ignore[attr-defined]
-        body = {"content": text, "add_special": asked["add_special"], "parse_special": True}
-        connection.request(
-            "POST", "/tokenize", json.dumps(body), {"Content-Type": "application/json"}
-        )
-        response = connection.getresponse()
-        answer = json.loads(response.read())
-        if response.status != 200:
-            raise RuntimeError(f"{text[:80]!r}: {answer}")
-        answers.append(answer["tokens"])
+    for body in asked["bodies"]:
+        headers = {"Content-Type": "application/json"}
+        connection.request("POST", asked["path"], json.dumps(body), headers)
+        answers.append(json.loads(connection.getresponse().read()))
     return answers
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora.config.schema import DataConfig
-from lora.data.examples import tokenize_record
+from lora.data.examples import RowTokenizer
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from tests.support.tiny_sentencepiece import spaced_gguf, spaced_metadata
@@ -123,10 +123,20 @@ def test_trained_parts_are_cut_by_offsets(tmp_path: Path) -> None:
     tokenizer = _tokenizer(tmp_path)
     settings = DataConfig(train="unread.jsonl")
     columns = {"prompt": "hi é", "completion": " hi🎉"}
-    ids, trained = tokenize_record(columns, "completion", settings, tokenizer)
-    assert tokenizer.decode(ids.tolist()) == "hi é hi🎉"
-    pieces = [TOKENS[token] for token in ids[trained]]
-    assert pieces == ["▁hi", "<0xF0>", "<0x9F>", "<0x8E>", "<0x89>", "</s>"]
+    rows = RowTokenizer(settings, tokenizer, "completion")
+
+    def pieces_of(columns: dict[str, str]) -> list[list[str]]:
+        (tokens,) = rows.tokenize(columns)
+        assert tokenizer.decode(tokens.ids) == "".join(columns.values())
+        halves: list[list[str]] = [[], []]
+        for token, trained in zip(tokens.ids, tokens.trained, strict=True):
+            halves[trained].append(TOKENS[token])
+        return halves
+
+    assert pieces_of(columns)[1] == ["▁hi", "<0xF0>", "<0x9F>", "<0x8E>", "<0x89>", "</s>"]
+    # A prompt that ends with a space: no other is put before the answer.
+    columns = {"prompt": "é ", "completion": "hi"}
+    assert pieces_of(columns) == [["<s>", "▁", "<0xC3>", "<0xA9>", "▁"], ["hi", "</s>"]]
 
 
 def test_damaged_vocabularies(tmp_path: Path) -> None:

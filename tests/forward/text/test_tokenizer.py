@@ -171,6 +171,11 @@ def test_bos(tmp_path: Path) -> None:
     assert tokenizer.encode("the").ids[0] == 1
     assert tokenizer.encode("the").offsets[0] == (0, 0)
     assert tokenizer.encode("the", add_bos=False).ids[0] != 1
+    # A text that begins with it gets no second one.
+    text = tokenizer.decode([1], skip_special=False) + "the"
+    assert tokenizer.encode(text).ids == tokenizer.encode("the").ids
+    assert tokenizer.encode(text, add_bos=True).ids == tokenizer.encode("the").ids
+    assert tokenizer.encode("the", continues=True).ids == tokenizer.encode("the", add_bos=False).ids
     # llama.cpp adds BOS for Llama 3 where the file doesn't say
     llama3 = Tokenizer.from_gguf(_gguf(tmp_path, pre="llama-bpe", add_bos_token=None))
     assert llama3.add_bos
@@ -288,6 +293,44 @@ def test_from_file_reads_its_neighbours(tmp_path: Path) -> None:
     assert tokenizer.chat_template == "old"
     (directory / "chat_template.jinja").write_text("new")
     assert Tokenizer.from_file(directory).chat_template == "new"
+    assert Tokenizer.from_file(directory).tool_use_template is None
+    (directory / "additional_chat_templates").mkdir()
+    (directory / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    assert Tokenizer.from_file(directory).tool_use_template == "tools"
+    (directory / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(InputError, match="chat_template.jinja: not text in UTF-8; a chat templ"):
+        Tokenizer.from_file(directory)
+
+
+def test_what_the_gguf_says_of_bos_goes_before_a_tokenizer_json(tmp_path: Path) -> None:
+    """As by llama.cpp, which reads the GGUF alone."""
+    for with_bos in (False, True):
+        directory = _saved(tmp_path, with_bos=with_bos)
+        for metadata, expected in (
+            ({"add_bos_token": True}, True),
+            ({"add_bos_token": False}, False),
+            ({"add_bos_token": None}, with_bos),
+        ):
+            gguf_file = _gguf(tmp_path, **metadata)
+            assert Tokenizer.from_file(directory, gguf_file=gguf_file).add_bos is expected
+
+
+def test_a_template_that_is_no_text_is_none(tmp_path: Path) -> None:
+    write_tiny_llama(tmp_path / "list.gguf", metadata={"tokenizer.chat_template": ["a"]})
+    assert Tokenizer.from_gguf(GGUFFile(tmp_path / "list.gguf")).chat_template is None
+
+
+def test_a_second_template_is_for_chats_with_tools(tmp_path: Path) -> None:
+    directory = _saved(tmp_path, with_bos=True)
+    named = [{"name": "default", "template": "one"}, {"name": "tool_use", "template": "two"}]
+    (directory / "tokenizer_config.json").write_text(json.dumps({"chat_template": named}))
+    metadata = {"tokenizer.chat_template": "one", "tokenizer.chat_template.tool_use": "two"}
+    write_tiny_llama(tmp_path / "two.gguf", metadata=metadata)
+    for tokenizer in (
+        Tokenizer.from_file(directory),
+        Tokenizer.from_gguf(GGUFFile(tmp_path / "two.gguf")),
+    ):
+        assert (tokenizer.chat_template, tokenizer.tool_use_template) == ("one", "two")
 
 
 def test_from_file_refuses(tmp_path: Path) -> None:
@@ -332,6 +375,10 @@ def test_from_file_reads_sentencepiece(tmp_path: Path) -> None:
         found = tokenizer.encode(text)
         assert found == ours.encode(text), text
         assert tokenizer.decode(found.ids) == text
+        # What goes on from another text has no space before it.
+        found = tokenizer.encode(text, continues=True)
+        assert found == ours.encode(text, continues=True), text
+        assert [tokens[token] for token in found.ids[:1]] != ["▁"] or text.startswith(" ")
     assert (tokenizer.bos_id, tokenizer.add_bos) == (1, True)
     assert tokenizer.end_of_turn_ids == {2, 4}
 

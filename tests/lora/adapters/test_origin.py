@@ -11,6 +11,8 @@ import yaml
 
 from lora.adapters.origin import PromptForm, origin_of
 from lora.forward.gguf.file import GGUFFile
+from lora.forward.text.tokenizer import Tokenizer
+from lora.shaders.errors import InputError
 from tests.support.tiny_gguf import write_tiny_llama
 
 COMPLETIONS = [{"prompt": f"{n}? \n", "completion": "yes"} for n in range(3)]
@@ -38,6 +40,20 @@ def write_origin(folder: Path, rows: list[dict[str, Any]] | None, **data: Any) -
     }
     (run / "config.yaml").write_text(yaml.safe_dump(config))
     return run
+
+
+def test_the_template_of_a_run(tmp_path: Path, base: GGUFFile) -> None:
+    """It lies beside the adapter; what the config called it may be gone."""
+    run = write_origin(tmp_path, INSTRUCTIONS, chat_template="gone.jinja")
+    tokenizer = Tokenizer.from_gguf(base)
+    origin = origin_of(run / "checkpoints" / "step-000001")
+    assert origin is not None
+    assert origin.prompt_form(base) is None  # instructions went through the template
+    with pytest.raises(InputError, match="chat_template.jinja: there is no such file"):
+        origin.chat_template(tokenizer)
+    (run / "chat_template.jinja").write_text("{{ x }}")
+    template = origin.chat_template(tokenizer)
+    assert template is not None and template.source == "{{ x }}"
 
 
 @pytest.mark.parametrize(

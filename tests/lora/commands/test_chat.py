@@ -14,16 +14,19 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lora.commands.chat import Chat, chat, check_can_chat, conversation_ids, named_adapters
+from lora.commands.chat import Chat, chat, named_adapters
 from lora.commands.cli import generate
+from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
 from lora.config.schema import Config
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
 from lora.generation.sampling import GREEDY, Sampling
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.training.session import TrainingSession
-from tests.support.tiny_gguf import write_tiny_llama
+from tests.support.tiny_gguf import CHATML, write_tiny_llama
 
 ROOM = 128
 
@@ -249,6 +252,57 @@ def test_how_an_answer_ended(generator: TextGenerator, monkeypatch: pytest.Monke
     third = list(generator.stream_ids(prompt, max_tokens=3, adapter="polite"))[-1]
     monkeypatch.setattr(tokenizer, "_end_of_turn_ids", frozenset([third]))
     assert summary(3).endswith("; adapter polite]")
+
+
+def test_a_conversation_has_bos_once(tmp_path: Path) -> None:
+    """llama.cpp's: put first where the file asks for it and the template doesn't write it."""
+    path = tmp_path / "model.gguf"
+    for add_bos, writes in ((False, False), (False, True), (True, False), (True, True)):
+        template = ("{{ bos_token }}" if writes else "") + CHATML
+        metadata = {
+            "tokenizer.ggml.bos_token_id": 0,
+            "tokenizer.ggml.add_bos_token": add_bos,
+            "tokenizer.chat_template": template,
+        }
+        write_tiny_llama(path, metadata=metadata)
+        tokenizer = Tokenizer.from_gguf(GGUFFile(path))
+        ids = conversation_ids(tokenizer, [{"role": "user", "content": "hello"}])
+        assert ids.count(0) == (add_bos or writes)
+        assert (ids[0] == 0) is (add_bos or writes)
+
+
+def test_an_adapters_own_template_writes_its_chats(
+    generator: TextGenerator, tmp_path: Path
+) -> None:
+    """As its run was trained; the bare model is asked the same, others have the model's."""
+    run = tmp_path / "run"
+    run.mkdir()
+    source = "{% for m in messages %}[{{ m.content }}]{% endfor %}{{ mood }}"
+    data = {"train": "t", "chat_template": source, "chat_template_kwargs": {"mood": "glad"}}
+    config = {"model": {"path": "m.gguf"}, "data": data, "output": "run"}
+    (run / "config.yaml").write_text(json.dumps(config))
+    adapters = {"polite": run, "rude": tmp_path / "other.gguf"}
+    with pytest.raises(InputError, match="chat_template.jinja: there is no such file, and the ad"):
+        trained_templates(generator.tokenizer, adapters)
+    (run / "chat_template.jinja").write_text(source)
+    templates = trained_templates(generator.tokenizer, adapters)
+    assert list(templates) == ["polite"]
+    conversation = Conversation(generator, templates=templates)
+    asked: list[list[int]] = []
+    stream = generator.stream
+
+    def noting(ids: list[int], **options: object) -> Iterator[str]:
+        asked.append(ids)
+        return stream(ids, **options)  # type: ignore[arg-type]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(generator, "stream", noting)
+        conversation.say("hi", "/adapter off", "/reset", "hi")
+    ours = generator.tokenizer.encode("[hi]glad").ids
+    assert asked == [ours, ours]
+    # A model without a template can chat with such an adapter.
+    write_tiny_llama(tmp_path / "model.gguf", metadata={"tokenizer.chat_template": None})
+    check_can_chat(str(tmp_path / "model.gguf"), None, [run])
 
 
 def test_one_series_of_draws(generator: TextGenerator) -> None:

@@ -38,8 +38,9 @@ def evaluated(*arguments: object) -> Result:
     return CliRunner().invoke(app, ["eval", *map(str, arguments)])
 
 
-def summary(*, n_untrained: int = 0, longest: int = 10) -> DataSummary:
-    return DataSummary("chat", 4, 40, 20, 0, n_untrained, longest, 16)
+def summary(*, left_out: dict[str, int] | None = None, longest: int = 10) -> DataSummary:
+    n_out = sum((left_out or {}).values())
+    return DataSummary("chat", 4, 40, 20, 0, n_out, longest, 16, 4 + n_out, left_out or {})
 
 
 def result(n_cut: int = 0) -> EvalResult:
@@ -58,12 +59,15 @@ def result(n_cut: int = 0) -> EvalResult:
             "4 examples, 2 cut to 16 tokens (never counted as exact); data.max_length: 30 would "
             "hold them all",
         ),
-        (summary(n_untrained=3), 0, "4 examples; 3 left out, without an answer"),
         (
-            summary(n_untrained=3, longest=30),
+            summary(left_out={"of weight 0": 2, "without an answer": 1}),
             0,
-            "4 examples; 3 left out, without an answer in the first 16 tokens; "
-            "data.max_length: 30 would hold them all",
+            "4 examples; 2 left out, of weight 0; 1 left out, without an answer",
+        ),
+        (
+            summary(left_out={"too long": 3}, longest=30),
+            0,
+            "4 examples; 3 left out, too long; data.max_length: 30 would hold them all",
         ),
     ],
 )
@@ -77,8 +81,8 @@ def test_cut_and_left_out_rows_are_told(tmp_path: Path) -> None:
     assert shown.exit_code == 0, shown.output
     first, *others = shown.stdout.splitlines()
     assert first == (
-        "2 examples, 1 cut to 6 tokens (never counted as exact); 1 left out, without an "
-        "answer in the first 6 tokens; data.max_length: 10 would hold them all"
+        "2 examples, 1 cut to 6 tokens (never counted as exact); 1 left out, what is trained "
+        "begins beyond data.max_length; data.max_length: 10 would hold them all"
     )
     assert [line for line in others if line.startswith("wanted")] == [
         "wanted  'cd'",

@@ -8,6 +8,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from lora.config.errors import dotted_keys
+from lora.config.other_names import OTHER_NAMES
 from lora.config.schema import AdapterConfig, Config, load_config
 from lora.shaders.errors import InputError
 from tests.support.architectures import LLAMA, PHI3
@@ -51,7 +53,11 @@ def test_the_contracts_defaults(path: str) -> None:
             "format": "auto",
             "max_length": 512,
             "packing": False,
+            "chat_template": None,
+            "chat_template_kwargs": {},
             "train_on": "completion",
+            "roles_to_train": ["assistant"],
+            "train_on_eos": "turn",
             "append_eos": "auto",
             "shuffle": True,
         },
@@ -136,6 +142,24 @@ def test_overrides(path: str) -> None:
             "zzz=1",
             "unknown key; allowed here: model, adapter, data, train, device, webgpu, output.",
         ),
+        ("data.mask_history=true", "unknown key; its name here is data.train_on: last."),
+        (
+            "train.enable_thinking=true",
+            "unknown key; its name here is data.chat_template_kwargs: {",
+        ),
+        ("sample_packing=true", "unknown key; its name here is data.packing."),
+        ("adapter.lora_r=8", "unknown key; its name here is adapter.rank."),
+        ("train.lr=1", "unknown key; its name here is train.learning_rate."),
+        ("data.train_on=x", "got 'x'; allowed here: completion, all or last."),
+        ("data.train_on_eos=x", "got 'x'; allowed here: turn, all, last or none."),
+        ("data.roles_to_train=[]", "got []; allowed here: a list of roles, such as [assistant]."),
+        ("data.roles_to_train=user", "got 'user'; allowed here: a list of roles"),
+        (
+            "data.chat_template_kwargs=[1]",
+            "got [1]; allowed here: a mapping of the chat template's",
+        ),
+        ("data.chat_template_kwargs={1: 2}", "got {1: 2}; allowed here: a mapping of the chat"),
+        ("data.chat_template=3", "got 3; allowed here: null, a file that holds a Jinja"),
         ("data.zzz=1", "unknown key; allowed here: train, eval, format, max_length, packing, "),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
         ("train=[1]", "got [1]; allowed here: a mapping with the keys epochs, steps, batch_size"),
@@ -165,7 +189,7 @@ def test_overrides(path: str) -> None:
         ("data.format=chatt", "got 'chatt'; allowed here: auto, chat, completion, instruct or"),
         ("data.max_length=1", "got 1; allowed here: a whole number of tokens, at least 2."),
         ("data.packing=1", "got 1; allowed here: true or false."),
-        ("data.train_on=prompt", "got 'prompt'; allowed here: completion or all."),
+        ("data.train_on=prompt", "got 'prompt'; allowed here: completion, all or last."),
         ("data.append_eos=maybe", "got 'maybe'; allowed here: auto, on or off."),
         ("train.epochs=0", "got 0; allowed here: a number above 0."),
         ("train.steps=0", "got 0; allowed here: null, or a whole number of at least 1."),
@@ -225,7 +249,8 @@ def test_missing_keys(path: str) -> None:
         f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
         "or hf:ORG/REPO/FILE.\n"
         f"{path}: data: missing; give a mapping with the keys train, eval, format, max_length, "
-        "packing, train_on, append_eos, shuffle."
+        "packing, chat_template, chat_template_kwargs, train_on, roles_to_train, train_on_eos, "
+        "append_eos, shuffle."
     )
 
 
@@ -312,6 +337,22 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     binary = tmp_path / "model.gguf"
     binary.write_bytes(b"GGUF\xff\xfe")
     assert refusal(str(binary)) == f"{binary}: not a text file in UTF-8."
+
+
+def test_other_tools_names_lead_to_keys_that_are_there() -> None:
+    ours = set(dotted_keys(Config))
+    for theirs, name in OTHER_NAMES.items():
+        assert name.partition(":")[0] in ours, theirs
+        assert theirs == theirs.lower()
+        # A name of ours in the wrong section gets the section named.
+        assert theirs not in {key.rpartition(".")[2] for key in ours}, theirs
+
+
+def test_train_on_all_leaves_no_roles_to_choose(path: str) -> None:
+    words = "data: train_on: all trains every token, whatever the role: leave roles_to_train out"
+    overrides = ("data.train_on=all", "data.roles_to_train=[user]")
+    assert refusal(path, *overrides).startswith(f"{path}: {words}")
+    assert load_config(path, ["data.chat_template_kwargs="]).data.chat_template_kwargs == {}
 
 
 def test_layers() -> None:

@@ -1,16 +1,11 @@
-"""Rows to tokens: the right tokens are trained, and wrong rows are refused by file and line.
-
-Texts are checked through a tokenizer of one token a character (special tokens are one token), so
-that what is trained can be read off; the real tokenizer is checked at the end.
-"""
+"""Data sets to examples: cut, counted, and wrong rows are refused by file and line."""
 
 from __future__ import annotations
 
 import json
-import re
+import random
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,86 +14,11 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from lora.config.schema import DataConfig
-from lora.data.examples import DataSummary, Example, load_examples, tokenize_record
+from lora.data.examples import DataSummary, Example, RowTokenizer, load_examples
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.text.tokenizer import TokenizedText, Tokenizer
+from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
-
-CHATML = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
-# Ends no turn itself.
-PLAIN = (
-    "{{ bos_token }}{% for message in messages %}"
-    "{{ message['role'] + ': ' + message['content'] + '\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"
-)
-# Shows only the last answer, as templates do that cut thoughts out of earlier turns.
-FORGETFUL = (
-    "{% for message in messages %}"
-    "{{ message['content'] if loop.last or message['role'] == 'user' else '...' }}"
-    "{% endfor %}"
-)
-SPECIAL = {"<|bos|>": 1, "<|im_end|>": 2, "<|im_start|>": 3}
-
-
-@dataclass
-class FakeTokenizer:
-    """One token a character, 100 + its code; SPECIAL ones are one token each."""
-
-    chat_template: str | None = CHATML
-    bos_id: int | None = 1
-    eos_id: int | None = 2
-    end_of_turn_ids: frozenset[int] = frozenset({2})
-    add_bos: bool = False
-    merged: list[str] = field(default_factory=list)  # texts that are one token, 5000 + index
-
-    def encode(self, text: str, *, add_bos: bool | None = None) -> TokenizedText:
-        ids, offsets = [], []
-        if self.add_bos if add_bos is None else add_bos:
-            ids, offsets = [1], [(0, 0)]
-        names = {**SPECIAL, **{name: 5000 + index for index, name in enumerate(self.merged)}}
-        pattern = "|".join([*map(re.escape, names), "."])
-        for match in re.finditer(pattern, text, re.DOTALL):
-            ids.append(names.get(match[0], 100 + ord(match[0][0])))
-            offsets.append(match.span())
-        return TokenizedText(ids, offsets)
-
-    def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
-        names = {number: name for name, number in SPECIAL.items()}
-        names |= {5000 + index: name for index, name in enumerate(self.merged)}
-        return "".join(names[i] if i in names else chr(i - 100) for i in ids)
-
-
-def user(text: str) -> dict[str, str]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str) -> dict[str, str]:
-    return {"role": "assistant", "content": text}
-
-
-def settings(**values: Any) -> DataConfig:
-    return DataConfig.model_validate({"train": "unused.jsonl", **values})
-
-
-def trained_text(
-    columns: dict[str, Any], data_format: str, tokenizer: FakeTokenizer, **values: Any
-) -> tuple[str, list[str]]:
-    """The whole text, and its trained stretches."""
-    ids, trained = tokenize_record(columns, data_format, settings(**values), tokenizer)
-    assert ids.dtype == np.int32 and trained.dtype == np.bool_ and ids.shape == trained.shape
-    stretches: list[str] = []
-    for t in range(len(ids)):
-        if trained[t]:
-            if t == 0 or not trained[t - 1]:
-                stretches.append("")
-            stretches[-1] += tokenizer.decode([ids[t]])
-    return tokenizer.decode(ids.tolist()), stretches
+from tests.support.fake_tokenizer import CHATML, FakeTokenizer, assistant, settings, user
 
 
 def write_rows(path: Path, rows: Sequence[Any]) -> str:
@@ -116,111 +36,6 @@ def refusal(source: str | list[str], tokenizer: FakeTokenizer | None = None, **v
     with pytest.raises(InputError) as caught:
         load(source, tokenizer, **values)
     return str(caught.value)
-
-
-# What is trained, format by format.
-
-
-def test_every_assistant_turn_and_its_end_is_trained() -> None:
-    messages = [user("hi"), assistant("yo"), user("and?"), assistant("end\n")]
-    text, trained = trained_text({"messages": messages}, "chat", FakeTokenizer())
-    assert text == (
-        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\nyo<|im_end|>\n"
-        "<|im_start|>user\nand?<|im_end|>\n<|im_start|>assistant\nend\n<|im_end|>\n"
-    )
-    assert trained == ["yo<|im_end|>", "end\n<|im_end|>"]
-
-
-def test_a_chat_that_ends_with_the_user_trains_what_came_before() -> None:
-    messages = [user("hi"), assistant("yo"), user("bye")]
-    text, trained = trained_text({"messages": messages}, "chat", FakeTokenizer())
-    assert trained == ["yo<|im_end|>"]
-    assert text.endswith("bye<|im_end|>\n")
-
-
-def test_train_on_all_trains_all_but_the_first_token() -> None:
-    for columns, data_format in (
-        ({"messages": [user("hi"), assistant("yo")]}, "chat"),
-        ({"prompt": "hi ", "completion": "yo"}, "completion"),
-        ({"text": "hi yo"}, "text"),
-    ):
-        ids, trained = tokenize_record(
-            columns, data_format, settings(train_on="all"), FakeTokenizer()
-        )
-        assert trained.tolist() == [False] + [True] * (len(ids) - 1)
-
-
-def test_a_template_that_ends_no_turn_gets_eos_at_the_end() -> None:
-    messages = [user("a"), assistant("b"), user("c"), assistant("d")]
-    tokenizer = FakeTokenizer(PLAIN, add_bos=True)
-    text, trained = trained_text({"messages": messages}, "chat", tokenizer)
-    # One BOS: the template's own.
-    assert text == "<|bos|>user: a\nassistant: b\nuser: c\nassistant: d\n<|im_end|>"
-    assert trained == ["b\n", "d\n<|im_end|>"]
-    _, trained = trained_text({"messages": messages}, "chat", tokenizer, append_eos="off")
-    assert trained == ["b\n", "d\n"]
-    text, _ = trained_text({"messages": messages[:3]}, "chat", tokenizer)
-    assert text.endswith("user: c\n")
-
-
-def test_append_eos_on_and_off() -> None:
-    columns = {"prompt": "p", "completion": "c"}
-    for value, expected in (("auto", "c<|im_end|>"), ("on", "c<|im_end|>"), ("off", "c")):
-        _, trained = trained_text(columns, "completion", FakeTokenizer(), append_eos=value)
-        assert trained == [expected]
-    for value, expected in (("auto", "tu"), ("on", "tu<|im_end|>"), ("off", "tu")):
-        text, _ = trained_text({"text": "tu"}, "text", FakeTokenizer(), append_eos=value)
-        assert text == expected
-    written = {"prompt": "p", "completion": "c<|im_end|>"}
-    text, _ = trained_text(written, "completion", FakeTokenizer())
-    assert text == "pc<|im_end|>"
-
-
-def test_completion_with_bos() -> None:
-    columns = {"prompt": "p", "completion": "c"}
-    text, trained = trained_text(columns, "completion", FakeTokenizer(add_bos=True))
-    assert (text, trained) == ("<|bos|>pc<|im_end|>", ["c<|im_end|>"])
-
-
-def test_a_token_across_the_border_is_trained() -> None:
-    # "Q: " + "yes" as plain text has the token " yes": it holds the answer's first letters.
-    tokenizer = FakeTokenizer(merged=[" yes"])
-    columns = {"prompt": "Q: ", "completion": "yes"}
-    text, trained = trained_text(columns, "completion", tokenizer)
-    assert (text, trained) == ("Q: yes<|im_end|>", [" yes<|im_end|>"])
-
-
-def test_instruct_with_and_without_a_template() -> None:
-    columns = {"instruction": "add", "input": "1 2", "output": "3"}
-    text, trained = trained_text(columns, "instruct", FakeTokenizer())
-    assert text.startswith("<|im_start|>user\nadd\n\n1 2<|im_end|>\n<|im_start|>assistant\n3<|im")
-    assert trained == ["3<|im_end|>"]
-    text, trained = trained_text(columns, "instruct", FakeTokenizer(None))
-    assert (text, trained) == ("add\n\n1 2\n\n3<|im_end|>", ["3<|im_end|>"])
-    for absent in ({}, {"input": ""}):
-        columns = {"instruction": "add", "output": "3", **absent}
-        assert trained_text(columns, "instruct", FakeTokenizer(None))[0] == "add\n\n3<|im_end|>"
-
-
-def test_rows_that_cannot_be_marked() -> None:
-    def refused(messages: list[dict[str, str]], template: str | None) -> str:
-        with pytest.raises(InputError) as caught:
-            trained_text({"messages": messages}, "chat", FakeTokenizer(template))
-        return str(caught.value)
-
-    chat = [user("a"), assistant("b"), user("c"), assistant("d")]
-    assert refused(chat, FORGETFUL) == (
-        "The chat template rewrites earlier text when the assistant's message 1 is added, so what "
-        "it said cannot be told apart; set data.train_on: all."
-    )
-    _, trained = trained_text({"messages": chat}, "chat", FakeTokenizer(FORGETFUL), train_on="all")
-    assert trained
-    assert refused([assistant("b")], CHATML).startswith(
-        "The chat begins with the assistant, so nothing"
-    )
-    assert refused(chat, None).startswith("The model has no chat template. Use a model that has")
-    with pytest.raises(InputError, match="no EOS token to append; set data.append_eos: off"):
-        trained_text({"text": "t"}, "text", FakeTokenizer(eos_id=None), append_eos="on")
 
 
 # Files.
@@ -254,10 +69,11 @@ def test_cutting_leaving_out_and_the_summary(tmp_path: Path) -> None:
         [False, False, False, False, True, True],
     ]
     assert [example.cut for example in examples] == [False, True]
-    assert summary == DataSummary("completion", 2, 11, 5, 2, 1, 10, 6)
+    reason = "what is trained begins beyond data.max_length"
+    assert summary == DataSummary("completion", 2, 11, 5, 2, 1, 10, 6, 3, {reason: 1})
     assert str(summary) == (
         "2 completion examples, 11 tokens, 5 of them trained; the longest row has 10; 2 cut to 6; "
-        "1 left out, none of their tokens is trained"
+        "1 left out, what is trained begins beyond data.max_length"
     )
 
 
@@ -277,7 +93,7 @@ def test_cut_is_what_lost_a_trained_token(tmp_path: Path) -> None:
 def test_several_files_blank_lines_marks_and_line_separators(tmp_path: Path) -> None:
     first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
     first.write_bytes(b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "tw\xe2\x80\xa8o"}')
-    examples, _ = load([str(first), write_rows(second, [{"text": "three"}])])
+    examples, _ = load([str(first), write_rows(second, [{"text": "three"}])], append_eos="off")
     texts = [FakeTokenizer().decode(example.ids.tolist()) for example in examples]
     assert texts == ["one", "tw\u2028o", "three"]
 
@@ -310,6 +126,8 @@ def test_several_files_blank_lines_marks_and_line_separators(tmp_path: Path) -> 
             '{"messages": [{"role": "user", "content": ["hi"]}]}\n',
             ', line 1: messages[0].content is ["hi"]; it must be a string.',
         ),
+        ('{"text": ' + "1" * 5000 + "}\n", ", line 1: not JSON (a number in it is too long); each"),
+        ('{"text": ' + "[" * 100_000 + "\n", ", line 1: nested too deeply."),
         ("\n \n", ": holds no rows."),
         ("", ": holds no rows."),
     ],
@@ -342,11 +160,29 @@ def test_a_rows_error_in_the_template_names_the_line(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"chat_template": CHATML},
+        {"chat_template_kwargs": {"style": 1}},
+        {"roles_to_train": ["user"]},
+    ],
+)
+def test_settings_of_chats_are_refused_where_there_are_none(tmp_path: Path, given: Any) -> None:
+    path = write_rows(tmp_path / "a.jsonl", [{"text": "abc"}])
+    (name,) = given
+    assert refusal(path, **given).startswith(
+        f"data.{name} is for chats, and the rows are of the format text: leave it out"
+    )
+    # Evaluation may be on rows of another kind.
+    load_examples(settings(eval=path, **given), FakeTokenizer(), "eval")
+
+
 def test_a_data_set_without_a_trained_token(tmp_path: Path) -> None:
     path = write_rows(tmp_path / "a.jsonl", [{"messages": [user("a")]}, {"messages": [user("b")]}])
     assert refusal(path) == (
-        "data.train: no token of its 2 rows is trained: they are empty, have no assistant turn, "
-        "or their answers begin beyond data.max_length (512 tokens; the longest row has 9)."
+        "data.train: no token of its 2 rows is trained. Left out: 2, empty, or without a turn to "
+        "train (data.max_length is 512; the longest row has 9 tokens)."
     )
 
 
@@ -394,7 +230,7 @@ def test_splits_of_a_data_set(data_set: Path) -> None:
     )
     write_rows(data_set / "validation.jsonl", [{"text": "defgh"}])
     examples, _ = load_examples(settings(eval=str(data_set)), FakeTokenizer(), "eval")
-    assert len(examples[0].ids) == 5
+    assert len(examples[0].ids) == 6  # and EOS
 
 
 def test_a_data_set_that_cannot_be_loaded(data_set: Path) -> None:
@@ -413,11 +249,31 @@ def test_training_from_a_file_does_not_import_datasets(
 # The real tokenizer and template.
 
 
+def test_smollm2s_prompts_are_tokenized_as_by_generation(smollm2: Path) -> None:
+    """Whatever a prompt ends with and an answer begins with, and only where it matters apart."""
+    tokenizer = Tokenizer.from_gguf(GGUFFile(smollm2))
+    rows = RowTokenizer(settings(), tokenizer, "completion")
+    draw, apart = random.Random(0), 0
+    pieces = ("a", "the", "12", "345", " ", "  ", "\n", "\n\n", "\t", ".", "...", "'", "s", "é",
+              "🙂", "日本", "<|im_start|>", "user")  # fmt: skip
+    for _ in range(500):
+        prompt, answer = ("".join(draw.choices(pieces, k=draw.randint(1, 5))) for _ in range(2))
+        (tokens,) = rows.tokenize({"prompt": prompt, "completion": answer})
+        seen = tokenizer.encode(prompt).ids
+        assert tokens.ids[: len(seen)] == seen
+        assert tokens.trained.index(True) == len(seen)
+        assert tokenizer.decode(tokens.ids, skip_special=False) == prompt + answer + "<|im_end|>"
+        apart += tokens.ids[:-1] != tokenizer.encode(prompt + answer).ids
+    assert 50 < apart < 250
+
+
 def test_smollm2_trains_what_the_assistant_says(smollm2: Path) -> None:
     tokenizer = Tokenizer.from_gguf(GGUFFile(smollm2))
     messages = [user("Grüße 🙂?"), assistant("Ja 🙂!"), user("Why?"), assistant("42, of course.")]
-    ids, trained = tokenize_record({"messages": messages}, "chat", settings(), tokenizer)
-    text = tokenizer.decode(ids.tolist(), skip_special=False)
+    rows = RowTokenizer(settings(), tokenizer, "chat")
+    (tokens,) = rows.tokenize({"messages": messages})
+    ids, trained = np.array(tokens.ids), np.array(tokens.trained)
+    text = tokenizer.decode(tokens.ids, skip_special=False)
     assert text.startswith("<|im_start|>system\n")
     said = tokenizer.decode(ids[trained].tolist(), skip_special=False)
     assert said == "Ja 🙂!<|im_end|>42, of course.<|im_end|>"

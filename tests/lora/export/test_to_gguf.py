@@ -22,6 +22,7 @@ from lora.commands.cli import app
 from lora.commands.export import describe, export_command, loss_warning
 from lora.export.merge import MergedTensor
 from lora.export.to_gguf import Export, export
+from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.gguf_output import new_file
 from tests.support.export_case import Case, write_faint, write_wide
@@ -192,6 +193,32 @@ def test_chats_keep_the_models_template(llama: Case) -> None:
     done = llama.export()
     assert "TEMPLATE" not in done.modelfile.read_text()
     assert "llama.cpp: llama-cli -m" in "\n".join(describe(done))
+
+
+@pytest.mark.parametrize("target", ["gguf", "merged-gguf"])
+def test_a_template_of_the_run_goes_with_it(llama: Case, store: Path, target: str) -> None:
+    """llama.cpp runs it, and a merged file holds it; the base's own is not the trained one."""
+    install_base(store, llama.base)
+    source = "{{ messages[0].content }}{{ style }}"
+    write_origin(llama.adapter, "chat", {})
+    config = yaml.safe_load((llama.adapter / "config.yaml").read_text())
+    config["data"] |= {"chat_template": source, "chat_template_kwargs": {"style": "a b"}}
+    (llama.adapter / "config.yaml").write_text(yaml.safe_dump(config))
+    with pytest.raises(InputError, match="chat_template.jinja: there is no such file, and the ad"):
+        llama.export(target, base="ollama:llama")
+    (llama.adapter / "chat_template.jinja").write_text(source)
+    done = llama.export(target, base="ollama:llama")
+    assert "TEMPLATE" not in done.modelfile.read_text()
+    printed = "\n".join(describe(done))
+    assert "--jinja" in printed and """--chat-template-kwargs '{"style": "a b"}'""" in printed
+    assert ("--chat-template-file " in printed) == (target == "gguf")
+    assert "Ollama takes templates in Go alone" in printed
+    if target == "merged-gguf":
+        merged, base = GGUFFile(done.path), GGUFFile(llama.base)
+        assert merged.metadata["tokenizer.chat_template"] == source
+        others = set(base.metadata) - {"tokenizer.chat_template"}
+        assert all(merged.metadata[key] == base.metadata[key] for key in others)
+        assert merged.metadata.keys() == base.metadata.keys()
 
 
 def test_nothing_is_replaced_without_force(llama: Case) -> None:

@@ -8,12 +8,14 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 
 import pytest
 
 from lora import InputError, TrainingSession, run_training
-from lora.training.checkpoint import checkpoints
+from lora.config.schema import load_config
+from lora.training.checkpoint import checkpoints, started_at
 from tests.support.tiny_run import write_run
 
 ADAPTER = "adapter_model.safetensors"
@@ -126,6 +128,31 @@ def test_resume_with_another_adapter_or_other_data(tmp_path: Path) -> None:
         run_training(TrainingSession.from_config(path, ["adapter.rank=4"]), resuming=True)
     with pytest.raises(InputError, match="batch_size 3, and now it is 2"):
         run_training(TrainingSession.from_config(path, ["train.batch_size=2"]), resuming=True)
+
+
+def test_a_resumed_run_sees_the_date_of_its_first_start(tmp_path: Path) -> None:
+    """Templates may write it (Llama 3), and the text of a run does not change overnight."""
+    template = (
+        "{{ strftime_now('%d %b %Y') }} {% for m in messages %}"
+        "{{ m.role + m.content + '<|im_end|>' }}{% endfor %}"
+        "{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    data = {"chat_template": template, "eval": None}
+    path = write_run(tmp_path, data=data, train={"epochs": 1, "save_every": 1})
+    rows = [{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    then = datetime(2020, 2, 3, 4, 5)
+    first = TrainingSession(load_config(str(path)), started=then)
+    tokenizer = first.tokenizer
+    assert tokenizer.decode(first.workload.train_examples[0].ids.tolist()).startswith("03 Feb 2020")
+    output = run_training(first)
+    assert started_at(output) == then
+    assert (output / "chat_template.jinja").read_text() == template  # for who runs the adapter
+    # One that was opened with another date is refused, and the command opens it with that of then.
+    with pytest.raises(InputError, match="writes the date, and this session was opened with anoth"):
+        run_training(TrainingSession.from_config(path, ["train.epochs=2"]), resuming=True)
+    finish("train", str(path), "--set", "train.epochs=2", "--resume")
+    assert len(checkpoints(output)) == 2 and started_at(output) == then
 
 
 def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:

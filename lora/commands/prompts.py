@@ -1,0 +1,85 @@
+"""Which chat template a conversation is written with, and its prompt as token ids."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from lora.adapters.origin import origin_of
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.text.chat_template import ChatTemplate
+from lora.forward.text.tokenizer import Tokenizer
+from lora.shaders.errors import InputError
+from lora.storage.stores import resolve_model
+
+
+def check_has_template(template: str | None) -> str:
+    """The chat template of a model; refuses one that has none.
+
+    Raises:
+        InputError: it is None.
+    """
+    if template is None:
+        raise InputError(
+            "The model holds no chat template, so it cannot chat; continue texts with it: "
+            "lora generate, without --chat."
+        )
+    return template
+
+
+def check_can_chat(model: str, tokenizer: str | None = None, adapters: Iterable[Path] = ()) -> None:
+    """Refuses a model that has no chat template, out of its header: before it is loaded.
+
+    Args:
+        model: a GGUF file, or a name as in model.path.
+        tokenizer: a tokenizer.json in place of the GGUF's own.
+        adapters: one of them may have been trained with a template.
+
+    Raises:
+        InputError: there is none, or a file can't be read.
+    """
+    if any(origin.template_file for origin in map(origin_of, adapters) if origin is not None):
+        return
+    gguf_file = GGUFFile(resolve_model(model))
+    if tokenizer is None:
+        check_has_template(gguf_file.metadata.get("tokenizer.chat_template"))
+    else:
+        check_has_template(Tokenizer.from_file(tokenizer, gguf_file=gguf_file).chat_template)
+
+
+def trained_templates(
+    tokenizer: Tokenizer, adapters: Mapping[str, Path]
+) -> dict[str, ChatTemplate]:
+    """What chats with each adapter are written with, by its run's config.
+
+    Adapters that don't come with one, such as GGUF adapters, are left out.
+
+    Raises:
+        InputError: an adapter's template isn't there any more.
+    """
+    origins = {name: origin_of(path) for name, path in adapters.items()}
+    found = {n: o.chat_template(tokenizer) for n, o in origins.items() if o is not None}
+    return {name: template for name, template in found.items() if template is not None}
+
+
+def conversation_ids(
+    tokenizer: Tokenizer,
+    messages: Sequence[Mapping[str, str]],
+    template: ChatTemplate | None = None,
+) -> list[int]:
+    """A conversation as token ids, up to where the next answer begins.
+
+    Args:
+        tokenizer: the model's.
+        messages: of the conversation.
+        template: an adapter's; None for the model's.
+
+    Raises:
+        InputError: there is no chat template, or it refuses the messages.
+    """
+    if template is None:
+        check_has_template(tokenizer.chat_template)
+        template = ChatTemplate.of(tokenizer)
+    assert template is not None
+    # The template may write BOS; where it does not and the model wants it, it is put there.
+    return tokenizer.encode(template.render(messages, add_generation_prompt=True).text).ids
