@@ -241,12 +241,14 @@ def test_every_argument_and_every_call_is_looked_for() -> None:
 
 
 def test_arguments_that_are_nested_too_deeply(tmp_path: Path) -> None:
-    deep: Any = 1
-    for _ in range(950):
-        deep = {"a": deep}
-    call = {"function": {"name": "f", "arguments": deep}}
+    """However deep the stack is that reads it."""
+    call = {"function": {"name": "f", "arguments": 0}}
+    row = {"messages": [user("a"), calling(tool_calls=[call])]}
+    deep = '{"a":' * 5000 + "1" + "}" * 5000
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps(row).replace('"arguments": 0', f'"arguments": {deep}') + "\n")
     with pytest.raises(InputError, match=r"a.jsonl, line 1: nested too deeply\."):
-        load(tmp_path, {"messages": [user("a"), calling(tool_calls=[call])]})
+        load_examples(settings(train=str(path)), FakeTokenizer(KNOWS_TOOLS))
 
 
 def test_tools_are_shown_or_refused() -> None:
