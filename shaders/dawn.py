@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from threading import Lock
-from typing import Any
+from typing import Any, ClassVar
 
 import wgpudawn
 from wgpudawn.backends import dawn
@@ -54,9 +54,9 @@ class Dawn:
     version: str = wgpudawn.__version__
     library_version: str = dawn.__version__
     _instance_is_set = False
+    _said: ClassVar[list[str]] = []  # what Dawn says of drivers, once in a process
 
     def __init__(self) -> None:
-        self._notes: list[str] = []
         with _OPENING, quiet_loader(), translated(_ERRORS):
             if not Dawn._instance_is_set:
                 extras.set_instance_extras(enable_toggles=_ENABLED, disable_toggles=_DISABLED)
@@ -70,9 +70,9 @@ class Dawn:
         """
         with _OPENING:
             adapters, notes = _adapters()
-            self._notes += notes  # Dawn says it once in a process
-            if self._notes and not adapters:
-                raise GPUError(self._notes[0].removesuffix("."))
+            self._said.extend(notes)
+            if self._said and not adapters:
+                raise GPUError(self._said[0].removesuffix("."))
             return [_Found(self, key, adapter) for key, adapter in adapters.items()]
 
 

@@ -46,6 +46,9 @@ def test_a_model_is_read_as_it_was_meant(tmp_path: Path) -> None:
     shape = SHAPES["tiny"]
     write_model(path, shape)
     architecture = Architecture.from_gguf(GGUFFile(path))
-    for field in ("n_layers", "hidden_size", "intermediate_size", "n_heads", "n_kv_heads",
-                  "head_size", "vocab_size"):  # fmt: skip
+    for field in ("n_layers", "hidden_size", "vocab_size"):
         assert getattr(architecture, field) == getattr(shape, field), field
+    for spec in architecture.layers:
+        for field in ("n_heads", "n_kv_heads", "head_size"):
+            assert getattr(spec.mixer, field) == getattr(shape, field), field
+        assert spec.feed_forward.intermediate_size == shape.intermediate_size

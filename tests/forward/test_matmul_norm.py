@@ -18,7 +18,7 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
-from lora.forward.plans.matmul_tiles import TILES, Plan, cut, tiles_of
+from lora.forward.plans.matmul_tiles import TILES, Plan, cut
 from lora.forward.product import Product
 from lora.forward.rmsnorm import (
     GPU_LANES,
@@ -304,9 +304,9 @@ def test_a_step_is_the_same(
             needs_halves(device.facts)
         return device
 
-    def in_two(rows: int, columns: int, contraction: int, memory: int, half: bool) -> Plan:
-        tile = tiles_of(half)[1]
-        return Plan(tile, *cut(contraction, 2, tile.depth))
+    def in_two(space: PlanSpace) -> Plan:
+        tile = [tile for tile in space.tiles if tile.body == "tiled"][1]
+        return Plan(tile, *cut(space.contraction, 2, tile.depth))
 
     monkeypatch.setattr("lora.training.session.Device", opened)
     monkeypatch.setattr("lora.forward.plans.matmul_plans.choose_plan", in_two)

@@ -424,6 +424,8 @@ def test_adapters_that_do_not_fit(tiny: Path, tmp_path: Path, device: Device) ->
     write_tiny_llama(tmp_path / "one.gguf", n_layers=1)
     with pytest.raises(InputError, match="adapts layer 1, but the model has 1 layers"):
         open_generator(str(tmp_path / "one.gguf"), {"b": tiny / "b"}, device=device)
-    fused = replace(Architecture.from_gguf(GGUFFile(tmp_path / "one.gguf")), fused=True)
+    separate = Architecture.from_gguf(GGUFFile(tmp_path / "one.gguf"))
+    mixer = replace(separate.layers[0].mixer, fused_modules=True)
+    fused = replace(separate, layers=(replace(separate.layers[0], mixer=mixer),))
     with pytest.raises(InputError, match=r"adapts .*q_proj.*does not have; it has qkv_proj"):
         upload_adapter(device.recording(), fused, tiny / "b")
