@@ -18,7 +18,7 @@ from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
-from lora.forward.plans.matmul_tiles import TILES, Plan, cut
+from lora.forward.plans.matmul_tiles import TILES, Plan, PlanSpace, cut
 from lora.forward.product import Product
 from lora.forward.rmsnorm import (
     GPU_LANES,
