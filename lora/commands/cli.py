@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -88,11 +89,13 @@ def train(
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
     from lora.training.checkpoint import device_of_then, started_at
+    from lora.training.output import check_output
     from lora.training.run import Interrupted, run_training
     from lora.training.session import TrainingSession
 
     given = overrides(set_, webgpu)
     loaded = load_config(config, given)
+    check_output(Path(loaded.output), resuming=resume)
     device = device_of_then(loaded) if resume else None
     started = started_at(Path(loaded.output)) if resume else None
     session = TrainingSession(loaded, device=device, started=started)
@@ -103,10 +106,11 @@ def train(
         with TrainingProgress(console, session) as progress:
             output = run_training(session, resuming=resume, listeners=[progress])
     except Interrupted as stop:
-        options = "".join(f" --set {value}" for value in given)
-        console.print(f"Stopped; saved {stop.checkpoint}.")
-        console.print(f"Go on with: lora train {config}{options} --resume", highlight=False)
-        raise typer.Exit(130) from None
+        options = [word for value in given for word in ("--set", value)]
+        command = shlex.join(["lora", "train", str(config), *options, "--resume"])
+        typer.echo(f"Stopped; saved {stop.checkpoint}.")
+        typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
+        raise typer.Exit(128 + stop.signum) from None
     console.print(f"Saved the adapter to {output}.")
 
 

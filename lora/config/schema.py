@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -23,6 +24,7 @@ from pydantic import (
 )
 
 from lora.config.errors import config_problems, did_you_mean
+from lora.config.paths import expanded
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
@@ -50,6 +52,7 @@ def _section_from_nothing(value: Any) -> Any:
 Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_from_switch)]
 Text = Annotated[str, Field(min_length=1)]
+PathText = Annotated[Text, AfterValidator(expanded)]
 Count = Annotated[int, Field(ge=1)]
 
 
@@ -68,8 +71,8 @@ class LastLayers(_Section):
 class ModelConfig(_Section):
     """`model:`, the frozen base."""
 
-    path: Text = Field(description=MODEL_NAME_FORMS)
-    tokenizer: Text | None = Field(
+    path: PathText = Field(description=MODEL_NAME_FORMS)
+    tokenizer: PathText | None = Field(
         default=None, description="null, a tokenizer.json, or a directory that holds one"
     )
 
@@ -97,7 +100,7 @@ class AdapterConfig(_Section):
         description="all, {last: N} with N at least 1, or a list of layer numbers (the first is 0)",
     )
     variant: Literal["lora", "rslora", "dora"] = Field(default="lora", description="lora or rslora")
-    init_from: Text | None = Field(
+    init_from: PathText | None = Field(
         default=None,
         description="null, or a PEFT adapter directory or GGUF adapter to continue from",
     )
@@ -200,8 +203,8 @@ _SOURCE = "a JSONL file, a list of them, or the name of a Hugging Face data set"
 class DataConfig(_Section):
     """`data:`, the examples and how they become tokens."""
 
-    train: Text | Annotated[list[Text], Field(min_length=1)] = Field(description=_SOURCE)
-    eval: Text | Annotated[list[Text], Field(min_length=1)] | None = Field(
+    train: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(description=_SOURCE)
+    eval: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
         default=None, description=f"null, {_SOURCE}"
     )
     format: Literal["auto", "chat", "completion", "instruct", "text"] = Field(
@@ -315,7 +318,7 @@ class Config(_Section):
     webgpu: Literal["auto", "wgpu", "dawn"] = Field(
         default="auto", description="auto, wgpu or dawn"
     )
-    output: Text = Field(description="the directory that the run writes to")
+    output: PathText = Field(description="the directory that the run writes to")
 
     @model_validator(mode="after")
     def _evaluated_on_something(self) -> Self:

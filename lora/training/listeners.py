@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TextIO
 
+from lora.shaders.choice import say_once
 from lora.training.metrics import EvalResult, Metrics
 from lora.training.session import TrainingSession
 
@@ -50,6 +51,7 @@ class MetricsFile(Listener):
     def started(self, session: TrainingSession) -> None:
         """Opens the file."""
         self._file = open(self._path, "a")  # noqa: SIM115 (closed in `ended`)
+        self._failed = False
 
     def step(self, metrics: Metrics) -> bool:
         """Writes the step's metrics."""
@@ -64,13 +66,22 @@ class MetricsFile(Listener):
     def ended(self, error: BaseException | None) -> None:
         """Closes the file."""
         if self._file is not None:
-            self._file.close()
+            with suppress(OSError):  # what is left in its buffer: `_write` has said so
+                self._file.close()
 
     def _write(self, line: dict[str, Any]) -> None:
         if self._file is None:
             raise ValueError("metrics of a run that has not started")
-        self._file.write(json.dumps(line) + "\n")
-        self._file.flush()
+        if self._failed:
+            return
+        try:
+            self._file.write(json.dumps(line) + "\n")
+            self._file.flush()
+        except OSError as error:  # a line of metrics is not worth a run
+            self._failed = True
+            say_once(
+                f"{self._path} cannot be written ({error.strerror}): the run goes on without it."
+            )
 
 
 class Audience(Listener):

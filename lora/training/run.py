@@ -3,33 +3,43 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
-import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
 from lora.data.examples import template_source
+from lora.shaders.choice import say_once
 from lora.storage.files import write_file
 from lora.training.checkpoint import resume, save_checkpoint
 from lora.training.listeners import Audience, Listener, MetricsFile
+from lora.training.output import METRICS, RUN, owned_output
 from lora.training.provenance import ran_on
 from lora.training.session import TrainingSession
 
-METRICS = "metrics.jsonl"
 TEMPLATE = "chat_template.jinja"  # transformers' name for it
 CONFIG = "config.yaml"
-RUN = "run.json"  # what ran, where config.yaml has what was asked for
+
+
+# What asks a run to stop: Ctrl-C, the system or a scheduler, a terminal that is closed.
+_STOPS = [
+    getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
+]
 
 
 class Interrupted(Exception):
-    """Ctrl-C: the run stopped between two steps, after a checkpoint."""
+    """A signal: the run stopped between two steps, after a checkpoint.
 
-    def __init__(self, checkpoint: Path) -> None:
+    Attributes:
+        checkpoint: where it lies.
+        signum: of the signal.
+    """
+
+    def __init__(self, checkpoint: Path, signum: int = signal.SIGINT) -> None:
         super().__init__(str(checkpoint))
         self.checkpoint = checkpoint
+        self.signum = signum
 
 
 def run_training(
@@ -43,30 +53,44 @@ def run_training(
             if one of them asks for it, and saves its adapter as at the end.
 
     Raises:
-        Interrupted: the user pressed Ctrl-C; a checkpoint was saved first.
-        LoraError: the loss was no longer finite; the files so far stay.
+        Interrupted: a signal asked for a stop; a checkpoint was saved first.
+        InputError: the directory can't be had: see `owned_output`.
+        LoraError: the loss was no longer finite. Then, and after whatever else ends a run, a
+            checkpoint is saved where that can be; a line says so.
     """
-    output = Path(session.config.output)
-    if resuming:
-        resume(session, output)
-        _drop_metrics_after(output / METRICS, session.steps_done)
-    else:
-        _set_aside(output)
-    output.mkdir(parents=True, exist_ok=True)
+    with owned_output(Path(session.config.output), resuming=resuming) as output:
+        if resuming:
+            resume(session, output)
+            _drop_metrics_after(output / METRICS, session.steps_done)
+        return _run(session, output, listeners)
+
+
+def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) -> Path:
+    """Trains in a directory that is ours."""
     write_file(output / CONFIG, session.config.dump_yaml())
     write_file(output / RUN, json.dumps(ran_on(session.device), indent=1) + "\n")
     if session.config.data.chat_template is not None:  # who runs the adapter needs it, too
         write_file(output / TEMPLATE, template_source(session.config.data.chat_template))
     audience = Audience([MetricsFile(output / METRICS), *listeners])
     with _stop_requests() as interrupted, audience.hearing(session):
-        _train(session, output, audience, interrupted)
+        begun_at = session.steps_done
+        try:
+            _train(session, output, audience, interrupted)
+        except Interrupted:
+            raise
+        except Exception:
+            _rescue(session, output, begun_at)
+            raise
         session.save(output)
         audience.saved(session.steps_done, output)
     return output
 
 
 def _train(
-    session: TrainingSession, output: Path, audience: Audience, interrupted: Callable[[], bool]
+    session: TrainingSession,
+    output: Path,
+    audience: Audience,
+    interrupted: Callable[[], int | None],
 ) -> None:
     """The steps that are left, with their evaluations and checkpoints."""
     train = session.config.train
@@ -76,7 +100,8 @@ def _train(
         return every is not None and session.steps_done % every == 0
 
     def pauses() -> bool:
-        return due(train.eval_every) or due(train.save_every) or interrupted() or asked_to_stop
+        stops = interrupted() is not None or asked_to_stop
+        return due(train.eval_every) or due(train.save_every) or stops
 
     for metrics in session.steps(pause=pauses):
         if metrics is not None:
@@ -87,22 +112,25 @@ def _train(
             asked_to_stop |= audience.evaluated(session.steps_done, session.evaluate())
         if due(train.save_every):
             audience.saved(session.steps_done, save_checkpoint(session, output))
-        if interrupted() and session.steps_done < session.total_steps:
+        signum = interrupted()
+        if signum is not None and session.steps_done < session.total_steps:
             path = save_checkpoint(session, output)
             audience.saved(session.steps_done, path)
-            raise Interrupted(path)
+            raise Interrupted(path, signum)
         if asked_to_stop:
             return
 
 
-def _set_aside(output: Path) -> None:
-    """Gives a run that stands under this name another one: nothing is lost or mixed."""
-    if not (output / METRICS).exists() and not (output / "checkpoints").exists():
+def _rescue(session: TrainingSession, output: Path, begun_at: int) -> None:
+    """Saves a checkpoint of a run that ends badly, where there is something to save and a place."""
+    if session.steps_done == begun_at:
         return
-    number = 1
-    while output.with_name(f"{output.name}.old-{number}").exists():
-        number += 1
-    os.replace(output, output.with_name(f"{output.name}.old-{number}"))
+    try:
+        path = save_checkpoint(session, output)
+    except Exception as error:  # whatever ended the run may be what hinders this, too
+        say_once(f"No checkpoint could be saved ({error}); those before it stay.")
+    else:
+        say_once(f"Saved {path} before giving up.")
 
 
 def _drop_metrics_after(path: Path, step: int) -> None:
@@ -121,17 +149,18 @@ def _drop_metrics_after(path: Path, step: int) -> None:
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], bool]]:
-    """Yields whether Ctrl-C was pressed; a second one interrupts at once."""
-    requested: list[float] = []
+def _stop_requests() -> Iterator[Callable[[], int | None]]:
+    """Yields which signal asked for a stop; a second one interrupts at once."""
+    requested: list[int] = []
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if requested:
             raise KeyboardInterrupt
-        requested.append(time.time())
+        requested.append(signum)
 
-    previous = signal.signal(signal.SIGINT, handle)
+    previous = {signum: signal.signal(signum, handle) for signum in _STOPS}
     try:
-        yield lambda: bool(requested)
+        yield lambda: requested[0] if requested else None
     finally:
-        signal.signal(signal.SIGINT, previous)
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
