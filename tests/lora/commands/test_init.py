@@ -59,7 +59,7 @@ def test_names_that_yaml_would_read_as_something_else(name: str) -> None:
     Path("config.yaml").write_text(config_text(name, name, name), encoding="utf-8")
     config = load_config("config.yaml")
     whole = str(Path(name).expanduser())  # ~ is a name, and not null; the config knows whose
-        assert (config.model.path, config.data.train, config.output) == (whole, whole, whole)
+    assert (config.model.path, config.data.train, config.output) == (whole, whole, whole)
 
 
 def test_models_and_data_from_elsewhere_are_not_fetched() -> None:
