@@ -6,6 +6,7 @@ does for a kind stands in the tables of forward/decoder/blocks.py and backward/b
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,13 +18,13 @@ from lora.forward.model.rope_frequencies import Rope
 MOST_HEAD_SIZE = 256  # numbers in a head that attention has kernels for
 
 
-class BlockSpec:
+class BlockSpec(ABC):
     """What every kind of block says of itself."""
 
     @property
+    @abstractmethod
     def matrices(self) -> tuple[AdaptableMatrix, ...]:
         """Its matrices, in the order in which they are used."""
-        raise NotImplementedError
 
     @property
     def vectors(self) -> Mapping[str, int]:

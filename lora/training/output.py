@@ -91,9 +91,11 @@ def _check_place(output: Path, resuming: bool) -> None:
         raise InputError(f"output: {nearest} is a file, so that {output} can't be made.")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise InputError(f"output: {nearest} can't be written.")
-    if resuming or not _is_there(output) or is_ours(output):
+    if not _is_there(output) or is_ours(output):
         return
     foreign = sorted(path.name for path in output.iterdir() if path.name != LOCK)
+    if foreign and resuming:
+        raise InputError(f"output: {output} holds no run of ours to go on with.")
     if foreign:
         more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
         raise InputError(

@@ -49,6 +49,9 @@ def test_files_of_the_user_are_neither_moved_nor_mixed_with(tmp_path: Path) -> N
     path = write_run(tmp_path)
     with pytest.raises(InputError, match="holds files that no run of ours has left"):
         run_training(TrainingSession.from_config(path, [f"output={tmp_path}"]))
+    with pytest.raises(InputError, match="holds no run of ours to go on with"):
+        check_output(tmp_path, resuming=True)
+    assert not (tmp_path / ".lock").exists()
     assert (tmp_path / "train.jsonl").is_file() and not list(tmp_path.parent.glob("*.old-*"))
 
 
@@ -94,8 +97,10 @@ def test_dry_run_looks_at_the_directory(tmp_path: Path) -> None:
     assert done.returncode == 2 and "is a file" in done.stderr and len(done.stderr) < 400
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGHUP])
-def test_signals_that_end_a_run_save_it(tmp_path: Path, signum: signal.Signals) -> None:
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGHUP, and kills at once")
+@pytest.mark.parametrize("signum", ["SIGTERM", "SIGHUP"])
+def test_signals_that_end_a_run_save_it(tmp_path: Path, signum: str) -> None:
+    number = signal.Signals[signum]
     path = write_run(tmp_path, n_rows=40, train={"epochs": 50})
     output = tmp_path / "run with space"
     arguments = [sys.executable, "-m", "lora", "train", str(path), "--set", f"output={output}"]
@@ -104,9 +109,9 @@ def test_signals_that_end_a_run_save_it(tmp_path: Path, signum: signal.Signals) 
         while not (metrics.exists() and metrics.read_text()):
             assert time.monotonic() < end and process.poll() is None
             time.sleep(0.01)
-        process.send_signal(signum)
+        process.send_signal(number)
         printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + signum
+    assert process.returncode == 128 + number
     assert len(checkpoints(output)) == 1
     assert f"--set 'output={output}' --resume" in printed.splitlines()[-1]
 
