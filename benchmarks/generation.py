@@ -38,8 +38,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora.forward.model.norm import Norm
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora.forward.gguf.file import GGUFFile
@@ -50,6 +48,7 @@ from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model, load_model
 from lora.forward.model.layer_spec import HEAD
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product
 from lora.forward.text.tokenizer import Tokenizer
