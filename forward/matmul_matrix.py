@@ -40,6 +40,7 @@ def record_matrix(program: Program, request: Request, plan: Plan | None) -> None
     shape = shape_on(program.recording.facts)
     of = shape or EMULATED
     constants = {
+        **in_one_load(request, plan.tile.depth),
         "emulated": shape is None,
         "m": of.m,
         "n": of.n,
@@ -47,3 +48,13 @@ def record_matrix(program: Program, request: Request, plan: Plan | None) -> None
         "subgroup_lanes": of.most_lanes,
     }
     record_passes(program, request, plan, "matmul_matrix", constants)
+
+
+def in_one_load(request: Request, depth: int) -> dict[str, bool]:
+    """Whether eight numbers of either side, as f16, are one element of an array of vec4<u32>."""
+    c, place = request.constants, request.place
+    aligned = (c["contraction"] % depth, c["x_stride"] % 8, place.x_column % 8 if place else 0)
+    return {
+        "x_by_eights": c["x_type"] == "f16" and not any(aligned),
+        "w_by_eights": c["quantization"] == "f16" and c["row_words"] % 4 == 0,
+    }
