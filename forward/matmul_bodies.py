@@ -71,7 +71,7 @@ def record_product(
     check_f32(label, low=one.low, factor=one.factor, residual=one.residual, bias=one.bias)
     if one.residual is not None:
         check_shape(f"{label} residual", one.residual, *one.out.shape)
-    half = recording.precision == "f16"
+    half = recording.half_products
     names = [name for name, body in BODIES.items() if body.fits(recording, one)]
     if recording.body is not None:
         names = [recording.body]

@@ -28,10 +28,14 @@ def shape_on(facts: DeviceFacts) -> MatrixShape | None:
     return max(fixed, key=lambda shape: shape.m * shape.n * shape.k, default=None)
 
 
+def has_matrix_units(facts: DeviceFacts) -> bool:
+    """Whether a device computes faster with them: software drivers have some, for tests."""
+    return not facts.is_cpu and shape_on(facts) is not None
+
+
 def fits_matrix(recording: Recording, _: PartProduct) -> bool:
-    """Under f16 on a GPU that has such units: factors are f16 there, sums f32."""
-    half = recording.precision == "f16"
-    return half and not recording.facts.is_cpu and shape_on(recording.facts) is not None
+    """Where products are in f16 on a GPU that has such units: factors are f16 there, sums f32."""
+    return recording.half_products and has_matrix_units(recording.facts)
 
 
 def record_matrix(program: Program, request: Request, plan: Plan | None) -> None:

@@ -92,7 +92,7 @@ class Device:
             memory: by default the device's own arena.
         """
         owner = self.memory if memory is None else memory
-        return Recording(self.facts, owner, precision, body, plans)
+        return Recording(self.facts, owner, precision, body=body, plans=plans)
 
     def join(self, arena: Arena) -> None:
         """Counts an arena in `allocated` as long as it lives."""

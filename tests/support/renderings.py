@@ -21,6 +21,7 @@ import numpy as np
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.matmul_matrix import has_matrix_units
 from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
     MATRIX_TILES,
@@ -330,7 +331,9 @@ def _training(plan: SessionPlan) -> list[Program]:
 def _text(plan: SessionPlan) -> list[Program]:
     """Prompts and single rows, of the bare model and of the adapter."""
     adapter = Adapter(plan.workload.layout, plan.tensors.step.adapter.parameters)
-    engine = DecodeEngine(_counting(plan), plan.tensors.step.model, {"adapter": adapter})
+    products = "f16" if has_matrix_units(plan.facts) else None
+    recording = replace(_counting(plan), products=products)
+    engine = DecodeEngine(recording, plan.tensors.step.model, {"adapter": adapter})
     inputs = (engine._tensors.pieces, engine._tensors.step)
     return [
         program
