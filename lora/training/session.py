@@ -125,6 +125,7 @@ class TrainingSession:
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
             tensors = SessionTensors.allocate(self._recording, workload)
+            self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
             raise InputError(
