@@ -23,6 +23,7 @@ from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_matrix import has_matrix_units
 from lora.forward.plans.matmul_tiles import (
+    DECODED_TILES,
     HALF_TILES,
     MATRIX_TILES,
     TILES,
@@ -241,6 +242,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
         yield _record(path, (MATRIX_GPU,), (F16,), lengths=_LONG)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
+        yield _record_tile(MATRIX_GPU, path, DECODED_TILES[0], splits=1)
 
 
 def _biases(**sizes: int) -> dict[str, np.ndarray]:
