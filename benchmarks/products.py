@@ -4,8 +4,8 @@
         [--bodies matrix,tiled] [--output FILE]
 
 A size is rows × columns × contraction, forward and to the input (where the last two change
-places). Plans are timed in turns on tensors of ordinary numbers, in passes of 5 ms after a second of
-warming up: a GPU that mostly waits is up to four times slower. The median counts.
+places). Plans are timed in turns on tensors of ordinary numbers, in passes of 5 ms after a second
+of warming up: a GPU that mostly waits is up to four times slower. The median counts.
 """
 
 from __future__ import annotations
