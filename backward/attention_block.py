@@ -6,12 +6,18 @@ from dataclasses import dataclass
 
 from lora.backward.attention import Attended, attention_backward
 from lora.backward.head_norm_rope import head_norm_rope_backward
-from lora.backward.recorder import BackwardRecorder
-from lora.backward.rmsnorm import NormBefore
+from lora.backward.recorder import BackwardRecorder, Before
 from lora.backward.rope import rope_backward
-from lora.forward.decoder.attention_block import AttentionActivations, head_norms, rotation_of
+from lora.backward.span_norm import span_norm_backward
+from lora.forward.decoder.attention_block import (
+    AttentionActivations,
+    head_norms,
+    rotation_of,
+    spans_of,
+    warm_queries,
+)
 from lora.forward.heads import Heads
-from lora.forward.model.layer_spec import Attention
+from lora.forward.model.layer_spec import LATE_NORM, SPAN_NORMS, Attention
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -40,7 +46,7 @@ def allocate_attention_gradients(
 
 def record_attention_backward(
     layer: BackwardRecorder, spec: Attention, act: AttentionActivations, normed: Tensor,
-    d_output: Tensor, norm: NormBefore,
+    d_output: Tensor, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`."""
     program, inputs, weights = layer.program, layer.shared.inputs, layer.weights
@@ -56,6 +62,17 @@ def record_attention_backward(
     if act.raw_qkv is not None and norms is not None:
         head_norm_rope_backward(program, act.raw_qkv, norms, rotation, heads, scratch.d_qkv)
     else:
+        late = spec.qk_norm == LATE_NORM
         turning = spec.n_heads + spec.n_kv_heads
-        rope_backward(program, scratch.d_qkv, rotation, turning, spec.head_size)
-    return layer.through("qkv", normed, scratch.d_qkv, layer.shared.scratch.d_normed, norm)
+        if not late:
+            rope_backward(program, scratch.d_qkv, rotation, turning, spec.head_size)
+        if spec.norms_spans and act.raw_qkv is not None:
+            spans = [span for span in spans_of(spec) if span.normed]  # in place: v's stays
+            span_norm_backward(
+                program, act.raw_qkv, weights.vectors[SPAN_NORMS], weights.spec.norm_epsilon,
+                spans, scratch.d_qkv, scratch.d_qkv,
+            )  # fmt: skip
+        if late:
+            rope_backward(program, scratch.d_qkv, rotation, turning, spec.head_size)
+    warm_queries(program, weights, spec, scratch.d_qkv, inputs.positions)
+    return layer.through("qkv", normed, scratch.d_qkv, layer.shared.scratch.d_normed, before)

@@ -17,9 +17,9 @@ class BlockBackward:
 
     Attributes:
         allocate: (recording, spec, rows) → its gradients of activations.
-        record: (BackwardRecorder, spec, activations, normed, d_output, NormBefore) → whether
+        record: (BackwardRecorder, spec, activations, normed, d_output, Before) → whether
             anything below the block is wanted: appends the block from the gradient to its last
-            product down to that of the norm before it.
+            product down to what lies before it.
     """
 
     allocate: Callable[..., Any]

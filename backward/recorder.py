@@ -15,6 +15,20 @@ from lora.forward.model.inputs import Inputs
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
+
+@dataclass(frozen=True)
+class AddBefore:
+    """A block that is given the residual stream: its input's gradient is added to the stream's.
+
+    Attributes:
+        out: f32 [rows, hidden_size].
+    """
+
+    out: Tensor
+
+
+Before = NormBefore | AddBefore
+
 Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
 
 
@@ -82,14 +96,15 @@ class BackwardRecorder:
         return self.shared.scratch.blocks[block.sizes]
 
     def through(
-        self, group: str, source: Tensor, d_y: Tensor, out: Tensor, norm: NormBefore | None = None
+        self, group: str, source: Tensor, d_y: Tensor, out: Tensor, before: Before | None = None
     ) -> bool:
-        """Appends the gradients of a group's factors, and of its input or, given one, its norm's.
+        """Appends the gradients of a group's factors, and of its input or what lies before that.
 
         Args:
             source: [rows, in_features], what the product was given.
             d_y: [rows, out_features].
-            out: [rows, in_features], the gradient to source.
+            out: [rows, in_features], the gradient to source, where nothing lies before.
+            before: what does, before a block.
 
         Returns:
             Whether anything below the group is wanted; if not, `out` is not written.
@@ -102,8 +117,10 @@ class BackwardRecorder:
             slices = self.shared.gradients[self.layer, group]
             lora_gradients(self.program, source, z, d_y, d_z, lora, slices)
         if wanted:
+            stream = before.out if isinstance(before, AddBefore) else None
             matmul_backward(
-                self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z, out=out,
-                norm=norm, label=f"{group}_backward",
+                self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z,
+                out=stream or out, norm=None if isinstance(before, AddBefore) else before,
+                accumulate=stream is not None, label=f"{group}_backward",
             )  # fmt: skip
         return wanted

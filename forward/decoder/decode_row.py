@@ -8,11 +8,14 @@ before it. An adapted group has one more dispatch (its z), a model with post_nor
 
 from __future__ import annotations
 
+from typing import cast
+
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
 from lora.forward.decoder.step_tensors import StepActivations
 from lora.forward.int_row import to_int_row
 from lora.forward.model.frozen_model import Model
+from lora.forward.model.norm import Norm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -25,7 +28,7 @@ def fuses(recording: Recording) -> bool:
 
 def row_into(program: Program, model: Model, act: StepActivations, layer: int, x: Tensor) -> Row:
     """The residual stream as the first product of a layer (of the head: n_layers) takes it."""
-    matrix, norm = model.head, model.output_norm
+    matrix, norm = model.head, cast("Norm | None", model.output_norm)
     if layer < len(model.layers):
         weights = model.layers[layer]
         matrix = weights.matrices[weights.spec.mixer.matrices[0].group]

@@ -95,9 +95,15 @@ class AfterCache:
 
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """See `Context`."""
-        cache, positions = self.caches[layer], self.inputs.positions
-        store_keys_values(program, act.qkv, positions, cache, query_size=heads.query_size)
-        attention_decode(program, act.qkv, positions, cache, heads, out=act.attended)
+        keep_and_attend(program, self.inputs, self.caches[layer], heads, act)
+
+
+def keep_and_attend(
+    program: Program, inputs: StepInputs, cache: Any, heads: Heads, act: Attending
+) -> None:
+    """Appends: keys and values of new rows go into a layer's cache, and the rows attend to it."""
+    store_keys_values(program, act.qkv, inputs.positions, cache, query_size=heads.query_size)
+    attention_decode(program, act.qkv, inputs.positions, cache, heads, out=act.attended)
 
 
 @dataclass(frozen=True)

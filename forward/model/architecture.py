@@ -13,9 +13,15 @@ from functools import cached_property
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.metadata import Metadata
 from lora.forward.model.families import family_of
-from lora.forward.model.layer_spec import FUSED_QKV, HEAD, AdaptableMatrix, LayerSpec
+from lora.forward.model.layer_spec import (
+    FUSED_QKV,
+    HEAD,
+    TEXT_LAYERS,
+    AdaptableMatrix,
+    LayerSpec,
+)
 from lora.forward.model.model_tensors import check_tensors
-from lora.forward.model.read_layers import read_layers, read_softcaps
+from lora.forward.model.read_layers import read_layers, read_multipliers, read_softcaps
 from lora.shaders.errors import InputError
 
 
@@ -33,6 +39,8 @@ class Architecture:
         tied_head: the head is token_embd.weight itself; there is no output.weight.
         logit_softcap: logits s become softcap · tanh(s / softcap); None for no cap.
         embedding_scale: embeddings are multiplied by it.
+        logit_divisor: logits are divided by it.
+        peft_layers: where the layers lie in the Hugging Face model that its checkpoints open as.
     """
 
     name: str
@@ -44,6 +52,8 @@ class Architecture:
     tied_head: bool
     logit_softcap: float | None
     embedding_scale: float
+    logit_divisor: float = 1.0
+    peft_layers: str = TEXT_LAYERS
 
     @property
     def n_layers(self) -> int:
@@ -94,6 +104,7 @@ class Architecture:
         _check_nothing_unsupported(metadata)
         hidden_size = metadata.size("embedding_length", multiple_of=4)
         softcaps = read_softcaps(metadata, family)
+        multipliers = read_multipliers(metadata, family)
         layers = read_layers(gguf_file, metadata, family)
         architecture = cls(
             name=metadata.name,
@@ -104,7 +115,11 @@ class Architecture:
             norm_epsilon=layers[-1].norm_epsilon,
             tied_head="output.weight" not in gguf_file.tensors,
             logit_softcap=softcaps[1],
-            embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+            embedding_scale=hidden_size**0.5
+            if family.scaled_embedding
+            else multipliers.embedding / multipliers.residual,
+            logit_divisor=multipliers.logits,
+            peft_layers=family.peft_layers,
         )
         check_tensors(architecture.tensor_shapes(), gguf_file)
         return architecture
@@ -120,14 +135,10 @@ class Architecture:
             shapes["output.weight"] = (self.vocab_size, self.hidden_size)
         for layer, spec in enumerate(self.layers):
             blk = f"blk.{layer}."
-            shapes[blk + "attn_norm.weight"] = hidden
-            shapes[blk + "ffn_norm.weight"] = hidden
+            shapes |= {f"{blk}{name}.weight": hidden for name in spec.norms}
             for block in (spec.mixer, spec.feed_forward):
                 for name, width in block.vectors.items():
                     shapes[f"{blk}{name}.weight"] = (width,)
-            if spec.post_norms:
-                shapes[blk + "post_attention_norm.weight"] = hidden
-                shapes[blk + "post_ffw_norm.weight"] = hidden
             for group, members in spec.groups.items():
                 for matrix in members:
                     rows = matrix.out_size(spec)
@@ -147,13 +158,8 @@ class Architecture:
 _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
     "expert_count": (0,),
     "attention.causal": (True,),
-    "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
     "attention.shared_kv_layers": (0,),
-    "attention.temperature_scale": (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
 }
 

@@ -10,7 +10,14 @@ import numpy as np
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.inputs import LongExamples
-from lora.forward.model.layer_spec import FUSED_QKV, AdaptableMatrix, LayerSpec
+from lora.forward.model.layer_spec import (
+    FUSED_QKV,
+    POST_FEED_FORWARD_NORM,
+    POST_MIXER_NORM,
+    AdaptableMatrix,
+    LayerSpec,
+    Temperature,
+)
 from lora.forward.model.norm import Norm
 from lora.forward.model.rope_frequencies import Rope, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
@@ -26,23 +33,25 @@ class LayerWeights:
         spec: what the layer is made of.
         matrices: by group, [out_features, in_features]; those that share an input are stacked.
         biases: by group, [out_features], where it has one.
-        mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks.
+        mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks, with pre_norms.
         post_mixer_norm, post_feed_forward_norm: the same after them, with post_norms.
-        vectors: other tensors of its blocks, by GGUF name within the layer.
+        vectors: other tensors of its blocks, by the names of their `stacks`.
         rope: [n_positions, rope dimensions / 2, 2] of the mixer; layers of one rope share it. With
             long_examples twice as many positions: those of long examples after the others. None
             where nothing turns.
+        temperature: f32 [n_positions], what queries are multiplied by; None where all stay.
     """
 
     spec: LayerSpec
     matrices: Mapping[str, FrozenMatrix]
     biases: Mapping[str, Tensor]
-    mixer_norm: Norm
-    feed_forward_norm: Norm
+    mixer_norm: Norm | None
+    feed_forward_norm: Norm | None
     post_mixer_norm: Norm | None
     post_feed_forward_norm: Norm | None
     vectors: Mapping[str, Tensor]
     rope: Tensor | None
+    temperature: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -72,8 +81,16 @@ def load_model(
     def matrix(*names: str) -> FrozenMatrix:
         return load_matrix(recording, [tensors[name] for name in names])
 
+    def values(name: str) -> np.ndarray:
+        return read_vector(gguf_file, tensors[name])
+
     def vector(name: str) -> Tensor:
-        return recording.memory.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
+        return recording.memory.upload(values(f"{name}.weight"))
+
+    def temperatures(temperature: Temperature | None) -> Tensor | None:
+        if temperature is None or n_positions <= temperature.length:
+            return None
+        return recording.memory.upload(temperature.factors(n_positions))
 
     all_ropes = {spec.rope for spec in a.layers}
     contexts = {rope.long.original_context for rope in all_ropes if rope and rope.long}
@@ -96,8 +113,8 @@ def load_model(
         blk, spec = f"blk.{layer}.", a.layers[layer]
         epsilon = spec.norm_epsilon
 
-        def norm(name: str) -> Norm:
-            return Norm(vector(blk + name), epsilon)
+        def norm(name: str, there: bool) -> Norm | None:
+            return Norm(vector(blk + name), epsilon) if there else None
 
         biases = {
             group: recording.memory.upload(_stacked_bias(gguf_file, spec, members, layer))
@@ -105,27 +122,32 @@ def load_model(
             if any(m.gguf_name in spec.biases for m in members)
             or (group == "qkv" and FUSED_QKV in spec.biases)
         }
-        post_norms = spec.post_norms
         return LayerWeights(
             spec=spec,
             matrices={group: matrix(*a.tensors_of(layer, group)) for group in spec.groups},
             biases=biases,
-            mixer_norm=norm("attn_norm"),
-            feed_forward_norm=norm("ffn_norm"),
-            post_mixer_norm=norm("post_attention_norm") if post_norms else None,
-            post_feed_forward_norm=norm("post_ffw_norm") if post_norms else None,
+            mixer_norm=norm("attn_norm", spec.pre_norms),
+            feed_forward_norm=norm(spec.feed_forward_norm, spec.pre_norms),
+            post_mixer_norm=norm(POST_MIXER_NORM, spec.post_norms),
+            post_feed_forward_norm=norm(POST_FEED_FORWARD_NORM, spec.post_norms),
             vectors={
-                name: vector(blk + name)
+                stack: recording.memory.upload(
+                    np.concatenate([values(f"{blk}{name}.weight") for name in names])
+                )
                 for block in (spec.mixer, spec.feed_forward)
-                for name in block.vectors
+                for stack, names in block.stacks.items()
             },
             rope=rope_tables(spec.rope),
+            temperature=temperatures(getattr(spec.mixer, "temperature", None)),
         )
 
     layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
     embedding = matrix("token_embd.weight")
     head = embedding if a.tied_head else matrix("output.weight")
-    output_norm = Norm(vector("output_norm"), a.norm_epsilon)
+    weight = values("output_norm.weight")
+    if a.logit_divisor != 1.0:  # the head is linear: a factor of its input is one of its logits
+        weight = weight / np.float32(a.logit_divisor)
+    output_norm = Norm(recording.memory.upload(weight), a.norm_epsilon)
     return Model(a, embedding, layers, output_norm, head, n_positions, long_examples)
 
 

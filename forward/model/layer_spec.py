@@ -13,9 +13,18 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
 from lora.forward.model.rope_frequencies import Rope
 
 MOST_HEAD_SIZE = 256  # numbers in a head that attention has kernels for
+
+# What RMSNorm q and k pass: none; every head on its own, before rope or after it; all heads of q,
+# and all of k, together before rope.
+NO_NORM, HEAD_NORM, LATE_NORM, WIDTH_NORM = "none", "head", "head after rope", "width"
+
+# Where PEFT finds the layers: in a class for text alone, and in one for text and images.
+TEXT_LAYERS, LANGUAGE_LAYERS = "model.layers", "model.language_model.layers"
 
 
 class BlockSpec(ABC):
@@ -32,9 +41,27 @@ class BlockSpec(ABC):
         return {}
 
     @property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Which of its vectors lie one after another in a tensor on the device, by its name."""
+        return {name: (name,) for name in self.vectors}
+
+    @property
     def sizes(self) -> tuple[object, ...]:
         """What decides the shapes of its activations; all of it where a kind doesn't say."""
         return (self,)
+
+
+@dataclass(frozen=True)
+class Temperature:
+    """Queries at position p are multiplied by 1 + scale · ln(1 + floor(p / length)) (Llama 4)."""
+
+    scale: float
+    length: int
+
+    def factors(self, n_positions: int) -> np.ndarray:
+        """What queries are multiplied by, f32 [n_positions]; computed in float64."""
+        turns = np.arange(n_positions, dtype=np.float64) // self.length
+        return (1.0 + self.scale * np.log1p(turns)).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -49,12 +76,14 @@ class Attention(BlockSpec):
         window: a row sees this many rows, itself included; None: all before it.
         scale: scores are multiplied by it.
         softcap: scores s become softcap · tanh(s / softcap); None for no cap.
-        qk_norm: every head of q and of k passes an RMSNorm before rope.
+        qk_norm: the RMSNorm that q and k pass: NO_NORM, HEAD_NORM, LATE_NORM or
+            WIDTH_NORM.
         fused_modules: q, k and v are one module of the Hugging Face model (Phi).
         permuted: the rows of q and k are permuted within heads in the file, for rope that turns
             neighbours.
         fused_tensor: q, k, v, three modules, are one tensor of the file (convert_hf_to_gguf's
             --fuse-qkv).
+        temperature: of queries far into a text; None for none.
     """
 
     n_heads: int
@@ -64,10 +93,16 @@ class Attention(BlockSpec):
     window: int | None
     scale: float
     softcap: float | None
-    qk_norm: bool
+    qk_norm: str
     fused_modules: bool
     permuted: bool
     fused_tensor: bool = False
+    temperature: Temperature | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no kernel does."""
+        if self.temperature is not None and self.qk_norm != NO_NORM:
+            raise ValueError("queries that are normed after their product can't have a temperature")
 
     @property
     def query_size(self) -> int:
@@ -92,12 +127,26 @@ class Attention(BlockSpec):
     @property
     def vectors(self) -> Mapping[str, int]:
         """See `BlockSpec`."""
-        return dict.fromkeys((Q_NORM, K_NORM), self.head_size) if self.qk_norm else {}
+        if self.qk_norm == NO_NORM:
+            return {}
+        if self.qk_norm != WIDTH_NORM:
+            return dict.fromkeys((Q_NORM, K_NORM), self.head_size)
+        return {Q_NORM: self.query_size, K_NORM: self.kv_size}
+
+    @property
+    def norms_spans(self) -> bool:
+        """Whether q and k are normed by `span_norm`, and not with rope by `head_norm_rope`."""
+        return self.qk_norm in (LATE_NORM, WIDTH_NORM)
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """See `BlockSpec`."""
+        return {SPAN_NORMS: tuple(self.vectors)} if self.norms_spans else super().stacks
 
     @property
     def sizes(self) -> tuple[object, ...]:
         """See `BlockSpec`."""
-        return Attention, self.n_heads, self.n_kv_heads, self.head_size, self.qk_norm
+        return Attention, self.n_heads, self.n_kv_heads, self.head_size, self.qk_norm != NO_NORM
 
 
 @dataclass(frozen=True)
@@ -139,6 +188,8 @@ class LayerSpec:
         norm_epsilon: added to the mean square in all its RMSNorms.
         post_norms: what each block gives is normed before it is added.
         biases: GGUF names (within the layer) of the matrices that have a bias.
+        pre_norms: each block is given the normed residual stream, not the stream itself.
+        feed_forward_norm: GGUF name (within the layer) of the norm before the feed-forward block.
     """
 
     mixer: BlockSpec
@@ -147,11 +198,20 @@ class LayerSpec:
     norm_epsilon: float
     post_norms: bool
     biases: frozenset[str]
+    pre_norms: bool = True
+    feed_forward_norm: str = "ffn_norm"
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """GGUF names (within the layer) of its norms of hidden_size numbers."""
+        before = ("attn_norm", self.feed_forward_norm) if self.pre_norms else ()
+        return (*before, *((POST_MIXER_NORM, POST_FEED_FORWARD_NORM) if self.post_norms else ()))
 
     @property
     def sizes(self) -> tuple[object, ...]:
         """What decides the shapes of its activations: layers of equal sizes can share them."""
-        return self.mixer.sizes, self.feed_forward.sizes, self.hidden_size, self.post_norms
+        norms = self.pre_norms, self.post_norms
+        return self.mixer.sizes, self.feed_forward.sizes, self.hidden_size, norms
 
     @property
     def rope(self) -> Rope | None:
@@ -202,7 +262,7 @@ class AdaptableMatrix:
         """Its module in the Hugging Face model, e.g. `model.layers.3.self_attn.q_proj`."""
         if not self.peft_parent:
             return self.module
-        return f"model.layers.{layer}.{self.peft_parent}.{self.module}"
+        return f"{TEXT_LAYERS}.{layer}.{self.peft_parent}.{self.module}"
 
     def in_size(self, of: Any) -> int:
         """Its number of columns: A is [rank, in_size].
@@ -224,6 +284,8 @@ class AdaptableMatrix:
 
 
 Q_NORM, K_NORM = "attn_q_norm", "attn_k_norm"  # within a layer: norms of heads
+SPAN_NORMS = "attn_norms"  # those one after another
+POST_MIXER_NORM, POST_FEED_FORWARD_NORM = "post_attention_norm", "post_ffw_norm"
 FUSED_QKV = "attn_qkv"  # within a layer: rows of q, then of k, then of v
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.metadata import Metadata
@@ -15,8 +15,9 @@ from lora.forward.model.layer_spec import (
     Attention,
     GatedFeedForward,
     LayerSpec,
+    Temperature,
 )
-from lora.forward.model.rope_frequencies import Rope, read_rope
+from lora.forward.model.rope_frequencies import Rope, original_context, read_rope
 from lora.shaders.errors import InputError
 
 _QKV = frozenset(("attn_q", "attn_k", "attn_v"))
@@ -37,15 +38,18 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
         )
     hidden_size = metadata.size("embedding_length", multiple_of=4)
     epsilon = metadata.positive_number("attention.layer_norm_rms_epsilon", family.default_epsilon)
+    multipliers = read_multipliers(metadata, family)
     widths = metadata.sizes("feed_forward_length", n_layers, multiple_of=4)
     return tuple(
         LayerSpec(
             mixer=mixer,
-            feed_forward=GatedFeedForward(width, family.activation, family.fused),
+            feed_forward=GatedFeedForward(width, family.activation, family.fused_gate_up),
             hidden_size=hidden_size,
-            norm_epsilon=epsilon,
+            norm_epsilon=epsilon / multipliers.residual**2,
             post_norms=family.post_norms,
             biases=_biases(gguf_file, family, layer),
+            pre_norms=family.pre_norms,
+            feed_forward_norm=family.feed_forward_norm,
         )
         for layer, (mixer, width) in enumerate(
             zip(_attentions(gguf_file, metadata, family, n_layers), widths, strict=True)
@@ -68,6 +72,8 @@ def _attentions(
     _check_heads(metadata, n_heads, n_kv_heads, head_size)
     wide = n_layers == family.wide_scale_layers
     softcap, _ = read_softcaps(metadata, family)
+    multipliers = read_multipliers(metadata, family)
+    temperature = _temperature(metadata, family)
     return [
         Attention(
             n_heads=n_heads[layer],
@@ -75,17 +81,68 @@ def _attentions(
             head_size=head_size,
             rope=rope,
             window=window,
-            scale=(hidden_size / n_heads[layer] if wide else head_size) ** -0.5,
+            scale=multipliers.scores
+            or (hidden_size / n_heads[layer] if wide else head_size) ** -0.5,
             softcap=softcap,
             qk_norm=family.qk_norm,
-            fused_modules=family.fused,
+            fused_modules=family.fused_qkv,
             permuted=family.permuted,
             fused_tensor=_is_fused(gguf_file, family, layer),
+            temperature=temperature,
         )
         for layer, (window, rope) in enumerate(
             _windows_and_ropes(gguf_file, metadata, family, n_layers, head_size)
         )
     ]
+
+
+@dataclass(frozen=True)
+class Multipliers:
+    """Numbers that Granite has for what others have none.
+
+    What each block gives is to be multiplied by `residual`. The residual stream is kept divided by
+    it instead, so that blocks are added as they are: norms are the same when their epsilon is
+    divided by its square, and the embedding's factor by itself.
+
+    Attributes:
+        embedding: of embeddings.
+        scores: of attention's scores; None for the usual one.
+        residual: of what the blocks give.
+        logits: logits are divided by it.
+    """
+
+    embedding: float = 1.0
+    scores: float | None = None
+    residual: float = 1.0
+    logits: float = 1.0
+
+
+def read_multipliers(metadata: Metadata, family: Family) -> Multipliers:
+    """The multipliers of a model; without any in other families, which have no such keys.
+
+    Raises:
+        InputError: one is no number above 0, or the family has none and the file does.
+    """
+    if not family.multipliers:
+        for key in ("embedding_scale", "residual_scale", "logit_scale"):
+            metadata.require(key, 0.0, 1.0)
+        metadata.require("attention.scale", 0.0)
+        return Multipliers()
+    return Multipliers(
+        embedding=metadata.optional_number("embedding_scale") or 1.0,
+        scores=metadata.optional_number("attention.scale"),
+        residual=metadata.optional_number("residual_scale") or 1.0,
+        logits=metadata.optional_number("logit_scale") or 1.0,
+    )
+
+
+def _temperature(metadata: Metadata, family: Family) -> Temperature | None:
+    """Of queries far into a text."""
+    if not family.temperature:
+        metadata.require("attention.temperature_scale", 0.0)
+        return None
+    scale = metadata.optional_number("attention.temperature_scale")
+    return None if scale is None else Temperature(scale, original_context(metadata))
 
 
 def read_softcaps(metadata: Metadata, family: Family) -> tuple[float | None, float | None]:
@@ -129,7 +186,7 @@ def _check_heads(
 
 def _is_fused(gguf_file: GGUFFile, family: Family, layer: int) -> bool:
     """Whether the file has q, k and v of a layer in one tensor, though they are three modules."""
-    return not family.fused and f"blk.{layer}.{FUSED_QKV}.weight" in gguf_file.tensors
+    return not family.fused_qkv and f"blk.{layer}.{FUSED_QKV}.weight" in gguf_file.tensors
 
 
 def _biases(gguf_file: GGUFFile, family: Family, layer: int) -> frozenset[str]:
@@ -143,12 +200,16 @@ def _windows_and_ropes(
 ) -> list[tuple[int | None, Rope]]:
     """Window (None: all rows before it are seen) and rope of every layer."""
     rope = read_rope(gguf_file, metadata, head_size, interleaved=family.rope_interleaved)
+    if family.multipliers and metadata.get("rope.scaling.finetuned") is False:
+        rope = replace(rope, factor=math.inf)  # llama.cpp reads the key so in Granite
     if metadata.get("attention.sliding_window", 0) in (0, None):
         # Positions divided by infinity turn nothing.
         still = replace(rope, factor=math.inf)
         every = family.no_rope_every or n_layers + 1
         return [(None, still if (layer + 1) % every == 0 else rope) for layer in range(n_layers)]
     local_rope = rope
+    if family.plain_local_rope:
+        local_rope = replace(rope, factor=1.0, divisors=(), yarn=None, amplitude=1.0)
     if family.local_rope_base is not None:
         # Ollama's converter calls it local.
         base = metadata.positive_number("rope.local.freq_base", family.local_rope_base)
@@ -166,4 +227,5 @@ def _windows_and_ropes(
     else:
         every = metadata.size("attention.sliding_window_pattern", family.window_pattern)
         is_local = [every == 1 or layer % every < every - 1 for layer in range(n_layers)]
-    return [local if flag else (None, rope) for flag in is_local]
+    whole = None, rope if family.global_rope else replace(rope, factor=math.inf)
+    return [local if flag else whole for flag in is_local]

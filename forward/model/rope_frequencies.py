@@ -127,7 +127,7 @@ _KEYS = frozenset(
         "scale_linear", "scaling.type",
         "scaling.factor", "scaling.attn_factor", "scaling.original_context_length",
         "scaling.finetuned", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",
-        "scaling.yarn_beta_fast", "scaling.yarn_beta_slow",
+        "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_log_multiplier",
     )
 )  # fmt: skip
 ROPE_TENSORS = (
@@ -170,12 +170,16 @@ def read_rope(
     if kind == "yarn":
         metadata.require("rope.scaling.yarn_ext_factor", 1.0, -1.0)
         yarn = Yarn(
-            _original_context(metadata),
+            original_context(metadata),
             metadata.positive_number("rope.scaling.yarn_beta_fast", 32.0),
             metadata.positive_number("rope.scaling.yarn_beta_slow", 1.0),
         )
         amplitude *= metadata.positive_number("rope.scaling.yarn_attn_factor", 1.0)
-        amplitude *= 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        grown = 0.1 * math.log(factor) if factor > 1 else 0.0
+        # DeepSeek's way: what the scores are multiplied by elsewhere is taken out here.
+        amplitude *= (1.0 + grown) / (
+            1.0 + grown * (metadata.optional_number("rope.scaling.yarn_log_multiplier") or 0.0)
+        )
     return Rope(
         base=metadata.positive_number(
             "rope.freq_base", metadata.positive_number("rope.global.freq_base", 10000.0)
@@ -190,7 +194,8 @@ def read_rope(
     )
 
 
-def _original_context(metadata: Metadata) -> int:
+def original_context(metadata: Metadata) -> int:
+    """Tokens of a row before rope was stretched; the context where the file does not say."""
     return metadata.size("rope.scaling.original_context_length", metadata.size("context_length"))
 
 
@@ -209,7 +214,7 @@ def _long_rope(gguf_file: GGUFFile, metadata: Metadata, dimensions: int) -> Long
             f"{gguf_file.path} holds only one of rope_factors_long.weight and "
             "rope_factors_short.weight."
         )
-    return LongRope(_original_context(metadata), short, long)
+    return LongRope(original_context(metadata), short, long)
 
 
 def _divisors(gguf_file: GGUFFile, name: str, dimensions: int) -> tuple[float, ...]:

@@ -60,16 +60,19 @@ def model_of(recording: Recording, spec: LayerSpec, seed: int = 0) -> Model:
             for group, members in spec.groups.items()
             if any(member.gguf_name in spec.biases for member in members)
         },
-        mixer_norm=norm(),
-        feed_forward_norm=norm(),
+        mixer_norm=norm() if spec.pre_norms else None,
+        feed_forward_norm=norm() if spec.pre_norms else None,
         post_mixer_norm=norm() if spec.post_norms else None,
         post_feed_forward_norm=norm() if spec.post_norms else None,
         vectors={
-            name: vector(width)
+            stack: vector(sum(block.vectors[name] for name in names))
             for block in (spec.mixer, spec.feed_forward)
-            for name, width in block.vectors.items()
+            for stack, names in block.stacks.items()
         },
         rope=spec.rope and recording.memory.upload(spec.rope.tables(N_POSITIONS)),
+        temperature=None
+        if getattr(spec.mixer, "temperature", None) is None
+        else recording.memory.upload(spec.mixer.temperature.factors(N_POSITIONS)),
     )
     architecture = Architecture(
         "test", (spec,), spec.hidden_size, 64, 128, spec.norm_epsilon, True, None, 1.0

@@ -22,6 +22,7 @@ import numpy as np
 import safetensors.numpy
 
 from lora.forward.model.row_order import permute_rows_to_gguf
+from tests.support.tiny_families import FAMILIES, layer_shapes, llama3_divisors, rope_of_family
 from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
@@ -31,11 +32,6 @@ _GAIN = 1.3  # matrices make their output this much larger than their normed inp
 _EMBEDDING_STD = 0.4  # logits then spread by about 3
 _NORM_STD = 0.3
 _BIAS_STD = 0.5
-
-_GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where it isn't the family's
-_PERMUTED = ("llama", "mistral", "smollm3")  # q and k rows are interleaved in the GGUF
-_HEAD_NORMS = ("qwen3", "gemma3_text")
-_GEMMA = ("gemma2", "gemma3_text")  # four norms a layer, each stored by Hugging Face less one
 
 
 @dataclass(frozen=True)
@@ -71,7 +67,7 @@ class TinyModel:
     @property
     def architecture(self) -> str:
         """The GGUF's `general.architecture`."""
-        return _GGUF_NAMES.get(self.family, self.family)
+        return FAMILIES[self.family].architecture or self.family
 
     @property
     def head_dim(self) -> int:
@@ -99,37 +95,8 @@ class TinyModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the Hugging Face model."""
         c = self.config
-        hidden, inner = c["hidden_size"], c["intermediate_size"]
-        queries = c["num_attention_heads"] * self.head_dim
-        keys = c["num_key_value_heads"] * self.head_dim
-        of_layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-            "self_attn.o_proj.weight": (hidden, queries),
-            "mlp.down_proj.weight": (hidden, inner),
-        }
-        if self.family == "phi3":
-            of_layer["self_attn.qkv_proj.weight"] = (queries + 2 * keys, hidden)
-            of_layer["mlp.gate_up_proj.weight"] = (2 * inner, hidden)
-        else:
-            for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
-                of_layer[f"self_attn.{letter}_proj.weight"] = (rows, hidden)
-                if self.family == "qwen2" or c.get("attention_bias"):
-                    of_layer[f"self_attn.{letter}_proj.bias"] = (rows,)
-            of_layer["mlp.gate_proj.weight"] = (inner, hidden)
-            of_layer["mlp.up_proj.weight"] = (inner, hidden)
-            if c.get("mlp_bias"):
-                of_layer["mlp.gate_proj.bias"] = (inner,)
-                of_layer["mlp.up_proj.bias"] = (inner,)
-                of_layer["mlp.down_proj.bias"] = (hidden,)
-        if c.get("attention_bias"):
-            of_layer["self_attn.o_proj.bias"] = (hidden,)
-        if self.family in _HEAD_NORMS:
-            of_layer["self_attn.q_norm.weight"] = (self.head_dim,)
-            of_layer["self_attn.k_norm.weight"] = (self.head_dim,)
-        if self.family in _GEMMA:
-            of_layer["pre_feedforward_layernorm.weight"] = (hidden,)
-            of_layer["post_feedforward_layernorm.weight"] = (hidden,)
+        hidden = c["hidden_size"]
+        of_layer = layer_shapes(self)
         vocabulary = (c["vocab_size"], hidden)
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
         for layer in range(c["num_hidden_layers"]):
@@ -156,7 +123,9 @@ class TinyModel:
             if name.endswith(".bias"):
                 values *= _BIAS_STD
             elif len(shape) == 1:
-                values = _NORM_STD * values + (0.0 if self.family in _GEMMA else 1.0)
+                values = _NORM_STD * values + (
+                    0.0 if FAMILIES[self.family].stored_less_one else 1.0
+                )
             elif name in ("model.embed_tokens.weight", "lm_head.weight"):
                 values *= _EMBEDDING_STD
             else:
@@ -235,9 +204,9 @@ class TinyModel:
         for name, exact in self._exact_weights().items():
             module = name.split(".")[-2]
             values = exact
-            if self.family in _PERMUTED and module in heads:
+            if FAMILIES[self.family].permuted and module in heads:
                 values = permute_rows_to_gguf(exact, heads[module])
-            if self.family in _GEMMA and name.endswith("norm.weight"):
+            if FAMILIES[self.family].stored_less_one and name.endswith("norm.weight"):
                 values = exact + np.float32(1.0)
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if gguf_name is None or gguf_name in tensors:
@@ -272,14 +241,14 @@ class TinyModel:
         if self.architecture == "llama":
             sizes["vocab_size"] = c["vocab_size"]
             sizes["rope.dimension_count"] = self.head_dim
+        if "partial_rotary_factor" in c["rope_parameters"]:
+            sizes["rope.dimension_count"] = self.rotary_dim
         if self.family == "phi3":
             sizes["rope.dimension_count"] = self.rotary_dim
             sizes["attention.sliding_window"] = c["sliding_window"] or 0
-        if self.family in _GEMMA:
-            sizes["attention.sliding_window"] = c["sliding_window"]
-        if self.family == "gemma2":
-            sizes["attn_logit_softcapping"] = c["attn_logit_softcapping"]
-            sizes["final_logit_softcapping"] = c["final_logit_softcapping"]
+        for name, key in FAMILIES[self.family].keys.items():
+            if c.get(name) is not None:
+                sizes[key] = c[name]
         sizes |= self._rope_metadata() | self.extra_metadata
         return {
             "general.architecture": self.architecture,
@@ -291,15 +260,9 @@ class TinyModel:
         }
 
     def _rope_metadata(self) -> dict[str, Any]:
-        rope = self.config["rope_parameters"]
-        keys: dict[str, Any] = {}
+        rope, keys = rope_of_family(self)
         if self.family == "gemma2":
             return keys  # the converter writes none; the base is always 10000
-        if self.family == "gemma3_text":
-            if rope["sliding_attention"]["rope_theta"] != 10000.0:
-                # Files made before 2026 lack the key, and all published models have 10000.
-                keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
-            rope = rope["full_attention"]
         keys["rope.freq_base"] = rope["rope_theta"]
         if self.family == "phi3":
             keys["rope.scaling.original_context_length"] = self.config[
@@ -317,6 +280,9 @@ class TinyModel:
             for key in ("beta_fast", "beta_slow"):
                 if key in rope:
                     keys[f"rope.scaling.yarn_{key}"] = rope[key]
+            if "mscale_all_dim" in rope:
+                keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+                keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
         return keys
 
     def _longrope_factor(self) -> float:
@@ -332,23 +298,8 @@ class TinyModel:
                 for length in ("long", "short")
             }
         if rope.get("rope_type") == "llama3":
-            return {"rope_freqs.weight": _llama3_divisors(rope, self.head_dim)}
+            return {"rope_freqs.weight": llama3_divisors(rope, self.head_dim)}
         return {}
-
-
-def _llama3_divisors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
-    """What Llama 3.1 divides each frequency by, f32 [head_dim / 2].
-
-    Waves that fit high_freq_factor times into the original context keep their frequency, those
-    that fit fewer than low_freq_factor times are slowed by factor; in between, the frequency is
-    a mean of both.
-    """
-    pairs = np.arange(head_dim // 2)
-    frequencies = rope["rope_theta"] ** (-2.0 * pairs / head_dim)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2.0 * np.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - kept) / rope["factor"] + kept)).astype(np.float32)
 
 
 def _seed(*words: str) -> int:
