@@ -199,7 +199,10 @@ def _windows_and_ropes(
     gguf_file: GGUFFile, metadata: Metadata, family: Family, n_layers: int, head_size: int
 ) -> list[tuple[int | None, Rope]]:
     """Window (None: all rows before it are seen) and rope of every layer."""
-    rope = read_rope(gguf_file, metadata, head_size, interleaved=family.rope_interleaved)
+    rope = read_rope(
+        gguf_file, metadata, head_size, interleaved=family.rope_interleaved,
+        log_multiplier=family.temperature,
+    )  # fmt: skip
     if family.multipliers and metadata.get("rope.scaling.finetuned") is False:
         rope = replace(rope, factor=math.inf)  # llama.cpp reads the key so in Granite
     if metadata.get("attention.sliding_window", 0) in (0, None):

@@ -127,9 +127,10 @@ _KEYS = frozenset(
         "scale_linear", "scaling.type",
         "scaling.factor", "scaling.attn_factor", "scaling.original_context_length",
         "scaling.finetuned", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",
-        "scaling.yarn_beta_fast", "scaling.yarn_beta_slow", "scaling.yarn_log_multiplier",
+        "scaling.yarn_beta_fast", "scaling.yarn_beta_slow",
     )
 )  # fmt: skip
+_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 ROPE_TENSORS = (
     "rope_freqs.weight",
     "rope_factors_long.weight",
@@ -138,16 +139,27 @@ ROPE_TENSORS = (
 
 
 def read_rope(
-    gguf_file: GGUFFile, metadata: Metadata, head_size: int, *, interleaved: bool
+    gguf_file: GGUFFile,
+    metadata: Metadata,
+    head_size: int,
+    *,
+    interleaved: bool,
+    log_multiplier: bool = False,
 ) -> Rope:
     """The rotary embedding that the file's metadata and tensors describe.
+
+    Args:
+        head_size: columns of a head.
+        interleaved: see `Rope`.
+        log_multiplier: YaRN may have the key of that name (Mistral 3).
 
     Raises:
         InputError: it has something that is not done here.
     """
     for key in metadata.values:
         short = key.removeprefix(f"{metadata.name}.")
-        if short.startswith("rope.") and short != key and short not in _KEYS:
+        known = short in _KEYS or (log_multiplier and short == _LOG_MULTIPLIER)
+        if short.startswith("rope.") and short != key and not known:
             raise InputError(f"{metadata.path}: {key} is a kind of rope that is not supported.")
     dimensions = metadata.size("rope.dimension_count", head_size, multiple_of=2)
     if dimensions > head_size:
@@ -178,7 +190,7 @@ def read_rope(
         grown = 0.1 * math.log(factor) if factor > 1 else 0.0
         # DeepSeek's way: what the scores are multiplied by elsewhere is taken out here.
         amplitude *= (1.0 + grown) / (
-            1.0 + grown * (metadata.optional_number("rope.scaling.yarn_log_multiplier") or 0.0)
+            1.0 + grown * (metadata.optional_number(_LOG_MULTIPLIER) or 0.0)
         )
     return Rope(
         base=metadata.positive_number(

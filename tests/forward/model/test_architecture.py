@@ -11,7 +11,7 @@ import pytest
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import Attention, GatedFeedForward, LayerSpec
+from lora.forward.model.layer_spec import NO_NORM, Attention, GatedFeedForward, LayerSpec
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
 from lora.shaders.errors import InputError
@@ -45,7 +45,7 @@ def test_fields(tmp_path: Path) -> None:
             window=None,
             scale=0.25,
             softcap=None,
-            qk_norm=False,
+            qk_norm=NO_NORM,
             fused_modules=False,
             permuted=True,
         ),
