@@ -18,6 +18,7 @@ from lora.forward.decoder.head import (
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
 from lora.forward.model.norm import Norm
+from lora.forward.scale_rows import scale_rows
 from lora.forward.sums import sum_into
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -123,6 +124,14 @@ def record_layer_backward(
     recorder = BackwardRecorder(program, shared, layer, act.z, adapted[0] if lowest else "")
     d_x = scratch.d_x
     with program.scope(f"layers.{layer}"):
+        if weights.output_scale is not None:
+            scale_rows(program, d_x, weights.output_scale, label="output_scale_backward")
+        if spec.per_layer is not None and act.after_feed_forward is not None:
+            d_output = below_norm(act.per_layer_output, weights.post_per_layer_norm)
+            record, source = BLOCKS_BACKWARD[type(spec.per_layer)].record, act.after_feed_forward
+            before = AddBefore(d_x)
+            if not record(recorder, spec.per_layer, act.per_layer, source, d_output, before):
+                return
         norm = _before(act.middle, weights.feed_forward_norm, d_x)
         d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
         record = BLOCKS_BACKWARD[type(spec.feed_forward)].record

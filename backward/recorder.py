@@ -41,6 +41,7 @@ class Scratch:
         d_normed: [rows, hidden_size].
         d_output: [rows, hidden_size], below a post norm, with post_norms.
         blocks: by the `sizes` of a block, as the table allocates it.
+        d_kept: f32 [rows, 2 · kv_size], of keys and values that other layers take, by their layer.
         d_z: [rows, width], by width.
         d_head_z: [targets, rank], where the head is adapted.
         d_head_normed, d_picked: [targets, hidden_size].
@@ -50,6 +51,7 @@ class Scratch:
     d_normed: Tensor
     d_output: Tensor | None
     blocks: Mapping[tuple[object, ...], Any]
+    d_kept: Mapping[int, Tensor]
     d_z: Mapping[int, Tensor]
     d_head_z: Tensor | None
     d_head_normed: Tensor
@@ -62,6 +64,7 @@ class BackwardPass:
 
     Attributes:
         gradients: the slices that gradients of A and B are added to.
+        per_layer: what tokens have for the layers; None in models without.
     """
 
     model: Model
@@ -69,6 +72,7 @@ class BackwardPass:
     factors: Factors
     gradients: Gradients
     scratch: Scratch
+    per_layer: Tensor | None = None
 
 
 @dataclass(frozen=True)

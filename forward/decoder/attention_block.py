@@ -30,7 +30,7 @@ from lora.shaders.tensor import Extent, Tensor
 class AttentionActivations:
     """What the block computes."""
 
-    raw_qkv: Tensor | None  # [rows, qkv_size], before the norm of q and k, with qk_norm
+    raw_qkv: Tensor | None  # [rows, projected_size], before the norm of q and k, with qk_norm
     qkv: Tensor  # [rows, qkv_size], q and k normed and rotated
     attended: Tensor  # [rows, query_size]
     lse: Tensor  # f32 [rows, n_heads]
@@ -43,7 +43,7 @@ def allocate_attention(recording: Recording, spec: Attention, rows: Extent) -> A
         return recording.memory.empty((rows.maximum, width), dtype, extent=rows)
 
     return AttentionActivations(
-        raw_qkv=tensor(spec.qkv_size) if spec.qk_norm != NO_NORM else None,
+        raw_qkv=tensor(spec.projected_size) if spec.qk_norm != NO_NORM else None,
         qkv=tensor(spec.qkv_size),
         attended=tensor(spec.query_size),
         lse=tensor(spec.n_heads, "f32"),
@@ -65,13 +65,28 @@ def rotation_of(weights: LayerWeights, spec: Attention, positions: Tensor) -> Ro
 
 
 def spans_of(spec: Attention) -> tuple[Span, ...]:
-    """The norms of q and k as stretches of a row, where `norms_spans`; v stays as it is."""
+    """The norms of q, k and v as stretches of a row, where `norms_spans`.
+
+    Without `value_norm` the columns of v are taken as they are, and come last.
+    """
     q, kv = spec.query_size, spec.kv_size
+    if spec.value_norm:
+        size, n = spec.head_size, spec.n_kv_heads
+        queries = Span(spec.n_heads, size, 0, 0, 0)
+        if spec.keys_of is not None:
+            return (queries,)
+        from_column = q if spec.keys_are_values else q + kv
+        return queries, Span(n, size, q, q, size), Span(n, size, from_column, q + kv, None)
     value = Span(1, kv, q + kv, q + kv, None, normed=False)
     if spec.qk_norm == WIDTH_NORM:
         return Span(1, q, 0, 0, 0), Span(1, kv, q, q, q), value
     size = spec.head_size
     return Span(spec.n_heads, size, 0, 0, 0), Span(spec.n_kv_heads, size, q, q, size), value
+
+
+def turned_heads(spec: Attention) -> int:
+    """Heads of q and of k that rope turns; keys of another layer are turned already."""
+    return spec.n_heads + (spec.n_kv_heads if spec.keys_of is None else 0)
 
 
 def ready_heads(
@@ -81,7 +96,7 @@ def ready_heads(
     """Appends what makes q, k and v of their product ready for attention: norms, rope."""
     heads, norms = Heads.of(spec), head_norms(weights)
     rotation = rotation_of(weights, spec, positions)
-    n_turned = spec.n_heads + spec.n_kv_heads
+    n_turned = turned_heads(spec)
     if act.raw_qkv is not None and norms is not None:
         head_norm_rope(program, act.raw_qkv, norms, rotation, heads, out=act.qkv)
         return
@@ -123,5 +138,6 @@ def record_attention(
     layer.product(normed, "qkv", act.raw_qkv or act.qkv)
     warm_queries(program, weights, spec, act.raw_qkv or act.qkv, context.positions)
     ready_heads(program, weights, spec, act, context.positions)
-    context.attend(program, layer.layer, heads, Attending(act.qkv, act.attended, act.lse))
+    attending = Attending(act.qkv, act.attended, act.lse, spec.keys_of)
+    context.attend(program, layer.layer, heads, attending)
     layer.end(act.attended, "attn_output", end)

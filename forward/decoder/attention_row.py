@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from lora.forward.attention_decode import RowRope, attention_decode_row
+from lora.forward.attention_decode import MOST_FUSED_HEAD, RowRope, attention_decode_row
 from lora.forward.decoder.attention_block import (
     AttentionActivations,
     head_norms,
@@ -14,7 +14,7 @@ from lora.forward.decoder.recorder import Attending, keep_and_attend
 from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
 from lora.forward.heads import Heads
 from lora.forward.int_row import to_int_row
-from lora.forward.model.layer_spec import LATE_NORM, Attention
+from lora.forward.model.layer_spec import HEAD_NORM, LATE_NORM, Attention
 
 
 def record_attention_row(
@@ -22,13 +22,18 @@ def record_attention_row(
 ) -> None:
     """Appends the block, of a row in the form that qkv's product takes."""
     program, weights, inputs = layer.program, layer.weights, layer.inputs
-    raw = act.raw_qkv if spec.norms_spans and act.raw_qkv is not None else act.qkv
+    plain = spec.qk_norm == HEAD_NORM and spec.head_size <= MOST_FUSED_HEAD and not spec.value_norm
+    raw = act.qkv if plain or act.raw_qkv is None else act.raw_qkv
     layer.product(row, "qkv", raw)
     attended = layer.before("attended", act.attended, "attn_output")
-    if spec.qk_norm == LATE_NORM:
+    if spec.qk_norm == LATE_NORM or spec.value_norm or spec.head_size > MOST_FUSED_HEAD:
         ready_heads(program, weights, spec, act, inputs.rope_rows)
         keep_and_attend(
-            program, inputs, layer.cache, Heads.of(spec), Attending(act.qkv, act.attended, act.lse)
+            program,
+            inputs,
+            layer.cache,
+            Heads.of(spec),
+            Attending(act.qkv, act.attended, act.lse, spec.keys_of),
         )
         if attended.ints is not None:
             to_int_row(program, act.attended, attended.ints)

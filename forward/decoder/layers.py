@@ -17,6 +17,7 @@ from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.rmsnorm import NormAfter, rmsnorm
+from lora.forward.scale_rows import scale_rows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -38,6 +39,9 @@ class LayerActivations:
         feed_forward: of its block.
         feed_forward_output: [rows, hidden_size], before its norm, with post_norms.
         z: [rows, members · rank], by adapted group.
+        after_feed_forward: [rows, hidden_size], the residual stream before the layer's own input.
+        per_layer: of that block.
+        per_layer_output: [rows, hidden_size], before its norm.
     """
 
     normed: Tensor | None
@@ -48,6 +52,9 @@ class LayerActivations:
     feed_forward: Any
     feed_forward_output: Tensor | None
     z: Mapping[str, Tensor]
+    after_feed_forward: Tensor | None = None
+    per_layer: Any = None
+    per_layer_output: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -71,6 +78,9 @@ class LayerActivations:
             feed_forward=of_block(spec.feed_forward),
             feed_forward_output=tensor() if spec.post_norms else None,
             z=z,
+            after_feed_forward=None if spec.per_layer is None else tensor("f32"),
+            per_layer=None if spec.per_layer is None else of_block(spec.per_layer),
+            per_layer_output=None if spec.per_layer is None else tensor(),
         )
 
 
@@ -123,10 +133,17 @@ def record_layer(
         BLOCKS[type(spec.mixer)].record(recorder, spec.mixer, act.mixer, act.normed or x, end)
         end = BlockEnd(
             residual=act.middle,
-            out=out,
+            out=act.after_feed_forward or out,
             post_norm=weights.post_feed_forward_norm,
             output=act.feed_forward_output,
         )
         record = BLOCKS[type(spec.feed_forward)].record
         source = act.middle_normed or act.middle
         record(recorder, spec.feed_forward, act.feed_forward, source, end)
+        if spec.per_layer is not None and act.after_feed_forward is not None:
+            source = act.after_feed_forward
+            end = BlockEnd(source, out, weights.post_per_layer_norm, act.per_layer_output)
+            record = BLOCKS[type(spec.per_layer)].record
+            record(recorder, spec.per_layer, act.per_layer, source, end)
+        if weights.output_scale is not None and out is not None:
+            scale_rows(program, out, weights.output_scale, label="output_scale")

@@ -92,7 +92,7 @@ class AdapterLayout:
     ) -> None:
         self.architecture = architecture
         self.targets = frozenset(targets)
-        self.layers = sorted(layers) if self.targets - {HEAD.module} else []
+        self.layers = [layer for layer in sorted(layers) if self._adapts(layer)]
         self.rank = rank
         self.padded_rank = -(-rank // 4) * 4
         self.scale = scale
@@ -104,6 +104,11 @@ class AdapterLayout:
                 self._place(layer, name, matrices)
         self._place(architecture.n_layers, HEAD.group, (HEAD,))
         self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
+
+    def _adapts(self, layer: int) -> bool:
+        """Whether a layer has one of the matrices."""
+        groups = self.architecture.layers[layer].groups.values()
+        return any(matrix.module in self.targets for group in groups for matrix in group)
 
     def _place(self, layer: int, name: str, matrices: Sequence[AdaptableMatrix]) -> None:
         """Gives the adapted matrices of one group their place after all others."""

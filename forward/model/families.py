@@ -40,6 +40,8 @@ class Family:
         multipliers: the metadata have numbers for the embedding, the scores, what the blocks give,
             and the logits. Only for a family without norms of heads and post norms.
         temperature: the metadata may have one for queries far into a text.
+        two_kinds: layers with a window and those without have heads, key heads and rope of their
+            own; some may take other layers' keys and values (forward/model/read_gemma4.py).
         scaled_embedding: embeddings are multiplied by sqrt(hidden_size).
         softcaps: default caps of attention scores and of logits, None where it has no caps.
         window_pattern: every n-th layer sees all, the others a window; 1: a window is for all.
@@ -68,6 +70,7 @@ class Family:
     feed_forward_norm: str = "ffn_norm"
     multipliers: bool = False
     temperature: bool = False
+    two_kinds: bool = False
     scaled_embedding: bool = False
     softcaps: tuple[float, float] | None = None
     window_pattern: int = 1
@@ -113,6 +116,17 @@ FAMILIES = {
         default_epsilon=1e-6,
         local_rope_base=10000.0,
         wide_scale_layers=62,  # 27B
+    ),
+    "gemma4": Family(
+        "Gemma 4, dense and E2B, E4B",
+        activation="gelu_tanh",
+        qk_norm=HEAD_NORM,
+        post_norms=True,
+        scaled_embedding=True,
+        softcaps=(0.0, 0.0),
+        default_epsilon=1e-6,
+        two_kinds=True,
+        peft_layers=LANGUAGE_LAYERS,
     ),
     "phi3": Family("Phi 3, 3.5 and 4", fused_qkv=True, fused_gate_up=True),
     "granite": Family(

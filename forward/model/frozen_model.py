@@ -9,11 +9,14 @@ import numpy as np
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.host_table import HostTable
 from lora.forward.model.inputs import LongExamples
 from lora.forward.model.layer_spec import (
     FUSED_QKV,
+    OUTPUT_SCALE,
     POST_FEED_FORWARD_NORM,
     POST_MIXER_NORM,
+    POST_PER_LAYER_NORM,
     AdaptableMatrix,
     LayerSpec,
     Temperature,
@@ -35,10 +38,12 @@ class LayerWeights:
         biases: by group, [out_features], where it has one.
         mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks, with pre_norms.
         post_mixer_norm, post_feed_forward_norm: the same after them, with post_norms.
+        post_per_layer_norm: the same after the layer's input of its own, where it has one.
         vectors: other tensors of its blocks, by the names of their `stacks`.
         rope: [n_positions, rope dimensions / 2, 2] of the mixer; layers of one rope share it. With
             long_examples twice as many positions: those of long examples after the others. None
             where nothing turns.
+        output_scale: f32 [4], the first of which what comes out is multiplied by; None for nothing.
         temperature: f32 [n_positions], what queries are multiplied by; None where all stay.
     """
 
@@ -52,6 +57,25 @@ class LayerWeights:
     vectors: Mapping[str, Tensor]
     rope: Tensor | None
     temperature: Tensor | None = None
+    post_per_layer_norm: Norm | None = None
+    output_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PerLayerWeights:
+    """What every token has for each layer beside its embedding (Gemma 3n, 4).
+
+    Attributes:
+        table: [vocab_size, layers · size], on the host.
+        projection: [layers · size, hidden_size], of the embedding.
+        norm: of `size` columns, of what the projection gives for a layer.
+        scale: of the table's rows.
+    """
+
+    table: HostTable
+    projection: FrozenMatrix
+    norm: Norm
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -65,6 +89,12 @@ class Model:
     head: FrozenMatrix  # [logits_size, hidden_size]; the embedding itself where they are tied
     n_positions: int  # of the longest example, or text
     long_examples: LongExamples | None  # with LongRoPE, where examples can be that long
+    per_layer: PerLayerWeights | None = None  # what tokens have for every layer
+
+    @property
+    def host_table(self) -> HostTable | None:
+        """The table whose rows the host sends for each micro-batch; None without one."""
+        return None if self.per_layer is None else self.per_layer.table
 
 
 def load_model(
@@ -86,6 +116,10 @@ def load_model(
 
     def vector(name: str) -> Tensor:
         return recording.memory.upload(values(f"{name}.weight"))
+
+    def scale(name: str) -> Tensor:
+        """One number, padded to what can be bound."""
+        return recording.memory.upload(np.repeat(values(f"{name}.weight"), 4))
 
     def temperatures(temperature: Temperature | None) -> Tensor | None:
         if temperature is None or n_positions <= temperature.length:
@@ -134,11 +168,13 @@ def load_model(
                 stack: recording.memory.upload(
                     np.concatenate([values(f"{blk}{name}.weight") for name in names])
                 )
-                for block in (spec.mixer, spec.feed_forward)
+                for block in spec.blocks
                 for stack, names in block.stacks.items()
             },
             rope=rope_tables(spec.rope),
             temperature=temperatures(getattr(spec.mixer, "temperature", None)),
+            post_per_layer_norm=norm(POST_PER_LAYER_NORM, spec.per_layer is not None),
+            output_scale=scale(blk + OUTPUT_SCALE) if spec.output_scale else None,
         )
 
     layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
@@ -148,7 +184,15 @@ def load_model(
     if a.logit_divisor != 1.0:  # the head is linear: a factor of its input is one of its logits
         weight = weight / np.float32(a.logit_divisor)
     output_norm = Norm(recording.memory.upload(weight), a.norm_epsilon)
-    return Model(a, embedding, layers, output_norm, head, n_positions, long_examples)
+    per_layer = None
+    if a.per_layer_size:
+        table = HostTable(tensors["per_layer_token_embd.weight"])
+        table.check(recording.facts)
+        projection = matrix("per_layer_model_proj.weight")
+        # The norm's input is to be divided by sqrt(hidden_size): so is its epsilon's root.
+        norm = Norm(vector("per_layer_proj_norm"), a.norm_epsilon * a.hidden_size)
+        per_layer = PerLayerWeights(table, projection, norm, a.per_layer_size**0.5)
+    return Model(a, embedding, layers, output_norm, head, n_positions, long_examples, per_layer)
 
 
 def _stacked_bias(

@@ -12,11 +12,14 @@ from lora.forward.model.families import Family
 from lora.forward.model.layer_spec import (
     FUSED_QKV,
     MOST_HEAD_SIZE,
+    OUTPUT_SCALE,
     Attention,
     GatedFeedForward,
     LayerSpec,
+    PerLayerInput,
     Temperature,
 )
+from lora.forward.model.read_gemma4 import read_gemma4_attentions
 from lora.forward.model.rope_frequencies import Rope, original_context, read_rope
 from lora.shaders.errors import InputError
 
@@ -30,6 +33,12 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
         InputError: sizes are missing, contradict each other, or are not supported.
     """
     n_layers = metadata.size("block_count")
+    # The last of them may be there to predict further tokens, each with lists' numbers of its own.
+    n_more = metadata.size("nextn_predict_layers", 1) if metadata.get("nextn_predict_layers") else 0
+    if n_more >= n_layers:
+        raise InputError(f"{gguf_file.path}: all {n_layers} layers predict further tokens only.")
+    if not family.two_kinds:
+        metadata.require("attention.shared_kv_layers", 0)
     # A damaged block_count of billions must not become as many layers.
     if n_layers > len(gguf_file.tensors):
         raise InputError(
@@ -38,9 +47,10 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
         )
     hidden_size = metadata.size("embedding_length", multiple_of=4)
     epsilon = metadata.positive_number("attention.layer_norm_rms_epsilon", family.default_epsilon)
+    inputs_size = per_layer_size(metadata, family)
     multipliers = read_multipliers(metadata, family)
     widths = metadata.sizes("feed_forward_length", n_layers, multiple_of=4)
-    return tuple(
+    layers = tuple(
         LayerSpec(
             mixer=mixer,
             feed_forward=GatedFeedForward(width, family.activation, family.fused_gate_up),
@@ -50,17 +60,23 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
             biases=_biases(gguf_file, family, layer),
             pre_norms=family.pre_norms,
             feed_forward_norm=family.feed_forward_norm,
+            per_layer=PerLayerInput(inputs_size, layer, family.activation) if inputs_size else None,
+            output_scale=f"blk.{layer}.{OUTPUT_SCALE}.weight" in gguf_file.tensors,
         )
         for layer, (mixer, width) in enumerate(
             zip(_attentions(gguf_file, metadata, family, n_layers), widths, strict=True)
         )
     )
+    return layers[: n_layers - n_more]
 
 
 def _attentions(
     gguf_file: GGUFFile, metadata: Metadata, family: Family, n_layers: int
 ) -> list[Attention]:
     """The attention of every layer."""
+    if family.two_kinds:
+        is_local = _local_layers(metadata, family, n_layers)
+        return read_gemma4_attentions(gguf_file, metadata, is_local, n_layers)
     hidden_size = metadata.size("embedding_length", multiple_of=4)
     n_heads = metadata.sizes("attention.head_count", n_layers)
     n_kv_heads = n_heads
@@ -145,6 +161,18 @@ def _temperature(metadata: Metadata, family: Family) -> Temperature | None:
     return None if scale is None else Temperature(scale, original_context(metadata))
 
 
+def per_layer_size(metadata: Metadata, family: Family) -> int:
+    """Numbers that a token has for every layer beside its embedding; 0 for none.
+
+    Raises:
+        InputError: the file has some in a model of a family that has none.
+    """
+    key = "embedding_length_per_layer_input"
+    if not family.two_kinds:
+        metadata.require(key, 0)
+    return metadata.size(key, multiple_of=4) if metadata.get(key, 0) else 0
+
+
 def read_softcaps(metadata: Metadata, family: Family) -> tuple[float | None, float | None]:
     """The caps of attention scores and of logits.
 
@@ -219,6 +247,13 @@ def _windows_and_ropes(
         base = metadata.positive_number("rope.freq_base_swa", base)
         local_rope = replace(rope, base=base, factor=1.0, divisors=())
     local = metadata.size("attention.sliding_window"), local_rope
+    is_local = _local_layers(metadata, family, n_layers)
+    whole = None, rope if family.global_rope else replace(rope, factor=math.inf)
+    return [local if flag else whole for flag in is_local]
+
+
+def _local_layers(metadata: Metadata, family: Family, n_layers: int) -> list[bool]:
+    """Which layers have a window, in a model where some have."""
     pattern = metadata.get("attention.sliding_window_pattern", family.window_pattern)
     if isinstance(pattern, list):
         if len(pattern) != n_layers or not all(isinstance(flag, bool) for flag in pattern):
@@ -226,9 +261,6 @@ def _windows_and_ropes(
                 f"{metadata.path}: {metadata.name}.attention.sliding_window_pattern is no list of "
                 f"{n_layers} booleans, one a layer."
             )
-        is_local = pattern
-    else:
-        every = metadata.size("attention.sliding_window_pattern", family.window_pattern)
-        is_local = [every == 1 or layer % every < every - 1 for layer in range(n_layers)]
-    whole = None, rope if family.global_rope else replace(rope, factor=math.inf)
-    return [local if flag else whole for flag in is_local]
+        return pattern
+    every = metadata.size("attention.sliding_window_pattern", family.window_pattern)
+    return [every == 1 or layer % every < every - 1 for layer in range(n_layers)]

@@ -123,7 +123,8 @@ class Rope:
 _KEYS = frozenset(
     f"rope.{key}"
     for key in (
-        "dimension_count", "freq_base", "freq_base_swa", "global.freq_base", "local.freq_base",
+        "dimension_count", "dimension_count_swa",
+        "freq_base", "freq_base_swa", "global.freq_base", "local.freq_base",
         "scale_linear", "scaling.type",
         "scaling.factor", "scaling.attn_factor", "scaling.original_context_length",
         "scaling.finetuned", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",

@@ -57,9 +57,10 @@ class TextTensors:
         """
         piece = min(room, _CPU_PIECE_ROWS if recording.facts.is_cpu else _PIECE_ROWS)
         caches = allocate_caches(recording, model, room)
-        pieces = StepInputs.allocate(recording, piece)
+        table = model.host_table
+        pieces = StepInputs.allocate(recording, piece, table=table)
         head = StepHead.allocate(recording, model)
-        step = StepInputs.allocate(recording, 1, head.token)
+        step = StepInputs.allocate(recording, 1, head.token, table)
         activations = {
             inputs.rows.maximum: StepActivations.allocate(recording, model, inputs.rows)
             for inputs in (pieces, step)
@@ -103,7 +104,8 @@ class DecodeEngine:
                 f"{memory_figures(taken + counted.allocated)}. Lower the room (--max-length, or "
                 "data.max_length)."
             ) from error
-        self.is_cpu = recording.facts.is_cpu
+        # Steps ahead of the host gain nothing on a CPU; and it must know tokens to send their rows.
+        self.waits = recording.facts.is_cpu or model.host_table is not None
         self.piece_rows = self._tensors.pieces.rows.maximum
         self._programs: dict[tuple[str | None, int], tuple[Program, Program]] = {}
         self._prepared: dict[str | None, Commands] = {}  # by adapter

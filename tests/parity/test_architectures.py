@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lora.training.session import TrainingSession
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_model import TinyModel
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, logits, open_session
@@ -161,10 +162,12 @@ def test_every_vector_matters(case: Case) -> None:
             kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     for kind, names in kinds.items():
         net = build(case.model)
-        neutral = 0.0 if kind.endswith("bias") or "gemma" in case.model.family else 1.0
+        less_one = FAMILIES[case.model.family].stored_less_one
+        neutral = 0.0 if kind.endswith("bias") or less_one else 1.0
+        state = net.state_dict()  # a layer's scale is a buffer
         with torch.no_grad():
             for name in names:
-                net.get_parameter(name).fill_(neutral)
+                state[name].fill_(neutral)
         difference = float(np.abs(logits(net, rows) - case.judgement.logits).max())
         assert difference > 100 * LOGITS_TOLERANCE, kind
 

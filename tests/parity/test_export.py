@@ -112,6 +112,8 @@ _IN_LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3
 _NEWER_IN_LLAMA_CPP = (
     "granite", "olmo2", "olmo3", "glm4", "mistral3", "ernie4_5", "exaone4_whole", "hunyuan",
     "seed_oss",
+    "gemma4_e2b",
+    "gemma4_dense",
 )  # fmt: skip
 
 

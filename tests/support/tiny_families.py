@@ -7,6 +7,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from tests.support.tiny_gemma4 import gemma4_layer_shapes
+
 if TYPE_CHECKING:
     from tests.support.tiny_model import TinyModel
 
@@ -65,6 +67,7 @@ FAMILIES = {
         stored_less_one=True,
         keys={"sliding_window": "attention.sliding_window"},
     ),
+    "gemma4_text": TinyFamily("gemma4"),
     "phi3": TinyFamily(fused_qkv=True, fused_gate_up=True),
     "granite": TinyFamily(
         permuted=True,
@@ -102,8 +105,10 @@ FAMILIES = {
 }
 
 
-def layer_shapes(model: TinyModel) -> dict[str, tuple[int, ...]]:
+def layer_shapes(model: TinyModel, layer: int) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer, by their names within it."""
+    if model.family == "gemma4_text":
+        return gemma4_layer_shapes(model, layer)
     c, family = model.config, FAMILIES[model.family]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     queries = c["num_attention_heads"] * model.head_dim

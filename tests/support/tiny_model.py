@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +23,13 @@ import safetensors.numpy
 
 from lora.forward.model.row_order import permute_rows_to_gguf
 from tests.support.tiny_families import FAMILIES, layer_shapes, llama3_divisors, rope_of_family
+from tests.support.tiny_gemma4 import gemma4_divisors, gemma4_metadata, gemma4_shapes
 from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
 LENGTHS = (40, 23)
 
+_FROZEN = ("model.embed_tokens", "model.per_layer_model_projection")  # never adapted
 _GAIN = 1.3  # matrices make their output this much larger than their normed input
 _EMBEDDING_STD = 0.4  # logits then spread by about 3
 _NORM_STD = 0.3
@@ -96,12 +98,14 @@ class TinyModel:
         """Every parameter of the Hugging Face model."""
         c = self.config
         hidden = c["hidden_size"]
-        of_layer = layer_shapes(self)
         vocabulary = (c["vocab_size"], hidden)
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
         for layer in range(c["num_hidden_layers"]):
+            of_layer = layer_shapes(self, layer)
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
         shapes["model.norm.weight"] = (hidden,)
+        if self.family == "gemma4_text":
+            shapes |= gemma4_shapes(self)
         if not c["tie_word_embeddings"]:
             shapes["lm_head.weight"] = vocabulary
         return shapes
@@ -126,7 +130,7 @@ class TinyModel:
                 values = _NORM_STD * values + (
                     0.0 if FAMILIES[self.family].stored_less_one else 1.0
                 )
-            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+            elif name.startswith("model.embed_tokens") or name == "lm_head.weight":
                 values *= _EMBEDDING_STD
             else:
                 values *= _GAIN / math.sqrt(shape[1])
@@ -146,7 +150,7 @@ class TinyModel:
         if self.adapted_head:  # where it is tied, only the head's use of the weight is adapted
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
         for name, shape in shapes.items():
-            if len(shape) == 1 or name == "model.embed_tokens.weight":
+            if len(shape) == 1 or name.startswith(_FROZEN):
                 continue
             if name == "lm_head.weight":
                 if not self.adapted_head:
@@ -183,11 +187,20 @@ class TinyModel:
             settings |= {"layers_to_transform": self.adapted_layers, "layers_pattern": "layers"}
         (directory / "adapter_config.json").write_text(json.dumps(settings))
 
-    def write_gguf(self, path: Path, fused_layers: Collection[int] = ()) -> None:
+    def write_gguf(
+        self,
+        path: Path,
+        fused_layers: Collection[int] = (),
+        *,
+        more: Mapping[str, np.ndarray] | None = None,
+        keys: Mapping[str, Any] | None = None,
+    ) -> None:
         """Writes the model as llama.cpp's converter would.
 
         Args:
             fused_layers: whose q, k and v are one tensor, as its --fuse-qkv makes them.
+            more: tensors beside the model's.
+            keys: metadata in place of the model's, without prefix.
         """
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         if self.architecture not in known:
@@ -208,6 +221,8 @@ class TinyModel:
                 values = permute_rows_to_gguf(exact, heads[module])
             if FAMILIES[self.family].stored_less_one and name.endswith("norm.weight"):
                 values = exact + np.float32(1.0)
+            if name.endswith("layer_scalar"):
+                name += ".weight"
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if gguf_name is None or gguf_name in tensors:
                 raise ValueError(f"gguf-py has no name of its own for {name}")
@@ -219,8 +234,9 @@ class TinyModel:
                 tensors[f"blk.{layer}.attn_qkv.{kind}"] = whole
         write_gguf(
             path,
-            self._metadata(),
-            {**self._rope_tensors(), **tensors},
+            self._metadata()
+            | {f"{self.architecture}.{key}": value for key, value in (keys or {}).items()},
+            {**self._rope_tensors(), **tensors, **(more or {})},
             {".weight": self.matrix_type} if self.matrix_type != "F32" else {},
         )
 
@@ -250,6 +266,8 @@ class TinyModel:
             if c.get(name) is not None:
                 sizes[key] = c[name]
         sizes |= self._rope_metadata() | self.extra_metadata
+        if self.family == "gemma4_text":
+            sizes |= gemma4_metadata(self)
         return {
             "general.architecture": self.architecture,
             "general.type": "model",
@@ -292,6 +310,8 @@ class TinyModel:
 
     def _rope_tensors(self) -> dict[str, np.ndarray]:
         rope = self.config["rope_parameters"]
+        if self.family == "gemma4_text":
+            return {"rope_freqs.weight": gemma4_divisors(self)}
         if rope.get("rope_type") == "longrope":
             return {
                 f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)

@@ -2,10 +2,69 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tests.support.tiny_config import config_of, rope_of
 from tests.support.tiny_model import TinyModel
 
+_LOCAL, _GLOBAL = "sliding_attention", "full_attention"
+
+
+def _gemma4_config(**changes: Any) -> dict[str, Any]:
+    """Without inputs of layers and shared keys."""
+    return config_of(
+        head_dim=16,
+        global_head_dim=32,
+        num_global_key_value_heads=None,
+        rms_norm_eps=1e-6,
+        sliding_window=8,
+        final_logit_softcapping=5.0,
+        vocab_size_per_layer_input=320,
+        hidden_size_per_layer_input=0,
+        num_kv_shared_layers=0,
+        attention_k_eq_v=False,
+        use_double_wide_mlp=False,
+        pad_token_id=0,
+        rope_parameters={
+            _GLOBAL: rope_of("proportional", rope_theta=1e6, partial_rotary_factor=0.25),
+            _LOCAL: rope_of(),
+        },
+        **changes,
+    )
+
+
 NEWER_MODELS = (
+    TinyModel(
+        "gemma4_e2b",
+        "gemma4_text",
+        # Of E2B's kind. Layers 2 and 3 are those whose keys and values the last three take.
+        _gemma4_config()
+        | {
+            "num_hidden_layers": 7,
+            "num_key_value_heads": 1,
+            "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _GLOBAL, _LOCAL, _LOCAL, _GLOBAL],
+            "hidden_size_per_layer_input": 16,
+            "num_kv_shared_layers": 3,
+            "use_double_wide_mlp": True,
+        },
+        transformers_reads=False,
+    ),
+    TinyModel(
+        "gemma4_dense",
+        "gemma4_text",
+        # Of 31B's kind: where all is seen, keys are values, and have heads of their own number.
+        _gemma4_config()
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _GLOBAL],
+            "num_global_key_value_heads": 1,
+            "attention_k_eq_v": True,
+        },
+        rank=6,
+        alpha=12,
+        adapted_layers=(1, 2, 3),
+        transformers_reads=False,
+    ),
     TinyModel(
         "granite",
         "granite",

@@ -18,6 +18,7 @@ from lora.forward.model.layer_spec import (
     Attention,
     GatedFeedForward,
     LayerSpec,
+    PerLayerInput,
     Temperature,
 )
 from lora.forward.model.rope_frequencies import Rope
@@ -47,11 +48,14 @@ CHANGED: dict[str, dict[str, Any]] = {
     },
     "": {
         "hidden_size": 48, "norm_epsilon": 1e-6, "post_norms": False, "biases": frozenset(),
-        "pre_norms": False, "feed_forward_norm": "other_norm",
+        "pre_norms": False, "feed_forward_norm": "other_norm", "output_scale": True,
+        "per_layer": PerLayerInput(16, 1, "gelu_tanh"),
     },
 }  # fmt: skip
 # How the file lies, not how the layer computes: read where files are (the second test).
 OF_FILES = {"fused_modules", "permuted", "fused_tensor", "feed_forward_norm"}
+# What other fields must allow; see the tests below, and the tiny models of Gemma 4.
+ONLY_TOGETHER = {"temperature", "value_norm", "keys_are_values", "keys_of"}
 # A bias is added by the forward alone: its gradient passes on as it is.
 UNSEEN = {("backward", "biases")}
 
@@ -66,13 +70,13 @@ def changed(part: str, name: str) -> LayerSpec:
 def test_every_field_has_another_value() -> None:
     for part, values in CHANGED.items():
         of = getattr(SPEC, part) if part else SPEC
-        names = {field.name for field in fields(of)} - {"mixer", "feed_forward", "temperature"}
+        names = {field.name for field in fields(of)} - {"mixer", "feed_forward", *ONLY_TOGETHER}
         assert set(values) == names
         assert all(getattr(of, name) != value for name, value in values.items())
 
 
 def test_every_kind_has_its_rows() -> None:
-    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == {Attention, GatedFeedForward}
+    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == {Attention, GatedFeedForward, PerLayerInput}
 
 
 def recorded_by(recording: Recording, path: str, spec: LayerSpec) -> list[Any]:
@@ -96,9 +100,20 @@ def test_what_is_recorded_follows_every_norm_and_a_temperature(
         for values in (
             {"qk_norm": NO_NORM}, {"qk_norm": HEAD_NORM}, {"qk_norm": LATE_NORM},
             {"qk_norm": WIDTH_NORM}, {"qk_norm": NO_NORM, "temperature": Temperature(0.1, 8)},
+            {"value_norm": True}, {"value_norm": True, "keys_are_values": True},
         )
     ]  # fmt: skip
     assert all(a != b for i, a in enumerate(kinds) for b in kinds[:i])
+
+
+@pytest.mark.parametrize("path", paths_of())
+@pytest.mark.parametrize("other", [{"size": 32}, {"activation": "silu"}])
+def test_what_is_recorded_follows_a_layer_s_own_input(
+    recording: Recording, path: str, other: dict[str, Any]
+) -> None:
+    own = PerLayerInput(16, 1, "gelu_tanh")
+    both = [replace(SPEC, per_layer=one) for one in (own, replace(own, **other))]
+    assert recorded_by(recording, path, both[0]) != recorded_by(recording, path, both[1])
 
 
 @pytest.mark.parametrize("path", paths_of())
