@@ -86,7 +86,7 @@ class Family:
 _QKV_BIASES = frozenset(("attn_q", "attn_k", "attn_v"))
 FAMILIES = {
     "llama": Family(
-        "Llama 2 and 3, Mistral, SmolLM 1 and 2",
+        "Llama 2 and 3, Mistral, Devstral Small 1, SmolLM 1 and 2",
         rope_interleaved=True,
         permuted=True,
         biases=frozenset(
@@ -106,7 +106,7 @@ FAMILIES = {
         wide_scale_layers=46,  # 27B
     ),
     "gemma3": Family(
-        "Gemma 3",
+        "Gemma 3, FunctionGemma",
         activation="gelu_tanh",
         qk_norm=HEAD_NORM,
         post_norms=True,
@@ -148,7 +148,7 @@ FAMILIES = {
         post_norms=True,
     ),
     "mistral3": Family(
-        "Ministral 3, Mistral Small 3, Devstral",
+        "Ministral 3, Mistral Small 3, Devstral 2",
         rope_interleaved=True,
         permuted=True,
         temperature=True,
@@ -181,7 +181,7 @@ def family_of(gguf_file: GGUFFile) -> Family:
     if name is None:
         raise InputError(f"{gguf_file.path} lacks the metadata key general.architecture.")
     if name not in FAMILIES:
-        supported = "; ".join(f"{key} ({row.models})" for key, row in FAMILIES.items())
+        supported = ", ".join(FAMILIES)
         raise InputError(
             f"{gguf_file.path} has the architecture {name!r}, which is not supported; "
             f"supported: {supported}."
