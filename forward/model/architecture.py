@@ -21,7 +21,12 @@ from lora.forward.model.layer_spec import (
     AdaptableMatrix,
     LayerSpec,
 )
-from lora.forward.model.model_tensors import check_tensors, unused_tensors
+from lora.forward.model.model_tensors import (
+    check_tensors,
+    read_scale,
+    scales_adapters,
+    unused_tensors,
+)
 from lora.forward.model.read_layers import (
     per_layer_size,
     read_layers,
@@ -46,6 +51,8 @@ class Architecture:
         logit_softcap: logits s become softcap · tanh(s / softcap); None for no cap.
         embedding_scale: embeddings are multiplied by it.
         logit_divisor: logits are divided by it.
+        scaled: tensors whose products are multiplied by a number of their own, each with that,
+            where llama.cpp does so with an adapter's share, too.
         unused: what tensors of the file are that text doesn't need, each with how many.
         per_layer_size: numbers that a token has for every layer beside its embedding; 0 for none.
         peft_layers: where the layers lie in the Hugging Face model that its checkpoints open as.
@@ -62,6 +69,7 @@ class Architecture:
     embedding_scale: float
     logit_divisor: float = 1.0
     peft_layers: str = TEXT_LAYERS
+    scaled: tuple[tuple[str, float], ...] = ()
     unused: tuple[tuple[str, int], ...] = ()
     per_layer_size: int = 0
 
@@ -138,6 +146,7 @@ class Architecture:
             else multipliers.embedding / multipliers.residual,
             logit_divisor=multipliers.logits,
             peft_layers=family.peft_layers,
+            scaled=_scaled_tensors(gguf_file),
             unused=tuple((what, len(names)) for what, names in unused.items()),
             per_layer_size=per_layer_size(metadata, family),
         )
@@ -199,6 +208,13 @@ def _check_nothing_unsupported(metadata: Metadata) -> None:
         )
     for key, neutral in _NEUTRAL_VALUES.items():
         metadata.require(key, *neutral)
+
+
+def _scaled_tensors(gguf_file: GGUFFile) -> tuple[tuple[str, float], ...]:
+    scales = ((name, read_scale(name, gguf_file)) for name in gguf_file.tensors)
+    return tuple(
+        (name, scale) for name, scale in scales if scale is not None and scales_adapters(name)
+    )
 
 
 def _vocab_size(gguf_file: GGUFFile, metadata: Metadata) -> int:

@@ -21,6 +21,7 @@ from lora.forward.model.layer_spec import (
     LayerSpec,
     Temperature,
 )
+from lora.forward.model.model_tensors import scaled_tensor
 from lora.forward.model.norm import Norm
 from lora.forward.model.rope_frequencies import Rope, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
@@ -109,7 +110,9 @@ def load_model(
     tensors, a = gguf_file.tensors, architecture
 
     def matrix(*names: str) -> FrozenMatrix:
-        return load_matrix(recording, [tensors[name] for name in names])
+        holds_data = recording.memory.holds_data
+        found = [scaled_tensor(name, gguf_file, holds_data=holds_data) for name in names]
+        return load_matrix(recording, found)
 
     def values(name: str) -> np.ndarray:
         return read_vector(gguf_file, tensors[name])

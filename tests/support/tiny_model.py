@@ -194,6 +194,7 @@ class TinyModel:
         *,
         more: Mapping[str, np.ndarray] | None = None,
         keys: Mapping[str, Any] | None = None,
+        scales: Mapping[str, float] | None = None,
     ) -> None:
         """Writes the model as llama.cpp's converter would.
 
@@ -201,6 +202,7 @@ class TinyModel:
             fused_layers: whose q, k and v are one tensor, as its --fuse-qkv makes them.
             more: tensors beside the model's.
             keys: metadata in place of the model's, without prefix.
+            scales: of tensors, by the names of their scales: each tensor is divided by its own.
         """
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         if self.architecture not in known:
@@ -232,6 +234,9 @@ class TinyModel:
             if parts[0] in tensors:
                 whole = np.concatenate([tensors.pop(part) for part in parts])
                 tensors[f"blk.{layer}.attn_qkv.{kind}"] = whole
+        for name, scale in (scales or {}).items():
+            tensors[f"{name.removesuffix('scale')}weight"] /= np.float32(scale)
+            tensors[name] = np.array([scale], np.float32)
         write_gguf(
             path,
             self._metadata()
