@@ -51,9 +51,9 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
         name), layers (how many have it) and of, all layers; left_alone, what tensors are that text
         doesn't need, each with how many; tensor_types, a list of type, tensors, parameters, bytes,
         the largest first; tokenizer, None or kind, pre, entries, special (id and text by role),
-        problem (why the file's own can't be used, or None); chat_template, None or characters and first_line; adapter, None
-        or rank (the highest), ranks, alpha (or None) and tensors of a GGUF adapter; trainable, and
-        obstacles, the reasons why it can't be trained.
+        problem (why the file's own can't be used, or None); chat_template, None or characters and
+        first_line; adapter, None or rank (the highest), ranks, alpha (or None) and tensors of a
+        GGUF adapter; trainable, and obstacles, the reasons why it can't be trained.
 
     Raises:
         InputError: there is no such file, or it cannot be read as GGUF.
