@@ -80,6 +80,9 @@ class AdapterLayout:
             is adapted whatever the layers are.
         rank: of every matrix, as the user asked for it.
         scale: what B · A is multiplied by.
+
+    Raises:
+        InputError: the layers have none of the matrices.
     """
 
     def __init__(
@@ -103,6 +106,11 @@ class AdapterLayout:
             for name, matrices in architecture.layers[layer].groups.items():
                 self._place(layer, name, matrices)
         self._place(architecture.n_layers, HEAD.group, (HEAD,))
+        if self.targets and layers and not self.groups:
+            raise InputError(
+                f"adapter.targets: none of the layers {', '.join(map(str, sorted(layers)))} has "
+                f"{' or '.join(sorted(self.targets))} of its own; lora inspect says how many do."
+            )
         self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
 
     def _adapts(self, layer: int) -> bool:

@@ -33,20 +33,33 @@ def _gemma4_config(**changes: Any) -> dict[str, Any]:
     )
 
 
+# Of E2B's kind. Layers 2 and 3 are those whose keys and values the last three take.
+_E2B = _gemma4_config() | {
+    "num_hidden_layers": 7,
+    "num_key_value_heads": 1,
+    "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _GLOBAL, _LOCAL, _LOCAL, _GLOBAL],
+    "hidden_size_per_layer_input": 16,
+    "num_kv_shared_layers": 3,
+    "use_double_wide_mlp": True,
+}
+
+
 NEWER_MODELS = (
     TinyModel(
         "gemma4_e2b",
         "gemma4_text",
-        # Of E2B's kind. Layers 2 and 3 are those whose keys and values the last three take.
-        _gemma4_config()
-        | {
-            "num_hidden_layers": 7,
-            "num_key_value_heads": 1,
-            "layer_types": [_LOCAL, _GLOBAL, _LOCAL, _GLOBAL, _LOCAL, _LOCAL, _GLOBAL],
-            "hidden_size_per_layer_input": 16,
-            "num_kv_shared_layers": 3,
-            "use_double_wide_mlp": True,
-        },
+        _E2B,
+        transformers_reads=False,
+    ),
+    TinyModel(
+        "gemma4_upper",
+        "gemma4_text",
+        # A prefix that is frozen, with a layer whose keys and values others take; another such
+        # layer is the lowest that is adapted.
+        _E2B,
+        rank=6,
+        alpha=12,
+        adapted_layers=(3, 5, 6),
         transformers_reads=False,
     ),
     TinyModel(
