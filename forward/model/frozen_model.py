@@ -19,11 +19,10 @@ from lora.forward.model.layer_spec import (
     POST_PER_LAYER_NORM,
     AdaptableMatrix,
     LayerSpec,
-    Temperature,
 )
 from lora.forward.model.model_tensors import scaled_tensor
 from lora.forward.model.norm import Norm
-from lora.forward.model.rope_frequencies import Rope, read_vector
+from lora.forward.model.rope_frequencies import Rope, Temperature, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor

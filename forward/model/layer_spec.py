@@ -13,9 +13,7 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-import numpy as np
-
-from lora.forward.model.rope_frequencies import Rope
+from lora.forward.model.rope_frequencies import Rope, Temperature
 
 MOST_HEAD_SIZE = 512  # numbers in a head that attention has kernels for
 
@@ -49,19 +47,6 @@ class BlockSpec(ABC):
     def sizes(self) -> tuple[object, ...]:
         """What decides the shapes of its activations; all of it where a kind doesn't say."""
         return (self,)
-
-
-@dataclass(frozen=True)
-class Temperature:
-    """Queries at position p are multiplied by 1 + scale · ln(1 + floor(p / length)) (Llama 4)."""
-
-    scale: float
-    length: int
-
-    def factors(self, n_positions: int) -> np.ndarray:
-        """What queries are multiplied by, f32 [n_positions]; computed in float64."""
-        turns = np.arange(n_positions, dtype=np.float64) // self.length
-        return (1.0 + self.scale * np.log1p(turns)).astype(np.float32)
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,9 @@ from lora.forward.model.layer_spec import (
     GatedFeedForward,
     LayerSpec,
     PerLayerInput,
-    Temperature,
 )
 from lora.forward.model.read_gemma4 import read_gemma4_attentions
-from lora.forward.model.rope_frequencies import Rope, original_context, read_rope
+from lora.forward.model.rope_frequencies import Rope, Temperature, original_context, read_rope
 from lora.shaders.errors import InputError
 
 _QKV = frozenset(("attn_q", "attn_k", "attn_v"))

@@ -119,6 +119,19 @@ class Rope:
         return (self.amplitude * both).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Temperature:
+    """Queries at position p are multiplied by 1 + scale · ln(1 + floor(p / length)) (Llama 4)."""
+
+    scale: float
+    length: int
+
+    def factors(self, n_positions: int) -> np.ndarray:
+        """What queries are multiplied by, f32 [n_positions]; computed in float64."""
+        turns = np.arange(n_positions, dtype=np.float64) // self.length
+        return (1.0 + self.scale * np.log1p(turns)).astype(np.float32)
+
+
 # What `rope.` keys say that is read here; any other would be dropped in silence.
 _KEYS = frozenset(
     f"rope.{key}"

@@ -19,9 +19,8 @@ from lora.forward.model.layer_spec import (
     GatedFeedForward,
     LayerSpec,
     PerLayerInput,
-    Temperature,
 )
-from lora.forward.model.rope_frequencies import Rope
+from lora.forward.model.rope_frequencies import Rope, Temperature
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
 from lora.shaders.recording import Recording
