@@ -8,7 +8,11 @@ from typing import Any
 
 from lora.backward.attention_block import allocate_attention_gradients, record_attention_backward
 from lora.backward.gated_block import allocate_gated_gradient, record_gated_backward
-from lora.forward.model.layer_spec import Attention, GatedFeedForward
+from lora.backward.per_layer_block import (
+    allocate_per_layer_gradient,
+    record_per_layer_backward,
+)
+from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
 
 
 @dataclass(frozen=True)
@@ -17,9 +21,9 @@ class BlockBackward:
 
     Attributes:
         allocate: (recording, spec, rows) → its gradients of activations.
-        record: (BackwardRecorder, spec, activations, normed, d_output, NormBefore) → whether
+        record: (BackwardRecorder, spec, activations, normed, d_output, Before) → whether
             anything below the block is wanted: appends the block from the gradient to its last
-            product down to that of the norm before it.
+            product down to what lies before it.
     """
 
     allocate: Callable[..., Any]
@@ -29,4 +33,5 @@ class BlockBackward:
 BLOCKS_BACKWARD: Mapping[type, BlockBackward] = {
     Attention: BlockBackward(allocate_attention_gradients, record_attention_backward),
     GatedFeedForward: BlockBackward(allocate_gated_gradient, record_gated_backward),
+    PerLayerInput: BlockBackward(allocate_per_layer_gradient, record_per_layer_backward),
 }

@@ -6,7 +6,7 @@ from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.matmul import matmul_backward
-from lora.backward.recorder import BackwardPass, BackwardRecorder
+from lora.backward.recorder import AddBefore, BackwardPass, BackwardRecorder, Before
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.forward.decoder.head import (
     HeadActivations,
@@ -18,6 +18,7 @@ from lora.forward.decoder.head import (
 from lora.forward.decoder.layers import LayerActivations
 from lora.forward.gather import gather_rows
 from lora.forward.model.norm import Norm
+from lora.forward.scale_rows import scale_rows
 from lora.forward.sums import sum_into
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -86,6 +87,11 @@ def record_head_backward(
         )  # fmt: skip
 
 
+def _before(x: Tensor, norm: Norm | None, d_x: Tensor) -> Before:
+    """What lies before a block: the norm of the residual stream, or the stream itself."""
+    return AddBefore(d_x) if norm is None else NormBefore(x, norm, d_x, residual=d_x)
+
+
 def record_layer_backward(
     program: Program,
     shared: BackwardPass,
@@ -118,14 +124,27 @@ def record_layer_backward(
     recorder = BackwardRecorder(program, shared, layer, act.z, adapted[0] if lowest else "")
     d_x = scratch.d_x
     with program.scope(f"layers.{layer}"):
-        norm = NormBefore(act.middle, weights.feed_forward_norm, d_x, residual=d_x)
+        if weights.output_scale is not None:
+            scale_rows(program, d_x, weights.output_scale, label="output_scale_backward")
+        if spec.per_layer is not None and act.after_feed_forward is not None:
+            d_output = below_norm(act.per_layer_output, weights.post_per_layer_norm)
+            record, source = BLOCKS_BACKWARD[type(spec.per_layer)].record, act.after_feed_forward
+            before = AddBefore(d_x)
+            if not record(recorder, spec.per_layer, act.per_layer, source, d_output, before):
+                return
+        norm = _before(act.middle, weights.feed_forward_norm, d_x)
         d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
         record = BLOCKS_BACKWARD[type(spec.feed_forward)].record
         if not record(
-            recorder, spec.feed_forward, act.feed_forward, act.middle_normed, d_output, norm
+            recorder,
+            spec.feed_forward,
+            act.feed_forward,
+            act.middle_normed or act.middle,
+            d_output,
+            norm,
         ):
             return
-        norm = NormBefore(x, weights.mixer_norm, d_x, residual=d_x)
+        norm = _before(x, weights.mixer_norm, d_x)
         d_output = below_norm(act.mixer_output, weights.post_mixer_norm)
         record = BLOCKS_BACKWARD[type(spec.mixer)].record
-        record(recorder, spec.mixer, act.mixer, act.normed, d_output, norm)
+        record(recorder, spec.mixer, act.mixer, act.normed or x, d_output, norm)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from lora.backward.recorder import BackwardRecorder
-from lora.backward.rmsnorm import NormBefore
+from lora.backward.recorder import BackwardRecorder, Before
 from lora.backward.swiglu import swiglu_backward
 from lora.forward.decoder.gated_block import GatedActivations
 from lora.forward.model.layer_spec import GatedFeedForward
@@ -19,7 +18,7 @@ def allocate_gated_gradient(recording: Recording, spec: GatedFeedForward, rows: 
 
 def record_gated_backward(
     layer: BackwardRecorder, spec: GatedFeedForward, act: GatedActivations, normed: Tensor,
-    d_output: Tensor, norm: NormBefore,
+    d_output: Tensor, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gate_up is overwritten."""
     d_gated = layer.scratch(spec)
@@ -28,4 +27,4 @@ def record_gated_backward(
     d_gate_up = swiglu_backward(
         layer.program, act.gate_up, d_gated, activation_name=spec.activation, out=act.gate_up
     )
-    return layer.through("gate_up", normed, d_gate_up, layer.shared.scratch.d_normed, norm)
+    return layer.through("gate_up", normed, d_gate_up, layer.shared.scratch.d_normed, before)

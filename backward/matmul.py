@@ -21,6 +21,7 @@ def matmul_backward(
     d_z: Tensor | None = None,
     out: Tensor | None = None,
     norm: ProductNorm | None = None,
+    accumulate: bool = False,
     label: str = "matmul_backward",
 ) -> Tensor:  # [rows, in_features]
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
@@ -32,6 +33,7 @@ def matmul_backward(
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
         out: where to write; a new tensor by default.
         norm: the backward of the norm that gave x, appended too; d_x may then stay unwritten.
+        accumulate: add to d_x.
     """
     extent = extent_of(d_y)
     check_shape("matmul_backward input", d_y, None, matrix.out_features)
@@ -52,7 +54,7 @@ def matmul_backward(
             low=d_z,
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
-            epilogue="write" if index == 0 else "accumulate",
+            epilogue="write" if index == 0 and not accumulate else "accumulate",
         )
         record_product(program, one, norm if whole else None, label)
     if norm is not None and not whole:

@@ -15,6 +15,20 @@ from lora.forward.model.inputs import Inputs
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
+
+@dataclass(frozen=True)
+class AddBefore:
+    """A block that is given the residual stream: its input's gradient is added to the stream's.
+
+    Attributes:
+        out: f32 [rows, hidden_size].
+    """
+
+    out: Tensor
+
+
+Before = NormBefore | AddBefore
+
 Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
 
 
@@ -27,6 +41,7 @@ class Scratch:
         d_normed: [rows, hidden_size].
         d_output: [rows, hidden_size], below a post norm, with post_norms.
         blocks: by the `sizes` of a block, as the table allocates it.
+        d_kept: f32 [rows, 2 · kv_size], of keys and values that other layers take, by their layer.
         d_z: [rows, width], by width.
         d_head_z: [targets, rank], where the head is adapted.
         d_head_normed, d_picked: [targets, hidden_size].
@@ -36,6 +51,7 @@ class Scratch:
     d_normed: Tensor
     d_output: Tensor | None
     blocks: Mapping[tuple[object, ...], Any]
+    d_kept: Mapping[int, Tensor]
     d_z: Mapping[int, Tensor]
     d_head_z: Tensor | None
     d_head_normed: Tensor
@@ -48,6 +64,7 @@ class BackwardPass:
 
     Attributes:
         gradients: the slices that gradients of A and B are added to.
+        per_layer: what tokens have for the layers; None in models without.
     """
 
     model: Model
@@ -55,6 +72,7 @@ class BackwardPass:
     factors: Factors
     gradients: Gradients
     scratch: Scratch
+    per_layer: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,14 +100,15 @@ class BackwardRecorder:
         return self.shared.scratch.blocks[block.sizes]
 
     def through(
-        self, group: str, source: Tensor, d_y: Tensor, out: Tensor, norm: NormBefore | None = None
+        self, group: str, source: Tensor, d_y: Tensor, out: Tensor, before: Before | None = None
     ) -> bool:
-        """Appends the gradients of a group's factors, and of its input or, given one, its norm's.
+        """Appends the gradients of a group's factors, and of its input or what lies before that.
 
         Args:
             source: [rows, in_features], what the product was given.
             d_y: [rows, out_features].
-            out: [rows, in_features], the gradient to source.
+            out: [rows, in_features], the gradient to source, where nothing lies before.
+            before: what does, before a block.
 
         Returns:
             Whether anything below the group is wanted; if not, `out` is not written.
@@ -102,8 +121,10 @@ class BackwardRecorder:
             slices = self.shared.gradients[self.layer, group]
             lora_gradients(self.program, source, z, d_y, d_z, lora, slices)
         if wanted:
+            stream = before.out if isinstance(before, AddBefore) else None
             matmul_backward(
-                self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z, out=out,
-                norm=norm, label=f"{group}_backward",
+                self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z,
+                out=stream or out, norm=None if isinstance(before, AddBefore) else before,
+                accumulate=stream is not None, label=f"{group}_backward",
             )  # fmt: skip
         return wanted

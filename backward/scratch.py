@@ -7,6 +7,7 @@ from lora.backward.recorder import Scratch
 from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
+from lora.forward.model.layer_spec import Attention
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
@@ -25,14 +26,22 @@ def allocate_scratch(
 
     head = factors.get((a.n_layers, "head"))
     in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]
-    blocks = {b.sizes: b for spec in a.layers for b in (spec.mixer, spec.feed_forward)}
+    blocks = {b.sizes: b for spec in a.layers for b in spec.blocks}
+    lowest = min((layer for layer, _ in factors), default=a.n_layers)
+    # Below the lowest adapted layer nobody asks for the gradients of keys and values.
+    kept = {donor: a.layers[donor].mixer for donor in a.donors if donor >= lowest}
     return Scratch(
         d_x=tensor(a.hidden_size, "f32"),
         d_normed=tensor(a.hidden_size),
-        d_output=tensor(a.hidden_size) if any(spec.post_norms for spec in a.layers) else None,
+        d_output=tensor(a.hidden_size) if any(spec.norms_outputs for spec in a.layers) else None,
         blocks={
             sizes: BLOCKS_BACKWARD[type(block)].allocate(recording, block, rows)
             for sizes, block in blocks.items()
+        },
+        d_kept={
+            donor: tensor(2 * mixer.kv_size, "f32")
+            for donor, mixer in kept.items()
+            if isinstance(mixer, Attention)
         },
         d_z={w: tensor(w, "f32") for w in {f.n_members * f.rank for f in in_layers}},
         d_head_z=None if head is None else over_targets(head.rank),

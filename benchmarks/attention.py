@@ -46,6 +46,7 @@ from lora.shaders.tensor import Tensor
 SHAPES = {
     "smollm2": Shape(9, 3, 64, 64**-0.5),
     "gemma3": Shape(4, 1, 256, 256**-0.5, window=512),
+    "gemma4": Shape(8, 1, 512, 512**-0.5),  # layers of E2B that see all
     "llama": Shape(32, 8, 64, 64**-0.5),
     "tiny": Shape(2, 1, 64, 64**-0.5),  # for a look at this script on a CPU device
 }
@@ -65,6 +66,11 @@ CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
         *itertools.product((1, 2), (128,), (4,), (32,), (4, 8)),
         *itertools.product((1,), (256,), (4,), (32,), (2, 4)),
         *itertools.product((1,), (256,), (8,), (64,), (4, 8)),
+    ],
+    512: [
+        *itertools.product((1, 2), (128,), (4,), (32,), (1, 2, 4)),
+        *itertools.product((1,), (256,), (4,), (32,), (1, 2)),
+        *itertools.product((1,), (256,), (8,), (64,), (2, 4, 8)),
     ],
 }
 

@@ -135,6 +135,9 @@ class Tile:
         return tiles * (8 if tile_type == "f16" else 16) + self.teams * (weights + maxima)
 
 
+_LARGE = Tile(team_lanes=128, per_lane=2, chunk=32, slices=4, held=False)
+_LARGE_HALF = replace(_LARGE, half=True)
+
 # On GPUs, by kernel, type of tiles and the largest head size that a row is for: set these by
 # benchmarks/attention.py, which prints rows. `per_lane` is the largest.
 GPU_TILES = {
@@ -160,6 +163,13 @@ GPU_TILES = {
     ("attention_backward_kv", "f16", 256): Tile(
         teams=2, team_lanes=128, chunk=32, slices=4, held=False, half=True
     ),
+    # Not measured yet: what fits 32 KiB and keeps as many sums a lane as those above.
+    ("attention", "f32", 512): _LARGE,
+    ("attention_backward_q", "f32", 512): _LARGE,
+    ("attention_backward_kv", "f32", 512): _LARGE,
+    ("attention", "f16", 512): _LARGE_HALF,
+    ("attention_backward_q", "f16", 512): _LARGE_HALF,
+    ("attention_backward_kv", "f16", 512): _LARGE_HALF,
 }
 WORKGROUPS_WANTED = 128  # narrower blocks are chosen until a dispatch on a GPU has this many
 
@@ -193,7 +203,7 @@ def choose_tile(
 
 def _table_tile(kernel: str, head_size: int, tile_type: str, memory: int) -> Tile | None:
     """The row for a head, where the device has the memory for it and nothing is left over."""
-    tile = GPU_TILES[kernel, tile_type, min(n for n in (64, 128, 256) if head_size <= n)]
+    tile = GPU_TILES[kernel, tile_type, min(n for n in (64, 128, 256, 512) if head_size <= n)]
     fits = tile.memory(kernel, head_size, tile_type) <= memory
     return tile if fits and head_size % (4 * tile.chunk) == 0 else None
 

@@ -17,6 +17,7 @@ from lora.shaders.tensor import Tensor
 # many workgroups load all that they need at once.
 _ROW_KEYS = 64
 _ROW_LANES = 256
+MOST_FUSED_HEAD = 256  # numbers in a head of `attention_decode_row`: q, k and v have a lane each
 
 
 def attention_decode(
@@ -109,6 +110,8 @@ def attention_decode_row(
     """
     extent, room = extent_of(qkv), heads.check_cache(cache)
     check_shape("attention_decode_row qkv", qkv, 1, heads.qkv_size)
+    if heads.head_size > MOST_FUSED_HEAD:
+        raise ValueError(f"attention_decode_row: heads of {heads.head_size} have too few lanes")
     check_shape("attention_decode_row rope tables", rope.tables, None, None, 2)
     if 2 * rope.tables.shape[1] > heads.head_size:
         raise ValueError(f"rope tables {rope.tables.shape} turn more than {heads.head_size}")

@@ -14,8 +14,13 @@ from lora.forward.decoder.attention_block import allocate_attention, record_atte
 from lora.forward.decoder.attention_row import record_attention_row
 from lora.forward.decoder.gated_block import allocate_gated, record_gated
 from lora.forward.decoder.gated_row import record_gated_row
+from lora.forward.decoder.per_layer_block import (
+    allocate_per_layer,
+    record_per_layer,
+    record_per_layer_row,
+)
 from lora.forward.model.kv_cache import LayerCache
-from lora.forward.model.layer_spec import Attention, GatedFeedForward
+from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
 
 
 @dataclass(frozen=True)
@@ -43,4 +48,5 @@ BLOCKS: Mapping[type, Block] = {
         allocate_attention, record_attention, record_attention_row, LayerCache.allocate
     ),
     GatedFeedForward: Block(allocate_gated, record_gated, record_gated_row),
+    PerLayerInput: Block(allocate_per_layer, record_per_layer, record_per_layer_row),
 }

@@ -8,11 +8,16 @@ before it. An adapted group has one more dispatch (its z), a model with post_nor
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import cast
+
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
 from lora.forward.decoder.step_tensors import StepActivations
 from lora.forward.int_row import to_int_row
 from lora.forward.model.frozen_model import Model
+from lora.forward.model.norm import Norm
+from lora.forward.scale_rows import scale_rows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -25,7 +30,7 @@ def fuses(recording: Recording) -> bool:
 
 def row_into(program: Program, model: Model, act: StepActivations, layer: int, x: Tensor) -> Row:
     """The residual stream as the first product of a layer (of the head: n_layers) takes it."""
-    matrix, norm = model.head, model.output_norm
+    matrix, norm = model.head, cast("Norm | None", model.output_norm)
     if layer < len(model.layers):
         weights = model.layers[layer]
         matrix = weights.matrices[weights.spec.mixer.matrices[0].group]
@@ -61,8 +66,23 @@ def record_row_layer(recorder: RowRecorder, act: StepActivations) -> None:
     end = RowEnd(act.x, weights.post_mixer_norm, tensors.mixer_output, then=middle)
     BLOCKS[type(spec.mixer)].record_row(recorder, spec.mixer, tensors.mixer, x, end)
     after = row_into(program, model, act, recorder.layer + 1, act.x)
+    own, then = tensors.after_feed_forward, after
+    if weights.output_scale is not None:  # whole numbers are made of what was scaled
+        then = replace(after, ints=None)
+    last = then
+    if spec.per_layer is not None and own is not None:
+        group = spec.per_layer.matrices[0].group
+        last = act.memory.before(program.recording, "x", own, weights.matrices[group])
     end = RowEnd(
-        tensors.middle, weights.post_feed_forward_norm, tensors.feed_forward_output, then=after
+        tensors.middle, weights.post_feed_forward_norm, tensors.feed_forward_output, then=last
     )
     record = BLOCKS[type(spec.feed_forward)].record_row
     record(recorder, spec.feed_forward, tensors.feed_forward, middle, end)
+    if spec.per_layer is not None and own is not None:
+        end = RowEnd(own, weights.post_per_layer_norm, tensors.per_layer_output, then=then)
+        record = BLOCKS[type(spec.per_layer)].record_row
+        record(recorder, spec.per_layer, tensors.per_layer, last, end)
+    if weights.output_scale is not None:
+        scale_rows(program, act.x, weights.output_scale, label="output_scale")
+        if after.ints is not None:
+            to_int_row(program, act.x, after.ints)

@@ -9,6 +9,7 @@ from lora.forward.argmax import argmax
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.decode_row import fuses, record_first_row, record_row_layer, row_into
 from lora.forward.decoder.layers import record_embedding, record_layer
+from lora.forward.decoder.per_layer_block import record_per_layer_inputs
 from lora.forward.decoder.recorder import AfterCache, Walk
 from lora.forward.decoder.row_recorder import Row, RowRecorder, row_product
 from lora.forward.decoder.step_inputs import StepInputs
@@ -25,9 +26,12 @@ from lora.shaders.recording import Recording
 
 def allocate_caches(recording: Recording, model: Model, room: int) -> tuple[Any, ...]:
     """What each layer keeps of one text of up to `room` tokens for the tokens after it."""
-    found = []
+    found: list[Any] = []
     for spec in model.architecture.layers:
         cache = BLOCKS[type(spec.mixer)].cache
+        if spec.keys_of is not None:
+            found.append(found[spec.keys_of])
+            continue
         found.append(None if cache is None else cache(recording, spec.mixer, room))
     return tuple(found)
 
@@ -58,16 +62,20 @@ def record_step(program: Program, step: Step) -> None:
     """
     model, inputs, act = step.model, step.inputs, step.act
     record_embedding(program, model, inputs.tokens, inputs.rows, act.x)
+    record_per_layer_inputs(program, model, act.x, inputs.table_rows, act.per_layer)
     layers = range(model.architecture.n_layers)
     if inputs.rows.maximum == 1 and fuses(program.recording):
         record_first_row(program, model, act)
         for layer in layers:
             cache = step.caches[layer]
-            recorder = RowRecorder(program, model, layer, inputs, step.factors, act.memory, cache)
+            recorder = RowRecorder(
+                program, model, layer, inputs, step.factors, act.memory, cache, act.per_layer
+            )
             with program.scope(f"layers.{layer}"):
                 record_row_layer(recorder, act)
         return
-    walk = Walk(model, step.factors, AfterCache(inputs, step.caches, step.opening))
+    context = AfterCache(inputs, step.caches, act.per_layer, step.opening)
+    walk = Walk(model, step.factors, context)
     for layer in layers:
         z = {
             group: act.memory.z(program.recording, lora)

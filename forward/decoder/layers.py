@@ -17,6 +17,7 @@ from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.rmsnorm import NormAfter, rmsnorm
+from lora.forward.scale_rows import scale_rows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -30,24 +31,30 @@ class LayerActivations:
     log-sum-exp, which are f32 always.
 
     Attributes:
-        normed: [rows, hidden_size], what the mixer is given.
+        normed: [rows, hidden_size], what the mixer is given, with pre_norms.
         mixer: of its block, as the table allocates it.
         mixer_output: [rows, hidden_size], before its norm, with post_norms.
         middle: [rows, hidden_size], the residual stream between the blocks.
-        middle_normed: [rows, hidden_size], what the feed-forward block is given.
+        middle_normed: [rows, hidden_size], what the feed-forward block is given, with pre_norms.
         feed_forward: of its block.
         feed_forward_output: [rows, hidden_size], before its norm, with post_norms.
         z: [rows, members · rank], by adapted group.
+        after_feed_forward: [rows, hidden_size], the residual stream before the layer's own input.
+        per_layer: of that block.
+        per_layer_output: [rows, hidden_size], before its norm.
     """
 
-    normed: Tensor
+    normed: Tensor | None
     mixer: Any
     mixer_output: Tensor | None
     middle: Tensor
-    middle_normed: Tensor
+    middle_normed: Tensor | None
     feed_forward: Any
     feed_forward_output: Tensor | None
     z: Mapping[str, Tensor]
+    after_feed_forward: Tensor | None = None
+    per_layer: Any = None
+    per_layer_output: Tensor | None = None
 
     @classmethod
     def allocate(
@@ -63,14 +70,17 @@ class LayerActivations:
             return BLOCKS[type(block)].allocate(recording, block, rows)
 
         return cls(
-            normed=tensor(),
+            normed=tensor() if spec.pre_norms else None,
             mixer=of_block(spec.mixer),
             mixer_output=tensor() if spec.post_norms else None,
             middle=tensor("f32"),
-            middle_normed=tensor(),
+            middle_normed=tensor() if spec.pre_norms else None,
             feed_forward=of_block(spec.feed_forward),
             feed_forward_output=tensor() if spec.post_norms else None,
             z=z,
+            after_feed_forward=None if spec.per_layer is None else tensor("f32"),
+            per_layer=None if spec.per_layer is None else of_block(spec.per_layer),
+            per_layer_output=None if spec.per_layer is None else tensor(),
         )
 
 
@@ -108,20 +118,32 @@ def record_layer(
     spec = weights.spec
     recorder = LayerRecorder(program, walk, layer, act.z)
     with program.scope(f"layers.{layer}"):
-        rmsnorm(program, x, weights.mixer_norm, out=act.normed)
+        if weights.mixer_norm is not None:
+            rmsnorm(program, x, weights.mixer_norm, out=act.normed)
+        following = None
+        if weights.feed_forward_norm is not None and act.middle_normed is not None:
+            following = NormAfter(weights.feed_forward_norm, act.middle_normed)
         end = BlockEnd(
             residual=x,
             out=act.middle,
             post_norm=weights.post_mixer_norm,
             output=act.mixer_output,
-            following=NormAfter(weights.feed_forward_norm, act.middle_normed),
+            following=following,
         )
-        BLOCKS[type(spec.mixer)].record(recorder, spec.mixer, act.mixer, act.normed, end)
+        BLOCKS[type(spec.mixer)].record(recorder, spec.mixer, act.mixer, act.normed or x, end)
         end = BlockEnd(
             residual=act.middle,
-            out=out,
+            out=act.after_feed_forward or out,
             post_norm=weights.post_feed_forward_norm,
             output=act.feed_forward_output,
         )
         record = BLOCKS[type(spec.feed_forward)].record
-        record(recorder, spec.feed_forward, act.feed_forward, act.middle_normed, end)
+        source = act.middle_normed or act.middle
+        record(recorder, spec.feed_forward, act.feed_forward, source, end)
+        if spec.per_layer is not None and act.after_feed_forward is not None:
+            source = act.after_feed_forward
+            end = BlockEnd(source, out, weights.post_per_layer_norm, act.per_layer_output)
+            record = BLOCKS[type(spec.per_layer)].record
+            record(recorder, spec.per_layer, act.per_layer, source, end)
+        if weights.output_scale is not None and out is not None:
+            scale_rows(program, out, weights.output_scale, label="output_scale")

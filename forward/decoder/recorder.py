@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from lora.forward.attention import attention
 from lora.forward.attention_decode import attention_decode
+from lora.forward.copy_columns import copy_columns
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.heads import Heads
 from lora.forward.lora import lora_project
@@ -32,11 +33,13 @@ class Attending:
         qkv: [rows, qkv_size], q and k normed and rotated.
         attended: [rows, query_size], written.
         lse: f32 [rows, n_heads], log-sum-exp of the scores, written where a backward follows.
+        keys_of: the layer whose keys and values these rows take; None for those in qkv.
     """
 
     qkv: Tensor
     attended: Tensor
     lse: Tensor
+    keys_of: int | None = None
 
 
 class Context(Protocol):
@@ -50,15 +53,26 @@ class Context(Protocol):
     def one_row(self) -> bool:
         """Whether there is one row at most."""
 
+    @property
+    def per_layer(self) -> Tensor | None:
+        """[rows, layers · size], what tokens have for the layers; None in models without."""
+
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """Appends the attention of one layer."""
 
 
 @dataclass(frozen=True)
 class WithinExamples:
-    """Rows of whole examples, which see what is before them in their own."""
+    """Rows of whole examples, which see what is before them in their own.
+
+    Attributes:
+        kept: keys and values [rows, 2 · kv_size] of the layers that others take them of.
+        per_layer: see `Context`.
+    """
 
     inputs: Inputs
+    kept: Mapping[int, Tensor] = field(default_factory=dict)
+    per_layer: Tensor | None = None
     one_row = False
 
     @property
@@ -68,7 +82,14 @@ class WithinExamples:
 
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """See `Context`."""
-        segments = self.inputs.segments
+        segments, first = self.inputs.segments, heads.query_size
+        n_columns = heads.qkv_size - first
+        if act.keys_of is not None:
+            kept = self.kept[act.keys_of]
+            copy_columns(program, kept, 0, act.qkv, first, n_columns, label="shared_kv")
+        elif layer in self.kept:
+            kept = self.kept[layer]
+            copy_columns(program, act.qkv, first, kept, 0, n_columns, label="kept_kv")
         attention(program, act.qkv, segments, heads, out=act.attended, lse=act.lse)
 
 
@@ -78,12 +99,14 @@ class AfterCache:
 
     Attributes:
         caches: of the layers.
+        per_layer: see `Context`.
         opening: whether the text begins with these rows: they see each other and nothing else, so
             that the attention of training serves, by tiles.
     """
 
     inputs: StepInputs
     caches: tuple[Any, ...]
+    per_layer: Tensor | None = None
     opening: bool = False
 
     @property
@@ -98,13 +121,29 @@ class AfterCache:
 
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """See `Context`."""
-        cache, positions = self.caches[layer], self.inputs.positions
-        store_keys_values(program, act.qkv, positions, cache, query_size=heads.query_size)
         segments = self.inputs.segments
-        if self.opening and segments is not None:
+        if self.opening and segments is not None and act.keys_of is None:
+            keep(program, self.inputs, self.caches[layer], heads, act)
             attention(program, act.qkv, segments, heads, out=act.attended, lse=act.lse)
             return
-        attention_decode(program, act.qkv, positions, cache, heads, out=act.attended)
+        keep_and_attend(program, self.inputs, self.caches[layer], heads, act)
+
+
+def keep(program: Program, inputs: StepInputs, cache: Any, heads: Heads, act: Attending) -> None:
+    """Appends: keys and values of new rows go into a layer's cache, where they are its own."""
+    if act.keys_of is None:
+        store_keys_values(program, act.qkv, inputs.positions, cache, query_size=heads.query_size)
+
+
+def keep_and_attend(
+    program: Program, inputs: StepInputs, cache: Any, heads: Heads, act: Attending
+) -> None:
+    """Appends: keys and values of new rows go into a layer's cache, and the rows attend to it.
+
+    Where they are another layer's, the cache is that layer's and holds them.
+    """
+    keep(program, inputs, cache, heads, act)
+    attention_decode(program, act.qkv, inputs.positions, cache, heads, out=act.attended)
 
 
 @dataclass(frozen=True)

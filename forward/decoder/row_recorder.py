@@ -105,6 +105,7 @@ class RowRecorder:
 
     Attributes:
         cache: of the layer.
+        per_layer: what tokens have for the layers; None in models without.
     """
 
     program: Program
@@ -114,6 +115,7 @@ class RowRecorder:
     factors: Factors
     memory: RowMemory
     cache: Any
+    per_layer: Tensor | None = None
 
     @property
     def weights(self) -> LayerWeights:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora.forward.attention_decode import RowPlace
+from lora.forward.model.host_table import HostTable, TableRows
 from lora.shaders.memory import Memory
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -30,16 +31,22 @@ class StepInputs:
     rope_rows: Tensor  # u32 [rows], in rope's tables; see LongExamples
     last_row: Tensor  # u32 [1], the row whose logits are wanted
     # u32 [rows, 2], as of one example: where several rows begin a text. None for one row.
-    segments: Tensor | None
+    segments: Tensor | None = None
+    table_rows: TableRows | None = None  # of the tokens, where a table is on the host
 
     @classmethod
     def allocate(
-        cls, recording: Recording, maximum_rows: int, token: Tensor | None = None
+        cls,
+        recording: Recording,
+        maximum_rows: int,
+        token: Tensor | None = None,
+        table: HostTable | None = None,
     ) -> StepInputs:
         """A buffer for runs of at most `maximum_rows` tokens.
 
         Args:
             token: u32 [1], where the token of a run of one row lies.
+            table: of the model, where it has one on the host.
         """
         rows = recording.memory.extent(maximum_rows)
         width = -(-maximum_rows // _ALIGNMENT) * _ALIGNMENT
@@ -53,7 +60,8 @@ class StepInputs:
         segments = None
         if n > 1:
             segments = recording.memory.empty((n, 2), "u32", extent=rows, purpose="inputs")
-        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), segments)
+        found = None if table is None else TableRows.allocate(recording, table, rows)
+        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), segments, found)
 
     @property
     def place(self) -> RowPlace:
@@ -79,6 +87,10 @@ class StepInputs:
             first_position: of the first of them, in the cache.
             first_rope_row: its row in rope's tables.
         """
+        if self.table_rows is not None:
+            if tokens is None:
+                raise ValueError("a table on the host needs tokens that the host knows")
+            self.table_rows.write(memory, tokens)
         n, width = 1 if tokens is None else len(tokens), self._width
         if n < self.rows.maximum or n > 1:  # with one row at most, it is always in use
             memory.set_rows(self.rows, n)

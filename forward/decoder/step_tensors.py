@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lora.forward.decoder.layers import LayerActivations
+from lora.forward.decoder.per_layer_block import per_layer_values
 from lora.forward.decoder.row_recorder import RowMemory
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
@@ -21,11 +22,13 @@ class StepActivations:
         x: [rows, hidden_size], the residual stream.
         layers: by `LayerSpec.sizes`.
         memory: of single rows and of what is adapted.
+        per_layer: [rows, layers · size], what tokens have for the layers; None in models without.
     """
 
     x: Tensor
     layers: Mapping[tuple[object, ...], LayerActivations]
     memory: RowMemory
+    per_layer: Tensor | None = None
 
     def of(self, spec: LayerSpec) -> LayerActivations:
         """Those of a layer."""
@@ -42,6 +45,7 @@ class StepActivations:
                 for spec in {spec.sizes: spec for spec in a.layers}.values()
             },
             memory=RowMemory(rows),
+            per_layer=per_layer_values(recording, model, rows),
         )
 
 

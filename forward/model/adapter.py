@@ -80,6 +80,9 @@ class AdapterLayout:
             is adapted whatever the layers are.
         rank: of every matrix, as the user asked for it.
         scale: what B · A is multiplied by.
+
+    Raises:
+        InputError: the layers have none of the matrices.
     """
 
     def __init__(
@@ -92,7 +95,7 @@ class AdapterLayout:
     ) -> None:
         self.architecture = architecture
         self.targets = frozenset(targets)
-        self.layers = sorted(layers) if self.targets - {HEAD.module} else []
+        self.layers = [layer for layer in sorted(layers) if self._adapts(layer)]
         self.rank = rank
         self.padded_rank = -(-rank // 4) * 4
         self.scale = scale
@@ -103,7 +106,17 @@ class AdapterLayout:
             for name, matrices in architecture.layers[layer].groups.items():
                 self._place(layer, name, matrices)
         self._place(architecture.n_layers, HEAD.group, (HEAD,))
+        if self.targets and layers and not self.groups:
+            raise InputError(
+                f"adapter.targets: none of the layers {', '.join(map(str, sorted(layers)))} has "
+                f"{' or '.join(sorted(self.targets))} of its own; lora inspect says how many do."
+            )
         self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
+
+    def _adapts(self, layer: int) -> bool:
+        """Whether a layer has one of the matrices."""
+        groups = self.architecture.layers[layer].groups.values()
+        return any(matrix.module in self.targets for group in groups for matrix in group)
 
     def _place(self, layer: int, name: str, matrices: Sequence[AdaptableMatrix]) -> None:
         """Gives the adapted matrices of one group their place after all others."""

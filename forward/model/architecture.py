@@ -13,9 +13,26 @@ from functools import cached_property
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.metadata import Metadata
 from lora.forward.model.families import family_of
-from lora.forward.model.layer_spec import FUSED_QKV, HEAD, AdaptableMatrix, LayerSpec
-from lora.forward.model.model_tensors import check_tensors
-from lora.forward.model.read_layers import read_layers, read_softcaps
+from lora.forward.model.layer_spec import (
+    FUSED_QKV,
+    HEAD,
+    OUTPUT_SCALE,
+    TEXT_LAYERS,
+    AdaptableMatrix,
+    LayerSpec,
+)
+from lora.forward.model.model_tensors import (
+    check_tensors,
+    read_scale,
+    scales_adapters,
+    unused_tensors,
+)
+from lora.forward.model.read_layers import (
+    per_layer_size,
+    read_layers,
+    read_multipliers,
+    read_softcaps,
+)
 from lora.shaders.errors import InputError
 
 
@@ -33,6 +50,12 @@ class Architecture:
         tied_head: the head is token_embd.weight itself; there is no output.weight.
         logit_softcap: logits s become softcap · tanh(s / softcap); None for no cap.
         embedding_scale: embeddings are multiplied by it.
+        logit_divisor: logits are divided by it.
+        scaled: tensors whose products are multiplied by a number of their own, each with that,
+            where llama.cpp does so with an adapter's share, too.
+        unused: what tensors of the file are that text doesn't need, each with how many.
+        per_layer_size: numbers that a token has for every layer beside its embedding; 0 for none.
+        peft_layers: where the layers lie in the Hugging Face model that its checkpoints open as.
     """
 
     name: str
@@ -44,6 +67,11 @@ class Architecture:
     tied_head: bool
     logit_softcap: float | None
     embedding_scale: float
+    logit_divisor: float = 1.0
+    peft_layers: str = TEXT_LAYERS
+    scaled: tuple[tuple[str, float], ...] = ()
+    unused: tuple[tuple[str, int], ...] = ()
+    per_layer_size: int = 0
 
     @property
     def n_layers(self) -> int:
@@ -60,6 +88,12 @@ class Architecture:
         """Its matrices that LoRA can adapt, by PEFT's names, the head last."""
         found = (m for spec in self.layers for group in spec.groups.values() for m in group)
         return {m.module: m for m in (*found, HEAD)}
+
+    @cached_property
+    def donors(self) -> Mapping[int, int]:
+        """The layers whose keys and values others take, each with the last of those."""
+        found = ((spec.keys_of, layer) for layer, spec in enumerate(self.layers))
+        return {donor: layer for donor, layer in found if donor is not None}
 
     def holder(self, layer: int) -> LayerSpec | Architecture:
         """What has the sizes of a layer's matrices; of the head's, for the layer n_layers."""
@@ -94,7 +128,10 @@ class Architecture:
         _check_nothing_unsupported(metadata)
         hidden_size = metadata.size("embedding_length", multiple_of=4)
         softcaps = read_softcaps(metadata, family)
+        multipliers = read_multipliers(metadata, family)
         layers = read_layers(gguf_file, metadata, family)
+        keyless = {layer for layer, spec in enumerate(layers) if spec.keys_of is not None}
+        unused = unused_tensors(gguf_file, len(layers), keyless)
         architecture = cls(
             name=metadata.name,
             layers=layers,
@@ -104,9 +141,17 @@ class Architecture:
             norm_epsilon=layers[-1].norm_epsilon,
             tied_head="output.weight" not in gguf_file.tensors,
             logit_softcap=softcaps[1],
-            embedding_scale=hidden_size**0.5 if family.scaled_embedding else 1.0,
+            embedding_scale=hidden_size**0.5
+            if family.scaled_embedding
+            else multipliers.embedding / multipliers.residual,
+            logit_divisor=multipliers.logits,
+            peft_layers=family.peft_layers,
+            scaled=_scaled_tensors(gguf_file),
+            unused=tuple((what, len(names)) for what, names in unused.items()),
+            per_layer_size=per_layer_size(metadata, family),
         )
-        check_tensors(architecture.tensor_shapes(), gguf_file)
+        left_alone = [name for names in unused.values() for name in names]
+        check_tensors(architecture.tensor_shapes(), gguf_file, frozenset(left_alone))
         return architecture
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -118,16 +163,19 @@ class Architecture:
         }
         if not self.tied_head:
             shapes["output.weight"] = (self.vocab_size, self.hidden_size)
+        if self.per_layer_size:
+            width = self.n_layers * self.per_layer_size
+            shapes["per_layer_token_embd.weight"] = (self.vocab_size, width)
+            shapes["per_layer_model_proj.weight"] = (width, self.hidden_size)
+            shapes["per_layer_proj_norm.weight"] = (self.per_layer_size,)
         for layer, spec in enumerate(self.layers):
             blk = f"blk.{layer}."
-            shapes[blk + "attn_norm.weight"] = hidden
-            shapes[blk + "ffn_norm.weight"] = hidden
-            for block in (spec.mixer, spec.feed_forward):
+            shapes |= {f"{blk}{name}.weight": hidden for name in spec.norms}
+            if spec.output_scale:
+                shapes[f"{blk}{OUTPUT_SCALE}.weight"] = (1,)
+            for block in spec.blocks:
                 for name, width in block.vectors.items():
                     shapes[f"{blk}{name}.weight"] = (width,)
-            if spec.post_norms:
-                shapes[blk + "post_attention_norm.weight"] = hidden
-                shapes[blk + "post_ffw_norm.weight"] = hidden
             for group, members in spec.groups.items():
                 for matrix in members:
                     rows = matrix.out_size(spec)
@@ -145,22 +193,28 @@ class Architecture:
 
 # What a key must say (or be absent) for the decoder to be right, without the architecture prefix.
 _NEUTRAL_VALUES: dict[str, tuple[object, ...]] = {
-    "expert_count": (0,),
     "attention.causal": (True,),
-    "attention.scale": (0.0,),
     "attention.clamp_kqv": (0.0,),
-    "attention.shared_kv_layers": (0,),
-    "attention.temperature_scale": (0.0,),
-    "logit_scale": (0.0, 1.0),
-    "embedding_scale": (0.0, 1.0),
-    "residual_scale": (0.0, 1.0),
     "use_parallel_residual": (False,),
 }
 
 
 def _check_nothing_unsupported(metadata: Metadata) -> None:
+    n_experts = metadata.get("expert_count", 0)
+    if n_experts != 0:
+        raise InputError(
+            f"{metadata.path}: {metadata.name}.expert_count is {n_experts}: a mixture of experts "
+            "is not supported."
+        )
     for key, neutral in _NEUTRAL_VALUES.items():
         metadata.require(key, *neutral)
+
+
+def _scaled_tensors(gguf_file: GGUFFile) -> tuple[tuple[str, float], ...]:
+    scales = ((name, read_scale(name, gguf_file)) for name in gguf_file.tensors)
+    return tuple(
+        (name, scale) for name, scale in scales if scale is not None and scales_adapters(name)
+    )
 
 
 def _vocab_size(gguf_file: GGUFFile, metadata: Metadata) -> int:

@@ -9,10 +9,20 @@ import numpy as np
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.host_table import HostTable
 from lora.forward.model.inputs import LongExamples
-from lora.forward.model.layer_spec import FUSED_QKV, AdaptableMatrix, LayerSpec
+from lora.forward.model.layer_spec import (
+    FUSED_QKV,
+    OUTPUT_SCALE,
+    POST_FEED_FORWARD_NORM,
+    POST_MIXER_NORM,
+    POST_PER_LAYER_NORM,
+    AdaptableMatrix,
+    LayerSpec,
+)
+from lora.forward.model.model_tensors import scaled_tensor
 from lora.forward.model.norm import Norm
-from lora.forward.model.rope_frequencies import Rope, read_vector
+from lora.forward.model.rope_frequencies import Rope, Temperature, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -26,23 +36,46 @@ class LayerWeights:
         spec: what the layer is made of.
         matrices: by group, [out_features, in_features]; those that share an input are stacked.
         biases: by group, [out_features], where it has one.
-        mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks.
+        mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks, with pre_norms.
         post_mixer_norm, post_feed_forward_norm: the same after them, with post_norms.
-        vectors: other tensors of its blocks, by GGUF name within the layer.
+        post_per_layer_norm: the same after the layer's input of its own, where it has one.
+        vectors: other tensors of its blocks, by the names of their `stacks`.
         rope: [n_positions, rope dimensions / 2, 2] of the mixer; layers of one rope share it. With
             long_examples twice as many positions: those of long examples after the others. None
             where nothing turns.
+        output_scale: f32 [4], the first of which what comes out is multiplied by; None for nothing.
+        temperature: f32 [n_positions], what queries are multiplied by; None where all stay.
     """
 
     spec: LayerSpec
     matrices: Mapping[str, FrozenMatrix]
     biases: Mapping[str, Tensor]
-    mixer_norm: Norm
-    feed_forward_norm: Norm
+    mixer_norm: Norm | None
+    feed_forward_norm: Norm | None
     post_mixer_norm: Norm | None
     post_feed_forward_norm: Norm | None
     vectors: Mapping[str, Tensor]
     rope: Tensor | None
+    temperature: Tensor | None = None
+    post_per_layer_norm: Norm | None = None
+    output_scale: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PerLayerWeights:
+    """What every token has for each layer beside its embedding (Gemma 3n, 4).
+
+    Attributes:
+        table: [vocab_size, layers · size], on the host.
+        projection: [layers · size, hidden_size], of the embedding.
+        norm: of `size` columns, of what the projection gives for a layer.
+        scale: of the table's rows.
+    """
+
+    table: HostTable
+    projection: FrozenMatrix
+    norm: Norm
+    scale: float
 
 
 @dataclass(frozen=True)
@@ -56,6 +89,12 @@ class Model:
     head: FrozenMatrix  # [logits_size, hidden_size]; the embedding itself where they are tied
     n_positions: int  # of the longest example, or text
     long_examples: LongExamples | None  # with LongRoPE, where examples can be that long
+    per_layer: PerLayerWeights | None = None  # what tokens have for every layer
+
+    @property
+    def host_table(self) -> HostTable | None:
+        """The table whose rows the host sends for each micro-batch; None without one."""
+        return None if self.per_layer is None else self.per_layer.table
 
 
 def load_model(
@@ -70,10 +109,24 @@ def load_model(
     tensors, a = gguf_file.tensors, architecture
 
     def matrix(*names: str) -> FrozenMatrix:
-        return load_matrix(recording, [tensors[name] for name in names])
+        holds_data = recording.memory.holds_data
+        found = [scaled_tensor(name, gguf_file, holds_data=holds_data) for name in names]
+        return load_matrix(recording, found)
+
+    def values(name: str) -> np.ndarray:
+        return read_vector(gguf_file, tensors[name])
 
     def vector(name: str) -> Tensor:
-        return recording.memory.upload(read_vector(gguf_file, tensors[f"{name}.weight"]))
+        return recording.memory.upload(values(f"{name}.weight"))
+
+    def scale(name: str) -> Tensor:
+        """One number, padded to what can be bound."""
+        return recording.memory.upload(np.repeat(values(f"{name}.weight"), 4))
+
+    def temperatures(temperature: Temperature | None) -> Tensor | None:
+        if temperature is None or n_positions <= temperature.length:
+            return None
+        return recording.memory.upload(temperature.factors(n_positions))
 
     all_ropes = {spec.rope for spec in a.layers}
     contexts = {rope.long.original_context for rope in all_ropes if rope and rope.long}
@@ -96,8 +149,8 @@ def load_model(
         blk, spec = f"blk.{layer}.", a.layers[layer]
         epsilon = spec.norm_epsilon
 
-        def norm(name: str) -> Norm:
-            return Norm(vector(blk + name), epsilon)
+        def norm(name: str, there: bool) -> Norm | None:
+            return Norm(vector(blk + name), epsilon) if there else None
 
         biases = {
             group: recording.memory.upload(_stacked_bias(gguf_file, spec, members, layer))
@@ -105,28 +158,43 @@ def load_model(
             if any(m.gguf_name in spec.biases for m in members)
             or (group == "qkv" and FUSED_QKV in spec.biases)
         }
-        post_norms = spec.post_norms
         return LayerWeights(
             spec=spec,
             matrices={group: matrix(*a.tensors_of(layer, group)) for group in spec.groups},
             biases=biases,
-            mixer_norm=norm("attn_norm"),
-            feed_forward_norm=norm("ffn_norm"),
-            post_mixer_norm=norm("post_attention_norm") if post_norms else None,
-            post_feed_forward_norm=norm("post_ffw_norm") if post_norms else None,
+            mixer_norm=norm("attn_norm", spec.pre_norms),
+            feed_forward_norm=norm(spec.feed_forward_norm, spec.pre_norms),
+            post_mixer_norm=norm(POST_MIXER_NORM, spec.post_norms),
+            post_feed_forward_norm=norm(POST_FEED_FORWARD_NORM, spec.post_norms),
             vectors={
-                name: vector(blk + name)
-                for block in (spec.mixer, spec.feed_forward)
-                for name in block.vectors
+                stack: recording.memory.upload(
+                    np.concatenate([values(f"{blk}{name}.weight") for name in names])
+                )
+                for block in spec.blocks
+                for stack, names in block.stacks.items()
             },
             rope=rope_tables(spec.rope),
+            temperature=temperatures(getattr(spec.mixer, "temperature", None)),
+            post_per_layer_norm=norm(POST_PER_LAYER_NORM, spec.per_layer is not None),
+            output_scale=scale(blk + OUTPUT_SCALE) if spec.output_scale else None,
         )
 
     layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
     embedding = matrix("token_embd.weight")
     head = embedding if a.tied_head else matrix("output.weight")
-    output_norm = Norm(vector("output_norm"), a.norm_epsilon)
-    return Model(a, embedding, layers, output_norm, head, n_positions, long_examples)
+    weight = values("output_norm.weight")
+    if a.logit_divisor != 1.0:  # the head is linear: a factor of its input is one of its logits
+        weight = weight / np.float32(a.logit_divisor)
+    output_norm = Norm(recording.memory.upload(weight), a.norm_epsilon)
+    per_layer = None
+    if a.per_layer_size:
+        table = HostTable(tensors["per_layer_token_embd.weight"])
+        table.check(recording.facts)
+        projection = matrix("per_layer_model_proj.weight")
+        # The norm's input is to be divided by sqrt(hidden_size): so is its epsilon's root.
+        norm = Norm(vector("per_layer_proj_norm"), a.norm_epsilon * a.hidden_size)
+        per_layer = PerLayerWeights(table, projection, norm, a.per_layer_size**0.5)
+    return Model(a, embedding, layers, output_norm, head, n_positions, long_examples, per_layer)
 
 
 def _stacked_bias(

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora.forward.model.host_table import HostTable, TableRows
 from lora.shaders.memory import Memory
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -44,6 +45,7 @@ class Inputs:
     labels: Tensor  # u32 [targets]
     chunks: tuple[tuple[int, int, Extent], ...]  # of the targets: start, stop, extent
     long_examples: LongExamples | None
+    table_rows: TableRows | None = None  # of the tokens, where a table is on the host
 
     @classmethod
     def allocate(
@@ -53,6 +55,7 @@ class Inputs:
         maximum_targets: int,
         chunk_size: int,
         long_examples: LongExamples | None = None,
+        table: HostTable | None = None,
     ) -> Inputs:
         """Buffers for micro-batches of at most `maximum_rows` tokens.
 
@@ -60,6 +63,10 @@ class Inputs:
             maximum_targets: rows of these that may have a target.
             chunk_size: target rows whose logits exist at one time; a multiple of 64.
             long_examples: of the model.
+            table: of the model, where it has one on the host.
+
+        Raises:
+            InputError: the device can't bind so many tokens' rows of the table.
         """
         padded = -(-maximum_targets // CHUNK_ALIGNMENT) * CHUNK_ALIGNMENT
         rows, targets = recording.memory.extent(maximum_rows), recording.memory.extent(padded)
@@ -84,6 +91,7 @@ class Inputs:
             labels=integers(targets),
             chunks=tuple(chunks),
             long_examples=long_examples,
+            table_rows=None if table is None else TableRows.allocate(recording, table, rows),
         )
 
     def write(
@@ -110,6 +118,8 @@ class Inputs:
         slots[target_rows] = np.arange(len(target_rows), dtype=np.uint32)
         memory.set_rows(self.rows, n)
         memory.write_rows(self.tokens, 0, token_ids)
+        if self.table_rows is not None:
+            self.table_rows.write(memory, token_ids)
         memory.write_rows(self.positions, 0, positions)
         memory.write_rows(self.segments, 0, np.stack([segment_start, segment_end], axis=1))
         memory.write_rows(self.target_slots, 0, slots)

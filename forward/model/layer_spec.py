@@ -13,9 +13,16 @@ from functools import cached_property
 from operator import attrgetter
 from typing import Any
 
-from lora.forward.model.rope_frequencies import Rope
+from lora.forward.model.rope_frequencies import Rope, Temperature
 
-MOST_HEAD_SIZE = 256  # numbers in a head that attention has kernels for
+MOST_HEAD_SIZE = 512  # numbers in a head that attention has kernels for
+
+# What RMSNorm q and k pass: none; every head on its own, before rope or after it; all heads of q,
+# and all of k, together before rope.
+NO_NORM, HEAD_NORM, LATE_NORM, WIDTH_NORM = "none", "head", "head after rope", "width"
+
+# Where PEFT finds the layers: in a class for text alone, and in one for text and images.
+TEXT_LAYERS, LANGUAGE_LAYERS = "model.layers", "model.language_model.layers"
 
 
 class BlockSpec(ABC):
@@ -30,6 +37,11 @@ class BlockSpec(ABC):
     def vectors(self) -> Mapping[str, int]:
         """Widths of its other tensors, norms for example, by GGUF name within the layer."""
         return {}
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """Which of its vectors lie one after another in a tensor on the device, by its name."""
+        return {name: (name,) for name in self.vectors}
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -49,12 +61,17 @@ class Attention(BlockSpec):
         window: a row sees this many rows, itself included; None: all before it.
         scale: scores are multiplied by it.
         softcap: scores s become softcap · tanh(s / softcap); None for no cap.
-        qk_norm: every head of q and of k passes an RMSNorm before rope.
+        qk_norm: the RMSNorm that q and k pass: NO_NORM, HEAD_NORM, LATE_NORM or
+            WIDTH_NORM.
         fused_modules: q, k and v are one module of the Hugging Face model (Phi).
         permuted: the rows of q and k are permuted within heads in the file, for rope that turns
             neighbours.
         fused_tensor: q, k, v, three modules, are one tensor of the file (convert_hf_to_gguf's
             --fuse-qkv).
+        temperature: of queries far into a text; None for none.
+        value_norm: every head of v passes an RMSNorm without a weight.
+        keys_are_values: v is what k is before its norm; the layer has no matrix of its own for it.
+        keys_of: the layer whose keys and values it takes, having none; None for its own.
     """
 
     n_heads: int
@@ -64,10 +81,25 @@ class Attention(BlockSpec):
     window: int | None
     scale: float
     softcap: float | None
-    qk_norm: bool
+    qk_norm: str
     fused_modules: bool
     permuted: bool
     fused_tensor: bool = False
+    temperature: Temperature | None = None
+    value_norm: bool = False
+    keys_are_values: bool = False
+    keys_of: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what no kernel does."""
+        if self.temperature is not None and self.qk_norm != NO_NORM:
+            raise ValueError("queries that are normed after their product can't have a temperature")
+        if self.value_norm and self.qk_norm != HEAD_NORM:
+            raise ValueError("heads of v are normed beside those of q and k only")
+        if (self.keys_are_values or self.keys_of is not None) and not self.value_norm:
+            raise ValueError(
+                "keys that are values, or another layer's, come with heads of v normed"
+            )
 
     @property
     def query_size(self) -> int:
@@ -85,19 +117,48 @@ class Attention(BlockSpec):
         return self.query_size + 2 * self.kv_size
 
     @property
+    def projected_size(self) -> int:
+        """Columns of the product that gives q, k and v, or what the layer has of them."""
+        if self.keys_of is not None:
+            return self.query_size
+        return self.query_size + (1 if self.keys_are_values else 2) * self.kv_size
+
+    @property
     def matrices(self) -> tuple[AdaptableMatrix, ...]:
         """See `BlockSpec`."""
-        return _FUSED_ATTENTION if self.fused_modules else _ATTENTION
+        if self.fused_modules:
+            return _FUSED_ATTENTION
+        q, k, v, output = _ATTENTION
+        if self.keys_of is not None:
+            return q, output
+        return (q, k, output) if self.keys_are_values else _ATTENTION
 
     @property
     def vectors(self) -> Mapping[str, int]:
         """See `BlockSpec`."""
-        return dict.fromkeys((Q_NORM, K_NORM), self.head_size) if self.qk_norm else {}
+        if self.qk_norm == NO_NORM:
+            return {}
+        if self.keys_of is not None:
+            return {Q_NORM: self.head_size}
+        if self.qk_norm != WIDTH_NORM:
+            return dict.fromkeys((Q_NORM, K_NORM), self.head_size)
+        return {Q_NORM: self.query_size, K_NORM: self.kv_size}
+
+    @property
+    def norms_spans(self) -> bool:
+        """Whether q and k are normed by `span_norm`, and not with rope by `head_norm_rope`."""
+        return self.qk_norm in (LATE_NORM, WIDTH_NORM) or self.value_norm
+
+    @property
+    def stacks(self) -> Mapping[str, tuple[str, ...]]:
+        """See `BlockSpec`."""
+        return {SPAN_NORMS: tuple(self.vectors)} if self.norms_spans else super().stacks
 
     @property
     def sizes(self) -> tuple[object, ...]:
         """See `BlockSpec`."""
-        return Attention, self.n_heads, self.n_kv_heads, self.head_size, self.qk_norm
+        normed = self.qk_norm != NO_NORM, self.projected_size
+        return Attention, self.n_heads, self.n_kv_heads, self.head_size, *normed
 
 
 @dataclass(frozen=True)
@@ -131,14 +192,45 @@ class GatedFeedForward(BlockSpec):
 
 
 @dataclass(frozen=True)
+class PerLayerInput(BlockSpec):
+    """proj(activation(inp_gate(x)) · its part of what the token has for every layer (Gemma 3n, 4).
+
+    Attributes:
+        size: numbers that a token has for a layer.
+        layer: whose they are.
+        activation: of the gate.
+    """
+
+    size: int
+    layer: int
+    activation: str
+
+    @property
+    def matrices(self) -> tuple[AdaptableMatrix, ...]:
+        """See `BlockSpec`."""
+        return _PER_LAYER
+
+    @property
+    def sizes(self) -> tuple[object, ...]:
+        """See `BlockSpec`."""
+        return PerLayerInput, self.size
+
+
+@dataclass(frozen=True)
 class LayerSpec:
     """One decoder layer: x += mixer(norm(x)), x += feed_forward(norm(x)).
+
+    In some models then x += norm(per_layer(x)) and x *= output_scale.
 
     Attributes:
         hidden_size: width of the residual stream.
         norm_epsilon: added to the mean square in all its RMSNorms.
         post_norms: what each block gives is normed before it is added.
         biases: GGUF names (within the layer) of the matrices that have a bias.
+        pre_norms: each block is given the normed residual stream, not the stream itself.
+        feed_forward_norm: GGUF name (within the layer) of the norm before the feed-forward block.
+        per_layer: the block after the feed-forward one; None for none.
+        output_scale: what comes out is multiplied by a number of the layer's.
     """
 
     mixer: BlockSpec
@@ -147,16 +239,44 @@ class LayerSpec:
     norm_epsilon: float
     post_norms: bool
     biases: frozenset[str]
+    pre_norms: bool = True
+    feed_forward_norm: str = "ffn_norm"
+    per_layer: PerLayerInput | None = None
+    output_scale: bool = False
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """GGUF names (within the layer) of its norms of hidden_size numbers."""
+        before = ("attn_norm", self.feed_forward_norm) if self.pre_norms else ()
+        after = (POST_MIXER_NORM, POST_FEED_FORWARD_NORM) if self.post_norms else ()
+        return (*before, *after, *(() if self.per_layer is None else (POST_PER_LAYER_NORM,)))
+
+    @property
+    def norms_outputs(self) -> bool:
+        """Whether what some block of it gives is normed."""
+        return self.post_norms or self.per_layer is not None
+
+    @property
+    def blocks(self) -> tuple[BlockSpec, ...]:
+        """Its blocks, in the order in which they are used."""
+        last = () if self.per_layer is None else (self.per_layer,)
+        return (self.mixer, self.feed_forward, *last)
 
     @property
     def sizes(self) -> tuple[object, ...]:
         """What decides the shapes of its activations: layers of equal sizes can share them."""
-        return self.mixer.sizes, self.feed_forward.sizes, self.hidden_size, self.post_norms
+        norms = self.pre_norms, self.post_norms
+        return (*(block.sizes for block in self.blocks), self.hidden_size, norms)
 
     @property
     def rope(self) -> Rope | None:
         """How the mixer's heads turn; None for a mixer that turns nothing."""
         return getattr(self.mixer, "rope", None)
+
+    @property
+    def keys_of(self) -> int | None:
+        """The layer whose keys and values the mixer takes; None for its own."""
+        return getattr(self.mixer, "keys_of", None)
 
     @property
     def fused_tensor(self) -> bool:
@@ -167,7 +287,7 @@ class LayerSpec:
     def groups(self) -> Mapping[str, tuple[AdaptableMatrix, ...]]:
         """Matrices that share an input, by group: stacked in this order, used in this order."""
         found: dict[str, tuple[AdaptableMatrix, ...]] = {}
-        for matrix in (*self.mixer.matrices, *self.feed_forward.matrices):
+        for matrix in (matrix for block in self.blocks for matrix in block.matrices):
             found[matrix.group] = (*found.get(matrix.group, ()), matrix)
         return found
 
@@ -178,7 +298,7 @@ class AdaptableMatrix:
 
     Attributes:
         module: PEFT's name for it, as in the config's `adapter.targets`.
-        peft_parent: the module that holds it within a layer; "" for the head.
+        peft_parent: the module that holds it within a layer; "" for the layer itself, and the head.
         gguf_name: its name within a layer of the GGUF.
         group: matrices of one group share their input and are stacked.
         in_field, out_field: the field of a LayerSpec (of Architecture, for the head) that is its
@@ -200,9 +320,10 @@ class AdaptableMatrix:
 
     def peft_path(self, layer: int) -> str:
         """Its module in the Hugging Face model, e.g. `model.layers.3.self_attn.q_proj`."""
-        if not self.peft_parent:
+        if self.group == HEAD_GROUP:
             return self.module
-        return f"model.layers.{layer}.{self.peft_parent}.{self.module}"
+        parent = f"{self.peft_parent}." if self.peft_parent else ""
+        return f"{TEXT_LAYERS}.{layer}.{parent}{self.module}"
 
     def in_size(self, of: Any) -> int:
         """Its number of columns: A is [rank, in_size].
@@ -224,6 +345,9 @@ class AdaptableMatrix:
 
 
 Q_NORM, K_NORM = "attn_q_norm", "attn_k_norm"  # within a layer: norms of heads
+SPAN_NORMS = "attn_norms"  # those one after another
+POST_MIXER_NORM, POST_FEED_FORWARD_NORM = "post_attention_norm", "post_ffw_norm"
+POST_PER_LAYER_NORM, OUTPUT_SCALE = "post_norm", "layer_output_scale"
 FUSED_QKV = "attn_qkv"  # within a layer: rows of q, then of k, then of v
 
 
@@ -260,7 +384,11 @@ _FUSED_GATED = (
     _matrix("mlp.gate_up_proj", "ffn_up", "gate_up", "hidden_size", "feed_forward.gate_up_size"),
     _DOWN,
 )
-HEAD = _matrix("lm_head", "output", "head", "hidden_size", "vocab_size")
-MODULE_NAMES = tuple(
-    dict.fromkeys(m.module for m in (*_ATTENTION, *_GATED, *_FUSED_ATTENTION, *_FUSED_GATED, HEAD))
+_PER_LAYER = (
+    _matrix("per_layer_input_gate", "inp_gate", "inp_gate", "hidden_size", "per_layer.size"),
+    _matrix("per_layer_projection", "proj", "proj", "per_layer.size", "hidden_size"),
 )
+HEAD_GROUP = "head"
+HEAD = _matrix("lm_head", "output", HEAD_GROUP, "hidden_size", "vocab_size")
+_ALL = (*_ATTENTION, *_GATED, *_FUSED_ATTENTION, *_FUSED_GATED, *_PER_LAYER, HEAD)
+MODULE_NAMES = tuple(dict.fromkeys(matrix.module for matrix in _ALL))

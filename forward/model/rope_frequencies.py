@@ -119,17 +119,32 @@ class Rope:
         return (self.amplitude * both).astype(np.float32)
 
 
+@dataclass(frozen=True)
+class Temperature:
+    """Queries at position p are multiplied by 1 + scale · ln(1 + floor(p / length)) (Llama 4)."""
+
+    scale: float
+    length: int
+
+    def factors(self, n_positions: int) -> np.ndarray:
+        """What queries are multiplied by, f32 [n_positions]; computed in float64."""
+        turns = np.arange(n_positions, dtype=np.float64) // self.length
+        return (1.0 + self.scale * np.log1p(turns)).astype(np.float32)
+
+
 # What `rope.` keys say that is read here; any other would be dropped in silence.
 _KEYS = frozenset(
     f"rope.{key}"
     for key in (
-        "dimension_count", "freq_base", "freq_base_swa", "global.freq_base", "local.freq_base",
+        "dimension_count", "dimension_count_swa",
+        "freq_base", "freq_base_swa", "global.freq_base", "local.freq_base",
         "scale_linear", "scaling.type",
         "scaling.factor", "scaling.attn_factor", "scaling.original_context_length",
         "scaling.finetuned", "scaling.yarn_ext_factor", "scaling.yarn_attn_factor",
         "scaling.yarn_beta_fast", "scaling.yarn_beta_slow",
     )
 )  # fmt: skip
+_LOG_MULTIPLIER = "rope.scaling.yarn_log_multiplier"
 ROPE_TENSORS = (
     "rope_freqs.weight",
     "rope_factors_long.weight",
@@ -138,16 +153,27 @@ ROPE_TENSORS = (
 
 
 def read_rope(
-    gguf_file: GGUFFile, metadata: Metadata, head_size: int, *, interleaved: bool
+    gguf_file: GGUFFile,
+    metadata: Metadata,
+    head_size: int,
+    *,
+    interleaved: bool,
+    log_multiplier: bool = False,
 ) -> Rope:
     """The rotary embedding that the file's metadata and tensors describe.
+
+    Args:
+        head_size: columns of a head.
+        interleaved: see `Rope`.
+        log_multiplier: YaRN may have the key of that name (Mistral 3).
 
     Raises:
         InputError: it has something that is not done here.
     """
     for key in metadata.values:
         short = key.removeprefix(f"{metadata.name}.")
-        if short.startswith("rope.") and short != key and short not in _KEYS:
+        known = short in _KEYS or (log_multiplier and short == _LOG_MULTIPLIER)
+        if short.startswith("rope.") and short != key and not known:
             raise InputError(f"{metadata.path}: {key} is a kind of rope that is not supported.")
     dimensions = metadata.size("rope.dimension_count", head_size, multiple_of=2)
     if dimensions > head_size:
@@ -170,12 +196,16 @@ def read_rope(
     if kind == "yarn":
         metadata.require("rope.scaling.yarn_ext_factor", 1.0, -1.0)
         yarn = Yarn(
-            _original_context(metadata),
+            original_context(metadata),
             metadata.positive_number("rope.scaling.yarn_beta_fast", 32.0),
             metadata.positive_number("rope.scaling.yarn_beta_slow", 1.0),
         )
         amplitude *= metadata.positive_number("rope.scaling.yarn_attn_factor", 1.0)
-        amplitude *= 0.1 * math.log(factor) + 1.0 if factor > 1 else 1.0
+        grown = 0.1 * math.log(factor) if factor > 1 else 0.0
+        # DeepSeek's way: what the scores are multiplied by elsewhere is taken out here.
+        amplitude *= (1.0 + grown) / (
+            1.0 + grown * (metadata.optional_number(_LOG_MULTIPLIER) or 0.0)
+        )
     return Rope(
         base=metadata.positive_number(
             "rope.freq_base", metadata.positive_number("rope.global.freq_base", 10000.0)
@@ -190,7 +220,8 @@ def read_rope(
     )
 
 
-def _original_context(metadata: Metadata) -> int:
+def original_context(metadata: Metadata) -> int:
+    """Tokens of a row before rope was stretched; the context where the file does not say."""
     return metadata.size("rope.scaling.original_context_length", metadata.size("context_length"))
 
 
@@ -209,7 +240,7 @@ def _long_rope(gguf_file: GGUFFile, metadata: Metadata, dimensions: int) -> Long
             f"{gguf_file.path} holds only one of rope_factors_long.weight and "
             "rope_factors_short.weight."
         )
-    return LongRope(_original_context(metadata), short, long)
+    return LongRope(original_context(metadata), short, long)
 
 
 def _divisors(gguf_file: GGUFFile, name: str, dimensions: int) -> tuple[float, ...]:

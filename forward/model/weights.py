@@ -123,19 +123,29 @@ def _packed_pieces(
     for tensor in tensors:
         for start in range(0, tensor.shape[0], piece_rows):
             data = tensor.data[start : start + piece_rows]
-            _check_finite(tensor, quantization, data, start)
+            check_finite(tensor, quantization, data, np.arange(start, start + len(data)))
             yield quantization.pack(data, columns)
 
 
-def _check_finite(
-    tensor: GGUFTensor, quantization: Quantization, data: np.ndarray, first_row: int
+def check_finite(
+    tensor: GGUFTensor, quantization: Quantization, data: np.ndarray, numbers: np.ndarray
 ) -> None:
-    """Refuses rows that would turn everything they are multiplied with into NaN."""
+    """Refuses rows that would turn everything they are multiplied with into NaN.
+
+    Args:
+        tensor: what they are of.
+        quantization: of its rows.
+        data: bytes [n, …] of some rows.
+        numbers: of these rows in the tensor.
+
+    Raises:
+        InputError: there is one.
+    """
     broken = np.flatnonzero(~quantization.finite_rows(data))
     if len(broken):
         what = "weight" if quantization.block_size == 1 else "scale"
         raise InputError(
-            f"Row {first_row + broken[0]} of the tensor {tensor.name!r} ({tensor.type.name}) has a "
+            f"Row {numbers[broken[0]]} of the tensor {tensor.name!r} ({tensor.type.name}) has a "
             f"{what} that is NaN or infinite: the file is damaged or was converted wrongly. "
             "Fetch or convert it again."
         )

@@ -15,6 +15,9 @@ from lora.forward.model.layer_spec import HEAD, AdaptableMatrix, LayerSpec
 from lora.forward.model.row_order import permute_rows_to_gguf
 from lora.shaders.errors import InputError
 
+# Of Gemma 4: what its embedding gives all layers. PEFT's all-linear takes it; llama.cpp ignores it.
+_PROJECTION_OF_ALL = "per_layer_model_projection"
+
 
 @dataclass(frozen=True)
 class AdaptedTensor:
@@ -77,6 +80,12 @@ def read_adapted_tensors(
     if not modules:
         raise InputError(f"{directory / WEIGHTS} is empty: the adapter changes nothing.")
     for path, factors in modules.items():
+        if path.endswith(_PROJECTION_OF_ALL):
+            raise InputError(
+                f"{directory} adapts {path}, which llama.cpp does not: it would run without a word "
+                "and give something else. Train without it (adapter.targets: all-linear leaves it "
+                "out)."
+            )
         if path not in places:
             raise InputError(
                 f"{directory} adapts {path}, which the base (architecture {architecture.name!r}, "

@@ -156,7 +156,8 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
             b = b[place.first_row : place.first_row + n_rows]
         if heads is not None and len(b) == n_rows:
             b = permute_rows_to_hf(b, heads)
-        modules[module] = SavedFactors(a, b, settings.scale(name))
+        scale = settings.scale(name) * dict(architecture.scaled).get(name, 1.0)
+        modules[module] = SavedFactors(a, b, scale)
     return pack(path, modules, layout)
 
 

@@ -15,7 +15,7 @@ import safetensors.numpy
 
 from lora.adapters.saved_factors import SavedFactors, pack
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.layer_spec import HEAD
+from lora.forward.model.layer_spec import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
 from lora.shaders.errors import InputError
 from lora.storage.files import write_file
 
@@ -53,20 +53,27 @@ def save_peft_adapter(
     Args:
         flat: f32 [layout.size], the parameters in the layout of the device.
     """
+    own = config.adapter.peft_layers
+    layers = layout.architecture.peft_layers if own == "auto" else own
+    modules = {
+        path.replace(TEXT_LAYERS, layers, 1): factors
+        for path, factors in layout.to_modules(flat).items()
+    }
     tensors = {}
-    for path, (a, b) in layout.to_modules(flat).items():
+    for path, (a, b) in modules.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b)
     some_layers = 0 < len(layout.layers) < layout.architecture.n_layers
-    # PEFT's layers_to_transform leaves out the head: then every module is named in full.
-    by_path = some_layers and HEAD.module in layout.targets
+    # PEFT's layers_to_transform leaves out the head, and in a class for images, too, other parts
+    # have modules of these names: then every module is named in full.
+    by_path = (some_layers and HEAD.module in layout.targets) or layers == LANGUAGE_LAYERS
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.model.path,
         "r": layout.rank,
         "lora_alpha": config.adapter.alpha,
-        "target_modules": sorted(layout.to_modules(flat) if by_path else layout.targets),
+        "target_modules": sorted(modules if by_path else layout.targets),
         "lora_dropout": config.adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,

@@ -8,7 +8,16 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from lora.checks.comparison import Check, Comparison, NotHereError
-from lora.checks.kernels import adapters, attention, lanes, norms, one_row, products, small
+from lora.checks.kernels import (
+    adapters,
+    attention,
+    lanes,
+    norms,
+    one_row,
+    products,
+    small,
+    spans,
+)
 from lora.shaders.device import Device
 from lora.shaders.memory import Arena
 from lora.shaders.recording import Recording
@@ -16,7 +25,7 @@ from lora.shaders.webgpu import Pipeline
 
 ALL_CHECKS: tuple[Check, ...] = tuple(
     check
-    for family in (lanes, small, norms, adapters, attention, products, one_row)
+    for family in (lanes, small, norms, spans, adapters, attention, products, one_row)
     for check in family.CHECKS
 )
 

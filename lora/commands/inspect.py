@@ -17,6 +17,7 @@ from lora.adapters.saved_factors import SavedFactors
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.families import FAMILIES
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
@@ -46,11 +47,13 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
     Returns:
         model: as given; files, bytes, gguf_version; name, architecture, parameters; sizes and
         rope, each metadata key without its prefix to a value or a list of one a layer;
-        tensor_types, a list of type, tensors, parameters, bytes, the largest first; tokenizer,
-        None or kind, pre, entries, special (id and text by role), problem (why the file's own
-        can't be used, or None); chat_template, None or characters and first_line; adapter, None
-        or rank (the highest), ranks, alpha (or None) and tensors of a GGUF adapter; trainable, and
-        obstacles, the reasons why it can't be trained.
+        models, well-known ones of the architecture (or None); adaptable, a list of module (PEFT's
+        name), layers (how many have it) and of, all layers; left_alone, what tensors are that text
+        doesn't need, each with how many; tensor_types, a list of type, tensors, parameters, bytes,
+        the largest first; tokenizer, None or kind, pre, entries, special (id and text by role),
+        problem (why the file's own can't be used, or None); chat_template, None or characters and
+        first_line; adapter, None or rank (the highest), ranks, alpha (or None) and tensors of a
+        GGUF adapter; trainable, and obstacles, the reasons why it can't be trained.
 
     Raises:
         InputError: there is no such file, or it cannot be read as GGUF.
@@ -62,6 +65,7 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
     rope = {k.removeprefix(prefix): v for k, v in metadata.items() if k.startswith(f"{prefix}rope")}
     rope_tensors = [name for name in gguf_file.tensors if name.startswith("rope_")]
     obstacles = _obstacles(gguf_file)
+    architecture = None if obstacles else Architecture.from_gguf(gguf_file)
     return {
         "model": str(model),
         "files": [str(path) for path in gguf_file.paths],
@@ -72,6 +76,9 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
         "parameters": sum(math.prod(tensor.shape) for tensor in gguf_file.tensors.values()),
         "sizes": {key: metadata[prefix + key] for key in _SIZES if prefix + key in metadata},
         "rope": rope | ({"tensors": rope_tensors} if rope_tensors else {}),
+        "models": None if architecture is None else FAMILIES[architecture.name].models,
+        "adaptable": [] if architecture is None else _adaptable(architecture),
+        "left_alone": {} if architecture is None else dict(architecture.unused),
         "tensor_types": _tensor_types(gguf_file),
         "tokenizer": _tokenizer_facts(gguf_file),
         "chat_template": _chat_template_facts(metadata.get("tokenizer.chat_template")),
@@ -79,6 +86,18 @@ def gguf_facts(model: str | Path) -> dict[str, Any]:
         "trainable": not obstacles,
         "obstacles": obstacles,
     }
+
+
+def _adaptable(architecture: Architecture) -> list[dict[str, Any]]:
+    """The matrices of the layers that LoRA can adapt, by PEFT's names."""
+    found: Counter[str] = Counter(
+        matrix.module
+        for spec in architecture.layers
+        for members in spec.groups.values()
+        for matrix in members
+    )
+    n_layers = architecture.n_layers
+    return [{"module": name, "layers": n, "of": n_layers} for name, n in found.items()]
 
 
 def _tensor_types(gguf_file: GGUFFile) -> list[dict[str, Any]]:
@@ -167,7 +186,9 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
     rows = {
         "file": f"{facts['files'][0]} ({size})",
         "name": facts["name"],
-        "architecture": facts["architecture"],
+        "architecture": facts["architecture"]
+        if facts["models"] is None
+        else f"{facts['architecture']} ({facts['models']})",
         "parameters": f"{facts['parameters']:,}",
     }
     rows |= {label: facts["sizes"].get(key) for key, label in _SIZES.items()}
@@ -204,6 +225,15 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
     else:
         rows["can be trained"] = "yes"
 
+    if facts["adaptable"]:
+        rows["adapter.targets"] = ", ".join(
+            row["module"] + (f" ({row['layers']} layers)" if row["layers"] < row["of"] else "")
+            for row in facts["adaptable"]
+        )
+    if facts["left_alone"]:
+        rows["left alone"] = ", ".join(
+            f"{what} ({n} tensors)" for what, n in facts["left_alone"].items()
+        )
     grid = Table.grid(padding=(0, 2))
     for label, value in rows.items():
         if value not in (None, "", []):

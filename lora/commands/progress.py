@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from types import TracebackType
 from typing import Self
 
@@ -17,6 +18,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.layer_spec import HEAD
 from lora.training.device_state import SessionPlan
 from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics
@@ -36,12 +39,16 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
-        f"{', '.join(sorted(layout.targets))} of {len(layout.layers)} layers",
+        f"{_targets_shown(layout)} of {len(layout.layers)} layers",
         "data": escape(str(workload.train_summary)),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
         f"recompute {'on' if plan.tensors.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
     }
+    if layout.architecture.unused:
+        rows["left alone"] = ", ".join(
+            f"{what} ({n} tensors)" for what, n in layout.architecture.unused
+        )
     if seconds_a_step is not None:
         minutes = seconds_a_step * total_steps / 60
         rows["time"] = f"about {seconds_a_step:.2g} s a step, {minutes:.2g} min in all"
@@ -49,6 +56,18 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
     for name, value in rows.items():
         table.add_row(f"[dim]{name}[/dim]", value)
     console.print(table)
+
+
+def _targets_shown(layout: AdapterLayout) -> str:
+    """The adapted matrices; of those that some of the layers lack, in how many they are."""
+    counts = Counter(m.module for group in layout.groups for m in group.members)
+    n_layers = len(layout.layers)
+    return ", ".join(
+        name
+        if counts[name] in (n_layers, 0) or name == HEAD.module
+        else f"{name} (in {counts[name]})"
+        for name in sorted(layout.targets)
+    )
 
 
 class TrainingProgress(Listener):

@@ -105,6 +105,12 @@ class AdapterConfig(_Section):
         description="null, or a PEFT adapter directory or GGUF adapter to continue from",
     )
 
+    peft_layers: Literal["auto", "model.layers", "model.language_model.layers"] = Field(
+        default="auto",
+        description="where PEFT finds the layers: auto, the class that the family's checkpoints "
+        "open as; model.layers, one for text; or model.language_model.layers, one for images, too",
+    )
+
     @field_validator("dropout")
     @classmethod
     def _supported_dropout(cls, dropout: float) -> float:

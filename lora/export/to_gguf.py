@@ -11,7 +11,7 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from lora.adapters.adapted_tensor import read_adapted_tensors
+from lora.adapters.adapted_tensor import AdaptedTensor, read_adapted_tensors
 from lora.adapters.gguf_files import ADAPTER_TYPES, write_gguf_adapter
 from lora.adapters.origin import CONFIG, Origin, PromptForm, origin_of
 from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings, refuse_dora
@@ -26,6 +26,7 @@ from lora.export.modelfile import (
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.model_tensors import read_scale, scales_adapters
 from lora.forward.text.tokenizer import read_template
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.files import write_file
@@ -116,8 +117,9 @@ def export(
     # The texts before the GGUFs: what can't be said in them leaves no file behind.
     if target == ADAPTER:
         text = modelfile_of_adapter(path, name, file.path, prompts)
+        changes = {name: _in_llama_cpp(file, change) for name, change in adapted.items()}
         write_gguf_adapter(
-            path, architecture.name, adapted.values(), stored or GGMLQuantizationType.F32
+            path, architecture.name, changes.values(), stored or GGMLQuantizationType.F32
         )
     else:
         settings_of_base = ollama_settings(name)
@@ -125,7 +127,8 @@ def export(
             settings_of_base = replace(settings_of_base, template=None)
         text = modelfile_of_merged(path, prompts, settings_of_base)
         source = None if template is None else read_template(template)
-        merged = write_merged_gguf(path, file, adapted, stored, on_tensor, source)
+        changes = {name: _below_scale(file, change) for name, change in adapted.items()}
+        merged = write_merged_gguf(path, file, changes, stored, on_tensor, source)
     try:
         write_file(modelfile, text)
     except OSError as error:
@@ -135,6 +138,24 @@ def export(
         path, modelfile, file.path, len(adapted), merged, prompts, template,
         {} if origin is None or prompts is not None else origin.config.data.chat_template_kwargs,
     )  # fmt: skip
+
+
+def _below_scale(base: GGUFFile, change: AdaptedTensor) -> AdaptedTensor:
+    """A change of a tensor whose products are multiplied by a number of its own: divided by it."""
+    scale = read_scale(change.name, base)
+    if scale is None:
+        return change
+    if change.magnitude is not None or scale == 0:
+        raise InputError(
+            f"{base.path}: {change.name} has a scale of its own ({scale:g}), and DoRA, or a scale "
+            "of 0, can't be merged into it."
+        )
+    return replace(change, scale=change.scale / scale)
+
+
+def _in_llama_cpp(base: GGUFFile, change: AdaptedTensor) -> AdaptedTensor:
+    """A change as llama.cpp adds it: below the tensor's scale, or past it."""
+    return _below_scale(base, change) if scales_adapters(change.name) else change
 
 
 def _nearest(word: str, known: tuple[str, ...]) -> str:

@@ -65,9 +65,10 @@ class TextTensors:
         """
         piece = min(room, piece_rows(recording))
         caches = allocate_caches(recording, model, room)
-        pieces = StepInputs.allocate(recording, piece)
+        table = model.host_table
+        pieces = StepInputs.allocate(recording, piece, table=table)
         head = StepHead.allocate(recording, model)
-        step = StepInputs.allocate(recording, 1, head.token)
+        step = StepInputs.allocate(recording, 1, head.token, table)
         activations = {
             inputs.rows.maximum: StepActivations.allocate(recording, model, inputs.rows)
             for inputs in (pieces, step)
@@ -111,7 +112,8 @@ class DecodeEngine:
                 f"{memory_figures(taken + counted.allocated)}. Lower the room (--max-length, or "
                 "data.max_length)."
             ) from error
-        self.is_cpu = recording.facts.is_cpu
+        # Steps ahead of the host gain nothing on a CPU; and it must know tokens to send their rows.
+        self.waits = recording.facts.is_cpu or model.host_table is not None
         self.piece_rows = self._tensors.pieces.rows.maximum
         self._programs: dict[tuple[str | None, int, bool], tuple[Program, Program]] = {}
         self._prepared: dict[str | None, Commands] = {}  # by adapter
@@ -137,7 +139,7 @@ class DecodeEngine:
         pieces = self._tensors.pieces
         pieces.write(self._memory, tokens, first_position, first_rope_row)
         # CPU devices compile the kernel that walks the cache a row at a time more quickly.
-        opening = first_position == 0 and not self.is_cpu
+        opening = first_position == 0 and not self._recording.facts.is_cpu
         layers, head = self._programs_of(adapter, pieces, opening=opening)
         layers.run()
         if with_head:

@@ -274,7 +274,7 @@ class TextGenerator:
             self._run(ids, adapter, stopped)
             ahead = self._ahead = _Ahead(ids, len(ids))
             self._push_token(ahead)
-        most = 0 if self._engine.is_cpu else min(n_more, STEPS_AHEAD)
+        most = 0 if self._engine.waits else min(n_more, STEPS_AHEAD)
         under = self._held_under
         while ahead.n_in_flight <= most:
             position = len(ids) + ahead.n_in_flight - 1

@@ -77,8 +77,9 @@ class SessionTensors:
         targets = workload.maximum_targets
         chunk = chunk_size(recording, workload.architecture.logits_size, targets)
         inputs = Inputs.allocate(
-            recording, workload.maximum_rows, targets, chunk, model.long_examples
-        )
+            recording, workload.maximum_rows, targets, chunk, model.long_examples,
+            model.host_table,
+        )  # fmt: skip
         adapter = AdapterState.allocate(recording, workload.layout)
         recording.memory.write(adapter.parameters, workload.initial)
         activations = Activations.allocate(
@@ -240,6 +241,15 @@ def open_cache(
         InputError: it is asked for and larger than one buffer can be.
     """
     setting = workload.config.train.reuse_frozen_prefix
+    lowest, a = workload.layout.lowest_layer, workload.architecture
+    if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):
+        if setting == "on":
+            raise InputError(
+                "train.reuse_frozen_prefix: on: layers of this model read more of what lies below "
+                "them than their input (inputs of their own, or keys and values of lower layers), "
+                "which is not kept; set it to auto."
+            )
+        return None
     hidden_size = workload.architecture.hidden_size
     needed = PrefixCache.bytes_needed(examples, hidden_size)
     most = recording.facts.max_buffer

@@ -18,10 +18,12 @@ from lora.forward.decoder.layers import (
     record_embedding,
     record_layer,
 )
+from lora.forward.decoder.per_layer_block import per_layer_values, record_per_layer_inputs
 from lora.forward.decoder.recorder import Walk, WithinExamples
 from lora.forward.model.adapter import AdapterLayout, Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
+from lora.forward.model.layer_spec import Attention
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw
 from lora.optim.clipping import gradient_norm, sum_slices
 from lora.shaders.program import Program
@@ -103,6 +105,8 @@ class Activations:
     loss_sum: Tensor  # [64], the first of which is the sum of losses
     state: Tensor  # [64], of gradient_norm; beside `loss_sum` in one buffer
     metrics: Tensor  # [128], both
+    kept: Mapping[int, Tensor]  # [rows, 2 · kv_size], keys and values that other layers take
+    per_layer: Tensor | None  # [rows, layers · size], what tokens have for the layers
 
     @classmethod
     def allocate(
@@ -120,7 +124,25 @@ class Activations:
             loss_sum=metrics.slice(0, 64),
             state=metrics.slice(64, 128),
             metrics=metrics,
+            kept=_kept_keys(recording, model, inputs),
+            per_layer=per_layer_values(recording, model, inputs.rows),
         )
+
+    def context(self, inputs: Inputs) -> WithinExamples:
+        """What the layers walk through examples with."""
+        return WithinExamples(inputs, self.kept, self.per_layer)
+
+
+def _kept_keys(recording: Recording, model: Model, inputs: Inputs) -> dict[int, Tensor]:
+    """Room for the keys and values that layers take from others, by the others."""
+    mixers = {donor: model.layers[donor].spec.mixer for donor in model.architecture.donors}
+    return {
+        donor: recording.memory.empty(
+            (inputs.rows.maximum, 2 * mixer.kv_size), recording.precision, extent=inputs.rows
+        )
+        for donor, mixer in mixers.items()
+        if isinstance(mixer, Attention)
+    }
 
 
 def record_prefix(
@@ -130,7 +152,8 @@ def record_prefix(
     program = Program(recording)
     with program.scope("prefix"):
         record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary)
-        walk = Walk(model, {}, WithinExamples(inputs))
+        record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
+        walk = Walk(model, {}, act.context(inputs))
         for layer in range(lowest_layer):
             record_layer(
                 program,
@@ -158,7 +181,7 @@ def record_forward_only(
     """
     program = Program(recording)
     factors = {} if flat is None else layout.factors(flat)
-    walk = Walk(model, factors, WithinExamples(inputs))
+    walk = Walk(model, factors, act.context(inputs))
     x = act.boundary
     for layer in range(layout.lowest_layer, model.architecture.n_layers):
         record_layer(program, walk, layer, act.shared[model.layers[layer].spec.sizes], x, act.final)
@@ -282,8 +305,8 @@ def _record_micro_batch(
     gradients = {key: [s[key] for s in slices] for key in factors}
     layers = range(layout.lowest_layer, model.architecture.n_layers)
     scratch = allocate_scratch(recording, model, inputs, factors)
-    walk = Walk(model, factors, WithinExamples(inputs))
-    shared = BackwardPass(model, inputs, factors, gradients, scratch)
+    walk = Walk(model, factors, act.context(inputs))
+    shared = BackwardPass(model, inputs, factors, gradients, scratch, act.per_layer)
     shape = act.boundary.shape
     kept = {
         layer: act.boundary

@@ -5,7 +5,7 @@
 // Bindings: qkv [rows, stride] (only q is read), positions u32 [rows], keys [kv_size / 4, room] and
 // values [room, kv_size / 4] of vec4 (see kv_store.wgsl), out [rows, n_heads · head_size].
 // One workgroup a row and a head. Keys ascend in blocks of 64, counted from key 0: a lane
-// scores one key, then adds four columns of every {{ 64 // (head_size // 4) }}th v; these sums meet in order.
+// scores one key, then adds four columns of every {{ [64 // (head_size // 4), 1] | max }}th v; these sums meet in order.
 
 struct Extent { rows: u32 }
 
@@ -17,7 +17,12 @@ struct Extent { rows: u32 }
 @group(0) @binding(5) var<storage, read_write> out: array<vec4<f32>>;
 
 {% set quads = head_size // 4 %}
-{% set teams = 64 // quads %}
+{% set teams = [64 // quads, 1] | max %}
+{% set turns = (quads + 63) // 64 %}
+{# Heads of more than 256 numbers: a lane has the columns 4 · lane, 4 · (lane + 64) … of its one team. #}
+{% macro at(t) %}lane{{ " + %du" % (64 * t) if t }}{% endmacro %}
+{% macro guard(t) %}{{ "if (lane + %du < quads) " % (64 * t) if 64 * (t + 1) > quads }}{% endmacro %}
+{% macro sum(t) %}sum{{ "_%d" % t if t }}{% endmacro %}
 const lanes = 64u;
 const quads = {{ quads }}u;
 const teams = {{ teams }}u; // lanes of a team have the columns of the head among them
@@ -48,14 +53,18 @@ fn main(
     let first = seen_from / 64u * 64u;
     let last = end;
     let kv_head = head / {{ n_heads // n_kv_heads }}u;
-    if (lane < quads) { query[lane] = qkv[row * {{ stride }}u + head * quads + lane]; }
+{% for t in range(turns) %}
+    {{ guard(t) if turns > 1 else "if (lane < quads) " }}{ query[{{ at(t) }}] = qkv[row * {{ stride }}u + head * quads + {{ at(t) }}]; }
+{% endfor %}
     workgroupBarrier();
 
     let team = lane / quads;
     let column = kv_head * quads + lane % quads;
     var highest = lowest;
     var total = 0.0;
-    var sum = vec4<f32>();
+{% for t in range(turns) %}
+    var {{ sum(t) }} = vec4<f32>();
+{% endfor %}
     for (var block = first; block < last; block += 64u) {
         // A lane without a key repeats the last one, and gives it no weight.
         let key = min(block + lane, last - 1u);
@@ -82,18 +91,28 @@ fn main(
         let shrink = exp(before - highest);
         let weight = select(0.0, exp(score - highest), seen);
         total = total * shrink + weight;
-        sum *= shrink;
+{% for t in range(turns) %}
+        {{ sum(t) }} *= shrink;
+{% endfor %}
         weights[lane] = weight;
         workgroupBarrier();
         if (team < teams) {
             let count = min(64u, last - block);
             for (var j = team; j < count; j += teams) {
-                sum += weights[j] * values[(block + j) * {{ n_kv_heads * quads }}u + column];
+{% for t in range(turns) %}
+                {{ sum(t) }} += weights[j] * values[(block + j) * {{ n_kv_heads * quads }}u + column{{ " + %du" % (64 * t) if t }}];
+{% endfor %}
             }
         }
     }
 
     let all = row_sum(total, lane);
+{% if turns > 1 %}
+    // Every lane has columns of its own: their sums are whole.
+{% for t in range(turns) %}
+    {{ guard(t) }}{ out[index * quads + {{ at(t) }}] = {{ sum(t) }} / all; }
+{% endfor %}
+{% else %}
     sums[lane] = sum;
     workgroupBarrier();
     if (lane >= quads) { return; }
@@ -102,4 +121,5 @@ fn main(
     result += sums[lane + {{ t * quads }}u];
 {% endfor %}
     out[index * quads + lane] = result / all;
+{% endif %}
 }

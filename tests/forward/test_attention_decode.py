@@ -32,6 +32,8 @@ EPSILON = 1e-5  # of the norm of heads
         (2, 2, 256, 70, None),
         (8, 2, 4, 1, None),
         (2, 1, 100, 64, 1.5),
+        (2, 1, 512, None, None),
+        (1, 1, 320, 70, None),
     ],
 )
 def test_rows_against_a_filled_cache(

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from lora.training.session import TrainingSession
+from tests.support.tiny_families import FAMILIES
 from tests.support.tiny_model import TinyModel
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, logits, open_session
@@ -25,6 +26,8 @@ pytestmark = pytest.mark.parity
 LOGITS_TOLERANCE = 1e-4
 PREFIXES = (1, 7, 25, 40)  # lengths at which llama.cpp is asked: shorter and longer than windows
 
+_OLMO_YARN = TINY_MODELS["olmo3"].config["rope_parameters"]["full_attention"]
+_MISTRAL_YARN = TINY_MODELS["mistral3"].config["rope_parameters"]
 _DEFAULT_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
 
 
@@ -132,6 +135,32 @@ _PARTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"original_max_position_embeddings": 32},  # the long factors
     ),
     "phi3_long": ({"rope_parameters": _DEFAULT_ROPE}, {"original_max_position_embeddings": 64}),
+    "granite": (
+        {"embedding_multiplier": 1.0},
+        {"attention_multiplier": 0.25},
+        {"residual_multiplier": 1.0},
+        {"logits_scaling": 1.0},
+    ),
+    "olmo3": (
+        {"sliding_window": 9},
+        {"layer_types": ["sliding_attention"] * 5},
+        {"rope_parameters": {"full_attention": _DEFAULT_ROPE, "sliding_attention": _DEFAULT_ROPE}},
+        {"rope_parameters": {"full_attention": _OLMO_YARN, "sliding_attention": _OLMO_YARN}},
+    ),
+    "glm4": ({"rope_parameters": _DEFAULT_ROPE | {"partial_rotary_factor": 1.0}},),
+    "mistral3": (
+        {"rope_parameters": _MISTRAL_YARN | {"llama_4_scaling_beta": 0.0}},
+        {"rope_parameters": _MISTRAL_YARN | {"mscale_all_dim": 0.0}},
+        {"rope_parameters": _MISTRAL_YARN | {"rope_type": "default"}},
+    ),
+    "exaone4": ({"sliding_window": 9}, {"layer_types": ["sliding_attention"] * 5}),
+    "gemma4_e2b": (
+        {"sliding_window": 9},
+        {"final_logit_softcapping": None},
+        {"hidden_activation": "gelu"},
+        {"layer_types": ["sliding_attention", "full_attention"] * 2 + ["full_attention"] * 3},
+        {"rope_parameters": {"full_attention": _DEFAULT_ROPE, "sliding_attention": _DEFAULT_ROPE}},
+    ),
 }
 
 
@@ -161,12 +190,27 @@ def test_every_vector_matters(case: Case) -> None:
             kinds.setdefault(re.sub(r"\d+", "*", name), []).append(name)
     for kind, names in kinds.items():
         net = build(case.model)
-        neutral = 0.0 if kind.endswith("bias") or "gemma" in case.model.family else 1.0
+        less_one = FAMILIES[case.model.family].stored_less_one
+        neutral = 0.0 if kind.endswith("bias") or less_one else 1.0
+        state = net.state_dict()  # a layer's scale is a buffer
         with torch.no_grad():
             for name in names:
-                net.get_parameter(name).fill_(neutral)
+                state[name].fill_(neutral)
         difference = float(np.abs(logits(net, rows) - case.judgement.logits).max())
         assert difference > 100 * LOGITS_TOLERANCE, kind
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("table", ["embed_tokens_per_layer", "per_layer_model_projection"])
+def test_what_tokens_have_for_layers_matters(table: str) -> None:
+    """Of Gemma 4's E-types: either part of it taken away."""
+    from tests.support.tiny_judge import build, logits
+
+    model = TINY_MODELS["gemma4_e2b"]
+    net, rows = build(model), model.token_rows()
+    before = logits(net, rows)
+    net.state_dict()[f"model.{table}.weight"].fill_(0.0)
+    assert np.abs(logits(net, rows) - before).max() > 100 * LOGITS_TOLERANCE
 
 
 @pytest.mark.parametrize("adapted", [False, True], ids=["bare", "adapted"])

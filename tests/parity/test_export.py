@@ -109,12 +109,19 @@ def test_real_tensors_come_back(model: str, request: pytest.FixtureRequest) -> N
 
 
 _IN_LLAMA_CPP = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "phi3_short")
+_NEWER_IN_LLAMA_CPP = (
+    "granite", "olmo2", "olmo3", "glm4", "mistral3", "ernie4_5", "exaone4_whole", "hunyuan",
+    "seed_oss",
+    "gemma4_e2b",
+    "gemma4_dense",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("name", "head", "fused"),
     [(name, head, False) for name in _IN_LLAMA_CPP for head in (False, True)]
-    + [(name, False, True) for name in ("llama", "qwen2")],
+    + [(name, False, True) for name in ("llama", "qwen2")]
+    + [(name, False, False) for name in _NEWER_IN_LLAMA_CPP],
 )
 def test_tiny_models_in_llama_cpp(name: str, head: bool, fused: bool, tmp_path: Path) -> None:
     """The adapter alone and merged, against transformers and PEFT; `fused`: q, k, v one tensor."""

@@ -3,13 +3,13 @@
 from dataclasses import replace
 
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import Attention, GatedFeedForward, LayerSpec
+from lora.forward.model.layer_spec import NO_NORM, Attention, GatedFeedForward, LayerSpec
 from lora.forward.model.rope_frequencies import Rope
 
 LLAMA_LAYER = LayerSpec(
     mixer=Attention(
         n_heads=4, n_kv_heads=2, head_size=8, rope=Rope(10000.0, 8, interleaved=True), window=None,
-        scale=8**-0.5, softcap=None, qk_norm=False, fused_modules=False, permuted=True,
+        scale=8**-0.5, softcap=None, qk_norm=NO_NORM, fused_modules=False, permuted=True,
     ),
     feed_forward=GatedFeedForward(64, "silu", fused_modules=False),
     hidden_size=32, norm_epsilon=1e-5, post_norms=False, biases=frozenset(),

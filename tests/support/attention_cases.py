@@ -48,6 +48,7 @@ CASES = [
     ([33, 5, 4, 20], Shape(3, 1, 64, 0.2, softcap=2.0), TILES[8]),
     ([40, 26], Shape(2, 1, 128, 0.08, window=20), TILES[9]),
     ([3, 91], Shape(2, 1, 256, 0.0625), TILES[10]),
+    ([3, 40], Shape(2, 1, 512, 0.05, window=30), TILES[9]),
 ]
 
 # The same with f16 tensors.

@@ -25,7 +25,7 @@ from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import Tensor
+from lora.shaders.tensor import Extent, Tensor
 from lora.training.programs import allocate_layer
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
@@ -60,22 +60,35 @@ def model_of(recording: Recording, spec: LayerSpec, seed: int = 0) -> Model:
             for group, members in spec.groups.items()
             if any(member.gguf_name in spec.biases for member in members)
         },
-        mixer_norm=norm(),
-        feed_forward_norm=norm(),
+        mixer_norm=norm() if spec.pre_norms else None,
+        feed_forward_norm=norm() if spec.pre_norms else None,
         post_mixer_norm=norm() if spec.post_norms else None,
         post_feed_forward_norm=norm() if spec.post_norms else None,
+        post_per_layer_norm=norm() if spec.per_layer else None,
+        output_scale=vector(4) if spec.output_scale else None,
         vectors={
-            name: vector(width)
-            for block in (spec.mixer, spec.feed_forward)
-            for name, width in block.vectors.items()
+            stack: vector(sum(block.vectors[name] for name in names))
+            for block in spec.blocks
+            for stack, names in block.stacks.items()
         },
         rope=spec.rope and recording.memory.upload(spec.rope.tables(N_POSITIONS)),
+        temperature=None
+        if getattr(spec.mixer, "temperature", None) is None
+        else recording.memory.upload(spec.mixer.temperature.factors(N_POSITIONS)),
     )
     architecture = Architecture(
         "test", (spec,), spec.hidden_size, 64, 128, spec.norm_epsilon, True, None, 1.0
     )
     head = matrix(64, spec.hidden_size)
     return Model(architecture, head, (layer,), norm(), head, N_POSITIONS, None)
+
+
+def own_inputs(recording: Recording, spec: LayerSpec, rows: Extent) -> Tensor | None:
+    """What the tokens have for the layer, where it has inputs of its own."""
+    if spec.per_layer is None:
+        return None
+    width = (spec.per_layer.layer + 1) * spec.per_layer.size
+    return recording.memory.empty((rows.maximum, width), extent=rows)
 
 
 @dataclass(frozen=True)
@@ -108,11 +121,13 @@ class Pass:
         x, out = (
             recording.memory.empty((rows, spec.hidden_size), extent=inputs.rows) for _ in range(2)
         )
+        own = own_inputs(recording, spec, inputs.rows)
         forward, backward = Program(recording), Program(recording)
-        record_layer(forward, Walk(model, factors, WithinExamples(inputs)), 0, act, x, out)
+        context = WithinExamples(inputs, per_layer=own)
+        record_layer(forward, Walk(model, factors, context), 0, act, x, out)
         scratch = allocate_scratch(recording, model, inputs, factors)
         shared = BackwardPass(
-            model, inputs, factors, {key: [one] for key, one in slices.items()}, scratch
+            model, inputs, factors, {key: [one] for key, one in slices.items()}, scratch, own
         )
         record_layer_backward(backward, shared, 0, act, x, lowest=False)
         return cls(
@@ -124,6 +139,7 @@ def record_text(recording: Recording, model: Model, rows: int) -> tuple[Program,
     """New tokens of a text through the bare layer, `rows` at once."""
     inputs = StepInputs.allocate(recording, rows)
     act = StepActivations.allocate(recording, model, inputs.rows)
+    act = replace(act, per_layer=own_inputs(recording, model.layers[0].spec, inputs.rows))
     step = Step(model, inputs, {}, act, allocate_caches(recording, model, ROOM))
     program = Program(recording)
     record_step(program, step)

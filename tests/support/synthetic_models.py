@@ -7,7 +7,6 @@ gguf-py writes no K-quants.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -16,56 +15,16 @@ import numpy as np
 from gguf import GGMLQuantizationType as Type
 
 from lora.forward.gguf.quantization import QUANTIZATIONS
+from tests.support.synthetic_gemma4 import Gemma4Shape
+from tests.support.synthetic_shape import Shape
 from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
+_GEMMA4_TYPES = {
+    "weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K",
+    "per_layer_model_proj.weight": "Q8_0",
+}  # fmt: skip
 
-@dataclass(frozen=True)
-class Shape:
-    """A model's sizes; `types` maps the ending of a tensor's name to its type."""
-
-    architecture: str
-    n_layers: int
-    hidden_size: int
-    intermediate_size: int
-    n_heads: int
-    n_kv_heads: int
-    head_size: int
-    vocab_size: int
-    types: dict[str, str]
-    metadata: dict[str, Any] = field(default_factory=dict)
-    tied_head: bool = True
-
-    def tensors(self) -> dict[str, tuple[int, ...]]:
-        """Every tensor with its shape."""
-        hidden, inner = self.hidden_size, self.intermediate_size
-        query, kv = self.n_heads * self.head_size, self.n_kv_heads * self.head_size
-        shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (self.vocab_size, hidden)}
-        of_layer: dict[str, tuple[int, ...]] = {
-            "attn_norm": (hidden,), "ffn_norm": (hidden,), "attn_q": (query, hidden),
-            "attn_k": (kv, hidden), "attn_v": (kv, hidden), "attn_output": (hidden, query),
-            "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner),
-        }  # fmt: skip
-        if self.architecture == "gemma3":
-            of_layer |= {
-                "attn_q_norm": (self.head_size,), "attn_k_norm": (self.head_size,),
-                "post_attention_norm": (hidden,), "post_ffw_norm": (hidden,),
-            }  # fmt: skip
-        for layer in range(self.n_layers):
-            shapes |= {f"blk.{layer}.{name}.weight": size for name, size in of_layer.items()}
-        shapes["output_norm.weight"] = (hidden,)
-        if not self.tied_head:
-            shapes["output.weight"] = (self.vocab_size, hidden)
-        return shapes
-
-    def type_of(self, name: str) -> Type:
-        """A tensor's type: of the longest ending that fits; norms are F32."""
-        if "norm" in name:
-            return Type.F32
-        fitting = [ending for ending in self.types if name.endswith(ending)]
-        return Type[self.types[max(fitting, key=len)]]
-
-
-SHAPES = {
+SHAPES: dict[str, Shape] = {
     "SmolLM2-135M": Shape(
         "llama", 30, 576, 1536, 9, 3, 64, 49152,
         {"weight": "Q4_1", "token_embd.weight": "Q8_0"},
@@ -84,6 +43,24 @@ SHAPES = {
         "llama", 32, 4096, 14336, 32, 8, 128, 128256,
         {"weight": "Q4_K", "ffn_down.weight": "Q6_K", "output.weight": "Q6_K"},
         {"rope.freq_base": 500000.0}, tied_head=False,
+    ),
+    "Gemma-4-E2B": Gemma4Shape("gemma4", 35, 1536, 6144, 8, 1, 256, 262144, _GEMMA4_TYPES),
+    "Gemma-4-E4B": Gemma4Shape(
+        "gemma4", 42, 2560, 10240, 8, 2, 256, 262144, _GEMMA4_TYPES,
+        every=6, n_shared=18, wide=False,
+    ),
+    "Ministral-3-3B": Shape(
+        "mistral3", 26, 3072, 9216, 32, 8, 128, 131072,
+        {"weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K"},
+        {
+            "rope.freq_base": 1e6, "rope.scaling.type": "yarn", "rope.scaling.factor": 16.0,
+            "rope.scaling.original_context_length": 16384,
+            "rope.scaling.yarn_log_multiplier": 1.0, "attention.temperature_scale": 0.1,
+        },
+    ),
+    "tiny-gemma-4": Gemma4Shape(
+        "gemma4", 6, 256, 512, 4, 1, 64, 512, _GEMMA4_TYPES,
+        every=3, n_shared=3, global_head_size=128,
     ),
     "tiny": Shape(
         "llama", 2, 256, 512, 4, 2, 64, 512, {"weight": "Q4_K", "token_embd.weight": "Q6_K"}
@@ -106,7 +83,7 @@ def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
         f"{prefix}.attention.value_length": shape.head_size,
         f"{prefix}.attention.layer_norm_rms_epsilon": 1e-6,
         f"{prefix}.vocab_size": shape.vocab_size,
-        **{f"{prefix}.{key}": value for key, value in shape.metadata.items()},
+        **{f"{prefix}.{key}": value for key, value in shape.own_metadata().items()},
         **tiny_tokenizer_metadata(min(shape.vocab_size, 512)),
     }
     if prefix == "llama":

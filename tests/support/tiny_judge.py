@@ -25,7 +25,17 @@ _CLASSES = {
     "qwen3": ("Qwen3Config", "Qwen3ForCausalLM"),
     "gemma2": ("Gemma2Config", "Gemma2ForCausalLM"),
     "gemma3_text": ("Gemma3TextConfig", "Gemma3ForCausalLM"),
+    "gemma4_text": ("Gemma4TextConfig", "Gemma4ForCausalLM"),
     "phi3": ("Phi3Config", "Phi3ForCausalLM"),
+    "granite": ("GraniteConfig", "GraniteForCausalLM"),
+    "olmo2": ("Olmo2Config", "Olmo2ForCausalLM"),
+    "olmo3": ("Olmo3Config", "Olmo3ForCausalLM"),
+    "glm4": ("Glm4Config", "Glm4ForCausalLM"),
+    "ministral3": ("Ministral3Config", "Ministral3ForCausalLM"),
+    "ernie4_5": ("Ernie4_5Config", "Ernie4_5ForCausalLM"),
+    "seed_oss": ("SeedOssConfig", "SeedOssForCausalLM"),
+    "exaone4": ("Exaone4Config", "Exaone4ForCausalLM"),
+    "hunyuan_v1_dense": ("HunYuanDenseV1Config", "HunYuanDenseV1ForCausalLM"),
 }
 
 # Config fields that transformers reads out of a GGUF of each family. It reads no rope scaling, soft
@@ -159,6 +169,7 @@ def llama_cpp_log_probabilities(
     """
     row, vocab_size = model.token_rows()[0], model.config["vocab_size"]
     rope = model.config["rope_parameters"]
+    rope = rope.get("full_attention", rope)
     settings = xllamacpp.CommonParams()
     settings.model.path = str(gguf_path)
     settings.n_ctx = 128

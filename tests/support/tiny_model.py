@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import zlib
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,20 +22,18 @@ import numpy as np
 import safetensors.numpy
 
 from lora.forward.model.row_order import permute_rows_to_gguf
+from tests.support.tiny_families import FAMILIES, layer_shapes, llama3_divisors, rope_of_family
+from tests.support.tiny_gemma4 import gemma4_divisors, gemma4_metadata, gemma4_shapes
 from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
 LENGTHS = (40, 23)
 
+_FROZEN = ("model.embed_tokens", "model.per_layer_model_projection")  # never adapted
 _GAIN = 1.3  # matrices make their output this much larger than their normed input
 _EMBEDDING_STD = 0.4  # logits then spread by about 3
 _NORM_STD = 0.3
 _BIAS_STD = 0.5
-
-_GGUF_NAMES = {"mistral": "llama", "gemma3_text": "gemma3"}  # where it isn't the family's
-_PERMUTED = ("llama", "mistral", "smollm3")  # q and k rows are interleaved in the GGUF
-_HEAD_NORMS = ("qwen3", "gemma3_text")
-_GEMMA = ("gemma2", "gemma3_text")  # four norms a layer, each stored by Hugging Face less one
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class TinyModel:
     @property
     def architecture(self) -> str:
         """The GGUF's `general.architecture`."""
-        return _GGUF_NAMES.get(self.family, self.family)
+        return FAMILIES[self.family].architecture or self.family
 
     @property
     def head_dim(self) -> int:
@@ -99,42 +97,15 @@ class TinyModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Every parameter of the Hugging Face model."""
         c = self.config
-        hidden, inner = c["hidden_size"], c["intermediate_size"]
-        queries = c["num_attention_heads"] * self.head_dim
-        keys = c["num_key_value_heads"] * self.head_dim
-        of_layer: dict[str, tuple[int, ...]] = {
-            "input_layernorm.weight": (hidden,),
-            "post_attention_layernorm.weight": (hidden,),
-            "self_attn.o_proj.weight": (hidden, queries),
-            "mlp.down_proj.weight": (hidden, inner),
-        }
-        if self.family == "phi3":
-            of_layer["self_attn.qkv_proj.weight"] = (queries + 2 * keys, hidden)
-            of_layer["mlp.gate_up_proj.weight"] = (2 * inner, hidden)
-        else:
-            for letter, rows in (("q", queries), ("k", keys), ("v", keys)):
-                of_layer[f"self_attn.{letter}_proj.weight"] = (rows, hidden)
-                if self.family == "qwen2" or c.get("attention_bias"):
-                    of_layer[f"self_attn.{letter}_proj.bias"] = (rows,)
-            of_layer["mlp.gate_proj.weight"] = (inner, hidden)
-            of_layer["mlp.up_proj.weight"] = (inner, hidden)
-            if c.get("mlp_bias"):
-                of_layer["mlp.gate_proj.bias"] = (inner,)
-                of_layer["mlp.up_proj.bias"] = (inner,)
-                of_layer["mlp.down_proj.bias"] = (hidden,)
-        if c.get("attention_bias"):
-            of_layer["self_attn.o_proj.bias"] = (hidden,)
-        if self.family in _HEAD_NORMS:
-            of_layer["self_attn.q_norm.weight"] = (self.head_dim,)
-            of_layer["self_attn.k_norm.weight"] = (self.head_dim,)
-        if self.family in _GEMMA:
-            of_layer["pre_feedforward_layernorm.weight"] = (hidden,)
-            of_layer["post_feedforward_layernorm.weight"] = (hidden,)
+        hidden = c["hidden_size"]
         vocabulary = (c["vocab_size"], hidden)
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": vocabulary}
         for layer in range(c["num_hidden_layers"]):
+            of_layer = layer_shapes(self, layer)
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
         shapes["model.norm.weight"] = (hidden,)
+        if self.family == "gemma4_text":
+            shapes |= gemma4_shapes(self)
         if not c["tie_word_embeddings"]:
             shapes["lm_head.weight"] = vocabulary
         return shapes
@@ -156,8 +127,10 @@ class TinyModel:
             if name.endswith(".bias"):
                 values *= _BIAS_STD
             elif len(shape) == 1:
-                values = _NORM_STD * values + (0.0 if self.family in _GEMMA else 1.0)
-            elif name in ("model.embed_tokens.weight", "lm_head.weight"):
+                values = _NORM_STD * values + (
+                    0.0 if FAMILIES[self.family].stored_less_one else 1.0
+                )
+            elif name.startswith("model.embed_tokens") or name == "lm_head.weight":
                 values *= _EMBEDDING_STD
             else:
                 values *= _GAIN / math.sqrt(shape[1])
@@ -177,7 +150,7 @@ class TinyModel:
         if self.adapted_head:  # where it is tied, only the head's use of the weight is adapted
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
         for name, shape in shapes.items():
-            if len(shape) == 1 or name == "model.embed_tokens.weight":
+            if len(shape) == 1 or name.startswith(_FROZEN):
                 continue
             if name == "lm_head.weight":
                 if not self.adapted_head:
@@ -214,11 +187,22 @@ class TinyModel:
             settings |= {"layers_to_transform": self.adapted_layers, "layers_pattern": "layers"}
         (directory / "adapter_config.json").write_text(json.dumps(settings))
 
-    def write_gguf(self, path: Path, fused_layers: Collection[int] = ()) -> None:
+    def write_gguf(
+        self,
+        path: Path,
+        fused_layers: Collection[int] = (),
+        *,
+        more: Mapping[str, np.ndarray] | None = None,
+        keys: Mapping[str, Any] | None = None,
+        scales: Mapping[str, float] | None = None,
+    ) -> None:
         """Writes the model as llama.cpp's converter would.
 
         Args:
             fused_layers: whose q, k and v are one tensor, as its --fuse-qkv makes them.
+            more: tensors beside the model's.
+            keys: metadata in place of the model's, without prefix.
+            scales: of tensors, by the names of their scales: each tensor is divided by its own.
         """
         known = {name: arch for arch, name in gguf.MODEL_ARCH_NAMES.items()}
         if self.architecture not in known:
@@ -235,10 +219,12 @@ class TinyModel:
         for name, exact in self._exact_weights().items():
             module = name.split(".")[-2]
             values = exact
-            if self.family in _PERMUTED and module in heads:
+            if FAMILIES[self.family].permuted and module in heads:
                 values = permute_rows_to_gguf(exact, heads[module])
-            if self.family in _GEMMA and name.endswith("norm.weight"):
+            if FAMILIES[self.family].stored_less_one and name.endswith("norm.weight"):
                 values = exact + np.float32(1.0)
+            if name.endswith("layer_scalar"):
+                name += ".weight"
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
             if gguf_name is None or gguf_name in tensors:
                 raise ValueError(f"gguf-py has no name of its own for {name}")
@@ -248,10 +234,14 @@ class TinyModel:
             if parts[0] in tensors:
                 whole = np.concatenate([tensors.pop(part) for part in parts])
                 tensors[f"blk.{layer}.attn_qkv.{kind}"] = whole
+        for name, scale in (scales or {}).items():
+            tensors[f"{name.removesuffix('scale')}weight"] /= np.float32(scale)
+            tensors[name] = np.array([scale], np.float32)
         write_gguf(
             path,
-            self._metadata(),
-            {**self._rope_tensors(), **tensors},
+            self._metadata()
+            | {f"{self.architecture}.{key}": value for key, value in (keys or {}).items()},
+            {**self._rope_tensors(), **tensors, **(more or {})},
             {".weight": self.matrix_type} if self.matrix_type != "F32" else {},
         )
 
@@ -272,15 +262,17 @@ class TinyModel:
         if self.architecture == "llama":
             sizes["vocab_size"] = c["vocab_size"]
             sizes["rope.dimension_count"] = self.head_dim
+        if "partial_rotary_factor" in c["rope_parameters"]:
+            sizes["rope.dimension_count"] = self.rotary_dim
         if self.family == "phi3":
             sizes["rope.dimension_count"] = self.rotary_dim
             sizes["attention.sliding_window"] = c["sliding_window"] or 0
-        if self.family in _GEMMA:
-            sizes["attention.sliding_window"] = c["sliding_window"]
-        if self.family == "gemma2":
-            sizes["attn_logit_softcapping"] = c["attn_logit_softcapping"]
-            sizes["final_logit_softcapping"] = c["final_logit_softcapping"]
+        for name, key in FAMILIES[self.family].keys.items():
+            if c.get(name) is not None:
+                sizes[key] = c[name]
         sizes |= self._rope_metadata() | self.extra_metadata
+        if self.family == "gemma4_text":
+            sizes |= gemma4_metadata(self)
         return {
             "general.architecture": self.architecture,
             "general.type": "model",
@@ -291,15 +283,9 @@ class TinyModel:
         }
 
     def _rope_metadata(self) -> dict[str, Any]:
-        rope = self.config["rope_parameters"]
-        keys: dict[str, Any] = {}
+        rope, keys = rope_of_family(self)
         if self.family == "gemma2":
             return keys  # the converter writes none; the base is always 10000
-        if self.family == "gemma3_text":
-            if rope["sliding_attention"]["rope_theta"] != 10000.0:
-                # Files made before 2026 lack the key, and all published models have 10000.
-                keys["rope.freq_base_swa"] = rope["sliding_attention"]["rope_theta"]
-            rope = rope["full_attention"]
         keys["rope.freq_base"] = rope["rope_theta"]
         if self.family == "phi3":
             keys["rope.scaling.original_context_length"] = self.config[
@@ -317,6 +303,9 @@ class TinyModel:
             for key in ("beta_fast", "beta_slow"):
                 if key in rope:
                     keys[f"rope.scaling.yarn_{key}"] = rope[key]
+            if "mscale_all_dim" in rope:
+                keys["rope.scaling.yarn_log_multiplier"] = rope["mscale_all_dim"]
+                keys["attention.temperature_scale"] = rope["llama_4_scaling_beta"]
         return keys
 
     def _longrope_factor(self) -> float:
@@ -326,29 +315,16 @@ class TinyModel:
 
     def _rope_tensors(self) -> dict[str, np.ndarray]:
         rope = self.config["rope_parameters"]
+        if self.family == "gemma4_text":
+            return {"rope_freqs.weight": gemma4_divisors(self)}
         if rope.get("rope_type") == "longrope":
             return {
                 f"rope_factors_{length}.weight": np.array(rope[f"{length}_factor"], np.float32)
                 for length in ("long", "short")
             }
         if rope.get("rope_type") == "llama3":
-            return {"rope_freqs.weight": _llama3_divisors(rope, self.head_dim)}
+            return {"rope_freqs.weight": llama3_divisors(rope, self.head_dim)}
         return {}
-
-
-def _llama3_divisors(rope: dict[str, Any], head_dim: int) -> np.ndarray:
-    """What Llama 3.1 divides each frequency by, f32 [head_dim / 2].
-
-    Waves that fit high_freq_factor times into the original context keep their frequency, those
-    that fit fewer than low_freq_factor times are slowed by factor; in between, the frequency is
-    a mean of both.
-    """
-    pairs = np.arange(head_dim // 2)
-    frequencies = rope["rope_theta"] ** (-2.0 * pairs / head_dim)
-    turns = rope["original_max_position_embeddings"] * frequencies / (2.0 * np.pi)
-    low, high = rope["low_freq_factor"], rope["high_freq_factor"]
-    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
-    return (1.0 / ((1.0 - kept) / rope["factor"] + kept)).astype(np.float32)
 
 
 def _seed(*words: str) -> int:

@@ -4,27 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+from tests.support.tiny_config import config_of as _config
+from tests.support.tiny_config import rope_of as _rope
 from tests.support.tiny_model import TinyModel
-
-
-def _config(**changes: Any) -> dict[str, Any]:
-    return {
-        "vocab_size": 320,
-        "hidden_size": 64,
-        "intermediate_size": 128,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
-        "max_position_embeddings": 128,
-        "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True,
-        "rope_parameters": _rope(),
-        **changes,
-    }
-
-
-def _rope(rope_type: str = "default", rope_theta: float = 10000.0, **more: Any) -> dict[str, Any]:
-    return {"rope_type": rope_type, "rope_theta": rope_theta, **more}
+from tests.support.tiny_newer_models import NEWER_MODELS
 
 
 def _gemma2_config(**changes: Any) -> dict[str, Any]:
@@ -267,5 +250,6 @@ TINY_MODELS = {
             rank=6,
             alpha=12,
         ),
+        *NEWER_MODELS,
     )
 }

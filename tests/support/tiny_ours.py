@@ -37,6 +37,7 @@ def open_session(
                 "layers": model.layers or "all",
                 "targets": model.targets,
                 "init_from": str(adapter),
+                "peft_layers": "model.layers",  # the judge is a class for text
             },
             "data": {"train": "none", "max_length": max(LENGTHS), "shuffle": False},
             "train": {"steps": 1, "batch_size": len(rows), **train},

@@ -193,8 +193,10 @@ SHAPES = (
     (Shape(2, 1, 128, 0.08), "f32", False),
     (Shape(2, 1, 128, 0.08), "f16", False),
     (Shape(2, 1, 256, 0.0625), "f32", False),
+    (Shape(2, 1, 512, 0.05), "f32", False),
 )
 HEADS = (Heads(4, 2, 64, 0.125), Heads(3, 1, 100, 0.1, window=64, softcap=2.0))
+LARGE_HEADS = Heads(2, 1, 320, 0.06)
 CHECKS = [
     *(
         Check("attention" + "_backward" * backward,
@@ -207,7 +209,7 @@ CHECKS = [
     *(
         Check("attention_decode", f"5, {heads.n_heads} heads of {heads.head_size}",
               partial(check_attention_decode, heads=heads))
-        for heads in HEADS
+        for heads in (*HEADS, LARGE_HEADS)
     ),
     *(
         Check("attention_decode_row", f"1, {heads.n_heads} heads of {heads.head_size}",

@@ -18,6 +18,7 @@ from lora.commands.cli import app
 from lora.commands.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
 from lora.shaders.errors import InputError
 from tests.support.tiny_gguf import CHATML, write_tiny_llama
+from tests.support.tiny_models import TINY_MODELS
 
 
 def shown(model: str | Path) -> str:
@@ -59,6 +60,12 @@ def test_facts_of_a_model_that_can_be_trained(tmp_path: Path) -> None:
             "context_length": 128,
         },
         "rope": {"rope.freq_base": 10000.0, "rope.dimension_count": 8},
+        "models": "Llama 2 and 3, Mistral, Devstral Small 1, SmolLM 1 and 2",
+        "adaptable": [
+            {"module": f"{name}_proj", "layers": 2, "of": 2}
+            for name in ("q", "k", "v", "o", "gate", "up", "down")
+        ],
+        "left_alone": {},
         "tensor_types": [
             {
                 "type": kind,
@@ -149,6 +156,22 @@ def test_rope_scaling_and_its_tensors(tmp_path: Path) -> None:
     assert facts["rope"]["rope.scaling.factor"] == 4.0
     assert facts["rope"]["tensors"] == ["rope_freqs.weight"]
     assert "scaling.type yarn, scaling.factor 4, tensors rope_freqs.weight" in rows(path)["rope"]
+
+
+def test_names_that_people_know_and_what_is_left_alone(tmp_path: Path) -> None:
+    model, path = TINY_MODELS["gemma4_e2b"], tmp_path / "tiny.gguf"
+    model.write_gguf(path, more={"v.patch_embd.weight": np.ones((4, 4), np.float32)})
+    table = rows(path)
+    assert table["architecture"] == "gemma4 (Gemma 4, dense and E2B, E4B)"
+    assert table["adapter.targets"] == (
+        "q_proj, k_proj (4 layers), v_proj (4 layers), o_proj, gate_proj, up_proj, down_proj, "
+        "per_layer_input_gate, per_layer_projection"
+    )
+    assert table["left alone"] == "images and sound (1 tensors)"
+    TINY_MODELS["gemma3"].write_gguf(path)
+    assert "FunctionGemma" in rows(path)["architecture"]
+    TINY_MODELS["mistral3"].write_gguf(path)
+    assert "Devstral" in rows(path)["architecture"]
 
 
 def test_every_reason_why_it_cannot_be_trained(tmp_path: Path) -> None:

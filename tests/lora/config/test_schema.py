@@ -46,6 +46,7 @@ def test_the_contracts_defaults(path: str) -> None:
             "layers": "all",
             "variant": "lora",
             "init_from": None,
+            "peft_layers": "auto",
         },
         "data": {
             "train": "t.jsonl",

@@ -10,8 +10,17 @@ import pytest
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import Attention, GatedFeedForward, LayerSpec
-from lora.forward.model.rope_frequencies import Rope
+from lora.forward.model.layer_spec import (
+    HEAD_NORM,
+    LATE_NORM,
+    NO_NORM,
+    WIDTH_NORM,
+    Attention,
+    GatedFeedForward,
+    LayerSpec,
+    PerLayerInput,
+)
+from lora.forward.model.rope_frequencies import Rope, Temperature
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
 from lora.shaders.recording import Recording
@@ -20,7 +29,7 @@ from tests.support.layer_models import paths_of
 SPEC = LayerSpec(
     mixer=Attention(
         n_heads=4, n_kv_heads=2, head_size=16, rope=Rope(1e4, 16, interleaved=False), window=5,
-        scale=0.25, softcap=30.0, qk_norm=True, fused_modules=False, permuted=False,
+        scale=0.25, softcap=30.0, qk_norm=HEAD_NORM, fused_modules=False, permuted=False,
     ),
     feed_forward=GatedFeedForward(96, "silu", fused_modules=False),
     hidden_size=32, norm_epsilon=1e-5, post_norms=True, biases=frozenset(("attn_q",)),
@@ -30,16 +39,22 @@ SPEC = LayerSpec(
 CHANGED: dict[str, dict[str, Any]] = {
     "mixer": {
         "n_heads": 8, "n_kv_heads": 1, "head_size": 32, "rope": Rope(1e4, 8, interleaved=True),
-        "window": None, "scale": 0.5, "softcap": None, "qk_norm": False, "fused_modules": True,
-        "permuted": True, "fused_tensor": True,
+        "window": None, "scale": 0.5, "softcap": None, "qk_norm": NO_NORM,
+        "fused_modules": True, "permuted": True, "fused_tensor": True,
     },
     "feed_forward": {
         "intermediate_size": 64, "activation": "gelu_tanh", "fused_modules": True,
     },
-    "": {"hidden_size": 48, "norm_epsilon": 1e-6, "post_norms": False, "biases": frozenset()},
+    "": {
+        "hidden_size": 48, "norm_epsilon": 1e-6, "post_norms": False, "biases": frozenset(),
+        "pre_norms": False, "feed_forward_norm": "other_norm", "output_scale": True,
+        "per_layer": PerLayerInput(16, 1, "gelu_tanh"),
+    },
 }  # fmt: skip
 # How the file lies, not how the layer computes: read where files are (the second test).
-OF_FILES = {"fused_modules", "permuted", "fused_tensor"}
+OF_FILES = {"fused_modules", "permuted", "fused_tensor", "feed_forward_norm"}
+# What other fields must allow; see the tests below, and the tiny models of Gemma 4.
+ONLY_TOGETHER = {"temperature", "value_norm", "keys_are_values", "keys_of"}
 # A bias is added by the forward alone: its gradient passes on as it is.
 UNSEEN = {("backward", "biases")}
 
@@ -54,13 +69,50 @@ def changed(part: str, name: str) -> LayerSpec:
 def test_every_field_has_another_value() -> None:
     for part, values in CHANGED.items():
         of = getattr(SPEC, part) if part else SPEC
-        names = {field.name for field in fields(of)} - {"mixer", "feed_forward"}
+        names = {field.name for field in fields(of)} - {"mixer", "feed_forward", *ONLY_TOGETHER}
         assert set(values) == names
         assert all(getattr(of, name) != value for name, value in values.items())
 
 
 def test_every_kind_has_its_rows() -> None:
-    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == {Attention, GatedFeedForward}
+    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == {Attention, GatedFeedForward, PerLayerInput}
+
+
+def recorded_by(recording: Recording, path: str, spec: LayerSpec) -> list[Any]:
+    """What a way through a layer records."""
+    facts = recording.facts
+    program = paths_of()[path](Recording(facts, CountingMemory(facts)), spec)
+    return [
+        (c.template, c.constants, c.workgroups, [(t.shape, t.dtype) for t in c.tensors])
+        for c in program.commands
+        if isinstance(c, Dispatch)
+    ]
+
+
+@pytest.mark.parametrize("path", paths_of())
+def test_what_is_recorded_follows_every_norm_and_a_temperature(
+    recording: Recording, path: str
+) -> None:
+    """Of q and k; queries that are normed have no temperature."""
+    kinds = [
+        recorded_by(recording, path, replace(SPEC, mixer=replace(SPEC.mixer, **values)))
+        for values in (
+            {"qk_norm": NO_NORM}, {"qk_norm": HEAD_NORM}, {"qk_norm": LATE_NORM},
+            {"qk_norm": WIDTH_NORM}, {"qk_norm": NO_NORM, "temperature": Temperature(0.1, 8)},
+            {"value_norm": True}, {"value_norm": True, "keys_are_values": True},
+        )
+    ]  # fmt: skip
+    assert all(a != b for i, a in enumerate(kinds) for b in kinds[:i])
+
+
+@pytest.mark.parametrize("path", paths_of())
+@pytest.mark.parametrize("other", [{"size": 32}, {"activation": "silu"}])
+def test_what_is_recorded_follows_a_layer_s_own_input(
+    recording: Recording, path: str, other: dict[str, Any]
+) -> None:
+    own = PerLayerInput(16, 1, "gelu_tanh")
+    both = [replace(SPEC, per_layer=one) for one in (own, replace(own, **other))]
+    assert recorded_by(recording, path, both[0]) != recorded_by(recording, path, both[1])
 
 
 @pytest.mark.parametrize("path", paths_of())
@@ -72,17 +124,9 @@ def test_what_is_recorded_follows_every_field(
     recording: Recording, path: str, part: str, name: str
 ) -> None:
     """Another value gives other dispatches: other constants, shapes, grids or kernels."""
-
-    def recorded(spec: LayerSpec) -> list[Any]:
-        facts = recording.facts
-        program = paths_of()[path](Recording(facts, CountingMemory(facts)), spec)
-        return [
-            (c.template, c.constants, c.workgroups, [(t.shape, t.dtype) for t in c.tensors])
-            for c in program.commands
-            if isinstance(c, Dispatch)
-        ]
-
-    follows = recorded(changed(part, name)) != recorded(SPEC)
+    follows = recorded_by(recording, path, changed(part, name)) != recorded_by(
+        recording, path, SPEC
+    )
     assert follows or (path, name) in UNSEEN
 
 

@@ -1,0 +1,29 @@
+"""Gradient of a layer's own input as a block."""
+
+from __future__ import annotations
+
+from lora.backward.per_layer import per_layer_gate_backward
+from lora.backward.recorder import BackwardRecorder, Before
+from lora.forward.decoder.per_layer_block import PerLayerActivations
+from lora.forward.model.layer_spec import PerLayerInput
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Extent, Tensor
+
+
+def allocate_per_layer_gradient(recording: Recording, spec: PerLayerInput, rows: Extent) -> Tensor:
+    """The gradient to what the gate gives, [rows, size]."""
+    return recording.memory.empty((rows.maximum, spec.size), recording.precision, extent=rows)
+
+
+def record_per_layer_backward(
+    layer: BackwardRecorder, spec: PerLayerInput, act: PerLayerActivations, source: Tensor,
+    d_output: Tensor, before: Before,
+) -> bool:  # fmt: skip
+    """Appends the block's backward; see `BlockBackward`. act.gate is overwritten."""
+    d_gated, inputs = layer.scratch(spec), layer.shared.per_layer
+    assert inputs is not None  # as the model has such
+    if not layer.through("proj", act.gated, d_output, d_gated):
+        return False
+    first = spec.layer * spec.size
+    per_layer_gate_backward(layer.program, act.gate, inputs, first, spec.activation, d_gated)
+    return layer.through("inp_gate", source, act.gate, layer.shared.scratch.d_normed, before)
