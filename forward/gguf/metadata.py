@@ -6,8 +6,8 @@ import math
 from typing import Any
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.gguf.header import shortened
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import shown
 
 
 class Metadata:
@@ -42,7 +42,7 @@ class Metadata:
     def _checked(self, key: str, value: Any, multiple_of: int) -> int:
         if not isinstance(value, int) or isinstance(value, bool) or value < 1:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {shortened(value)}; one whole number above "
+                f"{self.path}: {self.name}.{key} is {shown(value)}; one whole number above "
                 "0 is supported."
             )
         if value % multiple_of:
@@ -78,8 +78,7 @@ class Metadata:
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if not number or not math.isfinite(value) or value <= 0:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {shortened(value)}; a number above 0 is "
-                "expected."
+                f"{self.path}: {self.name}.{key} is {shown(value)}; a number above 0 is expected."
             )
         return float(value)
 
@@ -97,7 +96,7 @@ class Metadata:
         value = self.get(key, neutral[0])
         if value not in neutral:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {shortened(value)}, which is not supported; "
+                f"{self.path}: {self.name}.{key} is {shown(value)}, which is not supported; "
                 f"supported is {' or '.join(map(repr, neutral))}."
             )
 

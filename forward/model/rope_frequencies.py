@@ -231,7 +231,7 @@ def read_vector(gguf_file: GGUFFile, tensor: GGUFTensor) -> np.ndarray:
     Raises:
         InputError: it holds NaN or infinite numbers.
     """
-    values = quants.dequantize(tensor.data.reshape(-1), tensor.type)
+    values = quants.dequantize(np.asarray(tensor.data).reshape(-1), tensor.type)
     array = np.asarray(values, np.float32).reshape(tensor.shape)
     if not np.isfinite(array).all():
         raise InputError(f"{gguf_file.path}: tensor {tensor.name!r} holds NaN or infinite numbers.")

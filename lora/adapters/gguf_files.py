@@ -20,12 +20,12 @@ from gguf import GGMLQuantizationType
 from lora.adapters.adapted_tensor import AdaptedTensor, adaptable
 from lora.adapters.saved_factors import SavedFactors, pack
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.gguf.header import shortened
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.row_order import permute_rows_to_hf
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import shown
 from lora.storage.gguf_output import new_file
 
 ADAPTER_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
@@ -164,8 +164,8 @@ def _settings(file: GGUFFile) -> AdapterSettings:
     kinds = file.metadata.get("general.type", "model"), file.metadata.get("adapter.type")
     if kinds != ("adapter", "lora"):
         raise InputError(
-            f"{file.path} is no LoRA adapter: general.type is {shortened(kinds[0])}, adapter.type "
-            f"is {shortened(kinds[1])}."
+            f"{file.path} is no LoRA adapter: general.type is {shown(kinds[0])}, adapter.type "
+            f"is {shown(kinds[1])}."
         )
     ranks: dict[str, dict[str, int]] = {}
     for name, tensor in file.tensors.items():
@@ -184,7 +184,7 @@ def _settings(file: GGUFFile) -> AdapterSettings:
         raise InputError(f"{file.path} holds no tensors: the adapter changes nothing.")
     alpha = file.metadata.get("adapter.lora.alpha", 0.0)
     if not isinstance(alpha, int | float) or not np.isfinite(alpha):
-        raise InputError(f"{file.path}: adapter.lora.alpha is {shortened(alpha)}, no number.")
+        raise InputError(f"{file.path}: adapter.lora.alpha is {shown(alpha)}, no number.")
     return AdapterSettings(
         path=file.path,
         architecture=str(file.metadata.get("general.architecture")),
