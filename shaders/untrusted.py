@@ -17,9 +17,7 @@ from typing import Any
 
 from lora.shaders.errors import InputError, plain
 
-MOST_SETTINGS_BYTES = (
-    1 << 22
-)  # of a JSON file of settings; tokenizer_config.json has the most, 1 MB
+MOST_SETTINGS_BYTES = 1 << 22  # of a JSON file of settings; tokenizer_config.json may have 1 MB
 MOST_DEPTH = 200  # of JSON; Python's own parser stops at its recursion limit, wherever that stands
 MOST_LARGE = 2**31 - 1  # counts beyond it are no i32, which kernels and files count in
 F32_MOST = 3.4028234663852886e38

@@ -1,7 +1,7 @@
 """Bytes of an open file, read when they are asked for.
 
-Not through a memory map: the bytes of a mapped file that another program cuts meanwhile are no error
-but a SIGBUS, which ends the process without a word.
+Not through a memory map: the bytes of a mapped file that another program cuts meanwhile are no
+error but a SIGBUS, which ends the process without a word.
 """
 
 from __future__ import annotations
