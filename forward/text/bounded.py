@@ -1,8 +1,8 @@
 """A child process for work that files prescribe: chat templates, patterns, foreign tokenizers.
 
 A template or a regular expression out of a file is a program, and one that runs for hours or fills
-the memory is a few characters long. `ask` runs a function in a child of this process that has limits
-on time and memory; who exceeds them costs the child its life and gives a sentence here.
+the memory is a few characters long. `ask` runs a function in a child of this process that has
+limits on time and memory; who exceeds them costs the child its life and gives a sentence here.
 
 The time is the processor's, so that a busy machine refuses nothing. Where the operating system has
 no such timer (Windows) it is the clock's, and where it limits no process's memory (macOS) the time

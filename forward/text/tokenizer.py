@@ -7,23 +7,32 @@ tokenizers library (forward/text/byte_level.py), llama is SentencePiece
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import tokenizers
 from gguf import TokenType
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text import sentencepiece
-from lora.forward.text.byte_level import LibraryCodec, byte_level
+from lora.forward.text.byte_level import byte_level
+from lora.forward.text.foreign import ForeignCodec
 from lora.forward.text.pre_tokenizers import named_pre_tokenizer
-from lora.forward.text.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
+from lora.forward.text.vocabulary import (
+    END_TEXTS,
+    Vocabulary,
+    end_texts,
+    merges,
+    metadata_end_ids,
+    special_id,
+)
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import read_json_object, read_text, shown
 
 _ADD_BOS = "tokenizer.ggml.add_bos_token"
+_MOST_CONFIG_BYTES = 1 << 24  # of a tokenizer_config.json: 1 MB for 6,000 added tokens
+_MOST_TEMPLATE_BYTES = 1 << 20  # the longest known chat template has 20 KB
 
 
 @dataclass(frozen=True)
@@ -152,22 +161,19 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise InputError(f"There is no tokenizer {file}.")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{file} is not a tokenizer.json: {error}.") from error
-        first_id = _prefixed_id(tokenizer)
         config = _read_config(file.parent / "tokenizer_config.json")
-        bos_id = _configured_id(tokenizer, config, "bos_token")
-        eos_id = _configured_id(tokenizer, config, "eos_token")
         template, for_tools = _configured_templates(file.parent, config)
-        tokens: dict[str, int] = tokenizer.get_vocab()
-        end_ids = {tokens[text] for text in end_texts(tokens)}
+        codec = ForeignCodec(file)
+        named = {key: _configured_text(config, key) for key in ("bos_token", "eos_token")}
+        facts = codec.facts([*END_TEXTS, *filter(None, named.values())])
+        first_id = facts.first_id
+        bos_id, eos_id = (_configured_id(facts.ids, key, text) for key, text in named.items())
+        end_ids = {facts.ids[text] for text in end_texts(facts.ids)}
         add_bos = first_id is not None
         if gguf_file is not None:
             if isinstance(gguf_file.metadata.get(_ADD_BOS), bool) and not _is_gemma4(gguf_file):
                 add_bos = gguf_file.metadata[_ADD_BOS]
-            n_tokens = tokenizer.get_vocab_size()
+            n_tokens = facts.n_tokens
             for name in ("bos", "eos"):
                 token = gguf_file.metadata.get(f"tokenizer.ggml.{name}_token_id")
                 if isinstance(token, int) and token >= n_tokens:
@@ -185,7 +191,7 @@ class Tokenizer:
                 template = _template_of(gguf_file)
                 for_tools = _template_of(gguf_file, ".tool_use")
         return cls(
-            LibraryCodec(tokenizer),
+            codec,
             bos_id=bos_id if first_id is None else first_id,
             eos_id=eos_id,
             add_bos=add_bos,
@@ -322,34 +328,22 @@ def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
     return found - {vocabulary.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
 
 
-def _prefixed_id(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The token that the tokenizer.json puts before a text, found by what it does to one."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    prefixed = tokenizer.encode("a", add_special_tokens=True).ids
-    return None if plain[:1] == prefixed[:1] else int(prefixed[0])
-
-
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds no JSON object.")
-    return config
+    return read_json_object(file, _MOST_CONFIG_BYTES) if file.is_file() else {}
 
 
-def _configured_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], key: str) -> int | None:
+def _configured_text(config: dict[str, Any], key: str) -> str | None:
     value = config.get(key)
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str):
+    return text if isinstance(text, str) else None
+
+
+def _configured_id(ids: dict[str, int], key: str, text: str | None) -> int | None:
+    if text is None:
         return None
-    token = tokenizer.token_to_id(text)
-    if token is None:
-        raise InputError(f"tokenizer_config.json names the {key} {text!r}, no token of it.")
-    return int(token)
+    if text not in ids:
+        raise InputError(f"tokenizer_config.json names the {key} {shown(text)}, no token of it.")
+    return ids[text]
 
 
 def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -374,9 +368,4 @@ def read_template(file: Path) -> str:
     Raises:
         InputError: it can't be read, or is no text.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: not text in UTF-8; a chat template is.") from None
+    return read_text(file, _MOST_TEMPLATE_BYTES)

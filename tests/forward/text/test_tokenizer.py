@@ -298,7 +298,7 @@ def test_from_file_reads_its_neighbours(tmp_path: Path) -> None:
     (directory / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
     assert Tokenizer.from_file(directory).tool_use_template == "tools"
     (directory / "chat_template.jinja").write_bytes(b"\xff")
-    with pytest.raises(InputError, match="chat_template.jinja: not text in UTF-8; a chat templ"):
+    with pytest.raises(InputError, match="chat_template.jinja: not text in UTF-8"):
         Tokenizer.from_file(directory)
 
 
@@ -344,7 +344,7 @@ def test_from_file_refuses(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="<nope>"):
         Tokenizer.from_file(directory)
     (directory / "tokenizer_config.json").write_text("{")
-    with pytest.raises(InputError, match="is not JSON"):
+    with pytest.raises(InputError, match="not JSON"):
         Tokenizer.from_file(directory)
 
 
