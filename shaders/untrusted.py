@@ -19,6 +19,7 @@ from lora.shaders.errors import InputError, plain
 
 MOST_SETTINGS_BYTES = 1 << 22  # of a JSON file of settings; tokenizer_config.json may have 1 MB
 MOST_DEPTH = 200  # of JSON; Python's own parser stops at its recursion limit, wherever that stands
+MOST_RANK = 1 << 16  # of an adapter: more than any matrix has columns
 MOST_LARGE = 2**31 - 1  # counts beyond it are no i32, which kernels and files count in
 F32_MOST = 3.4028234663852886e38
 F32_LEAST = 1.1754943508222875e-38  # below it a number is flushed to zero on some devices
@@ -45,8 +46,13 @@ def shown(value: Any, most: int = 60) -> str:
     return text if len(text) <= most else text[: most - 3] + "..."
 
 
-def read_text(path: Path, most_bytes: int = MOST_SETTINGS_BYTES) -> str:
+def read_text(
+    path: Path, most_bytes: int = MOST_SETTINGS_BYTES, no_text: str = "not a text file in UTF-8"
+) -> str:
     """The text of a small file.
+
+    Args:
+        no_text: what is said of one that is none.
 
     Raises:
         InputError: it is not there, can't be read, is larger than that, or no UTF-8.
@@ -66,10 +72,8 @@ def read_text(path: Path, most_bytes: int = MOST_SETTINGS_BYTES) -> str:
         )
     try:
         return content.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"{path}: not text in UTF-8 (at byte {error.start:,}); save it as UTF-8."
-        ) from None
+    except UnicodeDecodeError:
+        raise InputError(f"{path}: {no_text}.") from None
 
 
 def parse_json(text: str | bytes, source: object, *, finite: bool = True) -> Any:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora.forward.attention_decode import RowPlace
+from lora.forward.model.inputs import IndexBounds, indices
 from lora.shaders.memory import Memory
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -29,14 +30,23 @@ class StepInputs:
     positions: Tensor  # u32 [rows], in the cache
     rope_rows: Tensor  # u32 [rows], in rope's tables; see LongExamples
     last_row: Tensor  # u32 [1], the row whose logits are wanted
+    bounds: IndexBounds
+    room: int  # of the cache
 
     @classmethod
     def allocate(
-        cls, recording: Recording, maximum_rows: int, token: Tensor | None = None
+        cls,
+        recording: Recording,
+        maximum_rows: int,
+        bounds: IndexBounds,
+        room: int,
+        token: Tensor | None = None,
     ) -> StepInputs:
         """A buffer for runs of at most `maximum_rows` tokens.
 
         Args:
+            bounds: of the model.
+            room: of the cache, in tokens.
             token: u32 [1], where the token of a run of one row lies.
         """
         rows = recording.memory.extent(maximum_rows)
@@ -48,7 +58,7 @@ class StepInputs:
 
         n = maximum_rows
         tokens = part(0, n) if token is None else replace(token, extent=rows)
-        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1))
+        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), bounds, room)
 
     @property
     def place(self) -> RowPlace:
@@ -73,16 +83,24 @@ class StepInputs:
             tokens: None for the one that is on the device already.
             first_position: of the first of them, in the cache.
             first_rope_row: its row in rope's tables.
+
+        Raises:
+            InputError: one of them lies outside of what it indexes.
         """
         n, width = 1 if tokens is None else len(tokens), self._width
         if n < self.rows.maximum or n > 1:  # with one row at most, it is always in use
             memory.set_rows(self.rows, n)
         values = np.zeros(self.words.size, np.uint32)
-        if tokens is not None and self.tokens.buffer is self.words.buffer:
-            values[:n] = tokens
-        elif tokens is not None:
-            memory.write(self.tokens, np.array(tokens, np.uint32))
-        values[width : width + n] = np.arange(first_position, first_position + n)
-        values[2 * width : 2 * width + n] = np.arange(first_rope_row, first_rope_row + n)
+        if tokens is not None:
+            checked = indices("the token", np.array(tokens, np.int64), self.bounds.tokens)
+            if self.tokens.buffer is self.words.buffer:
+                values[:n] = checked
+            else:
+                memory.write(self.tokens, checked)
+        places = np.arange(n, dtype=np.int64)
+        values[width : width + n] = indices("the position", first_position + places, self.room)
+        values[2 * width : 2 * width + n] = indices(
+            "the row of rope's tables", first_rope_row + places, self.bounds.rope_rows
+        )
         values[3 * width] = n - 1
         memory.write(self.words, values)

@@ -22,7 +22,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 from lora.forward.gguf.header import Header, TensorInfo
 from lora.forward.gguf.open_file import FileRows, OpenFile
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import shown
+from lora.shaders.untrusted import reading, shown
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -77,7 +77,8 @@ class GGUFFile:
             InputError: the path is not a readable GGUF file, the file is damaged, or the parts
                 are not all there or don't belong together.
         """
-        parts = _read_parts(Path(path))
+        with reading(path, "a GGUF file"):
+            parts = _read_parts(Path(path))
         first = parts[0]
         self.path = first.path
         self.paths = tuple(part.path for part in parts)

@@ -16,9 +16,10 @@ from lora.forward.model.layer_spec import (
     GatedFeedForward,
     LayerSpec,
 )
-from lora.forward.model.rope_frequencies import Rope, read_rope
+from lora.forward.model.rope_frequencies import Rope, check_rope, read_rope
 from lora.shaders.errors import InputError
 
+_WIDEST_WINDOW = 1 << 30
 _QKV = frozenset(("attn_q", "attn_k", "attn_v"))
 
 
@@ -154,7 +155,9 @@ def _windows_and_ropes(
         base = metadata.positive_number("rope.local.freq_base", family.local_rope_base)
         base = metadata.positive_number("rope.freq_base_swa", base)
         local_rope = replace(rope, base=base, factor=1.0, divisors=())
-    local = metadata.size("attention.sliding_window"), local_rope
+        check_rope(metadata, local_rope)
+    # Some converters write the largest number for none; kernels add it to positions.
+    local = min(metadata.window("attention.sliding_window"), _WIDEST_WINDOW), local_rope
     pattern = metadata.get("attention.sliding_window_pattern", family.window_pattern)
     if isinstance(pattern, list):
         if len(pattern) != n_layers or not all(isinstance(flag, bool) for flag in pattern):

@@ -28,7 +28,7 @@ from lora.forward.text.vocabulary import (
     special_id,
 )
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import read_json_object, read_text, shown
+from lora.shaders.untrusted import read_json_object, read_text, reading, shown
 
 _ADD_BOS = "tokenizer.ggml.add_bos_token"
 _MOST_CONFIG_BYTES = 1 << 24  # of a tokenizer_config.json: 1 MB for 6,000 added tokens
@@ -112,7 +112,11 @@ class Tokenizer:
         Raises:
             InputError: the file holds none, or one of a kind that is not supported.
         """
-        metadata = gguf_file.metadata
+        with reading(gguf_file.path, "a model with a tokenizer"):
+            return cls._read(gguf_file)
+
+    @classmethod
+    def _read(cls, gguf_file: GGUFFile) -> Tokenizer:
         kind = _kind(gguf_file)
         codec: _Codec
         if kind == "gpt2":
@@ -131,7 +135,7 @@ class Tokenizer:
             codec = _by_scores(gguf_file, vocabulary)
             add_bos = True
         if kind != "gemma4":  # converters wrote False for Gemma 4, which was trained with BOS
-            add_bos = bool(metadata.get(_ADD_BOS, add_bos))
+            add_bos = _switch(gguf_file, _ADD_BOS, add_bos)
         return cls(
             codec,
             bos_id=vocabulary.bos_id,
@@ -282,7 +286,7 @@ def _kind(gguf_file: GGUFFile) -> str:
         raise InputError(f"{gguf_file.path} holds no tokenizer; name one with model.tokenizer.")
     if model not in ("gpt2", "llama", "gemma4"):
         raise InputError(
-            f"{gguf_file.path} has a tokenizer of the kind {model!r}, which is not supported; "
+            f"{gguf_file.path} has a tokenizer of the kind {shown(model)}, which is not supported; "
             "supported are gpt2 (byte-level BPE), llama (SentencePiece) and gemma4. Name the "
             "model's tokenizer.json with model.tokenizer."
         )
@@ -295,6 +299,15 @@ def _is_gemma4(gguf_file: GGUFFile) -> bool:
     return "gemma4" in kinds
 
 
+def _switch(gguf_file: GGUFFile, key: str, default: bool) -> bool:
+    value = gguf_file.metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise InputError(
+            f"{gguf_file.path} is damaged: {key} is {shown(value)}; it must be true or false."
+        )
+    return value
+
+
 def _template_of(gguf_file: GGUFFile, name: str = "") -> str | None:
     """A chat template of the metadata; None where there is none, or no text."""
     template = gguf_file.metadata.get(f"tokenizer.chat_template{name}")
@@ -304,7 +317,11 @@ def _template_of(gguf_file: GGUFFile, name: str = "") -> str | None:
 def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiece:
     path, metadata = gguf_file.path, gguf_file.metadata
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.texts):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(vocabulary.texts)
+        or not all(type(score) in (int, float) and score == score for score in scores)
+    ):
         raise InputError(
             f"{path} is damaged: tokenizer.ggml.scores must hold {len(vocabulary.texts)} numbers, "
             "one a token."
@@ -313,14 +330,15 @@ def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.Sen
         vocabulary,
         scores,
         unknown_id=special_id(gguf_file, "unknown", len(vocabulary.texts), 0),
-        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        add_space_prefix=_switch(gguf_file, "tokenizer.ggml.add_space_prefix", True),
         right_stripped=_right_stripped(gguf_file, vocabulary),
     )
 
 
 def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
     """Special tokens that swallow white space behind them; no GGUF says so, llama.cpp knows."""
-    name = str(gguf_file.metadata.get("general.name", "")).lower()
+    name = gguf_file.metadata.get("general.name")
+    name = name.lower() if isinstance(name, str) else ""
     if "phi-3" not in name and "phi3" not in name:
         return set()
     special = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
@@ -368,4 +386,4 @@ def read_template(file: Path) -> str:
     Raises:
         InputError: it can't be read, or is no text.
     """
-    return read_text(file, _MOST_TEMPLATE_BYTES)
+    return read_text(file, _MOST_TEMPLATE_BYTES, "not text in UTF-8; a chat template is")

@@ -25,7 +25,7 @@ from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.row_order import permute_rows_to_hf
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import shown
+from lora.shaders.untrusted import as_f32, reading, shown
 from lora.storage.gguf_output import new_file
 
 ADAPTER_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
@@ -127,7 +127,9 @@ def read_adapter_settings(path: Path) -> AdapterSettings:
     Raises:
         InputError: the file is no LoRA adapter.
     """
-    return _settings(GGUFFile(path))
+    file = GGUFFile(path)
+    with reading(path, "a LoRA adapter"):
+        return _settings(file)
 
 
 def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
@@ -182,13 +184,21 @@ def _settings(file: GGUFFile) -> AdapterSettings:
             )
     if not ranks:
         raise InputError(f"{file.path} holds no tensors: the adapter changes nothing.")
-    alpha = file.metadata.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, int | float) or not np.isfinite(alpha):
-        raise InputError(f"{file.path}: adapter.lora.alpha is {shown(alpha)}, no number.")
+    given = file.metadata.get("adapter.lora.alpha", 0.0)
+    alpha = as_f32(given)
+    if alpha is None:
+        raise InputError(
+            f"{file.path}: adapter.lora.alpha is {shown(given)}, no number of the range of 32 bits."
+        )
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise InputError(
+            f"{file.path}: general.architecture is {shown(architecture)}, no name of one."
+        )
     return AdapterSettings(
         path=file.path,
-        architecture=str(file.metadata.get("general.architecture")),
-        alpha=float(alpha) or None,  # llama.cpp takes 0 for none
+        architecture=architecture,
+        alpha=alpha or None,  # llama.cpp takes 0 for none
         ranks={base: both["lora_a"] for base, both in ranks.items()},
     )
 

@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora.config.other_names import OTHER_NAMES
+from lora.shaders.untrusted import shown
+
+_MOST_PROBLEMS = 12  # that are told at once
 
 
 def config_problems(
@@ -41,7 +44,14 @@ def config_problems(
             # Written in our own validators, as sentences.
             sentence = str(finding["ctx"]["error"])
         else:
-            sentence = f"got {_value_at(values, key)!r}; allowed here: {_allowed(field)}."
+            most = finding.get("ctx", {}).get("le")
+            allowed = _allowed(field)
+            if most is not None and str(most) not in allowed:
+                allowed += f", at most {most}"
+            sentence = f"got {shown(_value_at(values, key))}; allowed here: {allowed}."
+        if len(problems) == _MOST_PROBLEMS and key not in problems:
+            problems["and more"] = f"{error.error_count() - _MOST_PROBLEMS} further problems."
+            break
         # A union reports each of its members' complaints; they have one key and say the same.
         problems.setdefault(key, sentence)
     return problems
@@ -49,7 +59,7 @@ def config_problems(
 
 def did_you_mean(wrong: str, right: list[str]) -> str:
     """`; did you mean X?` with the nearest right spelling, or an empty string."""
-    near = get_close_matches(wrong.lower(), right, n=1)
+    near = get_close_matches(wrong[:100].lower(), right, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
@@ -109,5 +119,7 @@ def _allowed(field: FieldInfo | None) -> str:
 
 def _value_at(values: Any, key: str) -> Any:
     for name in key.split("."):
+        if not isinstance(values, Mapping) or name not in values:
+            return values  # a key that is no text, such as a date
         values = values[name]
     return values

@@ -57,9 +57,9 @@ class TextTensors:
         """
         piece = min(room, _CPU_PIECE_ROWS if recording.facts.is_cpu else _PIECE_ROWS)
         caches = allocate_caches(recording, model, room)
-        pieces = StepInputs.allocate(recording, piece)
+        pieces = StepInputs.allocate(recording, piece, model.bounds, room)
         head = StepHead.allocate(recording, model)
-        step = StepInputs.allocate(recording, 1, head.token)
+        step = StepInputs.allocate(recording, 1, model.bounds, room, head.token)
         activations = {
             inputs.rows.maximum: StepActivations.allocate(recording, model, inputs.rows)
             for inputs in (pieces, step)

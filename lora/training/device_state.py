@@ -76,7 +76,7 @@ class SessionTensors:
         targets = workload.maximum_targets
         chunk = chunk_size(recording, workload.architecture.logits_size, targets)
         inputs = Inputs.allocate(
-            recording, workload.maximum_rows, targets, chunk, model.long_examples
+            recording, workload.maximum_rows, targets, chunk, model.bounds, model.long_examples
         )
         adapter = AdapterState.allocate(recording, workload.layout)
         recording.memory.write(adapter.parameters, workload.initial)

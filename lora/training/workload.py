@@ -24,6 +24,8 @@ from lora.storage.stores import resolve_model
 if TYPE_CHECKING:
     from lora.config.schema import Config
 
+_MOST_ROWS = 1 << 26  # of a micro-batch; elements of its tensors are counted in 32 bits
+
 
 @dataclass(frozen=True)
 class Workload:
@@ -105,7 +107,14 @@ class Workload:
     def maximum_rows(self) -> int:
         """Tokens of the largest micro-batch that can occur."""
         longest = self._most(lambda example: len(example.ids))
-        return max(longest, self.config.data.max_length)
+        rows = max(longest, self.config.data.max_length)
+        if rows > _MOST_ROWS:
+            raise InputError(
+                f"train.batch_size: micro-batches of up to {rows:,} tokens (data.max_length "
+                f"{self.config.data.max_length:,}) are more than the {_MOST_ROWS:,} that kernels "
+                "count; take fewer at a time, and train.gradient_accumulation for the rest."
+            )
+        return rows
 
     @property
     def maximum_targets(self) -> int:
@@ -155,7 +164,7 @@ def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:
 
 def _check_tokens(examples: Sequence[Example], vocab_size: int) -> None:
     for example in examples:
-        if int(example.ids.max()) >= vocab_size:
+        if len(example.ids) and int(example.ids.max()) >= vocab_size:
             raise InputError(
                 f"The tokenizer gives id {int(example.ids.max())}, but the model's vocabulary "
                 f"has {vocab_size} entries; model.tokenizer does not fit this model."
