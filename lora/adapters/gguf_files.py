@@ -8,7 +8,6 @@ each tensor and one alpha for all; by 1 where there is no alpha.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +17,7 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import AdaptedTensor, adaptable
-from lora.adapters.saved_factors import SavedFactors, pack
+from lora.adapters.saved_factors import SavedFactors, most_common, pack
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
@@ -47,8 +46,8 @@ def write_gguf_adapter(
     tensors = list(tensors)
     # What alpha must be for each tensor; rsLoRA's is alpha · sqrt(rank).
     wanted = {tensor.name: tensor.scale * tensor.rank for tensor in tensors}
-    alpha = Counter(wanted.values()).most_common(1)[0][0]
-    if alpha == 0:
+    alpha = most_common(wanted.values())
+    if not alpha:
         raise InputError("The adapter's alpha is 0, which llama.cpp takes for none; it adds 0.")
     arrays: dict[str, np.ndarray] = {}
     for tensor in tensors:

@@ -272,8 +272,8 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
                 "scales": sorted({factors.scale for factors in all_of_it}),
                 "in_features": all_of_it[0].a.shape[1],
                 "out_features": all_of_it[0].b.shape[0],
-                "mean_a": fmean(float(abs(factors.a).mean()) for factors in all_of_it),
-                "mean_b": fmean(float(abs(factors.b).mean()) for factors in all_of_it),
+                "mean_a": fmean(float(abs(factors.a).mean(dtype="f8")) for factors in all_of_it),
+                "mean_b": fmean(float(abs(factors.b).mean(dtype="f8")) for factors in all_of_it),
             }
             for name, all_of_it in sorted(by_name.items())
         ],
