@@ -34,7 +34,7 @@ def allocate_scratch(
             sizes: BLOCKS_BACKWARD[type(block)].allocate(recording, block, rows)
             for sizes, block in blocks.items()
         },
-        d_z={w: tensor(w, "f32") for w in {f.n_members * f.rank for f in in_layers}},
+        d_z={w: tensor(w, "f32") for w in sorted({f.n_members * f.rank for f in in_layers})},
         d_head_z=None if head is None else over_targets(head.rank),
         d_head_normed=over_targets(a.hidden_size),
         d_picked=over_targets(a.hidden_size),
