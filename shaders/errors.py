@@ -20,6 +20,21 @@ def plain(text: str) -> str:
     )
 
 
+def for_terminal(text: str) -> str:
+    """A text of a model or a data set for a terminal: control characters but \\n and \\t escaped.
+
+    Unlike `plain` it leaves what text of all languages is made of, joiners of emoji included.
+    """
+    if text.isprintable():
+        return text
+    return "".join(
+        c
+        if c in "\n\t" or not (c < " " or "\x7f" <= c <= "\x9f")
+        else c.encode("unicode_escape").decode("ascii")
+        for c in text
+    )
+
+
 class LoraError(Exception):
     """Something failed while running. The message is one or two sentences for the user.
 
