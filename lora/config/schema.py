@@ -261,7 +261,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """`train:`, how the adapter is fitted."""
 
-    epochs: Number = Field(default=1.0, gt=0, description="a number above 0")
+    epochs: Number = Field(default=1.0, gt=0, le=10_000, description="a number above 0")
     steps: Count | None = Field(default=None, description="null, or a whole number of at least 1")
     batch_size: Count = Field(default=4, description="a whole number of at least 1")
     gradient_accumulation: Count = Field(default=1, description="a whole number of at least 1")
