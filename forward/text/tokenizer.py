@@ -372,7 +372,11 @@ def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | N
         return read_template(file), read_template(beside) if beside.is_file() else None
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates; transformers takes these two
-        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        named = {
+            e["name"]: e.get("template")
+            for e in template
+            if isinstance(e, dict) and isinstance(e.get("name"), str)
+        }
         found = named.get("default"), named.get("tool_use")
     else:
         found = template, None
