@@ -87,6 +87,7 @@ class Findings:
     slowest: float = 0.0
 
 
+@cache
 def _files(*patterns: str) -> list[bytes]:
     return [p.read_bytes() for pattern in patterns for p in sorted(SEEDS.glob(pattern))]
 
@@ -244,7 +245,9 @@ PARSERS = (
 
 @contextmanager
 def _empty_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="fuzzed-") as name:
+    memory = "/dev/shm"  # hundreds of thousands of small files need no disk
+    place = memory if os.access(memory, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="fuzzed-", dir=place) as name:
         yield Path(name)
 
 
