@@ -17,6 +17,7 @@ from lora.data.examples import DataSummary, Example, load_examples
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import HEAD
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
@@ -80,6 +81,7 @@ class Workload:
             adapter.rank,
             adapter.scale,
         )
+        _check_rank(layout)
         train_examples: list[Example] = []
         train_summary = None
         if examples is not None:
@@ -160,6 +162,30 @@ def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:
             f"{adapter.variant}; set them to the same."
         )
     return load_adapter(Path(init_from), layout)
+
+
+def _check_rank(layout: AdapterLayout) -> None:
+    """Refuses a rank that no matrix has: memory for it would be asked for before anything is said.
+
+    Raises:
+        InputError: it is above all sizes of the matrices that are adapted.
+    """
+    architecture = layout.architecture
+    adapted = [
+        (matrix, spec)
+        for spec in (architecture.layers[layer] for layer in layout.layers)
+        for group in spec.groups.values()
+        for matrix in group
+        if matrix.module in layout.targets
+    ]
+    sizes = [size(spec) for matrix, spec in adapted for size in (matrix.in_size, matrix.out_size)]
+    if HEAD.module in layout.targets:
+        sizes += [HEAD.in_size(architecture), HEAD.out_size(architecture)]
+    if layout.rank > max(sizes, default=layout.rank):
+        raise InputError(
+            f"adapter.rank: got {layout.rank:,}, but the largest of the adapted matrices has "
+            f"{max(sizes):,} rows or columns; 8 to 64 are common."
+        )
 
 
 def _check_tokens(examples: Sequence[Example], vocab_size: int) -> None:

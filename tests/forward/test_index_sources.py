@@ -33,6 +33,7 @@ SOURCES = {
     "attention_decode_row.wgsl": {"row": _STEP},
     "cross_entropy.wgsl": {"labels": _INPUTS},
     "cross_entropy_sums.wgsl": {"labels": _INPUTS},
+    "decode_weights.wgsl": {"weights": _WEIGHTS, "out": "f16 weights, decoded: no indices"},
     "embedding.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "weights": _WEIGHTS},
     "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
     "int_row.wgsl": {"int_row": _INT_ROW},
@@ -40,10 +41,10 @@ SOURCES = {
     "matmul_int_row.wgsl": {"row": _INT_ROW, "weights": _WEIGHTS, "int_row": _INT_ROW},
     "matmul_row.wgsl": {"weights": _WEIGHTS},
     "parts/head_bindings.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
-    "parts/matmul_bindings.wgsl": {"weights": _WEIGHTS},
+    "parts/matmul_bindings.wgsl": {"weights": _WEIGHTS, "x": "f16 activations: no indices"},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
 }
-_WHOLE = r"array<(?:vec\d<)?[ui]32>?(?:, \d+)?>"
+_WHOLE = r"array<(?:\{\{[^}]*[ui]32[^}]*\}\}|(?:vec\d<)?[ui]32>?)(?:, \d+)?>"
 _PLAIN = re.compile(rf"var<storage, \w+> (\w+): {_WHOLE};")
 _MACRO = re.compile(rf'bind\("(\w+)", "storage[^"]*", "{_WHOLE}"\)')
 
@@ -75,7 +76,8 @@ def test_nothing_else_writes_what_indexes() -> None:
         "lora/checks/tensors.py",  # of the checks of kernels, which are given by the checks
         "shaders/memory.py", "shaders/tensor.py", "shaders/program_data.py",
         "shaders/activations.py",
-        "forward/attention.py", "forward/plans/workbench.py",  # test that they are u32; weights
+        "forward/attention.py",  # tests that they are u32
+        "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
     }  # fmt: skip
     assert makers <= known | {name for name in makers if name.startswith("lora/checks/")}
 
