@@ -40,6 +40,8 @@ _START = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[1]); "
     "from lora.forward.text.bounded import serve; serve()"
 )
+# Exit statuses of who ran out of time: of the timer, and of a limit that the user had set before.
+_TIMED_OUT = [-getattr(signal, n) for n in ("SIGPROF", "SIGXCPU") if hasattr(signal, n)]
 _is_bounded = False
 
 
@@ -154,7 +156,7 @@ class _Child:
 
     @staticmethod
     def _why(status: int, late: bool, what: str, seconds: float) -> str:
-        if late or status in (-getattr(signal, "SIGPROF", 0), -getattr(signal, "SIGXCPU", 0)):
+        if late or status in _TIMED_OUT:
             return (
                 f"{what} takes longer than {seconds:.0f} seconds, which no honest one does; look "
                 "at what it says, or take another one."

@@ -34,6 +34,7 @@ _SIZES = {
     "attention.sliding_window": "sliding window",
     "attention.sliding_window_pattern": "window pattern",
 }
+_MOST_SHOWN = 10_000  # values of a list that are counted one by one; layers are fewer
 _SPECIAL = ("bos", "eos", "eot", "unknown", "padding")
 
 
@@ -218,6 +219,8 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
 def _shown(value: Any) -> str:
     """A value out of a file for the terminal; of a list with one entry a layer, how often what."""
     if isinstance(value, list):
+        if len(value) > _MOST_SHOWN:
+            return f"{len(value):,} values"
         counts = Counter(map(_shown, value))
         if len(counts) == 1:
             return next(iter(counts))
