@@ -43,7 +43,7 @@ def allocate_scratch(
             for donor, mixer in kept.items()
             if isinstance(mixer, Attention)
         },
-        d_z={w: tensor(w, "f32") for w in {f.n_members * f.rank for f in in_layers}},
+        d_z={w: tensor(w, "f32") for w in sorted({f.n_members * f.rank for f in in_layers})},
         d_head_z=None if head is None else over_targets(head.rank),
         d_head_normed=over_targets(a.hidden_size),
         d_picked=over_targets(a.hidden_size),

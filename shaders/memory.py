@@ -23,7 +23,7 @@ UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a
 
 def padded_bytes(shape: tuple[int, ...], dtype: str = "f32") -> int:
     """Bytes of a buffer for that many elements."""
-    n_bytes = item_bytes(dtype) * int(np.prod(shape, dtype=np.int64))
+    n_bytes = item_bytes(dtype) * math.prod(shape)
     return max(ALIGNMENT, -(-n_bytes // ALIGNMENT) * ALIGNMENT)
 
 

@@ -22,6 +22,7 @@ from lora.shaders.memory import ALIGNMENT, Memory
 from lora.shaders.program import Copy, Dispatch, Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+from lora.shaders.untrusted import reading
 from lora.shaders.webgpu import UNIFORM, Buffer
 
 _FORMAT = "webgpu-lora program, 1"
@@ -100,7 +101,10 @@ def load_programs(path: Path, recording: Recording) -> LoadedPrograms:
         InputError: no such file, or the device lacks what its kernels need.
     """
     try:
-        with safetensors.safe_open(path, framework="numpy") as file:
+        with (
+            reading(path, "a file of programs"),
+            safetensors.safe_open(path, framework="numpy") as file,
+        ):
             metadata = file.metadata() or {}
             if metadata.get("format") != _FORMAT:
                 raise InputError(f"{path}: not a file of programs of this version.")
@@ -111,11 +115,12 @@ def load_programs(path: Path, recording: Recording) -> LoadedPrograms:
             ]
     except (OSError, safetensors.SafetensorError) as error:
         raise InputError(f"{path} cannot be read as programs: {error}.") from None
-    reader = _Reader(recording, buffers, described["kernels"])
-    return LoadedPrograms(
-        {name: reader.program(commands) for name, commands in described["programs"].items()},
-        {name: reader.tensor(values) for name, values in described["tensors"].items()},
-    )
+    with reading(path, "a file of programs"):
+        reader = _Reader(recording, buffers, described["kernels"])
+        return LoadedPrograms(
+            {name: reader.program(commands) for name, commands in described["programs"].items()},
+            {name: reader.tensor(values) for name, values in described["tensors"].items()},
+        )
 
 
 def _key(template: str, constants: Mapping[str, Any]) -> str:

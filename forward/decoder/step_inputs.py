@@ -9,6 +9,7 @@ import numpy as np
 
 from lora.forward.attention_decode import RowPlace
 from lora.forward.model.host_table import HostTable, TableRows
+from lora.forward.model.inputs import IndexBounds, indices
 from lora.shaders.memory import Memory
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -30,6 +31,8 @@ class StepInputs:
     positions: Tensor  # u32 [rows], in the cache
     rope_rows: Tensor  # u32 [rows], in rope's tables; see LongExamples
     last_row: Tensor  # u32 [1], the row whose logits are wanted
+    bounds: IndexBounds
+    room: int  # of the cache
     # u32 [rows, 2], as of one example: where several rows begin a text. None for one row.
     segments: Tensor | None = None
     table_rows: TableRows | None = None  # of the tokens, where a table is on the host
@@ -39,12 +42,16 @@ class StepInputs:
         cls,
         recording: Recording,
         maximum_rows: int,
+        bounds: IndexBounds,
+        room: int,
         token: Tensor | None = None,
         table: HostTable | None = None,
     ) -> StepInputs:
         """A buffer for runs of at most `maximum_rows` tokens.
 
         Args:
+            bounds: of the model.
+            room: of the cache, in tokens.
             token: u32 [1], where the token of a run of one row lies.
             table: of the model, where it has one on the host.
         """
@@ -61,7 +68,8 @@ class StepInputs:
         if n > 1:
             segments = recording.memory.empty((n, 2), "u32", extent=rows, purpose="inputs")
         found = None if table is None else TableRows.allocate(recording, table, rows)
-        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), segments, found)
+        places = part(1, n), part(2, n), part(3, 1)
+        return cls(rows, words, tokens, *places, bounds, room, segments, found)
 
     @property
     def place(self) -> RowPlace:
@@ -86,21 +94,29 @@ class StepInputs:
             tokens: None for the one that is on the device already.
             first_position: of the first of them, in the cache.
             first_rope_row: its row in rope's tables.
+
+        Raises:
+            InputError: one of them lies outside of what it indexes.
         """
-        if self.table_rows is not None:
-            if tokens is None:
-                raise ValueError("a table on the host needs tokens that the host knows")
-            self.table_rows.write(memory, tokens)
+        if self.table_rows is not None and tokens is None:
+            raise ValueError("a table on the host needs tokens that the host knows")
         n, width = 1 if tokens is None else len(tokens), self._width
         if n < self.rows.maximum or n > 1:  # with one row at most, it is always in use
             memory.set_rows(self.rows, n)
         values = np.zeros(self.words.size, np.uint32)
-        if tokens is not None and self.tokens.buffer is self.words.buffer:
-            values[:n] = tokens
-        elif tokens is not None:
-            memory.write(self.tokens, np.array(tokens, np.uint32))
-        values[width : width + n] = np.arange(first_position, first_position + n)
-        values[2 * width : 2 * width + n] = np.arange(first_rope_row, first_rope_row + n)
+        if tokens is not None:
+            checked = indices("the token", np.array(tokens, np.int64), self.bounds.tokens)
+            if self.table_rows is not None:
+                self.table_rows.write(memory, checked)
+            if self.tokens.buffer is self.words.buffer:
+                values[:n] = checked
+            else:
+                memory.write(self.tokens, checked)
+        places = np.arange(n, dtype=np.int64)
+        values[width : width + n] = indices("the position", first_position + places, self.room)
+        values[2 * width : 2 * width + n] = indices(
+            "the row of rope's tables", first_rope_row + places, self.bounds.rope_rows
+        )
         values[3 * width] = n - 1
         if self.segments is not None and first_position == 0:
             memory.write_rows(self.segments, 0, np.tile(np.array([0, n], np.uint32), (n, 1)))

@@ -1,4 +1,4 @@
-"""Reading a GGUF model: its metadata and its tensors, memory-mapped, out of one file or several.
+"""Reading a GGUF model: its metadata, and its tensors when asked, out of one file or several.
 
 The format: https://github.com/ggml-org/ggml/blob/master/docs/gguf.md; the header is read by
 forward/gguf/header.py.
@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 import re
-import stat
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,8 +19,10 @@ from typing import Any
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType
 
-from lora.forward.gguf.header import Header, TensorInfo, shortened
+from lora.forward.gguf.header import Header, TensorInfo
+from lora.forward.gguf.open_file import FileRows, OpenFile
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import reading, shown
 
 _PART_NAME = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})\.gguf", re.DOTALL)
 _SPLIT_KEYS = ("split.no", "split.count", "split.tensors.count")
@@ -35,14 +36,15 @@ class GGUFTensor:
         name: for example `blk.0.attn_q.weight`.
         type: how the numbers are stored.
         shape: sizes in numpy order: (rows = out, columns = in), or (n,) for a vector.
-        data: uint8 [rows, bytes_per_row], a read-only view of the mapped file; [1, bytes] for a
-            vector, and the leading sizes multiplied together for more than two dimensions.
+        data: uint8 [rows, bytes_per_row], read from the file by slices and by `np.asarray`;
+            [1, bytes] for a vector, and the leading sizes multiplied together for more than two
+            dimensions.
     """
 
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]
-    data: np.ndarray
+    data: np.ndarray | FileRows
 
 
 class GGUFFile:
@@ -66,7 +68,7 @@ class GGUFFile:
     n_bytes: int
 
     def __init__(self, path: str | Path) -> None:
-        """Maps the files and reads their headers.
+        """Opens the files and reads their headers.
 
         Args:
             path: the file, or any part of a split model; the others lie beside it.
@@ -75,7 +77,8 @@ class GGUFFile:
             InputError: the path is not a readable GGUF file, the file is damaged, or the parts
                 are not all there or don't belong together.
         """
-        parts = _read_parts(Path(path))
+        with reading(path, "a GGUF file"):
+            parts = _read_parts(Path(path))
         first = parts[0]
         self.path = first.path
         self.paths = tuple(part.path for part in parts)
@@ -85,6 +88,15 @@ class GGUFFile:
         for part in parts:
             self.tensors |= part.tensors
         self.n_bytes = sum(part.n_bytes for part in parts)
+        self._first = first
+
+    def raw_header(self) -> memoryview:
+        """The bytes of the first file before its tensors' data, as they are.
+
+        Raises:
+            InputError: the file has been cut since it was opened.
+        """
+        return self._first.file.read(0, self._first.header_bytes).data
 
 
 def part_names(name: str) -> list[str]:
@@ -106,7 +118,7 @@ def _read_parts(path: Path) -> list[_Part]:
     if count in (0, 1):
         return [given]
     if not isinstance(count, int):
-        raise InputError(f"{path} is damaged: split.count is {shortened(count)}.")
+        raise InputError(f"{path} is damaged: split.count is {shown(count)}.")
     names = part_names(path.name)
     if len(names) != count:
         raise InputError(
@@ -125,13 +137,11 @@ def _read_parts(path: Path) -> list[_Part]:
     owners: dict[str, Path] = {}
     for number, part in enumerate(parts):
         if part.metadata.get("split.count") != count:
-            raise _foreign(
-                part, given, f"split.count is {shortened(part.metadata.get('split.count'))}"
-            )
+            raise _foreign(part, given, f"split.count is {shown(part.metadata.get('split.count'))}")
         if part.metadata.get("split.no") != number:
             raise InputError(
                 f"{part.path}: by its name it is part {number + 1} of {count}, by its metadata "
-                f"split.no is {shortened(part.metadata.get('split.no'))}, not {number}; the parts "
+                f"split.no is {shown(part.metadata.get('split.no'))}, not {number}; the parts "
                 "were renamed or mixed up."
             )
         for name in part.tensors:
@@ -142,7 +152,7 @@ def _read_parts(path: Path) -> list[_Part]:
         n_tensors = part.metadata.get("split.tensors.count", len(owners))
         if n_tensors != len(owners):
             raise _foreign(
-                part, given, f"it says {shortened(n_tensors)} tensors, the parts hold {len(owners)}"
+                part, given, f"it says {shown(n_tensors)} tensors, the parts hold {len(owners)}"
             )
     return parts
 
@@ -158,13 +168,14 @@ class _Part:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._bytes = _map_file(path)
-        self.n_bytes = self._bytes.size
-        header = Header(path, self._bytes)
+        self.file = OpenFile(path)
+        self.n_bytes = self.file.size
+        header = Header(self.file)
         self.version, n_tensors, n_keys = header.read_preamble()
         self.metadata = header.read_metadata(n_keys)
         infos = [header.read_tensor_info() for _ in range(n_tensors)]
         alignment = _alignment(path, self.metadata)
+        self.header_bytes = header.position
         data_start = -(-header.position // alignment) * alignment
         self.tensors: dict[str, GGUFTensor] = {}
         spans: list[tuple[int, int, str]] = []
@@ -208,29 +219,8 @@ class _Part:
                 f"{self.path} is cut short or damaged: tensor {info.name!r} ends at byte "
                 f"{end:,}, the file at {self.n_bytes:,}. Fetch the file again."
             )
-        data = self._bytes[start:end].reshape(rows, bytes_per_row)
+        data = FileRows(self.file, start, rows, bytes_per_row)
         return start, end, GGUFTensor(info.name, info.type, info.shape, data)
-
-
-def _map_file(path: Path) -> np.ndarray:
-    """Maps a whole file read-only.  # uint8 [bytes]"""
-    try:
-        status = path.stat()
-        if stat.S_ISDIR(status.st_mode):
-            raise InputError(f"{path} is a directory; a GGUF file is expected.")
-        if not stat.S_ISREG(status.st_mode):
-            raise InputError(f"{path} is not a regular file; a GGUF file is expected.")
-        if status.st_size == 0:
-            raise InputError(f"{path} is empty; a GGUF file is expected.")
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except (FileNotFoundError, NotADirectoryError) as error:
-        if path.is_symlink():
-            raise InputError(f"{path} is a link to a file that is not there.") from error
-        raise InputError(f"There is no file {path}.") from error
-    except OSError as error:
-        raise InputError(f"{path} cannot be read: {error.strerror}.") from error
-    except ValueError as error:  # a null character
-        raise InputError(f"{str(path)!r} is no path of a file.") from error
 
 
 def _alignment(path: Path, metadata: dict[str, Any]) -> int:
@@ -238,6 +228,6 @@ def _alignment(path: Path, metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", GGUF_DEFAULT_ALIGNMENT)
     if not isinstance(alignment, int) or alignment < 1 or alignment & (alignment - 1):
         raise InputError(
-            f"{path} is damaged: general.alignment is {shortened(alignment)}, not a power of two."
+            f"{path} is damaged: general.alignment is {shown(alignment)}, not a power of two."
         )
     return alignment

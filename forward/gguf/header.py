@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import struct
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType, GGUFValueType
 
+from lora.forward.gguf.open_file import OpenFile
 from lora.shaders.errors import InputError
 
 SUPPORTED_VERSIONS = (2, 3)
@@ -26,6 +26,7 @@ MAX_ARRAY_VALUES = 1 << 22  # in all arrays of a file together: each may take 40
 MAX_ENTRIES = 1 << 17  # tensors, and metadata keys
 MAX_NAME_BYTES = 1 << 10  # of a key or a tensor
 MAX_DIMENSIONS = 4
+_FIRST_BYTES = 1 << 16  # read at first; then twice as many whenever they don't suffice
 
 _SCALARS: dict[int, np.dtype[Any]] = {
     GGUFValueType.UINT8: np.dtype("<u1"),
@@ -55,17 +56,18 @@ class TensorInfo:
 class Header:
     """Reads the header front to back and refuses every step past the end of the file."""
 
-    def __init__(self, path: Path, content: np.ndarray) -> None:
-        self.path = path
-        self.view = content.data
-        self.file_size = len(self.view)
+    def __init__(self, file: OpenFile) -> None:
+        self.path = file.path
+        self.file_size = file.size
         self.size = min(self.file_size, MAX_HEADER_BYTES)
+        self._file = file
+        self._view = file.read(0, min(self.size, _FIRST_BYTES)).data
         self.position = 0
         self.n_array_values = 0
 
     def read_preamble(self) -> tuple[int, int, int]:
         """Returns (version, number of tensors, number of metadata keys)."""
-        magic = bytes(self.view[:4])
+        magic = bytes(self._view[:4])
         if magic != b"GGUF":
             raise InputError(
                 f"{self.path} is not a GGUF file: it begins with {magic!r}, not b'GGUF'."
@@ -158,19 +160,21 @@ class Header:
 
     def _strings(self, key: str, count: int) -> list[str]:
         # One loop with local names: a vocabulary has 100,000 and more of these.
-        view, position, size = self.view, self.position, self.size
+        view, position = self._view, self.position
+        held = len(view)
         length_of = struct.Struct("<Q").unpack_from
         strings = []
         try:
             for _ in range(count):
-                (length,) = length_of(view, position)
                 start = position + 8
-                position = start + length
-                if position > size:
-                    raise self._cut_short(repr(key))
+                if start > held:
+                    view = self._read_up_to(start, repr(key))
+                    held = len(view)
+                position = start + length_of(view, position)[0]
+                if position > held:
+                    view = self._read_up_to(position, repr(key))
+                    held = len(view)
                 strings.append(str(view[start:position], "utf-8"))
-        except struct.error:
-            raise self._cut_short(repr(key)) from None
         except UnicodeDecodeError as error:
             raise self._damaged(f"a string in {key!r} is not UTF-8 ({error.reason})") from None
         self.position = position
@@ -197,11 +201,20 @@ class Header:
         return value
 
     def _take(self, n_bytes: int, what: str) -> memoryview:
-        if n_bytes > self.size - self.position:
+        start, end = self.position, self.position + n_bytes
+        view = self._read_up_to(end, what)
+        self.position = end
+        return view[start:end]
+
+    def _read_up_to(self, end: int, what: str) -> memoryview:
+        """The file's first bytes, up to this one at least."""
+        if end > self.size:
             raise self._cut_short(what)
-        start = self.position
-        self.position += n_bytes
-        return self.view[start : self.position]
+        held = len(self._view)
+        if end > held:
+            more = self._file.read(held, min(self.size, max(end, 2 * held)))
+            self._view = np.concatenate([np.asarray(self._view), more]).data
+        return self._view
 
     def _check_count(self, count: int, least_bytes: int, what: str) -> None:
         """Refuses a count whose entries, each at its smallest, could not fit into the file."""
@@ -225,9 +238,3 @@ class Header:
         return InputError(
             f"{self.path} is damaged: {what} (near byte {self.position:,}). Fetch the file again."
         )
-
-
-def shortened(value: Any) -> str:
-    """How a value is written in a message: a list may have thousands of entries."""
-    text = repr(value[:20] if isinstance(value, list | str) else value)
-    return text if len(text) <= 60 else text[:57] + "..."

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.gguf.header import shortened
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import as_f32, shown
+
+_MOST_SIZE = 2**32 - 1  # what the format writes sizes with
 
 
 class Metadata:
@@ -22,7 +23,8 @@ class Metadata:
     def __init__(self, gguf_file: GGUFFile) -> None:
         self.path = gguf_file.path
         self.values = gguf_file.metadata
-        self.name = str(self.values.get("general.architecture"))
+        name = self.values.get("general.architecture")
+        self.name = name if isinstance(name, str) else shown(name)
 
     def get(self, key: str, default: Any = None) -> Any:
         """The value as it is, or the default where the file has none."""
@@ -40,10 +42,11 @@ class Metadata:
         return self._checked(key, value, multiple_of)
 
     def _checked(self, key: str, value: Any, multiple_of: int) -> int:
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        number = isinstance(value, int) and not isinstance(value, bool)
+        if not number or not 1 <= value <= _MOST_SIZE:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {shortened(value)}; one whole number above "
-                "0 is supported."
+                f"{self.path}: {self.name}.{key} is {shown(value)}; one whole number above "
+                f"0 is supported, {_MOST_SIZE:,} at most."
             )
         if value % multiple_of:
             raise InputError(
@@ -51,6 +54,16 @@ class Metadata:
                 f"{multiple_of}."
             )
         return value
+
+    def window(self, key: str) -> int:
+        """As `size`, up to the largest of 64 bits: a window that is wider than any text.
+
+        Raises:
+            InputError: as of `size`.
+        """
+        value = self.get(key)
+        is_whole = isinstance(value, int) and not isinstance(value, bool)
+        return _MOST_SIZE if is_whole and value > _MOST_SIZE else self.size(key)
 
     def sizes(
         self, key: str, n_layers: int, default: int | None = None, *, multiple_of: int = 1
@@ -69,19 +82,19 @@ class Metadata:
         return tuple(self._checked(key, item, multiple_of) for item in values)
 
     def positive_number(self, key: str, default: float | None = None) -> float:
-        """A finite number above 0.
+        """A number above 0 that an f32 holds: kernels compute with no other.
 
         Raises:
             InputError: it is missing and has no default, or is something else.
         """
         value = self._required(key, default)
-        number = isinstance(value, int | float) and not isinstance(value, bool)
-        if not number or not math.isfinite(value) or value <= 0:
+        number = as_f32(value)
+        if number is None or number <= 0:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {shortened(value)}; a number above 0 is "
-                "expected."
+                f"{self.path}: {self.name}.{key} is {shown(value)}; a number above 0 is "
+                "expected, of the range of 32 bits."
             )
-        return float(value)
+        return number
 
     def optional_number(self, key: str, default: float = 0.0) -> float | None:
         """A finite number above 0, or None where it is 0: an option that is switched off."""
@@ -97,7 +110,7 @@ class Metadata:
         value = self.get(key, neutral[0])
         if value not in neutral:
             raise InputError(
-                f"{self.path}: {self.name}.{key} is {shortened(value)}, which is not supported; "
+                f"{self.path}: {self.name}.{key} is {shown(value)}, which is not supported; "
                 f"supported is {' or '.join(map(repr, neutral))}."
             )
 

@@ -34,6 +34,7 @@ from lora.forward.model.read_layers import (
     read_softcaps,
 )
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import reading
 
 
 @dataclass(frozen=True)
@@ -123,6 +124,11 @@ class Architecture:
             InputError: the file is no complete model, or the model has something that is not
                 supported; the message names it.
         """
+        with reading(gguf_file.path, "a model"):
+            return cls._read(gguf_file)
+
+    @classmethod
+    def _read(cls, gguf_file: GGUFFile) -> Architecture:
         family = family_of(gguf_file)
         metadata = Metadata(gguf_file)
         _check_nothing_unsupported(metadata)

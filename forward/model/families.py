@@ -18,6 +18,7 @@ from lora.forward.model.layer_spec import (
     WIDTH_NORM,
 )
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -176,14 +177,14 @@ def family_of(gguf_file: GGUFFile) -> Family:
     """
     kind = gguf_file.metadata.get("general.type", "model")
     if kind != "model":
-        raise InputError(f"{gguf_file.path} holds a GGUF {kind!r}; a model is expected.")
+        raise InputError(f"{gguf_file.path} holds a GGUF {shown(kind)}; a model is expected.")
     name = gguf_file.metadata.get("general.architecture")
     if name is None:
         raise InputError(f"{gguf_file.path} lacks the metadata key general.architecture.")
-    if name not in FAMILIES:
-        supported = ", ".join(FAMILIES)
+    if not isinstance(name, str) or name not in FAMILIES:
+        supported = "; ".join(f"{key} ({row.models})" for key, row in FAMILIES.items())
         raise InputError(
-            f"{gguf_file.path} has the architecture {name!r}, which is not supported; "
+            f"{gguf_file.path} has the architecture {shown(name)}, which is not supported; "
             f"supported: {supported}."
         )
     return FAMILIES[name]

@@ -10,7 +10,7 @@ import numpy as np
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.host_table import HostTable
-from lora.forward.model.inputs import LongExamples
+from lora.forward.model.inputs import IndexBounds, LongExamples
 from lora.forward.model.layer_spec import (
     FUSED_QKV,
     OUTPUT_SCALE,
@@ -26,6 +26,8 @@ from lora.forward.model.rope_frequencies import Rope, Temperature, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+
+_POSITIONS_AT_ONCE = 1 << 16  # whose cosines and sines are computed
 
 
 @dataclass(frozen=True)
@@ -96,6 +98,12 @@ class Model:
         """The table whose rows the host sends for each micro-batch; None without one."""
         return None if self.per_layer is None else self.per_layer.table
 
+    @property
+    def bounds(self) -> IndexBounds:
+        """Where what indexes the model must end."""
+        n_tables = 1 if self.long_examples is None else 2
+        return IndexBounds(self.architecture.vocab_size, n_tables * self.n_positions)
+
 
 def load_model(
     recording: Recording, gguf_file: GGUFFile, architecture: Architecture, n_positions: int
@@ -139,10 +147,18 @@ def load_model(
         if rope is None:
             return None
         if rope not in ropes:
-            tables = rope.tables(n_positions)
-            if long_examples is not None:
-                tables = np.concatenate([tables, rope.tables(n_positions, long=True)])
-            ropes[rope] = recording.memory.upload(tables, purpose="rope tables")
+            halves = (False,) if long_examples is None else (False, True)
+            shape = (len(halves) * n_positions, rope.dimensions // 2, 2)
+            ropes[rope] = tables = recording.memory.empty(shape, purpose="rope tables")
+            # In pieces: those of a million positions have gigabytes while they are computed.
+            starts = (
+                range(0, n_positions, _POSITIONS_AT_ONCE) if recording.memory.holds_data else ()
+            )
+            for half, long in enumerate(halves):
+                for first in starts:
+                    count = min(_POSITIONS_AT_ONCE, n_positions - first)
+                    piece = rope.tables(count, long=long, first=first)
+                    recording.memory.write_rows(tables, half * n_positions + first, piece)
         return ropes[rope]
 
     def layer_weights(layer: int) -> LayerWeights:

@@ -88,7 +88,8 @@ class TableRows:
             InputError: a number in them is NaN or infinite.
         """
         needed, slots = np.unique(np.asarray(tokens, np.int64), return_inverse=True)
-        data = np.stack([self.table.tensor.data[token] for token in needed])
+        rows = self.table.tensor.data
+        data = np.concatenate([rows[token : token + 1] for token in needed])
         quantization = self.table.quantization
         check_finite(self.table.tensor, quantization, data, needed)
         packed = quantization.pack(data, self.table.width)

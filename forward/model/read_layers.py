@@ -19,9 +19,16 @@ from lora.forward.model.layer_spec import (
     PerLayerInput,
 )
 from lora.forward.model.read_gemma4 import read_gemma4_attentions
-from lora.forward.model.rope_frequencies import Rope, Temperature, original_context, read_rope
+from lora.forward.model.rope_frequencies import (
+    Rope,
+    Temperature,
+    check_rope,
+    original_context,
+    read_rope,
+)
 from lora.shaders.errors import InputError
 
+_WIDEST_WINDOW = 1 << 30
 _QKV = frozenset(("attn_q", "attn_k", "attn_v"))
 
 
@@ -245,7 +252,9 @@ def _windows_and_ropes(
         base = metadata.positive_number("rope.local.freq_base", family.local_rope_base)
         base = metadata.positive_number("rope.freq_base_swa", base)
         local_rope = replace(rope, base=base, factor=1.0, divisors=())
-    local = metadata.size("attention.sliding_window"), local_rope
+        check_rope(metadata, local_rope)
+    # Some converters write the largest number for none; kernels add it to positions.
+    local = min(metadata.window("attention.sliding_window"), _WIDEST_WINDOW), local_rope
     is_local = _local_layers(metadata, family, n_layers)
     whole = None, rope if family.global_rope else replace(rope, factor=math.inf)
     return [local if flag else whole for flag in is_local]

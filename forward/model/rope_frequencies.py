@@ -15,6 +15,7 @@ from gguf import quants
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.metadata import Metadata
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import MOST_LARGE, as_f32, reading, shown
 
 
 @dataclass(frozen=True)
@@ -101,20 +102,22 @@ class Rope:
         width = max(high - low, 0.001)
         return np.clip((np.arange(self.dimensions // 2) - low) / width, 0.0, 1.0)
 
-    def tables(self, n_positions: int, *, long: bool = False) -> np.ndarray:
+    def tables(self, n_positions: int, *, long: bool = False, first: int = 0) -> np.ndarray:
         """Cosines and sines of every angle, computed in float64.
 
         WGSL's own sin and cos are too coarse at large angles (Vulkan asks for 2^-11 within one
         turn).
 
         Args:
-            n_positions: of the longest example.
+            n_positions: so many.
             long: as in `frequencies`.
+            first: the first of the positions.
 
         Returns:
             f32 [n_positions, dimensions / 2, 2]: amplitude · (cos, sin).
         """
-        angle = np.arange(n_positions, dtype=np.float64)[:, None] * self.frequencies(long=long)
+        positions = np.arange(first, first + n_positions, dtype=np.float64)
+        angle = positions[:, None] * self.frequencies(long=long)
         both = np.stack([np.cos(angle), np.sin(angle)], axis=-1)
         return (self.amplitude * both).astype(np.float32)
 
@@ -184,7 +187,7 @@ def read_rope(
     kind = metadata.get("rope.scaling.type", "none")
     if kind not in ("none", "linear", "yarn", "longrope"):
         raise InputError(
-            f"{metadata.path}: {metadata.name}.rope.scaling.type is {kind!r}, which is not "
+            f"{metadata.path}: {metadata.name}.rope.scaling.type is {shown(kind)}, which is not "
             "supported; supported: none, linear, yarn, longrope."
         )
     # The old key stands for a linear scaling of its own.
@@ -206,7 +209,7 @@ def read_rope(
         amplitude *= (1.0 + grown) / (
             1.0 + grown * (metadata.optional_number(_LOG_MULTIPLIER) or 0.0)
         )
-    return Rope(
+    rope = Rope(
         base=metadata.positive_number(
             "rope.freq_base", metadata.positive_number("rope.global.freq_base", 10000.0)
         ),
@@ -218,6 +221,25 @@ def read_rope(
         long=_long_rope(gguf_file, metadata, dimensions),
         amplitude=amplitude,
     )
+    check_rope(metadata, rope)
+    return rope
+
+
+def check_rope(metadata: Metadata, rope: Rope) -> None:
+    """Refuses numbers that are right one by one and don't give cosines and sines together.
+
+    Raises:
+        InputError: a pair turns infinitely fast at the last position, or the amplitude is no f32.
+    """
+    whole = f"{metadata.path}: what {metadata.name}.rope says (base {rope.base:g}"
+    with reading(whole + ")", "a rope"), np.errstate(all="ignore"):
+        tables = [rope.frequencies()] + ([rope.frequencies(long=True)] if rope.long else [])
+    turns = all(np.isfinite(table * MOST_LARGE).all() for table in tables)
+    if rope.base <= 1 or not turns or as_f32(rope.amplitude) is None:
+        raise InputError(
+            f"{whole}, factor {rope.factor:g}, amplitude {rope.amplitude:g}) gives no cosines and "
+            "sines: the base must be above 1, and all that follows finite. The file is damaged."
+        )
 
 
 def original_context(metadata: Metadata) -> int:
@@ -262,7 +284,7 @@ def read_vector(gguf_file: GGUFFile, tensor: GGUFTensor) -> np.ndarray:
     Raises:
         InputError: it holds NaN or infinite numbers.
     """
-    values = quants.dequantize(tensor.data.reshape(-1), tensor.type)
+    values = quants.dequantize(np.asarray(tensor.data).reshape(-1), tensor.type)
     array = np.asarray(values, np.float32).reshape(tensor.shape)
     if not np.isfinite(array).all():
         raise InputError(f"{gguf_file.path}: tensor {tensor.name!r} holds NaN or infinite numbers.")

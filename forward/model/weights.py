@@ -63,7 +63,7 @@ def load_matrix(recording: Recording, tensors: Sequence[GGUFTensor]) -> FrozenMa
 
     A vocabulary's size may be anything, but kernels take four rows at once: a run of tensors of
     one type is padded with rows of zeros to a multiple of four. The host never holds more than a
-    piece of some megabytes beside the memory-mapped file.
+    piece of some megabytes.
 
     Raises:
         InputError: a scale (of F32, F16, BF16: a weight) is NaN or infinite.

@@ -12,6 +12,7 @@ from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.pre_tokenizers import PreTokenizer
 from lora.forward.text.vocabulary import Vocabulary, merges
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import is_panic, reason_of, shown
 
 
 class LibraryCodec:
@@ -47,12 +48,28 @@ class LibraryCodec:
             first = next((t for t, (_, end) in enumerate(offsets) if end > 1), len(ids))
             if first == len(ids) or offsets[first][0] >= 1:
                 return ids[first:], [(start - 1, end - 1) for start, end in offsets[first:]]
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        except BaseException as error:
+            if not is_panic(error):
+                raise
+            raise InputError(
+                f"The text {shown(text)} can't be tokenized: a library gave up on it "
+                f"({reason_of(error)})."
+            ) from None
         ids, offsets = encoding.ids, encoding.offsets
         if self.vocab_size < self._n_library and max(ids, default=0) >= self.vocab_size:
             kept = [place for place, token in enumerate(ids) if token < self.vocab_size]
             return [ids[place] for place in kept], [offsets[place] for place in kept]
         return ids, offsets
+
+    def ids_of(self, texts: Sequence[str]) -> dict[str, int]:
+        """The ids of those texts that are tokens."""
+        found = {}
+        for text in texts:
+            if text.isascii() or text.encode(errors="replace").decode() == text:
+                found[text] = self._tokenizer.token_to_id(text)
+        return {text: int(token) for text, token in found.items() if token is not None}
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """The text of the ids; those that are no tokens have none."""
@@ -84,7 +101,8 @@ def byte_level(
         model = models.BPE(ids, pairs, ignore_merges=pre_tokenizer.ignore_merges)
     except Exception as error:  # tokenizers raises bare Exception
         raise InputError(
-            f"{gguf_file.path} is damaged: its tokenizer's merges are wrong ({error})."
+            f"{gguf_file.path} is damaged: its tokenizer's merges are wrong "
+            f"({str(error)[:200].rstrip('.')})."
         ) from None
     tokenizer = tokenizers.Tokenizer(model)
     if pre_tokenizer.compose:

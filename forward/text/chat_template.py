@@ -2,7 +2,8 @@
 
 Rendered as transformers does (utils/chat_template_utils.py, `_compile_jinja_template`), because
 the templates are written for it, with the variables that llama.cpp gives with --jinja. A template
-comes out of a downloaded file: it runs in Jinja's sandbox.
+comes out of a downloaded file: it runs in Jinja's sandbox, in a process with limits on time and
+memory (forward/text/bounded.py), and writes at most a multiple of what it is given.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from lora.forward.text.bounded import ask
 from lora.shaders.errors import InputError
 
 Span = tuple[int, int]  # (start, end) in characters, end exclusive
@@ -32,6 +34,9 @@ _OPENS, _CLOSES = "\ufdd0", "\ufdd1"
 _THOUGHTS = re.compile(r"reasoning|thought|\[THINK\]|<\|channel")
 _WHITE_SPACE = " \t\n\r\f\v"
 _MARK = re.compile(f"[{_OPENS}{_CLOSES}]")
+# What a template writes: so many characters, and so many for each that it is given.
+_MOST_WRITTEN, _MOST_TIMES = 1 << 22, 32
+_WHAT = "The chat template"
 # Not to be given as arguments.
 _GIVEN = (
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token",
@@ -119,7 +124,7 @@ class ChatTemplate:
     def variables(self) -> frozenset[str]:
         """The names that the template reads from outside, those of messages and tools included."""
         sources = filter(None, (self.source, self.tool_use_source))
-        return frozenset().union(*(_variables(source) for source in sources))
+        return frozenset().union(*(_variables_of(source) for source in sources))
 
     @property
     def is_dated(self) -> bool:
@@ -163,21 +168,65 @@ class ChatTemplate:
             "enable_thinking": _THOUGHTS.search(source) is not None,
             "date_string": now.strftime("%d %b %Y"),
             "datetime": now.strftime("%b %d %Y"),
-            "strftime_now": now.strftime,
             **self.arguments,
             **(arguments or {}),
         }
-        compiled = _compile(source)
         # tools and documents are given as None and not left out: templates ask `tools is none`.
         given = {"documents": None, **variables, "messages": messages, "tools": tools}
-        try:
-            text = compiled.render(given, add_generation_prompt=add_generation_prompt)
-        except Exception as error:  # a template is a program: it may raise anything
-            raise InputError(
-                f"The chat template refused the messages: {_reason(error)}. Check their roles and "
-                "fields."
-            ) from error
-        return _unmarked(text) if _has_generation_blocks(source) else Rendering(text)
+        text, has_marks = ask(render_source, source, given, now, add_generation_prompt, what=_WHAT)
+        return _unmarked(text) if has_marks else Rendering(text)
+
+
+def render_source(
+    source: str, given: dict[str, Any], now: datetime, add_generation_prompt: bool
+) -> tuple[str, bool]:
+    """Renders; run by `ask`.
+
+    Returns:
+        the text with its marks, and whether the template has {% generation %} blocks.
+
+    Raises:
+        InputError: the template is no Jinja, refuses the messages, or writes too much.
+    """
+    compiled = _compile(source)
+    given = {"strftime_now": now.strftime, **given}
+    pieces: list[str] = []
+    most, n_written = _MOST_WRITTEN, 0
+    try:
+        for piece in compiled.generate(given, add_generation_prompt=add_generation_prompt):
+            n_written += len(piece)
+            if n_written > most:
+                most = _MOST_WRITTEN + _MOST_TIMES * _n_characters(given)
+                if n_written > most:
+                    raise InputError(
+                        f"The chat template writes more than {most:,} characters, which no "
+                        "honest one does with these messages; look at what it says."
+                    )
+            pieces.append(piece)
+    except (InputError, MemoryError):
+        raise
+    except Exception as error:  # a template is a program: it may raise anything
+        raise InputError(
+            f"The chat template refused the messages: {_reason(error)}. Check their roles and "
+            "fields."
+        ) from error
+    return "".join(pieces), _has_generation_blocks(source)
+
+
+def _n_characters(value: Any) -> int:
+    """Characters in a value, all told."""
+    left, n_characters = [value], 0
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            n_characters += len(one)
+        elif isinstance(one, Mapping):
+            left += [*one, *one.values()]
+        elif isinstance(one, list | tuple):
+            left += one
+        else:
+            n_characters += 8
+    return n_characters
 
 
 def _unmarked(marked: str) -> Rendering:
@@ -228,14 +277,25 @@ def _environment() -> _Environment:
 def _compile(template: str) -> jinja2.Template:
     try:
         return _environment().from_string(template)
+    except MemoryError:
+        raise
     except Exception as error:  # besides TemplateSyntaxError, RecursionError and the like
         raise InputError(f"The chat template is not valid Jinja: {_reason(error)}.") from error
 
 
 @lru_cache(maxsize=8)
-def _variables(template: str) -> frozenset[str]:
+def _variables_of(template: str) -> frozenset[str]:
+    return frozenset(ask(undeclared_variables, template, what=_WHAT))
+
+
+def undeclared_variables(template: str) -> list[str]:
+    """The names that a template reads from outside; run by `ask`.
+
+    Raises:
+        InputError: it is no Jinja.
+    """
     _compile(template)  # refuses what is no Jinja
-    return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+    return sorted(meta.find_undeclared_variables(_environment().parse(template)))
 
 
 @lru_cache(maxsize=8)

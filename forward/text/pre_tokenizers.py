@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import shown
 
 
 @dataclass(frozen=True)
@@ -108,9 +109,10 @@ def named_pre_tokenizer(gguf_file: GGUFFile) -> PreTokenizer:
         InputError: the name is not known here.
     """
     name = gguf_file.metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
+    if not isinstance(name, str) or name not in PRE_TOKENIZERS:
         raise InputError(
-            f"{gguf_file.path} has the pre-tokenizer {name!r}, which is not supported; supported: "
-            f"{', '.join(PRE_TOKENIZERS)}. Name the model's tokenizer.json with model.tokenizer."
+            f"{gguf_file.path} has the pre-tokenizer {shown(name)}, which is not supported; "
+            f"supported: {', '.join(PRE_TOKENIZERS)}. Name the model's tokenizer.json with "
+            "model.tokenizer."
         )
     return PRE_TOKENIZERS[name]

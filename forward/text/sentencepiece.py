@@ -16,6 +16,7 @@ from functools import lru_cache
 from gguf import TokenType
 
 from lora.forward.text.vocabulary import Vocabulary
+from lora.shaders.errors import InputError
 
 _SPACE = "▁"
 _SPECIAL = (TokenType.CONTROL, TokenType.UNKNOWN)
@@ -24,6 +25,7 @@ _STRIPPED = " \t\n\v\f\r"
 # Words are remembered with their tokens, as most come again; sentences of Chinese don't.
 _REMEMBERED = 1 << 15
 _LONGEST_WORD = 24
+_LONGEST_SPECIAL, _MOST_LENGTHS = 512, 128  # Gemma 3: 31 and 30
 
 Priority = Callable[[str, str], float | None]
 _Piece = tuple[int, int, int]
@@ -166,7 +168,7 @@ class SentencePiece:
         while queue:
             _, left, right, size = heapq.heappop(queue)
             # One of the two may have merged with another neighbour since.
-            if not texts[left] or not texts[right] or len(texts[left] + texts[right]) != size:
+            if not texts[left] or not texts[right] or len(texts[left]) + len(texts[right]) != size:
                 continue
             texts[left] += texts[right]
             texts[right] = ""
@@ -208,6 +210,15 @@ class _SpecialTokens:
         lengths: dict[str, set[int]] = {}
         for text in self._ids:
             lengths.setdefault(text[:2], set()).add(len(text))
+        # Every place of a text is compared with a token of each length.
+        longest = max(map(len, self._ids), default=0)
+        most = max(map(len, lengths.values()), default=0)
+        if longest > _LONGEST_SPECIAL or most > _MOST_LENGTHS:
+            raise InputError(
+                f"{vocabulary.path} is damaged: its tokenizer has special tokens of {longest:,} "
+                f"characters, or of {most} lengths with one beginning; {_LONGEST_SPECIAL} and "
+                f"{_MOST_LENGTHS} are the most that is looked for in texts."
+            )
         # By its first two characters: how long a token may be there, the longest first.
         self._lengths = {
             head: sorted(found | ({1} if head[0] in self._ids else set()), reverse=True)

@@ -7,23 +7,32 @@ tokenizers library (forward/text/byte_level.py), llama is SentencePiece
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import tokenizers
 from gguf import TokenType
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text import sentencepiece
-from lora.forward.text.byte_level import LibraryCodec, byte_level
+from lora.forward.text.byte_level import byte_level
+from lora.forward.text.foreign import ForeignCodec
 from lora.forward.text.pre_tokenizers import named_pre_tokenizer
-from lora.forward.text.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
+from lora.forward.text.vocabulary import (
+    END_TEXTS,
+    Vocabulary,
+    end_texts,
+    merges,
+    metadata_end_ids,
+    special_id,
+)
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import read_json_object, read_text, reading, shown
 
 _ADD_BOS = "tokenizer.ggml.add_bos_token"
+_MOST_CONFIG_BYTES = 1 << 24  # of a tokenizer_config.json: 1 MB for 6,000 added tokens
+_MOST_TEMPLATE_BYTES = 1 << 20  # the longest known chat template has 20 KB
 
 
 @dataclass(frozen=True)
@@ -103,7 +112,11 @@ class Tokenizer:
         Raises:
             InputError: the file holds none, or one of a kind that is not supported.
         """
-        metadata = gguf_file.metadata
+        with reading(gguf_file.path, "a model with a tokenizer"):
+            return cls._read(gguf_file)
+
+    @classmethod
+    def _read(cls, gguf_file: GGUFFile) -> Tokenizer:
         kind = _kind(gguf_file)
         codec: _Codec
         if kind == "gpt2":
@@ -122,7 +135,7 @@ class Tokenizer:
             codec = _by_scores(gguf_file, vocabulary)
             add_bos = True
         if kind != "gemma4":  # converters wrote False for Gemma 4, which was trained with BOS
-            add_bos = bool(metadata.get(_ADD_BOS, add_bos))
+            add_bos = _switch(gguf_file, _ADD_BOS, add_bos)
         return cls(
             codec,
             bos_id=vocabulary.bos_id,
@@ -152,22 +165,19 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise InputError(f"There is no tokenizer {file}.")
-        try:
-            tokenizer = tokenizers.Tokenizer.from_file(str(file))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise InputError(f"{file} is not a tokenizer.json: {error}.") from error
-        first_id = _prefixed_id(tokenizer)
         config = _read_config(file.parent / "tokenizer_config.json")
-        bos_id = _configured_id(tokenizer, config, "bos_token")
-        eos_id = _configured_id(tokenizer, config, "eos_token")
         template, for_tools = _configured_templates(file.parent, config)
-        tokens: dict[str, int] = tokenizer.get_vocab()
-        end_ids = {tokens[text] for text in end_texts(tokens)}
+        codec = ForeignCodec(file)
+        named = {key: _configured_text(config, key) for key in ("bos_token", "eos_token")}
+        facts = codec.facts([*END_TEXTS, *filter(None, named.values())])
+        first_id = facts.first_id
+        bos_id, eos_id = (_configured_id(facts.ids, key, text) for key, text in named.items())
+        end_ids = {facts.ids[text] for text in end_texts(facts.ids)}
         add_bos = first_id is not None
         if gguf_file is not None:
             if isinstance(gguf_file.metadata.get(_ADD_BOS), bool) and not _is_gemma4(gguf_file):
                 add_bos = gguf_file.metadata[_ADD_BOS]
-            n_tokens = tokenizer.get_vocab_size()
+            n_tokens = facts.n_tokens
             for name in ("bos", "eos"):
                 token = gguf_file.metadata.get(f"tokenizer.ggml.{name}_token_id")
                 if isinstance(token, int) and token >= n_tokens:
@@ -185,7 +195,7 @@ class Tokenizer:
                 template = _template_of(gguf_file)
                 for_tools = _template_of(gguf_file, ".tool_use")
         return cls(
-            LibraryCodec(tokenizer),
+            codec,
             bos_id=bos_id if first_id is None else first_id,
             eos_id=eos_id,
             add_bos=add_bos,
@@ -276,7 +286,7 @@ def _kind(gguf_file: GGUFFile) -> str:
         raise InputError(f"{gguf_file.path} holds no tokenizer; name one with model.tokenizer.")
     if model not in ("gpt2", "llama", "gemma4"):
         raise InputError(
-            f"{gguf_file.path} has a tokenizer of the kind {model!r}, which is not supported; "
+            f"{gguf_file.path} has a tokenizer of the kind {shown(model)}, which is not supported; "
             "supported are gpt2 (byte-level BPE), llama (SentencePiece) and gemma4. Name the "
             "model's tokenizer.json with model.tokenizer."
         )
@@ -289,6 +299,15 @@ def _is_gemma4(gguf_file: GGUFFile) -> bool:
     return "gemma4" in kinds
 
 
+def _switch(gguf_file: GGUFFile, key: str, default: bool) -> bool:
+    value = gguf_file.metadata.get(key, default)
+    if not isinstance(value, bool):
+        raise InputError(
+            f"{gguf_file.path} is damaged: {key} is {shown(value)}; it must be true or false."
+        )
+    return value
+
+
 def _template_of(gguf_file: GGUFFile, name: str = "") -> str | None:
     """A chat template of the metadata; None where there is none, or no text."""
     template = gguf_file.metadata.get(f"tokenizer.chat_template{name}")
@@ -298,7 +317,11 @@ def _template_of(gguf_file: GGUFFile, name: str = "") -> str | None:
 def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.SentencePiece:
     path, metadata = gguf_file.path, gguf_file.metadata
     scores = metadata.get("tokenizer.ggml.scores")
-    if not isinstance(scores, list) or len(scores) != len(vocabulary.texts):
+    if (
+        not isinstance(scores, list)
+        or len(scores) != len(vocabulary.texts)
+        or not all(type(score) in (int, float) and score == score for score in scores)
+    ):
         raise InputError(
             f"{path} is damaged: tokenizer.ggml.scores must hold {len(vocabulary.texts)} numbers, "
             "one a token."
@@ -307,14 +330,15 @@ def _by_scores(gguf_file: GGUFFile, vocabulary: Vocabulary) -> sentencepiece.Sen
         vocabulary,
         scores,
         unknown_id=special_id(gguf_file, "unknown", len(vocabulary.texts), 0),
-        add_space_prefix=bool(metadata.get("tokenizer.ggml.add_space_prefix", True)),
+        add_space_prefix=_switch(gguf_file, "tokenizer.ggml.add_space_prefix", True),
         right_stripped=_right_stripped(gguf_file, vocabulary),
     )
 
 
 def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
     """Special tokens that swallow white space behind them; no GGUF says so, llama.cpp knows."""
-    name = str(gguf_file.metadata.get("general.name", "")).lower()
+    name = gguf_file.metadata.get("general.name")
+    name = name.lower() if isinstance(name, str) else ""
     if "phi-3" not in name and "phi3" not in name:
         return set()
     special = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
@@ -322,34 +346,22 @@ def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
     return found - {vocabulary.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
 
 
-def _prefixed_id(tokenizer: tokenizers.Tokenizer) -> int | None:
-    """The token that the tokenizer.json puts before a text, found by what it does to one."""
-    plain = tokenizer.encode("a", add_special_tokens=False).ids
-    prefixed = tokenizer.encode("a", add_special_tokens=True).ids
-    return None if plain[:1] == prefixed[:1] else int(prefixed[0])
-
-
 def _read_config(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}.") from error
-    if not isinstance(config, dict):
-        raise InputError(f"{file} holds no JSON object.")
-    return config
+    return read_json_object(file, _MOST_CONFIG_BYTES) if file.is_file() else {}
 
 
-def _configured_id(tokenizer: tokenizers.Tokenizer, config: dict[str, Any], key: str) -> int | None:
+def _configured_text(config: dict[str, Any], key: str) -> str | None:
     value = config.get(key)
     text = value.get("content") if isinstance(value, dict) else value
-    if not isinstance(text, str):
+    return text if isinstance(text, str) else None
+
+
+def _configured_id(ids: dict[str, int], key: str, text: str | None) -> int | None:
+    if text is None:
         return None
-    token = tokenizer.token_to_id(text)
-    if token is None:
-        raise InputError(f"tokenizer_config.json names the {key} {text!r}, no token of it.")
-    return int(token)
+    if text not in ids:
+        raise InputError(f"tokenizer_config.json names the {key} {shown(text)}, no token of it.")
+    return ids[text]
 
 
 def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
@@ -360,7 +372,11 @@ def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | N
         return read_template(file), read_template(beside) if beside.is_file() else None
     template = config.get("chat_template")
     if isinstance(template, list):  # several named templates; transformers takes these two
-        named = {e.get("name"): e.get("template") for e in template if isinstance(e, dict)}
+        named = {
+            e["name"]: e.get("template")
+            for e in template
+            if isinstance(e, dict) and isinstance(e.get("name"), str)
+        }
         found = named.get("default"), named.get("tool_use")
     else:
         found = template, None
@@ -374,9 +390,4 @@ def read_template(file: Path) -> str:
     Raises:
         InputError: it can't be read, or is no text.
     """
-    try:
-        return file.read_text(encoding="utf-8")
-    except OSError as error:
-        raise InputError(f"{file}: cannot be read ({error.strerror}).") from None
-    except UnicodeDecodeError:
-        raise InputError(f"{file}: not text in UTF-8; a chat template is.") from None
+    return read_text(file, _MOST_TEMPLATE_BYTES, "not text in UTF-8; a chat template is")

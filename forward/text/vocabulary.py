@@ -11,6 +11,7 @@ from gguf import TokenType
 
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import shown
 
 # Tokens that end a turn or a text, by name, as llama.cpp finds them (llama-vocab.cpp, "EOG"):
 # most metadata names one eos_token_id only, and models stop at others too.
@@ -79,10 +80,13 @@ class Vocabulary:
         path, metadata = gguf_file.path, gguf_file.metadata
         ids: dict[str, int] = {}
         for token, text in enumerate(_strings(gguf_file, "tokenizer.ggml.tokens")):
+            text = text or f"[EMPTY_{token}]"
             if text in ids:
-                raise InputError(f"{path} is damaged: its tokenizer has the token {text!r} twice.")
-            ids[text or f"[EMPTY_{token}]"] = token
-        kinds = list(metadata.get("tokenizer.ggml.token_type") or [TokenType.NORMAL] * len(ids))
+                raise InputError(
+                    f"{path} is damaged: its tokenizer has the token {shown(text)} twice."
+                )
+            ids[text] = token
+        kinds = _kinds(path, metadata.get("tokenizer.ggml.token_type"), len(ids))
         if len(kinds) != len(ids):
             raise InputError(
                 f"{path} is damaged: its tokenizer has {len(ids)} tokens, but types for "
@@ -166,7 +170,9 @@ def merges(gguf_file: GGUFFile) -> list[tuple[str, str]]:
     for merge in _strings(gguf_file, "tokenizer.ggml.merges"):
         left, _, right = merge.partition(" ")
         if not left or not right:
-            raise InputError(f"{gguf_file.path} is damaged: its tokenizer has the merge {merge!r}.")
+            raise InputError(
+                f"{gguf_file.path} is damaged: its tokenizer has the merge {shown(merge)}."
+            )
         pairs.append((left, right))
     return pairs
 
@@ -178,7 +184,21 @@ def _strings(gguf_file: GGUFFile, key: str) -> list[str]:
     return values
 
 
+def _kinds(path: Path, values: Any, n_tokens: int) -> list[int]:
+    """One type a token; all are normal where the file says nothing."""
+    if values is None or values == []:
+        return [TokenType.NORMAL] * n_tokens
+    if not isinstance(values, list) or not all(type(value) is int for value in values):
+        raise InputError(
+            f"{path} is damaged: tokenizer.ggml.token_type is {shown(values)}; it must be a list "
+            "of whole numbers."
+        )
+    return list(values)
+
+
 def _checked(path: Path, key: str, token: Any, n_tokens: int) -> int:
-    if not (isinstance(token, int) and 0 <= token < n_tokens):
-        raise InputError(f"{path} is damaged: {key} is {token!r}; it must be below {n_tokens}.")
+    if type(token) is not int or not 0 <= token < n_tokens:
+        raise InputError(
+            f"{path} is damaged: {key} is {shown(token)}; it must be below {n_tokens}."
+        )
     return token

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from lora.adapters.fused_names import as_named_in
 from lora.adapters.peft_files import WEIGHTS, read_peft_factors
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import HEAD, AdaptableMatrix, LayerSpec
@@ -76,7 +77,7 @@ def read_adapted_tensors(
     """
     places = {place.path: place for place in adaptable(architecture)}
     parts: dict[str, list[tuple[int, AdaptedTensor]]] = {}  # by tensor: first row, change
-    modules = read_peft_factors(directory, settings)
+    modules = as_named_in(architecture, directory, read_peft_factors(directory, settings))
     if not modules:
         raise InputError(f"{directory / WEIGHTS} is empty: the adapter changes nothing.")
     for path, factors in modules.items():

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from lora.adapters.fused_names import as_named_in
 from lora.adapters.gguf_files import load_gguf_adapter, read_adapter_settings
 from lora.adapters.peft_files import (
     load_peft_adapter,
@@ -132,7 +133,7 @@ def open_adapter(path: Path, architecture: Architecture) -> SavedAdapter:
         return SavedAdapter(path, found.rank, scale, False, tuple(found.modules(architecture)))
     settings = read_peft_settings(path)
     refuse_dora(path, settings)
-    modules = read_peft_factors(path, settings)
+    modules = as_named_in(architecture, path, read_peft_factors(path, settings))
     return SavedAdapter(
         path,
         max((factors.rank for factors in modules.values()), default=settings["r"]),

@@ -8,7 +8,6 @@ each tensor and one alpha for all; by 1 where there is no alpha.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,14 @@ import numpy as np
 from gguf import GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import AdaptedTensor, adaptable
-from lora.adapters.saved_factors import SavedFactors, pack
+from lora.adapters.saved_factors import SavedFactors, most_common, pack
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.gguf.header import shortened
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.row_order import permute_rows_to_hf
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import as_f32, reading, shown
 from lora.storage.gguf_output import new_file
 
 ADAPTER_TYPES = (GGMLQuantizationType.F32, GGMLQuantizationType.F16)
@@ -47,8 +46,8 @@ def write_gguf_adapter(
     tensors = list(tensors)
     # What alpha must be for each tensor; rsLoRA's is alpha · sqrt(rank).
     wanted = {tensor.name: tensor.scale * tensor.rank for tensor in tensors}
-    alpha = Counter(wanted.values()).most_common(1)[0][0]
-    if alpha == 0:
+    alpha = most_common(wanted.values())
+    if not alpha:
         raise InputError("The adapter's alpha is 0, which llama.cpp takes for none; it adds 0.")
     arrays: dict[str, np.ndarray] = {}
     for tensor in tensors:
@@ -127,7 +126,9 @@ def read_adapter_settings(path: Path) -> AdapterSettings:
     Raises:
         InputError: the file is no LoRA adapter.
     """
-    return _settings(GGUFFile(path))
+    file = GGUFFile(path)
+    with reading(path, "a LoRA adapter"):
+        return _settings(file)
 
 
 def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
@@ -165,8 +166,8 @@ def _settings(file: GGUFFile) -> AdapterSettings:
     kinds = file.metadata.get("general.type", "model"), file.metadata.get("adapter.type")
     if kinds != ("adapter", "lora"):
         raise InputError(
-            f"{file.path} is no LoRA adapter: general.type is {shortened(kinds[0])}, adapter.type "
-            f"is {shortened(kinds[1])}."
+            f"{file.path} is no LoRA adapter: general.type is {shown(kinds[0])}, adapter.type "
+            f"is {shown(kinds[1])}."
         )
     ranks: dict[str, dict[str, int]] = {}
     for name, tensor in file.tensors.items():
@@ -183,13 +184,21 @@ def _settings(file: GGUFFile) -> AdapterSettings:
             )
     if not ranks:
         raise InputError(f"{file.path} holds no tensors: the adapter changes nothing.")
-    alpha = file.metadata.get("adapter.lora.alpha", 0.0)
-    if not isinstance(alpha, int | float) or not np.isfinite(alpha):
-        raise InputError(f"{file.path}: adapter.lora.alpha is {shortened(alpha)}, no number.")
+    given = file.metadata.get("adapter.lora.alpha", 0.0)
+    alpha = as_f32(given)
+    if alpha is None:
+        raise InputError(
+            f"{file.path}: adapter.lora.alpha is {shown(given)}, no number of the range of 32 bits."
+        )
+    architecture = file.metadata.get("general.architecture")
+    if not isinstance(architecture, str):
+        raise InputError(
+            f"{file.path}: general.architecture is {shown(architecture)}, no name of one."
+        )
     return AdapterSettings(
         path=file.path,
-        architecture=str(file.metadata.get("general.architecture")),
-        alpha=float(alpha) or None,  # llama.cpp takes 0 for none
+        architecture=architecture,
+        alpha=alpha or None,  # llama.cpp takes 0 for none
         ranks={base: both["lora_a"] for base, both in ranks.items()},
     )
 

@@ -47,8 +47,16 @@ def common_scale(scales: Iterable[float]) -> float:
 
     1 where all are zero: zero is no scale that B could be divided by.
     """
-    counts = Counter(abs(scale) for scale in scales if scale)
-    return counts.most_common(1)[0][0] if counts else 1.0
+    return most_common(abs(scale) for scale in scales if scale) or 1.0
+
+
+def most_common(values: Iterable[float]) -> float | None:
+    """The value that occurs most often, of several such the smallest; None of no values.
+
+    Not the first of them: in which order a file's tensors come may differ from time to time.
+    """
+    counts = Counter(values)
+    return min(counts, key=lambda value: (-counts[value], value), default=None)
 
 
 def _check_same_matrices(source: Path, wanted: Collection[str], given: Collection[str]) -> None:

@@ -20,7 +20,7 @@ from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
 from lora.generation.sampling import Sampler, Sampling
 from lora.shaders.choice import Wanted
-from lora.shaders.errors import InputError
+from lora.shaders.errors import InputError, for_terminal
 
 HELP = """\
 /adapter           which adapter is on, and which are loaded
@@ -322,7 +322,7 @@ def chat(
     )
 
     def write(piece: str) -> None:
-        print(piece, end="", flush=True)
+        print(for_terminal(piece), end="", flush=True)
 
     conversation = Chat(
         generator,

@@ -27,7 +27,7 @@ from lora.commands.options import (
     overrides,
 )
 from lora.commands.tune import tune_command
-from lora.shaders.errors import InputError, LoraError
+from lora.shaders.errors import InputError, LoraError, for_terminal, plain
 
 if TYPE_CHECKING:  # the rest of lora is imported in the commands: --help and completion are quick
     from lora.generation.sampling import Sampling
@@ -113,7 +113,7 @@ def train(
         typer.echo(f"Stopped; saved {stop.checkpoint}.")
         typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
         raise typer.Exit(128 + stop.signum) from None
-    console.print(f"Saved the adapter to {output}.")
+    typer.echo(f"Saved the adapter to {plain(str(output))}.")
 
 
 @app.command()
@@ -274,7 +274,7 @@ def generate(
     for piece in generator.stream(
         text, max_tokens=max_tokens, adapter=next(iter(adapters), None), sampling=sampling
     ):
-        print(piece, end="", flush=True)
+        print(for_terminal(piece), end="", flush=True)
     print()
 
 
@@ -334,7 +334,8 @@ def inspect(
 
     is_adapter = Path(model).is_dir()
     if as_json:
-        console.print_json(data=adapter_facts(Path(model)) if is_adapter else gguf_facts(model))
+        facts = adapter_facts(Path(model)) if is_adapter else gguf_facts(model)
+        console.print_json(data=facts, ensure_ascii=True)
         return
     for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
         console.print(part)
@@ -375,7 +376,8 @@ def main() -> None:
         if click_exit is None or debug:
             if debug:
                 raise
-            print(f"lora: {type(error).__name__}: {error} (see --debug)", file=sys.stderr)
+            text = plain(str(error))
+            print(f"lora: {type(error).__name__}: {text} (see --debug)", file=sys.stderr)
             sys.exit(1)
         getattr(error, "show", lambda: None)()
         sys.exit(click_exit)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,7 +92,10 @@ def print_json(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
             "trained": example.trained.astype(int).tolist(),
             "cut": example.cut,
         }
-        sys.stdout.write(json.dumps(values, ensure_ascii=False) + "\n")
+        line = json.dumps(values, ensure_ascii=False)
+        # JSON leaves these as they are, and a terminal may take U+009B for ESC [.
+        line = re.sub("[\x7f-\x9f]", lambda match: f"\\u{ord(match[0]):04x}", line)
+        sys.stdout.write(line + "\n")
 
 
 def print_example(

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
+from lora.shaders.errors import for_terminal
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.data.examples import DataSummary, Example
@@ -117,7 +118,7 @@ def _print_answers(session: TrainingSession, names: list[str], n_examples: int) 
     for example in session.workload.eval_examples[:n_examples]:
         prompt, wanted = first_answer(example)
         reaches_end = len(prompt) + len(wanted) == len(example.ids)
-        print(f"\nprompt  {decode(prompt).strip()}")
+        print(f"\nprompt  {for_terminal(decode(prompt).strip())}")
         print(f"wanted  {decode(wanted)!r}{' (cut)' if example.cut and reaches_end else ''}")
         for name in names:
             answer = session.generate(

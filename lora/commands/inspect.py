@@ -35,6 +35,7 @@ _SIZES = {
     "attention.sliding_window": "sliding window",
     "attention.sliding_window_pattern": "window pattern",
 }
+_MOST_SHOWN = 10_000  # values of a list that are counted one by one; layers are fewer
 _SPECIAL = ("bos", "eos", "eot", "unknown", "padding")
 
 
@@ -248,6 +249,8 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
 def _shown(value: Any) -> str:
     """A value out of a file for the terminal; of a list with one entry a layer, how often what."""
     if isinstance(value, list):
+        if len(value) > _MOST_SHOWN:
+            return f"{len(value):,} values"
         counts = Counter(map(_shown, value))
         if len(counts) == 1:
             return next(iter(counts))
@@ -302,8 +305,8 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
                 "scales": sorted({factors.scale for factors in all_of_it}),
                 "in_features": all_of_it[0].a.shape[1],
                 "out_features": all_of_it[0].b.shape[0],
-                "mean_a": fmean(float(abs(factors.a).mean()) for factors in all_of_it),
-                "mean_b": fmean(float(abs(factors.b).mean()) for factors in all_of_it),
+                "mean_a": fmean(float(abs(factors.a).mean(dtype="f8")) for factors in all_of_it),
+                "mean_b": fmean(float(abs(factors.b).mean(dtype="f8")) for factors in all_of_it),
             }
             for name, all_of_it in sorted(by_name.items())
         ],

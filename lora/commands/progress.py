@@ -20,6 +20,7 @@ from rich.table import Table
 
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.layer_spec import HEAD
+from lora.shaders.errors import plain
 from lora.training.device_state import SessionPlan
 from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics
@@ -35,12 +36,12 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
     )
     rows = {
-        "device": f"{plan.facts.name}, through {plan.facts.software}",
-        "model": f"{config.model.path} ({layout.architecture.name}, "
+        "device": escape(plain(f"{plan.facts.name}, through {plan.facts.software}")),
+        "model": f"{escape(plain(config.model.path))} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
         f"{_targets_shown(layout)} of {len(layout.layers)} layers",
-        "data": escape(str(workload.train_summary)),
+        "data": escape(plain(str(workload.train_summary))),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
         f"recompute {'on' if plan.tensors.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",

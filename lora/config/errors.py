@@ -14,6 +14,9 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from lora.config.other_names import OTHER_NAMES
+from lora.shaders.untrusted import shown
+
+_MOST_PROBLEMS = 12  # that are told at once
 
 
 def config_problems(
@@ -32,16 +35,24 @@ def config_problems(
     """
     problems: dict[str, str] = {}
     for finding in error.errors(include_url=False):
-        key, field = _locate(model, finding["loc"])
+        path, field = _locate(model, finding["loc"])
+        key = ".".join(path)
         if finding["type"] in ("extra_forbidden", "invalid_key"):
-            sentence = _unknown_key(model, key)
+            sentence = _unknown_key(model, path)
         elif finding["type"] == "missing":
             sentence = f"missing; give {_allowed(field)}."
         elif finding["type"] == "value_error":
             # Written in our own validators, as sentences.
             sentence = str(finding["ctx"]["error"])
         else:
-            sentence = f"got {_value_at(values, key)!r}; allowed here: {_allowed(field)}."
+            most = finding.get("ctx", {}).get("le")
+            allowed = _allowed(field)
+            if most is not None and str(most) not in allowed:
+                allowed += f", at most {most}"
+            sentence = f"got {shown(_value_at(values, path))}; allowed here: {allowed}."
+        if len(problems) == _MOST_PROBLEMS and key not in problems:
+            problems["and more"] = f"{error.error_count() - _MOST_PROBLEMS} further problems."
+            break
         # A union reports each of its members' complaints; they have one key and say the same.
         problems.setdefault(key, sentence)
     return problems
@@ -49,14 +60,14 @@ def config_problems(
 
 def did_you_mean(wrong: str, right: list[str]) -> str:
     """`; did you mean X?` with the nearest right spelling, or an empty string."""
-    near = get_close_matches(wrong.lower(), right, n=1)
+    near = get_close_matches(wrong[:100].lower(), right, n=1)
     return f"; did you mean {near[0]}?" if near else ""
 
 
 def _locate(
     model: type[BaseModel], location: tuple[int | str, ...]
-) -> tuple[str, FieldInfo | None]:
-    """The dotted key, and its field; what follows a leaf (list index, union member) is dropped."""
+) -> tuple[list[str], FieldInfo | None]:
+    """The key's path, and its field; what follows a leaf (list index, union member) is dropped."""
     path: list[str] = []
     section: type[BaseModel] | None = model
     field: FieldInfo | None = None
@@ -66,7 +77,7 @@ def _locate(
         path.append(str(name))
         field = section.model_fields.get(str(name))
         section = _section_of(field)
-    return ".".join(path), field
+    return path, field
 
 
 def _section_of(field: FieldInfo | None) -> type[BaseModel] | None:
@@ -74,8 +85,8 @@ def _section_of(field: FieldInfo | None) -> type[BaseModel] | None:
     return kind if isinstance(kind, type) and issubclass(kind, BaseModel) else None
 
 
-def _unknown_key(model: type[BaseModel], key: str) -> str:
-    *sections, name = key.split(".")
+def _unknown_key(model: type[BaseModel], path: list[str]) -> str:
+    *sections, name = path
     section = model
     for part in sections:
         section = _section_of(section.model_fields[part]) or section
@@ -107,7 +118,9 @@ def _allowed(field: FieldInfo | None) -> str:
     return (field.description if field is not None else None) or "nothing"
 
 
-def _value_at(values: Any, key: str) -> Any:
-    for name in key.split("."):
+def _value_at(values: Any, path: list[str]) -> Any:
+    for name in path:
+        if not isinstance(values, Mapping) or name not in values:
+            return values  # a key that is no text, such as a date
         values = values[name]
     return values

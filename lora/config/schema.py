@@ -29,6 +29,7 @@ from lora.config.yaml_file import parse_yaml, read_yaml_mapping
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import F32_LEAST, F32_MOST, MOST_LARGE, MOST_RANK, shown
 from lora.storage.stores import MODEL_NAME_FORMS, check_model_name
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
@@ -49,11 +50,26 @@ def _section_from_nothing(value: Any) -> Any:
     return {} if value is None else value
 
 
-Number = Annotated[float, BeforeValidator(_number_from_text), Field(allow_inf_nan=False)]
+def _of_32_bits(number: float) -> float:
+    """Kernels compute in f32: a number beyond it would be infinite there, or zero."""
+    if number != 0 and not F32_LEAST <= abs(number) <= F32_MOST:
+        raise ValueError(
+            f"got {number:g}; allowed here: a number that 32 bits hold, 0 or from {F32_LEAST:.1e} "
+            f"to {F32_MOST:.1e}."
+        )
+    return number
+
+
+Number = Annotated[
+    float,
+    BeforeValidator(_number_from_text),
+    Field(allow_inf_nan=False),
+    AfterValidator(_of_32_bits),
+]
 Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_from_switch)]
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(expanded)]
-Count = Annotated[int, Field(ge=1)]
+Count = Annotated[int, Field(ge=1, le=MOST_LARGE)]
 
 
 class _Section(BaseModel):
@@ -89,7 +105,7 @@ class ModelConfig(_Section):
 class AdapterConfig(_Section):
     """`adapter:`, what is trained."""
 
-    rank: Count = Field(default=16, description="a whole number of at least 1")
+    rank: int = Field(default=16, ge=1, le=MOST_RANK, description="a whole number of at least 1")
     alpha: Number = Field(default=32.0, gt=0, description="a number above 0")
     dropout: Number = Field(default=0.0, description="0")
     targets: Literal["all-linear"] | list[str] = Field(
@@ -216,7 +232,9 @@ class DataConfig(_Section):
     format: Literal["auto", "chat", "completion", "instruct", "text"] = Field(
         default="auto", description="auto, chat, completion, instruct or text"
     )
-    max_length: int = Field(default=512, ge=2, description="a whole number of tokens, at least 2")
+    max_length: int = Field(
+        default=512, ge=2, le=1 << 24, description="a whole number of tokens, at least 2"
+    )
     packing: bool = Field(default=False, description="true or false")
     chat_template: Text | None = Field(
         default=None, description="null, a file that holds a Jinja chat template, or its text"
@@ -249,7 +267,7 @@ class DataConfig(_Section):
 class TrainConfig(_Section):
     """`train:`, how the adapter is fitted."""
 
-    epochs: Number = Field(default=1.0, gt=0, description="a number above 0")
+    epochs: Number = Field(default=1.0, gt=0, le=10_000, description="a number above 0")
     steps: Count | None = Field(default=None, description="null, or a whole number of at least 1")
     batch_size: Count = Field(default=4, description="a whole number of at least 1")
     gradient_accumulation: Count = Field(default=1, description="a whole number of at least 1")
@@ -381,6 +399,6 @@ def _apply_override(values: dict[str, Any], override: str) -> str:
         section = section[name]
         if not isinstance(section, dict):
             outer = ".".join(names[: depth + 1])
-            raise InputError(f"--set {override}: {outer} holds {section!r}, not a mapping.")
+            raise InputError(f"--set {override}: {outer} holds {shown(section)}, not a mapping.")
     section[names[-1]] = parse_yaml(text, f"--set {override}")
     return key

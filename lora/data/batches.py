@@ -15,6 +15,7 @@ import numpy as np
 
 from lora.data.examples import Example
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import whole_number
 
 IGNORED = -100  # the target of a token whose successor isn't trained, as in PyTorch
 
@@ -179,13 +180,16 @@ class DataStream:
             InputError: the data or a setting that decides the order are not those of then.
         """
         for name, now in self._settings().items():
-            then = state["settings"].get(name)
+            then = state.get("settings", {}).get(name)
             if then != now:
                 raise InputError(
                     f"The checkpoint was made with {name} {then}, and now it is {now}; resume "
                     "with the data and the settings of then, or start anew without --resume."
                 )
-        self._epoch, self._offset, self._step = state["epoch"], state["offset"], state["step"]
+        epoch, offset, step = (
+            whole_number(state, key, "The checkpoint") for key in ("epoch", "offset", "step")
+        )
+        self._epoch, self._offset, self._step = epoch, offset, step
 
     def _settings(self) -> dict[str, Any]:
         """Everything that the order depends on."""

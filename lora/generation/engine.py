@@ -65,10 +65,10 @@ class TextTensors:
         """
         piece = min(room, piece_rows(recording))
         caches = allocate_caches(recording, model, room)
-        table = model.host_table
-        pieces = StepInputs.allocate(recording, piece, table=table)
+        table, bounds = model.host_table, model.bounds
+        pieces = StepInputs.allocate(recording, piece, bounds, room, table=table)
         head = StepHead.allocate(recording, model)
-        step = StepInputs.allocate(recording, 1, head.token, table)
+        step = StepInputs.allocate(recording, 1, bounds, room, head.token, table)
         activations = {
             inputs.rows.maximum: StepActivations.allocate(recording, model, inputs.rows)
             for inputs in (pieces, step)

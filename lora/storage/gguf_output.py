@@ -118,7 +118,7 @@ def _raw_metadata(base: GGUFFile) -> Iterator[tuple[str, memoryview]]:
 
     The file has been read as a whole before: nothing here is checked again.
     """
-    view = np.memmap(base.path, np.uint8, "r").data
+    view = base.raw_header()
     n_keys: int
     _, n_keys = struct.unpack_from("<QQ", view, 8)
     position = 24

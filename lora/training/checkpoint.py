@@ -27,8 +27,10 @@ from lora.forward.plans.matmul_tiles import Plan
 from lora.shaders.choice import SETTINGS, asked_for
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import read_json_object, reading
 from lora.storage.files import new_directory
 from lora.storage.tile_cache import circumstances, entry_of, plan_of_entry
+from lora.training.checkpoint_state import read_checkpoint_state
 from lora.training.session import TrainingSession
 
 if TYPE_CHECKING:
@@ -92,9 +94,9 @@ def device_of_then(config: Config) -> Device:
     """
     then = None
     for path in checkpoints(Path(config.output))[-1:]:
-        with suppress(OSError, ValueError, AttributeError):  # `resume` says what is wrong with it
-            then = json.loads((path / _STATE).read_text()).get("webgpu")
-    if asked_for(config.webgpu) == "auto" and then in SETTINGS:
+        with suppress(InputError):  # `resume` says what is wrong with it
+            then = read_json_object(path / _STATE).get("webgpu")
+    if asked_for(config.webgpu) == "auto" and isinstance(then, str) and then in SETTINGS:
         with suppress(InputError):
             return Device(config.device, webgpu=then)
     return Device(config.device, webgpu=config.webgpu)
@@ -104,8 +106,8 @@ def started_at(output: Path) -> datetime | None:
     """When a run began, by its last checkpoint; None where there is none that says it."""
     for path in checkpoints(output)[-1:]:
         try:
-            return datetime.fromisoformat(json.loads((path / _STATE).read_text())["started"])
-        except (OSError, ValueError, KeyError, TypeError):
+            return datetime.fromisoformat(read_json_object(path / _STATE)["started"])
+        except (InputError, ValueError, KeyError, TypeError):
             return None  # resume says what is wrong with it
     return None
 
@@ -130,13 +132,18 @@ def resume(session: TrainingSession, output: Path) -> Path:
         raise ValueError("a session without training cannot resume")
     flat = load_peft_adapter(path, session.layout)
     try:
-        state = json.loads((path / _STATE).read_text())
-        step, stream, precision = int(state["step"]), dict(state["stream"]), state["precision"]
-        found_with, entries = dict(state["found_with"]), dict(state["plans"])
+        state = read_checkpoint_state(path / _STATE)
+        step, stream, precision = state["step"], state["stream"], state["precision"]
+        found_with, entries = state["found_with"], state["plans"]
         kernels = state.get("kernels")  # None: of a version that did not keep it
-        with safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file:
+        with (
+            reading(path / _OPTIMIZER, "a file of safetensors"),
+            safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file,
+        ):
             moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
+        if not all(np.isfinite(moment).all() for moment in moments):
+            raise InputError(f"{path / _OPTIMIZER}: holds NaN or infinite numbers.")
+    except InputError as error:
         raise InputError(
             f"{path}: not a checkpoint that can be read ({error}); remove it to resume from the "
             "one before."

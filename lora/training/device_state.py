@@ -77,7 +77,7 @@ class SessionTensors:
         targets = workload.maximum_targets
         chunk = chunk_size(recording, workload.architecture.logits_size, targets)
         inputs = Inputs.allocate(
-            recording, workload.maximum_rows, targets, chunk, model.long_examples,
+            recording, workload.maximum_rows, targets, chunk, model.bounds, model.long_examples,
             model.host_table,
         )  # fmt: skip
         adapter = AdapterState.allocate(recording, workload.layout)

@@ -17,12 +17,15 @@ from lora.data.examples import DataSummary, Example, load_examples
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.layer_spec import HEAD
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
 
 if TYPE_CHECKING:
     from lora.config.schema import Config
+
+_MOST_ROWS = 1 << 26  # of a micro-batch; elements of its tensors are counted in 32 bits
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,7 @@ class Workload:
             adapter.rank,
             adapter.scale,
         )
+        _check_rank(layout)
         train_examples: list[Example] = []
         train_summary = None
         if examples is not None:
@@ -105,7 +109,14 @@ class Workload:
     def maximum_rows(self) -> int:
         """Tokens of the largest micro-batch that can occur."""
         longest = self._most(lambda example: len(example.ids))
-        return max(longest, self.config.data.max_length)
+        rows = max(longest, self.config.data.max_length)
+        if rows > _MOST_ROWS:
+            raise InputError(
+                f"train.batch_size: micro-batches of up to {rows:,} tokens (data.max_length "
+                f"{self.config.data.max_length:,}) are more than the {_MOST_ROWS:,} that kernels "
+                "count; take fewer at a time, and train.gradient_accumulation for the rest."
+            )
+        return rows
 
     @property
     def maximum_targets(self) -> int:
@@ -153,9 +164,33 @@ def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:
     return load_adapter(Path(init_from), layout)
 
 
+def _check_rank(layout: AdapterLayout) -> None:
+    """Refuses a rank that no matrix has: memory for it would be asked for before anything is said.
+
+    Raises:
+        InputError: it is above all sizes of the matrices that are adapted.
+    """
+    architecture = layout.architecture
+    adapted = [
+        (matrix, spec)
+        for spec in (architecture.layers[layer] for layer in layout.layers)
+        for group in spec.groups.values()
+        for matrix in group
+        if matrix.module in layout.targets
+    ]
+    sizes = [size(spec) for matrix, spec in adapted for size in (matrix.in_size, matrix.out_size)]
+    if HEAD.module in layout.targets:
+        sizes += [HEAD.in_size(architecture), HEAD.out_size(architecture)]
+    if layout.rank > max(sizes, default=layout.rank):
+        raise InputError(
+            f"adapter.rank: got {layout.rank:,}, but the largest of the adapted matrices has "
+            f"{max(sizes):,} rows or columns; 8 to 64 are common."
+        )
+
+
 def _check_tokens(examples: Sequence[Example], vocab_size: int) -> None:
     for example in examples:
-        if int(example.ids.max()) >= vocab_size:
+        if len(example.ids) and int(example.ids.max()) >= vocab_size:
             raise InputError(
                 f"The tokenizer gives id {int(example.ids.max())}, but the model's vocabulary "
                 f"has {vocab_size} entries; model.tokenizer does not fit this model."

@@ -110,7 +110,7 @@ class Pass:
     def record(cls, recording: Recording, spec: LayerSpec, rows: int = 12) -> Pass:
         """All matrices of the layer are adapted."""
         model = model_of(recording, spec)
-        inputs = Inputs.allocate(recording, rows, rows, 64)
+        inputs = Inputs.allocate(recording, rows, rows, 64, model.bounds)
         targets = [name for name in model.architecture.matrices if name != HEAD.module]
         layout = AdapterLayout(model.architecture, [0], targets, RANK, SCALE)
         parameters, gradients = (
@@ -137,7 +137,7 @@ class Pass:
 
 def record_text(recording: Recording, model: Model, rows: int) -> tuple[Program, StepInputs, Step]:
     """New tokens of a text through the bare layer, `rows` at once."""
-    inputs = StepInputs.allocate(recording, rows)
+    inputs = StepInputs.allocate(recording, rows, model.bounds, ROOM)
     act = StepActivations.allocate(recording, model, inputs.rows)
     act = replace(act, per_layer=own_inputs(recording, model.layers[0].spec, inputs.rows))
     step = Step(model, inputs, {}, act, allocate_caches(recording, model, ROOM))

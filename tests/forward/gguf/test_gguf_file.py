@@ -78,8 +78,7 @@ def test_tensors_are_what_was_written(tmp_path: Path) -> None:
     for name, values in written.items():
         tensor = tensors[name]
         assert tensor.shape == values.shape
-        assert tensor.data.dtype == np.uint8
-        assert not tensor.data.flags.writeable
+        assert np.asarray(tensor.data).dtype == np.uint8
         assert len(tensor.data) == (values.shape[0] if values.ndim == 2 else 1)
         decoded = gguf.quants.dequantize(np.asarray(tensor.data), tensor.type)
         np.testing.assert_array_equal(decoded.reshape(values.shape), values)
@@ -95,13 +94,13 @@ def test_three_dimensions_become_rows(tmp_path: Path) -> None:
     write_tiny_llama(path, tensors={"experts.weight": values})
     tensor = GGUFFile(path).tensors["experts.weight"]
     assert tensor.shape == (2, 3, 32)
-    np.testing.assert_array_equal(tensor.data.view(np.float32), values.reshape(6, 32))
+    np.testing.assert_array_equal(np.asarray(tensor.data).view(np.float32), values.reshape(6, 32))
 
 
 def test_truncation_anywhere_is_an_input_error(tiny: Path, tmp_path: Path) -> None:
     content = tiny.read_bytes()
     gguf_file = GGUFFile(tiny)
-    start_of_data = len(content) - sum(t.data.size for t in gguf_file.tensors.values())
+    start_of_data = len(content) - sum(t.data.nbytes for t in gguf_file.tensors.values())
     last_of_data = len(content) - 32  # the writer pads the last tensor to 32 bytes
     # Every offset of the header's beginning and of the tensor list, a stride through the rest.
     offsets = {
@@ -151,7 +150,7 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[bytes], None]:
 def healthy(tiny: Path) -> tuple[bytes, int]:
     """A small file's bytes, and how many of them are its header."""
     content = tiny.read_bytes()
-    return content, len(content) - sum(t.data.size for t in GGUFFile(tiny).tensors.values())
+    return content, len(content) - sum(t.data.nbytes for t in GGUFFile(tiny).tensors.values())
 
 
 anywhere = settings(max_examples=400, deadline=None)  # the time is checked by `fuzzed`
@@ -376,7 +375,9 @@ def test_any_part_opens_the_whole_model(tmp_path: Path) -> None:
         assert joined.n_bytes == sum(path.stat().st_size for path in paths)
         assert list(joined.tensors) == list(written)
         for name, values in written.items():
-            np.testing.assert_array_equal(joined.tensors[name].data.view(np.float32)[0], values)
+            np.testing.assert_array_equal(
+                np.asarray(joined.tensors[name].data).view(np.float32)[0], values
+            )
         assert joined.metadata == {"general.architecture": "llama", "llama.block_count": 7}
 
 
@@ -469,3 +470,46 @@ def test_names_of_parts() -> None:
     assert part_names("a-00003-of-00002.gguf") == ["a-00003-of-00002.gguf"]
     assert part_names("a-1-of-2.gguf") == ["a-1-of-2.gguf"]
     assert part_names("a-00001-of-00002.gguf") == ["a-00001-of-00002.gguf", "a-00002-of-00002.gguf"]
+
+
+def test_a_file_that_is_cut_while_in_use_is_an_input_error(tmp_path: Path) -> None:
+    """Under a memory map it would be a SIGBUS."""
+    path = tmp_path / "model.gguf"
+    write_tiny_llama(path, types=TYPES, n_layers=1)
+    gguf_file = GGUFFile(path)
+    last = max(gguf_file.tensors.values(), key=lambda tensor: tensor.data._start)
+    with open(path, "rb+") as file:
+        file.truncate(last.data._start + 8)
+    with pytest.raises(InputError, match="was cut while it was being read"):
+        np.asarray(last.data)
+    first = min(gguf_file.tensors.values(), key=lambda tensor: tensor.data._start)
+    assert np.asarray(first.data).shape == first.data.shape
+
+
+def test_a_file_stays_the_one_that_was_opened(tmp_path: Path) -> None:
+    path, other = tmp_path / "model.gguf", tmp_path / "other"
+    write_tiny_llama(path, types=TYPES, n_layers=1)
+    gguf_file = GGUFFile(path)
+    before = {name: np.asarray(tensor.data) for name, tensor in gguf_file.tensors.items()}
+    other.write_bytes(b"GGUF")
+    other.replace(path)
+    for name, tensor in gguf_file.tensors.items():
+        np.testing.assert_array_equal(np.asarray(tensor.data), before[name])
+
+
+def test_rows_of_a_file_are_read_by_slices(tmp_path: Path) -> None:
+    path = tmp_path / "model.gguf"
+    write_tiny_llama(path, types=TYPES, n_layers=1)
+    data = GGUFFile(path).tensors["blk.0.ffn_down.weight"].data
+    whole = np.asarray(data)
+    for rows in (
+        slice(None),
+        slice(3, 9),
+        slice(30, 99),
+        slice(5, 5),
+        slice(9, 3),
+        slice(-4, None),
+    ):
+        np.testing.assert_array_equal(data[rows], whole[rows])
+    with pytest.raises(ValueError, match="one after another"):
+        data[::2]

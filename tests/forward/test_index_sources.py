@@ -1,0 +1,141 @@
+"""What indexes on the device is checked where it enters: kernels run without checks of their own.
+
+Every binding of whole numbers is here: a new kernel's fails this test until it is said where its
+numbers come from, and that place checks them.
+"""
+
+from __future__ import annotations
+
+import re
+
+import numpy as np
+import pytest
+
+from lora.forward.decoder.step_inputs import StepInputs
+from lora.forward.model.inputs import NO_ROW, IndexBounds, Inputs, indices
+from lora.shaders.errors import InputError
+from lora.shaders.recording import Recording
+from tests.support.imports import REPOSITORY
+
+# (template, binding): who writes it.
+_INPUTS = "Inputs.write"
+_STEP = "StepInputs.write"
+_WEIGHTS = "quantized weights: bits that are decoded, no indices"
+_INT_ROW = "a row as whole numbers, written by kernels: bits that are decoded, no indices"
+_ARGMAX = "argmax.wgsl: the place of a maximum, below its length"
+SOURCES = {
+    "argmax.wgsl": {"token": _ARGMAX},
+    "attention.wgsl": {"segments": _INPUTS},
+    "attention_backward_kv.wgsl": {"segments": _INPUTS},
+    "attention_backward_q.wgsl": {"segments": _INPUTS},
+    "attention_decode.wgsl": {"positions": _STEP},
+    "attention_decode_combine.wgsl": {"row": _STEP, "int_row": _INT_ROW},
+    "attention_decode_row.wgsl": {"row": _STEP},
+    "cross_entropy.wgsl": {"labels": _INPUTS},
+    "cross_entropy_sums.wgsl": {"labels": _INPUTS},
+    "decode_weights.wgsl": {"weights": _WEIGHTS, "out": "f16 weights, decoded: no indices"},
+    "embedding.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "weights": _WEIGHTS},
+    "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
+    "int_row.wgsl": {"int_row": _INT_ROW},
+    "kv_store.wgsl": {"positions": _STEP},
+    "matmul_int_row.wgsl": {"row": _INT_ROW, "weights": _WEIGHTS, "int_row": _INT_ROW},
+    "matmul_row.wgsl": {"weights": _WEIGHTS},
+    "parts/head_bindings.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
+    "parts/matmul_bindings.wgsl": {"weights": _WEIGHTS, "x": "f16 activations: no indices"},
+    "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
+}
+_WHOLE = r"array<(?:\{\{[^}]*[ui]32[^}]*\}\}|(?:vec\d<)?[ui]32>?)(?:, \d+)?>"
+_PLAIN = re.compile(rf"var<storage, \w+> (\w+): {_WHOLE};")
+_MACRO = re.compile(rf'bind\("(\w+)", "storage[^"]*", "{_WHOLE}"\)')
+
+
+def test_every_binding_of_whole_numbers_is_known() -> None:
+    folder = REPOSITORY / "shaders" / "wgsl"
+    found: dict[str, set[str]] = {}
+    for path in sorted(folder.rglob("*.wgsl")):
+        text = path.read_text()
+        names = set(_PLAIN.findall(text)) | set(_MACRO.findall(text))
+        if names:
+            found[str(path.relative_to(folder))] = names
+    assert found == {name: set(bindings) for name, bindings in SOURCES.items()}
+
+
+def test_nothing_else_writes_what_indexes() -> None:
+    """u32 tensors are made for inputs alone, besides weights and what kernels write themselves."""
+    makers = set()
+    for room in ("forward", "backward", "optim", "lora", "shaders"):
+        for path in sorted((REPOSITORY / room).rglob("*.py")):
+            if re.search(r'"u32"', path.read_text()) and "references" not in path.parts:
+                makers.add(str(path.relative_to(REPOSITORY)))
+    known = {
+        "forward/model/inputs.py",  # Inputs
+        "forward/decoder/step_inputs.py",  # StepInputs
+        "forward/decoder/step_tensors.py",  # argmax's token
+        "forward/model/weights.py",  # bits
+        "forward/int_row.py", "forward/argmax.py", "forward/embedding.py", "forward/gather.py",
+        "lora/checks/tensors.py",  # of the checks of kernels, which are given by the checks
+        "shaders/memory.py", "shaders/tensor.py", "shaders/program_data.py",
+        "shaders/activations.py",
+        "forward/attention.py",  # tests that they are u32
+        "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
+    }  # fmt: skip
+    assert makers <= known | {name for name in makers if name.startswith("lora/checks/")}
+
+
+@pytest.mark.parametrize("value", [-1, 7, 2**31, -(2**40), 2**62])
+def test_an_index_out_of_range_is_refused(value: int) -> None:
+    with pytest.raises(InputError, match=rf"the token {value} at place 1 is out of range"):
+        indices("the token", np.array([0, value, 3]), 7)
+
+
+def test_indices_in_range_come_back() -> None:
+    given = np.array([[0, 6], [3, NO_ROW]])
+    np.testing.assert_array_equal(indices("the row", given, 7, but=NO_ROW), given)
+    assert indices("the row", given, 7, but=NO_ROW).dtype == np.uint32
+    assert indices("the row", np.zeros(0, int), 0).size == 0
+
+
+_ROWS = 6
+# What one micro-batch is made of, and how each part may leave its tensor.
+_GOOD = {
+    "token_ids": [1, 2, 3, 4], "positions": [0, 1, 0, 1], "segment_start": [0, 0, 2, 2],
+    "segment_end": [2, 2, 4, 4], "targets": [2, -1, 4, -1],
+}  # fmt: skip
+_BAD = [
+    ("token_ids", [1, 2, 9, 4]), ("token_ids", [-1, 2, 3, 4]), ("positions", [0, 1, 0, 8]),
+    ("positions", [-1, 0, 0, 1]), ("segment_start", [0, 0, -1, 2]), ("segment_end", [2, 2, 5, 4]),
+    ("segment_end", [2, 2, 0, 4]), ("segment_start", [4, 0, 2, 2]), ("targets", [9, -1, 4, -1]),
+]  # fmt: skip
+
+
+@pytest.fixture
+def inputs(recording: Recording) -> Inputs:
+    return Inputs.allocate(recording, _ROWS, _ROWS, 64, IndexBounds(tokens=9, rope_rows=8))
+
+
+def test_a_micro_batch_in_range_is_written(inputs: Inputs, recording: Recording) -> None:
+    values = {name: np.array(one) for name, one in _GOOD.items()}
+    assert inputs.write(recording.memory, **values) == 2
+    np.testing.assert_array_equal(recording.memory.read(inputs.tokens)[:4], _GOOD["token_ids"])
+
+
+@pytest.mark.parametrize(("name", "value"), _BAD)
+def test_a_micro_batch_out_of_range_is_refused(
+    inputs: Inputs, recording: Recording, name: str, value: list[int]
+) -> None:
+    values = {key: np.array(one) for key, one in (_GOOD | {name: value}).items()}
+    with pytest.raises(InputError, match="out of range"):
+        inputs.write(recording.memory, **values)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "position", "rope_row"),
+    [([9], 0, 0), ([-1], 0, 0), ([1, 2], 4, 0), ([1, 2], -1, 0), ([1, 2], 0, 7), ([1], 0, -1)],
+)
+def test_new_tokens_out_of_range_are_refused(
+    recording: Recording, tokens: list[int], position: int, rope_row: int
+) -> None:
+    step = StepInputs.allocate(recording, _ROWS, IndexBounds(tokens=9, rope_rows=8), room=5)
+    step.write(recording.memory, [8, 0], 3, 6)
+    with pytest.raises(InputError, match="out of range"):
+        step.write(recording.memory, tokens, position, rope_row)

@@ -1,0 +1,41 @@
+"""Every kernel with the implementation's own checks of indices, as LORA_CHECKED=1 compiles it.
+
+Everywhere else kernels run without them; a checked one keeps a stray access inside its
+buffer, so that what it computes differs then. `LORA_CHECKED=1 lora devices --check` runs all
+shapes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+
+from lora.checks.comparison import Check
+from lora.checks.suite import ALL_CHECKS, run_checks
+from lora.shaders.device import Device
+from tests.support.renderings import WGSL
+
+_SHAPES = 2  # of each kernel
+
+
+def _a_few() -> list[Check]:
+    """The first checks of each kernel; of products in stretches, which a second pass adds, too."""
+    counts: Counter[tuple[str, str]] = Counter()
+    chosen = []
+    for check in ALL_CHECKS:
+        key = check.kernel, check.shape.partition(" in ")[2]
+        counts[key] += 1
+        if counts[key] <= _SHAPES:
+            chosen.append(check)
+    return chosen
+
+
+def test_every_kernel_computes_the_same_when_it_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LORA_CHECKED", "1")
+    checks = _a_few()
+    results = list(run_checks(Device, checks))
+    assert [(r.check, r.reason) for r in results if r.status == "failed"] == []
+    used = {template for result in results for template in result.templates}
+    everywhere = {path.stem for path in WGSL.glob("*.wgsl")} - {"matmul_matrix"}
+    assert everywhere - used == set()
