@@ -32,6 +32,7 @@ _OPENS, _CLOSES = "\ufdd0", "\ufdd1"
 _THOUGHTS = re.compile(r"reasoning|thought|\[THINK\]|<\|channel")
 _WHITE_SPACE = " \t\n\r\f\v"
 _MARK = re.compile(f"[{_OPENS}{_CLOSES}]")
+_DATE, _DATETIME = "%d %b %Y", "%b %d %Y"
 # Not to be given as arguments.
 _GIVEN = (
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token",
@@ -127,6 +128,25 @@ class ChatTemplate:
         return not self.variables.isdisjoint(("strftime_now", "date_string", "datetime"))
 
     @property
+    def written_date(self) -> str:
+        """What it may write of the time; "" for nothing. Renderings with the same are the same."""
+        if not self.is_dated:
+            return ""
+        now = self.now or datetime.now()
+        formats = [_DATE, _DATETIME]
+        for source in filter(None, (self.source, self.tool_use_source)):
+            for call in _environment().parse(source).find_all(nodes.Call):
+                if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now":
+                    given = [one.value for one in call.args if isinstance(one, nodes.Const)]
+                    if len(given) != 1 or len(call.args) != 1:
+                        return now.isoformat()  # what is written can't be told
+                    formats.append(str(given[0]))
+        reads = [n for s in filter(None, (self.source, self.tool_use_source)) for n in _named(s)]
+        if reads.count("strftime_now") != len(formats) - 2:
+            return now.isoformat()  # it is passed on, or has another name
+        return repr([now.strftime(one) for one in formats])
+
+    @property
     def optional_variables(self) -> list[str]:
         """What may be given as `arguments`, by the names that the template reads."""
         built_in = {*_GIVEN, *_environment().globals}
@@ -161,8 +181,8 @@ class ChatTemplate:
             # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
             # models, and Llama 3.1's date is one of 2024.
             "enable_thinking": _THOUGHTS.search(source) is not None,
-            "date_string": now.strftime("%d %b %Y"),
-            "datetime": now.strftime("%b %d %Y"),
+            "date_string": now.strftime(_DATE),
+            "datetime": now.strftime(_DATETIME),
             "strftime_now": now.strftime,
             **self.arguments,
             **(arguments or {}),
@@ -236,6 +256,17 @@ def _compile(template: str) -> jinja2.Template:
 def _variables(template: str) -> frozenset[str]:
     _compile(template)  # refuses what is no Jinja
     return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+def _named(template: str) -> list[str]:
+    """The names that a template reads or sets, as often as it does; tests for one don't count."""
+    names = _environment().parse(template).find_all(nodes.Name)
+    tests = _environment().parse(template).find_all(nodes.Test)
+    tested = [t.node.name for t in tests if isinstance(t.node, nodes.Name)]
+    found = [name.name for name in names]
+    for name in tested:
+        found.remove(name)
+    return found
 
 
 @lru_cache(maxsize=8)

@@ -17,7 +17,7 @@ from lora.forward.text.tokenizer import TokenizedText
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:
-    from lora.config.schema import DataConfig
+    from lora.config.data_section import DataConfig
     from lora.forward.text.chat_template import Span
 
 

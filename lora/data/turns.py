@@ -18,7 +18,7 @@ from lora.data.fields import Shown, dropped_fields, dropped_tool
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:  # Jinja2 is loaded for chats only
-    from lora.config.schema import DataConfig
+    from lora.config.data_section import DataConfig
     from lora.forward.text.chat_template import ChatTemplate, Rendering, Span
 
 ASSISTANT = "assistant"

@@ -223,6 +223,8 @@ def open_cache(
         InputError: it is asked for and larger than one buffer can be.
     """
     setting = workload.config.train.reuse_frozen_prefix
+    if not examples:  # none, or rows that are streamed
+        return None
     hidden_size = workload.architecture.hidden_size
     needed = PrefixCache.bytes_needed(examples, hidden_size)
     most = recording.facts.max_buffer

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -14,8 +14,8 @@ from lora.adapters.files import load_adapter
 from lora.adapters.peft_files import save_peft_adapter
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.checks.matrix_units import trust_matrix_units
-from lora.data.batches import Batch
-from lora.data.examples import Example
+from lora.data.batches import Batch, check_batch
+from lora.data.given import are_tokens
 from lora.forward.plans.matmul_plans import PlanSource, ProductShape
 from lora.forward.plans.matmul_tiles import Plan
 from lora.generation.engine import Adapter, memory_figures
@@ -58,7 +58,9 @@ class TrainingSession:
     Args:
         config: checked settings.
         train: False leaves out what only training needs (for evaluation and generation).
-        examples: tokenized ones in place of data.train; example i has index i.
+        examples: what to train on in place of data.train: rows, such as {"messages": …}, or
+            tokenized ones (`Example`; example i has index i). Rows without a length, as of a
+            generator, are streamed; they need train.steps.
         device: one that is open already, and stays open; several sessions can share it. By default
             the config's is opened, and closed with the session.
         loss: what each trained token counts in the gradient; None for the mean cross-entropy.
@@ -83,7 +85,7 @@ class TrainingSession:
         config: Config,
         *,
         train: bool = True,
-        examples: Sequence[Example] | None = None,
+        examples: Iterable[Any] | None = None,
         device: Device | None = None,
         loss: Loss | None = None,
         communicator: Communicator | None = None,
@@ -147,12 +149,18 @@ class TrainingSession:
 
     @classmethod
     def from_config(
-        cls, path: str | Path, overrides: Sequence[str] = (), *, train: bool = True
+        cls,
+        path: str | Path,
+        overrides: Sequence[str] = (),
+        *,
+        train: bool = True,
+        examples: Iterable[Any] | None = None,
     ) -> TrainingSession:
         """Opens the session of a YAML config; `overrides` are KEY=VALUE each."""
         from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
 
-        return cls(load_config(str(path), overrides), train=train)
+        config = load_config(str(path), overrides, needs_data=examples is None)
+        return cls(config, train=train, examples=examples)
 
     def close(self) -> None:
         """Gives the memory back, and the device where the session opened it."""
@@ -238,6 +246,10 @@ class TrainingSession:
 
     def _enter(self, batch: Batch, cache: PrefixCache | None) -> None:
         """Puts what enters the lowest adapted layer into place: computed, or remembered."""
+        workload = self.workload
+        check_batch(
+            batch, workload.architecture.vocab_size, workload.longest, self.inputs.rows.maximum
+        )
         self.inputs.write(
             self.memory,
             batch.token_ids,
@@ -307,7 +319,7 @@ class TrainingSession:
     # -- evaluation and generation ----------------------------------------------------------------
 
     def evaluate(
-        self, examples: Sequence[Example] | None = None, *, adapted: bool = True
+        self, examples: Sequence[Any] | None = None, *, adapted: bool = True
     ) -> EvalResult:
         """Loss and greedy accuracy on examples (by default data.eval), one forward each.
 
@@ -316,9 +328,11 @@ class TrainingSession:
         end was not asked for.
 
         Args:
-            examples: at least one.
+            examples: at least one: rows, or tokenized ones.
             adapted: False for the bare model.
         """
+        if examples is not None and not are_tokens(examples):
+            examples = self.workload.data.of_rows(examples)
         if self._evaluator is None:
             self._evaluator = Evaluator(
                 self._recording, self.workload, self._tensors.step, self._enter

@@ -50,9 +50,14 @@ def test_the_contracts_defaults(path: str) -> None:
         "data": {
             "train": "t.jsonl",
             "eval": None,
+            "eval_share": None,
             "format": "auto",
+            "columns": {},
             "max_length": 512,
+            "overflow": "cut",
             "packing": False,
+            "streaming": False,
+            "shuffle_buffer": 1000,
             "chat_template": None,
             "chat_template_kwargs": {},
             "train_on": "completion",
@@ -160,7 +165,7 @@ def test_overrides(path: str) -> None:
         ),
         ("data.chat_template_kwargs={1: 2}", "got {1: 2}; allowed here: a mapping of the chat"),
         ("data.chat_template=3", "got 3; allowed here: null, a file that holds a Jinja"),
-        ("data.zzz=1", "unknown key; allowed here: train, eval, format, max_length, packing, "),
+        ("data.zzz=1", "unknown key; allowed here: train, eval, eval_share, format, columns, m"),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
         ("train=[1]", "got [1]; allowed here: a mapping with the keys epochs, steps, batch_size"),
         ("model.path=", "got None; allowed here: the path of a GGUF file, ollama:N"),
@@ -184,8 +189,8 @@ def test_overrides(path: str) -> None:
         ("adapter.layers=[]", "got an empty list, so nothing would be trained; try all."),
         ("adapter.layers=[3, 3]", "got the layer 3 twice; name each layer once."),
         ("adapter.variant=lokr", "got 'lokr'; allowed here: lora or rslora."),
-        ("data.train=[]", "got []; allowed here: a JSONL file, a list of them, or the name of a"),
-        ("data.eval=[3]", "got [3]; allowed here: null, a JSONL file, a list of them, or the"),
+        ("data.train=[]", "got []; allowed here: a file, a directory, the name of a Hugging Face"),
+        ("data.eval=[3]", "got 3; allowed here: a file, a directory, the name of a Hugging"),
         ("data.format=chatt", "got 'chatt'; allowed here: auto, chat, completion, instruct or"),
         ("data.max_length=1", "got 1; allowed here: a whole number of tokens, at least 2."),
         ("data.packing=1", "got 1; allowed here: true or false."),
@@ -248,9 +253,9 @@ def test_missing_keys(path: str) -> None:
     assert refusal(path) == (
         f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
         "or hf:ORG/REPO/FILE.\n"
-        f"{path}: data: missing; give a mapping with the keys train, eval, format, max_length, "
-        "packing, chat_template, chat_template_kwargs, train_on, roles_to_train, train_on_eos, "
-        "append_eos, shuffle."
+        f"{path}: data: missing; give a mapping with the keys train, eval, eval_share, format, "
+        "columns, max_length, overflow, packing, streaming, shuffle_buffer, chat_template, "
+        "chat_template_kwargs, train_on, roles_to_train, train_on_eos, append_eos, shuffle."
     )
 
 
