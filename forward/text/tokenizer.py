@@ -18,8 +18,8 @@ from gguf import TokenType
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text import sentencepiece
-from lora.forward.text.origin import TokenizerOrigin
 from lora.forward.text.byte_level import LibraryCodec, byte_level
+from lora.forward.text.origin import TokenizerOrigin
 from lora.forward.text.pre_tokenizers import named_pre_tokenizer
 from lora.forward.text.vocabulary import Vocabulary, end_texts, merges, metadata_end_ids, special_id
 from lora.shaders.errors import InputError

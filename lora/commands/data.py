@@ -54,7 +54,14 @@ def data_command(
     loaded = load_config(config, set_ or [])
     split: Literal["train", "eval"] = "eval" if evaluation else "train"
     tokenizer = Tokenizer.open(GGUFFile(resolve_model(loaded.model.path)), loaded.model.tokenizer)
-    data = load_data(loaded.data, tokenizer, split, seed=loaded.train.seed)
+    settings = loaded.data
+    if settings.streaming and not evaluation:  # there may be no end to them
+        first = _ROWS_OF_A_PAGE if rows is None else max(rows, 1)
+        sources = settings.sources("train")
+        settings = settings.model_copy(
+            update={"train": [s.model_copy(update={"max_samples": first}) for s in sources]}
+        )
+    data = load_data(settings, tokenizer, split, seed=loaded.train.seed)
     if as_json:
         print_json(first_rows(data, rows), tokenizer)
         return

@@ -21,6 +21,8 @@ def heading(data: LoadedData, example: Example) -> str:
     text = f"row {example.row} ({printable(data.places[example.row])})"
     if example.turn is not None:
         text += f", message {example.turn} by itself"
+    if example.part:
+        text += f", part {example.part + 1}"
     n_trained = int(example.trained.sum())
     text += f": {len(example.ids) + example.n_cut} tokens, {n_trained} trained"
     if example.n_cut:

@@ -15,7 +15,7 @@ from typing import Any
 from lora.data.readers import ENDINGS, DataFile
 from lora.shaders.errors import InputError
 
-_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
+_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _TIMEOUT = 10.0  # seconds for the first answer of the hub
 _OWN_READERS = ("json", "csv", "text", "parquet", "arrow")  # builders of `datasets`
 

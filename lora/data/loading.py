@@ -139,7 +139,7 @@ class DataSets:
             raise InputError(f"data.{split}: got null; name the examples to {_VERBS[split]} on.")
         return [
             opened(
-                open_source(one, split, streaming=streaming),
+                open_source(one, split, streaming=streaming or self._settings.streaming),
                 one.format or "auto",
                 one.columns,
                 one.weight,

@@ -140,6 +140,7 @@ class Evaluator:
                 tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
 
         for batch in sequential_batches(examples, self._workload.config.train.batch_size):
+            self._workload.check(batch, self._tensors.inputs.rows.maximum)
             self._enter(batch, cache)
             program.run()
             for tensor in (head.losses, head.correct):

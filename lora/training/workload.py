@@ -6,12 +6,14 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora.adapters.files import load_adapter, open_adapter
+from lora.data.batches import Batch, check_batch
 from lora.data.examples import DataSummary, Example, id_range, lengths_of, trained_of
 from lora.data.given import are_tokens, given_rows, is_counted
 from lora.data.loading import DataSets
@@ -113,7 +115,15 @@ class Workload:
             train_summary, eval_examples, eval_summary, streamed, data, initial,
         )  # fmt: skip
 
-    @property
+    def check(self, batch: Batch, most_rows: int) -> None:
+        """Refuses what the device would take and give a loss for that means nothing.
+
+        Raises:
+            InputError: see `check_batch`.
+        """
+        check_batch(batch, self.architecture.vocab_size, self.longest, most_rows)
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest example that can occur."""
         found = (lengths_of(e).max(initial=1) for e in (self.train_examples, self.eval_examples))
