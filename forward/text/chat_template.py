@@ -122,7 +122,7 @@ class ChatTemplate:
         sources = filter(None, (self.source, self.tool_use_source))
         return frozenset().union(*(_variables(source) for source in sources))
 
-    @property
+    @cached_property
     def is_dated(self) -> bool:
         """Whether it reads the time."""
         return not self.variables.isdisjoint(("strftime_now", "date_string", "datetime"))
@@ -152,6 +152,21 @@ class ChatTemplate:
         built_in = {*_GIVEN, *_environment().globals}
         return sorted(self.variables - built_in)
 
+    def _variables(self, source: str) -> dict[str, Any]:
+        """What a template is given whatever the messages."""
+        now = self.now or datetime.now()
+        special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        given: dict[str, Any] = {
+            **{name: text for name, text in special_tokens.items() if text is not None},
+            # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
+            # models, and Llama 3.1's date is one of 2024.
+            "enable_thinking": _reads_thoughts(source),
+            "strftime_now": now.strftime,
+        }
+        if self.is_dated:  # it takes longer than all the rest
+            given |= {"date_string": now.strftime(_DATE), "datetime": now.strftime(_DATETIME)}
+        return {**given, **self.arguments}
+
     def render(
         self,
         messages: Sequence[Mapping[str, Any]],
@@ -171,22 +186,10 @@ class ChatTemplate:
         Raises:
             InputError: the template is no Jinja, or refuses the messages.
         """
-        special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        now = self.now or datetime.now()
         use_tools = tools is not None and self.tool_use_source is not None
         source = self.tool_use_source if use_tools else self.source
         assert source is not None
-        variables: dict[str, Any] = {
-            **{name: text for name, text in special_tokens.items() if text is not None},
-            # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
-            # models, and Llama 3.1's date is one of 2024.
-            "enable_thinking": _THOUGHTS.search(source) is not None,
-            "date_string": now.strftime(_DATE),
-            "datetime": now.strftime(_DATETIME),
-            "strftime_now": now.strftime,
-            **self.arguments,
-            **(arguments or {}),
-        }
+        variables = {**self._variables(source), **(arguments or {})}
         compiled = _compile(source)
         # tools and documents are given as None and not left out: templates ask `tools is none`.
         given = {"documents": None, **variables, "messages": messages, "tools": tools}
@@ -256,6 +259,11 @@ def _compile(template: str) -> jinja2.Template:
 def _variables(template: str) -> frozenset[str]:
     _compile(template)  # refuses what is no Jinja
     return frozenset(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+@lru_cache(maxsize=8)
+def _reads_thoughts(template: str) -> bool:
+    return _THOUGHTS.search(template) is not None
 
 
 def _named(template: str) -> list[str]:

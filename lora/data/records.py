@@ -25,6 +25,7 @@ _MEANINGFUL = (
     *CALLS, "reasoning_content", "system", "history", "tools", "functions", "chat_template_kwargs",
     *_WEIGHTS, *_MEDIA,
 )  # fmt: skip
+_KNOWN = frozenset(_MEANINGFUL)
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,10 @@ def check_record(values: Any, shape: Shape, train_on: str = "completion") -> Rec
     columns = {column: known[column] for column in FORMATS[data_format]}
     allowed = _OPTIONAL_COLUMNS[data_format]
     for column in (*allowed, *_MEANINGFUL):
-        value = known.get(column)
-        if value is None or value in ("", [], {}) or column in columns:
+        if column not in known or column in columns:
+            continue
+        value = known[column]
+        if value is None or value in ("", [], {}):
             continue
         if column not in allowed:
             raise InputError(
@@ -75,8 +78,8 @@ def check_record(values: Any, shape: Shape, train_on: str = "completion") -> Rec
         columns[column] = value
     for column, value in columns.items():
         _CHECKS.get(column, _check_text)(value, shape.given(column))
-    read = {*columns, *allowed, *_MEANINGFUL}
-    return Record(columns, tuple(name for name in known if name not in read))
+    ignored = tuple(n for n in known if n not in columns and n not in allowed and n not in _KNOWN)
+    return Record(columns, ignored)
 
 
 def _elsewhere(column: str, data_format: str) -> str:

@@ -58,11 +58,13 @@ class Shape:
         Raises:
             InputError: messages are not in the form of the source's first row.
         """
-        renamed = set(self.columns.values()) | set(self.columns)
-        known = {name: value for name, value in values.items() if name not in renamed}
-        known |= {here: values[name] for here, name in self.columns.items() if name in values}
+        known = dict(values)
+        if self.columns:
+            renamed = set(self.columns.values()) | set(self.columns)
+            known = {name: value for name, value in values.items() if name not in renamed}
+            known |= {here: values[name] for here, name in self.columns.items() if name in values}
         for column in _READ_AS_JSON:  # tables hold nested values, and numbers, as text
-            if isinstance(known.get(column), str):
+            if column in known and isinstance(known[column], str):
                 known[column] = parsed_json(known[column])
         if self.turns:
             asked = [_untrained(m, train_on) for m in _messages(known.pop("prompt"), "prompt")]
