@@ -2,11 +2,12 @@
 
     python benchmarks/data.py --model models/SmolLM2-135M-Instruct.Q4_1.gguf [--rows 1000000]
 
-Writes completions of 37 tokens and one-turn chats of 68 (with SmolLM2's system message), then starts
-three times on each: the first start tokenizes, the second reads what was kept, the third packs that.
-A start is a process of its own, from the tokenizer's opening to the first micro-batch. Its memory is
-what it has at most beyond what it had before the data, beside what the pool's processes have. Prints
-a line of JSON a start. Linux only.
+Writes completions of 37 tokens and one-turn chats of 68 (with SmolLM2's system message), and starts
+three times on each: the first start tokenizes, the second reads what was kept, the third packs it.
+A start is a process of its own, from the tokenizer's opening to the first micro-batch. Its memory
+is what it has at most beyond what it had before the data, beside what the pool's processes have.
+CPU seconds are of all processes: on a machine that others use they say more than the clock does.
+Prints a line of JSON a start. Linux only.
 """
 
 from __future__ import annotations
@@ -79,7 +80,9 @@ def start(model: str, data: str, packing: bool) -> None:
     stream = DataStream(examples, batch_size=8, packing=packing, max_length=512)
     next(stream)
     # The memory of those that have ended; of this process itself it would count whoever started it.
-    of_children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1024
+    who = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    own, children = map(resource.getrusage, who)
+    cpu_seconds = sum(one.ru_utime + one.ru_stime for one in (own, children))
     values = {
         "rows": summary.n_rows,
         "tokens_a_row": round(summary.n_tokens / summary.n_examples, 1),
@@ -88,8 +91,9 @@ def start(model: str, data: str, packing: bool) -> None:
         "processes": n_processes(),
         "seconds_to_load": round(loaded, 2),
         "seconds_to_first_batch": round(time.perf_counter() - began, 2),
+        "cpu_seconds": round(cpu_seconds, 1),
         "added_mib": round(memory("VmHWM") - before),
-        "mib_of_each_process": round(of_children),
+        "mib_of_each_process": round(children.ru_maxrss / 1024),
         "load_average": os.getloadavg()[0],
     }
     print(json.dumps(values), flush=True)

@@ -89,7 +89,7 @@ class Origin:
         """How prompts are written; None where a chat template writes them or it can't be known."""
         data_format, prompts = self._prompts()
         if data_format == "instruct" and self._has_chat_template(base) is False:
-            return PromptForm(data_format, "\n\n")  # as lora/data/examples.py writes them
+            return PromptForm(data_format, "\n\n")  # as lora/data/rows.py writes them
         if data_format == "completion":
             return PromptForm(data_format, _common_ending(prompts))
         return PromptForm(data_format, "") if data_format == "text" else None
