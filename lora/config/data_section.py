@@ -38,7 +38,7 @@ def _known_columns(columns: Mapping[str, str]) -> Mapping[str, str]:
         if name not in COLUMNS:
             suggestion = did_you_mean(name, list(COLUMNS))
             raise ValueError(
-                f"columns: {name!r} is no column that is known here{suggestion}; columns maps a "
+                f"{name!r} is no column that is known here{suggestion}; columns maps a "
                 f"name here to yours, {{prompt: question}}; names here are {', '.join(COLUMNS)}."
             )
     return columns
@@ -119,10 +119,10 @@ def _source(value: Any) -> str | SourceConfig:
     if key in fields:
         allowed = fields[key].description
         raise ValueError(f"{key}: got {finding['input']!r}; allowed here: {allowed}.")
-    suggestion = did_you_mean(key, list(fields)) or f"; allowed here: {', '.join(fields)}"
+    suggestion = did_you_mean(key, list(fields)) or f"; allowed here: {', '.join(fields)}."
     if key in OTHER_NAMES:
-        suggestion = f"; its name here is {OTHER_NAMES[key]}"
-    raise ValueError(f"{key}: unknown key{suggestion}.")
+        suggestion = f"; its name here is {OTHER_NAMES[key]}."
+    raise ValueError(f"{key}: unknown key{suggestion}")
 
 
 def _sources(value: Any) -> Any:
@@ -199,6 +199,16 @@ class DataConfig(Section):
         if self.eval is not None and self.eval_share is not None:
             raise ValueError(
                 "eval and eval_share are both given; keep one: eval_share takes rows out of train."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _eval_once(self) -> Self:
+        weighted = next((s for s in self.sources("eval") if s.weight != 1), None)
+        if weighted is not None:
+            raise ValueError(
+                f"eval: every row is evaluated once, so weight can't be {weighted.weight:g}; leave "
+                "it out, or take part of the rows with split or max_samples."
             )
         return self
 

@@ -80,6 +80,9 @@ def keep(key: str, pieces: Iterator[TokenizedPiece], data_format: str, dated: bo
             (directory / "used").touch()
         return TokenTable.load(folder)
     except OSError as error:
+        table = kept(key)  # of another run that was quicker
+        if table is not None:
+            return table
         raise InputError(
             f"{folder.parent}: tokenized data can't be kept there ({error.strerror}). Make room, "
             "or name another folder with XDG_CACHE_HOME."

@@ -57,6 +57,11 @@ def splits_of(
                 return {str(s): _files(map(str, files[s]), name, on_hub, sample_by) for s in files}
             loaded = datasets.load_dataset(name, config, streaming=streaming)
     except Exception as error:  # the hub, the network, the builders: anything comes out of it
+        if offline:
+            raise InputError(
+                f"{name}: there is no such file, and as a Hugging Face data set it can't be had: "
+                "the hub can't be reached, and the cache has none of that name."
+            ) from error
         raise InputError(_refusal(name, error, on_hub)) from error
     return dict(loaded)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from lora.data.cache import keep, kept, key_of
+from lora.data.cache import folder_of_tables, keep, kept, key_of
 from lora.data.examples import DataSummary, Examples, LoadedData, Places
 from lora.data.masks import TextTokenizer
 from lora.data.opened import OpenedSource, check_settings_of_chats, opened
@@ -227,6 +227,9 @@ def tokenized_source(
     key = key_of(task, data, origin, here.rows.written_date)
     table = kept(key)
     if table is None:
+        from lora.shaders.choice import say_once
+
+        say_once(f"Tokenizing {source.rows.name}; later starts read it from {folder_of_tables()}.")
         with Pool(setup) as pool:
             table = keep(key, pool.tokenized(every), data_format, dated)
     return table

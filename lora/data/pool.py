@@ -65,6 +65,7 @@ class Pool:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 env=environment,
+                start_new_session=True,  # Ctrl-C is this process's, which then ends them
             )
             self._processes.append(process)
             self._idle.put(process)

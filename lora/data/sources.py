@@ -243,6 +243,11 @@ def _file(source: SourceConfig) -> DataFile | None:
         return None
     file = DataFile(path, source.place, source.sample_by)
     file.check()
+    if source.sample_by != "paragraph" and file.kind != "text":
+        raise InputError(
+            f"{source.place}: sample_by says what a row of plain text is, and this is no plain "
+            "text; leave it out."
+        )
     return file
 
 

@@ -391,3 +391,56 @@ def test_targets_of_a_model() -> None:
 def test_scale() -> None:
     assert AdapterConfig(rank=4, alpha=6).scale == 1.5
     assert math.isclose(AdapterConfig(rank=4, alpha=6, variant="rslora").scale, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{}", "give path (a file or a directory) or name (of a Hugging Face data set), and not b"),
+        ("{path: a, name: b}", "give path (a file or a directory) or name (of a"),
+        ("{path: a, weigth: 2}", "weigth: unknown key; did you mean weight?"),
+        ("{path: a, r: 2}", "r: unknown key; its name here is adapter.rank."),
+        ("{path: a, weight: 0}", "weight: got 0; allowed here: a number above 0."),
+        ("[a, {path: b, format: chatt}]", "format: got 'chatt'; allowed here: null, auto, chat"),
+        ("{path: a, columns: {promt: q}}", "columns: 'promt' is no column that is known "
+         "here; did you mean prompt?"),
+        ("[a, 3]", "got 3; allowed here: a file, a directory"),
+    ],
+)  # fmt: skip
+def test_sources_that_are_wrong(path: str, value: str, words: str) -> None:
+    override = f"data.train={value}"
+    assert refusal(path, override).startswith(f"--set {override}: data.train: {words}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.eval=e", "data.eval_share=0.1"], "eval and eval_share are both given; keep one"),
+        (["data.eval={path: e, weight: 2}"], "eval: every row is evaluated once, so weight can't"),
+        (["data.streaming=true"], "data.streaming: rows that are streamed are not counted, so tr"),
+        (
+            ["data.streaming=true", "train.steps=3", "data.train={path: t, weight: 2}"],
+            "streaming: rows that are streamed are taken once each, so weight can't be 2",
+        ),
+    ],
+)
+def test_settings_of_data_that_exclude_each_other(
+    path: str, overrides: list[str], words: str
+) -> None:
+    assert words in refusal(path, *overrides)
+
+
+def test_a_source_as_a_mapping_is_read_back(path: str) -> None:
+    source = "{name: org/set, config: en, split: 'train[:20%]', columns: {prompt: q}, weight: 0.5}"
+    over = [f"data.train=[a.jsonl, {source}]", "data.format=completion", "data.eval_share=0.1",
+            "data.columns={completion: a}", "train.eval_every=3"]  # fmt: skip
+    config = load_config(write(path, LEAST), over)
+    assert load_config(write(path, config.dump_yaml())) == config
+    first, second = config.data.sources("train")
+    assert (first.path, first.format, first.columns) == (
+        "a.jsonl",
+        "completion",
+        {"completion": "a"},
+    )
+    assert (second.name, second.weight, second.split) == ("org/set", 0.5, "train[:20%]")
+    assert second.columns == {"completion": "a", "prompt": "q"}

@@ -200,10 +200,10 @@ def test_a_null_content_is_empty_and_parquet_agrees(
     pq.write_table(pa.Table.from_pylist(rows), folder / "train.parquet")
     tokenizer = FakeTokenizer(KNOWS_TOOLS)
     texts = []
-    for source in (str(jsonl), str(folder)):
+    for source in (str(jsonl), str(folder), str(folder / "train.parquet")):
         examples, _ = load_examples(settings(train=source), tokenizer)
         texts.append([tokenizer.decode(example.ids.tolist()) for example in examples])
-    assert texts[0] == texts[1]
+    assert texts[0] == texts[1] == texts[2]
     assert '<|im_start|>assistant\n<call>weather{"city": "Bern"}</call><|im_end|>' in texts[0][0]
 
 

@@ -161,7 +161,7 @@ def test_a_hub_that_cannot_be_reached_is_asked_once(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
     started = time.monotonic()
     message = refusal("nobody/nothing")
-    assert message.startswith("nobody/nothing: there is no such file, and as a Hugging Face data")
+    assert message.endswith("the hub can't be reached, and the cache has none of that name.")
     assert asked == ["nobody/nothing"] and time.monotonic() - started < 20
 
 
@@ -290,3 +290,11 @@ def test_a_share_for_evaluation_by_the_seed(tmp_path: Path) -> None:
 def test_what_names_a_file(tmp_path: Path) -> None:
     names = {"a.csv": True, "org/set": False, "set": False, "./set": True, str(tmp_path): False}
     assert {name: is_file_name(name) for name in names} == names
+
+
+def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.csv")
+    assert refusal({"path": path, "sample_by": "line"}) == (
+        f"{path}: sample_by says what a row of plain text is, and this is no plain text; leave it "
+        "out."
+    )
