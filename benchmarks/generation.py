@@ -38,8 +38,6 @@ from typing import Any
 import gguf
 import numpy as np
 
-from lora.forward.model.norm import Norm
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from lora.forward.gguf.file import GGUFFile
@@ -50,6 +48,7 @@ from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model, load_model
 from lora.forward.model.layer_spec import HEAD
+from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product
 from lora.forward.text.tokenizer import Tokenizer
@@ -587,7 +586,7 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
         path = folder / "one-layer.gguf"
         write_model(path, shape, options.type, 1)
     gguf_file = GGUFFile(path)
-    recording = device.recording()
+    recording = replace(device.recording(), products=options.precision)
     model = load_model(recording, gguf_file, Architecture.from_gguf(gguf_file), room)
     if shape is not None:
         model = repeat_layer(recording, model, shape["n_layers"])
@@ -649,6 +648,9 @@ def main() -> None:
     )
     parser.add_argument("--type", default="Q4_0", help="of the matrices of a shape: Q4_0, Q4_K, …")
     parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument(
+        "--precision", choices=("f32", "f16"), default="f32", help="of its products"
+    )
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--llama-cpp", action="store_true")

@@ -30,6 +30,7 @@ from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
 from lora.shaders.program import Program
 from lora.shaders.program_data import kernels_digest
 from lora.shaders.readback import ReadbackRing
+from lora.shaders.recording import Recording
 from lora.storage.tile_cache import find_tiles
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.device_state import (
@@ -127,6 +128,7 @@ class TrainingSession:
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
             tensors = SessionTensors.allocate(self._recording, workload)
+            self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
             raise InputError(
@@ -362,7 +364,7 @@ class TrainingSession:
         if self._generator is None:
             adapter = Adapter(self.layout, self.adapter.parameters)
             self._generator = TextGenerator(
-                replace(self._recording, precision="f32"),
+                self._recording_of_text(),
                 self.model,
                 self.tokenizer,
                 {"adapter": adapter},
@@ -378,6 +380,11 @@ class TrainingSession:
             template=template,
             add_bos=add_bos,
         )
+
+    def _recording_of_text(self) -> Recording:
+        """In f32, but for the products of a prompt where training's are in f16 on a GPU."""
+        half = self._recording.half_products and not self.device.facts.is_cpu
+        return replace(self._recording, precision="f32", products="f16" if half else None)
 
     # -- the adapter ----------------------------------------------------------------------------
 
