@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
@@ -81,11 +81,18 @@ class _Example:
     cut: bool = False
 
 
-def tokenize_piece(tokenizer: PieceTokenizer, piece: Piece) -> TokenizedPiece:
+def tokenize_piece(
+    tokenizer: PieceTokenizer, piece: Piece, before_row: Callable[[Any], None] | None = None
+) -> TokenizedPiece:
     """Parses, checks, renders, tokenizes, masks and cuts a piece's rows.
 
     Runs in a process of the pool (lora/data/worker.py), or in this one where rows are few or a
     tokenizer can't be sent. A wrong row ends it: the result then has `error` alone.
+
+    Args:
+        tokenizer: of the source.
+        piece: of its rows.
+        before_row: is given each raw row before it is looked at; sets what a row may take.
     """
     examples: list[_Example] = []
     example_rows: list[int] = []
@@ -94,6 +101,8 @@ def tokenize_piece(tokenizer: PieceTokenizer, piece: Piece) -> TokenizedPiece:
     reasons: list[int] = []
     ignored: dict[str, None] = {}
     for row, raw in enumerate(piece.rows):
+        if before_row is not None:
+            before_row(raw)
         try:
             values = parsed_line(raw) if isinstance(raw, bytes) else raw
             record = check_record(values, tokenizer.shape, tokenizer.settings.train_on)

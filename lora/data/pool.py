@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import subprocess
 import sys
 from collections import deque
@@ -20,7 +21,7 @@ from typing import TYPE_CHECKING
 
 from lora.data.sources import Piece
 from lora.data.table import TokenizedPiece
-from lora.shaders.errors import LoraError
+from lora.shaders.errors import InputError, LoraError
 
 if TYPE_CHECKING:
     from lora.data.worker import Setup
@@ -116,7 +117,7 @@ class Pool:
             answer: TokenizedPiece = pickle.load(process.stdout)
             return answer
         except (EOFError, pickle.UnpicklingError):
-            raise self._ended(process) from None
+            raise self._ended(process, piece) from None
         finally:
             self._idle.put(process)
 
@@ -129,8 +130,15 @@ class Pool:
             raise self._ended(process) from None
 
     @staticmethod
-    def _ended(process: subprocess.Popen[bytes]) -> LoraError:
+    def _ended(process: subprocess.Popen[bytes], piece: Piece | None = None) -> LoraError:
+        status = process.wait()
+        if piece is not None and status == -getattr(signal, "SIGPROF", 0):
+            return InputError(
+                f"{piece.label} {piece.numbers[0]} to {piece.numbers[-1]}: one of these rows takes "
+                "longer to render and tokenize than any honest one; look at it, and at what the "
+                "chat template does."
+            )
         return LoraError(
-            f"A process that tokenizes the data has ended (exit status {process.wait()}); it may "
-            "have run out of memory."
+            f"A process that tokenizes the data has ended (exit status {status}); it may have run "
+            "out of memory."
         )

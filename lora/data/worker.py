@@ -7,13 +7,18 @@ from __future__ import annotations
 
 import os
 import pickle
+import signal
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 from lora.data.pieces import PieceTokenizer, Task, tokenize_piece
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.origin import TokenizerOrigin
 from lora.forward.text.tokenizer import Tokenizer
+
+SECONDS_A_ROW = 20.0  # of the processor
+_BYTES_A_SECOND = 20_000.0  # further time for long rows
 
 
 @dataclass(frozen=True)
@@ -36,8 +41,16 @@ def main() -> None:
             piece = pickle.load(asked)
         except EOFError:
             return
-        pickle.dump(tokenize_piece(tokenizer, piece), answers, pickle.HIGHEST_PROTOCOL)
+        pickle.dump(tokenize_piece(tokenizer, piece, _limit_time), answers, pickle.HIGHEST_PROTOCOL)
         answers.flush()
+
+
+def _limit_time(raw: Any) -> None:
+    """Ends this process if a row takes longer than any honest one: a template is a program."""
+    if hasattr(signal, "setitimer"):  # not on Windows
+        size = len(raw) if isinstance(raw, bytes) else 0
+        # Of the processor, so that a busy machine refuses nothing.
+        signal.setitimer(signal.ITIMER_PROF, SECONDS_A_ROW + size / _BYTES_A_SECOND)
 
 
 def _opened(origin: TokenizerOrigin) -> Tokenizer:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import subprocess
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,13 +17,18 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from lora.config.data_section import SourceConfig
 from lora.data import cache, loading, sources
 from lora.data.examples import Example, Examples
 from lora.data.given import given_rows, tokenize
 from lora.data.loading import DataSets, load_data, load_examples
 from lora.data.order import DataStream
 from lora.data.packing import best_fit_decreasing
+from lora.data.pieces import Task
+from lora.data.shapes import Shape
+from lora.data.sources import open_source
 from lora.data.streams import StreamedBatches, shuffled
+from lora.data.worker import Setup
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError, LoraError
@@ -108,6 +115,29 @@ def test_a_process_that_dies_is_said(
     monkeypatch.setattr(loading, "Pool", lambda setup: DyingPool(setup, 1))
     with pytest.raises(LoraError, match="A process that tokenizes the data has ended"):
         load_examples(settings(train=path), tokenizer)
+
+
+@pytest.mark.skipif(not hasattr(signal, "setitimer"), reason="Windows has no such timer")
+def test_a_row_without_end_is_said(
+    many: tuple[str, Tokenizer], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    endless = "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}"
+    path = write(tmp_path / "b.jsonl", [{"messages": [user("a"), assistant("b")]}] * 70)
+    origin = many[1].origin
+    assert origin is not None
+    worker = "import lora.data.worker as w; w.SECONDS_A_ROW = 0.2; w.main()"
+    popen = subprocess.Popen
+
+    def hurried(command: list[str], **options: Any) -> Any:
+        return popen([command[0], "-c", worker], **options)
+
+    task = Task(settings(train=path, chat_template=endless), Shape("chat"), False, None)
+    monkeypatch.setattr(subprocess, "Popen", hurried)
+    pieces = open_source(SourceConfig(path=path), "train").pieces()
+    words = "b.jsonl, line 1 to 20: one of these rows takes longer"
+    pool = loading.Pool(Setup(task, origin), 1)
+    with pytest.raises(InputError, match=words), pool:
+        list(pool.tokenized(pieces))
 
 
 class DyingPool(loading.Pool):
