@@ -134,7 +134,7 @@ def origin_of(directory: Path) -> Origin | None:
     if run.parent.name == "checkpoints":
         run = run.parents[1]
     try:
-        config = load_config(str(run / CONFIG))
+        config = load_config(str(run / CONFIG), needs_data=False)  # a script may have given rows
     except InputError:  # none, or that of another program
         return None
     # A run that wrote to runs/a and lies in /home/x/runs/a was started in /home/x.

@@ -27,7 +27,8 @@ def init_command(
         str | None, typer.Option(help="A GGUF file, ollama:NAME[:TAG] or hf:ORG/REPO/FILE.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A JSONL file, or the name of a Hugging Face data set.")
+        str | None,
+        typer.Option(help="A file, a directory, or the name of a Hugging Face data set."),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="The config.")] = Path("lora.yaml"),
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,

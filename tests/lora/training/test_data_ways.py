@@ -10,9 +10,11 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora.adapters.origin import origin_of
 from lora.config.schema import load_config
 from lora.data.batches import make_batch
 from lora.data.examples import Example
+from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError
 from lora.training.checkpoint import resume, save_checkpoint
 from lora.training.session import TrainingSession
@@ -180,3 +182,13 @@ def test_messages_wherever_a_prompt_is_taken(tmp_path: Path) -> None:
         assert asked == session.generate("user: hello assistant:", max_tokens=4)
         with pytest.raises(InputError, match=r"messages\[0\].content is 3; it must be a string"):
             session.generate([{"role": "user", "content": 3}])
+
+
+def test_an_adapter_of_given_rows_knows_its_run(tmp_path: Path) -> None:
+    config = load_config(str(write_run(tmp_path)), ["data.train=null"], needs_data=False)
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "config.yaml").write_text(config.dump_yaml())
+    origin = origin_of(run)
+    assert origin is not None and origin.config == config
+    assert origin.prompt_form(GGUFFile(config.model.path)) is None
