@@ -62,7 +62,9 @@ def are_tokens(rows: Iterable[Any]) -> bool:
     """
     if isinstance(rows, Examples):
         return True
-    kinds = {isinstance(row, Example) for row in rows}
+    # Of a list all; a data set may have millions of rows, whose first says it.
+    looked_at = rows if isinstance(rows, list | tuple) else islice(iter(rows), 1)
+    kinds = {isinstance(row, Example) for row in looked_at}
     if len(kinds) == 2:
         raise InputError("examples: some are rows and some tokens (Example); give one kind.")
     return kinds == {True}

@@ -98,7 +98,7 @@ def _check_hub(name: str) -> bool:
         raise InputError(
             f"{name}: the hub wants you to accept its terms and to log in (hf auth login)."
         ) from None
-    except errors.RepositoryNotFoundError:
+    except (errors.RepositoryNotFoundError, errors.HFValidationError):
         raise InputError(
             f"{name}: there is no such file, and the hub has no data set of that name (or it is "
             "private: hf auth login)."

@@ -16,7 +16,7 @@ from lora.data.examples import DataSummary, Examples, LoadedData, Places
 from lora.data.masks import TextTokenizer
 from lora.data.opened import OpenedSource, check_settings_of_chats, opened
 from lora.data.pieces import PieceTokenizer, Task, tokenize_piece
-from lora.data.pool import Pool
+from lora.data.pool import Pool, can_start
 from lora.data.rows import template_source
 from lora.data.sources import GivenRows, Piece, RowSource, Split, open_source
 from lora.data.streams import StreamedExamples
@@ -210,7 +210,7 @@ def tokenized_source(
     few = list(islice(pieces, _FEW_PIECES + 1))
     origin: TokenizerOrigin | None = getattr(tokenizer, "origin", None)
     data_format, dated = source.shape.data_format, here.rows.is_dated
-    if len(few) <= _FEW_PIECES or origin is None:
+    if len(few) <= _FEW_PIECES or origin is None or not can_start():
         found = (tokenize_piece(here, piece) for piece in chain(few, pieces))
         return _in_memory(found, data_format, dated)
     from lora.data.worker import Setup

@@ -37,6 +37,11 @@ def n_processes() -> int:
     return min(n, _MOST_PROCESSES)
 
 
+def can_start() -> bool:
+    """Whether there is a Python to start; within another program there may be none."""
+    return bool(sys.executable) and not getattr(sys, "frozen", False)
+
+
 class Pool:
     """Some processes; a context manager, which ends them.
 
