@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Protocol
 
 import numpy as np
@@ -161,7 +162,7 @@ class DataStream:
             "epoch": self._epoch,
             "offset": self._offset,
             "step": self._step,
-            "settings": self._settings(),
+            "settings": self._settings,
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -170,9 +171,10 @@ class DataStream:
         Raises:
             InputError: the data or a setting that decides the order are not those of then.
         """
-        check_settings(state["settings"], self._settings())
+        check_settings(state["settings"], self._settings)
         self._epoch, self._offset, self._step = state["epoch"], state["offset"], state["step"]
 
+    @cached_property
     def _settings(self) -> dict[str, Any]:
         """Everything that the order depends on."""
         settings: dict[str, Any] = {

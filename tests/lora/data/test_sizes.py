@@ -175,6 +175,7 @@ def test_what_becomes_of_long_rows(tmp_path: Path) -> None:
     )
 
 
+@hypothesis_settings(deadline=None)
 @given(st.integers(2, 40), st.integers(2, 12))
 def test_a_split_row_trains_each_token_once(length: int, limit: int) -> None:
     text = "".join(chr(0x4E00 + i) for i in range(length))
@@ -212,6 +213,7 @@ def test_weights_say_how_often_an_epoch_takes_rows(tmp_path: Path) -> None:
 # Packing.
 
 
+@hypothesis_settings(deadline=None)
 @given(st.lists(st.integers(1, 20), min_size=1, max_size=60), st.integers(20, 50))
 def test_packing_loses_nothing_and_overfills_nothing(lengths: list[int], capacity: int) -> None:
     sizes = np.array(lengths, np.int32)
