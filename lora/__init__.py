@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lora.config.schema import Config, load_config
+    from lora.data.given import tokenize
     from lora.shaders.errors import InputError, LoraError
     from lora.training.listeners import Listener
     from lora.training.metrics import EvalResult, Metrics
@@ -28,6 +29,7 @@ _HOMES = {
     "Metrics": "lora.training.metrics",
     "TrainingSession": "lora.training.session",
     "load_config": "lora.config.schema",
+    "tokenize": "lora.data.given",
     "run_training": "lora.training.run",
 }
 
@@ -42,6 +44,7 @@ __all__ = [
     "__version__",
     "load_config",
     "run_training",
+    "tokenize",
 ]
 
 

@@ -37,6 +37,7 @@ _MARK = re.compile(f"[{_OPENS}{_CLOSES}]")
 # What a template writes: so many characters, and so many for each that it is given.
 _MOST_WRITTEN, _MOST_TIMES = 1 << 22, 32
 _WHAT = "The chat template"
+_DATE, _DATETIME = "%d %b %Y", "%b %d %Y"
 # Not to be given as arguments.
 _GIVEN = (
     "messages", "tools", "documents", "add_generation_prompt", "bos_token", "eos_token",
@@ -126,16 +127,42 @@ class ChatTemplate:
         sources = filter(None, (self.source, self.tool_use_source))
         return frozenset().union(*(_variables_of(source) for source in sources))
 
-    @property
+    @cached_property
     def is_dated(self) -> bool:
         """Whether it reads the time."""
         return not self.variables.isdisjoint(("strftime_now", "date_string", "datetime"))
+
+    @property
+    def written_date(self) -> str:
+        """What it may write of the time; "" for nothing. Renderings with the same are the same."""
+        if not self.is_dated:
+            return ""
+        now, formats = self.now or datetime.now(), [_DATE, _DATETIME]
+        for source in filter(None, (self.source, self.tool_use_source)):
+            found = ask(date_formats, source, what=_WHAT)
+            if found is None:
+                return now.isoformat()
+            formats += found
+        return repr([now.strftime(one) for one in formats])
 
     @property
     def optional_variables(self) -> list[str]:
         """What may be given as `arguments`, by the names that the template reads."""
         built_in = {*_GIVEN, *_environment().globals}
         return sorted(self.variables - built_in)
+
+    def _variables(self, source: str, now: datetime) -> dict[str, Any]:
+        """What a template is given whatever the messages."""
+        special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+        given: dict[str, Any] = {
+            **{name: text for name, text in special_tokens.items() if text is not None},
+            # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
+            # models, and Llama 3.1's date is one of 2024.
+            "enable_thinking": _reads_thoughts(source),
+        }
+        if self.is_dated:  # it takes longer than all the rest
+            given |= {"date_string": now.strftime(_DATE), "datetime": now.strftime(_DATETIME)}
+        return {**given, **self.arguments}
 
     def render(
         self,
@@ -156,21 +183,11 @@ class ChatTemplate:
         Raises:
             InputError: the template is no Jinja, or refuses the messages.
         """
-        special_tokens = {"bos_token": self.bos_token, "eos_token": self.eos_token}
-        now = self.now or datetime.now()
         use_tools = tools is not None and self.tool_use_source is not None
         source = self.tool_use_source if use_tools else self.source
         assert source is not None
-        variables: dict[str, Any] = {
-            **{name: text for name, text in special_tokens.items() if text is not None},
-            # As llama.cpp; where transformers gives nothing, thoughts are off in Qwen 3.5's small
-            # models, and Llama 3.1's date is one of 2024.
-            "enable_thinking": _THOUGHTS.search(source) is not None,
-            "date_string": now.strftime("%d %b %Y"),
-            "datetime": now.strftime("%b %d %Y"),
-            **self.arguments,
-            **(arguments or {}),
-        }
+        now = self.now or datetime.now()
+        variables = {**self._variables(source, now), **(arguments or {})}
         # tools and documents are given as None and not left out: templates ask `tools is none`.
         given = {"documents": None, **variables, "messages": messages, "tools": tools}
         text, has_marks = ask(render_source, source, given, now, add_generation_prompt, what=_WHAT)
@@ -296,6 +313,38 @@ def undeclared_variables(template: str) -> list[str]:
     """
     _compile(template)  # refuses what is no Jinja
     return sorted(meta.find_undeclared_variables(_environment().parse(template)))
+
+
+def date_formats(template: str) -> list[str] | None:
+    """The formats in which a template writes the time by strftime_now; run by `ask`.
+
+    Returns:
+        None where that can't be told: a format is computed, or the function has another name.
+    """
+    formats = []
+    for call in _environment().parse(template).find_all(nodes.Call):
+        if isinstance(call.node, nodes.Name) and call.node.name == "strftime_now":
+            given = [one.value for one in call.args if isinstance(one, nodes.Const)]
+            if len(given) != 1 or len(call.args) != 1:
+                return None
+            formats.append(str(given[0]))
+    return formats if _named(template).count("strftime_now") == len(formats) else None
+
+
+@lru_cache(maxsize=8)
+def _reads_thoughts(template: str) -> bool:
+    return _THOUGHTS.search(template) is not None
+
+
+def _named(template: str) -> list[str]:
+    """The names that a template reads or sets, as often as it does; tests for one don't count."""
+    names = _environment().parse(template).find_all(nodes.Name)
+    tests = _environment().parse(template).find_all(nodes.Test)
+    tested = [t.node.name for t in tests if isinstance(t.node, nodes.Name)]
+    found = [name.name for name in names]
+    for name in tested:
+        found.remove(name)
+    return found
 
 
 @lru_cache(maxsize=8)

@@ -18,6 +18,7 @@ from lora.forward.gguf.file import GGUFFile
 from lora.forward.text import sentencepiece
 from lora.forward.text.byte_level import byte_level
 from lora.forward.text.foreign import ForeignCodec
+from lora.forward.text.origin import TokenizerOrigin
 from lora.forward.text.pre_tokenizers import named_pre_tokenizer
 from lora.forward.text.vocabulary import (
     END_TEXTS,
@@ -68,6 +69,7 @@ class Tokenizer:
 
     Attributes:
         add_bos: whether `encode` puts BOS first unless told otherwise.
+        origin: the files that it was read from; None where it was made otherwise.
     """
 
     def __init__(
@@ -80,6 +82,7 @@ class Tokenizer:
         end_of_turn_ids: frozenset[int],
         chat_template: str | None,
         tool_use_template: str | None = None,
+        origin: TokenizerOrigin | None = None,
     ) -> None:
         """Completes a codec; use `from_gguf` or `from_file`."""
         self._codec = codec
@@ -89,6 +92,7 @@ class Tokenizer:
         self._chat_template = chat_template
         self._tool_use_template = tool_use_template
         self.add_bos = add_bos and bos_id is not None
+        self.origin = origin
 
     @classmethod
     def open(cls, gguf_file: GGUFFile, file: str | None = None) -> Tokenizer:
@@ -144,6 +148,7 @@ class Tokenizer:
             end_of_turn_ids=vocabulary.end_ids,
             chat_template=_template_of(gguf_file),
             tool_use_template=_template_of(gguf_file, ".tool_use"),
+            origin=TokenizerOrigin(Path(gguf_file.path), None),
         )
 
     @classmethod
@@ -202,6 +207,7 @@ class Tokenizer:
             end_of_turn_ids=frozenset(end_ids if eos_id is None else end_ids | {eos_id}),
             chat_template=template,
             tool_use_template=for_tools,
+            origin=TokenizerOrigin(None if gguf_file is None else Path(gguf_file.path), Path(path)),
         )
 
     @property

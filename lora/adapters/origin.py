@@ -7,7 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.config.schema import Config, load_config
-from lora.data.records import Record, load_records
+from lora.data.opened import first_records
+from lora.data.records import check_record
+from lora.data.sources import open_source
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.chat_template import ChatTemplate
 from lora.forward.text.tokenizer import Tokenizer, read_template
@@ -15,6 +17,7 @@ from lora.shaders.errors import InputError
 
 CONFIG = "config.yaml"
 TEMPLATE = "chat_template.jinja"
+_PROMPTS = 10_000  # of which the common ending is taken
 
 
 @dataclass(frozen=True)
@@ -84,25 +87,31 @@ class Origin:
 
     def prompt_form(self, base: GGUFFile) -> PromptForm | None:
         """How prompts are written; None where a chat template writes them or it can't be known."""
-        data_format, records = self._records()
+        data_format, prompts = self._prompts()
         if data_format == "instruct" and self._has_chat_template(base) is False:
-            return PromptForm(data_format, "\n\n")  # as lora/data/examples.py writes them
+            return PromptForm(data_format, "\n\n")  # as lora/data/rows.py writes them
         if data_format == "completion":
-            return PromptForm(data_format, _common_ending([r.columns["prompt"] for r in records]))
+            return PromptForm(data_format, _common_ending(prompts))
         return PromptForm(data_format, "") if data_format == "text" else None
 
-    def _records(self) -> tuple[str, list[Record]]:
-        """The format, "auto" if not known; records, if they matter and the file is there."""
-        data = self.config.data
-        if data.format not in ("auto", "completion"):  # the others' rows say nothing more
-            return data.format, []
-        path = self.find(data.train if isinstance(data.train, str) else data.train[0])
-        if path is None or not path.is_file():
-            return data.format, []
+    def _prompts(self) -> tuple[str, list[str]]:
+        """The format, "auto" if not known; some prompts, if they matter and the file is there."""
+        source = next(iter(self.config.data.sources("train")), None)
+        data_format = "auto" if source is None else source.format or "auto"
+        if data_format not in ("auto", "completion"):  # the others' rows say nothing more
+            return data_format, []
+        path = None if source is None or source.path is None else self.find(source.path)
+        if source is None or path is None or not path.is_file():
+            return data_format, []
         try:
-            return load_records(str(path), data.format)
+            rows = open_source(source.model_copy(update={"path": str(path)}), "train")
+            shape, values = first_records(rows, data_format, source.columns, _PROMPTS)
+            if shape.data_format != "completion":
+                return shape.data_format, []
+            records = [check_record(value, shape) for value in values]
         except InputError:
-            return data.format, []
+            return data_format, []
+        return shape.data_format, [record.columns["prompt"] for record in records]
 
     def _has_chat_template(self, base: GGUFFile) -> bool | None:
         """Whether rows of instructions went through a chat template; None: it can't be known."""
@@ -125,7 +134,7 @@ def origin_of(directory: Path) -> Origin | None:
     if run.parent.name == "checkpoints":
         run = run.parents[1]
     try:
-        config = load_config(str(run / CONFIG))
+        config = load_config(str(run / CONFIG), needs_data=False)  # a script may have given rows
     except InputError:  # none, or that of another program
         return None
     # A run that wrote to runs/a and lies in /home/x/runs/a was started in /home/x.

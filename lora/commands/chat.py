@@ -11,13 +11,12 @@ from pathlib import Path
 
 from lora.commands.prompts import (
     check_can_chat,
-    check_has_template,
-    conversation_ids,
     trained_templates,
 )
 from lora.forward.text.chat_template import ChatTemplate
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
+from lora.generation.prompts import check_has_template, conversation_ids
 from lora.generation.sampling import Sampler, Sampling
 from lora.shaders.choice import Wanted
 from lora.shaders.errors import InputError, for_terminal

@@ -247,7 +247,7 @@ def generate(
     precision: PromptPrecision = TextPrecision.F32,
 ) -> None:
     """Continue a text with the tuned model."""
-    from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
+    from lora.commands.prompts import check_can_chat, trained_templates
     from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
     from lora.shaders.choice import Wanted
@@ -270,6 +270,8 @@ def generate(
     if chat:
         template = trained_templates(generator.tokenizer, adapters).get("adapter")
         asked = [{"role": "user", "content": prompt}]
+        from lora.generation.prompts import conversation_ids
+
         text = conversation_ids(generator.tokenizer, asked, template)
     for piece in generator.stream(
         text, max_tokens=max_tokens, adapter=next(iter(adapters), None), sampling=sampling

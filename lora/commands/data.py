@@ -47,7 +47,7 @@ def data_command(
     Trained is what is green, or between [[ and ]] where there are no colours. Needs no device.
     """
     from lora.config.schema import load_config
-    from lora.data.examples import load_data
+    from lora.data.loading import load_data
     from lora.forward.gguf.file import GGUFFile
     from lora.forward.text.tokenizer import Tokenizer
     from lora.storage.stores import resolve_model
@@ -55,7 +55,14 @@ def data_command(
     loaded = load_config(config, set_ or [])
     split: Literal["train", "eval"] = "eval" if evaluation else "train"
     tokenizer = Tokenizer.open(GGUFFile(resolve_model(loaded.model.path)), loaded.model.tokenizer)
-    data = load_data(loaded.data, tokenizer, split)
+    settings = loaded.data
+    if settings.streaming and not evaluation:  # there may be no end to them
+        first = _ROWS_OF_A_PAGE if rows is None else max(rows, 1)
+        sources = settings.sources("train")
+        settings = settings.model_copy(
+            update={"train": [s.model_copy(update={"max_samples": first}) for s in sources]}
+        )
+    data = load_data(settings, tokenizer, split, seed=loaded.train.seed)
     if as_json:
         print_json(first_rows(data, rows), tokenizer)
         return
@@ -77,7 +84,9 @@ def data_command(
 
 def first_rows(data: LoadedData, n_rows: int | None) -> list[Example]:
     """The examples of the first rows; of all where the number is None."""
-    return [e for e in data.examples if n_rows is None or e.row < n_rows]
+    rows = data.examples.rows
+    shown = len(rows) if n_rows is None else int(rows.searchsorted(n_rows))
+    return data.examples[:shown]
 
 
 def print_json(examples: Sequence[Example], tokenizer: Tokenizer) -> None:
@@ -130,7 +139,7 @@ def print_summary(console: Console, data: LoadedData) -> None:
         named = ", ".join(map(str, rows[:_NAMED_ROWS]))
         more = "" if len(rows) <= _NAMED_ROWS else f" and {len(rows) - _NAMED_ROWS} more"
         console.print(Text(f"left out, {reason}: row {named}{more}", style="yellow"))
-    if data.lengths:
+    if len(data.lengths):
         console.print()
         for line in histogram(data.lengths, data.summary.max_length, console.width):
             console.print(Text(line))

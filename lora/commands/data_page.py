@@ -70,7 +70,7 @@ def write_page(
         summary=str(data.summary),
         left_out=left_out_rows(data),
         lengths="\n".join(histogram(data.lengths, data.summary.max_length, 80))
-        if data.lengths
+        if len(data.lengths)
         else "",
         examples=[
             {

@@ -6,6 +6,8 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 from lora.data.examples import Example, LoadedData, printable
 
 if TYPE_CHECKING:
@@ -19,6 +21,8 @@ def heading(data: LoadedData, example: Example) -> str:
     text = f"row {example.row} ({printable(data.places[example.row])})"
     if example.turn is not None:
         text += f", message {example.turn} by itself"
+    if example.part:
+        text += f", part {example.part + 1}"
     n_trained = int(example.trained.sum())
     text += f": {len(example.ids) + example.n_cut} tokens, {n_trained} trained"
     if example.n_cut:
@@ -52,13 +56,12 @@ def left_out_rows(data: LoadedData) -> dict[str, list[int]]:
     return found
 
 
-def histogram(lengths: Sequence[int], max_length: int, width: int) -> list[str]:
+def histogram(lengths: Sequence[int] | np.ndarray, max_length: int, width: int) -> list[str]:
     """Lines of a histogram of lengths in tokens, at most `width` characters each."""
-    longest = max(lengths)
+    lengths = np.asarray(lengths)
+    longest = int(lengths.max())
     size = max(1, -(-(longest + 1) // _BINS))
-    counts = [0] * (longest // size + 1)
-    for length in lengths:
-        counts[length // size] += 1
+    counts = np.bincount(lengths // size, minlength=longest // size + 1).tolist()
     digits, wide = len(str(longest + size)), len(str(max(counts)))
     lines = ["tokens before cutting, examples"]
     room = max(1, width - 2 * digits - wide - 20)

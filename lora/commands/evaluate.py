@@ -45,7 +45,7 @@ def eval_command(
     from lora.training.session import TrainingSession
 
     loaded = load_config(config, overrides(set_, webgpu))
-    if loaded.data.eval is None:  # said before the model is loaded for nothing
+    if not loaded.data.evaluates:  # said before the model is loaded for nothing
         raise InputError(
             "data.eval is null: there is nothing to evaluate on. Name a file of examples in the "
             "config, or with --set data.eval=FILE."
@@ -62,7 +62,7 @@ def eval_command(
         values = {
             "model_path": loaded.model.path,
             "adapter_path": None if adapter is None else str(adapter),
-            "data": loaded.data.eval,
+            "data": loaded.data.model_dump(mode="json")["eval"],
             "max_length": summary.max_length,
             "n_rows": summary.n_rows,
             "n_left_out": summary.n_untrained,

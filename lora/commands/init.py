@@ -27,7 +27,8 @@ def init_command(
         str | None, typer.Option(help="A GGUF file, ollama:NAME[:TAG] or hf:ORG/REPO/FILE.")
     ] = None,
     data: Annotated[
-        str | None, typer.Option(help="A JSONL file, or the name of a Hugging Face data set.")
+        str | None,
+        typer.Option(help="A file, a directory, or the name of a Hugging Face data set."),
     ] = None,
     output: Annotated[Path, typer.Option(metavar="FILE", help="The config.")] = Path("lora.yaml"),
     force: Annotated[bool, typer.Option(help="Replace a file that is there.")] = False,
@@ -112,9 +113,11 @@ def _describe_rows(data: str) -> str:
     Raises:
         InputError: the file is missing or a row is wrong.
     """
-    from lora.data.records import is_file_name, load_records
+    from lora.config.data_section import SourceConfig
+    from lora.data.opened import checked_records
+    from lora.data.sources import is_file_name, open_source
 
     if not is_file_name(data):
         return f" for the Hugging Face data set {data}"  # says what a mistyped path is taken for
-    data_format, records = load_records(data)
-    return f" for {len(records)} rows of the format {data_format}"
+    data_format, n_rows = checked_records(open_source(SourceConfig(path=data), "train"))
+    return f" for {n_rows} rows of the format {data_format}"

@@ -18,6 +18,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from lora.data.order import DataStream
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.layer_spec import HEAD
 from lora.shaders.errors import plain
@@ -31,7 +32,8 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
     """What is about to be trained: device, adapter, data, memory by purpose, time."""
     workload, allocated = plan.workload, plan.allocated
     layout, config = workload.layout, workload.config
-    total_steps = workload.stream().total_steps
+    stream = workload.stream()
+    total_steps = stream.total_steps
     memory = ", ".join(
         f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
     )
@@ -41,7 +43,7 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
         f"{_targets_shown(layout)} of {len(layout.layers)} layers",
-        "data": escape(plain(str(workload.train_summary))),
+        "data": escape(plain(str(workload.streamed or workload.train_summary))),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
         f"recompute {'on' if plan.tensors.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
@@ -50,6 +52,8 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         rows["left alone"] = ", ".join(
             f"{what} ({n} tensors)" for what, n in layout.architecture.unused
         )
+    if isinstance(stream, DataStream) and stream.packing_efficiency is not None:
+        rows["packing"] = f"{stream.packing_efficiency:.1%} of the micro-batches' room is filled"
     if seconds_a_step is not None:
         minutes = seconds_a_step * total_steps / 60
         rows["time"] = f"about {seconds_a_step:.2g} s a step, {minutes:.2g} min in all"

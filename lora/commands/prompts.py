@@ -1,30 +1,16 @@
-"""Which chat template a conversation is written with, and its prompt as token ids."""
+"""Which chat template a conversation is written with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 from lora.adapters.origin import origin_of
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.chat_template import ChatTemplate
 from lora.forward.text.tokenizer import Tokenizer
-from lora.shaders.errors import InputError
+from lora.generation.prompts import check_has_template
 from lora.storage.stores import resolve_model
-
-
-def check_has_template(template: str | None) -> str:
-    """The chat template of a model; refuses one that has none.
-
-    Raises:
-        InputError: it is None.
-    """
-    if template is None:
-        raise InputError(
-            "The model holds no chat template, so it cannot chat; continue texts with it: "
-            "lora generate, without --chat."
-        )
-    return template
 
 
 def check_can_chat(model: str, tokenizer: str | None = None, adapters: Iterable[Path] = ()) -> None:
@@ -60,26 +46,3 @@ def trained_templates(
     origins = {name: origin_of(path) for name, path in adapters.items()}
     found = {n: o.chat_template(tokenizer) for n, o in origins.items() if o is not None}
     return {name: template for name, template in found.items() if template is not None}
-
-
-def conversation_ids(
-    tokenizer: Tokenizer,
-    messages: Sequence[Mapping[str, str]],
-    template: ChatTemplate | None = None,
-) -> list[int]:
-    """A conversation as token ids, up to where the next answer begins.
-
-    Args:
-        tokenizer: the model's.
-        messages: of the conversation.
-        template: an adapter's; None for the model's.
-
-    Raises:
-        InputError: there is no chat template, or it refuses the messages.
-    """
-    if template is None:
-        check_has_template(tokenizer.chat_template)
-        template = ChatTemplate.of(tokenizer)
-    assert template is not None
-    # The template may write BOS; where it does not and the model wants it, it is put there.
-    return tokenizer.encode(template.render(messages, add_generation_prompt=True).text).ids

@@ -7,84 +7,45 @@ that no option is accepted and then dropped.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from typing import Annotated, Any, Literal, Self
 
 import yaml
 from pydantic import (
-    AfterValidator,
-    BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
     field_validator,
     model_validator,
 )
 
+from lora.config.data_section import DataConfig
 from lora.config.errors import config_problems, did_you_mean
-from lora.config.paths import expanded
+from lora.config.fields import (
+    Count,
+    Number,
+    PathText,
+    Section,
+    Switch,
+    Text,
+    section_from_nothing,
+    word_from_switch,
+)
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import F32_LEAST, F32_MOST, MOST_LARGE, MOST_RANK, shown
+from lora.shaders.untrusted import MOST_RANK, shown
 from lora.storage.stores import MODEL_NAME_FORMS, check_model_name
 
-_NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
 
-
-def _number_from_text(value: Any) -> Any:
-    """PyYAML reads 1e-5 as text: YAML 1.1 wants a dot in it (1.0e-5)."""
-    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else value
-
-
-def _word_from_switch(value: Any) -> Any:
-    """YAML 1.1 reads on and off as true and false."""
-    return {True: "on", False: "off"}[value] if isinstance(value, bool) else value
-
-
-def _section_from_nothing(value: Any) -> Any:
-    """A section whose keys are all commented out is null in YAML; it means the defaults."""
-    return {} if value is None else value
-
-
-def _of_32_bits(number: float) -> float:
-    """Kernels compute in f32: a number beyond it would be infinite there, or zero."""
-    if number != 0 and not F32_LEAST <= abs(number) <= F32_MOST:
-        raise ValueError(
-            f"got {number:g}; allowed here: a number that 32 bits hold, 0 or from {F32_LEAST:.1e} "
-            f"to {F32_MOST:.1e}."
-        )
-    return number
-
-
-Number = Annotated[
-    float,
-    BeforeValidator(_number_from_text),
-    Field(allow_inf_nan=False),
-    AfterValidator(_of_32_bits),
-]
-Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_from_switch)]
-Text = Annotated[str, Field(min_length=1)]
-PathText = Annotated[Text, AfterValidator(expanded)]
-Count = Annotated[int, Field(ge=1, le=MOST_LARGE)]
-
-
-class _Section(BaseModel):
-    """Unknown keys and values of another type are refused; a config doesn't change."""
-
-    model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
-
-
-class LastLayers(_Section):
+class LastLayers(Section):
     """`{last: N}`: the N layers nearest to the head."""
 
     last: Count
 
 
-class ModelConfig(_Section):
+class ModelConfig(Section):
     """`model:`, the frozen base."""
 
     path: PathText = Field(description=MODEL_NAME_FORMS)
@@ -102,7 +63,7 @@ class ModelConfig(_Section):
         return path
 
 
-class AdapterConfig(_Section):
+class AdapterConfig(Section):
     """`adapter:`, what is trained."""
 
     rank: int = Field(default=16, ge=1, le=MOST_RANK, description="a whole number of at least 1")
@@ -219,52 +180,7 @@ class AdapterConfig(_Section):
         return sorted(self.layers)
 
 
-_SOURCE = "a JSONL file, a list of them, or the name of a Hugging Face data set"
-
-
-class DataConfig(_Section):
-    """`data:`, the examples and how they become tokens."""
-
-    train: PathText | Annotated[list[PathText], Field(min_length=1)] = Field(description=_SOURCE)
-    eval: PathText | Annotated[list[PathText], Field(min_length=1)] | None = Field(
-        default=None, description=f"null, {_SOURCE}"
-    )
-    format: Literal["auto", "chat", "completion", "instruct", "text"] = Field(
-        default="auto", description="auto, chat, completion, instruct or text"
-    )
-    max_length: int = Field(
-        default=512, ge=2, le=1 << 24, description="a whole number of tokens, at least 2"
-    )
-    packing: bool = Field(default=False, description="true or false")
-    chat_template: Text | None = Field(
-        default=None, description="null, a file that holds a Jinja chat template, or its text"
-    )
-    chat_template_kwargs: Annotated[dict[str, Any], BeforeValidator(_section_from_nothing)] = Field(
-        default={}, description="a mapping of the chat template's variables to values"
-    )
-    train_on: Literal["completion", "all", "last"] = Field(
-        default="completion", description="completion, all or last"
-    )
-    roles_to_train: Annotated[list[Text], Field(min_length=1)] = Field(
-        default=["assistant"], description="a list of roles, such as [assistant]"
-    )
-    train_on_eos: Literal["turn", "all", "last", "none"] = Field(
-        default="turn", description="turn, all, last or none"
-    )
-    append_eos: Switch = Field(default="auto", description="auto, on or off")
-    shuffle: bool = Field(default=True, description="true or false")
-
-    @model_validator(mode="after")
-    def _roles_that_count(self) -> Self:
-        if self.train_on == "all" and self.roles_to_train != ["assistant"]:
-            raise ValueError(
-                "train_on: all trains every token, whatever the role: leave roles_to_train out, or "
-                "take train_on: completion."
-            )
-        return self
-
-
-class TrainConfig(_Section):
+class TrainConfig(Section):
     """`train:`, how the adapter is fitted."""
 
     epochs: Number = Field(default=1.0, gt=0, le=10_000, description="a number above 0")
@@ -294,7 +210,7 @@ class TrainConfig(_Section):
     )
     precision: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
     recompute: Switch = Field(default="auto", description="auto, on or off")
-    tuning: Annotated[Literal["auto", "off"], BeforeValidator(_word_from_switch)] = Field(
+    tuning: Annotated[Literal["auto", "off"], BeforeValidator(word_from_switch)] = Field(
         default="auto", description="auto or off"
     )
     reuse_frozen_prefix: Switch = Field(default="auto", description="auto, on or off")
@@ -329,13 +245,13 @@ class TrainConfig(_Section):
         return math.ceil((self.warmup_ratio or 0.0) * total_steps)
 
 
-class Config(_Section):
+class Config(Section):
     """A whole config."""
 
     model: ModelConfig = Field(description="the base model")
-    adapter: Annotated[AdapterConfig, BeforeValidator(_section_from_nothing)] = AdapterConfig()
+    adapter: Annotated[AdapterConfig, BeforeValidator(section_from_nothing)] = AdapterConfig()
     data: DataConfig = Field(description="the data")
-    train: Annotated[TrainConfig, BeforeValidator(_section_from_nothing)] = TrainConfig()
+    train: Annotated[TrainConfig, BeforeValidator(section_from_nothing)] = TrainConfig()
     device: Text | Annotated[int, Field(ge=0)] = Field(
         default="auto", description="auto, a device's index, or part of its name"
     )
@@ -346,10 +262,19 @@ class Config(_Section):
 
     @model_validator(mode="after")
     def _evaluated_on_something(self) -> Self:
-        if self.train.eval_every is not None and self.data.eval is None:
+        if self.train.eval_every is not None and not self.data.evaluates:
             raise ValueError(
                 f"train.eval_every is {self.train.eval_every}, but data.eval is null; name the "
                 "examples to evaluate on, or leave train.eval_every out."
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _steps_of_a_stream(self) -> Self:
+        if self.data.streaming and self.train.steps is None:
+            raise ValueError(
+                "data.streaming: rows that are streamed are not counted, so train.steps must say "
+                "how long to train."
             )
         return self
 
@@ -358,11 +283,12 @@ class Config(_Section):
         return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = True) -> Config:
     """Reads and checks a config file.
 
     Args:
         path: a YAML file.
+        needs_data: False where data.train may be missing, since the rows are given otherwise.
         overrides: `KEY=VALUE` each, the key dotted (`train.steps=10`), the value in YAML; a
             later one wins.
 
@@ -374,10 +300,16 @@ def load_config(path: str, overrides: Sequence[str] = ()) -> Config:
     overridden: dict[str, str] = {}
     for override in overrides:
         overridden[_apply_override(values, override)] = override
+    problems = {}
     try:
-        return Config.model_validate(values)
+        config = Config.model_validate(values)
     except ValidationError as error:
         problems = config_problems(error, Config, values)
+    else:
+        if config.data.train is not None or not needs_data:
+            return config
+        allowed = DataConfig.model_fields["train"].description
+        problems["data.train"] = f"missing; give {allowed}."
     lines = []
     for key, sentence in problems.items():
         source = f"--set {overridden[key]}" if key in overridden else path

@@ -1,4 +1,4 @@
-"""Examples to micro-batches: one flat row of tokens each, and the order of a whole run.
+"""Examples to micro-batches: one flat row of tokens each.
 
 The examples of a micro-batch lie end to end without padding; each token carries the bounds of
 its example, and attention stays inside them.
@@ -6,16 +6,13 @@ its example, and attention stays inside them.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from lora.data.examples import Example
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import whole_number
 
 IGNORED = -100  # the target of a token whose successor isn't trained, as in PyTorch
 
@@ -77,174 +74,40 @@ def make_batch(examples: Sequence[Example]) -> Batch:
     )
 
 
+def check_batch(batch: Batch, vocab_size: int, longest: int, most_rows: int) -> None:
+    """Refuses what the device would take, and give a loss for that means nothing.
+
+    Args:
+        batch: what is to be computed.
+        vocab_size: entries of the model's vocabulary.
+        longest: tokens of an example for which there are positions.
+        most_rows: tokens of a micro-batch for which there is room.
+
+    Raises:
+        InputError: a token id is beyond the vocabulary, an example is longer, or there are more
+            tokens.
+    """
+    for ids in (batch.token_ids, batch.targets[batch.targets != IGNORED]):
+        wrong = ids[(ids < 0) | (ids >= vocab_size)]
+        if len(wrong):
+            raise InputError(
+                f"An example has the token id {int(wrong[0])}, but the vocabulary of the model has "
+                f"{vocab_size} entries; the tokenizer does not fit the model."
+            )
+    longest_here = int((batch.segment_end - batch.segment_start).max(initial=0))
+    if longest_here > longest:
+        raise InputError(
+            f"An example has {longest_here} tokens, and the session was opened for examples of at "
+            f"most {longest}; raise data.max_length, or cut the example."
+        )
+    if batch.rows > most_rows:
+        raise InputError(
+            f"A micro-batch has {batch.rows} tokens, and the session was opened for at most "
+            f"{most_rows}; raise train.batch_size or data.max_length, or take fewer examples."
+        )
+
+
 def sequential_batches(examples: Sequence[Example], batch_size: int) -> Iterator[Batch]:
     """Yields every example once, in order, batch_size a micro-batch: for evaluation."""
     for first in range(0, len(examples), batch_size):
         yield make_batch(examples[first : first + batch_size])
-
-
-class DataStream:
-    """The micro-batches of a run, step by step: an iterator over `list[Batch]`.
-
-    Each epoch's order comes from (seed, epoch) alone, so the epoch and the steps done in it say
-    everything that follows.
-
-    Attributes:
-        total_steps: optimizer steps in the whole run.
-    """
-
-    def __init__(
-        self,
-        examples: Sequence[Example],
-        *,
-        batch_size: int,
-        gradient_accumulation: int = 1,
-        packing: bool = False,
-        max_length: int = 0,
-        shuffle: bool = True,
-        seed: int = 0,
-        epochs: float = 1.0,
-        steps: int | None = None,
-    ) -> None:
-        """Prepares the run.
-
-        Args:
-            examples: at least one.
-            batch_size: examples a micro-batch.
-            gradient_accumulation: micro-batches a step; the last step of an epoch may have fewer.
-            packing: fill a micro-batch with as many examples as fit into batch_size · max_length
-                tokens instead.
-            max_length: most tokens of an example; read only when packing.
-            shuffle: another order in each epoch; else the order given.
-            seed: of the shuffle.
-            epochs: passes over the examples; the part of a last one is rounded up to a step.
-            steps: optimizer steps; wins over epochs.
-        """
-        self._examples = examples
-        self._lengths = [len(example.ids) for example in examples]
-        self._shuffle = shuffle
-        self._seed = seed
-        self._batch_size = batch_size
-        self._accumulation = gradient_accumulation
-        self._capacity = batch_size * max_length if packing else None
-        self._epoch = 0
-        self._offset = 0
-        self._step = 0
-        self._planned_epoch: int | None = None
-        self._plan: list[list[int]] = []
-        self.total_steps = steps if steps is not None else self._steps_of(epochs)
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the examples so far, for example 1.25."""
-        return self._epoch + self._offset / self.steps_per_epoch(self._epoch)
-
-    @property
-    def step(self) -> int:
-        """Optimizer steps that were given out."""
-        return self._step
-
-    def steps_per_epoch(self, epoch: int = 0) -> int:
-        """Optimizer steps in one epoch; it varies between epochs only when packing."""
-        return math.ceil(len(self._micro_batches(epoch)) / self._accumulation)
-
-    def __iter__(self) -> DataStream:
-        return self
-
-    def __next__(self) -> list[Batch]:
-        """Returns the micro-batches of the next step."""
-        if self._step >= self.total_steps:
-            raise StopIteration
-        plan = self._micro_batches(self._epoch)
-        first = self._offset * self._accumulation
-        chosen = plan[first : first + self._accumulation]
-        self._step += 1
-        self._offset += 1
-        if self._offset >= self.steps_per_epoch(self._epoch):
-            self._epoch, self._offset = self._epoch + 1, 0
-        return [make_batch([self._examples[i] for i in micro_batch]) for micro_batch in chosen]
-
-    def state(self) -> dict[str, Any]:
-        """Returns where the stream stands, as values that JSON can hold."""
-        return {
-            "epoch": self._epoch,
-            "offset": self._offset,
-            "step": self._step,
-            "settings": self._settings(),
-        }
-
-    def restore(self, state: dict[str, Any]) -> None:
-        """Goes on from where `state` was taken; more or fewer total steps than then are fine.
-
-        Raises:
-            InputError: the data or a setting that decides the order are not those of then.
-        """
-        for name, now in self._settings().items():
-            then = state.get("settings", {}).get(name)
-            if then != now:
-                raise InputError(
-                    f"The checkpoint was made with {name} {then}, and now it is {now}; resume "
-                    "with the data and the settings of then, or start anew without --resume."
-                )
-        epoch, offset, step = (
-            whole_number(state, key, "The checkpoint") for key in ("epoch", "offset", "step")
-        )
-        self._epoch, self._offset, self._step = epoch, offset, step
-
-    def _settings(self) -> dict[str, Any]:
-        """Everything that the order depends on."""
-        return {
-            "n_examples": len(self._examples),
-            "n_tokens": sum(self._lengths),
-            "batch_size": self._batch_size,
-            "gradient_accumulation": self._accumulation,
-            "packing": self._capacity is not None,
-            "tokens_per_packed_row": self._capacity,
-            "shuffle": self._shuffle,
-            "seed": self._seed,
-        }
-
-    def _steps_of(self, epochs: float) -> int:
-        whole = int(epochs)
-        part = math.ceil((epochs - whole) * self.steps_per_epoch(whole)) if epochs > whole else 0
-        if self._capacity is None:
-            return whole * self.steps_per_epoch() + part
-        return sum(self.steps_per_epoch(epoch) for epoch in range(whole)) + part
-
-    def _micro_batches(self, epoch: int) -> list[list[int]]:
-        """The epoch's micro-batches as positions in the examples."""
-        if self._planned_epoch != epoch:
-            order = list(range(len(self._examples)))
-            if self._shuffle:
-                generator = np.random.default_rng((self._seed, epoch))
-                order = [int(i) for i in generator.permutation(len(order))]
-            if self._capacity is None:
-                size = self._batch_size
-                self._plan = [order[i : i + size] for i in range(0, len(order), size)]
-            else:
-                self._plan = _first_fit(order, self._lengths, self._capacity)
-            self._planned_epoch = epoch
-        return self._plan
-
-
-def _first_fit(order: list[int], lengths: list[int], capacity: int) -> list[list[int]]:
-    """Puts each example into the first micro-batch that has room for it.
-
-    An example longer than the capacity would get a micro-batch of its own; data.max_length keeps
-    that from happening.
-    """
-    packed: list[list[int]] = []
-    room = np.zeros(len(order), dtype=np.int64)
-    shortest = min(lengths)
-    first_open = 0  # those before it are full; without this, packing is quadratic sooner
-    for index in order:
-        fits = room[first_open : len(packed)] >= lengths[index]
-        chosen = first_open + int(np.argmax(fits)) if fits.any() else len(packed)
-        if chosen == len(packed):
-            packed.append([])
-            room[chosen] = capacity
-        packed[chosen].append(index)
-        room[chosen] -= lengths[index]
-        while first_open < len(packed) and room[first_open] < shortest:
-            first_open += 1
-    return packed

@@ -11,7 +11,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from lora.data.records import REASONING, parsed_json, text_of
+from lora.data.records import REASONING
+from lora.data.values import parsed_json, text_of
 from lora.shaders.errors import InputError
 
 Message = dict[str, Any]

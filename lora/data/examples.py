@@ -1,40 +1,15 @@
-"""Rows to examples: which text the model sees, and which of its tokens it is trained to predict.
-
-Messages become text in lora/data/turns.py and text becomes tokens in lora/data/masks.py; here they
-are cut to data.max_length, counted, and put together for a whole data set.
-"""
+"""Examples: tokens of rows, and which of them the model is trained to predict."""
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from functools import cached_property
+from typing import overload
 
 import numpy as np
 
-from lora.data.conversations import conversation_of, instruction_parts
-from lora.data.masks import (
-    MaskedTokens,
-    TextTokenizer,
-    mask_conversation,
-    mask_text,
-    train_ends,
-)
-from lora.data.records import Record, load_records
-from lora.data.turns import render_turns, unread_argument
-from lora.shaders.errors import InputError
-
-if TYPE_CHECKING:
-    from lora.config.schema import DataConfig
-    from lora.forward.text.chat_template import ChatTemplate
-
-# Why a row gives no example.
-_UNTRAINED = "empty, or without a turn to train"
-_TOO_LONG = "what is trained begins beyond data.max_length"
-_NO_WEIGHT = "of weight 0"
+from lora.data.table import NO_TURN, REASONS, TokenTable, starts_of
 
 
 @dataclass(frozen=True)
@@ -51,6 +26,7 @@ class Example:
         turn: the message that is trained, where the example is of one turn, since the whole
             rendering shows it otherwise than it was said; None for a whole row.
         n_cut: tokens that data.max_length cut off its end.
+        part: which stretch of a longer row it is, counted from 0 (data.overflow: split).
     """
 
     ids: np.ndarray
@@ -60,13 +36,14 @@ class Example:
     row: int = 0
     turn: int | None = None
     n_cut: int = 0
+    part: int = 0
 
 
 @dataclass(frozen=True)
 class DataSummary:
     """What was loaded, for printing."""
 
-    data_format: str  # chat, completion, instruct or text
+    data_format: str  # chat, completion, instruct or text, or several of these
     n_examples: int  # of the rows that are used; a chat may give several
     n_tokens: int  # of all of them, after cutting
     n_trained_tokens: int  # of these, tokens that count in the loss
@@ -78,6 +55,7 @@ class DataSummary:
     left_out: Mapping[str, int] = field(default_factory=dict)  # why, and how many of n_untrained
     ignored: tuple[str, ...] = ()  # columns that carry no meaning here
     dated: bool = False  # the chat template may write the time
+    n_split: int = 0  # examples longer than max_length, split into several
 
     def __str__(self) -> str:
         n_used = self.n_rows - self.n_untrained
@@ -89,6 +67,8 @@ class DataSummary:
         )
         if self.n_cut:
             text += f"; {self.n_cut} cut to {self.max_length}"
+        if self.n_split:
+            text += f"; {self.n_split} split at {self.max_length}"
         for reason, number in self.left_out.items():
             text += f"; {number} left out, {reason}"
         if self.ignored:
@@ -109,252 +89,177 @@ class LeftOut:
     reason: str
 
 
+class Examples(Sequence[Example]):
+    """Examples out of tables; each is made when it is asked for.
+
+    Args:
+        tables: of the sources, in their order.
+        weights: one a source: how often an epoch takes its rows.
+        rows: the rows that count, ascending; None for all.
+
+    Attributes:
+        lengths: int32 [n], tokens of each.
+        n_trained: int32 [n], of these, tokens that are trained.
+        rows: int64 [n], the row of each.
+        weights: f64 [n], how often an epoch takes each.
+    """
+
+    def __init__(
+        self,
+        tables: Sequence[TokenTable],
+        weights: Sequence[float] | None = None,
+        rows: np.ndarray | None = None,
+    ) -> None:
+        self.tables = tables
+        self._first_rows = starts_of([table.n_rows for table in tables])
+        self._firsts = starts_of([len(table.arrays["lengths"]) for table in tables])
+        self._starts = [starts_of(table.arrays["lengths"]) for table in tables]
+        every = self._joined("rows", self._first_rows)
+        self._chosen = None if rows is None else np.flatnonzero(np.isin(every, rows))
+        self.rows = self._taken(every)
+        self.lengths = self._taken(self._joined("lengths"))
+        self.n_trained = self._taken(self._joined("n_trained"))
+        counts = np.diff(self._firsts)
+        self.weights = self._taken(np.repeat(list(weights or [1.0] * len(tables)), counts))
+
+    def _joined(self, name: str, offsets: Sequence[int] | np.ndarray = ()) -> np.ndarray:
+        parts = [table.arrays[name] for table in self.tables]
+        if len(offsets):
+            parts = [
+                part.astype(np.int64) + offset for part, offset in zip(parts, offsets, strict=False)
+            ]
+        return np.concatenate([np.zeros(0, np.int32), *parts])
+
+    def _taken(self, values: np.ndarray) -> np.ndarray:
+        return values if self._chosen is None else values[self._chosen]
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Example]: ...
+    def __getitem__(self, index: int | slice) -> Example | list[Example]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        if not -len(self) <= index < len(self):
+            raise IndexError(index)
+        index = int(index) % len(self)
+        place = index if self._chosen is None else int(self._chosen[index])
+        which = int(np.searchsorted(self._firsts, place, side="right")) - 1
+        own = place - int(self._firsts[which])
+        arrays = self.tables[which].arrays
+        start, stop = (int(self._starts[which][own + more]) for more in (0, 1))
+        turn = int(arrays["turns"][own])
+        return Example(
+            ids=arrays["ids"][start:stop],
+            trained=arrays["trained"][start:stop],
+            index=index,
+            cut=bool(arrays["cut"][own]),
+            row=int(self.rows[index]),
+            turn=None if turn == NO_TURN else turn,
+            n_cut=int(arrays["n_cut"][own]),
+            part=int(arrays["parts"][own]),
+        )
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self[index] for index in range(len(self)))
+
+    @property
+    def parts(self) -> np.ndarray:
+        """int32 [n], which stretch of a longer row each is."""
+        return self._taken(self._joined("parts"))
+
+    @property
+    def n_cut(self) -> np.ndarray:
+        """int32 [n], tokens cut off each one's end."""
+        return self._taken(self._joined("n_cut"))
+
+    def place(self, row: int) -> str:
+        """Where a row stands: `data/train.jsonl, line 3`."""
+        which = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        return self.tables[which].place(row - int(self._first_rows[which]))
+
+    @cached_property
+    def reasons(self) -> np.ndarray:
+        """int8 [rows of all sources], by `REASONS` why each gives no example."""
+        return self._joined("reasons")
+
+    @cached_property
+    def texts(self) -> tuple[np.ndarray, np.ndarray]:
+        """Of each tokenized text, those left out, too: its row and its tokens before cutting."""
+        return self._joined("text_rows", self._first_rows), self._joined("text_lengths")
+
+
+class Places(Sequence[str]):
+    """Where each row stands."""
+
+    def __init__(self, examples: Examples) -> None:
+        self._examples = examples
+
+    def __len__(self) -> int:
+        return len(self._examples.reasons)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if isinstance(index, slice):
+            return [self._examples.place(i) for i in range(*index.indices(len(self)))]
+        return self._examples.place(index)
+
+
 @dataclass(frozen=True)
 class LoadedData:
     """A whole data set as examples.
 
     Attributes:
         places: where each row is: `data/train.jsonl, line 3`.
-        lengths: tokens of each example before cutting, those of rows that are left out, too.
+        lengths: int32, tokens of each text before cutting, those of rows left out, too.
+        left_out_rows: the rows that give no example, ascending.
     """
 
-    examples: list[Example]
-    places: list[str]
-    lengths: list[int]
-    left_out: list[LeftOut]
+    examples: Examples
+    places: Sequence[str]
+    lengths: np.ndarray
+    left_out_rows: np.ndarray
     summary: DataSummary
 
-
-def load_examples(
-    settings: DataConfig,
-    tokenizer: TextTokenizer,
-    split: Literal["train", "eval"] = "train",
-    now: datetime | None = None,
-) -> tuple[list[Example], DataSummary]:
-    """Loads and tokenizes the records of data.train or data.eval.
-
-    Args:
-        settings: the config's `data:`.
-        tokenizer: the model's.
-        split: which of the two; data.eval must be set for "eval".
-        now: what chat templates take for the time; None for the clock.
-
-    Raises:
-        InputError: data can't be read, a row doesn't fit its format, the model has no chat
-            template for chats, or no token of the whole data set is trained.
-    """
-    loaded = load_data(settings, tokenizer, split, now)
-    if not loaded.examples:
-        summary = loaded.summary
-        reasons = "; ".join(f"{n_rows}, {reason}" for reason, n_rows in summary.left_out.items())
-        raise InputError(
-            f"data.{split}: no token of its {summary.n_rows} rows is trained. Left out: {reasons} "
-            f"(data.max_length is {settings.max_length}; the longest row has {summary.longest} "
-            "tokens)."
-        )
-    return loaded.examples, loaded.summary
+    @property
+    def left_out(self) -> list[LeftOut]:
+        """The rows that give no example."""
+        reasons = self.examples.reasons
+        return [LeftOut(int(row), REASONS[reasons[row]]) for row in self.left_out_rows]
 
 
-def load_data(
-    settings: DataConfig,
-    tokenizer: TextTokenizer,
-    split: Literal["train", "eval"] = "train",
-    now: datetime | None = None,
-) -> LoadedData:
-    """The same with what is left out, which may be all; arguments and errors as `load_examples`."""
-    source = settings.train if split == "train" else settings.eval
-    if source is None:
-        raise InputError("data.eval: got null; name the examples to evaluate on.")
-    data_format, records = load_records(source, settings.format, split)
-    if split == "train" and data_format in ("completion", "text"):
-        _check_settings_of_chats(settings, data_format)
-    rows = RowTokenizer(settings, tokenizer, data_format, now)
-    examples: list[Example] = []
-    lengths: list[int] = []
-    left_out: list[LeftOut] = []
-    for row, record in enumerate(records):
-        try:
-            masked, reason = _masked(rows, record)
-        except InputError as error:
-            raise InputError(f"{record.place}: {error}") from error
-        except RecursionError:
-            raise InputError(f"{record.place}: nested too deeply.") from None
-        n_before = len(examples)
-        for tokens in masked:
-            trained = tokens.trained[: settings.max_length]
-            lengths.append(len(tokens.ids))
-            if any(trained):
-                examples.append(_example(tokens, row, len(examples), settings.max_length))
-            elif any(tokens.trained):
-                reason = _TOO_LONG
-        if len(examples) == n_before:
-            left_out.append(LeftOut(row, reason))
-    summary = DataSummary(
-        data_format=data_format,
-        n_examples=len(examples),
-        n_tokens=sum(len(example.ids) for example in examples),
-        n_trained_tokens=sum(int(example.trained.sum()) for example in examples),
-        n_cut=sum(length > settings.max_length for length in lengths),
-        n_untrained=len(left_out),
-        longest=max(lengths, default=0),
-        max_length=settings.max_length,
-        n_rows=len(records),
-        left_out=Counter(one.reason for one in left_out),
-        ignored=tuple(dict.fromkeys(name for record in records for name in record.ignored)),
-        dated=rows.is_dated,
-    )
-    return LoadedData(examples, [one.place for one in records], lengths, left_out, summary)
+def lengths_of(examples: Sequence[Example]) -> np.ndarray:
+    """Tokens of each example, int32."""
+    if isinstance(examples, Examples):
+        return examples.lengths
+    return np.array([len(example.ids) for example in examples], np.int32)
 
 
-def _check_settings_of_chats(settings: DataConfig, data_format: str) -> None:
-    """Refuses what would do nothing.
+def trained_of(examples: Sequence[Example]) -> np.ndarray:
+    """Trained tokens of each example, int32."""
+    if isinstance(examples, Examples):
+        return examples.n_trained
+    return np.array([int(example.trained.sum()) for example in examples], np.int32)
 
-    Raises:
-        InputError: a setting is given that only chats have a use for.
-    """
-    for name in ("chat_template", "chat_template_kwargs", "roles_to_train"):
-        if getattr(settings, name) != type(settings).model_fields[name].default:
-            raise InputError(
-                f"data.{name} is for chats, and the rows are of the format {data_format}: leave it "
-                "out, or write the rows as messages."
-            )
+
+def id_range(examples: Sequence[Example]) -> tuple[int, int]:
+    """The smallest and the largest token id; (0, 0) of no examples."""
+    if isinstance(examples, Examples):
+        arrays = [table.arrays["ids"] for table in examples.tables]
+    else:
+        arrays = [example.ids for example in examples]
+    arrays = [array for array in arrays if len(array)]
+    if not arrays:
+        return 0, 0
+    return min(int(a.min()) for a in arrays), max(int(a.max()) for a in arrays)
 
 
 def printable(text: str) -> str:
     """A text without what a terminal would obey: other characters than printable ones escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
-def _masked(rows: RowTokenizer, record: Record) -> tuple[list[MaskedTokens], str]:
-    """A record's tokens, and why it is left out if none of them is trained."""
-    columns = record.columns
-    if columns.get("weight") == 0 or columns.get("train") is False:
-        return [], _NO_WEIGHT
-    return rows.tokenize(columns), _UNTRAINED
-
-
-def _example(tokens: MaskedTokens, row: int, index: int, max_length: int) -> Example:
-    # A row that loses only what isn't trained, as ChatML's last line break, is whole.
-    cut = any(tokens.trained[max_length:])
-    ids = np.array(tokens.ids[:max_length], dtype=np.int32)
-    trained = np.array(tokens.trained[:max_length], dtype=np.bool_)
-    n_cut = max(0, len(tokens.ids) - max_length)
-    return Example(ids, trained, index, cut, row, tokens.turn, n_cut)
-
-
-class RowTokenizer:
-    """Turns records of one format into tokens.
-
-    Args:
-        settings: the config's `data:`.
-        tokenizer: the model's.
-        data_format: of the records.
-        now: what chat templates take for the time; None for the clock.
-
-    Raises:
-        InputError: data.chat_template or data.chat_template_kwargs is wrong.
-    """
-
-    def __init__(
-        self,
-        settings: DataConfig,
-        tokenizer: TextTokenizer,
-        data_format: str,
-        now: datetime | None = None,
-    ) -> None:
-        self._settings = settings
-        self._tokenizer = tokenizer
-        self._data_format = data_format
-        self._template: ChatTemplate | None = None
-        if data_format in ("chat", "instruct"):  # Jinja2 is imported for these only
-            self._template = chat_template(settings, tokenizer, now)
-        ends = (tokenizer.decode([t], skip_special=False) for t in tokenizer.end_of_turn_ids)
-        self._end_texts = sorted(filter(None, ends))
-
-    @property
-    def is_dated(self) -> bool:
-        """Whether the template may write the time."""
-        return self._template is not None and self._template.is_dated
-
-    def tokenize(self, columns: Mapping[str, Any]) -> list[MaskedTokens]:
-        """The examples of a record, before cutting; the first token of none is trained.
-
-        Raises:
-            InputError: the row can't be rendered, or has something that its rendering doesn't.
-        """
-        settings, tokenizer = self._settings, self._tokenizer
-        if self._data_format == "chat" or (self._data_format == "instruct" and self._template):
-            masked = self._conversation(columns)
-        else:
-            prompt, answer = self._plain(columns)
-            masked = [mask_text(prompt, answer, settings, tokenizer)]
-        masked = train_ends(masked, settings, tokenizer)
-        for tokens in masked:
-            tokens.trained[:1] = [False] * len(tokens.trained[:1])
-        return masked
-
-    def _conversation(self, columns: Mapping[str, Any]) -> list[MaskedTokens]:
-        if self._template is None:
-            raise InputError(
-                "The model has no chat template. Give one with data.chat_template, use a model "
-                "that has one, name its tokenizer with model.tokenizer, or write the data as "
-                "prompt and completion."
-            )
-        conversation = conversation_of(columns, self._data_format)
-        rendered = render_turns(conversation, self._template, self._settings, self._end_texts)
-        return mask_conversation(rendered, self._settings, self._tokenizer)
-
-    def _plain(self, columns: Mapping[str, Any]) -> tuple[str, str]:
-        """Prompt and answer without a chat template around them."""
-        if self._data_format == "completion":
-            return columns["prompt"], columns["completion"]
-        if self._data_format == "text":
-            return "", columns["text"]
-        for name in ("system", "history", "tools", "chat_template_kwargs"):
-            if name in columns:
-                raise InputError(
-                    f"{name} needs a chat template, and the model has none: give one with "
-                    "data.chat_template, or leave it out."
-                )
-        return "".join(part + "\n\n" for part in instruction_parts(columns)), columns["output"]
-
-
-def chat_template(
-    settings: DataConfig, tokenizer: TextTokenizer, now: datetime | None = None
-) -> ChatTemplate | None:
-    """The template that chats are written with: data.chat_template's, or else the model's.
-
-    Raises:
-        InputError: data.chat_template is no file and no template, or the template reads no
-            variable of the name of one in data.chat_template_kwargs.
-    """
-    from lora.forward.text.chat_template import ChatTemplate
-
-    source = settings.chat_template
-    found = ChatTemplate.of(
-        tokenizer,
-        None if source is None else template_source(source),
-        arguments=settings.chat_template_kwargs,
-        now=now,
-    )
-    for name in settings.chat_template_kwargs:
-        if found is None:
-            raise InputError("data.chat_template_kwargs: the model has no chat template.")
-        if name not in found.optional_variables:
-            raise InputError(f"data.chat_template_kwargs: {unread_argument(name, found)}")
-    return found
-
-
-def template_source(value: str) -> str:
-    """The template that data.chat_template names or is.
-
-    Raises:
-        InputError: it is no file, and no text of a template either.
-    """
-    if "{{" in value or "{%" in value:
-        return value
-    from lora.forward.text.tokenizer import read_template
-
-    if not Path(value).is_file():
-        raise InputError(f"data.chat_template: {value}: there is no such file.")
-    return read_template(Path(value))

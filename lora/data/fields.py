@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import Any
 
 _THINKING = re.compile(r"</?think>")
@@ -23,8 +24,15 @@ class Shown:
     """
 
     def __init__(self, text: str, start: int = 0) -> None:
-        self._text = _squeezed(text)
-        self._start = len(_squeezed(text[:start]))
+        self._given, self._given_start = text, start
+
+    @cached_property
+    def _text(self) -> str:
+        return _squeezed(self._given)
+
+    @cached_property
+    def _start(self) -> int:
+        return len(_squeezed(self._given[: self._given_start]))
 
     def count(self, wanted: str) -> int:
         """How often a text stands in it."""
@@ -32,6 +40,10 @@ class Shown:
 
     def has(self, wanted: str) -> bool:
         """Whether a text stands in it, as it is or as a string of JSON."""
+        as_it_is = wanted.strip()  # white space at its end may reach behind the start alone
+        place = self._given.rfind(as_it_is)
+        if not as_it_is or (place >= 0 and place + len(as_it_is) > self._given_start):
+            return True
         escaped = (json.dumps(wanted, ensure_ascii=ascii)[1:-1] for ascii in (False, True))
         return any(self._ends_behind(_squeezed(form)) for form in (wanted, *escaped))
 

@@ -17,7 +17,7 @@ from lora.forward.text.tokenizer import TokenizedText
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:
-    from lora.config.schema import DataConfig
+    from lora.config.data_section import DataConfig
     from lora.forward.text.chat_template import Span
 
 
@@ -72,13 +72,13 @@ def mask_text(
     """
     trains_all = settings.train_on == "all" or not prompt
     ids, offsets = _tokens(tokenizer, prompt + answer, len(prompt) or None)
-    trained = [trains_all or end > len(prompt) for _, end in offsets]
-    end = _last_end_of_turn(ids, tokenizer)
-    if not trains_all:
-        ends = (
-            t for t, token in enumerate(ids) if trained[t] and token in tokenizer.end_of_turn_ids
-        )
-        end = next(ends, None)
+    if trains_all:
+        trained = [True] * len(ids)
+        end = _last_end_of_turn(ids, tokenizer)
+    else:
+        border, ends = len(prompt), tokenizer.end_of_turn_ids
+        trained = [end > border for _, end in offsets]
+        end = next((t for t, token in enumerate(ids) if token in ends and trained[t]), None)
         _stop_at(end, ids, trained, tokenizer)
     if settings.append_eos == "on":
         wanted = end is None or trains_all

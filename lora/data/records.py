@@ -1,22 +1,14 @@
-"""Records (rows) of a data set: read, checked, each with the place where a user finds it."""
+"""Records: rows in the form of one of four formats, checked."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from lora.data.shapes import Shape
+from lora.data.values import FORMATS, check_object, names_of, parsed_json, short, text_of
 from lora.shaders.errors import InputError
 
-# The first format all of whose columns are there is the one that auto takes.
-FORMATS: dict[str, tuple[str, ...]] = {
-    "chat": ("messages",),
-    "completion": ("prompt", "completion"),
-    "instruct": ("instruction", "output"),
-    "text": ("text",),
-}
 # What else a format reads. The rest of what carries meaning is refused, other columns are ignored.
 _WEIGHTS = ("weight", "train")
 _MEDIA = ("images", "image", "audio", "audios", "videos")
@@ -33,7 +25,7 @@ _MEANINGFUL = (
     *CALLS, "reasoning_content", "system", "history", "tools", "functions", "chat_template_kwargs",
     *_WEIGHTS, *_MEDIA,
 )  # fmt: skip
-_FILE_ENDINGS = (".jsonl", ".json", ".ndjson", ".txt")
+_KNOWN = frozenset(_MEANINGFUL)
 
 
 @dataclass(frozen=True)
@@ -43,143 +35,51 @@ class Record:
     Attributes:
         columns: what its format reads, without what is null or empty: strings, or for chat
             `messages`, a list of mappings with `role` and mostly `content`.
-        place: where it is, for errors: `data/train.jsonl, line 3`.
         ignored: the names of its columns that carry no meaning here, such as id or source.
     """
 
     columns: dict[str, Any]
-    place: str
     ignored: tuple[str, ...] = ()
 
 
-def load_records(
-    source: str | Sequence[str], data_format: str = "auto", split: str = "train"
-) -> tuple[str, list[Record]]:
-    """Reads a whole data set.
+def check_record(values: Any, shape: Shape, train_on: str = "completion") -> Record:
+    """A row in the form of its format, all of it checked.
 
     Args:
-        source: a JSONL file, several, or a Hugging Face data set (its name, or a directory with
-            one), which the `datasets` package loads.
-        data_format: chat, completion, instruct, text; or auto, by the first row's columns.
-        split: which split of a Hugging Face data set: `train`, or `eval` for its validation (or
-            test) split.
-
-    Returns:
-        the format, and the records in their order.
+        values: by column.
+        shape: of the rows of its source.
+        train_on: data.train_on.
 
     Raises:
-        InputError: a file is missing or empty, or a row is wrong; says the file and the line.
+        InputError: the row is wrong; doesn't say where it stands.
     """
-    sources = [source] if isinstance(source, str) else list(source)
-    raw: list[tuple[Any, str]] = []
-    for name in sources:
-        n_before = len(raw)
-        raw += _read_file(Path(name)) if is_file_name(name) else _read_data_set(name, split)
-        if len(raw) == n_before:
-            raise InputError(f"{name}: holds no rows.")
-    if data_format == "auto":
-        data_format = _detect_format(*raw[0])
-    return data_format, [_check_record(values, place, data_format) for values, place in raw]
-
-
-def is_file_name(name: str) -> bool:
-    """Whether `data.train` or `data.eval` names a file by this, and no Hugging Face data set."""
-    return Path(name).is_file() or name.endswith(_FILE_ENDINGS)
-
-
-def _read_file(path: Path) -> Iterator[tuple[Any, str]]:
-    try:
-        # Not splitlines(): JSON strings may hold U+2028, which ends a line there.
-        lines = path.read_bytes().split(b"\n")
-    except FileNotFoundError:
-        raise InputError(f"{path}: there is no such file (data.train, data.eval).") from None
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror}).") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            # utf-8-sig: some editors put a byte order mark before the first line.
-            values = json.loads(line.decode("utf-8-sig"))
-        except UnicodeDecodeError:
-            raise InputError(f"{place}: not text in UTF-8.") from None
-        except RecursionError:
-            raise InputError(f"{place}: nested too deeply.") from None
-        except ValueError as error:  # besides JSONDecodeError: of numbers with thousands of digits
-            reason = getattr(error, "msg", "a number in it is too long")
-            raise InputError(f"{place}: not JSON ({reason}); each line is one object.") from None
-        yield values, place
-
-
-def _read_data_set(name: str, split: str) -> Iterator[tuple[Any, str]]:
-    """Rows of a Hugging Face data set, with the empty fields that Arrow puts in left out."""
-    # Imported here: it takes a second, and training from a file has no need of it.
-    import datasets
-
-    try:
-        splits = datasets.load_dataset(name)
-    except Exception as error:  # the hub, the network, the builders: anything comes out of it
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(
-            f"{name}: there is no such file, and as a Hugging Face data set it cannot be loaded: "
-            f"{reason[:300]}"
-        ) from error
-    wanted = ("train",) if split == "train" else ("validation", "valid", "test")
-    found = next((splits[one] for one in wanted if one in splits), None)
-    if found is None:
-        raise InputError(
-            f"{name}: the data set has no {' or '.join(wanted)} split; it has {', '.join(splits)}."
-        )
-    for index, values in enumerate(found):
-        yield _without_none(values), f"{name}, row {index}"
-
-
-def _without_none(value: Any) -> Any:
-    """Drops keys that are None: Arrow gives every message every key that any message has."""
-    if isinstance(value, dict):
-        return {key: _without_none(inner) for key, inner in value.items() if inner is not None}
-    if isinstance(value, list):
-        return [_without_none(inner) for inner in value]
-    return value
-
-
-def _detect_format(values: Any, place: str) -> str:
-    _check_object(values, place)
-    for name, columns in FORMATS.items():
-        if all(column in values for column in columns):
-            return name
-    known = "; ".join(f"{name}: {', '.join(columns)}" for name, columns in FORMATS.items())
-    raise InputError(
-        f"{place}: the columns are {_names(values)}, which is no known format ({known})."
-    )
-
-
-def _check_record(values: Any, place: str, data_format: str) -> Record:
-    _check_object(values, place)
-    required = FORMATS[data_format]
-    lacking = [column for column in required if column not in values]
+    check_object(values)
+    lacking = [shape.given(name) for name in shape.required if shape.given(name) not in values]
     if lacking:
         raise InputError(
-            f"{place}: lacks {', '.join(lacking)}, which the format {data_format} needs; its "
-            f"columns are {_names(values)}."
+            f"lacks {', '.join(lacking)}, which the format {shape.data_format} needs; its "
+            f"columns are {names_of(values)}."
         )
-    columns = {column: values[column] for column in required}
+    data_format = shape.data_format
+    known = shape.known(values, train_on)
+    columns = {column: known[column] for column in FORMATS[data_format]}
     allowed = _OPTIONAL_COLUMNS[data_format]
     for column in (*allowed, *_MEANINGFUL):
-        value = values.get(column)
-        if value is None or value in ("", [], {}) or column in columns:
+        if column not in known or column in columns:
+            continue
+        value = known[column]
+        if value is None or value in ("", [], {}):
             continue
         if column not in allowed:
             raise InputError(
-                f"{place}: {column} is {short(value)}, and rows of the format {data_format} have "
+                f"{column} is {short(value)}, and rows of the format {data_format} have "
                 f"no place for it; {_elsewhere(column, data_format)}"
             )
         columns[column] = value
     for column, value in columns.items():
-        _CHECKS.get(column, _check_text)(value, f"{place}: {column}")
-    known = {*columns, *allowed, *_MEANINGFUL}
-    return Record(columns, place, tuple(name for name in values if name not in known))
+        _CHECKS.get(column, _check_text)(value, shape.given(column))
+    ignored = tuple(n for n in known if n not in columns and n not in allowed and n not in _KNOWN)
+    return Record(columns, ignored)
 
 
 def _elsewhere(column: str, data_format: str) -> str:
@@ -191,11 +91,6 @@ def _elsewhere(column: str, data_format: str) -> str:
     if column in ("tool_calls", "function_call", "reasoning_content"):
         return "it belongs to a message of the assistant, in messages."
     return "give functions as tools." if column == "functions" else "leave it out."
-
-
-def _check_object(values: Any, place: str) -> None:
-    if not isinstance(values, Mapping):
-        raise InputError(f"{place}: got {short(values)}; each row is an object with columns.")
 
 
 def _check_text(value: Any, where: str) -> None:
@@ -315,35 +210,3 @@ _CHECKS = {
     "history": _check_history,
     "tools": _check_tools,
 }
-
-
-def text_of(content: Any) -> Any:
-    """The text of a content that is one part of text, `[{"type": "text", "text": "Hi"}]`.
-
-    Any other is returned as it is: templates join several parts in different ways.
-    """
-    if isinstance(content, list) and len(content) == 1 and isinstance(content[0], dict):
-        part = {key: value for key, value in content[0].items() if value is not None}
-        if part.keys() == {"type", "text"} and part["type"] == "text":
-            return part["text"]
-    return content
-
-
-def parsed_json(value: Any) -> Any:
-    """What the JSON in a string says; what is no string, or no JSON, as it is."""
-    if not isinstance(value, str):
-        return value
-    try:
-        return json.loads(value)
-    except (ValueError, RecursionError):
-        return value
-
-
-def _names(values: Mapping[str, Any]) -> str:
-    return ", ".join(values) or "none"
-
-
-def short(value: Any) -> str:
-    """A value as JSON of at most 60 characters, for errors."""
-    text = json.dumps(value, ensure_ascii=False, default=str)
-    return text if len(text) <= 60 else text[:57] + "..."

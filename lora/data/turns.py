@@ -18,7 +18,7 @@ from lora.data.fields import Shown, dropped_fields, dropped_tool
 from lora.shaders.errors import InputError
 
 if TYPE_CHECKING:  # Jinja2 is loaded for chats only
-    from lora.config.schema import DataConfig
+    from lora.config.data_section import DataConfig
     from lora.forward.text.chat_template import ChatTemplate, Rendering, Span
 
 ASSISTANT = "assistant"
@@ -144,6 +144,7 @@ class _Renderer:
         self._template = template
         self._settings = settings
         self._end_texts = end_texts
+        self._known: dict[tuple[int, bool], Rendering] = {}
 
     def render(self) -> RenderedConversation:
         messages, trains_all = self._conversation.messages, self._settings.train_on == "all"
@@ -178,7 +179,7 @@ class _Renderer:
         return RenderedConversation(whole, turns, len(messages) - 1 in indices)
 
     def _turn(self, index: int) -> Turn:
-        through = self._rendered(index + 1)
+        through = self._through(index + 1)
         text = through.text
         if self._conversation.messages[index]["role"] == ASSISTANT:
             before = self._text(index, add_generation_prompt=True) if index else ""
@@ -287,12 +288,15 @@ class _Renderer:
         return f"{name}.{field}" if name.startswith("messages") else name
 
     def _text(self, n_messages: int, *, add_generation_prompt: bool = False) -> str:
-        return self._rendered(n_messages, add_generation_prompt=add_generation_prompt).text
+        return self._through(n_messages, add_generation_prompt=add_generation_prompt).text
 
-    def _rendered(self, n_messages: int, *, add_generation_prompt: bool = False) -> Rendering:
-        return self._render(
-            self._messages[:n_messages], add_generation_prompt=add_generation_prompt
-        )
+    def _through(self, n_messages: int, *, add_generation_prompt: bool = False) -> Rendering:
+        key = (n_messages, add_generation_prompt)
+        if key not in self._known:  # the whole is mostly the rendering through its last turn, too
+            self._known[key] = self._render(
+                self._messages[:n_messages], add_generation_prompt=add_generation_prompt
+            )
+        return self._known[key]
 
     def _render(
         self,

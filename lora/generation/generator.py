@@ -5,16 +5,20 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
 from lora.forward.model.frozen_model import Model
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.engine import STEPS_AHEAD, Adapter, DecodeEngine
+from lora.generation.prompts import Prompt, prompt_ids
 from lora.generation.sampling import GREEDY, Sampler, Sampling
 from lora.shaders.errors import InputError
 from lora.shaders.recording import Recording
+
+if TYPE_CHECKING:
+    from lora.forward.text.chat_template import ChatTemplate
 
 _DECODED_BEFORE = 16  # tokens decoded again before new ones, for what joins them
 _MOST_HELD_BACK = 4  # tokens: a character has at most four bytes
@@ -186,31 +190,30 @@ class TextGenerator:
 
     def stream(
         self,
-        prompt: str | Sequence[int],
+        prompt: Prompt,
         *,
         max_tokens: int,
         adapter: str | None = None,
         sampling: Sampling | Sampler = GREEDY,
+        template: ChatTemplate | None = None,
         add_bos: bool | None = None,
         stopped: Callable[[], bool] | None = None,
     ) -> Iterator[str]:
         """Pieces of text until an end-of-turn token, max_tokens, or the end of the room.
 
         Args:
-            prompt: a text, or token ids.
+            prompt: a text, token ids, or messages.
             max_tokens: new tokens at most.
             adapter: one of `adapters`; None for the bare model.
             sampling: how tokens are chosen; a Sampler goes on with its series of draws.
+            template: what messages are written with; None for the model's.
             add_bos: for a text, whether BOS comes before it; None: as the model wants it.
             stopped: as in `stream_ids`.
 
         Raises:
-            InputError: as `stream_ids`.
+            InputError: as `stream_ids`; or messages are given, and no chat template takes them.
         """
-        if isinstance(prompt, str):
-            ids = list(self.tokenizer.encode(prompt, add_bos=add_bos).ids)
-        else:
-            ids = list(prompt)
+        ids = prompt_ids(self.tokenizer, prompt, template, add_bos=add_bos)
         shown = len(ids)  # tokens whose text has been given
         for token in self.stream_ids(
             tuple(ids),

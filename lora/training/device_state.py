@@ -241,6 +241,8 @@ def open_cache(
         InputError: it is asked for and larger than one buffer can be.
     """
     setting = workload.config.train.reuse_frozen_prefix
+    if not examples:  # none, or rows that are streamed
+        return None
     lowest, a = workload.layout.lowest_layer, workload.architecture
     if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):
         if setting == "on":

@@ -56,9 +56,9 @@ class Tally:
 
     def result(self) -> EvalResult:
         """Of all batches."""
+        cut = [example.cut for example in self._examples]
         n_exact = sum(
-            right and not example.cut
-            for right, example in zip(self._all_correct, self._examples, strict=True)
+            right and not is_cut for right, is_cut in zip(self._all_correct, cut, strict=True)
         )
         loss = self._loss_sum / max(1, self._n_tokens)
         return EvalResult(
@@ -69,7 +69,7 @@ class Tally:
             n_exact=n_exact,
             n_examples=len(self._examples),
             n_tokens=self._n_tokens,
-            n_cut=sum(example.cut for example in self._examples),
+            n_cut=sum(cut),
         )
 
 
@@ -140,6 +140,7 @@ class Evaluator:
                 tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
 
         for batch in sequential_batches(examples, self._workload.config.train.batch_size):
+            self._workload.check(batch, self._tensors.inputs.rows.maximum)
             self._enter(batch, cache)
             program.run()
             for tensor in (head.losses, head.correct):

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from lora.data.batches import Batch
-from lora.data.examples import Example
+from lora.data.examples import Example, lengths_of
 from lora.shaders.program import Copy, Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -30,7 +30,7 @@ class PrefixCache:
 
     def __init__(self, recording: Recording, examples: Sequence[Example], hidden_size: int) -> None:
         self._recording = recording
-        self._lengths = [len(example.ids) for example in examples]
+        self._lengths = lengths_of(examples).tolist()
         self._hidden_size = hidden_size
         self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
         self._known = [False] * len(examples)
@@ -40,7 +40,7 @@ class PrefixCache:
     @staticmethod
     def bytes_needed(examples: Sequence[Example], hidden_size: int) -> int:
         """Memory that a cache of these examples takes."""
-        return 4 * hidden_size * sum(len(example.ids) for example in examples)
+        return 4 * hidden_size * int(lengths_of(examples).sum(dtype=np.int64))
 
     def holds(self, batch: Batch) -> bool:
         """Whether all examples of a micro-batch are known."""

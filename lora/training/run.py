@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from lora.data.examples import template_source
+from lora.data.rows import template_source
 from lora.shaders.choice import say_once
 from lora.storage.files import write_file
 from lora.training.checkpoint import resume, save_checkpoint

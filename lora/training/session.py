@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -15,11 +15,13 @@ from lora.adapters.peft_files import save_peft_adapter
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.checks.matrix_units import trust_matrix_units
 from lora.data.batches import Batch
-from lora.data.examples import Example
+from lora.data.given import are_tokens
+from lora.data.rows import chat_template
 from lora.forward.plans.matmul_plans import PlanSource, ProductShape
 from lora.forward.plans.matmul_tiles import Plan
 from lora.generation.engine import Adapter, memory_figures
 from lora.generation.generator import TextGenerator
+from lora.generation.prompts import Prompt, is_tokens
 from lora.generation.sampling import GREEDY, Sampling
 from lora.optim.adamw import step_words
 from lora.optim.schedule import learning_rate
@@ -59,7 +61,8 @@ class TrainingSession:
     Args:
         config: checked settings.
         train: False leaves out what only training needs (for evaluation and generation).
-        examples: tokenized ones in place of data.train; example i has index i.
+        examples: in place of data.train: rows, such as {"messages": …}, or tokens (`Example`s).
+            Rows without a length, as a generator's, are streamed, which needs train.steps.
         device: one that is open already, and stays open; several sessions can share it. By default
             the config's is opened, and closed with the session.
         loss: what each trained token counts in the gradient; None for the mean cross-entropy.
@@ -84,7 +87,7 @@ class TrainingSession:
         config: Config,
         *,
         train: bool = True,
-        examples: Sequence[Example] | None = None,
+        examples: Iterable[Any] | None = None,
         device: Device | None = None,
         loss: Loss | None = None,
         communicator: Communicator | None = None,
@@ -149,12 +152,13 @@ class TrainingSession:
 
     @classmethod
     def from_config(
-        cls, path: str | Path, overrides: Sequence[str] = (), *, train: bool = True
+        cls, path: str | Path, overrides: Sequence[str] = (), **others: Any
     ) -> TrainingSession:
-        """Opens the session of a YAML config; `overrides` are KEY=VALUE each."""
+        """Opens the session of a YAML config; `overrides` are KEY=VALUE each, `others` as above."""
         from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
 
-        return cls(load_config(str(path), overrides), train=train)
+        needs_data = others.get("examples") is None
+        return cls(load_config(str(path), overrides, needs_data=needs_data), **others)
 
     def close(self) -> None:
         """Gives the memory back, and the device where the session opened it."""
@@ -202,6 +206,8 @@ class TrainingSession:
         Its metrics come out of `train`, or of `finished_steps`, some steps later.
         """
         programs, train = self._training(), self.config.train
+        for batch in batches:
+            self.workload.check(batch, self.inputs.rows.maximum)
         assert self.stream is not None  # as there are programs
         rate = learning_rate(
             self.steps_done,
@@ -309,7 +315,7 @@ class TrainingSession:
     # -- evaluation and generation ----------------------------------------------------------------
 
     def evaluate(
-        self, examples: Sequence[Example] | None = None, *, adapted: bool = True
+        self, examples: Sequence[Any] | None = None, *, adapted: bool = True
     ) -> EvalResult:
         """Loss and greedy accuracy on examples (by default data.eval), one forward each.
 
@@ -318,9 +324,11 @@ class TrainingSession:
         end was not asked for.
 
         Args:
-            examples: at least one.
+            examples: at least one: rows, or tokenized ones.
             adapted: False for the bare model.
         """
+        if examples is not None and not are_tokens(examples):
+            examples = self.workload.data.of_rows(examples)
         if self._evaluator is None:
             self._evaluator = Evaluator(
                 self._recording, self.workload, self._tensors.step, self._enter
@@ -329,29 +337,29 @@ class TrainingSession:
 
     def generate(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
         max_tokens: int = 64,
         adapted: bool = True,
         sampling: Sampling = GREEDY,
     ) -> str:
-        """The continuation of a text (or of token ids), without the prompt; greedy by default."""
+        """The continuation of a text (of token ids, of messages), alone; greedy by default."""
         pieces = self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted, sampling=sampling)
         return "".join(pieces)
 
     def stream_text(
         self,
-        prompt: str | list[int],
+        prompt: Prompt,
         *,
         max_tokens: int = 64,
         adapted: bool = True,
         add_bos: bool | None = None,
         sampling: Sampling = GREEDY,
     ) -> Iterator[str]:
-        """The continuation of a text, piece by piece.
+        """The continuation of a prompt, piece by piece; messages are written as in training.
 
         Raises:
-            InputError: the prompt leaves no room in data.max_length.
+            InputError: the prompt leaves no room in data.max_length, or can't be written.
         """
         if self._generator is None:
             adapter = Adapter(self.layout, self.adapter.parameters)
@@ -361,12 +369,15 @@ class TrainingSession:
                 self.tokenizer,
                 {"adapter": adapter},
             )
+        written = (self.config.data, self.tokenizer, self.started)
+        template = None if is_tokens(prompt) else chat_template(*written)
         self._generator.forget()  # the adapter may have been trained or loaded since
         return self._generator.stream(
             prompt,
             max_tokens=max_tokens,
             adapter="adapter" if adapted else None,
             sampling=sampling,
+            template=template,
             add_bos=add_bos,
         )
 

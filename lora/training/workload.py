@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora.adapters.files import load_adapter, open_adapter
-from lora.data.batches import DataStream
-from lora.data.examples import DataSummary, Example, load_examples
+from lora.data.batches import Batch, check_batch
+from lora.data.examples import DataSummary, Example, id_range, lengths_of, trained_of
+from lora.data.given import are_tokens, given_rows, is_counted
+from lora.data.loading import DataSets
+from lora.data.order import BatchStream, DataStream
+from lora.data.streams import StreamedBatches, StreamedExamples
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
@@ -35,7 +40,10 @@ class Workload:
     Attributes:
         config: what it was made from.
         trains: whether training is wanted, or evaluation and generation alone.
+        train_examples, eval_examples: none where rows are streamed, or there is no such data.
         train_summary, eval_summary: None where the data did not come from the config.
+        streamed: the examples of training, where rows are not counted.
+        data: reads rows as the config says.
         initial: the adapter to begin with, f32 [layout.size].
     """
 
@@ -45,10 +53,12 @@ class Workload:
     architecture: Architecture
     tokenizer: Tokenizer
     layout: AdapterLayout
-    train_examples: list[Example]
+    train_examples: Sequence[Example]
     train_summary: DataSummary | None
-    eval_examples: list[Example]
+    eval_examples: Sequence[Example]
     eval_summary: DataSummary | None
+    streamed: StreamedExamples | None
+    data: DataSets
     initial: np.ndarray
 
     @classmethod
@@ -57,14 +67,15 @@ class Workload:
         config: Config,
         *,
         train: bool,
-        examples: Sequence[Example] | None = None,
+        examples: Iterable[Any] | None = None,
         now: datetime | None = None,
     ) -> Workload:
         """Reads what a config names.
 
         Args:
             train: False leaves out the data of training.
-            examples: tokenized ones in place of data.train.
+            examples: in place of data.train: tokenized ones, or rows, which are streamed where
+                they have no length.
             now: the time that chat templates write; None for the clock.
 
         Raises:
@@ -82,33 +93,50 @@ class Workload:
             adapter.scale,
         )
         _check_rank(layout)
-        train_examples: list[Example] = []
-        train_summary = None
-        if examples is not None:
-            train_examples = list(examples)
+        tokens = examples is not None and is_counted(examples) and are_tokens(examples)
+        given = None if examples is None or tokens else given_rows(examples)
+        data = DataSets(config.data, tokenizer, now, config.train.seed, given)
+        train_examples: Sequence[Example] = []
+        train_summary, streamed = None, None
+        if tokens:
+            assert examples is not None
+            train_examples = examples if isinstance(examples, Sequence) else list(examples)
+            if not train_examples:
+                raise InputError("examples: got none; give at least one.")
+        elif train and (config.data.streaming or not (given is None or is_counted(given.rows))):
+            streamed = _streamed(config, data)
         elif train:
-            train_examples, train_summary = load_examples(config.data, tokenizer, now=now)
-        eval_examples: list[Example] = []
+            train_examples, train_summary = data.examples("train")
+        eval_examples: Sequence[Example] = []
         eval_summary = None
-        if config.data.eval is not None:
-            eval_examples, eval_summary = load_examples(config.data, tokenizer, "eval", now)
+        if config.data.evaluates:
+            eval_examples, eval_summary = data.examples("eval")
         initial = _initial_parameters(config, layout)
-        _check_tokens([*train_examples, *eval_examples], architecture.vocab_size)
+        for found in (train_examples, eval_examples):
+            _check_tokens(found, architecture.vocab_size)
         return cls(
             config, train, gguf_file, architecture, tokenizer, layout, train_examples,
-            train_summary, eval_examples, eval_summary, initial,
+            train_summary, eval_examples, eval_summary, streamed, data, initial,
         )  # fmt: skip
 
-    @property
+    def check(self, batch: Batch, most_rows: int) -> None:
+        """Refuses what the device would take and give a loss for that means nothing.
+
+        Raises:
+            InputError: see `check_batch`.
+        """
+        check_batch(batch, self.architecture.vocab_size, self.longest, most_rows)
+
+    @cached_property
     def longest(self) -> int:
         """Tokens of the longest example that can occur."""
-        lengths = (len(e.ids) for e in (*self.train_examples, *self.eval_examples))
-        return max(self.config.data.max_length, *lengths, 1)
+        found = (lengths_of(e).max(initial=1) for e in (self.train_examples, self.eval_examples))
+        return max(self.config.data.max_length, *map(int, found))
 
     @property
     def maximum_rows(self) -> int:
         """Tokens of the largest micro-batch that can occur."""
-        longest = self._most(lambda example: len(example.ids))
+        longest = self._most(*map(lengths_of, (self.train_examples, self.eval_examples)))
         rows = max(longest, self.config.data.max_length)
         if rows > _MOST_ROWS:
             raise InputError(
@@ -121,22 +149,36 @@ class Workload:
     @property
     def maximum_targets(self) -> int:
         """Trained tokens of the largest micro-batch; one at least, for generation."""
-        return max(1, self._most(lambda example: int(example.trained.sum())))
+        return max(1, self._most(*map(trained_of, (self.train_examples, self.eval_examples))))
 
-    def _most(self, size: Callable[[Example], int]) -> int:
-        """The largest sum of sizes over a micro-batch of training or evaluation."""
+    def _most(self, train: np.ndarray, evaluation: np.ndarray) -> int:
+        """The largest sum of sizes over a micro-batch of training or evaluation.
+
+        Args:
+            train, evaluation: of each example.
+        """
         data, batch_size = self.config.data, self.config.train.batch_size
-        sums = []
-        for examples, packing in ((self.train_examples, data.packing), (self.eval_examples, False)):
-            if packing:
-                sums.append(batch_size * data.max_length)
-            else:
-                sums.append(sum(sorted(map(size, examples), reverse=True)[:batch_size]))
-        return max(sums)
+        most = int(np.sort(evaluation)[-batch_size:].sum())
+        if data.packing or self.streamed is not None:
+            return max(most, batch_size * data.max_length)
+        return max(most, int(np.sort(train)[-batch_size:].sum()))
 
-    def stream(self) -> DataStream:
+    def stream(self) -> BatchStream:
         """The micro-batches of a whole run, from the first."""
         train, data = self.config.train, self.config.data
+        if self.streamed is not None:
+            assert train.steps is not None  # checked when it was opened
+            return StreamedBatches(
+                self.streamed.__iter__,
+                batch_size=train.batch_size,
+                gradient_accumulation=train.gradient_accumulation,
+                packing=data.packing,
+                max_length=data.max_length,
+                shuffle=data.shuffle,
+                buffer=data.shuffle_buffer,
+                seed=train.seed,
+                steps=train.steps,
+            )
         return DataStream(
             self.train_examples,
             batch_size=train.batch_size,
@@ -188,10 +230,31 @@ def _check_rank(layout: AdapterLayout) -> None:
         )
 
 
+def _streamed(config: Config, data: DataSets) -> StreamedExamples:
+    """The examples of rows that are not counted.
+
+    Raises:
+        InputError: a setting wants to know how many there are.
+    """
+    if config.train.steps is None:
+        raise InputError(
+            "examples: rows without a length are streamed and not counted, so train.steps must say "
+            "how long to train; or give a list."
+        )
+    if config.data.eval_share is not None:
+        raise InputError("data.eval_share: rows that are streamed are not counted; give a list.")
+    if config.train.reuse_frozen_prefix == "on":
+        raise InputError(
+            "train.reuse_frozen_prefix: on: rows that are streamed come anew in each epoch, and "
+            "nothing of them is kept; set it to auto."
+        )
+    return data.streamed()
+
+
 def _check_tokens(examples: Sequence[Example], vocab_size: int) -> None:
-    for example in examples:
-        if len(example.ids) and int(example.ids.max()) >= vocab_size:
-            raise InputError(
-                f"The tokenizer gives id {int(example.ids.max())}, but the model's vocabulary "
-                f"has {vocab_size} entries; model.tokenizer does not fit this model."
-            )
+    least, most = id_range(examples)
+    if least < 0 or most >= vocab_size:
+        raise InputError(
+            f"The tokenizer gives id {least if least < 0 else most}, but the model's vocabulary "
+            f"has {vocab_size} entries; model.tokenizer does not fit this model."
+        )

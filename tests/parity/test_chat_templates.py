@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from lora.data.conversations import Conversation, conversation_of
-from lora.data.examples import RowTokenizer
 from lora.data.masks import MaskedTokens, mask_conversation
+from lora.data.rows import RowTokenizer
 from lora.data.turns import Turn, render_turns
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.chat_template import ChatTemplate

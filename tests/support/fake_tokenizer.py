@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from lora.config.schema import DataConfig
-from lora.data.examples import RowTokenizer
 from lora.data.masks import MaskedTokens
+from lora.data.rows import RowTokenizer
 from lora.forward.text.tokenizer import TokenizedText
 
 CHATML = (

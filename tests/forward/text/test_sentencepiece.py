@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from lora.config.schema import DataConfig
-from lora.data.examples import RowTokenizer
+from lora.data.rows import RowTokenizer
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from tests.support.tiny_sentencepiece import spaced_gguf, spaced_metadata

@@ -16,12 +16,13 @@ import pytest
 
 from lora.commands.chat import Chat, chat, named_adapters
 from lora.commands.cli import generate
-from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
+from lora.commands.prompts import check_can_chat, trained_templates
 from lora.config.schema import Config
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
+from lora.generation.prompts import conversation_ids
 from lora.generation.sampling import GREEDY, Sampling
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError

@@ -18,7 +18,7 @@ import yaml
 from lora.commands.data import data_command
 from lora.commands.data_view import histogram, visible
 from lora.config.schema import load_config
-from lora.data.examples import load_examples
+from lora.data.loading import load_examples
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError

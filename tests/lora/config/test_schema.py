@@ -51,9 +51,14 @@ def test_the_contracts_defaults(path: str) -> None:
         "data": {
             "train": "t.jsonl",
             "eval": None,
+            "eval_share": None,
             "format": "auto",
+            "columns": {},
             "max_length": 512,
+            "overflow": "cut",
             "packing": False,
+            "streaming": False,
+            "shuffle_buffer": 1000,
             "chat_template": None,
             "chat_template_kwargs": {},
             "train_on": "completion",
@@ -161,7 +166,7 @@ def test_overrides(path: str) -> None:
         ),
         ("data.chat_template_kwargs={1: 2}", "got {1: 2}; allowed here: a mapping of the chat"),
         ("data.chat_template=3", "got 3; allowed here: null, a file that holds a Jinja"),
-        ("data.zzz=1", "unknown key; allowed here: train, eval, format, max_length, packing, "),
+        ("data.zzz=1", "unknown key; allowed here: train, eval, eval_share, format, columns, m"),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
         ("train=[1]", "got [1]; allowed here: a mapping with the keys epochs, steps, batch_size"),
         ("model.path=", "got None; allowed here: the path of a GGUF file, ollama:N"),
@@ -185,8 +190,8 @@ def test_overrides(path: str) -> None:
         ("adapter.layers=[]", "got an empty list, so nothing would be trained; try all."),
         ("adapter.layers=[3, 3]", "got the layer 3 twice; name each layer once."),
         ("adapter.variant=lokr", "got 'lokr'; allowed here: lora or rslora."),
-        ("data.train=[]", "got []; allowed here: a JSONL file, a list of them, or the name of a"),
-        ("data.eval=[3]", "got [3]; allowed here: null, a JSONL file, a list of them, or the"),
+        ("data.train=[]", "got []; allowed here: a file, a directory, the name of a Hugging Face"),
+        ("data.eval=[3]", "got 3; allowed here: a file, a directory, the name of a Hugging"),
         ("data.format=chatt", "got 'chatt'; allowed here: auto, chat, completion, instruct or"),
         ("data.max_length=1", "got 1; allowed here: a whole number of tokens, at least 2."),
         ("data.packing=1", "got 1; allowed here: true or false."),
@@ -249,9 +254,9 @@ def test_missing_keys(path: str) -> None:
     assert refusal(path) == (
         f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
         "or hf:ORG/REPO/FILE.\n"
-        f"{path}: data: missing; give a mapping with the keys train, eval, format, max_length, "
-        "packing, chat_template, chat_template_kwargs, train_on, roles_to_train, train_on_eos, "
-        "append_eos, shuffle."
+        f"{path}: data: missing; give a mapping with the keys train, eval, eval_share, format, "
+        "columns, max_length, overflow, packing, streaming, shuffle_buffer, chat_template, "
+        "chat_template_kwargs, train_on, roles_to_train, train_on_eos, append_eos, shuffle."
     )
 
 
@@ -387,3 +392,56 @@ def test_targets_of_a_model() -> None:
 def test_scale() -> None:
     assert AdapterConfig(rank=4, alpha=6).scale == 1.5
     assert math.isclose(AdapterConfig(rank=4, alpha=6, variant="rslora").scale, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("value", "words"),
+    [
+        ("{}", "give path (a file or a directory) or name (of a Hugging Face data set), and not b"),
+        ("{path: a, name: b}", "give path (a file or a directory) or name (of a"),
+        ("{path: a, weigth: 2}", "weigth: unknown key; did you mean weight?"),
+        ("{path: a, r: 2}", "r: unknown key; its name here is adapter.rank."),
+        ("{path: a, weight: 0}", "weight: got 0; allowed here: a number above 0."),
+        ("[a, {path: b, format: chatt}]", "format: got 'chatt'; allowed here: null, auto, chat"),
+        ("{path: a, columns: {promt: q}}", "columns: 'promt' is no column that is known "
+         "here; did you mean prompt?"),
+        ("[a, 3]", "got 3; allowed here: a file, a directory"),
+    ],
+)  # fmt: skip
+def test_sources_that_are_wrong(path: str, value: str, words: str) -> None:
+    override = f"data.train={value}"
+    assert refusal(path, override).startswith(f"--set {override}: data.train: {words}")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["data.eval=e", "data.eval_share=0.1"], "eval and eval_share are both given; keep one"),
+        (["data.eval={path: e, weight: 2}"], "eval: every row is evaluated once, so weight can't"),
+        (["data.streaming=true"], "data.streaming: rows that are streamed are not counted, so tr"),
+        (
+            ["data.streaming=true", "train.steps=3", "data.train={path: t, weight: 2}"],
+            "streaming: rows that are streamed are taken once each, so weight can't be 2",
+        ),
+    ],
+)
+def test_settings_of_data_that_exclude_each_other(
+    path: str, overrides: list[str], words: str
+) -> None:
+    assert words in refusal(path, *overrides)
+
+
+def test_a_source_as_a_mapping_is_read_back(path: str) -> None:
+    source = "{name: org/set, config: en, split: 'train[:20%]', columns: {prompt: q}, weight: 0.5}"
+    over = [f"data.train=[a.jsonl, {source}]", "data.format=completion", "data.eval_share=0.1",
+            "data.columns={completion: a}", "train.eval_every=3"]  # fmt: skip
+    config = load_config(write(path, LEAST), over)
+    assert load_config(write(path, config.dump_yaml())) == config
+    first, second = config.data.sources("train")
+    assert (first.path, first.format, first.columns) == (
+        "a.jsonl",
+        "completion",
+        {"completion": "a"},
+    )
+    assert (second.name, second.weight, second.split) == ("org/set", 0.5, "train[:20%]")
+    assert second.columns == {"completion": "a", "prompt": "q"}

@@ -11,8 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lora.data.batches import IGNORED, Batch, DataStream, make_batch, sequential_batches
+from lora.data.batches import IGNORED, Batch, make_batch, sequential_batches
 from lora.data.examples import Example
+from lora.data.order import DataStream
 from lora.shaders.errors import InputError
 
 
@@ -179,11 +180,14 @@ def test_total_steps(epochs: float, steps: int | None, expected: int) -> None:
     assert stream.total_steps == expected == len(list(stream))
 
 
-def test_packing_fills_the_first_row_with_room() -> None:
+def test_packing_fills_the_row_with_the_least_room_that_is_enough() -> None:
     stream = DataStream(
-        make_examples([6, 5, 4, 3, 2]), batch_size=1, packing=True, max_length=10, shuffle=False
+        make_examples([2, 6, 3, 7, 2]), batch_size=1, packing=True, max_length=10, shuffle=False
     )
-    assert [step[0].examples for step in stream] == [[0, 2], [1, 3, 4]]
+    # 7 and 6 begin rows, 3 goes to 7, whose room is less; both 2 go to 6.
+    assert [step[0].examples for step in stream] == [[2, 3], [0, 1, 4]]
+    assert stream.packing_efficiency == 1.0
+    assert DataStream(make_examples([2]), batch_size=1).packing_efficiency is None
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from lora.config.schema import load_config
-from lora.data.examples import load_examples
+from lora.data.loading import load_examples
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
 

@@ -14,7 +14,9 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
-from lora.data.examples import DataSummary, Example, RowTokenizer, load_examples
+from lora.data.examples import DataSummary, Example
+from lora.data.loading import load_examples
+from lora.data.rows import RowTokenizer
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
@@ -234,9 +236,7 @@ def test_splits_of_a_data_set(data_set: Path) -> None:
 
 
 def test_a_data_set_that_cannot_be_loaded(data_set: Path) -> None:
-    assert refusal(str(data_set)).startswith(
-        f"{data_set}: there is no such file, and as a Hugging Face data set it cannot be loaded: "
-    )
+    assert refusal(str(data_set)).startswith(f"{data_set}: cannot be loaded as a data set: ")
 
 
 def test_training_from_a_file_does_not_import_datasets(
