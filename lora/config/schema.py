@@ -299,8 +299,18 @@ class TrainConfig(_Section):
         return self
 
     def resolve_warmup(self, total_steps: int) -> int:
-        """Returns the number of warm-up steps, rounded up as transformers does."""
+        """Returns the number of warm-up steps, rounded up as transformers does.
+
+        Raises:
+            InputError: they are more than the run has.
+        """
         if self.warmup_steps is not None:
+            if self.warmup_steps > total_steps:
+                steps = "1 step" if total_steps == 1 else f"{total_steps} steps"
+                raise InputError(
+                    f"train.warmup_steps: got {self.warmup_steps}, but the run has {steps}: "
+                    "train.learning_rate would never be reached. Lower it, or train longer."
+                )
             return self.warmup_steps
         return math.ceil((self.warmup_ratio or 0.0) * total_steps)
 

@@ -90,10 +90,13 @@ class Workload:
             eval_examples, eval_summary = load_examples(config.data, tokenizer, "eval", now)
         initial = _initial_parameters(config, layout)
         _check_tokens([*train_examples, *eval_examples], architecture.vocab_size)
-        return cls(
+        workload = cls(
             config, train, gguf_file, architecture, tokenizer, layout, train_examples,
             train_summary, eval_examples, eval_summary, initial,
         )  # fmt: skip
+        if train:
+            config.train.resolve_warmup(workload.stream().total_steps)  # refuses one that is longer
+        return workload
 
     @property
     def longest(self) -> int:

@@ -285,6 +285,9 @@ def test_warmup_steps() -> None:
     assert resolve(warmup_steps=0) == 0
     assert resolve(warmup_ratio=0) == 0
     assert resolve(warmup_ratio=None) == 0
+    assert resolve(warmup_steps=110) == 110
+    with pytest.raises(InputError, match="warmup_steps: got 111, but the run has 110 steps"):
+        resolve(warmup_steps=111)
 
 
 def test_eval_every_needs_something_to_evaluate_on(path: str) -> None:

@@ -115,6 +115,17 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> Non
     assert metrics_of(output)[-1]["step"] == int(checkpoint.name[-6:])
 
 
+def test_a_run_of_one_step_trains(tmp_path: Path) -> None:
+    """With the default warm-up, which is then that one step."""
+    path = write_run(tmp_path, train={"steps": 1, "warmup_ratio": 0.03})
+    session = TrainingSession.from_config(path)
+    (metrics,) = session.train()
+    assert metrics.learning_rate == 0.02
+    assert session.parameters()[session.workload.initial == 0].any()  # B begins as zeros
+    with pytest.raises(InputError, match="got 2, but the run has 1 step: train.learning_rate"):
+        TrainingSession.from_config(path, ["train.warmup_ratio=null", "train.warmup_steps=2"])
+
+
 def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
     session = TrainingSession.from_config(write_run(tmp_path))
     with pytest.raises(InputError, match="holds no checkpoint; run without --resume"):
