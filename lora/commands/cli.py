@@ -12,6 +12,7 @@ import typer
 from rich.console import Console
 
 from lora.commands.data import data_command
+from lora.commands.debug_nan import debug_nan_command
 from lora.commands.devices import devices_command
 from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
@@ -89,13 +90,14 @@ def train(
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
     from lora.training.checkpoint import device_of_then, started_at
-    from lora.training.output import check_output
+    from lora.training.output import check_output, check_room
     from lora.training.run import Interrupted, run_training
     from lora.training.session import TrainingSession
 
     given = overrides(set_, webgpu)
     loaded = load_config(config, given)
     check_output(Path(loaded.output), resuming=resume)
+    check_room(loaded, Path(loaded.output))
     device = device_of_then(loaded) if resume else None
     started = started_at(Path(loaded.output)) if resume else None
     session = TrainingSession(loaded, device=device, started=started)
@@ -339,6 +341,7 @@ def inspect(
 app.command(name="export")(export_command)
 app.command(name="tune")(tune_command)
 app.command(name="devices")(devices_command)
+app.command(name="debug-nan")(debug_nan_command)
 
 
 @app.command()

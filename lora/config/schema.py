@@ -23,6 +23,7 @@ from pydantic import (
     model_validator,
 )
 
+from lora.config.durations import checked_duration
 from lora.config.errors import config_problems, did_you_mean
 from lora.config.paths import expanded
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
@@ -54,6 +55,7 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(_word_from_swit
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(expanded)]
 Count = Annotated[int, Field(ge=1)]
+Duration = Annotated[str, AfterValidator(checked_duration)]
 
 
 class _Section(BaseModel):
@@ -280,8 +282,12 @@ class TrainConfig(_Section):
     eval_every: Count | None = Field(
         default=None, description="null, or a whole number of steps, at least 1"
     )
-    save_every: Count | None = Field(
-        default=None, description="null, or a whole number of steps, at least 1"
+    save_every: Count | Duration | None = Field(
+        default="10m", description="null, a whole number of steps, or a time such as 90s, 10m or 1h"
+    )
+    on_device_loss: Literal["stop", "retry"] = Field(default="stop", description="stop or retry")
+    max_submission_seconds: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description="null, or a number of seconds above 0"
     )
     keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
 

@@ -1,47 +1,50 @@
-"""Checkpoints: enough to go on bit for bit.
+"""Checkpoints: enough to go on bit for bit, each whole or found out.
 
 `OUTPUT/checkpoints/step-000100/` holds the adapter as PEFT saves it, the two moments of AdamW, the
 position in the data, when the run began (chat templates may write the date), and the tiles of the
-products, which decide in which order sums are taken. The
-order of an epoch follows from (seed, epoch), so that position is all of the random state.
+products, which decide in which order sums are taken. The order of an epoch follows from
+(seed, epoch), so that position is all of the random state. Digests say whether its files are as
+they were written, and fingerprints what it was made with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 import re
-import shutil
-import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-import safetensors
 import safetensors.numpy
 
-from lora.adapters.peft_files import load_peft_adapter, save_peft_adapter
-from lora.forward.plans.matmul_plans import ProductShape
-from lora.forward.plans.matmul_tiles import Plan
-from lora.shaders.choice import SETTINGS, asked_for
+from lora.adapters.peft_files import SETTINGS, WEIGHTS, save_peft_adapter
+from lora.shaders.choice import SETTINGS as WEBGPU_SETTINGS
+from lora.shaders.choice import asked_for
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
-from lora.storage.files import new_directory
-from lora.storage.tile_cache import circumstances, entry_of, plan_of_entry
+from lora.storage.files import new_directory, remove_directory, write_file
+from lora.storage.tile_cache import circumstances, entry_of
 from lora.training.session import TrainingSession
 
 if TYPE_CHECKING:
     from lora.config.schema import Config
 
+FOLDER = "checkpoints"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
-_OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
+_PIECE = 1 << 20
+# Of the state: what decides what follows. The rest is compared with what is used, and said.
+_DECISIVE = ("step", "started", "stream", "precision", "fingerprints", "guard", "files")
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    folder = output / "checkpoints"
+    """The checkpoints of a run, oldest first."""
+    folder = output / FOLDER
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)] if folder.exists() else []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -50,15 +53,15 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     """Writes a checkpoint of the steps done so far; waits for them. Returns its directory.
 
     Only the newest train.keep_checkpoints stay.
+
+    Raises:
+        LoraError: the adapter or its moments hold what is no number.
+        OSError: it can't be written; those before it stay.
     """
     if session.stream is None:
         raise ValueError("a session without training has no checkpoints")
-    path = output / "checkpoints" / f"step-{session.steps_done:06d}"
-    adapter, memory = session.adapter, session.memory
-    moments = {
-        "first_moment": memory.read(adapter.first_moment),
-        "second_moment": memory.read(adapter.second_moment),
-    }
+    path = output / FOLDER / f"step-{session.steps_done:06d}"
+    flat, moments = session.checked_parameters(), session.moments()
     state = {
         "step": session.steps_done,
         "started": session.started.isoformat(),
@@ -68,14 +71,71 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "webgpu": session.device.found.implementation.setting,
         "kernels": session.kernels_digest(),
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
+        "fingerprints": session.fingerprints(),
+        "guard": session.guard().as_dict(),
     }
     with new_directory(path) as directory:
-        save_peft_adapter(directory, session.layout, session.parameters(), session.config)
-        (directory / _OPTIMIZER).write_bytes(safetensors.numpy.save(moments))
-        (directory / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+        save_peft_adapter(directory, session.layout, flat, session.config)
+        write_file(directory / OPTIMIZER, safetensors.numpy.save(moments))
+        state["files"] = {
+            name: _digest(directory / name) for name in (WEIGHTS, SETTINGS, OPTIMIZER)
+        }
+        state["digest"] = _digest_of_state(state)
+        write_file(directory / STATE, json.dumps(state, indent=2) + "\n")
     for old in checkpoints(output)[: -session.config.train.keep_checkpoints]:
-        shutil.rmtree(old)
+        remove_directory(old)
     return path
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json holds, once all its files are found to be as written.
+
+    Raises:
+        ValueError: the checkpoint is damaged; the message says where.
+    """
+    try:
+        state = dict(json.loads((path / STATE).read_text()))
+    except OSError as error:
+        raise ValueError(f"{STATE}: {error.strerror}") from None
+    except (ValueError, TypeError):
+        raise ValueError(f"{STATE} is no JSON") from None
+    if "files" not in state:  # of an earlier version, without digests
+        return state
+    if state.get("digest") != _digest_of_state(state):
+        raise ValueError(f"{STATE} was changed")
+    for name, digest in state["files"].items():
+        try:
+            changed = _digest(path / name) != digest
+        except OSError as error:
+            raise ValueError(f"{name}: {error.strerror}") from None
+        if changed:
+            raise ValueError(f"{name} was changed")
+    return state
+
+
+def newest_whole(output: Path) -> tuple[Path, dict[str, Any], list[tuple[Path, str]]] | None:
+    """The checkpoint to go on from: the newest whose files are as they were written.
+
+    Returns:
+        Its directory, its state, and the damaged ones that are newer, with what is wrong; None
+        where no checkpoint is whole.
+    """
+    damaged = []
+    for path, state in _states(output):
+        if isinstance(state, str):
+            damaged.append((path, state))
+        else:
+            return path, state, damaged
+    return None
+
+
+def _states(output: Path) -> Iterator[tuple[Path, dict[str, Any] | str]]:
+    """Newest first: the state of each checkpoint, or what is wrong with it."""
+    for path in reversed(checkpoints(output)):
+        try:
+            yield path, read_state(path)
+        except ValueError as error:
+            yield path, str(error)
 
 
 def device_of_then(config: Config) -> Device:
@@ -90,121 +150,40 @@ def device_of_then(config: Config) -> Device:
     Raises:
         InputError: there is no such device.
     """
-    then = None
-    for path in checkpoints(Path(config.output))[-1:]:
-        with suppress(OSError, ValueError, AttributeError):  # `resume` says what is wrong with it
-            then = json.loads((path / _STATE).read_text()).get("webgpu")
-    if asked_for(config.webgpu) == "auto" and then in SETTINGS:
+    found = newest_whole(Path(config.output))
+    then = None if found is None else found[1].get("webgpu")
+    if asked_for(config.webgpu) == "auto" and then in WEBGPU_SETTINGS:
         with suppress(InputError):
             return Device(config.device, webgpu=then)
     return Device(config.device, webgpu=config.webgpu)
 
 
 def started_at(output: Path) -> datetime | None:
-    """When a run began, by its last checkpoint; None where there is none that says it."""
-    for path in checkpoints(output)[-1:]:
-        try:
-            return datetime.fromisoformat(json.loads((path / _STATE).read_text())["started"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return None  # resume says what is wrong with it
-    return None
-
-
-def resume(session: TrainingSession, output: Path) -> Path:
-    """Puts a session where the last checkpoint of `output` stands; returns its directory.
-
-    The session takes over the checkpoint's plans of products. It warns where it can't, since the
-    last bits of what follows may then differ from those of a run that was never stopped.
-
-    Raises:
-        InputError: there is none, or it was made with another adapter, other data or in another
-            precision.
-    """
-    found = checkpoints(output)
-    if not found:
-        raise InputError(
-            f"--resume: {output}/checkpoints holds no checkpoint; run without --resume."
-        )
-    path = found[-1]
-    if session.stream is None:
-        raise ValueError("a session without training cannot resume")
-    flat = load_peft_adapter(path, session.layout)
+    """When a run began, by the checkpoint to go on from; None where there is none that says it."""
+    found = newest_whole(output)
     try:
-        state = json.loads((path / _STATE).read_text())
-        step, stream, precision = int(state["step"]), dict(state["stream"]), state["precision"]
-        found_with, entries = dict(state["found_with"]), dict(state["plans"])
-        kernels = state.get("kernels")  # None: of a version that did not keep it
-        with safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file:
-            moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
-    except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
-        raise InputError(
-            f"{path}: not a checkpoint that can be read ({error}); remove it to resume from the "
-            "one before."
-        ) from None
-    if any(m.shape != (session.layout.size,) or m.dtype != np.float32 for m in moments):
-        raise InputError(f"{path}: its optimizer state does not fit this config's adapter.")
-    now = session.config.train.precision
-    if precision != now:
-        raise InputError(
-            f"The checkpoint was made with train.precision {precision}, and now it is {now}; "
-            "resume with the setting of then, or start anew without --resume."
-        )
-    summary = session.workload.train_summary
-    began = started_at(output)
-    if summary is not None and summary.dated and began not in (None, session.started):
-        raise InputError(
-            "The chat template writes the date, and this session was opened with another than the "
-            "run began with; open it with TrainingSession(…, started=started_at(output))."
-        )
-    session.stream.restore(stream)
-    plans, reason = _plans_of_then(session, found_with, entries)
-    session.use_plans(plans)
-    if reason is None and session.kernels_digest() != kernels:
-        reason = "The checkpoint was made with other kernels"
-    if reason is not None:
-        warnings.warn(
-            f"{reason}: the last bits of what follows may differ from a run that was never "
-            "stopped.",
-            stacklevel=2,
-        )
-    session.steps_done = step
-    for tensor, array in (
-        (session.adapter.parameters, flat),
-        (session.adapter.first_moment, moments[0]),
-        (session.adapter.second_moment, moments[1]),
-    ):
-        session.memory.write(tensor, array)
-    return path
+        return None if found is None else datetime.fromisoformat(found[1]["started"])
+    except (ValueError, KeyError, TypeError):
+        return None  # of a version that did not keep it
 
 
-def _plans_of_then(
-    session: TrainingSession, found_with: dict[str, Any], entries: dict[str, Any]
-) -> tuple[dict[ProductShape, Plan], str | None]:
-    """The plans that a checkpoint holds for this session's products, and why these aren't all.
-
-    Args:
-        session: which resumes.
-        found_with, entries: of the checkpoint.
-    """
-    facts = session.device.facts
-    changed = [
-        f"{_named(name, found_with.get(name))} (now {now})"
-        for name, now in circumstances(facts).items()
-        if found_with.get(name) != now
-    ]
-    plans = {
-        product: plan_of_entry(facts, product, entries.get(product.key))
-        for product in session.plans
-    }
-    usable = {product: plan for product, plan in plans.items() if plan is not None}
-    if changed:
-        return {}, f"The checkpoint was made with {', '.join(changed)}"
-    if len(usable) < len(plans):
-        n_lacking = len(plans) - len(usable)
-        return usable, f"The checkpoint has no tiles for {n_lacking} of {len(plans)} products"
-    return usable, None
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _named(name: str, value: Any) -> str:
-    """A circumstance of then; Dawn's version comes with its own name (`circumstances`)."""
-    return str(value) if name == "wgpu" and str(value).startswith("Dawn") else f"{name} {value}"
+def _digest_of_state(state: dict[str, Any]) -> str:
+    decisive = {key: state.get(key) for key in _DECISIVE}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def set_aside(path: Path) -> None:
+    """Takes a damaged checkpoint out of the list without losing what is left of it."""
+    with suppress(OSError):
+        number = 1
+        while (aside := path.with_name(f"damaged-{number}-{path.name}")).exists():
+            number += 1
+        os.replace(path, aside)

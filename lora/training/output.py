@@ -4,15 +4,25 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.architecture import Architecture
 from lora.shaders.choice import say_once
 from lora.shaders.errors import InputError
+from lora.storage.files import clean_leftovers, make_directories, sync_directory
+from lora.storage.stores import resolve_model
+from lora.training.checkpoint import FOLDER, checkpoints
+from lora.training.workload import layout_of
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 if sys.platform == "win32":
     import msvcrt
@@ -21,10 +31,11 @@ else:
 
 RUN = "run.json"  # what ran; also the mark of a directory of ours
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 # What a run leaves; before there was a run.json, two of them told a directory of ours.
 _OLDER_MARKS = ("config.yaml", METRICS)
+FLOAT_BYTES = 4  # of what is saved
+_SMALL_FILES = 1 << 20  # bytes: configs, metrics, states
 _LOCKED_BYTE = 1 << 30  # on Windows a locked byte can't be read: one behind the text
 
 
@@ -44,6 +55,28 @@ def check_output(output: Path, *, resuming: bool) -> None:
         raise InputError(f"output: {output} cannot be used: {error.strerror}.") from error
 
 
+def check_room(config: Config, output: Path) -> None:
+    """Refuses a disk without room for what a run leaves, before the model is loaded.
+
+    Raises:
+        InputError: there is less; or the model is none that can be trained.
+    """
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    layout = layout_of(config, Architecture.from_gguf(GGUFFile(resolve_model(config.model.path))))
+    kept = config.train.keep_checkpoints
+    # A new checkpoint is whole before the oldest goes; each has the adapter and two moments.
+    checkpoint = FLOAT_BYTES * 3 * layout.size + _SMALL_FILES
+    held = min(len(checkpoints(output)), kept) if output.is_dir() else 0
+    needed = (kept + 1 - held) * checkpoint + FLOAT_BYTES * layout.size + _SMALL_FILES
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"output: {output} needs {needed / 2**20:,.0f} MiB for {kept} checkpoints and the "
+            f"adapter, and the disk has {free / 2**20:,.0f} MiB free; make room, name another "
+            "directory, or lower train.keep_checkpoints."
+        )
+
+
 @contextmanager
 def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
     """Yields the directory, made if need be, as long as this process alone has it.
@@ -60,8 +93,10 @@ def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
             return
         if not resuming and is_ours(output):
             _make_room(output)
-        output.mkdir(parents=True, exist_ok=True)
+        make_directories(output)
         with _locked(output):
+            for folder in (output, output / FOLDER):
+                clean_leftovers(folder, all_owners=True)
             yield output
     except OSError as error:
         if error.filename is None or not str(error.filename).startswith(str(output)):
@@ -71,7 +106,7 @@ def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
 
 def is_ours(output: Path) -> bool:
     """Whether a run of ours stands in a directory."""
-    if (output / RUN).is_file() or (output / CHECKPOINTS).is_dir():
+    if (output / RUN).is_file() or (output / FOLDER).is_dir():
         return True
     return all((output / name).is_file() for name in _OLDER_MARKS)
 
@@ -115,6 +150,7 @@ def _make_room(output: Path) -> None:
             os.replace(output, aside)
     if sys.platform == "win32":
         os.replace(output, aside)
+    sync_directory(output.parent)
     say_once(f"The run that stood in {output} is now in {aside}.")
 
 

@@ -70,14 +70,7 @@ class Workload:
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
         tokenizer = Tokenizer.open(gguf_file, config.model.tokenizer)
-        adapter = config.adapter
-        layout = AdapterLayout(
-            architecture,
-            adapter.resolve_layers(architecture.n_layers),
-            adapter.resolve_targets(architecture),
-            adapter.rank,
-            adapter.scale,
-        )
+        layout = layout_of(config, architecture)
         train_examples: list[Example] = []
         train_summary = None
         if examples is not None:
@@ -140,6 +133,22 @@ class Workload:
             epochs=train.epochs,
             steps=train.steps,
         )
+
+
+def layout_of(config: Config, architecture: Architecture) -> AdapterLayout:
+    """The adapter that a config asks for, on a model.
+
+    Raises:
+        InputError: the model lacks what is to be adapted.
+    """
+    adapter = config.adapter
+    return AdapterLayout(
+        architecture,
+        adapter.resolve_layers(architecture.n_layers),
+        adapter.resolve_targets(architecture),
+        adapter.rank,
+        adapter.scale,
+    )
 
 
 def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:
