@@ -36,6 +36,11 @@ def temporary_path(path: Path, kind: str = "tmp") -> Path:
     return path.with_name(f".{path.name}.{owner()}-{uuid.uuid4().hex[:8]}.{kind}")
 
 
+def is_temporary(name: str) -> bool:
+    """Whether a name is one of `temporary_path`, of whatever process."""
+    return _TEMPORARY.fullmatch(name) is not None
+
+
 def write_file(path: Path, contents: bytes | str) -> None:
     """Writes a file so that its name never holds half of the contents."""
     make_directories(path.parent)

@@ -9,6 +9,7 @@ they were written, and fingerprints what it was made with.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -19,11 +20,12 @@ from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import safetensors.numpy
 
 from lora.adapters.peft_files import SETTINGS, WEIGHTS, save_peft_adapter
 from lora.shaders.choice import SETTINGS as WEBGPU_SETTINGS
-from lora.shaders.choice import asked_for
+from lora.shaders.choice import asked_for, say_once
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.storage.files import new_directory, remove_directory, write_file
@@ -74,6 +76,29 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "fingerprints": session.fingerprints(),
         "guard": session.guard().as_dict(),
     }
+    try:
+        _write(path, session, flat, moments, state)
+    except OSError as error:
+        older = checkpoints(output)[:-1]
+        if error.errno != errno.ENOSPC or not older:
+            raise
+        say_once(f"The disk is full: {output / FOLDER} keeps fewer than train.keep_checkpoints.")
+        for old in older:
+            remove_directory(old)
+        _write(path, session, flat, moments, state)
+    for old in checkpoints(output)[: -session.config.train.keep_checkpoints]:
+        remove_directory(old)
+    return path
+
+
+def _write(
+    path: Path,
+    session: TrainingSession,
+    flat: np.ndarray,
+    moments: dict[str, np.ndarray],
+    state: dict[str, Any],
+) -> None:
+    """Writes the files of a checkpoint; the state, with the digests of the others, comes last."""
     with new_directory(path) as directory:
         save_peft_adapter(directory, session.layout, flat, session.config)
         write_file(directory / OPTIMIZER, safetensors.numpy.save(moments))
@@ -82,9 +107,6 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         }
         state["digest"] = _digest_of_state(state)
         write_file(directory / STATE, json.dumps(state, indent=2) + "\n")
-    for old in checkpoints(output)[: -session.config.train.keep_checkpoints]:
-        remove_directory(old)
-    return path
 
 
 def read_state(path: Path) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -15,8 +16,8 @@ from typing import IO, TYPE_CHECKING, Any
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
 from lora.shaders.choice import say_once
-from lora.shaders.errors import InputError
-from lora.storage.files import clean_leftovers, make_directories, sync_directory
+from lora.shaders.errors import InputError, LoraError
+from lora.storage.files import clean_leftovers, is_temporary, make_directories, sync_directory
 from lora.storage.stores import resolve_model
 from lora.training.checkpoint import FOLDER, checkpoints
 from lora.training.workload import layout_of
@@ -34,6 +35,7 @@ METRICS = "metrics.jsonl"
 LOCK = ".lock"
 # What a run leaves; before there was a run.json, two of them told a directory of ours.
 _OLDER_MARKS = ("config.yaml", METRICS)
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 FLOAT_BYTES = 4  # of what is saved
 _SMALL_FILES = 1 << 20  # bytes: configs, metrics, states
 _LOCKED_BYTE = 1 << 30  # on Windows a locked byte can't be read: one behind the text
@@ -86,6 +88,7 @@ def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
     Raises:
         InputError: see `check_output`.
     """
+    begun = False  # what is refused before is the user's to mend
     try:
         _check_place(output, resuming)
         if resuming and not output.is_dir():
@@ -97,11 +100,18 @@ def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
         with _locked(output):
             for folder in (output, output / FOLDER):
                 clean_leftovers(folder, all_owners=True)
+            begun = True
             yield output
     except OSError as error:
-        if error.filename is None or not str(error.filename).startswith(str(output)):
-            raise
-        raise InputError(f"output: {output} cannot be written: {error.strerror}.") from error
+        ours = str(error.filename or "").startswith(str(output)) or error.errno in _OF_A_DISK
+        if not begun:
+            raise InputError(f"output: {output} cannot be written: {error.strerror}.") from error
+        if ours:
+            raise LoraError(
+                f"{output} cannot be written any more: {error.strerror}. The checkpoints that are "
+                "there stay; go on with --resume once that is mended."
+            ) from error
+        raise
 
 
 def is_ours(output: Path) -> bool:
@@ -128,7 +138,11 @@ def _check_place(output: Path, resuming: bool) -> None:
         raise InputError(f"output: {nearest} can't be written.")
     if not _is_there(output) or is_ours(output):
         return
-    foreign = sorted(path.name for path in output.iterdir() if path.name != LOCK)
+    foreign = sorted(
+        path.name
+        for path in output.iterdir()
+        if path.name != LOCK and not is_temporary(path.name)  # of a run killed at its first file
+    )
     if foreign and resuming:
         raise InputError(f"output: {output} holds no run of ours to go on with.")
     if foreign:
