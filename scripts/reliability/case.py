@@ -51,7 +51,8 @@ class Tally:
     def row(self) -> str:
         """Of the table, in Markdown."""
         results = "; ".join(f"{number} × {result}" for result, number in self.results.items())
-        return f"| {self.fault} | {self.count} | {results} | {self.same} of {self.count}{self.same_what} |"
+        same = f"{self.same} of {self.count}{self.same_what}"
+        return f"| {self.fault} | {self.count} | {results} | {same} |"
 
 
 class Case:
