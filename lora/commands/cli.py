@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -110,8 +111,9 @@ def train(
     except Interrupted as stop:
         options = [word for value in given for word in ("--set", value)]
         command = shlex.join(["lora", "train", str(config), *options, "--resume"])
-        typer.echo(f"Stopped; saved {stop.checkpoint}.")
-        typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
+        with suppress(OSError):  # the terminal may be what is gone
+            typer.echo(f"Stopped; saved {stop.checkpoint}.")
+            typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
         raise typer.Exit(128 + stop.signum) from None
     console.print(f"Saved the adapter to {output}.")
 

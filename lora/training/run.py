@@ -13,7 +13,7 @@ from types import FrameType
 from lora.config.durations import seconds_of
 from lora.data.examples import template_source
 from lora.shaders.choice import say_once
-from lora.shaders.errors import DeviceMemoryError, GPUError
+from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
 from lora.storage.files import write_file
 from lora.training.checkpoint import checkpoints, save_checkpoint
 from lora.training.endings import DeviceFullError, DeviceLostError, device_ended
@@ -111,7 +111,11 @@ def _train_on(
             if stops or not isinstance(ended, DeviceLostError):
                 raise ended from error
             say_once(f"{ended} The device is opened anew ({losses} of {MOST_LOSSES} times).")
-        session.reopen()
+        time.sleep(losses - 1)  # a driver that was lost again may need a moment
+        try:
+            session.reopen()
+        except InputError as error:
+            raise DeviceLostError(f"{ended} It could not be opened again ({error})") from error
         if checkpoints(output):
             resume(session, output)
         audience.rewound(session.steps_done)

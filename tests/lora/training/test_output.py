@@ -116,6 +116,18 @@ def test_signals_that_end_a_run_save_it(tmp_path: Path, signum: str) -> None:
     assert f"--set 'output={output}' --resume" in printed.splitlines()[-1]
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes that break so")
+def test_a_reader_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
+    """As a closed terminal, or `| head -1`."""
+    path = write_run(tmp_path, n_rows=40)
+    arguments = [sys.executable, "-m", "lora", "train", str(path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        process.stdout.close()
+        process.wait(timeout=60)
+    assert (tmp_path / "run" / ADAPTER).is_file()
+
+
 def test_a_run_that_fails_saves_what_it_has(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
