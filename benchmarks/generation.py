@@ -586,7 +586,7 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
         path = folder / "one-layer.gguf"
         write_model(path, shape, options.type, 1)
     gguf_file = GGUFFile(path)
-    recording = device.recording()
+    recording = replace(device.recording(), products=options.precision)
     model = load_model(recording, gguf_file, Architecture.from_gguf(gguf_file), room)
     if shape is not None:
         model = repeat_layer(recording, model, shape["n_layers"])
@@ -648,6 +648,9 @@ def main() -> None:
     )
     parser.add_argument("--type", default="Q4_0", help="of the matrices of a shape: Q4_0, Q4_K, …")
     parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument(
+        "--precision", choices=("f32", "f16"), default="f32", help="of its products"
+    )
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--llama-cpp", action="store_true")

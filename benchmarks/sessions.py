@@ -17,11 +17,16 @@ from tests.support.synthetic_runs import random_sequences
 
 @dataclass(frozen=True)
 class Case:
-    """What is timed: micro-batches of `batch_size` sequences of `length` tokens, how often."""
+    """What is timed: micro-batches of `batch_size` sequences of `length` tokens, how often.
+
+    Attributes:
+        packed: whether sequences are of an eighth of the length up to all of it.
+    """
 
     batch_size: int
     length: int
     steps: int
+    packed: bool = False
 
     @property
     def warm_up(self) -> int:
@@ -29,12 +34,21 @@ class Case:
         return max(1, self.steps // 4)
 
     def __str__(self) -> str:
-        return f"{self.batch_size}x{self.length}"
+        return f"{self.batch_size}x{self.length}" + "p" * self.packed
 
     def data(self, model: str) -> list[np.ndarray]:
         """The sequences of all steps, the same for everyone who asks."""
         n = self.batch_size * (self.warm_up + self.steps)
-        return random_sequences(SHAPES[model].vocab_size, n, self.length)
+        sequences = random_sequences(SHAPES[model].vocab_size, n, self.length)
+        if self.packed:
+            lengths = np.random.default_rng(2).integers(self.length // 8, self.length + 1, n)
+            sequences = [ids[:k] for ids, k in zip(sequences, lengths, strict=True)]
+        return sequences
+
+    def tokens(self, model: str) -> float:
+        """Of a step, on average."""
+        timed = self.data(model)[self.batch_size * self.warm_up :]
+        return sum(map(len, timed)) / self.steps
 
 
 def shake_adapter(session: TrainingSession) -> None:

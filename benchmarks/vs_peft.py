@@ -3,7 +3,9 @@
 The models have real ones' shapes and tensor types with random weights (benchmarks/synthetic.py), so
 that no file need travel; transformers loads the very same GGUF, once a model. Both sides train LoRA
 r=16 on all linear layers with AdamW and clipping, from the same adapter on the same random tokens.
-PEFT runs eager, as its users run it; its float32 is the reference for losses and gradient norms.
+PEFT runs as its users run it: eager, with torch.compile, with Liger's kernels, on NF4
+(benchmarks/peft_side.py); its float32 is the reference for losses and gradient norms. A `p` behind
+a shape has sequences of an eighth of the length up to all of it: ours end to end, PEFT's padded.
 
     python benchmarks/vs_peft.py --shapes SmolLM2-135M:1x128,1x512 Llama-1.2B:1x512
     python benchmarks/vs_peft.py --model Llama-1.2B --batch-size 1 --length 8192 --recompute on \
@@ -23,10 +25,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.peft_side import LEARNING_RATE, PEFT_VARIANTS, load_base, make_base, peft
 from benchmarks.sessions import Case, describe, shake_adapter, used_memory
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft_report import write_curves, write_report
@@ -35,16 +36,6 @@ from lora.training.profiling import kernel_table
 from lora.training.session import TrainingSession
 from tests.support.synthetic_models import SHAPES
 from tests.support.synthetic_runs import as_examples, loss_curves, run_config
-
-LEARNING_RATE = 1e-4
-
-# In the order in which one model on the device serves all: once cast to bfloat16, it stays so.
-PEFT_VARIANTS = {
-    "float32": ("float32", False),
-    "float32-checkpointing": ("float32", True),
-    "bfloat16": ("bfloat16", False),
-    "bfloat16-checkpointing": ("bfloat16", True),
-}
 
 
 def ours(model: Path, name: str, case: Case, precision: str, recompute: str,
@@ -117,98 +108,11 @@ def _difference_mib(before: int | None, after: int | None) -> float | None:
     return None if before is None or after is None else (after - before) / 2**20
 
 
-def peft(base: Any, name: str, case: Case, dtype: str, checkpointing: bool,
-         adapter: Path) -> dict[str, Any]:  # fmt: skip
-    """Times PEFT's steps in eager PyTorch from the same adapter; leaves `base` as it was.
-
-    Args:
-        base: transformers' model, in float32 or already in `dtype`.
-    """
-    import torch
-    from peft import PeftModel
-
-    on_gpu = base.device.type == "cuda"
-    # No buffers: in from_pretrained's bfloat16 models too, rotary frequencies are float32.
-    for parameter in base.parameters():
-        parameter.data = parameter.data.to(getattr(torch, dtype))
-    gc.collect()
-    if on_gpu:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-    if checkpointing:
-        base.gradient_checkpointing_enable()
-        base.enable_input_require_grads()
-    net = PeftModel.from_pretrained(base, adapter, is_trainable=True)
-    net.train()
-    parameters = [p for p in net.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
-    losses, norms, times = [], [], []
-    sequences = case.data(name)
-    for first in range(0, len(sequences), case.batch_size):
-        _wait(on_gpu)
-        begin = time.perf_counter()
-        batch = np.stack(sequences[first : first + case.batch_size])
-        ids = torch.tensor(batch).to(base.device).long()
-        loss = net(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        _wait(on_gpu)
-        times.append(time.perf_counter() - begin)
-        losses.append(float(loss.detach()))
-        norms.append(float(norm))
-    peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
-    reserved = torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None
-    net.unload()
-    if checkpointing:
-        base.gradient_checkpointing_disable()
-        base.disable_input_require_grads()
-    return {
-        "ms": 1e3 * statistics.median(times[case.warm_up :]),
-        "memory_MiB": peak,
-        "reserved_MiB": reserved,
-        "losses": losses,
-        "norms": norms,
-    }
-
-
-def _wait(on_gpu: bool) -> None:
-    if on_gpu:
-        import torch
-
-        torch.cuda.synchronize()
-
-
-def make_base(path: Path) -> None:
-    """Leaves transformers' model of a GGUF, in float32, as a pickle beside it.
-
-    This is most of what a comparison's set-up takes, and one core's work: it is done once a model,
-    for several models at a time. (save_pretrained refuses a model that came out of a GGUF.)
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    torch.set_num_threads(2)
-    base = AutoModelForCausalLM.from_pretrained(
-        path.parent, gguf_file=path.name, dtype=torch.float32
-    )
-    torch.save(base, path.with_suffix(".pt"))
-
-
-def load_base(path: Path) -> Any:
-    """Transformers' model in float32, as `make_base` left it, on the GPU if PyTorch has one."""
-    import torch
-
-    base = torch.load(path.with_suffix(".pt"), weights_only=False, mmap=True)
-    return base.to("cuda" if torch.cuda.is_available() else "cpu")
-
-
 # -- the command ----------------------------------------------------------------------------------
 
 
 def parse_shapes(texts: list[str], steps: int) -> dict[str, list[Case]]:
-    """`MODEL:BATCHxLENGTH,…` each, to a model's cases.
+    """`MODEL:BATCHxLENGTH[p],…` each, to a model's cases.
 
     Raises:
         ValueError: a text of another form, or a model that benchmarks/synthetic.py has not.
@@ -219,10 +123,11 @@ def parse_shapes(texts: list[str], steps: int) -> dict[str, list[Case]]:
         if name not in SHAPES:
             raise ValueError(f"{name!r} is none of {', '.join(SHAPES)}")
         for size in sizes.split(","):
-            batch_size, times, length = size.partition("x")
+            batch_size, times, length = size.removesuffix("p").partition("x")
             if not (times and batch_size.isdigit() and length.isdigit()):
-                raise ValueError(f"{size!r} in {text!r} is not BATCHxLENGTH, as 4x512")
-            cases.setdefault(name, []).append(Case(int(batch_size), int(length), steps))
+                raise ValueError(f"{size!r} in {text!r} is not BATCHxLENGTH, as 4x512 or 8x512p")
+            case = Case(int(batch_size), int(length), steps, packed=size.endswith("p"))
+            cases.setdefault(name, []).append(case)
     return cases
 
 
@@ -237,9 +142,12 @@ def parse_options(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--precision", default="f32,f16", help="of ours")
     parser.add_argument("--recompute", default="on,off", help="of ours")
-    parser.add_argument("--peft", default=",".join(PEFT_VARIANTS), metavar="VARIANT,…",
+    parser.add_argument("--peft", default="float32,float32-checkpointing,bfloat16,"
+                        "bfloat16-checkpointing", metavar="VARIANT,…",
                         help=f"which of {', '.join(PEFT_VARIANTS)}")
     parser.add_argument("--no-peft", action="store_true")
+    parser.add_argument("--random-base", action="store_true",
+                        help="made-up numbers for PEFT, too: quick, but without losses to compare")
     parser.add_argument("--steps", type=int, default=20,
                         help="timed steps, after a quarter as many to warm up")
     parser.add_argument("--curve", type=int, default=0, metavar="STEPS",
@@ -293,10 +201,12 @@ def compare(
     if options.variants:
         base = load_base(path)
         clock.say(f"{name}: transformers' model loaded")
-        for variant, (dtype, checkpointing) in PEFT_VARIANTS.items():
-            for case in cases if variant in options.variants else ():
-                label = f"PEFT {dtype}" + (", checkpointing" if checkpointing else "")
-                keep(case, label, peft(base, name, case, dtype, checkpointing, adapter))
+        for key, variant in PEFT_VARIANTS.items():
+            for case in cases if key in options.variants else ():
+                try:
+                    keep(case, variant.label, peft(base, name, case, variant, adapter))
+                except Exception as error:  # one variant that can't run here keeps the others
+                    clock.say(f"{name} {case}: {variant.label}: {type(error).__name__}: {error}")
     for case in cases:
         print(write_report(options.output, name, case, results[case]), flush=True)
 
@@ -306,7 +216,9 @@ def main() -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         paths = write_models(
-            Path(folder), list(options.cases), make_base if options.variants else None
+            Path(folder),
+            list(options.cases),
+            make_base if options.variants and not options.random_base else None,
         )
         clock.say("models prepared")
         for name, cases in options.cases.items():

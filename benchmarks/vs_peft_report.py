@@ -11,6 +11,7 @@ from benchmarks.sessions import Case, markdown_table
 from tests.support.synthetic_runs import RANK, largest_difference
 
 LOSS_TOLERANCE, NORM_TOLERANCE = 5e-4, 5e-3  # of tests/parity/test_live.py
+PACKED = " at most, an eighth at least"
 CARD = 12 << 30  # bytes of the card that a run should fit on
 
 
@@ -33,8 +34,10 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[st
     device = next(iter(of_ours.values()))["device"]
     reference = next((label for label in results if label.startswith("PEFT float32")), None)
     compared = reference or next(iter(results))
+    tokens = case.tokens(name)
     lines = [
-        f"# {name}, {case.batch_size} × {case.length} tokens, r={RANK}, all linear layers",
+        f"# {name}, {case.batch_size} × {case.length} tokens{PACKED * case.packed}, r={RANK}, all "
+        "linear layers",
         "",
         f"{device}, through Vulkan, {date.today()}. Median of {case.steps} steps after "
         f"{case.warm_up}, the device waited for after each; weights random, the same adapter and "
@@ -47,15 +50,9 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[st
     rows = []
     for label, result in results.items():
         ratio = f"{results[reference]['ms'] / result['ms']:.2f}×" if reference else ""
-        losses = largest_difference(result["losses"], results[compared]["losses"])
-        norms = largest_difference(result["norms"], results[compared]["norms"])
-        within = losses <= LOSS_TOLERANCE and norms <= NORM_TOLERANCE
         rows.append([
-            label, f"{result['ms']:.1f}",
-            f"{1e3 * case.batch_size * case.length / result['ms']:,.0f}", ratio,
-            _mib(result["memory_MiB"]), f"{result['losses'][-1]:.6f}",
-            f"{losses:.1e}", f"{norms:.1e}",
-            "is compared with" if label == compared else "yes" if within else "no",
+            label, f"{result['ms']:.1f}", f"{1e3 * tokens / result['ms']:,.0f}", ratio,
+            _mib(result["memory_MiB"]), *_differences(label, compared, results),
         ])  # fmt: skip
     lines += markdown_table(
         ["", "ms a step", "tokens/s", "against PEFT f32", "memory, MiB",
@@ -82,6 +79,18 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[st
             lines += ["", f"GPU time of a step by kernel, {label}:", ""]
             lines += kernel_lines(of_ours[label]["kernels"])
     return lines
+
+
+def _differences(label: str, compared: str, results: dict[str, dict[str, Any]]) -> list[str]:
+    """The last loss, differences of losses and norms, and whether they are as small as in tests."""
+    result, other = results[label], results[compared]
+    if result["losses"] is None:  # of other weights
+        return ["", "", "", ""]
+    losses = largest_difference(result["losses"], other["losses"])
+    norms = largest_difference(result["norms"], other["norms"])
+    within = losses <= LOSS_TOLERANCE and norms <= NORM_TOLERANCE
+    verdict = "is compared with" if label == compared else "yes" if within else "no"
+    return [f"{result['losses'][-1]:.6f}", f"{losses:.1e}", f"{norms:.1e}", verdict]
 
 
 def memory_lines(results: dict[str, dict[str, Any]]) -> list[str]:

@@ -8,12 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+from lora.forward.matmul_decoded import fits_decoded, record_decoded
 from lora.forward.matmul_matrix import fits_matrix, record_matrix
 from lora.forward.matmul_tiled import record_tiled
 from lora.forward.matmul_wide import record_wide
 from lora.forward.part_product import PartProduct
 from lora.forward.plans.matmul_plans import Request, plan_of
-from lora.forward.plans.matmul_tiles import Plan, Tile, matrix_tiles_of, tiles_of
+from lora.forward.plans.matmul_tiles import (
+    DECODED_TILES,
+    Plan,
+    Tile,
+    matrix_tiles_of,
+    tiles_of,
+)
 from lora.forward.plans.stretches import ProductNorm
 from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
@@ -45,10 +52,16 @@ def _matrix_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
     return matrix_tiles_of(facts.workgroup_memory) if half else ()
 
 
+def _decoded_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
+    room = facts.workgroup_memory
+    return tuple(t for t in DECODED_TILES if t.workgroup_bytes <= room) if half else ()
+
+
 # Of those that fit the first computes; where it has tiles, plans choose among those of all.
 BODIES: Mapping[str, Body] = {
     "wide": Body(lambda recording, _: recording.facts.is_cpu, lambda *_: (), record_wide),
     "matrix": Body(fits_matrix, _matrix_tiles, record_matrix),
+    "decoded": Body(fits_decoded, _decoded_tiles, record_decoded),
     "tiled": Body(lambda recording, _: not recording.facts.is_cpu, _tiles, record_tiled),
 }
 
@@ -71,7 +84,7 @@ def record_product(
     check_f32(label, low=one.low, factor=one.factor, residual=one.residual, bias=one.bias)
     if one.residual is not None:
         check_shape(f"{label} residual", one.residual, *one.out.shape)
-    half = recording.precision == "f16"
+    half = recording.half_products
     names = [name for name, body in BODIES.items() if body.fits(recording, one)]
     if recording.body is not None:
         names = [recording.body]

@@ -28,10 +28,14 @@ def shape_on(facts: DeviceFacts) -> MatrixShape | None:
     return max(fixed, key=lambda shape: shape.m * shape.n * shape.k, default=None)
 
 
+def has_matrix_units(facts: DeviceFacts) -> bool:
+    """Whether a device computes faster with them: software drivers have some, for tests."""
+    return not facts.is_cpu and shape_on(facts) is not None
+
+
 def fits_matrix(recording: Recording, _: PartProduct) -> bool:
-    """Under f16 on a GPU that has such units: factors are f16 there, sums f32."""
-    half = recording.precision == "f16"
-    return half and not recording.facts.is_cpu and shape_on(recording.facts) is not None
+    """Where products are in f16 on a GPU that has such units: factors are f16 there, sums f32."""
+    return recording.half_products and has_matrix_units(recording.facts)
 
 
 def record_matrix(program: Program, request: Request, plan: Plan | None) -> None:
@@ -40,6 +44,7 @@ def record_matrix(program: Program, request: Request, plan: Plan | None) -> None
     shape = shape_on(program.recording.facts)
     of = shape or EMULATED
     constants = {
+        **in_one_load(request, plan.tile.depth),
         "emulated": shape is None,
         "m": of.m,
         "n": of.n,
@@ -47,3 +52,13 @@ def record_matrix(program: Program, request: Request, plan: Plan | None) -> None
         "subgroup_lanes": of.most_lanes,
     }
     record_passes(program, request, plan, "matmul_matrix", constants)
+
+
+def in_one_load(request: Request, depth: int) -> dict[str, bool]:
+    """Whether eight numbers of either side, as f16, are one element of an array of vec4<u32>."""
+    c, place = request.constants, request.place
+    aligned = (c["contraction"] % depth, c["x_stride"] % 8, place.x_column % 8 if place else 0)
+    return {
+        "x_by_eights": c["x_type"] == "f16" and not any(aligned),
+        "w_by_eights": c["quantization"] == "f16" and c["row_words"] % 4 == 0,
+    }

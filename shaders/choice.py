@@ -32,10 +32,15 @@ _KINDS = {"DiscreteGPU": 0, "IntegratedGPU": 1, "CPU": 2}
 
 @dataclass(frozen=True)
 class Wanted:
-    """A device as the config's `device:` names it, and an implementation as `webgpu:` does."""
+    """A device as the config's `device:` names it, and an implementation as `webgpu:` does.
+
+    Attributes:
+        products: of the prompts of texts: f16 rounds both sides of a product, for matrix units.
+    """
 
     device: str | int = "auto"
     webgpu: str = "auto"
+    products: str = "f32"
 
 
 class UnavailableError(Exception):

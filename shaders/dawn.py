@@ -155,8 +155,15 @@ class DawnDevice(PythonDevice):
 
     def compile(self, label: str, code: str) -> Any:
         """See `webgpu.OpenDevice`."""
-        with self._compiling:
-            return super().compile(label, code)
+        with self._compiling, translated(self._errors):
+            module = self._module(label, code)
+            promise = self.wgpu.create_compute_pipeline_async(
+                label=label, layout="auto", compute={"module": module, "entry_point": "main"}
+            )
+        # Outside of the lock: Dawn compiles in threads of its own, and tells the promise alone of
+        # what is wrong.
+        with translated(self._errors):
+            return promise.sync_wait()
 
 
 def _subgroup_lanes(adapter: Any) -> tuple[int, int]:

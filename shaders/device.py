@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 from weakref import WeakSet
@@ -27,6 +28,7 @@ _WANTED_LIMITS = (
     "max-compute-workgroup-size-y",
     "max-storage-buffers-per-shader-stage",
 )
+COMPILING_THREADS = 8
 _CHECKED = "LORA_CHECKED"  # of the environment: 1 compiles every kernel with run-time checks
 
 
@@ -92,7 +94,7 @@ class Device:
             memory: by default the device's own arena.
         """
         owner = self.memory if memory is None else memory
-        return Recording(self.facts, owner, precision, body, plans)
+        return Recording(self.facts, owner, precision, body=body, plans=plans)
 
     def join(self, arena: Arena) -> None:
         """Counts an arena in `allocated` as long as it lives."""
@@ -128,6 +130,15 @@ class Device:
         if key not in self._pipelines:
             self._pipelines[key] = self.compile(template, render(template, constants))
         return self._pipelines[key]
+
+    def compile_all(self, kernels: Iterable[tuple[str, dict[str, Any]]]) -> None:
+        """Compiles templates under their constants in several threads, for `pipeline` to find.
+
+        Raises:
+            GPUError: the driver refuses one.
+        """
+        with ThreadPoolExecutor(min(COMPILING_THREADS, os.cpu_count() or 1)) as pool:
+            list(pool.map(lambda kernel: self.pipeline(*kernel), kernels))
 
     def compile(self, label: str, code: str) -> Pipeline:
         """The pipeline of a kernel's WGSL text, whose entry point is `main`.

@@ -51,6 +51,8 @@ class Tile:
     item_bytes: int = 4
     buffers: int = 1
     body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
+    in_stretches: ClassVar[bool] = True  # whether it can compute a contraction in stretches
+    weight_time: ClassVar[float] = 0.0  # microseconds for each million weights, beside its steps
 
     @property
     def workgroup_bytes(self) -> int:
@@ -109,6 +111,20 @@ class MatrixTile(Tile):
         }
 
 
+@dataclass(frozen=True)
+class DecodedTile(MatrixTile):
+    """As those, of weights that are decoded beforehand. Scratch memory has room for these alone."""
+
+    body: ClassVar[str] = "decoded"
+    in_stretches: ClassVar[bool] = False
+    weight_time: ClassVar[float] = 0.9  # half a byte read and two written, at 3 TB/s
+
+    @property
+    def name(self) -> str:
+        """Its sizes, as files and tables name it: decoded matrix 128x128x32/64x64."""
+        return f"decoded {super().name}"
+
+
 class Plan(NamedTuple):
     """How one product is computed: its tile, the number of stretches and their length."""
 
@@ -165,6 +181,11 @@ MATRIX_TILES = (
     MatrixTile(32, 64, 32, 32, 32, 0.40, 0.16),
 )
 
+DECODED_TILES = (
+    DecodedTile(128, 128, 32, 64, 64, 1.00, 0.50),
+    DecodedTile(256, 128, 32, 64, 64, 1.50, 1.04),
+)
+
 
 def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]:
     """The tiles of one precision: f16 where `half`.
@@ -180,7 +201,7 @@ def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]
 
 def known_tiles(half: bool) -> tuple[Tile, ...]:
     """All tiles of one precision, of any body."""
-    return (*tiles_of(half), *MATRIX_TILES) if half else tiles_of(half)
+    return (*tiles_of(half), *MATRIX_TILES, *DECODED_TILES) if half else tiles_of(half)
 
 
 def matrix_tiles_of(workgroup_bytes: int) -> tuple[MatrixTile, ...]:
@@ -209,7 +230,8 @@ class PlanSpace(NamedTuple):
         tile, splits, length = plan
         workgroups = -(-self.rows // tile.tile_rows) * -(-self.columns // tile.tile_columns)
         load = -(-workgroups * splits // self.multiprocessors)
-        time = _PRODUCT + length / tile.depth * max(tile.latency, load * tile.work)
+        time = _PRODUCT + tile.weight_time * self.columns * self.contraction / 1e6
+        time += length / tile.depth * max(tile.latency, load * tile.work)
         if splits > 1:
             time += _REDUCE + _REDUCE_MILLION * self.rows * self.columns * splits / 1e6
         return time
@@ -221,7 +243,7 @@ def ranked_plans(space: PlanSpace) -> tuple[Plan, ...]:
     rows, columns, contraction, tiles, _ = space
     plans: dict[Plan, float] = {}
     for tile in tiles:
-        for wanted in (*_SPLITS, *_FINE_SPLITS):
+        for wanted in (*_SPLITS, *_FINE_SPLITS) if tile.in_stretches else (1,):
             shortest = _SHORTEST_FINE_SPLIT if wanted in _FINE_SPLITS else _SHORTEST_SPLIT
             if wanted > 1 and contraction // wanted < shortest:
                 break

@@ -23,13 +23,12 @@ from lora.forward.plans.matmul_tiles import (
     choose_plan,
 )
 from lora.forward.plans.workbench import Kernels, Stopwatch, Workbench, fits, kernels_of
-from lora.shaders.device import Device
+from lora.shaders.device import COMPILING_THREADS, Device
 from lora.shaders.errors import DeviceMemoryError, GPUError
 from lora.shaders.tensor import Tensor
 
 TUNING_SECONDS = 2.0  # that the first start of a training may take longer
 _COMPILING_SHARE = 0.6  # of them, for kernels that training might not need
-_COMPILING_THREADS = 8
 _WARM_UP_SECONDS = 0.1  # an idle GPU clocks low, and takes a while to speed up
 _ROUNDS = 5  # times that every candidate is timed
 _FEWEST_ROUNDS = 3  # fewer decide nothing
@@ -125,7 +124,7 @@ def _compile(
         return True
 
     done: dict[ProductShape, list[Plan]] = {product: [] for product in plans}
-    with ThreadPoolExecutor(min(_COMPILING_THREADS, os.cpu_count() or 1)) as pool:
+    with ThreadPoolExecutor(min(COMPILING_THREADS, os.cpu_count() or 1)) as pool:
 
         def compile_rank(rank: int, deadline: float | None) -> None:
             pairs = [

@@ -22,6 +22,8 @@ from lora.commands.options import (
     ConfigArgument,
     DeviceName,
     Overrides,
+    PromptPrecision,
+    TextPrecision,
     WebGPUName,
     WebGPUOverride,
     overrides,
@@ -246,6 +248,7 @@ def generate(
     tokenizer: TokenizerFile = None,
     device: DeviceName = "auto",
     webgpu: WebGPUName = "auto",
+    precision: PromptPrecision = TextPrecision.F32,
 ) -> None:
     """Continue a text with the tuned model."""
     from lora.commands.prompts import check_can_chat, conversation_ids, trained_templates
@@ -265,7 +268,7 @@ def generate(
         adapters,
         tokenizer=tokenizer,
         max_length=max_length,
-        device=Wanted(device, webgpu),
+        device=Wanted(device, webgpu, precision.value),
     )
     text: str | list[int] = prompt
     if chat:
@@ -298,6 +301,7 @@ def converse(
     tokenizer: TokenizerFile = None,
     device: DeviceName = "auto",
     webgpu: WebGPUName = "auto",
+    precision: PromptPrecision = TextPrecision.F32,
 ) -> None:
     """Converse with a model, with adapters to switch on, off and between."""
     from lora.commands.chat import chat
@@ -314,7 +318,7 @@ def converse(
         max_tokens=max_tokens,
         tokenizer=tokenizer,
         max_length=max_length,
-        device=Wanted(device, webgpu),
+        device=Wanted(device, webgpu, precision.value),
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated
 
 import typer
@@ -16,6 +17,22 @@ WebGPUOverride = Annotated[
     typer.Option("--webgpu", metavar="NAME", help="Override the config's: auto, wgpu or dawn."),
 ]
 DeviceName = Annotated[str, typer.Option(help="auto, an index, or part of a name.")]
+
+
+class TextPrecision(StrEnum):
+    """Of the products of a prompt."""
+
+    F32 = "f32"
+    F16 = "f16"
+
+
+PromptPrecision = Annotated[
+    TextPrecision,
+    typer.Option(
+        "--precision",
+        help="Of a prompt's products; f16 takes a GPU's matrix units, where there are some.",
+    ),
+]
 WebGPUName = Annotated[
     str, typer.Option("--webgpu", metavar="NAME", help="The implementation: auto, wgpu or dawn.")
 ]

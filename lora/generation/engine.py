@@ -26,6 +26,7 @@ from lora.shaders.webgpu import Commands
 # Tokens of a prompt that are computed at once; their activations are what they cost.
 _PIECE_ROWS = 512
 _CPU_PIECE_ROWS = 64
+_MATRIX_PIECE_ROWS = 2048
 # Greedy tokens that a GPU is given to compute before the host has heard of the last one.
 STEPS_AHEAD = 2
 
@@ -36,6 +37,13 @@ class Adapter:
 
     layout: AdapterLayout
     flat: Tensor  # [layout.size]
+
+
+def piece_rows(recording: Recording) -> int:
+    """Tokens of a prompt that are computed at once."""
+    if recording.facts.is_cpu:
+        return _CPU_PIECE_ROWS
+    return _MATRIX_PIECE_ROWS if recording.half_products else _PIECE_ROWS
 
 
 @dataclass(frozen=True)
@@ -55,7 +63,7 @@ class TextTensors:
         Raises:
             DeviceMemoryError: there is no memory for it.
         """
-        piece = min(room, _CPU_PIECE_ROWS if recording.facts.is_cpu else _PIECE_ROWS)
+        piece = min(room, piece_rows(recording))
         caches = allocate_caches(recording, model, room)
         pieces = StepInputs.allocate(recording, piece)
         head = StepHead.allocate(recording, model)
@@ -73,7 +81,7 @@ class DecodeEngine:
     What stands in the cache of keys and values is the caller's to know.
 
     Args:
-        recording: where the model is, and the plans of a prompt's products; in f32.
+        recording: where the model is, and the plans and `products` of a prompt's; in f32.
         model: its rope tables set the room: the tokens of prompt and answer together.
         adapters: by name.
 

@@ -16,6 +16,7 @@ from lora.generation.generator import TextGenerator
 from lora.shaders.choice import Wanted
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError
+from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import Arena, CountingMemory
 from lora.shaders.recording import Recording
 from lora.storage.stores import resolve_model
@@ -37,6 +38,15 @@ def upload_adapter(recording: Recording, architecture: Architecture, path: Path)
     return Adapter(layout, flat)
 
 
+def check_half_products(facts: DeviceFacts) -> None:
+    """Raises InputError where a prompt's products can't be in f16."""
+    if facts.is_cpu or "shader-f16" not in facts.features:
+        raise InputError(
+            f"--precision f16: {facts.name} computes a prompt's products in f32 only. Leave the "
+            "option out."
+        )
+
+
 def open_generator(
     model: str,
     adapters: Mapping[str, Path] | None = None,
@@ -53,12 +63,12 @@ def open_generator(
         tokenizer: a tokenizer.json, or a directory that holds one; None for the GGUF's own.
         max_length: the room: tokens of prompt and answer together; None for what the model was
             trained for, DEFAULT_ROOM at most. More than it was trained for is refused.
-        device: as in the config, also with an implementation of WebGPU; or one that is open
-            already, and stays open.
+        device: as in the config, also with an implementation of WebGPU and the precision of a
+            prompt's products; or one that is open already, and stays open.
 
     Raises:
         InputError: the model or an adapter can't be read, they do not fit together, max_length is
-            beyond the model's context, or the device has no room.
+            beyond the model's context, or the device has no room or no products in f16.
     """
     gguf_file = GGUFFile(resolve_model(model))
     architecture = Architecture.from_gguf(gguf_file)
@@ -79,6 +89,9 @@ def open_generator(
         memory = opened.arena()
     recording = opened.recording(memory=memory, plans=find_tiles(opened, "auto"))
     try:
+        if not isinstance(wanted, Device) and wanted.products == "f16":
+            check_half_products(opened.facts)
+            recording = replace(recording, products="f16")
         try:
             loaded = load_model(recording, gguf_file, architecture, room)
         except DeviceMemoryError as error:

@@ -30,7 +30,13 @@ else:
     import fcntl
 
 _KERNELS = Path(templates.__file__).parent / "wgsl"
-_TEMPLATES = ("matmul_*.wgsl", "parts/matmul_*.wgsl", "parts/stored.wgsl", "decode/*.wgsl")
+_TEMPLATES = (
+    "matmul_*.wgsl",
+    "decode_weights.wgsl",
+    "parts/matmul_*.wgsl",
+    "parts/stored.wgsl",
+    "decode/*.wgsl",
+)
 
 
 class Tuner(Protocol):
@@ -87,6 +93,8 @@ def plan_of_entry(facts: DeviceFacts, product: ProductShape, entry: Any) -> Plan
     whole = length > 0 and length % tile.depth == 0
     covers = (splits - 1) * length < product.contraction <= splits * length
     if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
+        return None
+    if splits > 1 and not tile.in_stretches:
         return None
     if not whole or not covers or tile.workgroup_bytes > facts.workgroup_memory:
         return None

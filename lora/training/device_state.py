@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
@@ -182,6 +183,22 @@ class SessionPlan:
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
         )
+
+    @property
+    def kernels(self) -> list[tuple[str, dict[str, Any]]]:
+        """Templates and constants of all kernels of these programs, each once.
+
+        Without those that a script wrote for its own loss, which are no templates.
+        """
+        training = self.programs.training
+        programs = (self.programs.prefix, *(() if training is None else training.all))
+        found = {
+            repr((dispatch.template, sorted(dispatch.constants.items()))): dispatch
+            for program in programs
+            for dispatch in program.dispatches
+            if "wgsl" not in dispatch.constants
+        }
+        return [(dispatch.template, dict(dispatch.constants)) for dispatch in found.values()]
 
     def chosen(self, plans: PlanSource | None) -> dict[ProductShape, Plan]:
         """The plan of each product that training records, from a source or the model."""

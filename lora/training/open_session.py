@@ -23,6 +23,7 @@ from lora.generation.generator import TextGenerator
 from lora.generation.sampling import GREEDY, Sampling
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
+from lora.shaders.recording import Recording
 from lora.storage.tile_cache import find_tiles
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.device_state import Seams, SessionPlan, SessionPrograms, SessionTensors
@@ -91,6 +92,7 @@ class OpenSession:
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
             tensors = SessionTensors.allocate(self._recording, workload)
+            self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
             raise InputError(
@@ -205,7 +207,7 @@ class OpenSession:
         if self._generator is None:
             adapter = Adapter(self.layout, self.adapter.parameters)
             self._generator = TextGenerator(
-                replace(self._recording, precision="f32"),
+                self._recording_of_text(),
                 self.model,
                 self.tokenizer,
                 {"adapter": adapter},
@@ -218,6 +220,11 @@ class OpenSession:
             sampling=sampling,
             add_bos=add_bos,
         )
+
+    def _recording_of_text(self) -> Recording:
+        """In f32, but for the products of a prompt where training's are in f16 on a GPU."""
+        half = self._recording.half_products and not self.device.facts.is_cpu
+        return replace(self._recording, precision="f32", products="f16" if half else None)
 
     # -- the adapter ----------------------------------------------------------------------------
 

@@ -35,9 +35,9 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_shapes_of_several_models() -> None:
-    cases = parse_shapes(["tiny:1x128,4x512", "Llama-1.2B:2x64"], 20)
+    cases = parse_shapes(["tiny:1x128,4x512,8x64p", "Llama-1.2B:2x64"], 20)
     assert cases == {
-        "tiny": [Case(1, 128, 20), Case(4, 512, 20)],
+        "tiny": [Case(1, 128, 20), Case(4, 512, 20), Case(8, 64, 20, packed=True)],
         "Llama-1.2B": [Case(2, 64, 20)],
     }
     assert Case(1, 128, 20).warm_up == 5 and Case(1, 128, 2).warm_up == 1
@@ -50,7 +50,7 @@ def test_shapes_that_are_none(text: str) -> None:
 
 
 def test_variants() -> None:
-    assert parse_options([]).variants == list(PEFT_VARIANTS)
+    assert parse_options([]).variants == list(PEFT_VARIANTS)[:4]
     assert parse_options(["--no-peft"]).variants == []
     assert parse_options(["--peft", "float32,bfloat16"]).variants == ["float32", "bfloat16"]
     with pytest.raises(SystemExit):
@@ -140,11 +140,9 @@ def test_peft_leaves_its_model_as_it_was(tiny: Path, tmp_path: Path) -> None:
     vs_peft.make_base(tiny)
     base = vs_peft.load_base(tiny)
     runs = [
-        vs_peft.peft(base, "tiny", case, dtype, checkpointing, adapter)
-        for dtype, checkpointing in (
-            ("float32", False), ("float32", True), ("bfloat16", False), ("bfloat16", False),
-        )
-    ]  # fmt: skip
+        vs_peft.peft(base, "tiny", case, PEFT_VARIANTS[key], adapter)
+        for key in ("float32", "float32-checkpointing", "bfloat16", "bfloat16")
+    ]
     plain, checkpointed, half, half_again = runs
     for figures in ("losses", "norms"):
         assert checkpointed[figures] == pytest.approx(plain[figures], rel=1e-6)
@@ -153,3 +151,35 @@ def test_peft_leaves_its_model_as_it_was(tiny: Path, tmp_path: Path) -> None:
     assert largest_difference(ours["norms"], plain["norms"]) < NORM_TOLERANCE
     # bfloat16 keeps eight bits: it is another computation, of about the same loss.
     assert 1e-5 < largest_difference(half["losses"], plain["losses"]) < 2**-7
+
+
+@pytest.mark.parity
+def test_padded_rows_are_what_ours_are(tiny: Path, tmp_path: Path) -> None:
+    """Sequences of several lengths: ours lie end to end, PEFT's are padded; the losses agree."""
+    case, adapter = Case(3, 24, 2, packed=True), tmp_path / "adapter"
+    assert len({len(ids) for ids in case.data("tiny")}) > 3
+    ours = vs_peft.ours(tiny, "tiny", case, "f32", "off", adapter)
+    vs_peft.make_base(tiny)
+    plain = vs_peft.peft(vs_peft.load_base(tiny), "tiny", case, PEFT_VARIANTS["float32"], adapter)
+    assert largest_difference(ours["losses"], plain["losses"]) < LOSS_TOLERANCE
+    assert largest_difference(ours["norms"], plain["norms"]) < NORM_TOLERANCE
+
+
+@pytest.mark.parity
+def test_a_large_base_has_random_weights(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its shapes are the file's; its losses are of other weights, and so not told."""
+    monkeypatch.setattr("benchmarks.peft_side.MOST_READ", 1000)
+    case, adapter = Case(1, 16, 2), tmp_path / "adapter"
+    results = {"ours f16": vs_peft.ours(tiny, "tiny", case, "f32", "off", adapter)}
+    tiny.with_suffix(".pt").unlink(missing_ok=True)
+    vs_peft.make_base(tiny)
+    base = vs_peft.load_base(tiny)
+    assert base.config.hidden_size == SHAPES["tiny"].hidden_size
+    variant = PEFT_VARIANTS["bfloat16"]
+    results[variant.label] = vs_peft.peft(base, "tiny", case, variant, adapter)
+    assert results[variant.label]["losses"] is None
+    lines = write_report(tmp_path, "tiny", case, results).splitlines()
+    (line,) = [line for line in lines if line.startswith("| PEFT bfloat16 |")]
+    assert line.endswith("|  |  |  |  |")

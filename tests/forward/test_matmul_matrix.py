@@ -29,7 +29,7 @@ from tests.support.quantized_tensors import (
 )
 
 Q8_0, F16 = GGMLQuantizationType.Q8_0, GGMLQuantizationType.F16
-SMALL, SMALLEST = MATRIX_TILES[-1], MatrixTile(16, 32, 16, 16, 16)
+SMALL, SMALLEST = MATRIX_TILES[-1], MatrixTile(32, 32, 16, 32, 16)
 SCALE = 1.5
 
 

@@ -21,7 +21,9 @@ import numpy as np
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
+from lora.forward.matmul_matrix import has_matrix_units
 from lora.forward.plans.matmul_tiles import (
+    DECODED_TILES,
     HALF_TILES,
     MATRIX_TILES,
     TILES,
@@ -240,6 +242,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
         yield _record(path, (MATRIX_GPU,), (F16,), lengths=_LONG)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
+        yield _record_tile(MATRIX_GPU, path, DECODED_TILES[0], splits=1)
 
 
 def _biases(**sizes: int) -> dict[str, np.ndarray]:
@@ -330,7 +333,9 @@ def _training(plan: SessionPlan) -> list[Program]:
 def _text(plan: SessionPlan) -> list[Program]:
     """Prompts and single rows, of the bare model and of the adapter."""
     adapter = Adapter(plan.workload.layout, plan.tensors.step.adapter.parameters)
-    engine = DecodeEngine(_counting(plan), plan.tensors.step.model, {"adapter": adapter})
+    products = "f16" if has_matrix_units(plan.facts) else None
+    recording = replace(_counting(plan), products=products)
+    engine = DecodeEngine(recording, plan.tensors.step.model, {"adapter": adapter})
     inputs = (engine._tensors.pieces, engine._tensors.step)
     return [
         program

@@ -1,12 +1,12 @@
 // Bindings, decoding and the epilogue that the bodies of the quantized matmul share. x and out are of
-// x_type and out_type (f32 or f16), all other numbers f32.
+// x_type and out_type (f32 or f16), all other numbers f32. x_by_eights, w_by_eights: f16, eight an element.
 
 struct Extent { rows: u32 }
 struct Eight { a: vec4<f32>, b: vec4<f32> }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
-@group(0) @binding(2) var<storage, read> weights: array<u32>;
+@group(0) @binding(1) var<storage, read> x: array<{{ "vec4<u32>" if x_by_eights | default(false) else "vec4<" ~ x_type ~ ">" }}>;
+@group(0) @binding(2) var<storage, read> weights: array<{{ "vec4<u32>" if w_by_eights | default(false) else "u32" }}>;
 @group(0) @binding(3) var<storage, read_write> out: array<vec4<{{ out_type }}>>;
 {% if members %}
 @group(0) @binding(4) var<storage, read> low: array<vec4<f32>>;
@@ -33,7 +33,9 @@ const row_words = {{ row_words }}u;
 const x_stride = {{ x_stride }}u;
 const out_stride = {{ out_stride }}u;
 
+{% if not w_by_eights | default(false) %}
 {% include "decode/" ~ quantization ~ ".wgsl" %}
+{% endif %}
 
 {% include "parts/matmul_epilogue.wgsl" %}
 
