@@ -121,6 +121,7 @@ class DataStream:
         """
         self._examples = examples
         self._lengths = [len(example.ids) for example in examples]
+        self._n_tokens = sum(self._lengths)  # once: `state` is asked for in every step
         self._shuffle = shuffle
         self._seed = seed
         self._batch_size = batch_size
@@ -191,7 +192,7 @@ class DataStream:
         """Everything that the order depends on."""
         return {
             "n_examples": len(self._examples),
-            "n_tokens": sum(self._lengths),
+            "n_tokens": self._n_tokens,
             "batch_size": self._batch_size,
             "gradient_accumulation": self._accumulation,
             "packing": self._capacity is not None,

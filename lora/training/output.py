@@ -17,7 +17,13 @@ from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
 from lora.shaders.choice import say_once
 from lora.shaders.errors import InputError, LoraError
-from lora.storage.files import clean_leftovers, is_temporary, make_directories, sync_directory
+from lora.storage.files import (
+    clean_leftovers,
+    is_temporary,
+    make_directories,
+    sync_directory,
+    temporary_path,
+)
 from lora.storage.stores import resolve_model
 from lora.training.checkpoint import FOLDER, checkpoints
 from lora.training.workload import layout_of
@@ -37,7 +43,7 @@ LOCK = ".lock"
 _OLDER_MARKS = ("config.yaml", METRICS)
 _OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
 FLOAT_BYTES = 4  # of what is saved
-_SMALL_FILES = 1 << 20  # bytes: configs, metrics, states
+_SMALL_FILES = 1 << 18  # bytes: configs, metrics, states
 _LOCKED_BYTE = 1 << 30  # on Windows a locked byte can't be read: one behind the text
 
 
@@ -53,6 +59,7 @@ def check_output(output: Path, *, resuming: bool) -> None:
         if _is_there(output):
             with _locked(output):
                 pass
+        _try_to_write(output)
     except OSError as error:
         raise InputError(f"output: {output} cannot be used: {error.strerror}.") from error
 
@@ -151,6 +158,18 @@ def _check_place(output: Path, resuming: bool) -> None:
             f"output: {output} holds files that no run of ours has left ({foreign[0]}{more}). Name "
             "a directory that is new, empty, or an earlier run's."
         )
+
+
+def _try_to_write(output: Path) -> None:
+    """Makes a directory where the run would, and takes it away: rights alone don't tell.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    nearest = next(p for p in (output, *output.absolute().parents) if p.exists())
+    tried = temporary_path(nearest / (output.name or "output"))
+    tried.mkdir()
+    tried.rmdir()
 
 
 def _make_room(output: Path) -> None:

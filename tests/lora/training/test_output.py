@@ -86,6 +86,15 @@ def test_places_that_are_none(
         check_output(Path(name), resuming=False)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
+def test_a_place_that_takes_no_directory(tmp_path: Path) -> None:
+    """Rights don't say so to the superuser: it is tried. Where one is taken, nothing is left."""
+    with pytest.raises(InputError, match="cannot be used: No such file"):
+        check_output(Path("/proc/self/fdinfo/run"), resuming=False)
+    check_output(tmp_path / "a" / "b", resuming=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_dry_run_looks_at_the_directory(tmp_path: Path) -> None:
     """Before the model is loaded, with the status of wrong input."""
     path = write_run(tmp_path)
