@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -37,8 +38,16 @@ if TYPE_CHECKING:
     from lora.config.schema import Config
 
 
-class OpenSession:
+class OpenSession(ABC):
     """See `TrainingSession`, whose part without training this is."""
+
+    @abstractmethod
+    def _new_device(self, webgpu: str) -> Device:
+        """Opens the config's device.
+
+        Args:
+            webgpu: the implementation, as the config's `webgpu:`.
+        """
 
     def __init__(
         self,
@@ -58,13 +67,16 @@ class OpenSession:
         self.workload = Workload.open(config, train=train, examples=examples, now=self.started)
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self._initial = self.workload.initial
-        self._open_on(device)
+        self._open_on(self._new_device(config.webgpu) if device is None else device, device is None)
 
-    def _open_on(self, device: Device | None) -> None:
-        """Opens the device, unless one is given, and puts everything on it."""
+    def _open_on(self, device: Device, owned: bool) -> None:
+        """Puts everything on a device.
+
+        Args:
+            owned: whether it is closed with the session.
+        """
         config = self.config
-        self.device = Device(config.device, webgpu=config.webgpu) if device is None else device
-        self._owns_device = device is None
+        self.device, self._owns_device = device, owned
         if config.train.precision == "f16":
             trust_matrix_units(self.device, config.device)
         self.memory = self.device.arena()

@@ -73,9 +73,13 @@ class TrainingSession(OpenSession):
         InputError: the model, the data, an adapter or the device are not what the config needs.
     """
 
+    def _new_device(self, webgpu: str) -> Device:
+        return Device(self.config.device, webgpu=webgpu)
+
     def _open(self) -> None:
         """As without training, and where the steps begin."""
         super()._open()
+        self._fingerprints: dict[str, Any] | None = None
         self.steps_done = 0
         self._digest: str | None = None
         self._begun: deque[_StepBegun] = deque(maxlen=_REMEMBERED)
@@ -89,7 +93,7 @@ class TrainingSession(OpenSession):
 
     def fingerprints(self) -> dict[str, Any]:
         """Of all that decides this run's numbers; see `lora.training.fingerprints`."""
-        if not hasattr(self, "_fingerprints"):
+        if self._fingerprints is None:
             loss = type(self._seams.loss).__qualname__
             course = Course(loss, self.communicator.size, self.total_steps, self.warmup_steps)
             self._fingerprints = fingerprints(self.workload, course)
@@ -119,11 +123,9 @@ class TrainingSession(OpenSession):
 
         What products are recorded with stays, so that the same numbers follow.
         """
-        setting = self.device.found.implementation.setting
-        plans, name = self.plans, self.config.device
+        setting, plans = self.device.found.implementation.setting, self.plans
         self.close()
-        self._open_on(Device(name, webgpu=setting))
-        self._owns_device = True
+        self._open_on(self._new_device(setting), owned=True)
         self.memory.write(self.adapter.parameters, self._initial)
         if self.stream is not None:
             self.use_plans(plans)
