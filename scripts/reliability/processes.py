@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import shutil
 import signal
+import subprocess
 import time
+from pathlib import Path
 
 import numpy as np
 
@@ -13,16 +15,20 @@ from scripts.reliability.case import ADAPTER, Case, Tally
 
 
 def kills(case: Case, count: int) -> Tally:
-    """SIGKILL at random moments of the whole life of a process, its start included."""
+    """SIGKILL at random moments: three of four while it trains, the others in its whole life."""
     tally, rng = Tally("SIGKILL of the process, at random moments"), np.random.default_rng(0)
     output = case.folder / "killed"
     start = time.monotonic()
     case.command(output).communicate()
     life = time.monotonic() - start
-    for _ in range(count):
+    for turn in range(count):
         shutil.rmtree(output, ignore_errors=True)
         with case.command(output) as process:
-            time.sleep(float(rng.uniform(0.3, 1.0)) * life)
+            if turn % 4:
+                _wait_for_steps(process, output)
+                time.sleep(float(rng.uniform(0.0, 0.5)) * life)
+            else:
+                time.sleep(float(rng.uniform(0.3, 1.0)) * life)
             process.kill()
             process.communicate()
         n_saved = len(checkpoints(output))
@@ -33,6 +39,13 @@ def kills(case: Case, count: int) -> Tally:
     return tally
 
 
+def _wait_for_steps(process: subprocess.Popen[str], output: Path) -> None:
+    """Until the first step of a run is done."""
+    metrics = output / "metrics.jsonl"
+    while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
+        time.sleep(0.002)
+
+
 def signals(case: Case, name: str, count: int) -> Tally:
     """A signal at random moments between the first step and the last."""
     number = signal.Signals[name]
@@ -41,9 +54,7 @@ def signals(case: Case, name: str, count: int) -> Tally:
     while tally.count < count:
         shutil.rmtree(output, ignore_errors=True)
         with case.command(output) as process:
-            metrics = output / "metrics.jsonl"
-            while process.poll() is None and not (metrics.exists() and metrics.stat().st_size):
-                time.sleep(0.002)
+            _wait_for_steps(process, output)
             time.sleep(float(rng.uniform(0.0, 0.8)))
             process.send_signal(number)
             printed, _ = process.communicate()

@@ -14,6 +14,7 @@ import pytest
 from lora.storage import files
 from lora.storage.children import run_module
 from lora.storage.files import clean_leftovers, new_directory, owner, write_file
+from lora.storage.gguf_output import new_file
 
 KILLED = """
 import os, signal, sys
@@ -62,6 +63,18 @@ def test_what_a_killed_process_left_goes_at_the_next_start(tmp_path: Path) -> No
     )
     clean_leftovers(tmp_path, all_owners=True)
     assert [p.name for p in tmp_path.iterdir()] == [".hidden.tmp"]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there is no SIGKILL")
+def test_a_killed_exports_half_goes_with_the_next(tmp_path: Path) -> None:
+    """Whatever the next one's name is; the temporary file of a living process stays."""
+    subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model.gguf")], check=False)
+    mine = tmp_path / f".other.gguf.{owner()}-01234567.tmp"
+    mine.write_text("being written")
+    assert len(list(tmp_path.iterdir())) == 2
+    with new_file(tmp_path / "another.gguf") as temporary:
+        temporary.write_bytes(b"whole")
+    assert sorted(p.name for p in tmp_path.iterdir()) == sorted([mine.name, "another.gguf"])
 
 
 def test_what_was_about_to_be_replaced_comes_back(tmp_path: Path) -> None:
