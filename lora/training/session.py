@@ -140,7 +140,9 @@ class TrainingSession(OpenSession):
     def step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step over some micro-batches; returns without waiting for the device.
 
-        Its metrics come out of `train`, or of `finished_steps`, some steps later.
+        Its metrics come out of `train`, or of `finished_steps`, some steps later. One that is not
+        finite changes nothing (`Metrics.skipped`), and after three of them in a row no step does:
+        `train` and `steps` end with an error then; who calls `step` looks at what has finished.
         """
         programs, train = self._training(), self.config.train
         assert self.stream is not None  # as there are programs

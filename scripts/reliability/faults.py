@@ -2,8 +2,8 @@
 
     python -m scripts.reliability.faults [--quick] [--write] [--only NAME ...]
 
-A quarter of an hour on two cores; --quick tries a few of each. --write puts the rows into the page,
-in place of those of the same faults.
+Most of an hour on two cores that others use; --quick tries a few of each. --write puts the rows
+into the page, in place of those of the same faults.
 """
 
 from __future__ import annotations
