@@ -24,10 +24,11 @@ import numpy as np
 import safetensors.numpy
 
 from lora.adapters.peft_files import SETTINGS, WEIGHTS, save_peft_adapter
+from lora.optim.guard import GuardState
 from lora.shaders.choice import SETTINGS as WEBGPU_SETTINGS
 from lora.shaders.choice import asked_for, say_once
 from lora.shaders.device import Device
-from lora.shaders.errors import InputError
+from lora.shaders.errors import InputError, LoraError
 from lora.storage.files import new_directory, remove_directory, write_file
 from lora.storage.tile_cache import circumstances, entry_of
 from lora.training.session import TrainingSession
@@ -57,12 +58,16 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     Only the newest train.keep_checkpoints stay.
 
     Raises:
-        LoraError: the adapter or its moments hold what is no number.
+        LoraError: the adapter or its moments hold what is no number, or the device has left steps
+            alone since too many in a row were not finite.
         OSError: it can't be written; those before it stay.
     """
     if session.stream is None:
         raise ValueError("a session without training has no checkpoints")
     path = output / FOLDER / f"step-{session.steps_done:06d}"
+    guard = session.guard()
+    if guard.in_a_row >= GuardState.MOST_IN_A_ROW:  # steps behind them were counted, not done
+        raise LoraError("The last steps were not finite and changed nothing; they are not saved.")
     flat, moments = session.checked_parameters(), session.moments()
     state = {
         "step": session.steps_done,
@@ -74,7 +79,7 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "kernels": session.kernels_digest(),
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
         "fingerprints": session.fingerprints(),
-        "guard": session.guard().as_dict(),
+        "guard": guard.as_dict(),
     }
     try:
         _write(path, session, flat, moments, state)
