@@ -29,7 +29,9 @@ def step_words(learning_rate: float, step: int, betas: tuple[float, float]) -> n
     if step < 1:
         raise ValueError(f"AdamW's steps are counted from 1, not from {step}")
     values = [learning_rate, 1.0 - betas[0] ** step, 1.0 - betas[1] ** step, 0.0]
-    return np.array(values, np.float64).astype(np.float32).view(np.uint32)
+    # A rate beyond f32 is its largest number: an infinite one would make 0 · ∞ of a zero.
+    largest = float(np.finfo(np.float32).max)
+    return np.minimum(np.array(values, np.float64), largest).astype(np.float32).view(np.uint32)
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,7 @@ def adamw(
 
     Args:
         state: [4 or more] from `gradient_norm`: its factor is applied; where the norm was not
-            finite nothing changes.
+            finite nothing changes. A parameter that would become infinite is f32's largest.
         step: a uniform that holds `step_words`.
         max_range: elements of one binding at most; by default what the device can bind.
     """

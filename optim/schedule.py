@@ -1,4 +1,4 @@
-"""Learning rates by step, as transformers' schedulers give them."""
+"""Learning rates by step: a climb from the first step on, then transformers' decay."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ def learning_rate(
 ) -> float:
     """The learning rate of one optimizer step.
 
-    Follows get_constant_schedule_with_warmup, get_linear_… and get_cosine_schedule_with_warmup of
-    transformers: the first step of a warm-up has rate 0, and the last step of a run lies one step
-    above the end of the curve.
+    The climb is (step + 1) / warmup_steps: its first step trains, too, and its last has the peak.
+    (transformers' begins with a rate of 0, which wastes a step, and a run of one step trains
+    nothing.) What follows is the decay of get_constant_schedule_with_warmup, get_linear_… and
+    get_cosine_schedule_with_warmup of transformers, whose last step lies one above the curve's end.
 
     Args:
         step: counted from 0.
@@ -22,7 +23,7 @@ def learning_rate(
         warmup_steps: length of the linear climb.
     """
     if step < warmup_steps:
-        return peak * step / max(1, warmup_steps)
+        return peak * (step + 1) / warmup_steps
     if schedule == "constant":
         return peak
     length = max(1, total_steps - warmup_steps)

@@ -57,5 +57,10 @@ class DeviceMemoryError(LoraError):
     """The device has no room for a buffer. Who knows what the memory is for says more."""
 
 
+def is_lost(error: BaseException) -> bool:
+    """Whether an error says that the device is gone; both implementations have the word."""
+    return isinstance(error, GPUError) and "lost" in str(error).lower()
+
+
 class GPUError(Exception):
     """What a WebGPU implementation refused: code, a command, memory. Our fault, or a driver's."""

@@ -99,7 +99,8 @@ class NativeDevice(PythonDevice):
         """
         poller, self.wgpu._poller = self.wgpu._poller, _NoPoller()
         try:
-            promise = buffer.map_async("READ_NOSYNC")  # type: ignore[attr-defined]
+            with translated(self._errors):
+                promise = buffer.map_async("READ_NOSYNC")  # type: ignore[attr-defined]
             return PythonMapped(buffer, promise, _ERRORS)
         finally:
             self.wgpu._poller = poller

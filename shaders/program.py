@@ -12,9 +12,6 @@ from lora.shaders.templates import render
 from lora.shaders.tensor import Tensor
 from lora.shaders.webgpu import BindGroup, Commands, Encoder, Launch, Pipeline
 
-# A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
-# half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.
-MAX_SUBMISSION_FLOPS = 10**11
 # A GPU begins with the first submission while the host still encodes the next; fewer dispatches to
 # a submission cost the host more than the device gains (benchmarks/submissions.py, docs/log.md).
 MAX_SUBMISSION_DISPATCHES = 128
@@ -209,10 +206,11 @@ class Program:
         Drivers of desktops kill what takes long. A copy goes with the dispatch before it.
         """
         pieces: list[list[Dispatch | Copy]] = [[]]
+        most = self.recording.submissions.flops
         flops = dispatches = 0
         for command in self.commands:
             if isinstance(command, Dispatch):
-                if flops > MAX_SUBMISSION_FLOPS or dispatches == MAX_SUBMISSION_DISPATCHES:
+                if flops > most or dispatches == MAX_SUBMISSION_DISPATCHES:
                     pieces.append([])
                     flops = dispatches = 0
                 flops += command.flops

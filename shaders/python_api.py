@@ -74,11 +74,13 @@ class PythonDevice:
 
     def write(self, buffer: Buffer, offset: int, data: Any) -> None:
         """See `webgpu.OpenDevice`."""
-        self._queue.write_buffer(buffer, offset, data)
+        with translated(self._errors):
+            self._queue.write_buffer(buffer, offset, data)
 
     def release_staging(self) -> None:
         """See `webgpu.OpenDevice`. An empty submission makes wgpu hand that memory back."""
-        self._queue.submit([])
+        with translated(self._errors):
+            self._queue.submit([])
 
     def read(self, buffer: Buffer, offset: int, n_bytes: int) -> memoryview:
         """See `webgpu.OpenDevice`."""
@@ -88,7 +90,9 @@ class PythonDevice:
 
     def map_for_reading(self, buffer: Buffer) -> PythonMapped:
         """See `webgpu.OpenDevice`."""
-        return PythonMapped(buffer, buffer.map_async("READ"), self._errors)  # type: ignore[attr-defined]
+        with translated(self._errors):
+            promise = buffer.map_async("READ")  # type: ignore[attr-defined]
+        return PythonMapped(buffer, promise, self._errors)
 
     def poll(self) -> None:
         """See `webgpu.OpenDevice`. wgpu-py's blocking poll waits for later steps, too."""
@@ -122,7 +126,9 @@ class PythonDevice:
 
     def encoder(self) -> PythonEncoder:
         """See `webgpu.OpenDevice`."""
-        return PythonEncoder(self.wgpu.create_command_encoder(), self._inner, self._errors)
+        with translated(self._errors):
+            inner = self.wgpu.create_command_encoder()
+        return PythonEncoder(inner, self._inner, self._errors)
 
     def submit(self, commands: Any) -> None:
         """See `webgpu.OpenDevice`."""
@@ -166,19 +172,22 @@ class PythonEncoder:
                 "beginning_of_pass_write_index": before,
                 "end_of_pass_write_index": after,
             }
-        compute_pass = self.inner.begin_compute_pass(**options)
-        _encode_dispatches(self._functions, compute_pass, launches)
-        compute_pass.end()
+        with translated(self._errors):
+            compute_pass = self.inner.begin_compute_pass(**options)
+            _encode_dispatches(self._functions, compute_pass, launches)
+            compute_pass.end()
 
     def copy(
         self, source: Buffer, source_offset: int, target: Buffer, offset: int, n_bytes: int
     ) -> None:
         """See `webgpu.Encoder`."""
-        self.inner.copy_buffer_to_buffer(source, source_offset, target, offset, n_bytes)
+        with translated(self._errors):
+            self.inner.copy_buffer_to_buffer(source, source_offset, target, offset, n_bytes)
 
     def clear(self, buffer: Buffer, offset: int, n_bytes: int) -> None:
         """See `webgpu.Encoder`."""
-        self.inner.clear_buffer(buffer, offset, n_bytes)
+        with translated(self._errors):
+            self.inner.clear_buffer(buffer, offset, n_bytes)
 
     def finish(self) -> Any:
         """See `webgpu.Encoder`."""

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import Memory
+
+# A submission that runs for some seconds is killed by the watchdogs of desktop drivers. This is
+# half a second on an integrated GPU of 0.2 TFLOP/s; a large GPU hardly notices the few more.
+MAX_SUBMISSION_FLOPS = 10**11
+SLOW_DEVICE = 2e11  # FLOP/s of the slowest GPU that is thought of
+
+
+@dataclass
+class Submissions:
+    """How long programs may keep a device busy with one submission; it may change between runs.
+
+    Attributes:
+        flops: about as many operations go into one; a single dispatch is never cut.
+    """
+
+    flops: float = MAX_SUBMISSION_FLOPS
+
+    def set_seconds(self, seconds: float, flops_a_second: float = SLOW_DEVICE) -> None:
+        """Bounds the time of one; half of it, since kernels differ in speed."""
+        self.flops = 0.5 * seconds * flops_a_second
 
 
 @dataclass(frozen=True)
@@ -24,6 +44,7 @@ class Recording:
         body: of products, a name of forward/matmul_bodies.py; None: by the device.
         plans: asked for the tile of each product that is recorded (forward/plans/matmul_plans.py);
             None, as an answer too, leaves it to the model of the time.
+        submissions: how long they may be.
 
     Raises:
         InputError: f16 on a device that lacks it.
@@ -35,6 +56,7 @@ class Recording:
     products: str | None = None
     body: str | None = None
     plans: Callable[[Any], Any] | None = None
+    submissions: Submissions = field(default_factory=Submissions)
 
     @property
     def half_products(self) -> bool:

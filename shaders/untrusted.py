@@ -222,3 +222,19 @@ def as_f32(value: Any) -> float | None:
         return None
     small = number != 0 and abs(number) < F32_LEAST
     return None if small or not abs(number) <= F32_MOST else number
+
+
+def n_characters(value: Any) -> int:
+    """Characters in a value, all told."""
+    left, n_characters = [value], 0
+    while left:
+        one = left.pop()
+        if isinstance(one, str):
+            n_characters += len(one)
+        elif isinstance(one, Mapping):
+            left += [*one, *one.values()]
+        elif isinstance(one, list | tuple):
+            left += one
+        else:
+            n_characters += 8
+    return n_characters

@@ -16,8 +16,8 @@ from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
-from lora.shaders.program import MAX_SUBMISSION_FLOPS, Program
-from lora.shaders.recording import Recording
+from lora.shaders.program import Program
+from lora.shaders.recording import MAX_SUBMISSION_FLOPS, Recording
 from lora.shaders.tensor import Extent, Tensor
 from lora.shaders.webgpu import Launch
 

@@ -24,6 +24,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from lora.forward.text.bounded import ask
 from lora.shaders.errors import InputError
+from lora.shaders.untrusted import n_characters
 
 Span = tuple[int, int]  # (start, end) in characters, end exclusive
 
@@ -213,7 +214,7 @@ def render_source(
         for piece in compiled.generate(given, add_generation_prompt=add_generation_prompt):
             n_written += len(piece)
             if n_written > most:
-                most = _MOST_WRITTEN + _MOST_TIMES * _n_characters(given)
+                most = _MOST_WRITTEN + _MOST_TIMES * n_characters(given)
                 if n_written > most:
                     raise InputError(
                         f"The chat template writes more than {most:,} characters, which no "
@@ -228,22 +229,6 @@ def render_source(
             "fields."
         ) from error
     return "".join(pieces), _has_generation_blocks(source)
-
-
-def _n_characters(value: Any) -> int:
-    """Characters in a value, all told."""
-    left, n_characters = [value], 0
-    while left:
-        one = left.pop()
-        if isinstance(one, str):
-            n_characters += len(one)
-        elif isinstance(one, Mapping):
-            left += [*one, *one.values()]
-        elif isinstance(one, list | tuple):
-            left += one
-        else:
-            n_characters += 8
-    return n_characters
 
 
 def _unmarked(marked: str) -> Rendering:

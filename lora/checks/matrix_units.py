@@ -18,6 +18,7 @@ from typing import Any
 from lora.forward.matmul_matrix import shape_on
 from lora.shaders.choice import say_once
 from lora.shaders.device import Device
+from lora.storage.children import run_module
 from lora.storage.files import write_file
 from lora.storage.tile_cache import cache_folder, circumstances
 
@@ -61,10 +62,7 @@ def ask_child(device: Device, wanted: str | int) -> str:
     """Runs the checks of products on matrix units in a child; what is wrong, or ""."""
     question = json.dumps({"device": wanted, "webgpu": device.found.implementation.setting})
     try:
-        done = subprocess.run(
-            [sys.executable, "-m", "lora.checks.matrix_units", question],
-            capture_output=True, text=True, timeout=_SECONDS,
-        )  # fmt: skip
+        done = run_module("lora.checks.matrix_units", [question], timeout=_SECONDS)
     except subprocess.TimeoutExpired:
         return f"a check of them did not end within {_SECONDS} s"
     except OSError as error:

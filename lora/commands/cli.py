@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,7 @@ import typer
 from rich.console import Console
 
 from lora.commands.data import data_command
+from lora.commands.debug_nan import debug_nan_command
 from lora.commands.devices import devices_command
 from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
@@ -91,13 +93,14 @@ def train(
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
     from lora.training.checkpoint import device_of_then, started_at
-    from lora.training.output import check_output
+    from lora.training.output import check_output, check_room
     from lora.training.run import Interrupted, run_training
     from lora.training.session import TrainingSession
 
     given = overrides(set_, webgpu)
     loaded = load_config(config, given)
     check_output(Path(loaded.output), resuming=resume)
+    check_room(loaded, Path(loaded.output))
     device = device_of_then(loaded) if resume else None
     started = started_at(Path(loaded.output)) if resume else None
     session = TrainingSession(loaded, device=device, started=started)
@@ -110,8 +113,9 @@ def train(
     except Interrupted as stop:
         options = [word for value in given for word in ("--set", value)]
         command = shlex.join(["lora", "train", str(config), *options, "--resume"])
-        typer.echo(f"Stopped; saved {stop.checkpoint}.")
-        typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
+        with suppress(OSError):  # the terminal may be what is gone
+            typer.echo(f"Stopped; saved {stop.checkpoint}.")
+            typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
         raise typer.Exit(128 + stop.signum) from None
     typer.echo(f"Saved the adapter to {plain(str(output))}.")
 
@@ -346,6 +350,7 @@ def inspect(
 app.command(name="export")(export_command)
 app.command(name="tune")(tune_command)
 app.command(name="devices")(devices_command)
+app.command(name="debug-nan")(debug_nan_command)
 
 
 @app.command()

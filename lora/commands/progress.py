@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from types import TracebackType
 from typing import Self
 
@@ -63,6 +64,9 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
     console.print(table)
 
 
+_GONE = (OSError, SystemExit)  # a terminal that was closed; rich ends a process whose pipe broke
+
+
 def _targets_shown(layout: AdapterLayout) -> str:
     """The adapted matrices; of those that some of the layers lack, in how many they are."""
     counts = Counter(m.module for group in layout.groups for m in group.members)
@@ -110,10 +114,16 @@ class TrainingProgress(Listener):
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._progress.stop()
+        with suppress(*_GONE):
+            self._progress.stop()
 
     def step(self, metrics: Metrics) -> bool:
-        """Shows one step."""
+        """Shows one step; a terminal or a reader that is gone doesn't end the run."""
+        with suppress(*_GONE):
+            self._show(metrics)
+        return False
+
+    def _show(self, metrics: Metrics) -> None:
         self._progress.update(
             self._task,
             completed=metrics.step,
@@ -128,13 +138,13 @@ class TrainingProgress(Listener):
                 f"{metrics.tokens_per_second:,.0f} tokens/s",
                 highlight=False,
             )
-        return False
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""
-        self._console.print(
-            f"step {step}: eval loss {result.loss:.4f}, exact match "
-            f"{result.n_exact}/{result.n_examples}",
-            highlight=False,
-        )
+        with suppress(*_GONE):
+            self._console.print(
+                f"step {step}: eval loss {result.loss:.4f}, exact match "
+                f"{result.n_exact}/{result.n_examples}",
+                highlight=False,
+            )
         return False

@@ -7,6 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from lora.config.durations import checked_duration
 from lora.config.paths import expanded
 from lora.shaders.untrusted import F32_LEAST, F32_MOST, MOST_LARGE
 
@@ -48,6 +49,7 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(word_from_switc
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(expanded)]
 Count = Annotated[int, Field(ge=1, le=MOST_LARGE)]
+Duration = Annotated[str, AfterValidator(checked_duration)]
 
 
 class Section(BaseModel):

@@ -23,6 +23,7 @@ from lora.config.data_section import DataConfig
 from lora.config.errors import config_problems, did_you_mean
 from lora.config.fields import (
     Count,
+    Duration,
     Number,
     PathText,
     Section,
@@ -220,8 +221,12 @@ class TrainConfig(Section):
     eval_every: Count | None = Field(
         default=None, description="null, or a whole number of steps, at least 1"
     )
-    save_every: Count | None = Field(
-        default=None, description="null, or a whole number of steps, at least 1"
+    save_every: Count | Duration | None = Field(
+        default="10m", description="null, a whole number of steps, or a time such as 90s, 10m or 1h"
+    )
+    on_device_loss: Literal["stop", "retry"] = Field(default="stop", description="stop or retry")
+    max_submission_seconds: Annotated[Number, Field(gt=0)] | None = Field(
+        default=None, description="null, or a number of seconds above 0"
     )
     keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
 
@@ -239,8 +244,18 @@ class TrainConfig(Section):
         return self
 
     def resolve_warmup(self, total_steps: int) -> int:
-        """Returns the number of warm-up steps, rounded up as transformers does."""
+        """Returns the number of warm-up steps, rounded up as transformers does.
+
+        Raises:
+            InputError: they are more than the run has.
+        """
         if self.warmup_steps is not None:
+            if self.warmup_steps > total_steps:
+                steps = "1 step" if total_steps == 1 else f"{total_steps} steps"
+                raise InputError(
+                    f"train.warmup_steps: got {self.warmup_steps}, but the run has {steps}: "
+                    "train.learning_rate would never be reached. Lower it, or train longer."
+                )
             return self.warmup_steps
         return math.ceil((self.warmup_ratio or 0.0) * total_steps)
 

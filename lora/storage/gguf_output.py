@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import struct
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from gguf import GGML_QUANT_SIZES, GGUF_DEFAULT_ALIGNMENT, GGMLQuantizationType,
 
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import LoraError
+from lora.storage.files import clean_leftovers, make_directories, sync_directory, temporary_path
 
 _SCALAR_BYTES = {
     GGUFValueType.UINT8: 1,
@@ -39,13 +39,15 @@ def new_file(path: Path) -> Iterator[Path]:
     Raises:
         LoraError: it can't be written (no room, no permission).
     """
-    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.tmp")
+    temporary = temporary_path(path)
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_directories(path.parent)
+        clean_leftovers(path.parent)
         yield temporary
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, path)
+        sync_directory(path.parent)
     except OSError as error:
         raise LoraError(f"{path} could not be written: {error.strerror or error}.") from error
     finally:

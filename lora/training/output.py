@@ -2,17 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import socket
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
+from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.architecture import Architecture
 from lora.shaders.choice import say_once
-from lora.shaders.errors import InputError
+from lora.shaders.errors import InputError, LoraError
+from lora.storage.files import (
+    clean_leftovers,
+    is_temporary,
+    make_directories,
+    sync_directory,
+    temporary_path,
+)
+from lora.storage.stores import resolve_model
+from lora.training.checkpoint import FOLDER, checkpoints
+from lora.training.workload import layout_of
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 if sys.platform == "win32":
     import msvcrt
@@ -21,10 +38,12 @@ else:
 
 RUN = "run.json"  # what ran; also the mark of a directory of ours
 METRICS = "metrics.jsonl"
-CHECKPOINTS = "checkpoints"
 LOCK = ".lock"
 # What a run leaves; before there was a run.json, two of them told a directory of ours.
 _OLDER_MARKS = ("config.yaml", METRICS)
+_OF_A_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO)
+FLOAT_BYTES = 4  # of what is saved
+_SMALL_FILES = 1 << 18  # bytes: configs, metrics, states
 _LOCKED_BYTE = 1 << 30  # on Windows a locked byte can't be read: one behind the text
 
 
@@ -40,8 +59,31 @@ def check_output(output: Path, *, resuming: bool) -> None:
         if _is_there(output):
             with _locked(output):
                 pass
+        _try_to_write(output)
     except OSError as error:
         raise InputError(f"output: {output} cannot be used: {error.strerror}.") from error
+
+
+def check_room(config: Config, output: Path) -> None:
+    """Refuses a disk without room for what a run leaves, before the model is loaded.
+
+    Raises:
+        InputError: there is less; or the model is none that can be trained.
+    """
+    there = next(p for p in (output, *output.absolute().parents) if p.exists())
+    layout = layout_of(config, Architecture.from_gguf(GGUFFile(resolve_model(config.model.path))))
+    kept = config.train.keep_checkpoints
+    # A new checkpoint is whole before the oldest goes; each has the adapter and two moments.
+    checkpoint = FLOAT_BYTES * 3 * layout.size + _SMALL_FILES
+    held = min(len(checkpoints(output)), kept) if output.is_dir() else 0
+    needed = (kept + 1 - held) * checkpoint + FLOAT_BYTES * layout.size + _SMALL_FILES
+    free = shutil.disk_usage(there).free
+    if free < needed:
+        raise InputError(
+            f"output: {output} needs {needed / 2**20:,.0f} MiB for {kept} checkpoints and the "
+            f"adapter, and the disk has {free / 2**20:,.0f} MiB free; make room, name another "
+            "directory, or lower train.keep_checkpoints."
+        )
 
 
 @contextmanager
@@ -53,6 +95,7 @@ def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
     Raises:
         InputError: see `check_output`.
     """
+    begun = False  # what is refused before is the user's to mend
     try:
         _check_place(output, resuming)
         if resuming and not output.is_dir():
@@ -60,18 +103,27 @@ def owned_output(output: Path, *, resuming: bool) -> Iterator[Path]:
             return
         if not resuming and is_ours(output):
             _make_room(output)
-        output.mkdir(parents=True, exist_ok=True)
+        make_directories(output)
         with _locked(output):
+            for folder in (output, output / FOLDER):
+                clean_leftovers(folder, all_owners=True)
+            begun = True
             yield output
     except OSError as error:
-        if error.filename is None or not str(error.filename).startswith(str(output)):
-            raise
-        raise InputError(f"output: {output} cannot be written: {error.strerror}.") from error
+        ours = str(error.filename or "").startswith(str(output)) or error.errno in _OF_A_DISK
+        if not begun:
+            raise InputError(f"output: {output} cannot be written: {error.strerror}.") from error
+        if ours:
+            raise LoraError(
+                f"{output} cannot be written any more: {error.strerror}. The checkpoints that are "
+                "there stay; go on with --resume once that is mended."
+            ) from error
+        raise
 
 
 def is_ours(output: Path) -> bool:
     """Whether a run of ours stands in a directory."""
-    if (output / RUN).is_file() or (output / CHECKPOINTS).is_dir():
+    if (output / RUN).is_file() or (output / FOLDER).is_dir():
         return True
     return all((output / name).is_file() for name in _OLDER_MARKS)
 
@@ -93,7 +145,11 @@ def _check_place(output: Path, resuming: bool) -> None:
         raise InputError(f"output: {nearest} can't be written.")
     if not _is_there(output) or is_ours(output):
         return
-    foreign = sorted(path.name for path in output.iterdir() if path.name != LOCK)
+    foreign = sorted(
+        path.name
+        for path in output.iterdir()
+        if path.name != LOCK and not is_temporary(path.name)  # of a run killed at its first file
+    )
     if foreign and resuming:
         raise InputError(f"output: {output} holds no run of ours to go on with.")
     if foreign:
@@ -102,6 +158,18 @@ def _check_place(output: Path, resuming: bool) -> None:
             f"output: {output} holds files that no run of ours has left ({foreign[0]}{more}). Name "
             "a directory that is new, empty, or an earlier run's."
         )
+
+
+def _try_to_write(output: Path) -> None:
+    """Makes a directory where the run would, and takes it away: rights alone don't tell.
+
+    Raises:
+        OSError: it can't be made.
+    """
+    nearest = next(p for p in (output, *output.absolute().parents) if p.exists())
+    tried = temporary_path(nearest / (output.name or "output"))
+    tried.mkdir()
+    tried.rmdir()
 
 
 def _make_room(output: Path) -> None:
@@ -115,6 +183,7 @@ def _make_room(output: Path) -> None:
             os.replace(output, aside)
     if sys.platform == "win32":
         os.replace(output, aside)
+    sync_directory(output.parent)
     say_once(f"The run that stood in {output} is now in {aside}.")
 
 

@@ -26,6 +26,7 @@ from lora.forward.model.inputs import Inputs
 from lora.forward.model.layer_spec import Attention
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw
 from lora.optim.clipping import gradient_norm, sum_slices
+from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weight, step_guard
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -33,7 +34,7 @@ from lora.shaders.tensor import Tensor
 # What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
 # the least that it holds, and the mean over some hundred tokens makes them small. A power of two
 # changes no bit of an f32 (Micikevicius et al. 2018, "Mixed Precision Training").
-LOSS_SCALE = 1024.0
+SCALING = Scaling(begin=1024.0)
 SLICED_SIZE = 24 << 20  # parameters of all slices of the gradients together
 
 
@@ -103,7 +104,7 @@ class Activations:
     shared: Mapping[Sizes, LayerActivations]  # of the layer that is being computed
     head: HeadActivations
     loss_sum: Tensor  # [64], the first of which is the sum of losses
-    state: Tensor  # [64], of gradient_norm; beside `loss_sum` in one buffer
+    state: Tensor  # [64], of gradient_norm and step_guard; beside `loss_sum` in one buffer
     metrics: Tensor  # [128], both
     kept: Mapping[int, Tensor]  # [rows, 2 · kv_size], keys and values that other layers take
     per_layer: Tensor | None  # [rows, layers · size], what tokens have for the layers
@@ -114,15 +115,15 @@ class Activations:
     ) -> Activations:
         """Tensors for micro-batches of up to inputs.rows.maximum tokens."""
         shape = (inputs.rows.maximum, model.architecture.hidden_size)
-        metrics = recording.memory.empty((128,))
+        metrics = recording.memory.empty((METRICS,))
         factors = layout.factors(flat)
         return cls(
             boundary=recording.memory.empty(shape, extent=inputs.rows),
             final=recording.memory.empty(shape, extent=inputs.rows),
             shared=allocate_layers(recording, model, inputs, factors),
             head=HeadActivations.allocate(recording, model, inputs, factors),
-            loss_sum=metrics.slice(0, 64),
-            state=metrics.slice(64, 128),
+            loss_sum=metrics.slice(0, STATE_AT),
+            state=metrics.slice(STATE_AT, METRICS),
             metrics=metrics,
             kept=_kept_keys(recording, model, inputs),
             per_layer=per_layer_values(recording, model, inputs.rows),
@@ -251,7 +252,8 @@ class TrainingPrograms:
 
     Attributes:
         loss_weight: the uniform of `loss_weight_words`.
-        loss_scale: what gradients of activations are multiplied by.
+        loss_scale: what gradients of activations are multiplied by at first, and what the host
+            puts into `loss_weight`; `begin` exchanges it for the scale of now.
         step_words: the uniform of `lora.optim.adamw.step_words`.
         sum_slices: leaves the gradient in the first slice; None where nothing is combined, since
             `finish` then does that, too.
@@ -259,7 +261,11 @@ class TrainingPrograms:
 
     def __init__(self, recording: Recording, tensors: StepTensors, settings: StepSettings) -> None:
         adapter, act = tensors.adapter, tensors.activations
-        self.loss_scale = LOSS_SCALE if recording.precision == "f16" else 1.0
+        scaling = SCALING if recording.precision == "f16" else None
+        self.loss_scale = 1.0 if scaling is None else scaling.begin
+        first = np.zeros(METRICS, np.float32)
+        GuardState(scale=self.loss_scale).put_into(first)
+        recording.memory.write(act.metrics, first)
         self.step_words = recording.memory.uniform()
         self.begin = Program(recording)
         for gradient in adapter.gradients:
@@ -267,6 +273,11 @@ class TrainingPrograms:
         self.begin.clear(act.loss_sum, label="clear loss sum")
         loss = LossTensors.allocate(recording, tensors.inputs, act.head.losses)
         self.loss_weight = loss.scale
+        if scaling is not None:
+            self.loss_weight = recording.memory.uniform()
+            scaled = recording.memory.empty((4,))
+            scaled_weight(self.begin, act.metrics, self.loss_weight, scaled, scaling)
+            self.begin.copy(scaled, loss.scale, label="loss weight")
         self.micro_batch = _record_micro_batch(recording, tensors, settings, loss)
         self.sum_slices: Program | None = None
         slices = adapter.gradients
@@ -277,10 +288,9 @@ class TrainingPrograms:
             slices = slices[:1]
         self.finish = Program(recording)
         with self.finish.scope("optimizer"):
-            gradient_norm(
-                self.finish, slices, act.state, max_norm=settings.max_norm,
-                loss_scale=self.loss_scale,
-            )  # fmt: skip
+            max_norm = settings.max_norm
+            gradient_norm(self.finish, slices, act.state, max_norm=max_norm)
+            step_guard(self.finish, act.metrics, scaling=scaling, max_norm=max_norm)
             flat = AdamWTensors(
                 adapter.parameters, slices[0], adapter.first_moment, adapter.second_moment
             )

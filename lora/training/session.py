@@ -2,57 +2,49 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from datetime import datetime
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
-from lora.adapters.files import load_adapter
-from lora.adapters.peft_files import save_peft_adapter
-from lora.backward.losses import Loss, SupervisedLoss
-from lora.checks.matrix_units import trust_matrix_units
 from lora.data.batches import Batch
-from lora.data.given import are_tokens
-from lora.data.rows import chat_template
-from lora.forward.plans.matmul_plans import PlanSource, ProductShape
+from lora.forward.plans.matmul_plans import ProductShape
 from lora.forward.plans.matmul_tiles import Plan
-from lora.generation.engine import Adapter, memory_figures
-from lora.generation.generator import TextGenerator
-from lora.generation.prompts import Prompt, is_tokens
-from lora.generation.sampling import GREEDY, Sampling
 from lora.optim.adamw import step_words
+from lora.optim.guard import GuardState
 from lora.optim.schedule import learning_rate
 from lora.shaders.device import Device
-from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
+from lora.shaders.errors import DeviceMemoryError, GPUError, LoraError
 from lora.shaders.program import Program
 from lora.shaders.program_data import kernels_digest
 from lora.shaders.readback import ReadbackRing
-from lora.shaders.recording import Recording
-from lora.storage.tile_cache import find_tiles
-from lora.training.communicator import Communicator, SingleProcess
-from lora.training.device_state import (
-    Seams,
-    SessionPlan,
-    SessionPrograms,
-    SessionTensors,
-    replanned,
-)
-from lora.training.evaluation import Evaluator
-from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock, check_finite
-from lora.training.prefix_cache import PrefixCache
+from lora.training.device_state import SessionPrograms, replanned
+from lora.training.endings import Culprit, NotFiniteError, StepWatch, device_ended
+from lora.training.fingerprints import Course, fingerprints
+from lora.training.metrics import Metrics, MetricsAtArrival, StepClock
+from lora.training.non_finite import find_in_step
+from lora.training.open_session import OpenSession
 from lora.training.programs import TrainingPrograms, loss_weight_words
-from lora.training.workload import Workload
-
-if TYPE_CHECKING:
-    from lora.config.schema import Config
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
+# Steps that can be taken back: those that were skipped in a row, and those under way behind them.
+_REMEMBERED = GuardState.MOST_IN_A_ROW + IN_FLIGHT + 1
 
 
-class TrainingSession:
+@dataclass(frozen=True)
+class _StepBegun:
+    """What a step that may be taken back began with."""
+
+    steps_done: int  # before it
+    stream: dict[str, Any]  # where the data stood
+    batches: Sequence[Batch]
+
+
+class TrainingSession(OpenSession):
     """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
 
     `session.step(batches)` runs forward, backward, clipping and AdamW on the device and returns
@@ -82,100 +74,36 @@ class TrainingSession:
         InputError: the model, the data, an adapter or the device are not what the config needs.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        train: bool = True,
-        examples: Iterable[Any] | None = None,
-        device: Device | None = None,
-        loss: Loss | None = None,
-        communicator: Communicator | None = None,
-        started: datetime | None = None,
-    ) -> None:
-        self.config = config
-        self.started = datetime.now() if started is None else started
-        self.communicator = SingleProcess() if communicator is None else communicator
-        self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
-        self.workload = Workload.open(config, train=train, examples=examples, now=self.started)
-        self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
-        self.device = Device(config.device, webgpu=config.webgpu) if device is None else device
-        self._owns_device = device is None
-        if config.train.precision == "f16":
-            trust_matrix_units(self.device, config.device)
-        self.memory = self.device.arena()
-        try:
-            self._open()
-        except BaseException:
-            self.close()
-            raise
+    def _new_device(self, webgpu: str) -> Device:
+        return Device(self.config.device, webgpu=webgpu)
 
     def _open(self) -> None:
-        """Puts everything on the device and records the programs."""
-        workload, train = self.workload, self.config.train
-        # All is recorded once on memory that only counts: what it asks for is known beforehand.
-        plan = SessionPlan.of(self.device.facts, workload, None, self._seams)
-        requests = plan.requests if workload.trains else None
-        self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
-        self.plans: dict[ProductShape, Plan] = plan.chosen(self._found)
-        if self._found is not None:
-            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
-        self.plan = plan
-        self._recording = self.device.recording(
-            memory=self.memory, precision=train.precision, plans=self._found
-        )
-        try:
-            if plan.largest_scratch:
-                self.memory.scratch((plan.largest_scratch,))
-            tensors = SessionTensors.allocate(self._recording, workload)
-            self.device.compile_all(plan.kernels)
-            self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
-        except DeviceMemoryError as error:
-            raise InputError(
-                f"{self.config.model.path} does not fit: {error}, and this run takes "
-                f"{memory_figures(plan.allocated)}. Lower train.batch_size or "
-                "data.max_length, set train.recompute: on, or take a smaller quantization."
-            ) from error
-        self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
-        self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
-        self._act = step.activations
-        self.recompute = tensors.recompute
+        """As without training, and where the steps begin."""
+        super()._open()
+        self._fingerprints: dict[str, Any] | None = None
         self.steps_done = 0
-        self.stream = workload.stream() if workload.trains else None
+        self._digest: str | None = None
+        self._begun: deque[_StepBegun] = deque(maxlen=_REMEMBERED)
+        self.stream = self.workload.stream() if self.workload.trains else None
         if self.stream is not None:
             self.total_steps = self.stream.total_steps
-            self._warmup_steps = train.resolve_warmup(self.total_steps)
+            self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
             self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
-        self._digest: str | None = None
-        self._generator: TextGenerator | None = None
-        self._evaluator: Evaluator | None = None
+            self._watch = StepWatch(self.config.train.precision)
+            self._measured_in = self._set_submissions()
 
-    @classmethod
-    def from_config(
-        cls, path: str | Path, overrides: Sequence[str] = (), **others: Any
-    ) -> TrainingSession:
-        """Opens the session of a YAML config; `overrides` are KEY=VALUE each, `others` as above."""
-        from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
-
-        needs_data = others.get("examples") is None
-        return cls(load_config(str(path), overrides, needs_data=needs_data), **others)
-
-    def close(self) -> None:
-        """Gives the memory back, and the device where the session opened it."""
-        self.memory.close()
-        if self._owns_device:
-            self.device.close()
-
-    def __enter__(self) -> TrainingSession:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def fingerprints(self) -> dict[str, Any]:
+        """Of all that decides this run's numbers; see `lora.training.fingerprints`."""
+        if self._fingerprints is None:
+            loss = type(self._seams.loss).__qualname__
+            course = Course(loss, self.communicator.size, self.total_steps, self.warmup_steps)
+            self._fingerprints = fingerprints(self.workload, course)
+        return self._fingerprints
 
     def use_plans(self, plans: Mapping[ProductShape, Plan]) -> None:
         """Records the programs again, with these plans of products; others keep theirs.
 
-        So a run goes on with the order of sums that it began with (lora/training/checkpoint.py).
+        So a run goes on with the order of sums that it began with (lora/training/resuming.py).
         """
         if self.stream is None:
             raise LoraError("This session was opened without training.")
@@ -185,13 +113,23 @@ class TrainingSession:
         self._recording = replanned(self._recording, self.plans, self._found)
         # Their memory goes first: there may be no room for both.
         self._programs.memory.close()
-        for user in (self._generator, self._evaluator):
-            if user is not None:
-                user.close()
-        self._evaluator, self._generator, self._digest = None, None, None
+        self._close_users()
+        self._digest = None
         self._programs = SessionPrograms.record(
             self._recording, self.workload, self._tensors, self._seams
         )
+
+    def reopen(self) -> None:
+        """Opens the device anew after it was lost: the session is as it was before its first step.
+
+        What products are recorded with stays, so that the same numbers follow.
+        """
+        setting, plans = self.device.found.implementation.setting, self.plans
+        self.close()
+        self._open_on(self._new_device(setting), owned=True)
+        self.memory.write(self.adapter.parameters, self._initial)
+        if self.stream is not None:
+            self.use_plans(plans)
 
     def _training(self) -> TrainingPrograms:
         if self._programs.training is None:
@@ -203,7 +141,9 @@ class TrainingSession:
     def step(self, batches: Sequence[Batch]) -> None:
         """One optimizer step over some micro-batches; returns without waiting for the device.
 
-        Its metrics come out of `train`, or of `finished_steps`, some steps later.
+        Its metrics come out of `train`, or of `finished_steps`, some steps later. One that is not
+        finite changes nothing (`Metrics.skipped`), and after three of them in a row no step does:
+        `train` and `steps` end with an error then; who calls `step` looks at what has finished.
         """
         programs, train = self._training(), self.config.train
         for batch in batches:
@@ -214,29 +154,29 @@ class TrainingSession:
             total_steps=self.total_steps,
             peak=train.learning_rate,
             schedule=train.schedule,
-            warmup_steps=self._warmup_steps,
+            warmup_steps=self.warmup_steps,
         )
-        self.steps_done += 1
+        step = self.steps_done + 1
         counts = [sum(b.n_trained for b in batches), sum(b.rows for b in batches)]
         n_trained, n_tokens = self.communicator.sum(np.array(counts, np.int64)).tolist()
-        words = step_words(rate, self.steps_done, (train.betas[0], train.betas[1]))
-        weight = loss_weight_words(n_trained, programs.loss_scale)
-        self.memory.write(programs.loss_weight, weight)
+        self.memory.write(programs.loss_weight, loss_weight_words(n_trained, programs.loss_scale))
+        words = step_words(rate, step, (train.betas[0], train.betas[1]))
         self.memory.write(programs.step_words, words)
         programs.begin.run()
         for batch in batches:
             self._enter(batch, self._cache)
-            programs.micro_batch.run()
+            self._run_micro_batch(programs, batch)
         if programs.sum_slices is not None:
             programs.sum_slices.run()
             for tensor in (self.adapter.gradients[0], self._act.loss_sum):
                 total = self.communicator.sum(self.memory.read(tensor))
                 self.memory.write(tensor, total)
         programs.finish.run()
+        self.steps_done = step
         self._ring.push(
             self._act.metrics,
             MetricsAtArrival(
-                step=self.steps_done,
+                step=step,
                 epoch=self.stream.epoch,
                 learning_rate=rate,
                 tokens=n_tokens,
@@ -244,23 +184,37 @@ class TrainingSession:
             ),
         )
 
-    def _enter(self, batch: Batch, cache: PrefixCache | None) -> None:
-        """Puts what enters the lowest adapted layer into place: computed, or remembered."""
-        self.inputs.write(
-            self.memory,
-            batch.token_ids,
-            batch.positions,
-            batch.segment_start,
-            batch.segment_end,
-            batch.targets,
-        )
-        if cache is None:
-            self._programs.prefix.run()
-        elif cache.holds(batch):
-            cache.fill(batch, self._act.boundary)
-        else:
-            self._programs.prefix.run()
-            cache.keep(batch, self._act.boundary)
+    def _set_submissions(self) -> int:
+        """Bounds the length of submissions where that is asked for.
+
+        Before the device's speed is measured it counts as a slow one.
+
+        Returns:
+            In which micro-batch from here on that happens: a first one may compile; 0 for none.
+        """
+        seconds = self.config.train.max_submission_seconds
+        if seconds is None:
+            return 0
+        self._recording.submissions.set_seconds(seconds)
+        return 2
+
+    def _run_micro_batch(self, programs: TrainingPrograms, batch: Batch) -> None:
+        """Runs it, and waits for it where its time is to bound submissions."""
+        measured = self._measured_in == 1
+        self._measured_in = max(0, self._measured_in - 1)
+        if not measured:
+            programs.micro_batch.run()
+            return
+        self.memory.read(self._act.loss_sum)
+        start = time.perf_counter()
+        programs.micro_batch.run()
+        self.memory.read(self._act.loss_sum)
+        seconds = time.perf_counter() - start
+        flops = sum(dispatch.flops for dispatch in programs.micro_batch.dispatches)
+        used = batch.rows / self.workload.maximum_rows
+        limit = self.config.train.max_submission_seconds
+        assert limit is not None  # else the speed would not be asked for
+        self._recording.submissions.set_seconds(limit, flops * used / seconds)
 
     def kernels_digest(self) -> str:
         """Of all kernels that a step runs; see `shaders.program_data`."""
@@ -278,11 +232,13 @@ class TrainingSession:
         """Runs the steps that are left, one item a step, in order.
 
         Seconds and rates are measured between the arrivals of results; steps whose results come
-        together share the time.
+        together share the time. Where the loss or the gradient of a step is not finite the adapter
+        stays as it was (`Metrics.skipped`).
 
         Raises:
-            LoraError: a loss or gradient was not finite. The adapter is as it was before that
-                step.
+            NotFiniteError: that was so three times in a row, or in all steps. The session stands
+                behind the last step that counted.
+            DeviceLostError: the device was lost, or its memory ran out.
         """
         for metrics in self.steps():
             if metrics is not None:
@@ -297,109 +253,119 @@ class TrainingSession:
         if self.stream is None:
             raise LoraError("This session was opened without training.")
         clock = StepClock()
-        for batches in self.stream:
-            self.step(batches)
+        while (begun := self._begin()) is not None:
+            try:
+                with self._device_held():
+                    self.step(begun.batches)
+            except BaseException:
+                if self.steps_done == begun.steps_done:  # nothing came of it
+                    self.stream.restore(begun.stream)
+                raise
             paused = pause()
-            for metrics in clock.timed(self.finished_steps(wait=paused)):
-                yield check_finite(metrics, self.config.train.precision)
+            yield from self._arrived(clock, wait=paused)
             if paused:
                 yield None
                 clock = StepClock()
-        for metrics in clock.timed(self.finished_steps(wait=True)):
-            yield check_finite(metrics, self.config.train.precision)
+        yield from self._arrived(clock, wait=True)
+        self._watch.end()
+
+    def _begin(self) -> _StepBegun | None:
+        """What the next step begins with, which can be taken back for a while; None at the end."""
+        assert self.stream is not None
+        stands = self.stream.state()
+        batches = next(self.stream, None)
+        if batches is None:
+            return None
+        self._begun.append(_StepBegun(self.steps_done, stands, batches))
+        return self._begun[-1]
+
+    def _arrived(self, clock: StepClock, *, wait: bool) -> Iterator[Metrics]:
+        with self._device_held():
+            finished = self.finished_steps(wait=wait)
+        for metrics in clock.timed(finished):
+            yield metrics
+            if self._watch.halts(metrics):
+                self.finished_steps(wait=True)  # of steps that changed nothing any more
+                raise self._not_finite(metrics)
+
+    def _not_finite(self, last: Metrics) -> NotFiniteError:
+        """Takes back the skipped steps, and looks for what was not finite in the first."""
+        first = last.step - GuardState.MOST_IN_A_ROW + 1
+        culprit = self.find_not_finite(first)
+        self._take_back(self._beginning_of(first))
+        return NotFiniteError(first, last, self.config.train.precision, culprit)
+
+    def find_not_finite(self, step: int) -> Culprit | None:
+        """Runs one of the last steps again, and says what went non-finite first.
+
+        Args:
+            step: counted from 1; it changed nothing, nor did those after it.
+        """
+        batches = self._beginning_of(step).batches
+        return find_in_step(self._programs.prefix, self._training(), batches, self.write_inputs)
+
+    def _beginning_of(self, step: int) -> _StepBegun:
+        return next(begun for begun in self._begun if begun.steps_done == step - 1)
+
+    def _take_back(self, begun: _StepBegun) -> None:
+        """Puts the session where a step began that changed nothing, and none behind it."""
+        assert self.stream is not None
+        self.stream.restore(begun.stream)
+        self.steps_done = begun.steps_done
+        self.set_guard(replace(self.guard(), in_a_row=0))
+        self._begun.clear()
+
+    @contextmanager
+    def _device_held(self) -> Iterator[None]:
+        """What the device can't do any more becomes an error that says what to change."""
+        try:
+            yield
+        except (GPUError, DeviceMemoryError) as error:
+            raise device_ended(error, self.steps_done, self.device.facts.name) from error
+
+    # -- what checkpoints keep --------------------------------------------------------------------
+
+    def moments(self) -> dict[str, np.ndarray]:
+        """AdamW's, f32 [layout.size] each, by name.
+
+        Raises:
+            LoraError: they hold what is no number.
+        """
+        found = {
+            "first_moment": self.memory.read(self.adapter.first_moment),
+            "second_moment": self.memory.read(self.adapter.second_moment),
+        }
+        for name, values in found.items():
+            if not np.isfinite(values).all():
+                raise LoraError(f"AdamW's {name} holds what is no finite number; it is not saved.")
+        return found
+
+    def guard(self) -> GuardState:
+        """The loss scale and the counts of skipped steps, after all steps so far."""
+        return GuardState.of_metrics(self.memory.read(self._act.metrics))
+
+    def set_guard(self, guard: GuardState) -> None:
+        """Puts them in place of the present ones."""
+        values = self.memory.read(self._act.metrics)
+        guard.put_into(values)
+        self.memory.write(self._act.metrics, values)
+
+    def restore(self, step: int, flat: np.ndarray, moments: Sequence[np.ndarray]) -> None:
+        """Puts the state of a checkpoint in place of the present one; `stream` is set by itself.
+
+        Args:
+            step: that were done.
+            flat: the adapter, f32 [layout.size].
+            moments: AdamW's first and second, of the same size.
+        """
+        self.steps_done = step
+        for tensor, array in (
+            (self.adapter.parameters, flat),
+            (self.adapter.first_moment, moments[0]),
+            (self.adapter.second_moment, moments[1]),
+        ):
+            self.memory.write(tensor, array)
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
         return self._programs.step
-
-    # -- evaluation and generation ----------------------------------------------------------------
-
-    def evaluate(
-        self, examples: Sequence[Any] | None = None, *, adapted: bool = True
-    ) -> EvalResult:
-        """Loss and greedy accuracy on examples (by default data.eval), one forward each.
-
-        A greedy answer equals its target exactly when every target token, the end included, is
-        the argmax after those before it. An example that data.max_length cut is never exact: its
-        end was not asked for.
-
-        Args:
-            examples: at least one: rows, or tokenized ones.
-            adapted: False for the bare model.
-        """
-        if examples is not None and not are_tokens(examples):
-            examples = self.workload.data.of_rows(examples)
-        if self._evaluator is None:
-            self._evaluator = Evaluator(
-                self._recording, self.workload, self._tensors.step, self._enter
-            )
-        return self._evaluator.evaluate(examples, adapted=adapted)
-
-    def generate(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 64,
-        adapted: bool = True,
-        sampling: Sampling = GREEDY,
-    ) -> str:
-        """The continuation of a text (of token ids, of messages), alone; greedy by default."""
-        pieces = self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted, sampling=sampling)
-        return "".join(pieces)
-
-    def stream_text(
-        self,
-        prompt: Prompt,
-        *,
-        max_tokens: int = 64,
-        adapted: bool = True,
-        add_bos: bool | None = None,
-        sampling: Sampling = GREEDY,
-    ) -> Iterator[str]:
-        """The continuation of a prompt, piece by piece; messages are written as in training.
-
-        Raises:
-            InputError: the prompt leaves no room in data.max_length, or can't be written.
-        """
-        if self._generator is None:
-            adapter = Adapter(self.layout, self.adapter.parameters)
-            self._generator = TextGenerator(
-                self._recording_of_text(),
-                self.model,
-                self.tokenizer,
-                {"adapter": adapter},
-            )
-        written = (self.config.data, self.tokenizer, self.started)
-        template = None if is_tokens(prompt) else chat_template(*written)
-        self._generator.forget()  # the adapter may have been trained or loaded since
-        return self._generator.stream(
-            prompt,
-            max_tokens=max_tokens,
-            adapter="adapter" if adapted else None,
-            sampling=sampling,
-            template=template,
-            add_bos=add_bos,
-        )
-
-    def _recording_of_text(self) -> Recording:
-        """In f32, but for the products of a prompt where training's are in f16 on a GPU."""
-        half = self._recording.half_products and not self.device.facts.is_cpu
-        return replace(self._recording, precision="f32", products="f16" if half else None)
-
-    # -- the adapter ----------------------------------------------------------------------------
-
-    def parameters(self) -> np.ndarray:
-        """The adapter, f32 [layout.size], after all steps so far."""
-        return self.memory.read(self.adapter.parameters)
-
-    def load_adapter(self, path: str | Path) -> None:
-        """Puts an adapter of the config's rank and targets in place of the present one.
-
-        Args:
-            path: a PEFT adapter directory, or a GGUF adapter.
-        """
-        self.memory.write(self.adapter.parameters, load_adapter(Path(path), self.layout))
-
-    def save(self, directory: str | Path) -> None:
-        """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json."""
-        save_peft_adapter(Path(directory), self.layout, self.parameters(), self.config)

@@ -84,15 +84,7 @@ class Workload:
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
         tokenizer = Tokenizer.open(gguf_file, config.model.tokenizer)
-        adapter = config.adapter
-        layout = AdapterLayout(
-            architecture,
-            adapter.resolve_layers(architecture.n_layers),
-            adapter.resolve_targets(architecture),
-            adapter.rank,
-            adapter.scale,
-        )
-        _check_rank(layout)
+        layout = layout_of(config, architecture)
         tokens = examples is not None and is_counted(examples) and are_tokens(examples)
         given = None if examples is None or tokens else given_rows(examples)
         data = DataSets(config.data, tokenizer, now, config.train.seed, given)
@@ -114,10 +106,13 @@ class Workload:
         initial = _initial_parameters(config, layout)
         for found in (train_examples, eval_examples):
             _check_tokens(found, architecture.vocab_size)
-        return cls(
+        workload = cls(
             config, train, gguf_file, architecture, tokenizer, layout, train_examples,
             train_summary, eval_examples, eval_summary, streamed, data, initial,
         )  # fmt: skip
+        if train:
+            config.train.resolve_warmup(workload.stream().total_steps)  # refuses one that is longer
+        return workload
 
     def check(self, batch: Batch, most_rows: int) -> None:
         """Refuses what the device would take and give a loss for that means nothing.
@@ -190,6 +185,24 @@ class Workload:
             epochs=train.epochs,
             steps=train.steps,
         )
+
+
+def layout_of(config: Config, architecture: Architecture) -> AdapterLayout:
+    """The adapter that a config asks for, on a model.
+
+    Raises:
+        InputError: the model lacks what is to be adapted, or has nothing of such a rank.
+    """
+    adapter = config.adapter
+    layout = AdapterLayout(
+        architecture,
+        adapter.resolve_layers(architecture.n_layers),
+        adapter.resolve_targets(architecture),
+        adapter.rank,
+        adapter.scale,
+    )
+    _check_rank(layout)
+    return layout
 
 
 def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:

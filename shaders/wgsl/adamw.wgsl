@@ -2,10 +2,13 @@
 //   g = gradient · factor;   p ← p · (1 − lr · decay)
 //   m ← β1 m + (1 − β1) g;   v ← β2 v + (1 − β2) g²
 //   p ← p − lr / (1 − β1ᵗ) · m / (sqrt(v / (1 − β2ᵗ)) + ε)
-// Nothing changes where the gradient's norm was not finite (state[2] = 0). One lane four elements.
+// Nothing changes where a step does not count (state[2] = 0). What would be too large for an f32 is its
+// largest: no rate makes a parameter infinite. One lane four elements.
 //
 // Bindings: step (learning rate, 1 − β1ᵗ, 1 − β2ᵗ), state [4] of gradient_norm; parameters,
 // gradient, m, v [n].
+
+const LARGEST = 3.4028234e38;  // of an f32
 
 struct Step { learning_rate: f32, correction_1: f32, correction_2: f32 }
 
@@ -29,7 +32,13 @@ fn main(
     let v = {{ beta2 }} * second_moment[i] + {{ 1.0 - beta2 }} * g * g;
     first_moment[i] = m;
     second_moment[i] = v;
-    let p = parameters[i] * (1.0 - step.learning_rate * {{ weight_decay }});
+    let p = parameters[i] * max(1.0 - step.learning_rate * {{ weight_decay }}, -LARGEST);
     let denominator = sqrt(v / step.correction_2) + {{ epsilon }};
-    parameters[i] = p - step.learning_rate / step.correction_1 * m / denominator;
+    let rate = min(step.learning_rate / step.correction_1, LARGEST);
+    let next = p - rate * m / denominator;
+    // By the bits: a WGSL compiler may assume that no infinity occurs.
+    let bits = bitcast<vec4<u32>>(next);
+    let overflows = (bits & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
+    let largest = (bits & vec4<u32>(0x80000000u)) | vec4<u32>(0x7f7fffffu);
+    parameters[i] = select(next, bitcast<vec4<f32>>(largest), overflows);
 }

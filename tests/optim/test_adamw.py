@@ -178,3 +178,24 @@ def test_as_torch(recording: Recording, max_norm: float | None, weight_decay: fl
         theirs.step()
     # Both in f32: a few roundings a step on either side.
     np.testing.assert_allclose(optimizer.read()[0], p.detach().numpy(), rtol=1e-6, atol=2e-8)
+
+
+@pytest.mark.parametrize("rate", [1e20, 1e30, 3e38, 1e300])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_no_rate_makes_a_parameter_infinite(
+    recording: Recording, rate: float, weight_decay: float
+) -> None:
+    """The steps go as far as f32 does, and in the gradient's direction."""
+    rng = np.random.default_rng(7)
+    start = parameters_of(rng, 64)
+    start[:8] = 0.0
+    optimizer = Optimizer.record(
+        recording, start, 1, max_norm=None, weight_decay=weight_decay, max_range=None
+    )
+    gradient = np.where(np.arange(start.size) % 2, 1e15, -1e-3).astype(np.float32)
+    for t in range(1, 4):
+        optimizer.step([gradient], rate, t)
+        p, m, v = optimizer.read()
+        assert np.isfinite(p).all() and np.isfinite(m).all() and np.isfinite(v).all()
+        if not weight_decay:
+            assert (np.sign(p) == -np.sign(gradient)).all() and abs(p).min() > 1e19

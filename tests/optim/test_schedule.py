@@ -1,4 +1,4 @@
-"""Learning rates against transformers' schedulers."""
+"""Learning rates: the climb by hand, the decay against transformers' schedulers."""
 
 from __future__ import annotations
 
@@ -19,14 +19,21 @@ def rates(schedule: str, total_steps: int, warmup: int) -> list[float]:
 
 
 def test_by_hand() -> None:
-    # transformers' first step of a warm-up has rate 0; the peak comes at step `warmup_steps`.
-    assert rates("constant", 4, 2) == pytest.approx([0, 1e-4, 2e-4, 2e-4, 2e-4, 2e-4])
+    # The climb is (step + 1) / warmup: no step is lost, and the peak comes with the last of it.
+    assert rates("constant", 4, 2) == pytest.approx([1e-4, 2e-4, 2e-4, 2e-4, 2e-4, 2e-4])
     assert rates("linear", 6, 2) == pytest.approx(
-        [0, 1e-4, 2e-4, 1.5e-4, 1e-4, 0.5e-4, 0, 0], abs=1e-18
+        [1e-4, 2e-4, 2e-4, 1.5e-4, 1e-4, 0.5e-4, 0, 0], abs=1e-18
     )
+    assert rates("linear", 3, 3)[:3] == pytest.approx([2e-4 / 3, 4e-4 / 3, 2e-4])
     assert rates("cosine", 4, 0)[:5] == pytest.approx(
         [2e-4, 2e-4 * (2 + 2**0.5) / 4, 1e-4, 2e-4 * (2 - 2**0.5) / 4, 0], abs=1e-18
     )
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_run_of_one_step_trains(schedule: str) -> None:
+    """Whether or not that one step is the whole warm-up, as the default ratio makes it."""
+    assert [rates(schedule, 1, warmup)[0] for warmup in (0, 1)] == [2e-4, 2e-4]
 
 
 def test_unknown_schedule() -> None:
@@ -36,8 +43,8 @@ def test_unknown_schedule() -> None:
 
 @pytest.mark.parity
 @pytest.mark.parametrize("schedule", SCHEDULES)
-@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (10, 0), (10, 3), (3, 3), (2, 5)])
-def test_as_transformers(schedule: str, total: int, warmup: int) -> None:
+@pytest.mark.parametrize(("total", "warmup"), [(1, 0), (1, 1), (10, 0), (10, 3), (3, 3)])
+def test_the_decay_is_that_of_transformers(schedule: str, total: int, warmup: int) -> None:
     torch = pytest.importorskip("torch")
     transformers = pytest.importorskip("transformers")
     optimizer = torch.optim.AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2e-4)
@@ -54,4 +61,5 @@ def test_as_transformers(schedule: str, total: int, warmup: int) -> None:
         optimizer.step()
         scheduler.step()
     # Both are float64; the order of the factors differs.
-    assert rates(schedule, total, warmup) == pytest.approx(expected, rel=1e-12, abs=1e-18)
+    decay = rates(schedule, total, warmup)[warmup:]
+    assert decay == pytest.approx(expected[warmup:], rel=1e-12, abs=1e-18)

@@ -150,9 +150,7 @@ def test_a_binding_too_large_is_refused(recording: Recording) -> None:
         sum_into(Program(recording), values, extent, totals, 0)
 
 
-def test_a_long_program_is_submitted_in_pieces(
-    recording: Recording, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_long_program_is_submitted_in_pieces(recording: Recording) -> None:
     """In order, and with the same result."""
     extent = recording.memory.extent(64)
     x, doubled = (
@@ -169,7 +167,7 @@ def test_a_long_program_is_submitted_in_pieces(
         )  # fmt: skip
         program.copy(doubled, x)
     whole = len(program._pieces())
-    monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_FLOPS", 15)
+    recording.submissions.flops = 15
     pieces = program._pieces()
     assert whole == 1 and [len(piece) for piece in pieces] == [4, 2]
     recording.memory.write(x, np.arange(256, dtype=np.float32).reshape(64, 4))

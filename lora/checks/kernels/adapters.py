@@ -10,12 +10,19 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
 from lora.checks.references.lora import gradients_reference
 from lora.checks.references.matmul import error_bound
-from lora.checks.references.optim import BETAS, EPSILON, AdamWReference, clip_reference
+from lora.checks.references.optim import (
+    BETAS,
+    EPSILON,
+    AdamWReference,
+    GuardReference,
+    clip_reference,
+)
 from lora.checks.tensors import MARKER, extent_in_use, normal, rounded, typed, typed_marked
 from lora.forward.lora import lora_project
 from lora.forward.model.adapter import LoraFactors
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
+from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weight, step_guard
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -122,6 +129,47 @@ def check_adamw(recording: Recording) -> Comparison:
     )
 
 
+def check_step_guard(recording: Recording, scaled: bool) -> Comparison:
+    """Steps of which some are no numbers: exact, but for the norm and the factor."""
+    scaling = Scaling(begin=8.0, growth_interval=2, least=4.0, most=16.0) if scaled else None
+    metrics, program = recording.memory.empty((METRICS,)), Program(recording)
+    step_guard(program, metrics, scaling=scaling, max_norm=1.0)
+    limits = None if scaling is None else (8.0, 2, 4.0, 16.0)
+    reference = GuardReference(limits, GuardState.MOST_IN_A_ROW)
+    values = np.zeros(METRICS, np.float32)
+    GuardState(scale=reference.scale).put_into(values)
+    found = [Comparison(0.0, 0.0)]
+    nan, infinite = float("nan"), float("inf")
+    losses = [1.0, 2.0, nan, 1.0, infinite, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]
+    norms = [24.0, 0.5, 3.0, 9.0, 1.0, infinite, 2.0, 3.0, nan, nan, infinite]
+    for loss, norm in (*zip(losses, norms, strict=True), (1.0, 1.0)):
+        finite = float(np.isfinite(norm))
+        values[0], values[STATE_AT : STATE_AT + 4] = loss, (norm, norm, finite, 0.0)
+        if scaling is None and finite:  # as gradient_norm leaves it
+            values[STATE_AT + 1] = min(1.0, 1.0 / (norm + 1e-6))
+        recording.memory.write(metrics, values)
+        program.run()
+        values = recording.memory.read(metrics)
+        expected = np.array(reference.step(loss, norm, 1.0))
+        state = values[STATE_AT : STATE_AT + 8]
+        found.append(same(state[2:], expected[2:]))
+        if finite:
+            found.append(compare(state[:2], expected[:2], rtol=1e-6))
+    return worst(*found)
+
+
+def check_scaled_weight(recording: Recording) -> Comparison:
+    """A power of two apart: exact."""
+    weight, metrics = recording.memory.uniform(), np.zeros(METRICS, np.float32)
+    GuardState(scale=64.0).put_into(metrics)
+    bits = np.array([1024 / 77, 0.0, 0.0, 0.0], np.float32)
+    recording.memory.write(weight, bits.view(np.uint32))
+    scaled, program = recording.memory.empty((4,)), Program(recording)
+    scaled_weight(program, recording.memory.upload(metrics), weight, scaled, Scaling(1024.0))
+    program.run()
+    return same(recording.memory.read(scaled), (bits / 16).astype(np.float64))
+
+
 CHECKS = [
     *(
         Check("lora", f"{ROWS}x{IN_FEATURES} rank {RANK} {dtype}",
@@ -130,5 +178,8 @@ CHECKS = [
     ),
     Check("gradient_norm", "1x65600", partial(check_gradient_norm, n_slices=1), as_cpu=True),
     Check("gradient_norm", "4x65600", partial(check_gradient_norm, n_slices=4)),
+    Check("step_guard", "12 steps", partial(check_step_guard, scaled=False)),
+    Check("step_guard", "12 steps, scaled", partial(check_step_guard, scaled=True)),
+    Check("scaled_weight", "1", check_scaled_weight),
     Check("adamw", "5056", check_adamw),
 ]  # fmt: skip

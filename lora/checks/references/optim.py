@@ -32,3 +32,43 @@ class AdamWReference:
         m_hat = self.m / (1 - BETAS[0] ** self.t)
         v_hat = self.v / (1 - BETAS[1] ** self.t)
         self.p -= learning_rate * m_hat / (np.sqrt(v_hat) + EPSILON)
+
+
+class GuardReference:
+    """Which steps count, and the loss scale, as `lora.optim.guard.step_guard` decides them.
+
+    The scale as torch.amp.GradScaler has it: halved where a step is skipped, doubled after so many
+    that counted, between two limits.
+
+    Args:
+        scaling: begin, growth_interval, least and most; None where the loss is not scaled.
+        most_in_a_row: skipped steps after which none counts any more.
+    """
+
+    def __init__(self, scaling: tuple[float, int, float, float] | None, most_in_a_row: int) -> None:
+        self.scaling, self.most_in_a_row = scaling, most_in_a_row
+        self.scale = 1.0 if scaling is None else scaling[0]
+        self.good = self.in_a_row = self.skipped = 0
+
+    def step(self, loss: float, norm: float, max_norm: float | None) -> list[float]:
+        """The eight values of the state after a step.
+
+        Args:
+            loss: of the step.
+            norm: of the gradient as it lies in the buffers, `scale` times too large.
+        """
+        norm /= self.scale
+        factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / self.scale
+        halted = self.in_a_row >= self.most_in_a_row
+        counts = bool(np.isfinite(loss) and np.isfinite(norm)) and not halted
+        _, interval, least, most = self.scaling or (1.0, 0, 1.0, 1.0)
+        if counts:
+            self.good, self.in_a_row = self.good + 1, 0
+            if self.scaling is not None and self.good >= interval:
+                self.scale, self.good = min(2 * self.scale, most), 0
+        elif not halted:
+            self.scale = max(self.scale / 2, least)
+            self.good, self.in_a_row, self.skipped = 0, self.in_a_row + 1, self.skipped + 1
+        return [
+            norm, factor, float(counts), 0.0, self.scale, self.good, self.in_a_row, self.skipped
+        ]  # fmt: skip

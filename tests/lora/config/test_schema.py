@@ -86,7 +86,9 @@ def test_the_contracts_defaults(path: str) -> None:
             "reuse_frozen_prefix": "auto",
             "seed": 0,
             "eval_every": None,
-            "save_every": None,
+            "save_every": "10m",
+            "on_device_loss": "stop",
+            "max_submission_seconds": None,
             "keep_checkpoints": 3,
         },
         "device": "auto",
@@ -217,7 +219,11 @@ def test_overrides(path: str) -> None:
         ("train.reuse_frozen_prefix=2", "got 2; allowed here: auto, on or off."),
         ("train.seed=-1", "got -1; allowed here: a whole number from 0 to 4294967295."),
         ("train.eval_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
-        ("train.save_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
+        ("train.save_every=0", "got 0; allowed here: null, a whole number of steps, or a time"),
+        ("train.save_every=10x", "got '10x'; allowed here: null, a whole number of steps, or a t"),
+        ("train.save_every=0m", "got '0m'; allowed here: null, a whole number of steps, or a tim"),
+        ("train.on_device_loss=go", "got 'go'; allowed here: stop or retry."),
+        ("train.max_submission_seconds=0", "got 0; allowed here: null, or a number of seconds abo"),
         ("train.keep_checkpoints=0", "got 0; allowed here: a whole number of at least 1."),
         ("webgpu=metal", "got 'metal'; allowed here: auto, wgpu or dawn."),
         ("device=true", "got True; allowed here: auto, a device's index, or part of its name."),
@@ -291,6 +297,9 @@ def test_warmup_steps() -> None:
     assert resolve(warmup_steps=0) == 0
     assert resolve(warmup_ratio=0) == 0
     assert resolve(warmup_ratio=None) == 0
+    assert resolve(warmup_steps=110) == 110
+    with pytest.raises(InputError, match="warmup_steps: got 111, but the run has 110 steps"):
+        resolve(warmup_steps=111)
 
 
 def test_eval_every_needs_something_to_evaluate_on(path: str) -> None:

@@ -132,7 +132,10 @@ def test_a_killed_pull_leaves_no_file_and_the_next_one_works(
     result = subprocess.run([sys.executable, "-c", code, str(models)], capture_output=True)
     assert result.returncode == -signal.SIGKILL, result.stderr
     assert not (models / "tiny.gguf").exists()
+    (models / ".pull-abcdefgh").mkdir()  # of an earlier version
+    assert len(list(models.glob(".pull-*"))) == 2
     assert pull("tiny", models, shop).read_bytes() == b"".join(PARTS)
+    assert [path.name for path in models.iterdir()] == ["tiny.gguf"]
 
 
 def test_unknown_names(tmp_path: Path) -> None:

@@ -21,7 +21,8 @@ from lora.shaders.errors import InputError
 from lora.shaders.templates import render
 from lora.storage.tile_cache import TileCache
 from lora.training import checkpoint
-from lora.training.checkpoint import checkpoints, device_of_then, resume
+from lora.training.checkpoint import checkpoints, device_of_then
+from lora.training.resuming import resume
 from lora.training.run import run_training
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves

@@ -86,6 +86,15 @@ def test_places_that_are_none(
         check_output(Path(name), resuming=False)
 
 
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="there is no /proc")
+def test_a_place_that_takes_no_directory(tmp_path: Path) -> None:
+    """Rights don't say so to the superuser: it is tried. Where one is taken, nothing is left."""
+    with pytest.raises(InputError, match="cannot be used: No such file"):
+        check_output(Path("/proc/self/fdinfo/run"), resuming=False)
+    check_output(tmp_path / "a" / "b", resuming=False)
+    assert not list(tmp_path.iterdir())
+
+
 def test_dry_run_looks_at_the_directory(tmp_path: Path) -> None:
     """Before the model is loaded, with the status of wrong input."""
     path = write_run(tmp_path)
@@ -114,6 +123,18 @@ def test_signals_that_end_a_run_save_it(tmp_path: Path, signum: str) -> None:
     assert process.returncode == 128 + number
     assert len(checkpoints(output)) == 1
     assert f"--set 'output={output}' --resume" in printed.splitlines()[-1]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="there are no pipes that break so")
+def test_a_reader_that_is_gone_does_not_end_a_run(tmp_path: Path) -> None:
+    """As a closed terminal, or `| head -1`."""
+    path = write_run(tmp_path, n_rows=40)
+    arguments = [sys.executable, "-m", "lora", "train", str(path)]
+    with subprocess.Popen(arguments, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stdout.readline()
+        process.stdout.close()
+        process.wait(timeout=60)
+    assert (tmp_path / "run" / ADAPTER).is_file()
 
 
 def test_a_run_that_fails_saves_what_it_has(

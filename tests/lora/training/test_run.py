@@ -115,6 +115,17 @@ def test_ctrl_c_saves_a_checkpoint_and_says_how_to_resume(tmp_path: Path) -> Non
     assert metrics_of(output)[-1]["step"] == int(checkpoint.name[-6:])
 
 
+def test_a_run_of_one_step_trains(tmp_path: Path) -> None:
+    """With the default warm-up, which is then that one step."""
+    path = write_run(tmp_path, train={"steps": 1, "warmup_ratio": 0.03})
+    session = TrainingSession.from_config(path)
+    (metrics,) = session.train()
+    assert metrics.learning_rate == 0.02
+    assert session.parameters()[session.workload.initial == 0].any()  # B begins as zeros
+    with pytest.raises(InputError, match="got 2, but the run has 1 step: train.learning_rate"):
+        TrainingSession.from_config(path, ["train.warmup_ratio=null", "train.warmup_steps=2"])
+
+
 def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
     session = TrainingSession.from_config(write_run(tmp_path))
     with pytest.raises(InputError, match="holds no checkpoint; run without --resume"):
@@ -124,7 +135,7 @@ def test_resume_without_a_checkpoint(tmp_path: Path) -> None:
 def test_resume_with_another_adapter_or_other_data(tmp_path: Path) -> None:
     path = write_run(tmp_path, train={"save_every": 2})
     run_training(TrainingSession.from_config(path))
-    with pytest.raises(InputError, match="adapter.rank want"):
+    with pytest.raises(InputError, match="made with adapter.rank 3, and now it is 4"):
         run_training(TrainingSession.from_config(path, ["adapter.rank=4"]), resuming=True)
     with pytest.raises(InputError, match="batch_size 3, and now it is 2"):
         run_training(TrainingSession.from_config(path, ["train.batch_size=2"]), resuming=True)
@@ -155,11 +166,30 @@ def test_a_resumed_run_sees_the_date_of_its_first_start(tmp_path: Path) -> None:
     assert len(checkpoints(output)) == 2 and started_at(output) == then
 
 
-def test_a_broken_checkpoint_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("file", ["state.json", "optimizer.safetensors", ADAPTER])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, file: str
+) -> None:
+    """One bit is enough; what is left of it is kept under another name."""
     path = write_run(tmp_path, train={"save_every": 4})
     output = run_training(TrainingSession.from_config(path))
-    (checkpoints(output)[-1] / "state.json").write_text("{")
-    with pytest.raises(InputError, match="not a checkpoint that can be read"):
+    whole = (output / ADAPTER).read_bytes()
+    damaged = checkpoints(output)[-1]
+    data = bytearray((damaged / file).read_bytes())
+    data[len(data) // 2] ^= 1
+    (damaged / file).write_bytes(data)
+    with caplog.at_level("WARNING"):
+        run_training(TrainingSession.from_config(path), resuming=True)
+    assert any(
+        f"{damaged} is damaged ({file}" in line
+        and "goes on from the one before, step-000004" in line
+        for line in caplog.messages
+    )
+    assert (output / ADAPTER).read_bytes() == whole
+    assert (damaged.parent / f"damaged-1-{damaged.name}" / file).read_bytes() == data
+    for checkpoint in checkpoints(output):
+        (checkpoint / "state.json").write_text("{")
+    with pytest.raises(InputError, match="none of 2: not a checkpoint that can be read"):
         run_training(TrainingSession.from_config(path), resuming=True)
 
 

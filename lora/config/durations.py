@@ -1,0 +1,33 @@
+"""Times as people write them."""
+
+from __future__ import annotations
+
+import re
+
+_DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
+
+
+def seconds_of(duration: str) -> int:
+    """Of 90s, 10m, 1h, or 1h30m.
+
+    Raises:
+        ValueError: it is no such time, or none at all.
+    """
+    match = _DURATION.fullmatch(duration.strip())
+    hours, minutes, seconds = (int(n or 0) for n in match.groups()) if match else (0, 0, 0)
+    if not (total := 3600 * hours + 60 * minutes + seconds):
+        raise ValueError(
+            f"got {duration!r}; allowed here: null, a whole number of steps, or a time such as "
+            "90s, 10m or 1h."
+        )
+    return total
+
+
+def checked_duration(value: str) -> str:
+    """The same text, if it is a time.
+
+    Raises:
+        ValueError: it is none.
+    """
+    seconds_of(value)
+    return value

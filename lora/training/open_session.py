@@ -1,0 +1,284 @@
+"""A frozen model and an adapter on a device: evaluation, generation, and a step's beginning."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self
+
+import numpy as np
+
+from lora.adapters.files import load_adapter
+from lora.adapters.peft_files import save_peft_adapter
+from lora.backward.losses import Loss, SupervisedLoss
+from lora.checks.matrix_units import trust_matrix_units
+from lora.data.batches import Batch
+from lora.data.given import are_tokens
+from lora.data.rows import chat_template
+from lora.forward.plans.matmul_plans import PlanSource, ProductShape
+from lora.forward.plans.matmul_tiles import Plan
+from lora.generation.engine import Adapter, memory_figures
+from lora.generation.generator import TextGenerator
+from lora.generation.prompts import Prompt, is_tokens
+from lora.generation.sampling import GREEDY, Sampling
+from lora.shaders.device import Device
+from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
+from lora.shaders.recording import Recording
+from lora.storage.tile_cache import find_tiles
+from lora.training.communicator import Communicator, SingleProcess
+from lora.training.device_state import Seams, SessionPlan, SessionPrograms, SessionTensors
+from lora.training.endings import warn_of_growth
+from lora.training.evaluation import Evaluator
+from lora.training.metrics import EvalResult
+from lora.training.prefix_cache import PrefixCache
+from lora.training.workload import Workload
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
+
+
+class OpenSession(ABC):
+    """See `TrainingSession`, whose part without training this is."""
+
+    @abstractmethod
+    def _new_device(self, webgpu: str) -> Device:
+        """Opens the config's device.
+
+        Args:
+            webgpu: the implementation, as the config's `webgpu:`.
+        """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        train: bool = True,
+        examples: Iterable[Any] | None = None,
+        device: Device | None = None,
+        loss: Loss | None = None,
+        communicator: Communicator | None = None,
+        started: datetime | None = None,
+    ) -> None:
+        self.config = config
+        self.started = datetime.now() if started is None else started
+        self.communicator = SingleProcess() if communicator is None else communicator
+        self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
+        self.workload = Workload.open(config, train=train, examples=examples, now=self.started)
+        self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
+        self._initial = self.workload.initial
+        self._open_on(self._new_device(config.webgpu) if device is None else device, device is None)
+
+    def _open_on(self, device: Device, owned: bool) -> None:
+        """Puts everything on a device.
+
+        Args:
+            owned: whether it is closed with the session.
+        """
+        config = self.config
+        self.device, self._owns_device = device, owned
+        if config.train.precision == "f16":
+            trust_matrix_units(self.device, config.device)
+        self.memory = self.device.arena()
+        try:
+            self._open()
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self) -> None:
+        """Puts everything on the device and records the programs."""
+        workload, train = self.workload, self.config.train
+        # All is recorded once on memory that only counts: what it asks for is known beforehand.
+        plan = SessionPlan.of(self.device.facts, workload, None, self._seams)
+        requests = plan.requests if workload.trains else None
+        self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
+        self.plans: dict[ProductShape, Plan] = plan.chosen(self._found)
+        if self._found is not None:
+            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
+        self.plan = plan
+        self._recording = self.device.recording(
+            memory=self.memory, precision=train.precision, plans=self._found
+        )
+        try:
+            if plan.largest_scratch:
+                self.memory.scratch((plan.largest_scratch,))
+            tensors = SessionTensors.allocate(self._recording, workload)
+            self.device.compile_all(plan.kernels)
+            self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
+        except DeviceMemoryError as error:
+            raise InputError(
+                f"{self.config.model.path} does not fit: {error}, and this run takes "
+                f"{memory_figures(plan.allocated)}. Lower train.batch_size or "
+                "data.max_length, set train.recompute: on, or take a smaller quantization."
+            ) from error
+        self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
+        self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
+        self._act = step.activations
+        self.recompute = tensors.recompute
+        self._generator: TextGenerator | None = None
+        self._evaluator: Evaluator | None = None
+
+    @classmethod
+    def from_config(cls, path: str | Path, overrides: Sequence[str] = (), **others: Any) -> Self:
+        """Opens the session of a YAML config; `overrides` are KEY=VALUE each, `others` as above."""
+        from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
+
+        needs_data = others.get("examples") is None
+        return cls(load_config(str(path), overrides, needs_data=needs_data), **others)
+
+    def close(self) -> None:
+        """Gives the memory back, and the device where the session opened it."""
+        self.memory.close()
+        if self._owns_device:
+            self.device.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _close_users(self) -> None:
+        """Gives back what evaluation and generation have: they are opened again when asked for."""
+        for user in (self._generator, self._evaluator):
+            if user is not None:
+                user.close()
+        self._evaluator, self._generator = None, None
+
+    def _enter(self, batch: Batch, cache: PrefixCache | None) -> None:
+        """Puts what enters the lowest adapted layer into place: computed, or remembered."""
+        self.write_inputs(batch)
+        if cache is None:
+            self._programs.prefix.run()
+        elif cache.holds(batch):
+            cache.fill(batch, self._act.boundary)
+        else:
+            self._programs.prefix.run()
+            cache.keep(batch, self._act.boundary)
+
+    def write_inputs(self, batch: Batch) -> None:
+        """Puts the tokens of a micro-batch on the device."""
+        self.inputs.write(
+            self.memory,
+            batch.token_ids,
+            batch.positions,
+            batch.segment_start,
+            batch.segment_end,
+            batch.targets,
+        )
+
+    # -- evaluation and generation ----------------------------------------------------------------
+
+    def evaluate(
+        self, examples: Sequence[Any] | None = None, *, adapted: bool = True
+    ) -> EvalResult:
+        """Loss and greedy accuracy on examples (by default data.eval), one forward each.
+
+        A greedy answer equals its target exactly when every target token, the end included, is
+        the argmax after those before it. An example that data.max_length cut is never exact: its
+        end was not asked for.
+
+        Args:
+            examples: at least one: rows, or tokenized ones.
+            adapted: False for the bare model.
+        """
+        if examples is not None and not are_tokens(examples):
+            examples = self.workload.data.of_rows(examples)
+        if self._evaluator is None:
+            self._evaluator = Evaluator(
+                self._recording, self.workload, self._tensors.step, self._enter
+            )
+        return self._evaluator.evaluate(examples, adapted=adapted)
+
+    def generate(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 64,
+        adapted: bool = True,
+        sampling: Sampling = GREEDY,
+    ) -> str:
+        """The continuation of a text (of token ids, of messages), alone; greedy by default."""
+        pieces = self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted, sampling=sampling)
+        return "".join(pieces)
+
+    def stream_text(
+        self,
+        prompt: Prompt,
+        *,
+        max_tokens: int = 64,
+        adapted: bool = True,
+        add_bos: bool | None = None,
+        sampling: Sampling = GREEDY,
+    ) -> Iterator[str]:
+        """The continuation of a prompt, piece by piece; messages are written as in training.
+
+        Raises:
+            InputError: the prompt leaves no room in data.max_length, or can't be written.
+        """
+        if self._generator is None:
+            adapter = Adapter(self.layout, self.adapter.parameters)
+            self._generator = TextGenerator(
+                self._recording_of_text(),
+                self.model,
+                self.tokenizer,
+                {"adapter": adapter},
+            )
+        written = (self.config.data, self.tokenizer, self.started)
+        template = None if is_tokens(prompt) else chat_template(*written)
+        self._generator.forget()  # the adapter may have been trained or loaded since
+        return self._generator.stream(
+            prompt,
+            max_tokens=max_tokens,
+            adapter="adapter" if adapted else None,
+            sampling=sampling,
+            template=template,
+            add_bos=add_bos,
+        )
+
+    def _recording_of_text(self) -> Recording:
+        """In f32, but for the products of a prompt where training's are in f16 on a GPU."""
+        half = self._recording.half_products and not self.device.facts.is_cpu
+        return replace(self._recording, precision="f32", products="f16" if half else None)
+
+    # -- the adapter ----------------------------------------------------------------------------
+
+    def parameters(self) -> np.ndarray:
+        """The adapter, f32 [layout.size], after all steps so far."""
+        return self.memory.read(self.adapter.parameters)
+
+    def load_adapter(self, path: str | Path) -> None:
+        """Puts an adapter of the config's rank and targets in place of the present one.
+
+        Args:
+            path: a PEFT adapter directory, or a GGUF adapter.
+        """
+        self._initial = load_adapter(Path(path), self.layout)
+        self.memory.write(self.adapter.parameters, self._initial)
+
+    def save(self, directory: str | Path) -> None:
+        """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
+
+        Raises:
+            LoraError: it holds what is no number; nothing is written.
+        """
+        save_peft_adapter(Path(directory), self.layout, self.checked_parameters(), self.config)
+
+    def checked_parameters(self) -> np.ndarray:
+        """As `parameters`, of an adapter that is to be kept; one that grew large is said.
+
+        Raises:
+            LoraError: it holds what is no number.
+        """
+        flat = self.parameters()
+        n_bad = int(flat.size - np.isfinite(flat).sum())
+        if n_bad:
+            raise LoraError(
+                f"The adapter holds {n_bad} of {flat.size} values that are no finite numbers, and "
+                "is not saved. The checkpoints before it stay."
+            )
+        warn_of_growth(float(np.abs(flat).max()))
+        return flat
