@@ -43,6 +43,7 @@ class Step:
     Attributes:
         factors: of the adapter; empty for the bare model.
         caches: from `allocate_caches`.
+        opening: whether the text begins with them.
     """
 
     model: Model
@@ -50,6 +51,7 @@ class Step:
     factors: Factors
     act: StepActivations
     caches: tuple[Any, ...]
+    opening: bool = False
 
 
 def record_step(program: Program, step: Step) -> None:
@@ -72,7 +74,8 @@ def record_step(program: Program, step: Step) -> None:
             with program.scope(f"layers.{layer}"):
                 record_row_layer(recorder, act)
         return
-    walk = Walk(model, step.factors, AfterCache(inputs, step.caches, act.per_layer))
+    context = AfterCache(inputs, step.caches, act.per_layer, step.opening)
+    walk = Walk(model, step.factors, context)
     for layer in layers:
         z = {
             group: act.memory.z(program.recording, lora)

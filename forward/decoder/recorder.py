@@ -100,11 +100,14 @@ class AfterCache:
     Attributes:
         caches: of the layers.
         per_layer: see `Context`.
+        opening: whether the text begins with these rows: they see each other and nothing else, so
+            that the attention of training serves, by tiles.
     """
 
     inputs: StepInputs
     caches: tuple[Any, ...]
     per_layer: Tensor | None = None
+    opening: bool = False
 
     @property
     def positions(self) -> Tensor:
@@ -118,7 +121,14 @@ class AfterCache:
 
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """See `Context`."""
-        keep_and_attend(program, self.inputs, self.caches[layer], heads, act)
+        cache, segments = self.caches[layer], self.inputs.segments
+        # Keys and values of another layer lie in its cache only.
+        if self.opening and segments is not None and act.keys_of is None:
+            positions = self.inputs.positions
+            store_keys_values(program, act.qkv, positions, cache, query_size=heads.query_size)
+            attention(program, act.qkv, segments, heads, out=act.attended, lse=act.lse)
+            return
+        keep_and_attend(program, self.inputs, cache, heads, act)
 
 
 def keep_and_attend(

@@ -30,6 +30,8 @@ class StepInputs:
     positions: Tensor  # u32 [rows], in the cache
     rope_rows: Tensor  # u32 [rows], in rope's tables; see LongExamples
     last_row: Tensor  # u32 [1], the row whose logits are wanted
+    # u32 [rows, 2], as of one example: where several rows begin a text. None for one row.
+    segments: Tensor | None
     table_rows: TableRows | None = None  # of the tokens, where a table is on the host
 
     @classmethod
@@ -55,8 +57,11 @@ class StepInputs:
 
         n = maximum_rows
         tokens = part(0, n) if token is None else replace(token, extent=rows)
+        segments = None
+        if n > 1:
+            segments = recording.memory.empty((n, 2), "u32", extent=rows, purpose="inputs")
         found = None if table is None else TableRows.allocate(recording, table, rows)
-        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), found)
+        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), segments, found)
 
     @property
     def place(self) -> RowPlace:
@@ -97,4 +102,6 @@ class StepInputs:
         values[width : width + n] = np.arange(first_position, first_position + n)
         values[2 * width : 2 * width + n] = np.arange(first_rope_row, first_rope_row + n)
         values[3 * width] = n - 1
+        if self.segments is not None and first_position == 0:
+            memory.write_rows(self.segments, 0, np.tile(np.array([0, n], np.uint32), (n, 1)))
         memory.write(self.words, values)
