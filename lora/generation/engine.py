@@ -112,8 +112,9 @@ class DecodeEngine:
                 f"{memory_figures(taken + counted.allocated)}. Lower the room (--max-length, or "
                 "data.max_length)."
             ) from error
+        self.is_cpu = recording.facts.is_cpu
         # Steps ahead of the host gain nothing on a CPU; and it must know tokens to send their rows.
-        self.waits = recording.facts.is_cpu or model.host_table is not None
+        self.waits = self.is_cpu or model.host_table is not None
         self.piece_rows = self._tensors.pieces.rows.maximum
         self._programs: dict[tuple[str | None, int, bool], tuple[Program, Program]] = {}
         self._prepared: dict[str | None, Commands] = {}  # by adapter

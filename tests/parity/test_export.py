@@ -177,7 +177,7 @@ def skipping_without_vulkan() -> Iterator[None]:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("name", ["gemma2", "gemma3"])
+@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4_e2b", "gemma4_dense"])
 def test_tiny_gemmas_in_llama_cpp_vulkan(name: str, tmp_path: Path) -> None:
     """Where llama.cpp computes its GELU, Gemmas are as near as other models are on its CPU."""
     from tests.support.tiny_judge import judge, log_softmax
