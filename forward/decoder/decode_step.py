@@ -39,6 +39,7 @@ class Step:
     Attributes:
         factors: of the adapter; empty for the bare model.
         caches: from `allocate_caches`.
+        opening: whether the text begins with them.
     """
 
     model: Model
@@ -46,6 +47,7 @@ class Step:
     factors: Factors
     act: StepActivations
     caches: tuple[Any, ...]
+    opening: bool = False
 
 
 def record_step(program: Program, step: Step) -> None:
@@ -65,7 +67,7 @@ def record_step(program: Program, step: Step) -> None:
             with program.scope(f"layers.{layer}"):
                 record_row_layer(recorder, act)
         return
-    walk = Walk(model, step.factors, AfterCache(inputs, step.caches))
+    walk = Walk(model, step.factors, AfterCache(inputs, step.caches, step.opening))
     for layer in layers:
         z = {
             group: act.memory.z(program.recording, lora)

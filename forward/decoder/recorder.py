@@ -78,10 +78,13 @@ class AfterCache:
 
     Attributes:
         caches: of the layers.
+        opening: whether the text begins with these rows: they see each other and nothing else, so
+            that the attention of training serves, by tiles.
     """
 
     inputs: StepInputs
     caches: tuple[Any, ...]
+    opening: bool = False
 
     @property
     def positions(self) -> Tensor:
@@ -97,6 +100,10 @@ class AfterCache:
         """See `Context`."""
         cache, positions = self.caches[layer], self.inputs.positions
         store_keys_values(program, act.qkv, positions, cache, query_size=heads.query_size)
+        segments = self.inputs.segments
+        if self.opening and segments is not None:
+            attention(program, act.qkv, segments, heads, out=act.attended, lse=act.lse)
+            return
         attention_decode(program, act.qkv, positions, cache, heads, out=act.attended)
 
 

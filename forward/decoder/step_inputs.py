@@ -30,6 +30,8 @@ class StepInputs:
     positions: Tensor  # u32 [rows], in the cache
     rope_rows: Tensor  # u32 [rows], in rope's tables; see LongExamples
     last_row: Tensor  # u32 [1], the row whose logits are wanted
+    # u32 [rows, 2], as of one example: where several rows begin a text. None for one row.
+    segments: Tensor | None
     bounds: IndexBounds
     room: int  # of the cache
 
@@ -58,7 +60,11 @@ class StepInputs:
 
         n = maximum_rows
         tokens = part(0, n) if token is None else replace(token, extent=rows)
-        return cls(rows, words, tokens, part(1, n), part(2, n), part(3, 1), bounds, room)
+        segments = None
+        if n > 1:
+            segments = recording.memory.empty((n, 2), "u32", extent=rows, purpose="inputs")
+        parts = part(1, n), part(2, n), part(3, 1)
+        return cls(rows, words, tokens, *parts, segments, bounds, room)
 
     @property
     def place(self) -> RowPlace:
@@ -103,4 +109,6 @@ class StepInputs:
             "the row of rope's tables", first_rope_row + places, self.bounds.rope_rows
         )
         values[3 * width] = n - 1
+        if self.segments is not None and first_position == 0:
+            memory.write_rows(self.segments, 0, np.tile(np.array([0, n], np.uint32), (n, 1)))
         memory.write(self.words, values)

@@ -22,6 +22,7 @@ from lora.shaders.tensor import Extent, Tensor
 from lora.shaders.webgpu import Launch
 
 _MOST_REPEATS = 16  # of a program in one pass
+_MOST_LONG_REPEATS = 500
 _PATTERN_BYTES = 4 << 20  # of ordinary numbers, copied into every stand-in
 
 Kernels = list[tuple[str, dict[str, Any]]]  # templates and their constants
@@ -32,16 +33,21 @@ class Stopwatch:
 
     With the feature timestamp-query a pass has a timestamp before and after it; elsewhere the host
     waits for it, so that a time holds the wait too and must be long to mean something.
+
+    Args:
+        shortest: seconds that a pass should take, however many repeats that are; None for what
+            tells plans apart quickly. A GPU that mostly waits for passes lowers its clock.
     """
 
-    def __init__(self, device: Device) -> None:
+    def __init__(self, device: Device, shortest: float | None = None) -> None:
         self._handle = device.handle
         self._stamps = "timestamp-query" in device.facts.features
-        self._shortest = 150e-6 if self._stamps else 10e-3  # seconds that a pass should take
+        self._most = _MOST_REPEATS if shortest is None else _MOST_LONG_REPEATS
+        self._shortest = shortest or (150e-6 if self._stamps else 10e-3)
 
     def repeats(self, once: float) -> int:
         """How often to run what takes `once` seconds for a pass that is long enough."""
-        return max(1, min(_MOST_REPEATS, round(self._shortest / max(once, 1e-9))))
+        return max(1, min(self._most, round(self._shortest / max(once, 1e-9))))
 
     def __call__(self, programs: Sequence[Program], repeats: int) -> list[float]:
         """Seconds of each program, run `repeats` times in a row, per time."""

@@ -336,12 +336,12 @@ def _text(plan: SessionPlan) -> list[Program]:
     products = "f16" if has_matrix_units(plan.facts) else None
     recording = replace(_counting(plan), products=products)
     engine = DecodeEngine(recording, plan.tensors.step.model, {"adapter": adapter})
-    inputs = (engine._tensors.pieces, engine._tensors.step)
+    pieces, step = engine._tensors.pieces, engine._tensors.step
     return [
         program
         for name in (None, "adapter")
-        for steps in inputs
-        for program in engine._programs_of(name, steps)
+        for steps, opening in ((pieces, True), (pieces, False), (step, False))
+        for program in engine._programs_of(name, steps, opening=opening)
     ]
 
 

@@ -96,6 +96,11 @@ def check_token_by_token(
             # Both are f32 sums of the same terms in another order; each is up to 5e-5 from the
             # exact logits of up to 20 (tests/forward/model/test_families.py).
             np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+        # All at once, as a text that begins: on a GPU by the attention of training.
+        generator.forget()
+        ours = generator.next_logits(ids, adapter=adapter)
+        expected = judge.next_logits(ids, adapted=adapted)
+        np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {
