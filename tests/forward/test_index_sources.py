@@ -25,7 +25,7 @@ _INT_ROW = "a row as whole numbers, written by kernels: bits that are decoded, n
 _ARGMAX = "argmax.wgsl: the place of a maximum, below its length"
 SOURCES = {
     "argmax.wgsl": {"token": _ARGMAX},
-    "attention.wgsl": {"segments": _INPUTS},
+    "attention.wgsl": {"segments": f"{_INPUTS}, {_STEP}"},
     "attention_backward_kv.wgsl": {"segments": _INPUTS},
     "attention_backward_q.wgsl": {"segments": _INPUTS},
     "attention_decode.wgsl": {"positions": _STEP},

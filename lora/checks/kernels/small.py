@@ -24,6 +24,7 @@ from lora.checks.tensors import (
     typed_marked,
 )
 from lora.forward.argmax import argmax
+from lora.forward.decode_weights import decode_weights
 from lora.forward.embedding import embedding
 from lora.forward.gather import gather_rows
 from lora.forward.gguf.quantization import QUANTIZATIONS
@@ -50,6 +51,18 @@ def check_embedding(recording: Recording, kind: GGMLQuantizationType) -> Compari
     program.run()
     result = recording.memory.read(out)
     return worst(same(result[:IN_USE], table[tokens][:IN_USE]), untouched(result[IN_USE:]))
+
+
+def check_decode_weights(recording: Recording, kind: GGMLQuantizationType) -> Comparison:
+    """As f16: rounded once, from an f32 that the decoding may have rounded as well."""
+    columns = max(96, QUANTIZATIONS[kind].block_size)
+    matrix, w = frozen(recording, kind, 50, columns)
+    part, program = matrix.parts[0], Program(recording)
+    out = recording.memory.empty((50, columns // 2), "u32")
+    decode_weights(program, part.words, part.quantization.name, out=out, label="w")
+    program.run()
+    result = recording.memory.read(out).view(np.float16).astype(np.float64)
+    return compare(result, w.astype(np.float64), rtol=1.01 * 2.0**-11, atol=2.0**-25)
 
 
 def check_gather(recording: Recording) -> Comparison:
@@ -150,6 +163,11 @@ CHECKS = [
     *(
         Check("embedding", f"{ROWS}x{max(96, q.block_size)} {kind.name}",
               partial(check_embedding, kind=kind))
+        for kind, q in QUANTIZATIONS.items()
+    ),
+    *(
+        Check("decode_weights", f"50x{max(96, q.block_size)} {kind.name}",
+              partial(check_decode_weights, kind=kind))
         for kind, q in QUANTIZATIONS.items()
     ),
     Check("gather", "7x36", check_gather),

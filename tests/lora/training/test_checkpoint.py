@@ -193,7 +193,9 @@ def test_a_resumed_run_takes_the_implementation_of_then(
 ) -> None:
     path = tmp_path / "run" / "checkpoints" / "step-000002"
     path.mkdir(parents=True)
-    state = {"webgpu": "dawn" if then == "gone" else then} if then else {}
+    state = {"step": 2, "precision": "f32", "stream": {}, "found_with": {}, "plans": {}}
+    if then is not None:
+        state["webgpu"] = "dawn" if then == "gone" else then
     (path / "state.json").write_text(json.dumps(state))
     loaded = load_config(str(write_run(tmp_path)), [f"webgpu={asked}"])
     monkeypatch.delenv("LORA_WEBGPU")

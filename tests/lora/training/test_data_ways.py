@@ -16,7 +16,8 @@ from lora.data.batches import make_batch
 from lora.data.examples import Example
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.errors import InputError
-from lora.training.checkpoint import resume, save_checkpoint
+from lora.training.checkpoint import save_checkpoint
+from lora.training.resuming import resume
 from lora.training.session import TrainingSession
 from tests.support.tiny_run import write_run
 

@@ -113,7 +113,7 @@ def test_three_in_a_row_end_the_run_with_what_was_good(
     assert [line["step"] for line in lines_of(output)] == list(range(1, 9))
 
 
-@pytest.mark.parametrize("rate", ["1e30", "3e38", "1e300"])
+@pytest.mark.parametrize("rate", ["1e30", "3e38"])
 def test_no_rate_makes_the_adapter_overflow(
     tmp_path: Path, rate: str, caplog: pytest.LogCaptureFixture
 ) -> None:
