@@ -182,7 +182,7 @@ def family_of(gguf_file: GGUFFile) -> Family:
     if name is None:
         raise InputError(f"{gguf_file.path} lacks the metadata key general.architecture.")
     if not isinstance(name, str) or name not in FAMILIES:
-        supported = "; ".join(f"{key} ({row.models})" for key, row in FAMILIES.items())
+        supported = ", ".join(FAMILIES)
         raise InputError(
             f"{gguf_file.path} has the architecture {shown(name)}, which is not supported; "
             f"supported: {supported}."

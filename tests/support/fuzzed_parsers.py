@@ -29,9 +29,13 @@ import safetensors.numpy
 from lora.adapters.files import load_adapter, open_adapter
 from lora.adapters.peft_files import read_peft_factors
 from lora.commands.inspect import adapter_facts, gguf_facts
+from lora.config.data_section import SourceConfig
 from lora.config.schema import load_config
 from lora.data.conversations import conversation_of
-from lora.data.records import load_records
+from lora.data.opened import opened
+from lora.data.readers import parsed_line
+from lora.data.records import check_record
+from lora.data.sources import open_source
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
@@ -200,10 +204,14 @@ def _read_template(folder: Path, content: bytes) -> None:
 
 
 def _read_rows(folder: Path, content: bytes) -> None:
-    form, records = load_records(str(_put(folder, "d.jsonl", content)))
-    for record in records:
-        if form in ("chat", "instruct"):
-            conversation_of(record.columns, form)
+    path = str(_put(folder, "d.jsonl", content))
+    source = opened(open_source(SourceConfig(path=path), "train"), "auto", {})
+    form = source.shape.data_format
+    for piece in source.rows.pieces():
+        for raw in piece.rows:
+            record = check_record(parsed_line(raw), source.shape)
+            if form in ("chat", "instruct"):
+                conversation_of(record.columns, form)
 
 
 def _read_manifest(folder: Path, content: bytes) -> None:

@@ -203,11 +203,11 @@ def test_ctrl_c_while_the_prompt_is_computed(
     conversation = Conversation(generator)
     programs_of, recorded = generator._engine._programs_of, []
 
-    def interrupt(*args: object) -> object:
+    def interrupt(*args: object, **opening: bool) -> object:
         recorded.append(args)
         if len(recorded) == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return programs_of(*args)
+        return programs_of(*args, **opening)
 
     monkeypatch.setattr(generator._engine, "_programs_of", interrupt)
     written = conversation.say(text)
