@@ -43,6 +43,7 @@ SOURCES = {
     "parts/head_bindings.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "parts/matmul_bindings.wgsl": {"weights": _WEIGHTS, "x": "f16 activations: no indices"},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
+    "scale_rows.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
 }
 _WHOLE = r"array<(?:\{\{[^}]*[ui]32[^}]*\}\}|(?:vec\d<)?[ui]32>?)(?:, \d+)?>"
 _PLAIN = re.compile(rf"var<storage, \w+> (\w+): {_WHOLE};")
@@ -72,6 +73,8 @@ def test_nothing_else_writes_what_indexes() -> None:
         "forward/decoder/step_inputs.py",  # StepInputs
         "forward/decoder/step_tensors.py",  # argmax's token
         "forward/model/weights.py",  # bits
+        "forward/model/host_table.py",  # places of the rows that it has just sent
+        "lora/training/non_finite.py",  # tells them from numbers
         "forward/int_row.py", "forward/argmax.py", "forward/embedding.py", "forward/gather.py",
         "lora/checks/tensors.py",  # of the checks of kernels, which are given by the checks
         "shaders/memory.py", "shaders/tensor.py", "shaders/program_data.py",

@@ -52,7 +52,7 @@ def test_they_are_kept_in_a_merged_file(tmp_path: Path) -> None:
     for name, values in (MTP | IMAGES).items():
         assert values is not None
         kept = merged.tensors[name]
-        assert kept.data.tobytes() == values.tobytes()
+        assert np.asarray(kept.data).tobytes() == values.tobytes()
 
 
 def test_lists_have_numbers_for_them(tmp_path: Path) -> None:
