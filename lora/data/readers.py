@@ -34,6 +34,7 @@ ENDINGS = {
 }
 COMPRESSED = (".gz", ".zst")
 _ARROW_ROWS = 1024  # that are turned into Python's values at a time
+_MOST_LINE = 1 << 26  # bytes: a compressed file of a few kilobytes can be one of gigabytes
 _BLOCK = 1 << 20
 _LARGEST_FIELD = min(sys.maxsize, 2**31 - 1)  # characters of a field of CSV
 
@@ -183,6 +184,11 @@ class DataFile:
                     if line.strip():
                         yield number, line
                 n_before += len(lines)
+                if len(rest) > _MOST_LINE:
+                    raise InputError(
+                        f"{self.name}, line {n_before + 1}: longer than {_MOST_LINE >> 20} MiB, "
+                        "which no row is; the file is damaged, or no lines of JSON."
+                    )
             if rest.strip():
                 yield n_before + 1, rest
 

@@ -15,9 +15,10 @@ import pyarrow as pa  # type: ignore[import-untyped]
 import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import pytest
 
+from lora.config.data_section import SourceConfig
 from lora.data.examples import Examples
 from lora.data.loading import DataSets, load_examples
-from lora.data.sources import is_file_name
+from lora.data.sources import is_file_name, open_source
 from lora.shaders.errors import InputError
 from tests.support.fake_tokenizer import FakeTokenizer, assistant, settings, user
 
@@ -298,3 +299,14 @@ def test_what_would_do_nothing_is_refused(tmp_path: Path) -> None:
         f"{path}: sample_by says what a row of plain text is, and this is no plain text; leave it "
         "out."
     )
+
+
+def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A small compressed file can be a line of gigabytes."""
+    monkeypatch.setattr("lora.data.readers._MOST_LINE", 1 << 20)
+    path = tmp_path / "long.jsonl.gz"
+    with gzip.open(path, "wb") as file:
+        file.write(b'{"text": "ok"}\n{"text": "' + b"a" * (3 << 20) + b'"}\n')
+    source = open_source(SourceConfig(path=str(path)), "train")
+    with pytest.raises(InputError, match=r"long\.jsonl\.gz, line 2: longer than 1 MiB"):
+        list(source.pieces())
