@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora.forward.matmul_bodies import record_product
 from lora.forward.model.adapter import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
@@ -12,6 +14,11 @@ from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
 
+@dataclass(frozen=True)
+class Accumulate:
+    """Where x was a stream that others read too: d_x is added to what `out` holds."""
+
+
 def matmul_backward(
     program: Program,
     d_y: Tensor,
@@ -20,8 +27,7 @@ def matmul_backward(
     lora: LoraFactors | None = None,
     d_z: Tensor | None = None,
     out: Tensor | None = None,
-    norm: ProductNorm | None = None,
-    accumulate: bool = False,
+    before: ProductNorm | Accumulate | None = None,
     label: str = "matmul_backward",
 ) -> Tensor:  # [rows, in_features]
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
@@ -32,9 +38,10 @@ def matmul_backward(
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
         out: where to write; a new tensor by default.
-        norm: the backward of the norm that gave x, appended too; d_x may then stay unwritten.
-        accumulate: add to d_x.
+        before: what gave x: the backward of a norm is appended too, and d_x may then stay
+            unwritten; to `Accumulate` d_x is added.
     """
+    norm = None if isinstance(before, Accumulate) else before
     extent = extent_of(d_y)
     check_shape("matmul_backward input", d_y, None, matrix.out_features)
     d_x = out if out is not None else activation(program, extent, matrix.in_features)
@@ -54,7 +61,7 @@ def matmul_backward(
             low=d_z,
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
-            epilogue="write" if index == 0 and not accumulate else "accumulate",
+            epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
         )
         record_product(program, one, norm if whole else None, label)
     if norm is not None and not whole:

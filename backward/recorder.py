@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.backward.lora import lora_gradients, lora_project_gradient
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Accumulate, matmul_backward
 from lora.backward.rmsnorm import NormBefore
 from lora.forward.model.adapter import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
@@ -124,7 +124,8 @@ class BackwardRecorder:
             stream = before.out if isinstance(before, AddBefore) else None
             matmul_backward(
                 self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z,
-                out=stream or out, norm=None if isinstance(before, AddBefore) else before,
-                accumulate=stream is not None, label=f"{group}_backward",
+                out=stream or out,
+                before=Accumulate() if isinstance(before, AddBefore) else before,
+                label=f"{group}_backward",
             )  # fmt: skip
         return wanted

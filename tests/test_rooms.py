@@ -1,5 +1,7 @@
 """The direction of imports between rooms and between their wings, without a circle anywhere."""
 
+import ast
+
 import pytest
 
 from tests.support.imports import (
@@ -72,3 +74,16 @@ def test_tests_and_benchmarks_share_through_support_alone() -> None:
             assert all(name.startswith("tests.support") for name in tests), own
             if folder == "tests" and own.parts[1] != "benchmarks":
                 assert not any(name.startswith("benchmarks.") for name in names), own
+
+
+@pytest.mark.parametrize("room", ["forward", "backward", "optim", "shaders"])
+def test_functions_take_eight_arguments_at_most(room: str) -> None:
+    """Products and attention grew twice by one flag more; what goes together is a value."""
+    long = []
+    for path in sorted((REPOSITORY / room).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                arguments = [*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs]
+                if len([a for a in arguments if a.arg not in ("self", "cls")]) > 8:
+                    long.append(f"{path.relative_to(REPOSITORY)}: {node.name}")
+    assert not long

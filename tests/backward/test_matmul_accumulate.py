@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Accumulate, matmul_backward
 from lora.checks.tensors import frozen
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -31,7 +31,7 @@ def test_it_is_added(recording: Recording, body: str, precision: str) -> None:
     extent = extent_in_use(recording, 20, 18)
     source = typed(recording, d_y, precision, extent)
     out, program = typed(recording, before, "f32", extent), Program(recording)
-    matmul_backward(program, source, matrix, out=out, accumulate=True)
+    matmul_backward(program, source, matrix, out=out, before=Accumulate())
     found = run_twice(program, out, before)
     expected = before + d_y @ values
     # f32: a sum of 96 terms; f16: factors of up to 3 rounded to 11 bits.

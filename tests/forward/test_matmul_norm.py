@@ -153,7 +153,7 @@ class Case:
         norm = NormBefore(self.norm_input, Norm(self.weight, EPSILON), d_x, residual=residual)
         matmul_backward(
             program, self.x, self.transposed, lora=self.lora_backward, d_z=self.z, out=d_y,
-            norm=None if apart else norm,
+            before=None if apart else norm,
         )  # fmt: skip
         if apart:
             rmsnorm_backward(

@@ -242,7 +242,7 @@ def test_a_product_is_timed_with_its_norm(device: Device) -> None:
     d_y, d_x, x, out = (counting.memory.empty((64, 96), extent=extent) for _ in range(4))
     weight, matrix = counting.memory.empty((96,)), a_matrix(counting, 96, 96)
     norm = NormBefore(x, Norm(weight, 1e-5), d_x, residual=d_x)
-    matmul_backward(Program(counting), d_y, matrix, out=out, norm=norm)
+    matmul_backward(Program(counting), d_y, matrix, out=out, before=norm)
     matmul_backward(Program(counting), d_y, matrix, out=out)
     normed, bare = requests
     assert normed.product.normed and normed.product != bare.product
