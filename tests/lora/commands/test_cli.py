@@ -10,6 +10,8 @@ import pytest
 
 from lora import __version__
 from lora.commands.cli import main
+from lora.shaders.choice import Wanted
+from lora.shaders.errors import InputError
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_run import write_run
 
@@ -97,6 +99,27 @@ def test_ctrl_c_says_so(
         main()
     assert raised.value.code == 130
     assert capsys.readouterr().err == "\nlora: interrupted\n"  # below what was written so far
+
+
+@pytest.mark.parametrize("arguments", [["generate", "--prompt", "a"], ["chat"]], ids=lambda a: a[0])
+@pytest.mark.parametrize("given", [[], ["--precision", "f16"]], ids=["f32", "f16"])
+def test_precision_reaches_the_generator(
+    monkeypatch: pytest.MonkeyPatch, arguments: list[str], given: list[str]
+) -> None:
+    """What it does there: tests/lora/generation/test_prompt_products.py."""
+    asked = []
+
+    def opened(*_: object, device: Wanted, **__: object) -> None:
+        asked.append(device.products)
+        raise InputError("enough")
+
+    for module in ("generation.opening", "commands.chat"):
+        monkeypatch.setattr(f"lora.{module}.open_generator", opened)
+    monkeypatch.setattr("lora.commands.chat.check_can_chat", lambda *_: None)
+    monkeypatch.setattr(sys, "argv", ["lora", arguments[0], "model.gguf", *arguments[1:], *given])
+    with pytest.raises(SystemExit) as raised:
+        main()
+    assert raised.value.code == 2 and asked == [given[-1] if given else "f32"]
 
 
 def test_train_eval_generate_inspect(tmp_path: Path) -> None:

@@ -185,3 +185,22 @@ def test_text_is_written_in_f32(tmp_path: Path) -> None:
         prompt = [int(t) for t in session.workload.train_examples[0].ids[:5]]
         texts.append(session.generate(prompt, max_tokens=8))
     assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize(
+    ("precision", "is_cpu", "products"),
+    [("f16", False, "f16"), ("f16", True, None), ("f32", False, None)],
+)
+def test_prompts_follow_training_on_gpus(
+    precision: str, is_cpu: bool, products: str | None, tmp_path: Path
+) -> None:
+    """A prompt's products alone: all between them stays f32."""
+    model = TINY_MODELS["qwen3"]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    session = open_session(
+        model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
+    )
+    session.device.facts = replace(session.device.facts, is_cpu=is_cpu)
+    recording = session._recording_of_text()
+    assert (recording.precision, recording.products) == ("f32", products)
