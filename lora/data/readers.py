@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from lora.data.unpacked import Unpacked, row_given
 from lora.shaders.errors import InputError
 
 JSON_ENDINGS = (".jsonl", ".json", ".ndjson")
@@ -34,7 +35,9 @@ ENDINGS = {
 }
 COMPRESSED = (".gz", ".zst")
 _ARROW_ROWS = 1024  # that are turned into Python's values at a time
-_MOST_LINE = 1 << 26  # bytes: a compressed file of a few kilobytes can be one of gigabytes
+_MOST_LINE = 1 << 26  # bytes of a row
+# What is unpacked for one row at most, where it is a whole text, and where all rows are one block.
+_MOST_DOCUMENT, _MOST_COLUMNS = 1 << 28, 1 << 30
 _BLOCK = 1 << 20
 _LARGEST_FIELD = min(sys.maxsize, 2**31 - 1)  # characters of a field of CSV
 
@@ -147,14 +150,20 @@ class DataFile:
             reason = error.strerror or " ".join(str(error).split())[:200]
             raise InputError(f"{self.name}: cannot be read ({reason}).") from error
 
-    def _opened(self) -> IO[bytes]:
-        """The contents, decompressed."""
+    def _opened(self, most: int | None = None) -> IO[bytes]:
+        """The contents, decompressed; `row_given` after each row, or the file is refused.
+
+        Args:
+            most: bytes that a row may take; by default those of a line.
+        """
+        most = _MOST_LINE if most is None else most
         if self._compression == ".gz":
-            return gzip.open(self.path, "rb")  # type: ignore[return-value]
+            return io.BufferedReader(Unpacked(gzip.open(self.path, "rb"), self.name, most))
         if self._compression == ".zst":
             import pyarrow
 
-            return pyarrow.input_stream(str(self.path), compression="zstd")
+            stream = pyarrow.input_stream(str(self.path), compression="zstd")
+            return io.BufferedReader(Unpacked(stream, self.name, most))
         return open(self.path, "rb")
 
     def _as_text(self) -> io.TextIOWrapper:
@@ -183,6 +192,8 @@ class DataFile:
                 for number, line in enumerate(lines, n_before + 1):
                     if line.strip():
                         yield number, line
+                if lines:
+                    row_given(file)
                 n_before += len(lines)
                 if len(rest) > _MOST_LINE:
                     raise InputError(
@@ -218,6 +229,7 @@ class DataFile:
                 if after < len(text):
                     number, position, wanted = number + 1, after, _BLOCK
                     yield number, value
+                    row_given(file)
                     continue
                 more = file.read(wanted)  # the item may go on there
                 if not more:
@@ -228,7 +240,7 @@ class DataFile:
         csv.field_size_limit(_LARGEST_FIELD)
         with self._as_text() as file:
             head = file.readline()
-            file.seek(0)
+        with self._as_text() as file:
             delimiter = "\t" if self.ending == ".tsv" else ","
             if delimiter == "," and "," not in head and (";" in head or "\t" in head):
                 delimiter = ";" if ";" in head else "\t"  # as some spreadsheets write it
@@ -250,6 +262,7 @@ class DataFile:
                     else:
                         yield line, dict(zip(header, fields, strict=True))
                     line = reader.line_num + 1
+                    row_given(file)
             except csv.Error as error:
                 raise InputError(f"{self.name}, line {line}: not CSV ({error}).") from None
 
@@ -261,7 +274,8 @@ class DataFile:
 
     def _text(self) -> Iterator[Row]:
         """Plain text: its paragraphs (between blank lines), its lines, or all of it."""
-        with io.TextIOWrapper(self._opened(), encoding="utf-8-sig") as file:
+        most = None if self.is_pieces else _MOST_DOCUMENT
+        with io.TextIOWrapper(self._opened(most), encoding="utf-8-sig") as file:
             if self.sample_by == "document":
                 text = file.read()
                 if text.strip():
@@ -276,6 +290,7 @@ class DataFile:
                     first = number - len(lines) + (1 if line.strip() else 0)
                     yield first, {"text": "".join(lines).rstrip("\n")}
                     lines = []
+                    row_given(file)
             if lines:
                 yield number - len(lines) + 1, {"text": "".join(lines).rstrip("\n")}
 
@@ -298,7 +313,7 @@ class DataFile:
         import pyarrow.parquet as pq
 
         if self._compression:
-            with self._opened() as file:
+            with self._opened(_MOST_COLUMNS) as file:
                 source: Any = pa.BufferReader(file.read())
         else:
             source = pa.memory_map(str(self.path))

@@ -310,3 +310,32 @@ def test_a_line_without_end_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
     source = open_source(SourceConfig(path=str(path)), "train")
     with pytest.raises(InputError, match=r"long\.jsonl\.gz, line 2: longer than 1 MiB"):
         list(source.pieces())
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "json", "csv", "txt"])
+@pytest.mark.parametrize("packed", ["gz", "zst"])
+def test_a_row_without_end_in_a_compressed_file(
+    ending: str, packed: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refused once a row takes more than its bound; many short rows of more in all are read."""
+    monkeypatch.setattr("lora.data.readers._MOST_LINE", 1 << 20)
+    begin, row, end = {
+        "jsonl": (b"", b'{"text": "%s"}\n', b""),
+        "json": (b'[{"text": "first"}', b', {"text": "%s"}', b"]"),
+        "csv": (b"text\n", b'"%s"\n', b""),
+        "txt": (b"", b"%s\n\n", b""),
+    }[ending]
+    for name, rows in (("many", [b"a" * 1000] * 5000), ("long", [b"a" * (5 << 20)])):
+        path = tmp_path / f"{name}.{ending}.{packed}"
+        content = begin + b"".join(row % text for text in rows) + end
+        if packed == "gz":
+            path.write_bytes(gzip.compress(content))
+        else:
+            with pa.output_stream(str(path), compression="zstd") as file:
+                file.write(content)
+        source = open_source(SourceConfig(path=str(path)), "train")
+        if name == "many":
+            assert sum(len(piece.rows) for piece in source.pieces()) in (5000, 5001)
+            continue
+        with pytest.raises(InputError, match="longer than 1 MiB"):
+            list(source.pieces())
