@@ -300,6 +300,7 @@ class DataFile:
         number = 0
         try:
             for batch in self._arrow_batches(kind):
+                batch.validate(full=True)  # offsets out of a damaged file would be followed blindly
                 for start in range(0, batch.num_rows, _ARROW_ROWS):
                     for values in batch.slice(start, _ARROW_ROWS).to_pylist():
                         yield number, without_none(values)

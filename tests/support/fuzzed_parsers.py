@@ -9,6 +9,8 @@ time and without much memory. Anything else is a finding; its number gives it ag
 from __future__ import annotations
 
 import argparse
+import gzip
+import json
 import os
 import random
 import resource
@@ -20,10 +22,12 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa  # type: ignore[import-untyped]
+import pyarrow.parquet as pq  # type: ignore[import-untyped]
 import safetensors.numpy
 
 from lora.adapters.files import load_adapter, open_adapter
@@ -203,15 +207,38 @@ def _read_template(folder: Path, content: bytes) -> None:
     template.render(_MESSAGES, tools=[{"name": "f"}], add_generation_prompt=True)
 
 
-def _read_rows(folder: Path, content: bytes) -> None:
-    path = str(_put(folder, "d.jsonl", content))
+def _read_rows(folder: Path, content: bytes, ending: str = "jsonl") -> None:
+    path = str(_put(folder, f"d.{ending}", content))
     source = opened(open_source(SourceConfig(path=path), "train"), "auto", {})
     form = source.shape.data_format
     for piece in source.rows.pieces():
         for raw in piece.rows:
-            record = check_record(parsed_line(raw), source.shape)
+            values = parsed_line(raw) if isinstance(raw, bytes) else raw
+            record = check_record(values, source.shape)
             if form in ("chat", "instruct"):
                 conversation_of(record.columns, form)
+
+
+_PAIRS = [{"prompt": f"wake me at {n}", "completion": f"été, {n}"} for n in range(40)]
+
+
+def _tables(kind: str) -> list[bytes]:
+    """Rows as other forms than lines of JSON."""
+    if kind == "csv":
+        lines = (f'"{row["prompt"]}","{row["completion"]}"\r\n' for row in _PAIRS)
+        return [("prompt,completion\n" + "".join(lines)).encode(), b"prompt;completion\na;b\n"]
+    if kind == "json":
+        chats = [{"messages": [{"role": r, "content": "Hi"} for r in ("user", "assistant")]}] * 9
+        return [json.dumps(_PAIRS, indent=1).encode(), json.dumps(chats).encode()]
+    if kind == "jsonl.gz":
+        return [gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in _PAIRS))]
+    table, found = pa.Table.from_pylist(_PAIRS), pa.BufferOutputStream()
+    if kind == "parquet":
+        pq.write_table(table, found)
+    else:
+        with pa.ipc.new_file(found, table.schema) as writer:
+            writer.write_table(table)
+    return [found.getvalue().to_pybytes()]
 
 
 def _read_manifest(folder: Path, content: bytes) -> None:
@@ -244,7 +271,12 @@ PARSERS = (
            lambda: _files("tokenizer/config*"), _read_tokenizer_config),
     Parser("chat template (Jinja)", 0.08, mutated_words,
            lambda: _files("templates/*"), _read_template),
-    Parser("rows (JSONL)", 0.1, mutated_json, lambda: _files("jsonl/*"), _read_rows),
+    Parser("rows (JSONL)", 0.06, mutated_json, lambda: _files("jsonl/*"), _read_rows),
+    *(
+        Parser(f"rows ({kind})", 0.01, mutated_bytes, partial(_tables, kind),
+               partial(_read_rows, ending=kind))
+        for kind in ("csv", "json", "parquet", "arrow")
+    ),
     Parser("checkpoint's state.json", 0.05, mutated_json, lambda: _files("state/*"),
            lambda folder, content: read_checkpoint_state(_put(folder, "state.json", content))),
     Parser("Ollama's manifest", 0.04, mutated_json, _manifests, _read_manifest),
