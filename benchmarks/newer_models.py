@@ -201,8 +201,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file, written after every measurement")
-    parser.add_argument("--files", type=Path, help="folder that keeps the GGUFs; those there are taken")
-    parser.add_argument("--write-only", action="store_true", help="with --files: write them, no more")
+    parser.add_argument("--files", type=Path, help="keeps the GGUFs; those there are taken")
+    parser.add_argument("--write-only", action="store_true", help="with --files: no more than that")
     # fmt: on
     options = parser.parse_args()
     cases = [Case(*map(int, size.split("x")), options.steps) for size in options.sizes]
