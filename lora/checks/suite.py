@@ -11,9 +11,11 @@ from lora.checks.comparison import Check, Comparison, NotHereError
 from lora.checks.kernels import (
     adapters,
     attention,
+    dora,
     lanes,
     norms,
     one_row,
+    options,
     products,
     small,
     spans,
@@ -25,7 +27,18 @@ from lora.shaders.webgpu import Pipeline
 
 ALL_CHECKS: tuple[Check, ...] = tuple(
     check
-    for family in (lanes, small, norms, spans, adapters, attention, products, one_row)
+    for family in (
+        lanes,
+        small,
+        norms,
+        spans,
+        adapters,
+        options,
+        dora,
+        attention,
+        products,
+        one_row,
+    )
     for check in family.CHECKS
 )
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lora.backward.lora import MAX_SLICES, MAX_SLICES_WITH_DROPOUT
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
+from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import chunk_size
+from lora.forward.dora import Dora
 from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
@@ -28,11 +31,12 @@ from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import item_bytes
+from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
+from lora.training.noise import Noise
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
     Activations,
-    AdapterState,
     StepSettings,
     StepTensors,
     TrainingPrograms,
@@ -40,6 +44,9 @@ from lora.training.programs import (
     record_prefix,
 )
 from lora.training.workload import Workload
+
+if TYPE_CHECKING:
+    from lora.config.schema import TrainConfig
 
 KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
 
@@ -80,8 +87,17 @@ class SessionTensors:
             recording, workload.maximum_rows, targets, chunk, model.bounds, model.long_examples,
             model.host_table,
         )  # fmt: skip
-        adapter = AdapterState.allocate(recording, workload.layout)
+        probability = workload.config.adapter.dropout if workload.trains else 0.0
+        most_slices = MAX_SLICES_WITH_DROPOUT if probability else MAX_SLICES
+        config = workload.config
+        adapter = AdapterState.allocate(
+            recording, workload.layout, most_slices, config.train.optimizer,
+            config.adapter.loraplus_lr_ratio,
+        )  # fmt: skip
         recording.memory.write(adapter.parameters, workload.initial)
+        if workload.layout.dora:
+            factors = workload.layout.factors(adapter.parameters)
+            adapter = replace(adapter, dora=Dora.allocate(recording, model, factors))
         activations = Activations.allocate(
             recording, model, inputs, workload.layout, adapter.parameters
         )
@@ -89,7 +105,8 @@ class SessionTensors:
         if workload.trains:
             recompute = wants_recompute(recording, workload, model, inputs)
             train_cache = open_cache(recording, workload, workload.train_examples)
-        step = StepTensors(model, inputs, workload.layout, adapter, activations)
+        noise = Noise.allocate(recording, workload, inputs)
+        step = StepTensors(model, inputs, workload.layout, adapter, activations, noise)
         return cls(step, recompute, train_cache)
 
 
@@ -114,8 +131,9 @@ class SessionPrograms:
         inner = replace(recording, memory=recording.memory.inner())
         step, train = tensors.step, workload.config.train
         prefix = record_prefix(
-            inner, step.model, step.inputs, step.activations, step.layout.lowest_layer
-        )
+            inner, step.model, step.inputs, step.activations, step.layout.lowest_layer,
+            step.noise.embedding,
+        )  # fmt: skip
         training = None
         if workload.trains:
             settings = StepSettings(
@@ -124,6 +142,7 @@ class SessionPrograms:
                 AdamWSettings((train.betas[0], train.betas[1]), train.epsilon, train.weight_decay),
                 train.max_grad_norm,
                 combined=seams.communicator.size > 1,
+                criterion=criterion_of(train, seams.loss),
             )
             training = TrainingPrograms(inner, step, settings)
         return cls(inner.memory, prefix, training)
@@ -217,6 +236,23 @@ def replanned(
     return replace(recording, plans=source_of(plans, others))
 
 
+def criterion_of(train: TrainConfig, loss: Loss) -> Criterion | None:
+    """What the config has minimized; None for the usual.
+
+    Raises:
+        InputError: a script's own loss is there, too.
+    """
+    if train.loss_type == "nll" and not train.label_smoothing:
+        return None
+    if not isinstance(loss, SupervisedLoss):
+        key = "label_smoothing" if train.label_smoothing else "loss_type"
+        raise InputError(
+            f"train.{key}: the session was given a loss of its own "
+            f"({type(loss).__qualname__}), which takes its place; leave train.{key} out."
+        )
+    return Criterion(train.label_smoothing, train.loss_type == "dft")
+
+
 def wants_recompute(recording: Recording, workload: Workload, model: Model, inputs: Inputs) -> bool:
     """What `train.recompute` means: auto keeps all activations where they are few."""
     setting, layout = workload.config.train.recompute, workload.layout
@@ -242,6 +278,13 @@ def open_cache(
     """
     setting = workload.config.train.reuse_frozen_prefix
     if not examples:  # none, or rows that are streamed
+        return None
+    if workload.config.train.neftune_noise_alpha:
+        if setting == "on":
+            raise InputError(
+                "train.reuse_frozen_prefix: on: with train.neftune_noise_alpha the embeddings "
+                "differ from step to step, and so does all above them; set it to auto."
+            )
         return None
     lowest, a = workload.layout.lowest_layer, workload.architecture
     if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):

@@ -109,9 +109,9 @@ class Evaluator:
     def _program(self, adapted: bool) -> Program:
         if adapted not in self._programs:
             t = self._tensors
-            flat = t.adapter.parameters if adapted else None
+            adapter = t.adapter if adapted else None
             self._programs[adapted] = record_eval(
-                self._recording, t.model, t.inputs, t.activations, t.layout, flat
+                self._recording, t.model, t.inputs, t.activations, t.layout, adapter
             )
         return self._programs[adapted]
 
@@ -127,6 +127,8 @@ class Evaluator:
             if not examples:
                 raise InputError("data.eval is null: there is nothing to evaluate on.")
             cache = self._cache
+        if adapted and self._tensors.adapter.dora is not None:
+            self._tensors.adapter.dora.update.run()
         program, head = self._program(adapted), self._tensors.activations.head
         # The host prepares a batch while the device computes the one before it.
         ring, tally = self._ring, Tally(examples)

@@ -16,7 +16,7 @@ from lora.forward.plans.matmul_plans import ProductShape
 from lora.forward.plans.matmul_tiles import Plan
 from lora.optim.adamw import step_words
 from lora.optim.guard import GuardState
-from lora.optim.schedule import learning_rate
+from lora.optim.schedule import Schedule
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, GPUError, LoraError
 from lora.shaders.program import Program
@@ -88,6 +88,13 @@ class TrainingSession(OpenSession):
         if self.stream is not None:
             self.total_steps = self.stream.total_steps
             self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
+            self._schedule = Schedule(
+                self.config.train.schedule,
+                self.total_steps,
+                self.config.train.learning_rate,
+                self.warmup_steps,
+                self.config.train.schedule_kwargs,
+            )
             self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
             self._watch = StepWatch(self.config.train.precision)
             self._measured_in = self._set_submissions()
@@ -149,13 +156,7 @@ class TrainingSession(OpenSession):
         for batch in batches:
             self.workload.check(batch, self.inputs.rows.maximum)
         assert self.stream is not None  # as there are programs
-        rate = learning_rate(
-            self.steps_done,
-            total_steps=self.total_steps,
-            peak=train.learning_rate,
-            schedule=train.schedule,
-            warmup_steps=self.warmup_steps,
-        )
+        rate = self._schedule.rate(self.steps_done)
         step = self.steps_done + 1
         counts = [sum(b.n_trained for b in batches), sum(b.rows for b in batches)]
         n_trained, n_tokens = self.communicator.sum(np.array(counts, np.int64)).tolist()
@@ -164,7 +165,7 @@ class TrainingSession(OpenSession):
         self.memory.write(programs.step_words, words)
         programs.begin.run()
         for batch in batches:
-            self._enter(batch, self._cache)
+            self._enter(batch, self._cache, self.steps_done)
             self._run_micro_batch(programs, batch)
         if programs.sum_slices is not None:
             programs.sum_slices.run()
@@ -302,7 +303,12 @@ class TrainingSession(OpenSession):
             step: counted from 1; it changed nothing, nor did those after it.
         """
         batches = self._beginning_of(step).batches
-        return find_in_step(self._programs.prefix, self._training(), batches, self.write_inputs)
+        return find_in_step(
+            self._programs.prefix,
+            self._training(),
+            batches,
+            lambda batch: self.write_inputs(batch, step - 1),
+        )
 
     def _beginning_of(self, step: int) -> _StepBegun:
         return next(begun for begun in self._begun if begun.steps_done == step - 1)
@@ -326,18 +332,18 @@ class TrainingSession(OpenSession):
     # -- what checkpoints keep --------------------------------------------------------------------
 
     def moments(self) -> dict[str, np.ndarray]:
-        """AdamW's, f32 [layout.size] each, by name.
+        """What the optimizer keeps, by name: see `lora.optim.optimizers.OptimizerState`.
 
         Raises:
             LoraError: they hold what is no number.
         """
-        found = {
-            "first_moment": self.memory.read(self.adapter.first_moment),
-            "second_moment": self.memory.read(self.adapter.second_moment),
-        }
+        tensors = self.adapter.optimizer.tensors
+        found = {name: self.memory.read(tensor) for name, tensor in tensors.items()}
         for name, values in found.items():
             if not np.isfinite(values).all():
-                raise LoraError(f"AdamW's {name} holds what is no finite number; it is not saved.")
+                raise LoraError(
+                    f"The optimizer's {name} holds what is no finite number; it is not saved."
+                )
         return found
 
     def guard(self) -> GuardState:
@@ -350,21 +356,18 @@ class TrainingSession(OpenSession):
         guard.put_into(values)
         self.memory.write(self._act.metrics, values)
 
-    def restore(self, step: int, flat: np.ndarray, moments: Sequence[np.ndarray]) -> None:
+    def restore(self, step: int, flat: np.ndarray, moments: Mapping[str, np.ndarray]) -> None:
         """Puts the state of a checkpoint in place of the present one; `stream` is set by itself.
 
         Args:
             step: that were done.
             flat: the adapter, f32 [layout.size].
-            moments: AdamW's first and second, of the same size.
+            moments: as `moments` gives them.
         """
         self.steps_done = step
-        for tensor, array in (
-            (self.adapter.parameters, flat),
-            (self.adapter.first_moment, moments[0]),
-            (self.adapter.second_moment, moments[1]),
-        ):
-            self.memory.write(tensor, array)
+        self.memory.write(self.adapter.parameters, flat)
+        for name, tensor in self.adapter.optimizer.tensors.items():
+            self.memory.write(tensor, moments[name])
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
