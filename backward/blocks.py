@@ -12,7 +12,12 @@ from lora.backward.per_layer_block import (
     allocate_per_layer_gradient,
     record_per_layer_backward,
 )
+from lora.backward.short_conv_block import (
+    allocate_short_conv_gradients,
+    record_short_conv_backward,
+)
 from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
+from lora.forward.model.recurrent_spec import ShortConvolution
 
 
 @dataclass(frozen=True)
@@ -32,6 +37,7 @@ class BlockBackward:
 
 BLOCKS_BACKWARD: Mapping[type, BlockBackward] = {
     Attention: BlockBackward(allocate_attention_gradients, record_attention_backward),
+    ShortConvolution: BlockBackward(allocate_short_conv_gradients, record_short_conv_backward),
     GatedFeedForward: BlockBackward(allocate_gated_gradient, record_gated_backward),
     PerLayerInput: BlockBackward(allocate_per_layer_gradient, record_per_layer_backward),
 }

@@ -19,8 +19,15 @@ from lora.forward.decoder.per_layer_block import (
     record_per_layer,
     record_per_layer_row,
 )
+from lora.forward.decoder.short_conv_block import (
+    allocate_short_conv,
+    allocate_short_conv_state,
+    record_short_conv,
+    record_short_conv_row,
+)
 from lora.forward.model.kv_cache import LayerCache
 from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
+from lora.forward.model.recurrent_spec import ShortConvolution
 
 
 @dataclass(frozen=True)
@@ -46,6 +53,9 @@ class Block:
 BLOCKS: Mapping[type, Block] = {
     Attention: Block(
         allocate_attention, record_attention, record_attention_row, LayerCache.allocate
+    ),
+    ShortConvolution: Block(
+        allocate_short_conv, record_short_conv, record_short_conv_row, allocate_short_conv_state
     ),
     GatedFeedForward: Block(allocate_gated, record_gated, record_gated_row),
     PerLayerInput: Block(allocate_per_layer, record_per_layer, record_per_layer_row),

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, AdaptableMatrix
 from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts

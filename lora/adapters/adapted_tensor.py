@@ -11,8 +11,9 @@ import numpy as np
 
 from lora.adapters.fused_names import as_named_in
 from lora.adapters.peft_files import WEIGHTS, read_peft_factors
+from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, AdaptableMatrix, LayerSpec
+from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.model.row_order import permute_rows_to_gguf
 from lora.shaders.errors import InputError
 
@@ -166,9 +167,8 @@ class Adaptable:
 
 def adaptable(architecture: Architecture) -> Iterator[Adaptable]:
     """All that LoRA can adapt."""
-    for matrix in architecture.matrices.values():
-        for layer, spec in enumerate(architecture.layers):
-            if matrix in spec.groups.get(matrix.group, ()):
-                place = architecture.place_of(layer, matrix)
-                yield Adaptable(matrix.peft_path(layer), matrix, spec, *place)
+    for layer, spec in enumerate(architecture.layers):
+        for matrix in (matrix for members in spec.groups.values() for matrix in members):
+            place = architecture.place_of(layer, matrix)
+            yield Adaptable(matrix.peft_path(layer), matrix, spec, *place)
     yield Adaptable(HEAD.module, HEAD, architecture, "output.weight")

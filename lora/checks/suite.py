@@ -11,6 +11,7 @@ from lora.checks.comparison import Check, Comparison, NotHereError
 from lora.checks.kernels import (
     adapters,
     attention,
+    convolutions,
     lanes,
     norms,
     one_row,
@@ -25,7 +26,7 @@ from lora.shaders.webgpu import Pipeline
 
 ALL_CHECKS: tuple[Check, ...] = tuple(
     check
-    for family in (lanes, small, norms, spans, adapters, attention, products, one_row)
+    for family in (lanes, small, norms, spans, adapters, attention, convolutions, products, one_row)
     for check in family.CHECKS
 )
 

@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.table import Table
 
 from lora.data.order import DataStream
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.layer_spec import HEAD
 from lora.shaders.errors import plain
 from lora.training.device_state import SessionPlan
 from lora.training.listeners import Listener

@@ -114,6 +114,7 @@ _NEWER_IN_LLAMA_CPP = (
     "seed_oss",
     "gemma4_e2b",
     "gemma4_dense",
+    "lfm2",
 )  # fmt: skip
 
 

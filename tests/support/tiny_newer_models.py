@@ -44,7 +44,39 @@ _E2B = _gemma4_config() | {
 }
 
 
+_LFM2 = config_of(
+    norm_eps=1e-5,
+    conv_L_cache=3,
+    conv_bias=False,
+    block_auto_adjust_ff_dim=False,
+)
+
 NEWER_MODELS = (
+    TinyModel(
+        "lfm2",
+        "lfm2",
+        _LFM2
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+        },
+        transformers_reads=False,
+    ),
+    TinyModel(
+        "lfm2_upper",
+        "lfm2",
+        # A convolution in the frozen prefix, and one as the lowest adapted layer, of four taps.
+        _LFM2
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "conv", "full_attention"],
+            "conv_L_cache": 4,
+        },
+        rank=6,
+        alpha=12,
+        adapted_layers=(1, 2),
+        transformers_reads=False,
+    ),
     TinyModel(
         "gemma4_e2b",
         "gemma4_text",
