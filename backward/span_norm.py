@@ -35,7 +35,7 @@ def span_norm_backward(
     check_f32("span_norm_backward", weights=weights)
     check_shape("span_norm_backward d_x", d_x, *x.shape)
     check_shape("span_norm_backward d_y", d_y, x.shape[0], None)
-    moved = any(span.source != span.target for span in spans)
+    moved = any(span.source != span.target or span.step != span.size for span in spans)
     if in_place and (moved or accumulate):
         raise ValueError("span_norm_backward: in place, no span moves and nothing is added up")
     extent = extent_of(x)

@@ -73,7 +73,7 @@ _OUTPUT = _matrix(
 )
 ATTENTION = (
     _matrix(
-        "self_attn.q_proj", "attn_q", "qkv", "hidden_size", "mixer.query_size", "mixer.n_heads"
+        "self_attn.q_proj", "attn_q", "qkv", "hidden_size", "mixer.query_rows", "mixer.n_heads"
     ),
     _matrix(
         "self_attn.k_proj", "attn_k", "qkv", "hidden_size", "mixer.kv_size", "mixer.n_kv_heads"

@@ -88,6 +88,8 @@ class Attention(BlockSpec):
         keys_are_values: v is what k is before its norm; the layer has no matrix of its own for it.
         keys_of: the layer whose keys and values it takes, having none; None for its own.
         lfm2_names: the module of its output has the name that Hugging Face's LFM2 gives it.
+        output_gate: the product of q gives each head twice its numbers, the second half of which
+            is a gate: what comes out is multiplied by its sigmoid.
     """
 
     n_heads: int
@@ -106,6 +108,7 @@ class Attention(BlockSpec):
     keys_are_values: bool = False
     keys_of: int | None = None
     lfm2_names: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no kernel does."""
@@ -113,10 +116,17 @@ class Attention(BlockSpec):
             raise ValueError("queries that are normed after their product can't have a temperature")
         if self.value_norm and self.qk_norm != HEAD_NORM:
             raise ValueError("heads of v are normed beside those of q and k only")
+        if self.output_gate and (self.qk_norm != HEAD_NORM or self.value_norm):
+            raise ValueError("what is gated has heads of q and k normed, and those of v not")
         if (self.keys_are_values or self.keys_of is not None) and not self.value_norm:
             raise ValueError(
                 "keys that are values, or another layer's, come with heads of v normed"
             )
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of the matrix of q: all query heads, with their gates."""
+        return self.query_size * (2 if self.output_gate else 1)
 
     @property
     def query_size(self) -> int:
@@ -138,7 +148,7 @@ class Attention(BlockSpec):
         """Columns of the product that gives q, k and v, or what the layer has of them."""
         if self.keys_of is not None:
             return self.query_size
-        return self.query_size + (1 if self.keys_are_values else 2) * self.kv_size
+        return self.query_rows + (1 if self.keys_are_values else 2) * self.kv_size
 
     @property
     def matrices(self) -> tuple[AdaptableMatrix, ...]:
@@ -166,7 +176,7 @@ class Attention(BlockSpec):
     @property
     def norms_spans(self) -> bool:
         """Whether q and k are normed by `span_norm`, and not with rope by `head_norm_rope`."""
-        return self.qk_norm in (LATE_NORM, WIDTH_NORM) or self.value_norm
+        return self.qk_norm in (LATE_NORM, WIDTH_NORM) or self.value_norm or self.output_gate
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:

@@ -16,6 +16,7 @@ from lora.checks.kernels import (
     norms,
     one_row,
     products,
+    recurrent,
     small,
     spans,
 )
@@ -26,7 +27,18 @@ from lora.shaders.webgpu import Pipeline
 
 ALL_CHECKS: tuple[Check, ...] = tuple(
     check
-    for family in (lanes, small, norms, spans, adapters, attention, convolutions, products, one_row)
+    for family in (
+        lanes,
+        small,
+        norms,
+        spans,
+        adapters,
+        attention,
+        convolutions,
+        recurrent,
+        products,
+        one_row,
+    )
     for check in family.CHECKS
 )
 
