@@ -4,11 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora.forward.gated_delta import DeltaSizes, DeltaTensors, GateWeights, gate_constants
+from lora.forward.gated_delta import (
+    DeltaSizes,
+    DeltaTensors,
+    GateWeights,
+    gate_constants,
+    states_shape,
+)
 from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import Tensor
+from lora.shaders.tensor import Extent, Tensor
 
 # Where parts of `DeltaGradients.d_deltas` begin, in value_sizes.
 OUTPUT, QUERY, KEY, VALUE = 0, 2, 3, 5
@@ -30,16 +36,13 @@ class DeltaGradients:
     d_gates: Tensor
 
     @classmethod
-    def allocate(
-        cls, recording: Recording, sizes: DeltaSizes, like: DeltaTensors
-    ) -> DeltaGradients:
-        """Tensors for as many rows as the forward has."""
-        extent = extent_of(like.inputs)
+    def allocate(cls, recording: Recording, sizes: DeltaSizes, rows: Extent) -> DeltaGradients:
+        """Tensors for up to rows.maximum rows."""
 
         def tensor(width: int) -> Tensor:
-            return recording.memory.empty((extent.maximum, width), extent=extent)
+            return recording.memory.empty((rows.maximum, width), extent=rows)
 
-        states = recording.memory.empty(like.states.shape)
+        states = recording.memory.empty(states_shape(recording.facts, sizes, rows.maximum))
         return cls(tensor(7 * sizes.value_size), states, tensor(2 * sizes.value_heads))
 
 

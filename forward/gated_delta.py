@@ -110,7 +110,7 @@ class DeltaTensors:
             tensor(sizes.input_size),
             tensor(2 * sizes.value_heads * chunk),
             tensor(4 * sizes.value_size),
-            recording.memory.empty((-(-rows.maximum // chunk), *sizes.state_shape)),
+            recording.memory.empty(states_shape(recording.facts, sizes, rows.maximum)),
         )
 
     def check(self, facts: DeviceFacts, sizes: DeltaSizes) -> None:
@@ -120,7 +120,12 @@ class DeltaTensors:
         check_shape("gated_delta inputs", self.inputs, None, sizes.input_size)
         check_shape("gated_delta mixes", self.mixes, rows, 2 * sizes.value_heads * chunk)
         check_shape("gated_delta deltas", self.deltas, rows, 4 * sizes.value_size)
-        check_shape("gated_delta states", self.states, -(-rows // chunk), *sizes.state_shape)
+        check_shape("gated_delta states", self.states, *states_shape(facts, sizes, rows))
+
+
+def states_shape(facts: DeviceFacts, sizes: DeltaSizes, rows: int) -> tuple[int, ...]:
+    """Of the states at chunks' starts: of two of them at least a chunk lies between."""
+    return -(-rows // chunk_rows(facts)), *sizes.state_shape
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,12 @@ from typing import Any
 
 from lora.forward.decoder.attention_block import allocate_attention, record_attention
 from lora.forward.decoder.attention_row import record_attention_row
+from lora.forward.decoder.delta_block import (
+    allocate_delta,
+    allocate_delta_state,
+    record_delta,
+    record_delta_row,
+)
 from lora.forward.decoder.gated_block import allocate_gated, record_gated
 from lora.forward.decoder.gated_row import record_gated_row
 from lora.forward.decoder.per_layer_block import (
@@ -27,7 +33,7 @@ from lora.forward.decoder.short_conv_block import (
 )
 from lora.forward.model.kv_cache import LayerCache
 from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
-from lora.forward.model.recurrent_spec import ShortConvolution
+from lora.forward.model.recurrent_spec import GatedDeltaNet, ShortConvolution
 
 
 @dataclass(frozen=True)
@@ -57,6 +63,7 @@ BLOCKS: Mapping[type, Block] = {
     ShortConvolution: Block(
         allocate_short_conv, record_short_conv, record_short_conv_row, allocate_short_conv_state
     ),
+    GatedDeltaNet: Block(allocate_delta, record_delta, record_delta_row, allocate_delta_state),
     GatedFeedForward: Block(allocate_gated, record_gated, record_gated_row),
     PerLayerInput: Block(allocate_per_layer, record_per_layer, record_per_layer_row),
 }

@@ -6,6 +6,10 @@ from dataclasses import dataclass, replace
 from operator import attrgetter
 from typing import Any
 
+import numpy as np
+
+from lora.forward.model.row_order import permute_rows_to_gguf
+
 # Where PEFT finds the layers: in a class for text alone, and in one for text and images.
 TEXT_LAYERS, LANGUAGE_LAYERS = "model.layers", "model.language_model.layers"
 FUSED_QKV = "attn_qkv"  # within a layer: rows of q, then of k, then of v
@@ -23,6 +27,8 @@ class AdaptableMatrix:
         in_field, out_field: the field of a LayerSpec (of Architecture, for the head) that is its
             number of columns, of rows.
         heads_field: the field that counts its heads where rope turns its output, else None.
+        value_heads: "rows" or "columns" if those are of value heads (the last of them, where there
+            are others), which GGUF and Hugging Face's model have in orders of their own; "" if not.
     """
 
     module: str
@@ -32,6 +38,7 @@ class AdaptableMatrix:
     in_field: str
     out_field: str
     heads_field: str | None = None
+    value_heads: str = ""
 
     def tensor_name(self, layer: int) -> str:
         """Its tensor in the GGUF, for example `blk.3.attn_q.weight`."""
@@ -61,6 +68,17 @@ class AdaptableMatrix:
         if self.heads_field is None or not of.mixer.permuted:
             return None
         return int(attrgetter(self.heads_field)(of))
+
+    def row_order(self, of: Any) -> np.ndarray | None:
+        """Which of PEFT's rows each of the GGUF's is, int [out_size]; None where all are alike."""
+        heads, size = self.permuted_heads(of), self.out_size(of)
+        if heads is not None:
+            return permute_rows_to_gguf(np.arange(size), heads)
+        return of.mixer.value_order(size) if self.value_heads == "rows" else None
+
+    def column_order(self, of: Any) -> np.ndarray | None:
+        """The same of its columns, int [in_size]."""
+        return of.mixer.value_order(self.in_size(of)) if self.value_heads == "columns" else None
 
 
 def _matrix(path: str, gguf_name: str, group: str, *sizes: str) -> AdaptableMatrix:
@@ -109,10 +127,33 @@ SHORT_CONVOLUTION = (
     _matrix("conv.in_proj", "shortconv.in_proj", "conv_in", "hidden_size", "mixer.in_size"),
     _matrix("conv.out_proj", "shortconv.out_proj", "conv_out", "mixer.width", "hidden_size"),
 )
+DELTA_NET = (
+    replace(
+        _matrix(
+            "linear_attn.in_proj_qkv", "attn_qkv", "delta_in", "hidden_size", "mixer.conv_size"
+        ),
+        value_heads="rows",
+    ),
+    *(
+        replace(
+            _matrix(f"linear_attn.{module}", name, "delta_in", "hidden_size", rows),
+            value_heads="rows",
+        )
+        for module, name, rows in (
+            ("in_proj_z", "attn_gate", "mixer.value_size"),
+            ("in_proj_b", "ssm_beta", "mixer.value_heads"),
+            ("in_proj_a", "ssm_alpha", "mixer.value_heads"),
+        )
+    ),
+    replace(
+        _matrix("linear_attn.out_proj", "ssm_out", "delta_out", "mixer.value_size", "hidden_size"),
+        value_heads="columns",
+    ),
+)
 HEAD_GROUP = "head"
 HEAD = _matrix("lm_head", "output", HEAD_GROUP, "hidden_size", "vocab_size")
 _ALL = (
     *(*ATTENTION, *GATED, *FUSED_ATTENTION, *FUSED_GATED, *PER_LAYER),
-    *(*SHORT_CONVOLUTION, *LFM2_GATED, HEAD),
+    *(*SHORT_CONVOLUTION, *LFM2_GATED, *DELTA_NET, HEAD),
 )
 MODULE_NAMES = tuple(dict.fromkeys(matrix.module for matrix in _ALL))

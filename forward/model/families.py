@@ -50,6 +50,8 @@ class Family:
             1/sqrt(hidden_size / n_heads), not 1/sqrt(head_size); None for no such model.
         short_convolutions: layers without key heads are short convolutions, and modules have the
             names of Hugging Face's LFM2.
+        delta_net: layers are gated DeltaNets but every `full_attention_interval`th, whose attention
+            has an output gate.
         output_norm: GGUF name of the norm after the last layer.
         peft_layers: where the layers lie in the Hugging Face model that checkpoints of the family
             open as.
@@ -79,6 +81,7 @@ class Family:
     no_rope_every: int | None = None
     wide_scale_layers: int | None = None
     short_convolutions: bool = False
+    delta_net: bool = False
     output_norm: str = "output_norm"
     peft_layers: str = TEXT_LAYERS
 
@@ -127,6 +130,12 @@ FAMILIES = {
         default_epsilon=1e-6,
         two_kinds=True,
         peft_layers=LANGUAGE_LAYERS,
+    ),
+    "qwen35": Family(
+        "Qwen 3.5 and 3.6, dense",
+        qk_norm=HEAD_NORM,
+        feed_forward_norm="post_attention_norm",
+        delta_net=True,
     ),
     "lfm2": Family(
         "LFM2 and LFM2.5, dense",

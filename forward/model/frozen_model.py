@@ -41,7 +41,7 @@ class LayerWeights:
         post_mixer_norm, post_feed_forward_norm: the same after them, with post_norms.
         post_per_layer_norm: the same after the layer's input of its own, where it has one.
         vectors: other tensors of its blocks, by the names of their `stacks`, and of their
-            `tables`, whose dimensions are turned round: [columns, rows].
+            `tables`, whose dimensions are turned round: [columns, rows]; and their `constants`.
         rope: [n_positions, rope dimensions / 2, 2] of the mixer; layers of one rope share it. With
             long_examples twice as many positions: those of long examples after the others. None
             where nothing turns.
@@ -193,6 +193,11 @@ def load_model(
                 name: recording.memory.upload(np.ascontiguousarray(values(blk + name).T))
                 for block in spec.blocks
                 for name in block.tables
+            }
+            | {
+                name: recording.memory.upload(numbers)
+                for block in spec.blocks
+                for name, numbers in block.constants.items()
             },
             rope=rope_tables(spec.rope),
             temperature=temperatures(getattr(spec.mixer, "temperature", None)),

@@ -11,6 +11,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
+
 from lora.forward.model.adaptable import (
     ATTENTION,
     FUSED_ATTENTION,
@@ -51,6 +53,11 @@ class BlockSpec(ABC):
     @property
     def tables(self) -> Mapping[str, tuple[int, ...]]:
         """Shapes of its other small tensors, by their whole GGUF name within the layer."""
+        return {}
+
+    @property
+    def constants(self) -> Mapping[str, np.ndarray]:
+        """Numbers that its kernels take and no file holds, f32, by name."""
         return {}
 
     @property

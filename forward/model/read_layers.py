@@ -20,7 +20,7 @@ from lora.forward.model.layer_spec import (
     PerLayerInput,
 )
 from lora.forward.model.read_gemma4 import read_gemma4_attentions
-from lora.forward.model.recurrent_spec import MOST_TAPS, ShortConvolution
+from lora.forward.model.read_recurrent import with_convolutions, with_delta_nets
 from lora.forward.model.rope_frequencies import (
     Rope,
     Temperature,
@@ -82,32 +82,12 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
 
 def _mixers(
     gguf_file: GGUFFile, metadata: Metadata, family: Family, n_layers: int
-) -> list[BlockSpec]:
+) -> Sequence[BlockSpec]:
     """What mixes the positions in every layer."""
-    if not family.short_convolutions:
-        return [*_attentions(gguf_file, metadata, family, n_layers)]
-    n_kv_heads = metadata.get("attention.head_count_kv")
-    has_keys = [True] * n_layers
-    if isinstance(n_kv_heads, list) and len(n_kv_heads) == n_layers:
-        has_keys = [n != 0 for n in n_kv_heads]
-    width = metadata.size("embedding_length", multiple_of=4)
-    convolution = ShortConvolution(width, read_taps(metadata, "shortconv.l_cache"))
     attentions = _attentions(gguf_file, metadata, family, n_layers)
-    return [one if keys else convolution for one, keys in zip(attentions, has_keys, strict=True)]
-
-
-def read_taps(metadata: Metadata, key: str) -> int:
-    """Rows that a convolution sees.
-
-    Raises:
-        InputError: the file has no such number, or one that no kernel is unrolled for.
-    """
-    taps = metadata.size(key)
-    if not 2 <= taps <= MOST_TAPS:
-        raise InputError(
-            f"{metadata.path}: {metadata.name}.{key} is {taps}; 2 to {MOST_TAPS} are supported."
-        )
-    return taps
+    if family.short_convolutions:
+        return with_convolutions(metadata, attentions)
+    return with_delta_nets(metadata, attentions) if family.delta_net else attentions
 
 
 def _attentions(

@@ -14,7 +14,7 @@ from lora.adapters.peft_files import WEIGHTS, read_peft_factors
 from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import LayerSpec
-from lora.forward.model.row_order import permute_rows_to_gguf
+from lora.forward.model.row_order import to_gguf
 from lora.shaders.errors import InputError
 
 # Of Gemma 4: what its embedding gives all layers. PEFT's all-linear takes it; llama.cpp ignores it.
@@ -107,11 +107,11 @@ def read_adapted_tensors(
                 f"{directory}: {path} has a lora_magnitude_vector {magnitude.shape}; this base "
                 f"wants {(n_rows,)}. Name the right base with --base."
             )
-        heads = place.matrix.permuted_heads(place.holder)
-        if heads is not None:
-            b = np.ascontiguousarray(permute_rows_to_gguf(b, heads))
-            if magnitude is not None:
-                magnitude = permute_rows_to_gguf(magnitude[:, None], heads)[:, 0]
+        rows = place.matrix.row_order(place.holder)
+        a = np.ascontiguousarray(to_gguf(a.T, place.matrix.column_order(place.holder)).T)
+        b = to_gguf(b, rows)
+        if magnitude is not None:
+            magnitude = to_gguf(magnitude, rows)
         one = AdaptedTensor(place.tensor, a, b, factors.scale, magnitude)
         parts.setdefault(place.tensor, []).append((place.first_row, one))
     fused = {place.tensor: place.tensor_rows for place in places.values() if place.first_row}

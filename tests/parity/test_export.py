@@ -115,6 +115,7 @@ _NEWER_IN_LLAMA_CPP = (
     "gemma4_e2b",
     "gemma4_dense",
     "lfm2",
+    "qwen35",
 )  # fmt: skip
 
 

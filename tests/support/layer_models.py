@@ -76,6 +76,11 @@ def model_of(recording: Recording, spec: LayerSpec, seed: int = 0) -> Model:
             name: recording.memory.upload(rng.normal(0, 0.5, shape[::-1]).astype(np.float32))
             for block in spec.blocks
             for name, shape in block.tables.items()
+        }
+        | {
+            name: recording.memory.upload(numbers)
+            for block in spec.blocks
+            for name, numbers in block.constants.items()
         },
         rope=spec.rope and recording.memory.upload(spec.rope.tables(N_POSITIONS)),
         temperature=None

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.support.tiny_gemma4 import gemma4_layer_shapes
+from tests.support.tiny_qwen35 import qwen35_layer_shapes
 from tests.support.tiny_recurrent import lfm2_layer_shapes
 
 if TYPE_CHECKING:
@@ -72,6 +73,7 @@ FAMILIES = {
     ),
     "gemma4_text": TinyFamily("gemma4"),
     "lfm2": TinyFamily(final_norm="model.embedding_norm"),
+    "qwen3_5_text": TinyFamily("qwen35"),
     "phi3": TinyFamily(fused_qkv=True, fused_gate_up=True),
     "granite": TinyFamily(
         permuted=True,
@@ -115,6 +117,8 @@ def layer_shapes(model: TinyModel, layer: int) -> dict[str, tuple[int, ...]]:
         return gemma4_layer_shapes(model, layer)
     if model.family == "lfm2":
         return lfm2_layer_shapes(model, layer)
+    if model.family == "qwen3_5_text":
+        return qwen35_layer_shapes(model, layer)
     c, family = model.config, FAMILIES[model.family]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     queries = c["num_attention_heads"] * model.head_dim

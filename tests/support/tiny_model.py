@@ -25,6 +25,7 @@ from lora.forward.model.row_order import permute_rows_to_gguf
 from tests.support.tiny_families import FAMILIES, layer_shapes, llama3_divisors, rope_of_family
 from tests.support.tiny_gemma4 import gemma4_divisors, gemma4_metadata, gemma4_shapes
 from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
+from tests.support.tiny_qwen35 import qwen35_in_gguf, qwen35_metadata
 from tests.support.tiny_recurrent import lfm2_metadata
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
@@ -125,8 +126,10 @@ class TinyModel:
         weights = {}
         for name, shape in self.shapes().items():
             values = _normal((self.name, name), shape)
-            if name.endswith(".bias"):
+            if name.endswith(".bias") or name.endswith("A_log"):
                 values *= _BIAS_STD
+            elif self.family == "qwen3_5_text" and name.endswith("norm.weight") and len(shape) == 1:
+                values = _NORM_STD * values + (".linear_attn." in name)
             elif len(shape) == 1:
                 values = _NORM_STD * values + (
                     0.0 if FAMILIES[self.family].stored_less_one else 1.0
@@ -226,6 +229,8 @@ class TinyModel:
                 values = exact + np.float32(1.0)
             if values.ndim == 3:  # of a convolution of each column
                 values = values[:, 0]
+            if self.family == "qwen3_5_text":
+                name, values = qwen35_in_gguf(self, name, values)
             if name.endswith("layer_scalar"):
                 name += ".weight"
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -276,6 +281,8 @@ class TinyModel:
         sizes |= self._rope_metadata() | self.extra_metadata
         if self.family == "gemma4_text":
             sizes |= gemma4_metadata(self)
+        if self.family == "qwen3_5_text":
+            sizes |= qwen35_metadata(self)
         if self.family == "lfm2":
             sizes |= lfm2_metadata(self)
         return {

@@ -114,7 +114,7 @@ def check_gated_delta_backward(
     x, program = random_inputs(sizes, starts), Program(recording)
     tensors, in_use = _tensors(recording, sizes, x), len(x.v)
     segments = _segments(recording, x, tensors)
-    gradients = DeltaGradients.allocate(recording, sizes, tensors)
+    gradients = DeltaGradients.allocate(recording, sizes, tensors.inputs.extent)  # type: ignore[arg-type]
     d_o = normal(9, *x.v.shape)
     given = np.full(gradients.d_deltas.shape, MARKER, np.float32)
     given[:in_use, : sizes.value_size] = d_o.reshape(in_use, -1)

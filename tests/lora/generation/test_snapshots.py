@@ -14,7 +14,7 @@ from lora.generation.snapshots import N_SNAPSHOTS, Snapshots
 from lora.shaders.device import Device
 from tests.support.tiny_models import TINY_MODELS
 
-RECURRENT = ("lfm2",)
+RECURRENT = ("lfm2", "qwen35")
 IDS = np.random.default_rng(0).integers(3, 300, 100).tolist()
 
 

@@ -20,7 +20,7 @@ from lora.forward.model.layer_spec import (
     LayerSpec,
     PerLayerInput,
 )
-from lora.forward.model.recurrent_spec import ShortConvolution
+from lora.forward.model.recurrent_spec import GatedDeltaNet, ShortConvolution
 from lora.forward.model.rope_frequencies import Rope, Temperature
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
@@ -42,6 +42,7 @@ CHANGED: dict[str, dict[str, Any]] = {
         "n_heads": 8, "n_kv_heads": 1, "head_size": 32, "rope": Rope(1e4, 8, interleaved=True),
         "window": None, "scale": 0.5, "softcap": None, "qk_norm": NO_NORM,
         "fused_modules": True, "permuted": True, "fused_tensor": True, "lfm2_names": True,
+        "output_gate": True,
     },
     "feed_forward": {
         "intermediate_size": 64, "activation": "gelu_tanh", "fused_modules": True,
@@ -77,7 +78,7 @@ def test_every_field_has_another_value() -> None:
 
 
 def test_every_kind_has_its_rows() -> None:
-    kinds = {Attention, GatedFeedForward, PerLayerInput, ShortConvolution}
+    kinds = {Attention, GatedFeedForward, PerLayerInput, ShortConvolution, GatedDeltaNet}
     assert set(BLOCKS) == set(BLOCKS_BACKWARD) == kinds
 
 
@@ -125,6 +126,18 @@ def test_what_is_recorded_follows_a_short_convolution(recording: Recording, path
         for taps in (3, 4)
     ]
     assert of_path[0] != of_path[1]
+
+
+@pytest.mark.parametrize("path", paths_of())
+@pytest.mark.parametrize(
+    "changed", [{"key_heads": 4}, {"value_heads": 8}, {"head_size": 16}, {"taps": 3}], ids=str
+)
+def test_what_is_recorded_follows_a_delta_net(
+    recording: Recording, path: str, changed: dict[str, int]
+) -> None:
+    delta_net = GatedDeltaNet(key_heads=2, value_heads=4, head_size=8, taps=4)
+    both = [replace(SPEC, mixer=one) for one in (delta_net, replace(delta_net, **changed))]
+    assert recorded_by(recording, path, both[0]) != recorded_by(recording, path, both[1])
 
 
 @pytest.mark.parametrize("path", paths_of())
