@@ -79,7 +79,7 @@ SHAPES: dict[str, Shape] = {
         {"weight": "Q4_K", "token_embd.weight": "Q6_K"}, attention=(2,),
     ),
     "tiny-qwen35": Qwen35Shape(
-        "qwen35", 4, 256, 512, 2, 1, 64, 512, _QWEN35_TYPES, key_heads=2, value_heads=4,
+        "qwen35", 4, 256, 512, 4, 2, 64, 512, _QWEN35_TYPES, key_heads=2, value_heads=4,
         delta_size=64,
     ),
     "tiny-gemma-4": Gemma4Shape(

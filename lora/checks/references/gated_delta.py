@@ -58,8 +58,8 @@ def gated_delta_reference(
 def gated_delta_backward_reference(x: DeltaInputs, d_o: np.ndarray) -> DeltaInputs:
     """Gradients of Σ d_o · o, q's and k's of each value head by itself [rows, heads, n]."""
     rows, heads, n = x.v.shape
-    d = DeltaInputs(*(np.zeros(x.v.shape) for _ in range(3)), np.zeros(x.g.shape),
-                    np.zeros(x.g.shape), x.starts)  # fmt: skip
+    vectors, numbers = np.zeros((3, *x.v.shape)), np.zeros((2, *x.g.shape))
+    d = DeltaInputs(vectors[0], vectors[1], vectors[2], numbers[0], numbers[1], x.starts)
     for head in range(heads):
         key, kept = x.key_head(head), []
         state = np.zeros((n, n))

@@ -78,7 +78,7 @@ def test_repeats_and_resumed_runs_give_the_same_bytes(config: Path) -> None:
         session = TrainingSession.from_config(
             config, [f"output={output}", "train.schedule=constant"]
         )
-        run_training(session, resume=stop is not None)
+        run_training(session, resuming=stop is not None)
         found.append(hashlib.sha256((output / ADAPTER).read_bytes()).hexdigest())
     assert found[0] == found[1] == found[2]
 
