@@ -251,5 +251,5 @@ def gated_delta_row(
         "delta_row",
         {key: constants[key] for key in ("key_heads", "value_heads", "head_size")},
         [extent_of(inputs).uniform, inputs, positions, state, deltas],
-        -(-sizes.value_size // 128),
+        sizes.value_heads * -(-sizes.head_size // 32),
     )
