@@ -15,7 +15,16 @@ from lora.backward.gated_delta import (
     gated_delta_backward,
 )
 from lora.backward.head_gate import head_gate_backward
-from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
+from lora.checks.comparison import (
+    Check,
+    Comparison,
+    compare,
+    needs_half,
+    same,
+    spare_software,
+    untouched,
+    worst,
+)
 from lora.checks.references.gated_delta import (
     DeltaInputs,
     delta_gates_backward_reference,
@@ -139,6 +148,13 @@ def check_gated_delta_backward(
     )
 
 
+def check_large_heads(recording: Recording, backward: bool) -> Comparison:
+    """Heads as Qwen3.5 has them, over several chunks of a GPU."""
+    spare_software(recording)
+    check = check_gated_delta_backward if backward else check_gated_delta
+    return check(recording, DeltaSizes(1, 4, 128), (0, 5, 150, 214, 300))
+
+
 def check_gated_delta_text(
     recording: Recording, sizes: DeltaSizes = SIZES, rows: int = 37, position: int = 9
 ) -> Comparison:
@@ -237,6 +253,8 @@ CHECKS = [
     Check("gated_delta", "110x4 heads of 16", check_gated_delta),
     Check("gated_delta", "110x4 heads of 16", check_gated_delta, as_cpu=True),
     Check("gated_delta_backward", "110x4 heads of 16", check_gated_delta_backward),
+    Check("gated_delta", "300x4 heads of 128", partial(check_large_heads, backward=False)),
+    Check("gated_delta_backward", "300x4 heads of 128", partial(check_large_heads, backward=True)),
     Check("gated_delta_text", "37x4 heads of 16", check_gated_delta_text),
     Check("gated_delta_row", "1x4 heads of 16", partial(check_gated_delta_text, rows=1)),
     Check("delta_gates", "11x4 f16", partial(check_delta_gates, dtype="f16", backward=False)),
