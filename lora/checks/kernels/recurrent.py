@@ -70,8 +70,9 @@ def random_inputs(sizes: DeltaSizes, starts: tuple[int, ...], seed: int = 0) -> 
     beta = 1 / (1 + np.exp(-rng.normal(size=g.shape)))
     of_rows = np.repeat(starts[:-1], np.diff(starts))
     k /= np.linalg.norm(k, axis=-1, keepdims=True)
-    q, k, v = (part.astype(np.float32) for part in (q / sizes.head_size**0.5, k, v))
-    return DeltaInputs(q, k, v, g.astype(np.float32), beta.astype(np.float32), of_rows)
+    queries, keys, values = (x.astype(np.float32) for x in (q / sizes.head_size**0.5, k, v))
+    gates, betas = g.astype(np.float32), beta.astype(np.float32)
+    return DeltaInputs(queries, keys, values, gates, betas, of_rows)
 
 
 def _packed(x: DeltaInputs, rows: int) -> np.ndarray:
