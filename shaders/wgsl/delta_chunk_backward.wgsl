@@ -24,6 +24,7 @@ struct Extent { rows: u32 }
 @group(0) @binding(7) var<storage, read> d_states: array<vec4<f32>>;
 @group(0) @binding(8) var<storage, read_write> d_gates: array<f32>;
 
+{% set triangular = true %}
 {% import "parts/delta.wgsl" as delta with context %}
 {% include "parts/delta.wgsl" %}
 var<workgroup> sums: array<f32, lanes>;
@@ -140,10 +141,10 @@ fn main(
         storageBarrier();
 
         // M and E: rows times rows.
-        for (var tile = lane; tile < across * across; tile += lanes) {
-            let i0 = tile / across * 4u;
-            let j0 = tile % across * 4u;
-            if (j0 > i0) { continue; }
+        for (var tile = lane; tile < across * (across + 1u) / 2u; tile += lanes) {
+            let place = lower_tile(tile) * 4u;
+            let i0 = place.x;
+            let j0 = place.y;
 {% for r in range(4) %}
             let row{{ r }} = first + min(i0 + {{ r }}u, n - 1u);
             let d_o_at{{ r }} = d_at(row{{ r }}, 0u, head);

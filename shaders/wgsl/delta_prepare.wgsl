@@ -17,6 +17,7 @@ struct Extent { rows: u32 }
 @group(0) @binding(4) var<storage, read> segments: array<vec2<u32>>;
 {% endif %}
 
+{% set triangular = true %}
 {% import "parts/delta.wgsl" as delta with context %}
 {% include "parts/delta.wgsl" %}
 var<workgroup> square: array<f32, {{ chunk * chunk }}>; // A, whose rows become those of T
@@ -34,10 +35,10 @@ fn main(
 {% call delta.each_chunk() %}
         load_gates(first, n, head, lane);
         let across = (n + 3u) / 4u;
-        for (var tile = lane; tile < across * across; tile += lanes) {
-            let i0 = tile / across * 4u;
-            let j0 = tile % across * 4u;
-            if (j0 > i0) { continue; }
+        for (var tile = lane; tile < across * (across + 1u) / 2u; tile += lanes) {
+            let place = lower_tile(tile) * 4u;
+            let i0 = place.x;
+            let j0 = place.y;
 {% for r in range(4) %}
             var kk{{ r }} = vec4<f32>();
             var qk{{ r }} = vec4<f32>();

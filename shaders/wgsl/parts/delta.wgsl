@@ -58,6 +58,15 @@ fn load_gates(first: u32, n: u32, head: u32, lane: u32) {
     }
     workgroupBarrier();
 }
+{% if triangular is defined %}
+
+// Tile number t of those on and below the diagonal, row by row: its row and column.
+fn lower_tile(t: u32) -> vec2<u32> {
+    // A root may be short of a whole number by some ulp; the next smaller one is short by 0.06 at least.
+    let i = u32((sqrt(f32(8u * t + 1u)) - 1.0) * 0.5 + 0.001);
+    return vec2(i, t - i * (i + 1u) / 2u);
+}
+{% endif %}
 {# The first row and the end of the example that a row belongs to. #}
 {% macro bounds_of(row) -%}
 {{ "vec2<u32>(0u, extent.rows)" if text else "segments[" ~ row ~ "]" }}
