@@ -20,8 +20,8 @@ from rich.progress import (
 from rich.table import Table
 
 from lora.data.order import DataStream
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.layer_spec import HEAD
 from lora.shaders.errors import plain
 from lora.training.device_state import SessionPlan
 from lora.training.listeners import Listener
@@ -49,6 +49,8 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"recompute {'on' if plan.tensors.recompute else 'off'}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
     }
+    if (bare := _bare_mixers(layout)) is not None:
+        rows["not adapted"] = bare
     if layout.architecture.unused:
         rows["left alone"] = ", ".join(
             f"{what} ({n} tensors)" for what, n in layout.architecture.unused
@@ -76,6 +78,23 @@ def _targets_shown(layout: AdapterLayout) -> str:
         if counts[name] in (n_layers, 0) or name == HEAD.module
         else f"{name} (in {counts[name]})"
         for name in sorted(layout.targets)
+    )
+
+
+def _bare_mixers(layout: AdapterLayout) -> str | None:
+    """Which layers' mixers are left out though others' are adapted; None where none are.
+
+    The usual seven names are those of attention: in a model of other mixers they are few of all.
+    """
+    layers = layout.architecture.layers
+    names = [[m.module for m in layers[layer].mixer.matrices] for layer in layout.layers]
+    bare = [of for of in names if not layout.targets & set(of)]
+    if not bare or len(bare) == len(names):
+        return None
+    missing = ", ".join(dict.fromkeys(name for of in bare for name in of))
+    return (
+        f"what mixes tokens in {len(bare)} of {len(names)} layers ({missing}); adapter.targets: "
+        "all-linear adapts it"
     )
 
 

@@ -33,8 +33,8 @@ from lora.config.fields import (
     word_from_switch,
 )
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
+from lora.forward.model.adaptable import HEAD, MODULE_NAMES
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import MOST_RANK, shown
 from lora.storage.stores import MODEL_NAME_FORMS, check_model_name

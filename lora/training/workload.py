@@ -20,9 +20,9 @@ from lora.data.loading import DataSets
 from lora.data.order import BatchStream, DataStream
 from lora.data.streams import StreamedBatches, StreamedExamples
 from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
