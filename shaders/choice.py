@@ -129,8 +129,8 @@ def pick(found: Sequence[Found], wanted: str | int = "auto") -> Found:
     reaches matrix units our kernels use is taken, else the first.
 
     Args:
-        wanted: "auto" (a discrete GPU before an integrated one before a software driver; "shared" is
-            the same here), an index into the list, or part of a name, in any case.
+        wanted: "auto" (a discrete GPU before an integrated one before a software driver; so is
+            "shared"), an index into the list, or part of a name, in any case.
 
     Raises:
         InputError: the list is empty, or none fits.

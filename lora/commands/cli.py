@@ -101,7 +101,7 @@ def train(
 
 
 def _train(
-    communicator: Communicator, config: Path, given: list[str], *, resume: bool, dry_run: bool
+    communicator: Communicator, config: str, given: list[str], *, resume: bool, dry_run: bool
 ) -> None:
     """Of several processes rank 0 alone shows anything, and looks at the output."""
     from lora.commands.progress import TrainingProgress, print_plan
@@ -125,7 +125,8 @@ def _train(
             output = run_training(session, resuming=resume, listeners=[progress])
     except Interrupted as stop:
         options = [word for value in given for word in ("--set", value)]
-        command = shlex.join(["lora", "train", str(config), *options, "--resume"])
+        together = ["mpiexec", "-n", str(communicator.size)] if communicator.size > 1 else []
+        command = shlex.join([*together, "lora", "train", str(config), *options, "--resume"])
         if communicator.rank == 0:
             with suppress(OSError):  # the terminal may be what is gone
                 typer.echo(f"Stopped; saved {stop.checkpoint}.")

@@ -140,9 +140,7 @@ class StreamedBatches:
         chosen = self._take(self._accumulation)
         self._step += 1
         sizes = [sum(len(example.ids) for example in examples) for examples in chosen]
-        return [
-            replace(make_batch(chosen[place]), place=place) for place in self._share.of(sizes)
-        ]
+        return [replace(make_batch(chosen[place]), place=place) for place in self._share.of(sizes)]
 
     def _take(self, number: int) -> list[list[Example]]:
         """So many micro-batches, fewer where the epoch ends; the next epoch begins behind them."""

@@ -21,11 +21,14 @@ from lora.shaders.memory import Arena
 from lora.shaders.program import Program
 from lora.shaders.readback import RESULT_DEADLINE
 from lora.shaders.tensor import Tensor
+from lora.shaders.webgpu import Buffer, Mapped
 from lora.training.communicator import Communicator
 
 MOST_PIECES = 8
 LEAST_PIECE = 1 << 18  # numbers: smaller ones cost more than they hide
 _POLL_SECONDS = 1e-4
+
+_Result = tuple[Buffer, Mapped]  # a staging buffer, and its way to the host
 
 
 @dataclass(frozen=True)
@@ -145,7 +148,7 @@ class GradientExchange:
             begun: when the step began, by `time.perf_counter`.
             backward: False where that has run, or this process has no micro-batch.
         """
-        coming = deque()
+        coming: deque[tuple[int, Tensor, _Result]] = deque()
         for number, piece in enumerate(pieces):
             if backward:
                 piece.backward.run()
@@ -178,11 +181,9 @@ class GradientExchange:
         for theirs, _ in parts[1:]:
             total += theirs
         self._arena.write(self._loss_sum, total)
-        return StepOfRanks(
-            tuple(seconds for _, seconds in parts), time.perf_counter() - begun
-        )
+        return StepOfRanks(tuple(seconds for _, seconds in parts), time.perf_counter() - begun)
 
-    def _asked(self, tensor: Tensor):
+    def _asked(self, tensor: Tensor) -> _Result:
         """A staging buffer that a tensor, as it is then, is copied into, and its mapping."""
         free = self._staging.setdefault(tensor.n_bytes, [])
         buffer = free.pop() if free else self._arena.staging(tensor.n_bytes)
@@ -192,7 +193,7 @@ class GradientExchange:
         handle.submit(encoder.finish())
         return buffer, handle.map_for_reading(buffer)
 
-    def _taken(self, result) -> np.ndarray:
+    def _taken(self, result: _Result) -> np.ndarray:
         """The numbers of one that has arrived; its buffer can be used again."""
         buffer, mapped = result
         values = np.frombuffer(mapped.take(), np.float32)

@@ -71,7 +71,9 @@ class OpenSession(ABC):
         self.orders = Orders(self.communicator)
         # Signals that ask for a stop: one to this process, and the largest that any was sent.
         self.stop_signal, self.stop_asked = 0, 0
-        self._wanted = device_of(self.communicator, config.device, config.webgpu)
+        self._wanted: str | int = config.device
+        if device is None:
+            self._wanted = device_of(self.communicator, config.device, config.webgpu)
         self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
         self.workload = Workload.open(
             config, train=train, examples=examples, now=self.started, peers=self.communicator,

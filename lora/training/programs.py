@@ -357,7 +357,10 @@ def _record_micro_batch(
 
 
 def _cut(
-    micro_batch: Program, reached: Mapping[int, int], layout: AdapterLayout, slices: Sequence[Tensor]
+    micro_batch: Program,
+    reached: Mapping[int, int],
+    layout: AdapterLayout,
+    slices: Sequence[Tensor],
 ) -> tuple[Piece, ...]:
     """A micro-batch's program in pieces.
 

@@ -62,8 +62,9 @@ class WholeGather:
 class Feedback:
     """f16 numbers and what their rounding left, which the next step's are given.
 
-    "1-bit SGD" (Seide et al. 2014) and "Error feedback fixes SignSGD" (Karimireddy et al. 2019): what
-    is lost in one step is sent in another, so that the sum over steps is that of f32.
+    What is lost in one step is sent in another, so that the sum over steps is that of f32 (Seide et
+    al. 2014, "1-bit stochastic gradient descent"; Karimireddy et al. 2019, "Error feedback fixes
+    SignSGD").
     """
 
     def __init__(self) -> None:

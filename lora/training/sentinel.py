@@ -15,13 +15,15 @@ import selectors
 import socket
 import sys
 import time
+from contextlib import suppress
 
 GRACE = 0.7  # seconds that others have to report the same, before one report is shown
 FIRST = 120.0  # seconds within which somebody must connect
 _MOST = 1 << 16  # bytes of a line
 _KILLED = (
-    "was killed or crashed: its process ended without a word (kill -9, memory that ran out, a crash "
-    "of a driver, or its host went down). The checkpoints before it stay; go on with --resume."
+    "was killed or crashed: its process ended without a word (kill -9, memory that ran out, a "
+    "crash of a driver, or its host went down). The checkpoints before it stay; go on with "
+    "--resume."
 )
 
 
@@ -141,10 +143,8 @@ class Sentinel:
             self._tell(one, status)
 
     def _tell(self, one: _Watched, status: int) -> None:
-        try:
+        with suppress(OSError):
             one.connection.sendall(json.dumps({"end": status}).encode() + b"\n")
-        except OSError:
-            pass
 
     def _close(self, one: _Watched) -> None:
         self._selector.unregister(one.connection)

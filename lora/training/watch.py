@@ -179,8 +179,8 @@ def joined() -> Iterator[Communicator]:
     try:
         yield communicator
     except BaseException as error:
-        if isinstance(getattr(error, "exit_code", None), int) and not str(error):
-            watch.bye()  # of the command line: an end that all come to together
+        if hasattr(error, "exit_code") and not hasattr(error, "format_message"):
+            watch.bye()  # typer.Exit: an end that all come to together
             raise
         if "--debug" in sys.argv:
             traceback.print_exc()
@@ -194,6 +194,8 @@ def _cause(error: BaseException) -> tuple[str, int]:
         return str(error), 2
     if isinstance(error, LoraError):
         return str(error), 1
+    if hasattr(error, "format_message"):  # what the command line refuses
+        return str(error.format_message()), 2
     if isinstance(error, KeyboardInterrupt):
         return "interrupted", 130
     return f"{type(error).__name__}: {plain(str(error))} (see --debug)", 1
