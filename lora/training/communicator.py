@@ -45,6 +45,10 @@ class Communicator(ABC):
         """The value of rank 0, for each; the others' is not looked at."""
         return self.gather(value if self.rank == 0 else None)[0]
 
+    def wait_for(self, value: Any) -> Any:
+        """As `broadcast`, where rank 0 may come minutes later than the others."""
+        return self.broadcast(value)
+
     @cached_property
     def hosts(self) -> list[str]:
         """The name of each rank's host."""

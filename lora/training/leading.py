@@ -115,6 +115,8 @@ def follow(session: TrainingSession) -> int:
                 session.evaluate(examples, adapted=adapted)
             elif what == "find":
                 session.find_not_finite(*values)
+            elif what == "load":
+                session.memory.write(session.adapter.parameters, values[0])
             elif what == "forget":
                 session.begin_feedback_anew()
             elif what == "adopt":

@@ -87,6 +87,11 @@ class MPI(Communicator):
         """See `Communicator`."""
         return self._world.bcast(value, 0)
 
+    def wait_for(self, value: Any) -> Any:
+        """See `Communicator`: without taking a processor meanwhile."""
+        _wait(self._world.Ibarrier())
+        return self.broadcast(value)
+
     @property
     def overlaps(self) -> bool:
         """See `Communicator`: two threads take turns, which an MPI must allow for."""

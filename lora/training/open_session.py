@@ -270,6 +270,7 @@ class OpenSession(ABC):
             path: a PEFT adapter directory, or a GGUF adapter.
         """
         self._initial = load_adapter(Path(path), self.layout)
+        self.orders.give("load", self._initial)
         self.memory.write(self.adapter.parameters, self._initial)
 
     def save(self, directory: str | Path) -> None:

@@ -84,9 +84,9 @@ class Feedback:
         usable = np.isfinite(largest) & (largest > 0)
         powers = np.where(usable, np.floor(np.log2(_LARGEST / np.where(usable, largest, 1.0))), 0.0)
         scales = np.exp2(np.clip(powers, -100, 100)).astype(np.float32)[:, None]
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             halves = (wanted * scales).astype(np.float16)
-        rest = wanted - halves.astype(np.float32) / scales
+            rest = wanted - halves.astype(np.float32) / scales
         rest[~usable] = 0.0  # a step that is not finite is skipped, and leaves nothing
         self._left[key] = rest
         sent = np.empty((len(rows), _HEADER + 2 * rows.shape[1]), np.uint8)

@@ -30,6 +30,7 @@ from lora.training.metrics import Metrics, MetricsAtArrival, StepClock
 from lora.training.non_finite import find_in_step
 from lora.training.open_session import OpenSession
 from lora.training.programs import TrainingPrograms, loss_weight_words
+from lora.training.submissions import MeasuredSpeed
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 # Steps that can be taken back: those that were skipped in a row, and those under way behind them.
@@ -77,6 +78,14 @@ class TrainingSession(OpenSession):
         InputError: the model, the data, an adapter or the device are not what the config needs.
     """
 
+    _exchange: GradientExchange | None = None  # where there are several processes
+
+    def close(self) -> None:
+        """Gives the memory back, and the device where the session opened it."""
+        if self._exchange is not None:
+            self._exchange.close()
+        super().close()
+
     def _new_device(self, webgpu: str) -> Device:
         return Device(self._wanted, webgpu=webgpu)
 
@@ -84,7 +93,7 @@ class TrainingSession(OpenSession):
         """As without training, and where the steps begin."""
         super()._open()
         self._fingerprints: dict[str, Any] | None = None
-        self._exchange: GradientExchange | None = None  # where there are several processes
+        self._exchange = None
         self.steps_done = 0
         self._digest: str | None = None
         self._begun: deque[_StepBegun] = deque(maxlen=_REMEMBERED)
@@ -94,7 +103,9 @@ class TrainingSession(OpenSession):
             self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
             self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
             self._watch = StepWatch(self.config.train.precision)
-            self._measured_in = self._set_submissions()
+            self._speed = MeasuredSpeed(
+                self._recording, self._act.loss_sum, self.config.train.max_submission_seconds
+            )
             if self.communicator.size > 1:
                 self._exchange = GradientExchange(
                     self.memory,
@@ -180,7 +191,7 @@ class TrainingSession(OpenSession):
         programs.begin.run()
         for batch in batches:
             self._enter(batch, self._cache)
-            if batch is batches[-1] and self._exchange is not None and not self._measured_in:
+            if batch is batches[-1] and self._exchange is not None and not self._speed.wanted:
                 ranks = self._exchange.run(programs.pieces, begun, backward=True)
             else:
                 self._run_micro_batch(programs, batch)
@@ -200,37 +211,8 @@ class TrainingSession(OpenSession):
             ),
         )
 
-    def _set_submissions(self) -> int:
-        """Bounds the length of submissions where that is asked for.
-
-        Before the device's speed is measured it counts as a slow one.
-
-        Returns:
-            In which micro-batch from here on that happens: a first one may compile; 0 for none.
-        """
-        seconds = self.config.train.max_submission_seconds
-        if seconds is None:
-            return 0
-        self._recording.submissions.set_seconds(seconds)
-        return 2
-
     def _run_micro_batch(self, programs: TrainingPrograms, batch: Batch) -> None:
-        """Runs it, and waits for it where its time is to bound submissions."""
-        measured = self._measured_in == 1
-        self._measured_in = max(0, self._measured_in - 1)
-        if not measured:
-            programs.micro_batch.run()
-            return
-        self.memory.read(self._act.loss_sum)
-        start = time.perf_counter()
-        programs.micro_batch.run()
-        self.memory.read(self._act.loss_sum)
-        seconds = time.perf_counter() - start
-        flops = sum(dispatch.flops for dispatch in programs.micro_batch.dispatches)
-        used = batch.rows / self.workload.maximum_rows
-        limit = self.config.train.max_submission_seconds
-        assert limit is not None  # else the speed would not be asked for
-        self._recording.submissions.set_seconds(limit, flops * used / seconds)
+        self._speed.run(programs.micro_batch, batch.rows / self.workload.maximum_rows)
 
     def kernels_digest(self) -> str:
         """Of all kernels that a step runs; see `shaders.program_data`."""
