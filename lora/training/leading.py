@@ -55,6 +55,19 @@ def led(session: TrainingSession) -> Iterator[None]:
     orders.leading = False
 
 
+def check_can_lead(config: Config, communicator: Communicator) -> None:
+    """Refuses what several processes can't do.
+
+    Raises:
+        InputError: train.on_device_loss is retry.
+    """
+    if communicator.size > 1 and config.train.on_device_loss == "retry":
+        raise InputError(
+            "train.on_device_loss: retry: where one of several processes loses its device all end; "
+            "set it to stop, and go on with --resume."
+        )
+
+
 def open_together(
     config: Config, communicator: Communicator, *, resuming: bool = False
 ) -> TrainingSession:
@@ -66,6 +79,7 @@ def open_together(
     Raises:
         InputError: as `TrainingSession`, or the processes would not train the same.
     """
+    check_can_lead(config, communicator)
     output = Path(config.output)
     device, started, processes = None, None, None
     if resuming and communicator.rank == 0:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import numpy as np
@@ -102,9 +103,10 @@ class MPI(Communicator):
         if self._levels is None:
             names = list(dict.fromkeys(self.hosts))
             counts = {self.hosts.count(name) for name in names}
-            self._levels = self.grouped([names.index(host) for host in self.hosts])
             if len(names) == 1 or counts == {1} or len(counts) > 1:
-                self._levels = [_MPILevel(self._world.Dup())]
+                self._levels = [_MPILevel(self._world.Dup(), self._library.BYTE)]
+            else:
+                self._levels = self.grouped([names.index(host) for host in self.hosts])
         return self._levels
 
     def grouped(self, groups: Sequence[int]) -> list[Level]:
@@ -114,10 +116,10 @@ class MPI(Communicator):
             groups: of each rank, from 0.
         """
         mine = groups[self.rank]
-        place = groups[: self.rank].count(mine)
+        place, byte = groups[: self.rank].count(mine), self._library.BYTE
         within = self._world.Split(mine, self.rank)
         across = self._world.Split(place, self.rank)
-        return [_MPILevel(within), _MPILevel(across)]
+        return [_MPILevel(within, byte), _MPILevel(across, byte)]
 
     def abort(self, status: int) -> None:
         """Ends all processes, however they stand."""
@@ -129,24 +131,37 @@ class _MPILevel:
 
     Args:
         communicator: mpi4py's, that nothing else uses.
+        byte: its type.
     """
 
-    def __init__(self, communicator: Any) -> None:
+    def __init__(self, communicator: Any, byte: Any) -> None:
         self._communicator = communicator
+        self._byte = byte
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
 
-    def scatter(self, rows: np.ndarray) -> np.ndarray:
+    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
         """See `Level`."""
-        received = np.empty_like(rows)
-        _wait(self._communicator.Ialltoall(rows, received))
-        return received
+        own = [counts[self.rank]] * self.size
+        _wait(
+            self._communicator.Ialltoallv(
+                [sent, counts, self._starts(counts), self._byte],
+                [received, own, self._starts(own), self._byte],
+            )
+        )
 
-    def gather(self, row: np.ndarray) -> np.ndarray:
+    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
         """See `Level`."""
-        received = np.empty((self.size, len(row)), np.uint8)
-        _wait(self._communicator.Iallgather(row, received))
-        return received
+        _wait(
+            self._communicator.Iallgatherv(
+                [own, counts[self.rank], self._byte],
+                [received, counts, self._starts(counts), self._byte],
+            )
+        )
+
+    @staticmethod
+    def _starts(counts: Sequence[int]) -> list[int]:
+        return [0, *accumulate(counts[:-1])]
 
 
 def _wait(request: Any) -> None:

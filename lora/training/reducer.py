@@ -9,16 +9,20 @@ across hosts: a host's network carries each number once, not once a process.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
 from typing import Any, Protocol
 
 import numpy as np
 
 COMM_DTYPES = ("f32", "f16")
-_ALIGNED = 64  # numbers: segments are multiples of them
-_HEADER = 8  # bytes before the f16 numbers of a row: the f32 that they are divided by
+_ALIGNED = 64  # numbers: segments begin at multiples of them
+_HEADER = 8  # bytes before the f16 numbers of a segment: the f32 that they are multiplied by
 _LARGEST = 2.0**14  # of what is sent as f16, which ends at 65504
+_CHUNK = 1 << 18  # numbers that a thread converts at once: a megabyte, which caches hold
+_MOST_THREADS = 8
 
 
 class Level(Protocol):
@@ -32,11 +36,23 @@ class Level(Protocol):
     rank: int
     size: int
 
-    def scatter(self, rows: np.ndarray) -> np.ndarray:
-        """Row i, u8 [size, n], goes to rank i; what came: [size, n], row i from rank i."""
+    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+        """Hands everyone its segment.
 
-    def gather(self, row: np.ndarray) -> np.ndarray:
-        """Every rank's row, u8 [n]: [size, n], in the order of their ranks."""
+        Args:
+            sent: u8, the segments of all ranks one behind another.
+            counts: bytes of each.
+            received: u8 [size, counts[rank]], written: row i from rank i.
+        """
+
+    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+        """Hands this rank's segment to everyone.
+
+        Args:
+            own: u8 [counts[rank]].
+            counts: bytes of each rank's.
+            received: u8, written: those of all ranks one behind another.
+        """
 
 
 class WholeGather:
@@ -50,13 +66,15 @@ class WholeGather:
         self.rank, self.size = rank, size
         self._gather = gather
 
-    def scatter(self, rows: np.ndarray) -> np.ndarray:
+    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
         """See `Level`."""
-        return np.stack([theirs[self.rank] for theirs in self._gather(rows)])
+        start = sum(counts[: self.rank])
+        for row, theirs in enumerate(self._gather(sent)):
+            received[row] = theirs[start : start + counts[self.rank]]
 
-    def gather(self, row: np.ndarray) -> np.ndarray:
+    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
         """See `Level`."""
-        return np.stack(self._gather(row))
+        received[:] = np.concatenate(self._gather(own))
 
 
 class Feedback:
@@ -68,43 +86,67 @@ class Feedback:
     """
 
     def __init__(self) -> None:
-        self._left: dict[tuple[Any, ...], np.ndarray] = {}
+        self._left: dict[Any, np.ndarray] = {}
+        # numpy converts about a gigabyte a second on one thread, slower than many networks.
+        available = getattr(os, "sched_getaffinity", None)
+        processors = len(available(0)) if available is not None else os.cpu_count() or 1
+        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, processors), "halves")
 
-    def packed(self, key: tuple[Any, ...], rows: np.ndarray) -> np.ndarray:
-        """Rows f32 [m, n] as u8 [m, 8 + 2·n].
+    @staticmethod
+    def size(n: int) -> int:
+        """Bytes of n numbers."""
+        return _HEADER + 2 * n
 
-        Each row is multiplied by a power of two, so that f16 holds its smaller numbers, too.
+    def pack(self, key: Any, values: np.ndarray, packed: np.ndarray) -> None:
+        """Writes f32 [n] as u8 [size(n)].
+
+        They are multiplied by a power of two, so that f16 holds the smaller ones, too.
 
         Args:
             key: which numbers these are; what was left of them the last time is added.
         """
-        left = self._left.get(key)
-        wanted = rows if left is None else rows + left
-        largest = np.abs(wanted).max(axis=1, initial=0.0)
-        usable = np.isfinite(largest) & (largest > 0)
-        powers = np.where(usable, np.floor(np.log2(_LARGEST / np.where(usable, largest, 1.0))), 0.0)
-        scales = np.exp2(np.clip(powers, -100, 100)).astype(np.float32)[:, None]
-        with np.errstate(over="ignore", invalid="ignore"):
-            halves = (wanted * scales).astype(np.float16)
-            rest = wanted - halves.astype(np.float32) / scales
-        rest[~usable] = 0.0  # a step that is not finite is skipped, and leaves nothing
-        self._left[key] = rest
-        sent = np.empty((len(rows), _HEADER + 2 * rows.shape[1]), np.uint8)
-        sent[:, :4] = scales.view(np.uint8)
-        sent[:, 4:_HEADER] = 0
-        sent[:, _HEADER:] = halves.view(np.uint8)
-        return sent
+        left = self._left.setdefault(key, np.zeros(len(values), np.float32))
+        left += values
+        largest = max(float(left.max(initial=0.0)), -float(left.min(initial=0.0)))
+        usable = 0.0 < largest < np.inf  # False for NaN, too
+        power = np.floor(np.log2(_LARGEST / largest)) if usable else 0.0
+        scale = np.float32(np.exp2(np.clip(power, -100, 100)))
+        packed[:_HEADER].view(np.float32)[:] = scale, 0.0
+        halves = packed[_HEADER:].view(np.float16)
 
-    @staticmethod
-    def unpacked(received: np.ndarray) -> np.ndarray:
-        """The rows f32 [m, n] of u8 [m, 8 + 2·n]."""
-        scales = np.ascontiguousarray(received[:, :4]).view(np.float32)
-        halves = np.ascontiguousarray(received[:, _HEADER:]).view(np.float16)
-        return halves.astype(np.float32) / scales
+        def convert(part: slice) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                halves[part] = left[part] * scale
+                left[part] -= halves[part].astype(np.float32) / scale
+
+        self._in_chunks(len(values), convert)
+        if not usable:
+            left[:] = 0.0  # a step that is not finite is skipped, and leaves nothing
+
+    def unpack(self, packed: np.ndarray, values: np.ndarray) -> None:
+        """Writes the f32 [n] of u8 [size(n)]."""
+        scale = packed[:4].view(np.float32)[0]
+        halves = packed[_HEADER:].view(np.float16)
+
+        def convert(part: slice) -> None:
+            np.divide(halves[part].astype(np.float32), scale, out=values[part])
+
+        self._in_chunks(len(values), convert)
+
+    def _in_chunks(self, n: int, work: Callable[[slice], None]) -> None:
+        parts = [slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
+        if len(parts) > 1:
+            list(self._pool.map(work, parts))
+        elif parts:
+            work(parts[0])
 
     def forget(self) -> None:
         """Drops what is left: a run that resumes here begins without it, too."""
         self._left.clear()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(wait=False)
 
 
 class Reducer:
@@ -123,17 +165,19 @@ class Reducer:
         self._last = len(self._levels) - 1
         self._feedback = Feedback() if comm_dtype == "f16" else None
         self._thread = ThreadPoolExecutor(1, "gradients") if threaded else None
+        # Kept from step to step: pages of new memory cost more than what is copied into them.
+        self._buffers: dict[tuple[Any, ...], np.ndarray] = {}
 
     def begin(self, key: int, values: np.ndarray) -> Future[np.ndarray]:
         """Begins to add up f32 [n]; all processes begin the same pieces in the same order.
 
         Args:
-            key: the piece's number, the same in every step.
+            key: the piece's number, the same in every step. The sum is kept until it begins again.
         """
         if self._thread is not None:
-            return self._thread.submit(self._sum, (key,), values, 0)
+            return self._thread.submit(self._sum, (key,), values)
         done: Future[np.ndarray] = Future()
-        done.set_result(self._sum((key,), values, 0))
+        done.set_result(self._sum((key,), values))
         return done
 
     def forget(self) -> None:
@@ -142,34 +186,85 @@ class Reducer:
             self._feedback.forget()
 
     def close(self) -> None:
-        """Ends the thread."""
+        """Ends the threads."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._feedback is not None:
+            self._feedback.close()
 
-    def _sum(self, key: tuple[Any, ...], values: np.ndarray, depth: int) -> np.ndarray:
+    def _sum(self, key: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+        """Over the levels from len(key) - 1 on."""
+        depth = len(key) - 1
         if depth == len(self._levels):
             return values
-        level = self._levels[depth]
-        n = len(values)
+        level, n = self._levels[depth], len(values)
         width = -(-n // (level.size * _ALIGNED)) * _ALIGNED
-        rows = np.zeros((level.size, width), np.float32)
-        rows.reshape(-1)[:n] = values
-        sent = self._encoded(depth, (*key, depth, 0), rows)
-        parts = self._decoded(depth, level.scatter(sent))
-        own = parts[0].copy()
+        bounds = [min(rank * width, n) for rank in range(level.size + 1)]
+        lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        parts = self._buffer((*key, "parts"), level.size * lengths[level.rank])
+        parts = parts.reshape(level.size, -1)
+        whole = self._buffer((*key, "whole"), n)
+        halves = self._feedback if depth == self._last else None
+        if halves is None:
+            counts = [4 * length for length in lengths]
+            level.scatter(values.view(np.uint8), counts, parts.view(np.uint8))
+        else:
+            self._scatter_halves(halves, key, values, lengths, parts)
+        own = parts[0]
         for part in parts[1:]:  # in the order of their ranks
             own += part
-        own = self._sum((*key, depth), own, depth + 1)
-        sent = self._encoded(depth, (*key, depth, 1), own[None])
-        whole = self._decoded(depth, level.gather(sent[0]))
-        return whole.reshape(-1)[:n]
+        own = self._sum((*key, 0), own)
+        if halves is None:
+            level.gather(own.view(np.uint8), counts, whole.view(np.uint8))
+        else:
+            self._gather_halves(halves, key, own, lengths, whole)
+        return whole
 
-    def _encoded(self, depth: int, key: tuple[Any, ...], rows: np.ndarray) -> np.ndarray:
-        if self._feedback is None or depth != self._last:
-            return np.ascontiguousarray(rows).view(np.uint8)
-        return self._feedback.packed(key, rows)
+    def _scatter_halves(
+        self,
+        feedback: Feedback,
+        key: tuple[int, ...],
+        values: np.ndarray,
+        lengths: Sequence[int],
+        parts: np.ndarray,
+    ) -> None:
+        level = self._levels[len(key) - 1]
+        counts = [feedback.size(length) for length in lengths]
+        sent = self._buffer((*key, "sent"), sum(counts), np.uint8)
+        read = written = 0
+        for rank, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            row = values[read : read + length]
+            feedback.pack((*key, rank), row, sent[written : written + count])
+            read, written = read + length, written + count
+        own = counts[level.rank]
+        received = self._buffer((*key, "received"), level.size * own, np.uint8)
+        received = received.reshape(level.size, own)
+        level.scatter(sent, counts, received)
+        for theirs, part in zip(received, parts, strict=True):
+            feedback.unpack(theirs, part)
 
-    def _decoded(self, depth: int, received: np.ndarray) -> np.ndarray:
-        if self._feedback is None or depth != self._last:
-            return np.ascontiguousarray(received).view(np.float32)
-        return self._feedback.unpacked(received)
+    def _gather_halves(
+        self,
+        feedback: Feedback,
+        key: tuple[int, ...],
+        own: np.ndarray,
+        lengths: Sequence[int],
+        whole: np.ndarray,
+    ) -> None:
+        level = self._levels[len(key) - 1]
+        counts = [feedback.size(length) for length in lengths]
+        packed = self._buffer((*key, "own"), counts[level.rank], np.uint8)
+        feedback.pack((*key, "own"), own, packed)
+        received = self._buffer((*key, "all"), sum(counts), np.uint8)
+        level.gather(packed, counts, received)
+        ends = list(accumulate(lengths))
+        for rank, end in enumerate(accumulate(counts)):
+            part = whole[ends[rank] - lengths[rank] : ends[rank]]
+            feedback.unpack(received[end - counts[rank] : end], part)
+
+    def _buffer(self, key: tuple[Any, ...], n: int, kind: Any = np.float32) -> np.ndarray:
+        """Memory [n] that stays with a key; of another size where that has changed."""
+        found = self._buffers.get(key)
+        if found is None or len(found) != n:
+            found = self._buffers[key] = np.empty(n, kind)
+        return found

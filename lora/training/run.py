@@ -17,7 +17,7 @@ from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
 from lora.storage.files import write_file
 from lora.training.checkpoint import checkpoints, save_checkpoint
 from lora.training.endings import DeviceFullError, DeviceLostError, device_ended
-from lora.training.leading import follow, led, share_state
+from lora.training.leading import check_can_lead, follow, led, share_state
 from lora.training.listeners import Audience, Listener, MetricsFile, drop_metrics_after
 from lora.training.output import METRICS, RUN, check_room, owned_output
 from lora.training.provenance import ran_on
@@ -68,11 +68,7 @@ def run_training(
         LoraError: the loss was no longer finite, or the device was lost. Then, and after whatever
             else ends a run, a checkpoint is saved where that can be; a line says so.
     """
-    if session.communicator.size > 1 and session.config.train.on_device_loss == "retry":
-        raise InputError(
-            "train.on_device_loss: retry: where one of several processes loses its device all end; "
-            "set it to stop, and go on with --resume."
-        )
+    check_can_lead(session.config, session.communicator)
     if session.communicator.rank > 0:
         signum = follow(session)
         if signum:

@@ -20,6 +20,7 @@ from scripts.reliability.case import Case, Tally, quiet
 from scripts.reliability.devices import device_lost
 from scripts.reliability.disk import crashes, directory_removed, full_disk, no_place
 from scripts.reliability.processes import kills, signals, two_runs
+from scripts.reliability.ranks import ranks
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
@@ -44,6 +45,7 @@ def faults(folder: Path, quick: bool) -> Faults:
         "removed": lambda: directory_removed(case, few // 2),
         "device-stop": lambda: device_lost(case, few, "stop"),
         "device-retry": lambda: device_lost(case, few, "retry"),
+        "ranks": lambda: ranks(case, max(4, few)),
     }
 
 

@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 
+from lora.training import reducer
 from lora.training.reducer import Feedback, Level, Reducer, WholeGather
 from tests.support.thread_ranks import ThreadRanks
 
@@ -24,8 +25,8 @@ def reduced(reducers: list[Reducer], values: np.ndarray, key: int = 0) -> list[n
     """What each rank has in the end."""
     with ThreadPoolExecutor(len(reducers)) as pool:
         futures = [
-            pool.submit(lambda r, v: r.begin(key, v).result(), reducer, mine)
-            for reducer, mine in zip(reducers, values, strict=True)
+            pool.submit(lambda r, v: r.begin(key, v).result().copy(), one, mine)
+            for one, mine in zip(reducers, values, strict=True)
         ]
         return [future.result() for future in futures]
 
@@ -58,8 +59,8 @@ def test_sums_are_in_the_order_of_ranks(size: int, threaded: bool) -> None:
     reducers = flat(size, threaded=threaded)
     for found in reduced(reducers, values):
         assert found.tobytes() == wanted.tobytes()
-    for reducer in reducers:
-        reducer.close()
+    for one in reducers:
+        one.close()
 
 
 @pytest.mark.parametrize(("hosts", "each"), [(2, 2), (3, 2)])
@@ -104,11 +105,26 @@ def test_what_f16_loses_is_sent_later(make) -> None:
 
 def test_feedback_can_be_dropped() -> None:
     feedback = Feedback()
-    rows = gradients(1)[0]
-    first = feedback.packed((0,), rows)
-    assert feedback.packed((0,), rows).tobytes() != first.tobytes()
+    ((values,),) = gradients(1)
+
+    def packed() -> bytes:
+        found = np.empty(feedback.size(N), np.uint8)
+        feedback.pack(0, values, found)
+        return found.tobytes()
+
+    first = packed()
+    assert packed() != first
     feedback.forget()
-    assert feedback.packed((0,), rows).tobytes() == first.tobytes()
+    assert packed() == first
+
+
+def test_long_segments_are_converted_by_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same bytes, whoever converts which part of them."""
+    (values,) = gradients(2)
+    wanted = reduced(flat(2, "f16"), values)
+    monkeypatch.setattr(reducer, "_CHUNK", 100)
+    for theirs, ours in zip(wanted, reduced(flat(2, "f16"), values), strict=True):
+        assert theirs.tobytes() == ours.tobytes()
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
