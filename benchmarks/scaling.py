@@ -155,10 +155,9 @@ def main() -> None:
     run, network = RUNS[2], NETWORKS[0]
     flat = exchange(run, 64, network, machine, half=False, levels=False)
     grouped = exchange(run, 64, network, machine, half=False)
-    print(
-        f"\n{run.name} on 64 GPUs at {network.name}, all with all: {flat.exposed:.1f} s of "
-        f"waiting; hosts first: {grouped.exposed:.1f} s; two GPUs of one host, accumulation 1 and 4:"
-    )
+    where = f"{run.name} on 64 GPUs at {network.name}"
+    waiting = f"{flat.exposed:.1f} s of waiting; hosts first: {grouped.exposed:.1f} s"
+    print(f"\n{where}, all with all: {waiting}; two GPUs of one host, accumulation 1 and 4:")
     pair = replace(machine, gpus=2)
     for two in RUNS[:3]:
         found = exchange(two, 2, network, pair, half=False)
