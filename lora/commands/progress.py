@@ -95,7 +95,7 @@ class TrainingProgress(Listener):
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(40 if session.communicator.size == 1 else 8),
             TextColumn("loss {task.fields[loss]:.4f}"),
             TextColumn("{task.fields[rate]:,.0f} tokens/s{task.fields[ranks]}"),
             TimeElapsedColumn(),
@@ -153,7 +153,7 @@ class TrainingProgress(Listener):
         return escape(
             plain(
                 f" of {len(ranks.seconds)} ranks, slowest {ranks.slowest} on {host} "
-                f"(+{ranks.behind:.0%}), communication {ranks.communication:.0%}"
+                f"+{ranks.behind:.0%}, communication {ranks.communication:.0%}"
             )
         )
 

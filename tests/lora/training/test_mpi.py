@@ -164,6 +164,40 @@ def test_what_all_refuse_is_said_once(tmp_path: Path, options: list[str], messag
     assert errors.count("lora: ") == 1 and message in errors
 
 
+_SUMS = """
+import numpy as np
+from lora.training.reducer import Reducer
+from lora.training.watch import joined
+with joined() as ranks:
+    assert ranks.size == 2 and ranks.overlaps and len(set(ranks.hosts)) == 1
+    n = 1_000_003
+    every = np.random.default_rng(0).normal(size=(2, n)).astype(np.float32)
+    wanted = every[0] + every[1]
+    for groups in ([0, 0], [0, 1]):  # two of one host, one on each of two
+        for levels in (ranks.levels(), ranks.grouped(groups)):
+            reducer = Reducer(levels, "f32", threaded=True)
+            for key in range(3):
+                found = reducer.begin(key, every[ranks.rank]).result()
+                assert found.tobytes() == wanted.tobytes()
+            reducer.close()
+    half = ranks.reducer("f16")
+    found = half.begin(0, every[ranks.rank]).result()
+    assert 0 < np.abs(found - wanted).max() < 4 * 2.0**-11 * np.abs(every).max()
+    assert len({one.tobytes() for one in ranks.gather(found)}) == 1
+    assert ranks.wait_for(ranks.rank) == 0
+    if ranks.rank == 0:
+        print("all the same")
+"""
+
+
+@needs_mpi
+def test_what_mpi_adds_up() -> None:
+    """Without a device: both kinds of levels, f32 and f16."""
+    with ranks(code=_SUMS) as process:
+        printed, errors = process.communicate(timeout=120)
+    assert (process.returncode, printed, errors) == (0, "all the same\n", "")
+
+
 @needs_mpi
 def test_processes_that_do_not_see_each_other_are_refused() -> None:
     """A launcher of another MPI: each takes itself for the only one, and all would write."""
