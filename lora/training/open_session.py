@@ -69,6 +69,7 @@ class OpenSession(ABC):
         self.started = datetime.now() if started is None else started
         self.communicator = SingleProcess() if communicator is None else communicator
         self.orders = Orders(self.communicator)
+        _ = self.communicator.hosts  # asked of all of them, so while all are here
         # Signals that ask for a stop: one to this process, and the largest that any was sent.
         self.stop_signal, self.stop_asked = 0, 0
         self._wanted: str | int = config.device

@@ -338,7 +338,9 @@ class TrainingSession(OpenSession):
         try:
             yield
         except (GPUError, DeviceMemoryError) as error:
-            raise device_ended(error, self.steps_done, self.device.facts.name) from error
+            alone = self.communicator.size == 1
+            name = self.device.facts.name
+            raise device_ended(error, self.steps_done, name, alone=alone) from error
 
     # -- what checkpoints keep --------------------------------------------------------------------
 

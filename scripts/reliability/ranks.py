@@ -18,22 +18,32 @@ from lora.training.checkpoint import checkpoints
 from scripts.reliability.case import ADAPTER, STEPS, Case, Tally
 
 _SECONDS = 10.0  # within which all must have ended
-# What goes wrong in one rank, behind a step; put into the process before the command runs.
-_RAISE = "raise RuntimeError('a fault of this test')"
-_DESTROY = "session.device.handle.wgpu.destroy()"
+# What goes wrong in one rank, in the midst of a step; put into the process before the command runs.
 _BREAKING = """
-import os, sys
+import sys
 from lora.training.session import TrainingSession
-step = TrainingSession.step
-def breaking(session, batches):
-    step(session, batches)
+enter = TrainingSession._enter
+def breaking(session, *batch):
+    enter(session, *batch)
     if session.communicator.rank == {rank} and session.steps_done == {at}:
         {what}
-TrainingSession.step = breaking
+TrainingSession._enter = breaking
 from lora.__main__ import main
 sys.argv[0] = "lora"
 main()
 """
+_BREAKS = {
+    "exception": (
+        "an exception in one of two ranks",
+        "raise RuntimeError('a fault of this test')",
+        "RuntimeError: a fault of this test",
+    ),
+    "device": (
+        "the device of one of two ranks is destroyed mid-step",
+        "session.device.handle.wgpu.destroy()",
+        "was lost",
+    ),
+}
 
 
 class RanksCase:
@@ -111,27 +121,21 @@ def rank_kills(case: RanksCase, count: int) -> Tally:
     return tally
 
 
-def rank_breaks(case: RanksCase, count: int) -> list[Tally]:
-    """An exception, and a lost device, in either rank."""
-    found = []
-    for name, what, cause in (
-        ("an exception in one of two ranks", _RAISE, "RuntimeError: a fault of this test"),
-        ("the device of one of two ranks is destroyed", _DESTROY, "lost"),
-    ):
-        tally, rng = Tally(name), np.random.default_rng(1)
-        for turn in range(count):
-            case.clear()
-            rank, at = turn % 2, int(rng.integers(1, STEPS - 1))
-            with case.started(code=_BREAKING.format(rank=rank, at=at, what=what)) as process:
-                began = time.monotonic()
-                printed, _ = process.communicate()
-                seconds = time.monotonic() - began - case.life
-            named = f"lora: rank {rank} on "
-            right = cause in printed and process.returncode == 1
-            result = _judged(printed, named, seconds, case)
-            tally.add(result if right else f"WRONG: {printed[-300:]}", case.mended())
-        found.append(tally)
-    return found
+def rank_breaks(case: RanksCase, count: int, kind: str) -> Tally:
+    """An exception or a lost device in either rank; `kind` is one of _BREAKS."""
+    name, what, cause = _BREAKS[kind]
+    tally, rng = Tally(name), np.random.default_rng(1)
+    for turn in range(count):
+        case.clear()
+        rank, at = turn % 2, int(rng.integers(1, STEPS - 1))
+        with case.started(code=_BREAKING.format(rank=rank, at=at, what=what)) as process:
+            began = time.monotonic()
+            printed, _ = process.communicate()
+            seconds = time.monotonic() - began - case.life
+        right = cause in printed and process.returncode == 1
+        result = _judged(printed, f"lora: rank {rank} on ", seconds, case)
+        tally.add(result if right else f"WRONG: {printed[-300:]}", case.mended())
+    return tally
 
 
 def rank_signals(case: RanksCase, count: int) -> Tally:
@@ -150,12 +154,6 @@ def rank_signals(case: RanksCase, count: int) -> Tally:
         result = "a checkpoint, the command to go on with"
         tally.add(result if right else f"WRONG: {printed[-300:]}", case.mended())
     return tally
-
-
-def ranks(case: Case, few: int) -> list[Tally]:
-    """All of them; some are tried a quarter as often."""
-    of_two = RanksCase(case)
-    return [rank_kills(of_two, few), *rank_breaks(of_two, few // 4), rank_signals(of_two, few // 4)]
 
 
 def _judged(printed: str, named: str, seconds: float, case: RanksCase) -> str:
