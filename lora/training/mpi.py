@@ -20,6 +20,7 @@ _SIZES = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "SLURM_STEP_NUM_TASKS", "MPI_LOCAL
 _RANKS = ("PMI_RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
 _SPINS = 200  # tests of a request before the thread begins to sleep between two
 _NAP = 5e-5  # seconds
+_SPARE = 4  # processors of a process, from which on one may wait actively
 
 
 def launched_size() -> int:
@@ -90,7 +91,7 @@ class MPI(Communicator):
 
     def wait_for(self, value: Any) -> Any:
         """See `Communicator`: without taking a processor meanwhile."""
-        _wait(self._world.Ibarrier())
+        _wait(self._world.Ibarrier(), _NAP)
         return self.broadcast(value)
 
     @property
@@ -104,7 +105,7 @@ class MPI(Communicator):
             names = list(dict.fromkeys(self.hosts))
             counts = {self.hosts.count(name) for name in names}
             if len(names) == 1 or counts == {1} or len(counts) > 1:
-                self._levels = [_MPILevel(self._world.Dup(), self._library.BYTE)]
+                self._levels = [self._level(self._world.Dup())]
             else:
                 self._levels = self.grouped([names.index(host) for host in self.hosts])
         return self._levels
@@ -116,10 +117,16 @@ class MPI(Communicator):
             groups: of each rank, from 0.
         """
         mine = groups[self.rank]
-        place, byte = groups[: self.rank].count(mine), self._library.BYTE
+        place = groups[: self.rank].count(mine)
         within = self._world.Split(mine, self.rank)
         across = self._world.Split(place, self.rank)
-        return [_MPILevel(within, byte), _MPILevel(across, byte)]
+        return [self._level(within), self._level(across)]
+
+    def _level(self, communicator: Any) -> Level:
+        """Where there are processors to spare nobody naps: shared memory is slower then."""
+        processors = _n_processors()
+        pause = 0.0 if processors >= _SPARE * self.local_size else _NAP
+        return _MPILevel(communicator, self._library.BYTE, pause)
 
     def abort(self, status: int) -> None:
         """Ends all processes, however they stand."""
@@ -132,11 +139,13 @@ class _MPILevel:
     Args:
         communicator: mpi4py's, that nothing else uses.
         byte: its type.
+        pause: seconds between two looks at a request; 0 lets others run, and no more.
     """
 
-    def __init__(self, communicator: Any, byte: Any) -> None:
+    def __init__(self, communicator: Any, byte: Any, pause: float) -> None:
         self._communicator = communicator
         self._byte = byte
+        self._pause = pause
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
 
@@ -147,7 +156,8 @@ class _MPILevel:
             self._communicator.Ialltoallv(
                 [sent, counts, self._starts(counts), self._byte],
                 [received, own, self._starts(own), self._byte],
-            )
+            ),
+            self._pause,
         )
 
     def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
@@ -156,7 +166,8 @@ class _MPILevel:
             self._communicator.Iallgatherv(
                 [own, counts[self.rank], self._byte],
                 [received, counts, self._starts(counts), self._byte],
-            )
+            ),
+            self._pause,
         )
 
     @staticmethod
@@ -164,7 +175,13 @@ class _MPILevel:
         return [0, *accumulate(counts[:-1])]
 
 
-def _wait(request: Any) -> None:
+def _n_processors() -> int:
+    """That this process may run on."""
+    available = getattr(os, "sched_getaffinity", None)
+    return len(available(0)) if available is not None else os.cpu_count() or 1
+
+
+def _wait(request: Any, pause: float) -> None:
     """Waits for a request.
 
     MPI's own wait would take a processor all the while, which the threads of a software driver and
@@ -174,4 +191,4 @@ def _wait(request: Any) -> None:
         if request.Test():
             return
     while not request.Test():
-        time.sleep(_NAP)
+        time.sleep(pause)

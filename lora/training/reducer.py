@@ -88,9 +88,7 @@ class Feedback:
     def __init__(self) -> None:
         self._left: dict[Any, np.ndarray] = {}
         # numpy converts about a gigabyte a second on one thread, slower than many networks.
-        available = getattr(os, "sched_getaffinity", None)
-        processors = len(available(0)) if available is not None else os.cpu_count() or 1
-        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, processors), "halves")
+        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "halves")
 
     @staticmethod
     def size(n: int) -> int:
