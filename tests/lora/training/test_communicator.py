@@ -73,9 +73,10 @@ def trained(devices: list[Device]) -> Iterator[Train]:
         device.facts = before
 
 
-@pytest.mark.parametrize("is_cpu", [True, False], ids=["one slice", "four slices"])
 @pytest.mark.parametrize(
-    "data", [{}, {"packing": True}, {"streaming": True}], ids=["plain", "packing", "streaming"]
+    ("is_cpu", "data"),
+    [(True, {}), (False, {}), (True, {"packing": True}), (True, {"streaming": True})],
+    ids=["one slice", "four slices", "packing", "streaming"],
 )
 def test_two_are_as_one(
     tmp_path: Path,

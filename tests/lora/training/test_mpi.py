@@ -164,6 +164,28 @@ def test_what_all_refuse_is_said_once(tmp_path: Path, options: list[str], messag
     assert errors.count("lora: ") == 1 and message in errors
 
 
+_SCRIPT = """
+import sys
+from lora import TrainingSession, joined
+with joined() as ranks:
+    options = ["device=shared", "train.steps=3"]
+    with TrainingSession.from_config(sys.argv[1], options, communicator=ranks) as session:
+        losses = [metrics.loss for metrics in session.train()]
+        evaluated = session.evaluate()
+        everyone = ranks.gather((losses, evaluated.loss, session.parameters().tobytes()))
+    assert len(losses) == 3 and everyone[0] == everyone[1]
+    if ranks.rank == 0:
+        print("all the same")
+"""
+
+
+@needs_mpi
+def test_a_script_trains_on_all_ranks(tmp_path: Path) -> None:
+    with ranks(str(write_run(tmp_path)), code=_SCRIPT) as process:
+        printed, errors = process.communicate(timeout=200)
+    assert (process.returncode, printed, errors) == (0, "all the same\n", "")
+
+
 _SUMS = """
 import numpy as np
 from lora.training.reducer import Reducer
