@@ -51,6 +51,10 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
     }
     if (bare := _bare_mixers(layout)) is not None:
         rows["not adapted"] = bare
+    if workload.share.size > 1:
+        rows["processes"] = (
+            f"{workload.share.size}, which share {workload.micro_batches} micro-batches a step"
+        )
     if layout.architecture.unused:
         rows["left alone"] = ", ".join(
             f"{what} ({n} tensors)" for what, n in layout.architecture.unused
@@ -110,9 +114,9 @@ class TrainingProgress(Listener):
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(40 if session.communicator.size == 1 else 8),
             TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s{task.fields[ranks]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -120,7 +124,7 @@ class TrainingProgress(Listener):
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
-            "train", total=session.total_steps, loss=float("nan"), rate=0.0
+            "train", total=session.total_steps, loss=float("nan"), rate=0.0, ranks=""
         )
 
     def __enter__(self) -> Self:
@@ -148,15 +152,29 @@ class TrainingProgress(Listener):
             completed=metrics.step,
             loss=metrics.loss,
             rate=metrics.tokens_per_second,
+            ranks=self._ranks(metrics),
         )
         tenth = max(1, self._session.total_steps // 10)
         last = metrics.step == self._session.total_steps
         if not self._console.is_terminal and (metrics.step % tenth == 0 or last):
             self._console.print(
                 f"step {metrics.step}/{self._session.total_steps}  loss {metrics.loss:.4f}  "
-                f"{metrics.tokens_per_second:,.0f} tokens/s",
+                f"{metrics.tokens_per_second:,.0f} tokens/s{self._ranks(metrics)}",
                 highlight=False,
             )
+
+    def _ranks(self, metrics: Metrics) -> str:
+        """How several processes fared: whom the others waited for, and what communication took."""
+        ranks = metrics.ranks
+        if ranks is None:
+            return ""
+        host = self._session.communicator.hosts[ranks.slowest]
+        return escape(
+            plain(
+                f" of {len(ranks.seconds)} ranks, slowest {ranks.slowest} on {host} "
+                f"+{ranks.behind:.0%}, communication {ranks.communication:.0%}"
+            )
+        )
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""

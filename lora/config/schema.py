@@ -229,6 +229,7 @@ class TrainConfig(Section):
         default=None, description="null, or a number of seconds above 0"
     )
     keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
+    comm_dtype: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -268,7 +269,7 @@ class Config(Section):
     data: DataConfig = Field(description="the data")
     train: Annotated[TrainConfig, BeforeValidator(section_from_nothing)] = TrainConfig()
     device: Text | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="auto, a device's index, or part of its name"
+        default="auto", description="auto, shared, a device's index, or part of its name"
     )
     webgpu: Literal["auto", "wgpu", "dawn"] = Field(
         default="auto", description="auto, wgpu or dawn"
