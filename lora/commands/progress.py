@@ -29,6 +29,14 @@ from lora.training.metrics import EvalResult, Metrics
 from lora.training.session import TrainingSession
 
 
+def _recompute(plan: SessionPlan) -> str:
+    """on, off, or of how many layers."""
+    layout = plan.workload.layout
+    layers = layout.architecture.n_layers - layout.lowest_layer
+    count = plan.tensors.recomputed
+    return "off" if count == 0 else "on" if count >= layers else f"of {count} of {layers} layers"
+
+
 def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | None = None) -> None:
     """What is about to be trained: device, adapter, data, memory by purpose, time."""
     workload, allocated = plan.workload, plan.allocated
@@ -46,7 +54,7 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{_targets_shown(layout)} of {len(layout.layers)} layers",
         "data": escape(plain(str(workload.streamed or workload.train_summary))),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
-        f"recompute {'on' if plan.tensors.recompute else 'off'}",
+        f"recompute {_recompute(plan)}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
     }
     if (bare := _bare_mixers(layout)) is not None:
