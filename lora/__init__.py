@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora.training.metrics import EvalResult, Metrics
     from lora.training.run import run_training
     from lora.training.session import TrainingSession
+    from lora.training.watch import joined
 
     __version__: str
 
@@ -28,6 +29,7 @@ _HOMES = {
     "LoraError": "lora.shaders.errors",
     "Metrics": "lora.training.metrics",
     "TrainingSession": "lora.training.session",
+    "joined": "lora.training.watch",
     "load_config": "lora.config.schema",
     "tokenize": "lora.data.given",
     "run_training": "lora.training.run",
@@ -42,6 +44,7 @@ __all__ = [
     "Metrics",
     "TrainingSession",
     "__version__",
+    "joined",
     "load_config",
     "run_training",
     "tokenize",

@@ -10,10 +10,10 @@ from lora.forward.gather import gather_rows
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import has_matrix_units
+from lora.forward.model.adaptable import HEAD_GROUP
 from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
-from lora.forward.model.layer_spec import HEAD_GROUP
 from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program

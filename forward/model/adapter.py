@@ -11,10 +11,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, AdaptableMatrix
 from lora.forward.model.low_rank import LowRank
-from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
+from lora.forward.model.row_order import to_gguf, to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.tensor import Tensor
@@ -81,6 +81,7 @@ class LoraFactors:
         return self.member_scales[member] if self.member_scales else 1.0
 
 
+Orders = tuple[np.ndarray | None, np.ndarray | None]
 Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group); the head's layer is n_layers
 
 
@@ -261,8 +262,11 @@ class AdapterLayout:
                     f"highest rank for them here is {highest}."
                 )
 
-    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, int | None, np.ndarray, np.ndarray]]:
-        """(PEFT path, permuted heads, A [rank, in], B [out, rank]), views of a flat array."""
+    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, Orders, np.ndarray, np.ndarray]]:
+        """(PEFT path, orders, A [rank, in], B [out, rank]), views of a flat array.
+
+        The orders are those of B's rows and of A's columns, see `AdaptableMatrix.row_order`.
+        """
         for group in self.groups:
             holder = self.architecture.holder(group.layer)
             a_row = group.a_start
@@ -278,7 +282,7 @@ class AdapterLayout:
                 out_features = matrix.out_size(holder)
                 yield (
                     matrix.peft_path(group.layer),
-                    matrix.permuted_heads(holder),
+                    (matrix.row_order(holder), matrix.column_order(holder)),
                     a[: low.rank],
                     b[:out_features, : low.rank],
                 )
@@ -292,53 +296,52 @@ class AdapterLayout:
             flat: f32 [size], in the layout of the device.
         """
         modules = {}
-        for path, heads, a, b in self._views(flat):
-            rows = b if heads is None else permute_rows_to_hf(b, heads)
-            modules[path] = (a.copy(), np.ascontiguousarray(rows))
+        for path, (rows, columns), a, b in self._views(flat):
+            modules[path] = (
+                np.array(to_hf(a.T, columns).T, order="C"), np.ascontiguousarray(to_hf(b, rows))
+            )  # fmt: skip
         return modules
 
     def from_modules(self, modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The inverse of `to_modules`: f32 [size], padding zero. Every module must be there."""
         flat = np.zeros(self.size, np.float32)
-        for path, heads, a, b in self._views(flat):
+        for path, (rows, columns), a, b in self._views(flat):
             given_a, given_b = modules[path]
             if given_a.shape != a.shape or given_b.shape != b.shape:
                 raise ValueError(
                     f"{path} has A {given_a.shape} and B {given_b.shape}, expected {a.shape} and "
                     f"{b.shape}"
                 )
-            a[:] = given_a
-            b[:] = given_b if heads is None else permute_rows_to_gguf(given_b, heads)
+            a[:] = to_gguf(given_a.T, columns).T
+            b[:] = to_gguf(given_b, rows)
         return flat
 
     def magnitudes(self, flat: np.ndarray) -> dict[str, np.ndarray]:
         """DoRA's m of each module [out], by PEFT's path, rows in Hugging Face's order."""
         found = {}
-        for path, heads, rows in self._magnitude_views(flat):
-            found[path] = rows.copy()
-            if heads is not None:
-                found[path] = permute_rows_to_hf(rows[:, None], heads)[:, 0]
+        for path, order, rows in self._magnitude_views(flat):
+            found[path] = to_hf(rows, order).copy()
         return found
 
     def set_magnitudes(self, flat: np.ndarray, magnitudes: Mapping[str, np.ndarray]) -> None:
         """The inverse of `magnitudes`, into a flat array."""
-        for path, heads, rows in self._magnitude_views(flat):
+        for path, order, rows in self._magnitude_views(flat):
             given = magnitudes[path]
             if given.shape != rows.shape:
                 raise ValueError(f"{path} has magnitudes {given.shape}, expected {rows.shape}")
-            if heads is not None:
-                given = permute_rows_to_gguf(given[:, None], heads)[:, 0]
-            rows[:] = given
+            rows[:] = to_gguf(given, order)
 
-    def _magnitude_views(self, flat: np.ndarray) -> Iterable[tuple[str, int | None, np.ndarray]]:
-        """(PEFT path, permuted heads, m [out]), views of a flat array."""
+    def _magnitude_views(
+        self, flat: np.ndarray
+    ) -> Iterable[tuple[str, np.ndarray | None, np.ndarray]]:
+        """(PEFT path, order of rows, m [out]), views of a flat array."""
         for group in self.groups:
             if group.m_start is None:
                 continue
             holder, at = self.architecture.holder(group.layer), group.m_start
             for matrix, (start, stop) in zip(group.members, group.ranges, strict=True):
                 rows = flat[at : at + matrix.out_size(holder)]
-                yield matrix.peft_path(group.layer), matrix.permuted_heads(holder), rows
+                yield matrix.peft_path(group.layer), matrix.row_order(holder), rows
                 at += stop - start
 
     def initial(self, seed: int, init: str = "default") -> np.ndarray:

@@ -11,12 +11,14 @@ from lora.checks.comparison import Check, Comparison, NotHereError
 from lora.checks.kernels import (
     adapters,
     attention,
+    convolutions,
     dora,
     lanes,
     norms,
     one_row,
     options,
     products,
+    recurrent,
     small,
     spans,
 )
@@ -36,6 +38,8 @@ ALL_CHECKS: tuple[Check, ...] = tuple(
         options,
         dora,
         attention,
+        convolutions,
+        recurrent,
         products,
         one_row,
     )

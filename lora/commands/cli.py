@@ -33,6 +33,7 @@ from lora.shaders.errors import InputError, LoraError, for_terminal, plain
 
 if TYPE_CHECKING:  # the rest of lora is imported in the commands: --help and completion are quick
     from lora.generation.sampling import Sampling
+    from lora.training.communicator import Communicator
 
 
 class _Commands(typer.core.TyperGroup):
@@ -89,21 +90,33 @@ def train(
     resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
     dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
 ) -> None:
-    """Train an adapter; Ctrl-C saves a checkpoint and says how to resume."""
+    """Train an adapter; Ctrl-C saves a checkpoint and says how to resume.
+
+    Under mpiexec -n N, or srun, N processes train one, each on a device of its own.
+    """
+    from lora.training.watch import joined
+
+    with joined() as communicator:
+        _train(communicator, config, overrides(set_, webgpu), resume=resume, dry_run=dry_run)
+
+
+def _train(
+    communicator: Communicator, config: str, given: list[str], *, resume: bool, dry_run: bool
+) -> None:
+    """Of several processes rank 0 alone shows anything, and looks at the output."""
     from lora.commands.progress import TrainingProgress, print_plan
     from lora.config.schema import load_config
-    from lora.training.checkpoint import device_of_then, started_at
+    from lora.training.leading import open_together, quiet
     from lora.training.output import check_output, check_room
     from lora.training.run import Interrupted, run_training
-    from lora.training.session import TrainingSession
 
-    given = overrides(set_, webgpu)
     loaded = load_config(config, given)
-    check_output(Path(loaded.output), resuming=resume)
-    check_room(loaded, Path(loaded.output))
-    device = device_of_then(loaded) if resume else None
-    started = started_at(Path(loaded.output)) if resume else None
-    session = TrainingSession(loaded, device=device, started=started)
+    quiet(communicator)
+    console.quiet = communicator.rank > 0
+    if communicator.rank == 0:
+        check_output(Path(loaded.output), resuming=resume)
+        check_room(loaded, Path(loaded.output))
+    session = open_together(loaded, communicator, resuming=resume)
     print_plan(console, session.plan)
     if dry_run:
         return
@@ -112,12 +125,15 @@ def train(
             output = run_training(session, resuming=resume, listeners=[progress])
     except Interrupted as stop:
         options = [word for value in given for word in ("--set", value)]
-        command = shlex.join(["lora", "train", str(config), *options, "--resume"])
-        with suppress(OSError):  # the terminal may be what is gone
-            typer.echo(f"Stopped; saved {stop.checkpoint}.")
-            typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
+        together = ["mpiexec", "-n", str(communicator.size)] if communicator.size > 1 else []
+        command = shlex.join([*together, "lora", "train", str(config), *options, "--resume"])
+        if communicator.rank == 0:
+            with suppress(OSError):  # the terminal may be what is gone
+                typer.echo(f"Stopped; saved {stop.checkpoint}.")
+                typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
         raise typer.Exit(128 + stop.signum) from None
-    typer.echo(f"Saved the adapter to {plain(str(output))}.")
+    if communicator.rank == 0:
+        typer.echo(f"Saved the adapter to {plain(str(output))}.")
 
 
 @app.command()

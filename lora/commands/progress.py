@@ -20,13 +20,21 @@ from rich.progress import (
 from rich.table import Table
 
 from lora.data.order import DataStream
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.layer_spec import HEAD
 from lora.shaders.errors import plain
 from lora.training.device_state import SessionPlan
 from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics
 from lora.training.session import TrainingSession
+
+
+def _recompute(plan: SessionPlan) -> str:
+    """on, off, or of how many layers."""
+    layout = plan.workload.layout
+    layers = layout.architecture.n_layers - layout.lowest_layer
+    count = plan.tensors.recomputed
+    return "off" if count == 0 else "on" if count >= layers else f"of {count} of {layers} layers"
 
 
 def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | None = None) -> None:
@@ -46,9 +54,15 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{_targets_shown(layout)} of {len(layout.layers)} layers",
         "data": escape(plain(str(workload.streamed or workload.train_summary))),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
-        f"recompute {'on' if plan.tensors.recompute else 'off'}",
+        f"recompute {_recompute(plan)}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
     }
+    if (bare := _bare_mixers(layout)) is not None:
+        rows["not adapted"] = bare
+    if workload.share.size > 1:
+        rows["processes"] = (
+            f"{workload.share.size}, which share {workload.micro_batches} micro-batches a step"
+        )
     if layout.architecture.unused:
         rows["left alone"] = ", ".join(
             f"{what} ({n} tensors)" for what, n in layout.architecture.unused
@@ -79,6 +93,23 @@ def _targets_shown(layout: AdapterLayout) -> str:
     )
 
 
+def _bare_mixers(layout: AdapterLayout) -> str | None:
+    """Which layers' mixers are left out though others' are adapted; None where none are.
+
+    The usual seven names are those of attention: in a model of other mixers they are few of all.
+    """
+    layers = layout.architecture.layers
+    names = [[m.module for m in layers[layer].mixer.matrices] for layer in layout.layers]
+    bare = [of for of in names if not layout.targets & set(of)]
+    if not bare or len(bare) == len(names):
+        return None
+    missing = ", ".join(dict.fromkeys(name for of in bare for name in of))
+    return (
+        f"what mixes tokens in {len(bare)} of {len(names)} layers ({missing}); adapter.targets: "
+        "all-linear adapts it"
+    )
+
+
 class TrainingProgress(Listener):
     """A live bar: steps, loss, tokens a second, time left; evaluations as lines above it.
 
@@ -91,9 +122,9 @@ class TrainingProgress(Listener):
         self._progress = Progress(
             TextColumn("step"),
             MofNCompleteColumn(),
-            BarColumn(),
+            BarColumn(40 if session.communicator.size == 1 else 8),
             TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s"),
+            TextColumn("{task.fields[rate]:,.0f} tokens/s{task.fields[ranks]}"),
             TimeElapsedColumn(),
             TextColumn("left"),
             TimeRemainingColumn(),
@@ -101,7 +132,7 @@ class TrainingProgress(Listener):
             disable=not console.is_terminal,
         )
         self._task = self._progress.add_task(
-            "train", total=session.total_steps, loss=float("nan"), rate=0.0
+            "train", total=session.total_steps, loss=float("nan"), rate=0.0, ranks=""
         )
 
     def __enter__(self) -> Self:
@@ -129,15 +160,29 @@ class TrainingProgress(Listener):
             completed=metrics.step,
             loss=metrics.loss,
             rate=metrics.tokens_per_second,
+            ranks=self._ranks(metrics),
         )
         tenth = max(1, self._session.total_steps // 10)
         last = metrics.step == self._session.total_steps
         if not self._console.is_terminal and (metrics.step % tenth == 0 or last):
             self._console.print(
                 f"step {metrics.step}/{self._session.total_steps}  loss {metrics.loss:.4f}  "
-                f"{metrics.tokens_per_second:,.0f} tokens/s",
+                f"{metrics.tokens_per_second:,.0f} tokens/s{self._ranks(metrics)}",
                 highlight=False,
             )
+
+    def _ranks(self, metrics: Metrics) -> str:
+        """How several processes fared: whom the others waited for, and what communication took."""
+        ranks = metrics.ranks
+        if ranks is None:
+            return ""
+        host = self._session.communicator.hosts[ranks.slowest]
+        return escape(
+            plain(
+                f" of {len(ranks.seconds)} ranks, slowest {ranks.slowest} on {host} "
+                f"+{ranks.behind:.0%}, communication {ranks.communication:.0%}"
+            )
+        )
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""

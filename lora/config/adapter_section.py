@@ -11,8 +11,8 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lora.config.errors import did_you_mean
 from lora.config.fields import Count, Number, PathText, Section
+from lora.forward.model.adaptable import HEAD, MODULE_NAMES
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
 from lora.forward.model.low_rank import LowRank
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import MOST_RANK

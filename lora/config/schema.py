@@ -25,6 +25,7 @@ from lora.config.errors import config_problems
 from lora.config.fields import (
     Count,
     Duration,
+    MemorySize,
     Number,
     PathText,
     Section,
@@ -76,7 +77,11 @@ class TrainConfig(Optimization):
         default=1.0, description="a number above 0, or null for no clipping"
     )
     precision: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
-    recompute: Switch = Field(default="auto", description="auto, on or off")
+    recompute: Switch = Field(
+        default="auto",
+        description="auto, on or off",
+    )
+    memory_limit: MemorySize = Field(default="auto", description="auto, or a size such as 7GiB")
     tuning: Annotated[Literal["auto", "off"], BeforeValidator(word_from_switch)] = Field(
         default="auto", description="auto or off"
     )
@@ -95,6 +100,7 @@ class TrainConfig(Optimization):
         default=None, description="null, or a number of seconds above 0"
     )
     keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
+    comm_dtype: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -134,7 +140,7 @@ class Config(Section):
     data: DataConfig = Field(description="the data")
     train: Annotated[TrainConfig, BeforeValidator(section_from_nothing)] = TrainConfig()
     device: Text | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="auto, a device's index, or part of its name"
+        default="auto", description="auto, shared, a device's index, or part of its name"
     )
     webgpu: Literal["auto", "wgpu", "dawn"] = Field(
         default="auto", description="auto, wgpu or dawn"

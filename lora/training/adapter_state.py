@@ -64,3 +64,10 @@ class AdapterState:
             gradients=tuple(flat("gradients") for _ in range(n_slices)),
             optimizer=OptimizerState.allocate(recording, optimizer, layout.size, rates),
         )
+
+
+def factors_of(layout: AdapterLayout, adapter: Tensor | AdapterState | None) -> Factors:
+    """The factors of an adapter, or of its parameters alone; none of None."""
+    if isinstance(adapter, AdapterState):
+        return adapter.factors(layout)
+    return {} if adapter is None else layout.factors(adapter)

@@ -13,7 +13,7 @@ from lora.data.examples import Example
 from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import chunk_size
 from lora.forward.dora import Dora
-from lora.forward.model.frozen_model import Model, load_model
+from lora.forward.model.frozen_model import load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
     PlanSource,
@@ -30,7 +30,6 @@ from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import item_bytes
 from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.noise import Noise
@@ -40,15 +39,13 @@ from lora.training.programs import (
     StepSettings,
     StepTensors,
     TrainingPrograms,
-    allocate_layer,
     record_prefix,
 )
+from lora.training.recompute import layer_bytes, recomputed_layers
 from lora.training.workload import Workload
 
 if TYPE_CHECKING:
     from lora.config.schema import TrainConfig
-
-KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
 
 
 @dataclass(frozen=True)
@@ -64,17 +61,20 @@ class SessionTensors:
     """All that stays while a session is open, whatever is recorded.
 
     Attributes:
-        recompute: whether layers are run again in the backward pass.
+        recomputed: how many of the lowest adapted layers are run again in the backward pass.
         train_cache: of data.train's frozen prefix, where there is one and it is kept.
     """
 
     step: StepTensors
-    recompute: bool
+    recomputed: int
     train_cache: PrefixCache | None
 
     @classmethod
-    def allocate(cls, recording: Recording, workload: Workload) -> SessionTensors:
+    def allocate(cls, recording: Recording, workload: Workload, recomputed: int) -> SessionTensors:
         """Loads the model and makes room for the largest micro-batch.
+
+        Args:
+            recomputed: see the class.
 
         Raises:
             InputError: a tensor is larger than the device can bind.
@@ -101,13 +101,12 @@ class SessionTensors:
         activations = Activations.allocate(
             recording, model, inputs, workload.layout, adapter.parameters
         )
-        recompute, train_cache = False, None
+        train_cache = None
         if workload.trains:
-            recompute = wants_recompute(recording, workload, model, inputs)
             train_cache = open_cache(recording, workload, workload.train_examples)
         noise = Noise.allocate(recording, workload, inputs)
         step = StepTensors(model, inputs, workload.layout, adapter, activations, noise)
-        return cls(step, recompute, train_cache)
+        return cls(step, recomputed, train_cache)
 
 
 @dataclass(frozen=True)
@@ -137,7 +136,7 @@ class SessionPrograms:
         training = None
         if workload.trains:
             settings = StepSettings(
-                tensors.recompute,
+                tensors.recomputed,
                 seams.loss,
                 AdamWSettings((train.betas[0], train.betas[1]), train.epsilon, train.weight_decay),
                 train.max_grad_norm,
@@ -179,16 +178,24 @@ class SessionPlan:
         workload: Workload,
         plans: PlanSource | None = None,
         seams: Seams | None = None,
+        recomputed: int | None = None,
     ) -> SessionPlan:
         """Records a session as a device of these facts would.
 
         Args:
             plans: of products; None for the model's choices.
             seams: those of the session; None for the usual ones.
+            recomputed: how many of the lowest adapted layers are run again; None for what
+                train.recompute and train.memory_limit mean.
 
         Raises:
             InputError: something is larger than the device can bind.
         """
+        if recomputed is None:
+            kept = cls.of(facts, workload, plans, seams, 0)
+            recomputed = kept.wanted_recompute()
+            if recomputed == 0:
+                return kept
         requests: list[Request] = []
         note = noting(requests)
 
@@ -198,10 +205,26 @@ class SessionPlan:
 
         memory = CountingMemory(facts)
         recording = Recording(facts, memory, workload.config.train.precision, plans=source)
-        tensors = SessionTensors.allocate(recording, workload)
+        tensors = SessionTensors.allocate(recording, workload, recomputed)
         programs = SessionPrograms.record(recording, workload, tensors, seams or Seams())
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
+        )
+
+    def wanted_recompute(self) -> int:
+        """How many layers this session, which keeps all activations, is to run again after all."""
+        if not self.workload.trains:
+            return 0
+        step = self.tensors.step
+        recording = Recording(
+            self.facts, CountingMemory(self.facts), self.workload.config.train.precision
+        )
+        return recomputed_layers(
+            self.workload,
+            self.facts,
+            layer_bytes(recording, self.workload, step.model, step.inputs),
+            sum(self.allocated.values()),
+            step.inputs.rows.maximum,
         )
 
     @property
@@ -251,21 +274,6 @@ def criterion_of(train: TrainConfig, loss: Loss) -> Criterion | None:
             f"({type(loss).__qualname__}), which takes its place; leave train.{key} out."
         )
     return Criterion(train.label_smoothing, train.loss_type == "dft")
-
-
-def wants_recompute(recording: Recording, workload: Workload, model: Model, inputs: Inputs) -> bool:
-    """What `train.recompute` means: auto keeps all activations where they are few."""
-    setting, layout = workload.config.train.recompute, workload.layout
-    if setting != "auto":
-        return setting == "on"
-    counted = CountingMemory(recording.facts)
-    counting = replace(recording, memory=counted)
-    factors = layout.factors(counted.empty_flat(layout.size, purpose="adapter"))
-    layers = range(layout.lowest_layer, model.architecture.n_layers)
-    for layer in layers:
-        allocate_layer(counting, model, inputs, factors, layer)
-    kept_input = item_bytes("f32") * inputs.rows.maximum * model.architecture.hidden_size
-    return counted.allocated["activations"] + len(layers) * kept_input > KEPT_ACTIVATIONS_LIMIT
 
 
 def open_cache(

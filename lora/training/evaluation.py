@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import islice
 
 import numpy as np
 
@@ -16,6 +17,7 @@ from lora.shaders.memory import Arena
 from lora.shaders.program import Program
 from lora.shaders.readback import ReadbackRing
 from lora.shaders.recording import Recording
+from lora.training.communicator import Communicator
 from lora.training.device_state import open_cache
 from lora.training.metrics import EvalResult
 from lora.training.prefix_cache import PrefixCache
@@ -23,6 +25,16 @@ from lora.training.programs import StepTensors, record_eval
 from lora.training.workload import Workload
 
 _SLOTS = 6  # results under way: the losses and hits of three batches
+
+
+@dataclass(frozen=True)
+class _Counted:
+    """What a batch comes to."""
+
+    loss_sum: float
+    n_tokens: int
+    n_correct: int
+    all_correct: list[bool]  # of each example
 
 
 class Tally:
@@ -34,10 +46,7 @@ class Tally:
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._examples = examples
-        self._loss_sum = 0.0
-        self._n_tokens = 0
-        self._n_correct = 0
-        self._all_correct: list[bool] = []  # of each example
+        self._counted: list[_Counted] = []
 
     def add(self, batch: Batch, losses: np.ndarray, correct: np.ndarray) -> None:
         """Counts a batch.
@@ -48,27 +57,42 @@ class Tally:
         """
         n = batch.n_trained
         hits = correct[:n] == 1.0
-        self._loss_sum += float(losses[:n].astype(np.float64).sum())
-        self._n_tokens += n
-        self._n_correct += int(hits.sum())
         owner = batch.segment_start[batch.targets >= 0]
-        self._all_correct += [bool(hits[owner == start].all()) for start in batch.example_starts]
+        self._counted.append(
+            _Counted(
+                float(losses[:n].astype(np.float64).sum()),
+                n,
+                int(hits.sum()),
+                [bool(hits[owner == start].all()) for start in batch.example_starts],
+            )
+        )
+
+    def share(self, communicator: Communicator) -> None:
+        """Takes the batches of all processes, each of which has added every so many.
+
+        They come in the order in which one process has them: so does their sum, to the last bit.
+        """
+        everyone = communicator.gather(self._counted)
+        n = sum(map(len, everyone))
+        size = communicator.size
+        self._counted = [everyone[place % size][place // size] for place in range(n)]
 
     def result(self) -> EvalResult:
         """Of all batches."""
         cut = [example.cut for example in self._examples]
-        n_exact = sum(
-            right and not is_cut for right, is_cut in zip(self._all_correct, cut, strict=True)
-        )
-        loss = self._loss_sum / max(1, self._n_tokens)
+        all_correct = [right for counted in self._counted for right in counted.all_correct]
+        n_exact = sum(right and not is_cut for right, is_cut in zip(all_correct, cut, strict=True))
+        n_tokens = sum(counted.n_tokens for counted in self._counted)
+        n_correct = sum(counted.n_correct for counted in self._counted)
+        loss = sum(counted.loss_sum for counted in self._counted) / max(1, n_tokens)
         return EvalResult(
             loss=loss,
             perplexity=math.exp(min(loss, 700.0)),
-            token_accuracy=self._n_correct / max(1, self._n_tokens),
+            token_accuracy=n_correct / max(1, n_tokens),
             exact_match=n_exact / len(self._examples),
             n_exact=n_exact,
             n_examples=len(self._examples),
-            n_tokens=self._n_tokens,
+            n_tokens=n_tokens,
             n_cut=sum(cut),
         )
 
@@ -79,6 +103,7 @@ class Evaluator:
     Args:
         recording: of the session, whose memory is an arena.
         enter: puts a micro-batch on the device up to the lowest adapted layer.
+        communicator: of the processes that evaluate together, each every so many micro-batches.
     """
 
     def __init__(
@@ -87,6 +112,7 @@ class Evaluator:
         workload: Workload,
         tensors: StepTensors,
         enter: Callable[[Batch, PrefixCache | None], None],
+        communicator: Communicator,
     ) -> None:
         # Of its own: dropped with it when programs are recorded again.
         self._memory = recording.memory.inner()
@@ -94,6 +120,7 @@ class Evaluator:
         self._workload = workload
         self._tensors = tensors
         self._enter = enter
+        self._communicator = communicator
         self._programs: dict[bool, Program] = {}  # by whether it is adapted
 
     @cached_property
@@ -141,7 +168,9 @@ class Evaluator:
             while len(arrived) > 1:
                 tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
 
-        for batch in sequential_batches(examples, self._workload.config.train.batch_size):
+        ours = self._communicator.rank, None, self._communicator.size
+        batches = sequential_batches(examples, self._workload.config.train.batch_size)
+        for batch in islice(batches, *ours):
             self._workload.check(batch, self._tensors.inputs.rows.maximum)
             self._enter(batch, cache)
             program.run()
@@ -150,4 +179,5 @@ class Evaluator:
             sent.append(batch)
             count(wait=False)
         count(wait=True)
+        tally.share(self._communicator)
         return tally.result()

@@ -33,6 +33,8 @@ from lora.training.device_state import Seams, SessionPlan, SessionPrograms, Sess
 from lora.training.endings import warn_of_growth
 from lora.training.evaluation import Evaluator
 from lora.training.metrics import EvalResult
+from lora.training.orders import Orders
+from lora.training.placement import device_of
 from lora.training.prefix_cache import PrefixCache
 from lora.training.workload import Workload
 
@@ -61,12 +63,23 @@ class OpenSession(ABC):
         loss: Loss | None = None,
         communicator: Communicator | None = None,
         started: datetime | None = None,
+        processes: int | None = None,
     ) -> None:
         self.config = config
         self.started = datetime.now() if started is None else started
         self.communicator = SingleProcess() if communicator is None else communicator
+        self.orders = Orders(self.communicator)
+        _ = self.communicator.hosts  # asked of all of them, so while all are here
+        # Signals that ask for a stop: one to this process, and the largest that any was sent.
+        self.stop_signal, self.stop_asked = 0, 0
+        self._wanted: str | int = config.device
+        if device is None:
+            self._wanted = device_of(self.communicator, config.device, config.webgpu)
         self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
-        self.workload = Workload.open(config, train=train, examples=examples, now=self.started)
+        self.workload = Workload.open(
+            config, train=train, examples=examples, now=self.started, peers=self.communicator,
+            processes=processes,
+        )  # fmt: skip
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self._initial = self.workload.initial
         self._open_on(self._new_device(config.webgpu) if device is None else device, device is None)
@@ -80,7 +93,7 @@ class OpenSession(ABC):
         config = self.config
         self.device, self._owns_device = device, owned
         if config.train.precision == "f16":
-            trust_matrix_units(self.device, config.device)
+            trust_matrix_units(self.device, self._wanted)
         self.memory = self.device.arena()
         try:
             self._open()
@@ -97,7 +110,8 @@ class OpenSession(ABC):
         self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
         self.plans: dict[ProductShape, Plan] = plan.chosen(self._found)
         if self._found is not None:
-            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
+            recomputed = plan.tensors.recomputed
+            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams, recomputed)
         self.plan = plan
         self._recording = self.device.recording(
             memory=self.memory, precision=train.precision, plans=self._found
@@ -105,20 +119,21 @@ class OpenSession(ABC):
         try:
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
-            tensors = SessionTensors.allocate(self._recording, workload)
+            tensors = SessionTensors.allocate(self._recording, workload, plan.tensors.recomputed)
             self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
             raise InputError(
                 f"{self.config.model.path} does not fit: {error}, and this run takes "
                 f"{memory_figures(plan.allocated)}. Lower train.batch_size or "
-                "data.max_length, set train.recompute: on, or take a smaller quantization."
+                "data.max_length, set train.recompute: on or a lower train.memory_limit, or take a "
+                "smaller quantization."
             ) from error
         self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
         self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
         self._act = step.activations
         self._begin_magnitudes()
-        self.recompute = tensors.recompute
+        self.recomputed_layers = tensors.recomputed
         self._generator: TextGenerator | None = None
         self._evaluator: Evaluator | None = None
 
@@ -204,7 +219,7 @@ class OpenSession(ABC):
 
         A greedy answer equals its target exactly when every target token, the end included, is
         the argmax after those before it. An example that data.max_length cut is never exact: its
-        end was not asked for.
+        end was not asked for. Several processes share the examples; all call this.
 
         Args:
             examples: at least one: rows, or tokenized ones.
@@ -212,9 +227,10 @@ class OpenSession(ABC):
         """
         if examples is not None and not are_tokens(examples):
             examples = self.workload.data.of_rows(examples)
+        self.orders.give("evaluate", None if examples is None else list(examples), adapted)
         if self._evaluator is None:
             self._evaluator = Evaluator(
-                self._recording, self.workload, self._tensors.step, self._enter
+                self._recording, self.workload, self._tensors.step, self._enter, self.communicator
             )
         return self._evaluator.evaluate(examples, adapted=adapted)
 
@@ -284,6 +300,7 @@ class OpenSession(ABC):
             path: a PEFT adapter directory, or a GGUF adapter.
         """
         self._initial = load_adapter(Path(path), self.layout)
+        self.orders.give("load", self._initial)
         self.memory.write(self.adapter.parameters, self._initial)
 
     def save(self, directory: str | Path) -> None:

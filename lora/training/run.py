@@ -17,6 +17,7 @@ from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
 from lora.storage.files import write_file
 from lora.training.checkpoint import checkpoints, save_checkpoint
 from lora.training.endings import DeviceFullError, DeviceLostError, device_ended
+from lora.training.leading import check_can_lead, follow, led, share_state
 from lora.training.listeners import Audience, Listener, MetricsFile, drop_metrics_after
 from lora.training.output import METRICS, RUN, check_room, owned_output
 from lora.training.provenance import ran_on
@@ -53,7 +54,8 @@ def run_training(
 ) -> Path:
     """Trains to the end and writes the files of a run; returns the output directory.
 
-    The end is a checkpoint, too: a finished run goes on where it is resumed with more steps.
+    The end is a checkpoint, too: a finished run goes on where it is resumed with more steps. Of
+    several processes, which all call this, rank 0 alone writes and tells listeners.
 
     Args:
         resuming: go on from the last checkpoint of the output directory.
@@ -66,9 +68,17 @@ def run_training(
         LoraError: the loss was no longer finite, or the device was lost. Then, and after whatever
             else ends a run, a checkpoint is saved where that can be; a line says so.
     """
-    with owned_output(Path(session.config.output), resuming=resuming) as output:
+    check_can_lead(session.config, session.communicator)
+    if session.communicator.rank > 0:
+        signum = follow(session)
+        if signum:
+            raise Interrupted(Path(session.config.output), signum)
+        return Path(session.config.output)
+    own = owned_output(Path(session.config.output), resuming=resuming)
+    with led(session), own as output:
         if resuming:
             resume(session, output)
+            share_state(session)
             drop_metrics_after(output / METRICS, session.steps_done)
         check_room(session.config, output)
         return _run(session, output, listeners)
@@ -81,8 +91,12 @@ def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) 
     if session.config.data.chat_template is not None:  # who runs the adapter needs it, too
         write_file(output / TEMPLATE, template_source(session.config.data.chat_template))
     audience = Audience([MetricsFile(output / METRICS), *listeners])
-    with _stop_requests() as interrupted, audience.hearing(session):
+    with _stop_requests() as own, audience.hearing(session):
         begun_at = session.steps_done
+
+        def interrupted() -> int | None:
+            return own() or session.stop_asked or None
+
         try:
             _train_on(session, output, audience, interrupted)
         except Interrupted:
@@ -191,6 +205,7 @@ def _train(
 
 def _rescue(session: TrainingSession, output: Path, begun_at: int, error: Exception) -> None:
     """Saves a checkpoint of a run that ends badly, where there is something to save and a place."""
+    session.orders.leading = False  # the others may wait for something else
     if isinstance(error, DeviceLostError) and not isinstance(error, DeviceFullError):
         last = checkpoints(output)
         there = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint"
