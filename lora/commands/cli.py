@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
 
+from lora.commands.bench import bench_command
 from lora.commands.data import data_command
 from lora.commands.debug_nan import debug_nan_command
 from lora.commands.devices import devices_command
@@ -19,15 +18,14 @@ from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
 from lora.commands.init import init_command
 from lora.commands.options import (
-    ConfigArgument,
     DeviceName,
-    Overrides,
     PromptPrecision,
     TextPrecision,
     WebGPUName,
-    WebGPUOverride,
-    overrides,
 )
+from lora.commands.plan import plan_command
+from lora.commands.report import report_command
+from lora.commands.train import train_command
 from lora.commands.tune import tune_command
 from lora.shaders.errors import InputError, LoraError, for_terminal, plain
 
@@ -81,82 +79,9 @@ def options(
 app.command(name="init")(init_command)
 
 
-@app.command()
-def train(
-    config: ConfigArgument,
-    set_: Overrides = None,
-    webgpu: WebGPUOverride = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
-) -> None:
-    """Train an adapter; Ctrl-C saves a checkpoint and says how to resume."""
-    from lora.commands.progress import TrainingProgress, print_plan
-    from lora.config.schema import load_config
-    from lora.training.checkpoint import device_of_then, started_at
-    from lora.training.output import check_output, check_room
-    from lora.training.run import Interrupted, run_training
-    from lora.training.session import TrainingSession
-
-    given = overrides(set_, webgpu)
-    loaded = load_config(config, given)
-    check_output(Path(loaded.output), resuming=resume)
-    check_room(loaded, Path(loaded.output))
-    device = device_of_then(loaded) if resume else None
-    started = started_at(Path(loaded.output)) if resume else None
-    session = TrainingSession(loaded, device=device, started=started)
-    print_plan(console, session.plan)
-    if dry_run:
-        return
-    try:
-        with TrainingProgress(console, session) as progress:
-            output = run_training(session, resuming=resume, listeners=[progress])
-    except Interrupted as stop:
-        options = [word for value in given for word in ("--set", value)]
-        command = shlex.join(["lora", "train", str(config), *options, "--resume"])
-        with suppress(OSError):  # the terminal may be what is gone
-            typer.echo(f"Stopped; saved {stop.checkpoint}.")
-            typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
-        raise typer.Exit(128 + stop.signum) from None
-    typer.echo(f"Saved the adapter to {plain(str(output))}.")
-
-
-@app.command()
-def plan(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
-    """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
-    from lora.commands.progress import print_plan
-    from lora.config.schema import load_config
-    from lora.shaders.device import Device
-    from lora.storage.tile_cache import find_tiles
-    from lora.training.device_state import SessionPlan
-    from lora.training.profiling import expected_seconds, measure_peaks
-    from lora.training.workload import Workload
-
-    loaded = load_config(config, overrides(set_, webgpu))
-    workload = Workload.open(loaded, train=True)
-    with Device(loaded.device, webgpu=loaded.webgpu) as device:
-        plans = find_tiles(device, loaded.train.tuning)
-        planned = SessionPlan.of(device.facts, workload, plans)
-        seconds = None
-        if "timestamp-query" in device.facts.features:
-            seconds = expected_seconds(planned, measure_peaks(device))
-    print_plan(console, planned, seconds_a_step=seconds)
-
-
-@app.command()
-def bench(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
-    """Where a step's time goes, kernel by kernel, against the device's measured peaks."""
-    from lora.config.schema import load_config
-    from lora.training.profiling import kernel_table, measure_peaks, print_kernels
-    from lora.training.session import TrainingSession
-
-    session = TrainingSession(load_config(config, overrides(set_, webgpu)))
-    assert session.stream is not None
-    for _, batches in zip(range(3), session.stream, strict=False):
-        session.step(batches)
-    session.finished_steps(wait=True)
-    print_kernels(console, kernel_table(session), measure_peaks(session.device))
-
-
+app.command(name="train")(train_command)
+app.command(name="plan")(plan_command)
+app.command(name="bench")(bench_command)
 app.command(name="data")(data_command)
 app.command(name="eval")(eval_command)
 
@@ -225,7 +150,7 @@ def _read_prompt(prompt: str) -> str:
 
 @app.command(epilog=ORDER_OF_SAMPLING)
 def generate(
-    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO[:QUANT].")],
     prompt: Annotated[
         str,
         typer.Option(
@@ -286,7 +211,7 @@ def generate(
 
 @app.command(name="chat", epilog=ORDER_OF_SAMPLING)
 def converse(
-    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO[:QUANT].")],
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]PATH", help="Adapters; the first one is on."),
@@ -330,7 +255,7 @@ def inspect(
         str,
         typer.Argument(
             metavar="FILE_OR_DIR",
-            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter.",
+            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO[:QUANT], or an adapter.",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
@@ -347,6 +272,7 @@ def inspect(
         console.print(part)
 
 
+app.command(name="report")(report_command)
 app.command(name="export")(export_command)
 app.command(name="tune")(tune_command)
 app.command(name="devices")(devices_command)

@@ -66,7 +66,7 @@ def eval_command(
             "max_length": summary.max_length,
             "n_rows": summary.n_rows,
             "n_left_out": summary.n_untrained,
-            **{name: vars(result) for name, result in results.items()},
+            **{name: result.as_dict() for name, result in results.items()},
         }
         print(json.dumps(values, indent=2))
         return
@@ -90,7 +90,15 @@ def describe_examples(summary: DataSummary, result: EvalResult) -> str:
 
 def _table(results: Mapping[str, EvalResult]) -> Table:
     table = Table("", "loss", "perplexity", "token accuracy", "exact match")
-    for name, result in results.items():
+    rows = {
+        label: one
+        for name, result in results.items()
+        for label, one in (
+            (name, result),
+            *((f"{name}, {part}", each) for part, each in result.sets.items()),
+        )
+    }
+    for name, result in rows.items():
         table.add_row(
             name,
             f"{result.loss:.4f}",

@@ -72,7 +72,7 @@ def test_retry_goes_on_byte_for_byte(whole: tuple[Path, bytes], steps: list[int]
     session.close()
     assert (output / ADAPTER).read_bytes() == adapter
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines] == list(range(1, 9))
+    assert [line["step"] for line in lines if "loss" in line] == list(range(1, 9))
 
 
 def test_it_is_retried_so_many_times(whole: tuple[Path, bytes]) -> None:
@@ -100,7 +100,7 @@ def test_a_device_without_memory_leaves_a_checkpoint(tmp_path: Path) -> None:
     path = write_run(tmp_path, train={"eval_every": 4})
     session = TrainingSession.from_config(path)
 
-    def evaluate() -> None:
+    def evaluate(**_: object) -> None:
         raise DeviceMemoryError("refused a buffer of 900 MiB (Not enough memory left)")
 
     session.evaluate = evaluate  # type: ignore[method-assign, assignment]
