@@ -11,6 +11,7 @@ import typer
 from rich.console import Console
 
 from lora.commands.bench import bench_command
+from lora.commands.convert import convert_command
 from lora.commands.data import data_command
 from lora.commands.debug_nan import debug_nan_command
 from lora.commands.devices import devices_command
@@ -77,6 +78,7 @@ def options(
 
 
 app.command(name="init")(init_command)
+app.command(name="convert-config")(convert_command)
 
 
 app.command(name="train")(train_command)

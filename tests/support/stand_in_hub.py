@@ -136,7 +136,8 @@ class StandInHub:
                     self.pushed[entry["value"]["path"]] = contents
                 if entry["key"] == "lfsFile":
                     self.pushed[entry["value"]["path"]] = self._large[entry["value"]["oid"]]
-            return say({"commitUrl": f"{self.url}/commit/1", "commitOid": "1" * 40})
+            commit = f"{self.url}/org/mine/commit/{'1' * 40}"
+            return say({"commitUrl": commit, "commitOid": "1" * 40})
         return send(handler, 404)
 
     def environment(self, **more: str) -> dict[str, str]:

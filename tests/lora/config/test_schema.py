@@ -270,7 +270,7 @@ def test_missing_keys(path: str) -> None:
     write(path, "model: {}\noutput: runs/x\n")
     assert refusal(path) == (
         f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
-        "or hf:ORG/REPO/FILE.\n"
+        "hf:ORG/REPO[:QUANTIZATION], or hf:ORG/REPO/FILE.\n"
         f"{path}: data: missing; give a mapping with the keys train, eval, eval_share, format, "
         "columns, max_length, overflow, packing, streaming, shuffle_buffer, chat_template, "
         "chat_template_kwargs, train_on, roles_to_train, train_on_eos, append_eos, shuffle."
