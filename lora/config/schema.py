@@ -313,6 +313,10 @@ def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = 
     Raises:
         InputError: the file can't be read or is no YAML; or keys or values are wrong, one line
             for each: where, the key, what was given, what is allowed.
+
+    Example:
+        >>> load_config("lora.yaml", ["train.steps=10"]).train.steps
+        10
     """
     return checked_config(read_yaml_mapping(path), path, overrides, needs_data=needs_data)
 

@@ -182,6 +182,16 @@ class Audience(Listener):
             for listener in reversed(begun):
                 listener.ended(error)
 
+    def started(self, session: Any) -> None:
+        """Tells all, where they are one listener of others; else `hearing` does."""
+        for listener in self._listeners:
+            listener.started(session)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Tells all."""
+        for listener in reversed(self._listeners):
+            listener.ended(error)
+
     def step(self, metrics: Metrics) -> bool:
         """Tells all."""
         return any([listener.step(metrics) for listener in self._listeners])

@@ -130,7 +130,16 @@ class OpenSession(ABC):
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), **others: Any) -> Self:
-        """Opens the session of a YAML config; `overrides` are KEY=VALUE each, `others` as above."""
+        """Opens the session of a YAML config.
+
+        Args:
+            path: of the config.
+            overrides: KEY=VALUE each, as --set.
+            others: arguments of the class.
+
+        Example:
+            >>> TrainingSession.from_config("lora.yaml", ["train.steps=10"], examples=rows)
+        """
         from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
 
         needs_data = others.get("examples") is None
@@ -218,7 +227,12 @@ class OpenSession(ABC):
         adapted: bool = True,
         sampling: Sampling = GREEDY,
     ) -> str:
-        """The continuation of a text (of token ids, of messages), alone; greedy by default."""
+        """The continuation of a text (of token ids, of messages), alone; greedy by default.
+
+        Example:
+            >>> session.generate("wake me at 6:45 am\\n", max_tokens=24)
+            >>> session.generate([{"role": "user", "content": "Hi"}], adapted=False)
+        """
         pieces = self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted, sampling=sampling)
         return "".join(pieces)
 

@@ -67,6 +67,10 @@ def run_training(
         InputError: the directory can't be had: see `owned_output`; or the disk has no room.
         LoraError: the loss was no longer finite, or the device was lost. Then, and after whatever
             else ends a run, a checkpoint is saved where that can be; a line says so.
+
+    Example:
+        >>> with TrainingSession.from_config("lora.yaml") as session:
+        ...     output = run_training(session)
     """
     with owned_output(Path(session.config.output), resuming=resuming) as output:
         if resuming:

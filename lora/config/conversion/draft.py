@@ -8,6 +8,7 @@ from typing import Any
 import yaml
 
 from lora.config.data_section import DataConfig
+from lora.config.fields import Section
 from lora.config.schema import AdapterConfig, ModelConfig, TrainConfig, checked_config
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import shown
@@ -100,8 +101,12 @@ def _order(section: str) -> list[str]:
     """The keys of a section as our configs have them."""
     if section == "train":  # what it shares with watching a run comes behind its own
         return [*TrainConfig.__annotations__, *TrainConfig.model_fields]
-    model = {"model": ModelConfig, "adapter": AdapterConfig, "data": DataConfig}[section]
-    return list(model.model_fields)
+    models: dict[str, type[Section]] = {
+        "model": ModelConfig,
+        "adapter": AdapterConfig,
+        "data": DataConfig,
+    }
+    return list(models[section].model_fields)
 
 
 def refusal_of(key: str, value: Any) -> str | None:
