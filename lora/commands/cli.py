@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from lora.commands.bench import bench_command
 from lora.commands.convert import convert_command
@@ -53,7 +52,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 
 def _print_version(asked: bool) -> None:
@@ -264,8 +262,9 @@ def inspect(
 ) -> None:
     """What a GGUF or an adapter holds."""
     from lora.commands.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
+    from lora.commands.tables import table_console
 
-    is_adapter = Path(model).is_dir()
+    is_adapter, console = Path(model).is_dir(), table_console()
     if as_json:
         facts = adapter_facts(Path(model)) if is_adapter else gguf_facts(model)
         console.print_json(data=facts, ensure_ascii=True)
@@ -289,7 +288,7 @@ def pull(
     """Fetch a known small model."""
     from lora.storage.pull import pull as pull_model
 
-    console.print(str(pull_model(name, directory)))
+    print(plain(str(pull_model(name, directory))))
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
+from lora.commands.tables import table_console
 from lora.shaders.errors import for_terminal
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
@@ -71,7 +71,7 @@ def eval_command(
         print(json.dumps(values, indent=2))
         return
     print(describe_examples(summary, results["base"]))
-    Console().print(_table(results))
+    table_console().print(_table(results))
     _print_answers(session, list(results), examples)
 
 

@@ -20,6 +20,7 @@ from lora.training.output import METRICS
 
 if TYPE_CHECKING:
     from lora.config.schema import Config
+    from lora.training.session import TrainingSession
 
 
 def summary_rows(config: Config, output: Path) -> dict[str, str]:
@@ -79,15 +80,21 @@ def _evaluation(evals: Sequence[dict[str, Any]]) -> str:
     return f"{', '.join(shown)} (after {steps})"
 
 
-def next_commands(config: Config, given: Sequence[str], output: Path) -> list[str]:
+def next_commands(
+    config: Config, given: Sequence[str], output: Path, *, chats: bool = False
+) -> list[str]:
     """What one may want to do with the adapter.
 
     Args:
         config: of the run.
         given: the words of the command line that name the config.
         output: the run's directory.
+        chats: whether its rows were chats.
     """
-    commands = [["lora", "generate", config.model.path, "--adapter", str(output), "--prompt", "…"]]
+    of_model = [config.model.path, "--adapter", str(output)]
+    commands = [
+        ["lora", "chat", *of_model] if chats else ["lora", "generate", *of_model, "--prompt", "…"]
+    ]
     if config.data.evaluates:
         commands.insert(0, ["lora", "eval", *given, "--adapter", str(output)])
     commands += [
@@ -97,9 +104,13 @@ def next_commands(config: Config, given: Sequence[str], output: Path) -> list[st
     return [shlex.join(words) for words in commands]
 
 
-def print_summary(console: Console, config: Config, given: Sequence[str], output: Path) -> None:
+def print_summary(
+    console: Console, session: TrainingSession, given: Sequence[str], output: Path
+) -> None:
     """Prints what the run came to, and the commands to go on with."""
+    config, summary = session.config, session.workload.train_summary
+    chats = summary is not None and "chat" in summary.data_format
     print_rows(console, summary_rows(config, output))
     console.print("Go on with:")
-    for command in next_commands(config, given, output):
+    for command in next_commands(config, given, output, chats=chats):
         console.print(Text(f"  {plain(command)}"), soft_wrap=True)  # to be copied as they are

@@ -77,7 +77,7 @@ def train_command(
             typer.echo(f"Stopped; saved {stop.checkpoint}.")
             typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
         raise typer.Exit(128 + stop.signum) from None
-    print_summary(console, loaded, words, written)
+    print_summary(console, session, words, written)
     typer.echo(f"Saved the adapter to {plain(str(written))}.")
 
 

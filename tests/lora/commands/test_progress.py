@@ -174,6 +174,8 @@ def test_the_summary(tmp_path: Path, device: Device) -> None:
         assert rows["trained"].startswith("4 steps in 0:0")
         assert " → " in rows["loss"] and "(after steps 0 and 4)" in rows["evaluation"]
         commands = next_commands(opened.config, [str(path), "--set", "a=b c"], output)
+        chat = next_commands(opened.config, [str(path)], output, chats=True)
+    assert chat[1] == f"lora chat {tmp_path / 'model.gguf'} --adapter {output}"
     assert commands[0] == f"lora eval {path} --set 'a=b c' --adapter {output}"
     assert [c.split()[1] for c in commands] == ["eval", "generate", "export", "report"]
 
