@@ -53,7 +53,8 @@ parity-long: $(VENV)/.parity $(VENV)/.vulkan
 
 ## docs: the API page, made of the docstrings, in build/api
 docs: $(VENV)/.test
-	$(BIN)/python -m pdoc lora '!lora.' --output-directory build/api
+	$(BIN)/python -m pdoc lora '!lora.' lora.training.open_session lora.training.learning_rate \
+		--output-directory build/api
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -68,8 +69,11 @@ def test_sweep(tmp_path: Path) -> None:
 def test_the_api_page(tmp_path: Path) -> None:
     """Every public name is on it, with its docstring."""
     pytest.importorskip("pdoc")
+    called = re.search(r"-m pdoc ((?:.|\\\n)*?)--output", (REPOSITORY / "Makefile").read_text())
+    assert called is not None
+    documented = shlex.split(called[1].replace("\\\n", " "))
     done = subprocess.run(
-        [sys.executable, "-m", "pdoc", "lora", "!lora.", "--output-directory", str(tmp_path)],
+        [sys.executable, "-m", "pdoc", *documented, "--output-directory", str(tmp_path)],
         capture_output=True, text=True, cwd=REPOSITORY,
         env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
     )  # fmt: skip
@@ -78,8 +82,14 @@ def test_the_api_page(tmp_path: Path) -> None:
     page = (tmp_path / "lora.html").read_text()
     for name in lora.__all__:
         assert f'id="{name}"' in page or name == "__version__", name
-    for member in ("train", "steps", "evaluate", "generate", "save", "learning_rate"):
-        assert f'id="TrainingSession.{member}"' in page, member
+    assert all(f'id="TrainingSession.{member}"' in page for member in ("train", "steps"))
+    for member in ("evaluate", "generate", "save", "learning_rate"):  # of the classes below it
+        (link,) = {
+            (file, name)
+            for file, name in re.findall(r'href="([^"#]+)#(\w+\.\w+)"', page)
+            if name.endswith(f".{member}") and "training/" in file
+        }
+        assert f'id="{link[1]}"' in (tmp_path / link[0]).read_text(), member
 
 
 def test_public_docstrings_have_examples() -> None:

@@ -117,9 +117,20 @@ class Course:
         self.best: Best | None = None
         self._best_parameters: np.ndarray | None = None
 
-    def take_up(self, past: Sequence[tuple[int, dict[str, float]]], best: Best | None) -> None:
-        """Goes on with what a run was: its evaluations by step, and its best one."""
-        self.best = best
+    def take_up(
+        self,
+        past: Sequence[tuple[int, dict[str, float]]],
+        best: Best | None,
+        sampled_at: int | None = None,
+    ) -> None:
+        """Goes on with what a run was.
+
+        Args:
+            past: its evaluations by step.
+            best: the best of them.
+            sampled_at: after which step prompts were answered last.
+        """
+        self.best, self._sampled_at = best, sampled_at
         if past:
             self._evaluated_at = past[-1][0]
         if self._metric is not None:

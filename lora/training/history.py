@@ -64,6 +64,21 @@ class History:
         return sum(numbers(self.steps, key))
 
 
+def steps_of(path: Path) -> list[int]:
+    """The steps that the lines of a file are of; none where there is no file."""
+    try:
+        lines = path.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = []
+    for line in lines:
+        try:
+            found.append(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError):
+            continue
+    return [step for step in found if isinstance(step, int)]
+
+
 def numbers(lines: list[dict[str, Any]], key: str) -> list[float]:
     """What lines have under a key, where that is a number."""
     found = (line.get(key) for line in lines)

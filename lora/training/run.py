@@ -24,7 +24,7 @@ from lora.training.card import CARD, base_repository, write_card
 from lora.training.checkpoint import checkpoints, save_checkpoint
 from lora.training.course import Course, Interrupted
 from lora.training.endings import DeviceFullError, DeviceLostError, device_ended
-from lora.training.history import History
+from lora.training.history import History, steps_of
 from lora.training.listeners import (
     SAMPLES,
     Audience,
@@ -163,10 +163,12 @@ def _train(
     kept = Checkpoints(session, lambda: output, audience)
     course = Course(session, audience, kept, interrupted)
     metric = session.config.train.best_metric
-    if session.steps_done:
-        past = History.read(output / METRICS).past()
-        best = None if metric is None else read_best(output / BEST, metric)
-        course.take_up([one for one in past if one[0] <= session.steps_done], best)
+    past = History.read(output / METRICS).past()  # of a run that is gone on with
+    best = None if metric is None else read_best(output / BEST, metric)
+    sampled = [step for step in steps_of(output / SAMPLES) if step <= session.steps_done]
+    course.take_up(
+        [one for one in past if one[0] <= session.steps_done], best, max(sampled, default=None)
+    )
     for _ in course.run():
         pass  # the audience has heard of it
     session.save(output)
