@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from lora.adapters.peft_files import save_peft_adapter
 from lora.config.eval_metrics import greater_is_better
+from lora.shaders.choice import say_once
 from lora.storage.files import new_directory, write_file
 from lora.training.card import write_card
 from lora.training.listeners import Listener
@@ -105,8 +106,14 @@ class BestAdapter(Listener):
         if session is None:
             raise ValueError("the best of a run that has not started")
         record = {"metric": metric, "value": value, "step": step}
-        with new_directory(self._folder) as directory:
-            flat = session.checked_parameters()
-            save_peft_adapter(directory, session.layout, flat, session.config)
-            write_card(directory, session.config, session.workload.gguf_file)
-            write_file(directory / RECORD, json.dumps(record) + "\n")
+        flat = session.checked_parameters()
+        try:
+            with new_directory(self._folder) as directory:
+                save_peft_adapter(directory, session.layout, flat, session.config)
+                write_card(directory, session.config, session.workload.gguf_file)
+                write_file(directory / RECORD, json.dumps(record) + "\n")
+        except OSError as error:  # the run is worth more, and may find a better one
+            say_once(
+                f"{self._folder} cannot be written ({error.strerror}): the best adapter so far, of "
+                f"step {step}, is not kept there."
+            )

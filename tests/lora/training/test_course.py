@@ -167,6 +167,26 @@ def test_the_best_is_loaded_at_the_end(tmp_path: Path, device: Device) -> None:
     assert [line["step"] for line in evaluations(output)] == [2, 4, 6, 8, 10]
 
 
+def test_a_best_that_cannot_be_written_ends_no_run(
+    tmp_path: Path,
+    device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With load_best_model_at_end it is in memory all the same."""
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lora.training.best.new_directory", full)
+    session = opened(tmp_path, device, eval_every=4, load_best_model_at_end=True, save_every=4)
+    scripted(session, {4: 0.5, 8: 0.6})
+    output = run_training(session)
+    assert "No space left on device): the best adapter so far, of step 4" in caplog.text
+    then = weights_of(checkpoints(output)[0])
+    assert all((weights_of(output)[name] == then[name]).all() for name in then)
+
+
 class Heard(Listener):
     def __init__(self) -> None:
         self.events: list[tuple[Any, ...]] = []
