@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 
 from lora.forward import attention as forward_attention
 from lora.forward.attention import activation_like, attention_constants, visible_pairs
+from lora.forward.attention_matrix import MatrixCut, cut_constants
 from lora.forward.heads import Heads
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
@@ -67,29 +68,60 @@ def attention_backward(
 
     tile_type = "f16" if qkv.dtype == d_out.dtype == "f16" else "f32"
     types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "d_out_type": d_out.dtype}
-    tile = forward_attention.choose_tile(
-        "attention_backward_q", recording, rows, n_heads, head_size, tile_type
-    )
-    program.dispatch(
-        "attention_backward_q",
-        {**constants, **types, "out_type": out.dtype, "d_qkv_type": d_x.dtype, **asdict(tile)},
-        [extent.uniform, qkv, out, d_out, lse, row_dots, segments, d_x],
-        tile.workgroups(rows, n_heads),
-        flops=6 * head_size * n_heads * pairs,
-    )
+    halves = tile_type == out.dtype == d_x.dtype == "f16"
+    of_matrix = forward_attention.matrix_constants(constants)
+
+    def cut_of(kernel: str) -> MatrixCut | None:
+        cut = forward_attention.choose_cut
+        return cut(kernel, recording, rows, n_heads, head_size) if halves else None
+
+    q_tensors = [extent.uniform, qkv, out, d_out, lse, row_dots, segments, d_x]
+    q_flops = 6 * head_size * n_heads * pairs
+    cut = cut_of("attention_backward_q")
+    if cut is not None:
+        program.dispatch(
+            "attention_matrix_backward_q",
+            {**of_matrix, **cut_constants(recording, cut, rows)},
+            q_tensors,
+            cut.workgroups(rows, n_heads),
+            flops=q_flops,
+        )
+    else:
+        tile = forward_attention.choose_tile(
+            "attention_backward_q", recording, rows, n_heads, head_size, tile_type
+        )
+        program.dispatch(
+            "attention_backward_q",
+            {**constants, **types, "out_type": out.dtype, "d_qkv_type": d_x.dtype, **asdict(tile)},
+            q_tensors,
+            tile.workgroups(rows, n_heads),
+            flops=q_flops,
+        )
     split = choose_split(recording, rows, n_heads, n_kv_heads, d_x.dtype)
     owners = n_heads if split else n_kv_heads
-    tile = forward_attention.choose_tile(
-        "attention_backward_kv", recording, rows, owners, head_size, tile_type
-    )
     sums = recording.memory.scratch((rows, 2 * n_heads * head_size)) if split else d_x
-    program.dispatch(
-        "attention_backward_kv",
-        {**constants, **types, "sums_type": sums.dtype, **asdict(tile), "split": split},
-        [extent.uniform, qkv, d_out, lse, row_dots, segments, sums],
-        tile.workgroups(rows, owners),
-        flops=8 * head_size * n_heads * pairs,
-    )
+    kv_tensors = [extent.uniform, qkv, d_out, lse, row_dots, segments, sums]
+    kv_flops = 8 * head_size * n_heads * pairs
+    cut = cut_of("attention_backward_kv")  # of grouped heads it leaves the sum to another kernel
+    if cut is not None and owners == n_heads:
+        program.dispatch(
+            "attention_matrix_backward_kv",
+            {**of_matrix, **cut_constants(recording, cut, rows), "split": split},
+            kv_tensors,
+            cut.workgroups(rows, n_heads),
+            flops=kv_flops,
+        )
+    else:
+        tile = forward_attention.choose_tile(
+            "attention_backward_kv", recording, rows, owners, head_size, tile_type
+        )
+        program.dispatch(
+            "attention_backward_kv",
+            {**constants, **types, "sums_type": sums.dtype, **asdict(tile), "split": split},
+            kv_tensors,
+            tile.workgroups(rows, owners),
+            flops=kv_flops,
+        )
     if split:
         shapes = ("n_heads", "n_kv_heads", "head_size", "stride")
         program.dispatch(

@@ -201,6 +201,8 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file, written after every measurement")
+    parser.add_argument("--files", type=Path, help="keeps the GGUFs; those there are taken")
+    parser.add_argument("--write-only", action="store_true", help="with --files: no more than that")
     # fmt: on
     options = parser.parse_args()
     cases = [Case(*map(int, size.split("x")), options.steps) for size in options.sizes]
@@ -216,9 +218,13 @@ def main() -> None:
 
     for name in options.models:  # one file at a time: the largest is five gigabytes
         with tempfile.TemporaryDirectory() as folder:
-            start = time.perf_counter()
-            path = write_models(Path(folder), [name])[name]
-            print(f"{name}: file written in {time.perf_counter() - start:.0f} s", flush=True)
+            path = options.files and options.files / name / "model.gguf"
+            if path is None or not path.exists():
+                start = time.perf_counter()
+                path = write_models(options.files or Path(folder), [name])[name]
+                print(f"{name}: file written in {time.perf_counter() - start:.0f} s", flush=True)
+            if options.write_only:
+                continue
             compare(name, path, cases, options, keep)
         print(f"\n{name}\n\n{table(results.get(name, {}))}\n", flush=True)
 

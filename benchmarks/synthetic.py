@@ -31,7 +31,7 @@ def write_models(
 
 
 def _write_and_then(name: str, path: Path, then: Callable[[Path], None] | None) -> None:
-    path.parent.mkdir()
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_model(path, SHAPES[name])
     if then is not None:
         then(path)

@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass, replace
 from math import log2
 from typing import Any
 
+from lora.forward.attention_matrix import MOST_GROWTH, choose_cut, cut_constants
 from lora.forward.heads import Heads
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
@@ -48,17 +49,29 @@ def attention(
     log_sums = lse if lse is not None else activation(program, extent, n_heads)
     check_f32("attention", lse=log_sums)
     check_shape("attention log-sum-exp", log_sums, qkv.shape[0], n_heads)
+    flops = 4 * head_size * n_heads * visible_pairs(extent.maximum, heads.window)
+    halves = qkv.dtype == y.dtype == "f16"
+    recording, rows = program.recording, extent.maximum
+    cut = choose_cut("attention", recording, rows, n_heads, head_size) if halves else None
+    if cut is not None:
+        program.dispatch(
+            "attention_matrix",
+            {**matrix_constants(constants), **cut_constants(recording, cut, rows)}
+            | {"most_growth": MOST_GROWTH},
+            [extent.uniform, qkv, segments, y, log_sums],
+            cut.workgroups(rows, n_heads),
+            flops=flops,
+        )
+        return y, log_sums
     tile_type = qkv.dtype
-    tile = choose_tile(
-        "attention", program.recording, extent.maximum, n_heads, head_size, tile_type
-    )
+    tile = choose_tile("attention", recording, rows, n_heads, head_size, tile_type)
     types = {"tile_type": tile_type, "qkv_type": qkv.dtype, "out_type": y.dtype}
     program.dispatch(
         "attention",
         {**constants, **types, **asdict(tile)},
         [extent.uniform, qkv, segments, y, log_sums],
-        tile.workgroups(extent.maximum, n_heads),
-        flops=4 * head_size * n_heads * visible_pairs(extent.maximum, heads.window),
+        tile.workgroups(rows, n_heads),
+        flops=flops,
     )
     return y, log_sums
 
@@ -86,6 +99,11 @@ def attention_constants(qkv: Tensor, segments: Tensor, heads: Heads) -> dict[str
         "window": heads.window,
         "softcap": None if heads.softcap is None else float(heads.softcap),
     }
+
+
+def matrix_constants(constants: dict[str, Any]) -> dict[str, Any]:
+    """Of `attention_constants`, what the kernels on matrix units have in common."""
+    return {name: value for name, value in constants.items() if name != "half_scale"}
 
 
 @dataclass(frozen=True)

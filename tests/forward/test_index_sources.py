@@ -23,9 +23,19 @@ _STEP = "StepInputs.write"
 _WEIGHTS = "quantized weights: bits that are decoded, no indices"
 _INT_ROW = "a row as whole numbers, written by kernels: bits that are decoded, no indices"
 _ARGMAX = "argmax.wgsl: the place of a maximum, below its length"
+_HALVES = "f16 activations: no indices"
 SOURCES = {
     "argmax.wgsl": {"token": _ARGMAX},
     "attention.wgsl": {"segments": f"{_INPUTS}, {_STEP}"},
+    "attention_matrix.wgsl": {"segments": _INPUTS, "qkv": _HALVES, "out": _HALVES},
+    "attention_matrix_backward_kv.wgsl": {"segments": _INPUTS, "qkv": _HALVES, "d_out": _HALVES},
+    "attention_matrix_backward_q.wgsl": {
+        "segments": _INPUTS,
+        "qkv": _HALVES,
+        "out": _HALVES,
+        "d_out": _HALVES,
+        "d_qkv": _HALVES,
+    },
     "attention_backward_kv.wgsl": {"segments": _INPUTS},
     "attention_backward_q.wgsl": {"segments": _INPUTS},
     "attention_decode.wgsl": {"positions": _STEP},

@@ -11,6 +11,7 @@ from lora.backward.attention import Attended, attention_backward
 from lora.checks.comparison import (
     Check,
     Comparison,
+    NotHereError,
     compare,
     needs_half,
     same,
@@ -40,7 +41,9 @@ from lora.forward.attention_decode import (
     attention_decode,
     attention_decode_row,
 )
+from lora.forward.attention_matrix import choose_cut
 from lora.forward.heads import Heads
+from lora.forward.matmul_matrix import shape_on
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
 from lora.forward.model.norm import HeadNorms, Norm
 from lora.shaders.program import Program
@@ -58,7 +61,8 @@ def check_attention(recording: Recording, shape: Shape, dtype: str, backward: bo
         needs_half(recording)
     if shape.head_size > 32:
         spare_software(recording)
-    recording = replace(recording, precision=dtype)
+    # The plain kernels, unless those on matrix units are asked for.
+    recording = replace(recording, precision=dtype, body=recording.body or "tiled")
     segments = np.concatenate([segments_of(LENGTHS), np.tile([0, ROWS], (SPARE, 1))])
     qkv = rounded(normal(1, ROWS + SPARE, shape.width), dtype)
     query_size = shape.n_heads * shape.head_size
@@ -91,6 +95,17 @@ def check_attention(recording: Recording, shape: Shape, dtype: str, backward: bo
         compare(recording.memory.read(lse)[used], scores, rtol=1e-6, atol=atol),
         untouched(found[ROWS:]),
     )
+
+
+def check_matrix(recording: Recording, shape: Shape, *, backward: bool) -> Comparison:
+    """The same on matrix units, whose sums are f32: the bounds of f16 hold with room to spare."""
+    if shape_on(recording.facts) is None:
+        raise NotHereError("no matrix units that multiply f16 and add f32")
+    spare_software(recording)
+    recording = replace(recording, body="matrix")
+    if choose_cut("attention", recording, ROWS + SPARE, shape.n_heads, shape.head_size) is None:
+        raise NotHereError(f"too little workgroup memory for heads of {shape.head_size}")
+    return check_attention(recording, shape, "f16", backward)
 
 
 def heads_of(columns: np.ndarray, head_size: int) -> np.ndarray:
@@ -195,6 +210,12 @@ SHAPES = (
     (Shape(2, 1, 256, 0.0625), "f32", False),
     (Shape(2, 1, 512, 0.05), "f32", False),
 )
+MATRIX_SHAPES = (
+    Shape(4, 2, 64, 0.125, softcap=5.0, window=20),
+    Shape(2, 2, 96, 0.1),
+    Shape(2, 1, 128, 0.08),
+    Shape(2, 1, 256, 0.0625),
+)
 HEADS = (Heads(4, 2, 64, 0.125), Heads(3, 1, 100, 0.1, window=64, softcap=2.0))
 LARGE_HEADS = Heads(2, 1, 320, 0.06)
 CHECKS = [
@@ -204,6 +225,13 @@ CHECKS = [
               partial(check_attention, shape=shape, dtype=dtype, backward=backward), as_cpu)
         for backward in (False, True)
         for shape, dtype, as_cpu in SHAPES
+    ),
+    *(
+        Check("attention_matrix" + "_backward" * backward,
+              f"{ROWS}, {shape.n_heads}/{shape.n_kv_heads} heads of {shape.head_size}",
+              partial(check_matrix, shape=shape, backward=backward))
+        for backward in (False, True)
+        for shape in MATRIX_SHAPES
     ),
     Check("kv_store", "2x48", check_kv_store),
     *(

@@ -1,0 +1,187 @@
+// Attention as in attention.wgsl, on matrix units: out[i] = Σ_j p[i, j] v[j], p[i, :] = softmax_j s[i, j],
+// lse[i] = log Σ_j exp s[i, j], s[i, j] = scale · q[i]·k[j], capped where the model has a cap, over the
+// rows j of i's example with j <= i and, where there is a window, i - j < window.
+//
+// Bindings, f16 in eights: qkv [rows, (n_heads + 2 n_kv_heads) head_size], out [rows, n_heads head_size];
+// segments [rows, 2] (first row and end of the row's example), lse [rows, n_heads].
+// One workgroup a head and block of {{ block }} query rows, example by example; keys ascend in steps of {{ walk }}
+// counted from the example's first row. Products of f16 are exact, their sums f32 in the units' order;
+// weights are f16. Fragments can't be scaled row by row, so the maximum that weights refer to stays until
+// it is passed by more than {{ most_growth }}, and the sums then pass workgroup memory (Milakov & Gimelshein
+// 2018; Dao 2022; the postponed rescaling as in FlashAttention-4). A key that a row does not see leaves
+// its sums as they are, and whether a row's sums are scaled depends on that row alone.
+{% set products, outputs, out_tile_at = 1, 1, walk * (head_size // 8 + 1) %}
+{% import "parts/attention_fragments.wgsl" as parts with context %}
+{% set qkv_eights = stride // 2 %}
+{% set out_eights = n_heads * parts.eights %}
+{% set sources = [["qkv", qkv_eights, "q_column"]] %}
+{% set pieces = [["qkv", qkv_eights, "k_column"], ["qkv", qkv_eights, "v_column"]] %}
+struct Extent { rows: u32 }
+
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> qkv: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> segments: array<vec2<u32>>;
+@group(0) @binding(3) var<storage, read_write> out: array<vec4<u32>>;
+@group(0) @binding(4) var<storage, read_write> lse: array<f32>;
+
+{{ parts.declare_tiles() }}
+var<workgroup> factors: array<f32, {{ block * parts.chunks }}>; // of rows, for each chunk
+var<workgroup> moved: u32; // the last step's first key, + 1, at which a row's sums are scaled
+
+const lowest = -3.0e38; // below every score, and its own difference is 0 where -inf's is NaN
+
+@compute @workgroup_size(lanes)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+{% if not emulated %}
+    @builtin(subgroup_id) team: u32,
+{% endif %}
+) {
+    let index = group.x + group.y * groups.x;
+    let head = index % {{ n_heads }}u;
+    let blocks = (extent.rows + block - 1u) / block;
+    if (index / {{ n_heads }}u >= blocks) { return; }
+    // The last rows see the most keys: they go first, so that none of them is left to the end.
+    let own = (blocks - 1u - index / {{ n_heads }}u) * block;
+    let last = min(own + block, extent.rows);
+    // The last block begins so early that it ends with the memory, and stores only what is its own.
+    let first = min(own, {{ maximum_rows - block }}u);
+    let q_column = head * {{ parts.eights }}u;
+    let k_column = ({{ n_heads }}u + head / {{ n_heads // n_kv_heads }}u) * {{ parts.eights }}u;
+    let v_column = k_column + {{ n_kv_heads * parts.eights }}u;
+    {{ parts.declare_teams(sources) }}
+    {{ parts.declare_fetched() }}
+{% for q in range(parts.turns) %}
+    let item_{{ q }} = lane + {{ q * parts.lanes }}u;
+    let local_{{ q }} = item_{{ q }} % block;
+    let chunk_{{ q }} = item_{{ q }} / block;
+    let row_{{ q }} = first + local_{{ q }};
+    var from_{{ q }} = 0xffffffffu; // the first key that the row sees
+    if (row_{{ q }} >= own && row_{{ q }} < last) {
+        from_{{ q }} = segments[row_{{ q }}].x;
+{% if window %}
+        if (row_{{ q }} >= {{ window }}u) { from_{{ q }} = max(from_{{ q }}, row_{{ q }} - {{ window - 1 }}u); }
+{% endif %}
+    }
+    var max_{{ q }} = lowest;
+    var total_{{ q }} = 0.0;
+{% endfor %}
+
+    var part = own; // the rows before it are done
+    while (part < last) {
+        let segment = segments[part];
+        let stop = clamp(segment.y, part + 1u, last);
+        var key = segment.x;
+{% if window %}
+        if (part + 1u > key + {{ window }}u) { key += (part + 1u - {{ window }}u - key) / walk * walk; }
+{% endif %}
+    {{ parts.fetch(pieces, "key", "stop") }}
+        for (; key < stop; key += walk) {
+            workgroupBarrier();
+    {{ parts.store_tiles() }}
+            workgroupBarrier();
+    {{ parts.fetch(pieces, "(key + walk)", "stop") }}
+    {{ parts.multiply_scores(sources) }}
+            workgroupBarrier();
+{% for q in range(parts.turns) %}
+            var highest_{{ q }} = lowest;
+            let to_{{ q }} = min(row_{{ q }}, stop - 1u);
+{% for x in range(parts.chunk // 4) %}
+            var s_{{ q }}_{{ x }} = vec4<f32>();
+{% endfor %}
+{% if parts.items % parts.lanes %}
+            if (item_{{ q }} < {{ parts.items }}u)
+{% endif %}
+            {
+                let at = {{ parts.scores_at }}u + local_{{ q }} * {{ parts.score_step }}u;
+                for (var x = 0u; x < {{ walk // 4 }}u; x++) {
+                    let keys = vec4<u32>(key + 4u * x) + vec4<u32>(0u, 1u, 2u, 3u);
+                    let seen = (keys >= vec4<u32>(from_{{ q }})) & (keys <= vec4<u32>(to_{{ q }}));
+                    let s = select(vec4<f32>(lowest), bitcast<vec4<f32>>(tiles[at + x]), seen);
+                    highest_{{ q }} = max(highest_{{ q }}, max(max(s.x, s.y), max(s.z, s.w)));
+                }
+{% for x in range(parts.chunk // 4) %}
+                s_{{ q }}_{{ x }} = bitcast<vec4<f32>>(tiles[at + chunk_{{ q }} * {{ parts.chunk // 4 }}u + {{ x }}u]);
+{% endfor %}
+            }
+{% endfor %}
+            workgroupBarrier();
+{% for q in range(parts.turns) %}
+{% if parts.items % parts.lanes %}
+            if (item_{{ q }} < {{ parts.items }}u)
+{% endif %}
+            {
+                var factor = 1.0;
+                if (highest_{{ q }} > lowest) { // sees one of the keys
+                    var top = vec4<f32>(highest_{{ q }});
+                    {{ parts.scale_score("top", "top_tanh") }}
+                    if (max_{{ q }} == lowest) {
+                        max_{{ q }} = top.x; // there are no sums yet
+                    } else if (top.x > max_{{ q }} + {{ most_growth }}) {
+                        factor = exp(max_{{ q }} - top.x);
+                        max_{{ q }} = top.x;
+                        total_{{ q }} *= factor;
+                        moved = key + 1u;
+                    }
+                }
+                if (chunk_{{ q }} == 0u) { factors[local_{{ q }}] = factor; }
+                let at = {{ parts.scores_at }}u + local_{{ q }} * {{ parts.score_step }}u + chunk_{{ q }} * {{ parts.chunk // 4 }}u;
+                let first_key = key + chunk_{{ q }} * {{ parts.chunk }}u;
+{% for x in range(0, parts.chunk // 4, 2) %}
+                {
+{% for y in range(2) %}
+                    var s{{ y }} = s_{{ q }}_{{ x + y }};
+                    {{ parts.scale_score("s%d" % y, "t%d" % y) }}
+                    let keys{{ y }} = vec4<u32>(first_key + {{ 4 * (x + y) }}u) + vec4<u32>(0u, 1u, 2u, 3u);
+                    let seen{{ y }} = (keys{{ y }} >= vec4<u32>(from_{{ q }})) & (keys{{ y }} <= vec4<u32>(to_{{ q }}));
+                    let p{{ y }} = select(vec4<f32>(), exp(s{{ y }} - vec4<f32>(max_{{ q }})), seen{{ y }});
+{% endfor %}
+                    let eight = packed(p0, p1);
+                    let sum = unpacked(eight.xy) + unpacked(eight.zw); // as the products have them
+                    total_{{ q }} += (sum.x + sum.y) + (sum.z + sum.w);
+                    tiles[at + {{ x // 2 }}u] = eight;
+                }
+{% endfor %}
+            }
+{% endfor %}
+            if (workgroupUniformLoad(&moved) == key + 1u) {
+                // The keys' tile is done with, and large enough.
+{% set scaling %}
+                let shrink = factors[row];
+                tiles[unit] = bitcast<vec4<u32>>(shrink * bitcast<vec4<f32>>(tiles[unit]));
+                tiles[unit + 1u] = bitcast<vec4<u32>>(shrink * bitcast<vec4<f32>>(tiles[unit + 1u]));
+{% endset %}
+{{ parts.through_stage(scaling, back=true) }}
+            }
+    {{ parts.add_weighted() }}
+        }
+        part = stop;
+    }
+
+    workgroupBarrier();
+{% for q in range(parts.turns) %}
+{% if parts.items % parts.lanes %}
+    if (item_{{ q }} < {{ parts.items }}u)
+{% endif %}
+    { factors[chunk_{{ q }} * block + local_{{ q }}] = total_{{ q }}; }
+{% endfor %}
+    workgroupBarrier();
+{% for q in range(parts.turns) %}
+    if (chunk_{{ q }} == 0u && row_{{ q }} >= own && row_{{ q }} < last) {
+        let total = factors[local_{{ q }}]{% for c in range(1, parts.chunks) %} + factors[local_{{ q }} + {{ c * block }}u]{% endfor %};
+        lse[row_{{ q }} * {{ n_heads }}u + head] = max_{{ q }} + log(total);
+    }
+{% endfor %}
+{% set storing %}
+                if (first + row >= own && first + row < last) {
+                    let total = factors[row]{% for c in range(1, parts.chunks) %} + factors[row + {{ c * block }}u]{% endfor %};
+                    out[(first + row) * {{ out_eights }}u + q_column + column / 8u] = packed(
+                        bitcast<vec4<f32>>(tiles[unit]) / total,
+                        bitcast<vec4<f32>>(tiles[unit + 1u]) / total,
+                    );
+                }
+{% endset %}
+{{ parts.through_stage(storing) }}
+}
