@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora.data.given import tokenize
     from lora.shaders.errors import InputError, LoraError
     from lora.training.listeners import Listener
-    from lora.training.metrics import EvalResult, Metrics
+    from lora.training.metrics import EvalResult, Metrics, Sample
     from lora.training.run import run_training
     from lora.training.session import TrainingSession
 
@@ -27,6 +27,7 @@ _HOMES = {
     "Listener": "lora.training.listeners",
     "LoraError": "lora.shaders.errors",
     "Metrics": "lora.training.metrics",
+    "Sample": "lora.training.metrics",
     "TrainingSession": "lora.training.session",
     "load_config": "lora.config.schema",
     "tokenize": "lora.data.given",
@@ -40,6 +41,7 @@ __all__ = [
     "Listener",
     "LoraError",
     "Metrics",
+    "Sample",
     "TrainingSession",
     "__version__",
     "load_config",

@@ -142,11 +142,19 @@ class Course:
         Raises:
             Interrupted: a signal asked for a stop; a checkpoint was saved first.
         """
-        session, kept = self._session, self._checkpoints
+        session = self._session
         if session.steps_done == 0:
             if session.config.train.eval_at_start:
                 self._evaluate()
             self._answer()
+            self._check_interrupts()
+        if not self._asked_to_stop:
+            yield from self._steps()
+        self._evaluate()
+        self._answer()
+
+    def _steps(self) -> Iterator[Metrics]:
+        session, kept = self._session, self._checkpoints
         for metrics in session.steps(pause=self._pauses):
             if metrics is not None:
                 self._asked_to_stop |= self._audience.step(metrics)
@@ -161,13 +169,15 @@ class Course:
             self._sample.done()
             if kept.due:
                 kept.save()
-            signum = self._interrupted()
-            if signum is not None and session.steps_done < session.total_steps:
-                raise Interrupted(kept.save(), signum)
+            self._check_interrupts()
             if self._asked_to_stop:
                 break
-        self._evaluate()
-        self._answer()
+
+    def _check_interrupts(self) -> None:
+        """Ends the run where a signal asks for it and there is something left to do."""
+        signum = self._interrupted()
+        if signum is not None and self._session.steps_done < self._session.total_steps:
+            raise Interrupted(self._checkpoints.save(), signum)
 
     def _pauses(self) -> bool:
         stops = self._interrupted() is not None or self._asked_to_stop

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,6 +19,7 @@ from lora import InputError, Listener, TrainingSession, run_training
 from lora.shaders.device import Device
 from lora.training.best import EarlyStop, better
 from lora.training.checkpoint import checkpoints
+from lora.training.course import Interrupted
 from lora.training.history import History
 from lora.training.metrics import EvalResult, Metrics, Sample, StepClock
 from tests.support.tiny_run import write_run
@@ -185,6 +188,37 @@ def test_a_best_that_cannot_be_written_ends_no_run(
     assert "No space left on device): the best adapter so far, of step 4" in caplog.text
     then = weights_of(checkpoints(output)[0])
     assert all((weights_of(output)[name] == then[name]).all() for name in then)
+
+
+def test_a_signal_ends_an_evaluation(tmp_path: Path, device: Device) -> None:
+    """The one before the first step, too: then no step comes, and the run can be resumed."""
+
+    class Interrupts(Listener):
+        def evaluating(self, step: int, done: int, total: int) -> None:
+            if step == at and not done:
+                os.kill(os.getpid(), signal.SIGINT)
+
+    for at in (0, 4):
+        session = opened(tmp_path, device, eval_every=4, eval_at_start=True)
+        with pytest.raises(Interrupted) as stopped:
+            run_training(session, listeners=[Interrupts()])
+        assert stopped.value.checkpoint.name == f"step-00000{at}" and session.steps_done == at
+        output = tmp_path / "run"
+        assert [line["step"] for line in evaluations(output)] == [0][: at // 4]
+    path = tmp_path / "config.yaml"
+    run_training(TrainingSession.from_config(path, device=device), resuming=True)
+    whole = TrainingSession.from_config(path, [f"output={tmp_path / 'whole'}"], device=device)
+    assert (run_training(whole) / ADAPTER).read_bytes() == (output / ADAPTER).read_bytes()
+
+
+def test_a_stop_before_the_first_step(tmp_path: Path, device: Device) -> None:
+    class Stop(Listener):
+        def evaluated(self, step: int, result: EvalResult) -> bool:
+            return True
+
+    session = opened(tmp_path, device, eval_at_start=True)
+    run_training(session, listeners=[Stop()])
+    assert session.steps_done == 0
 
 
 class Heard(Listener):
