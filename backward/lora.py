@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora.forward.lora import Projection, record_projection
+from lora.forward.lora_matrix import gradient_cut
 from lora.forward.model.adapter import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
@@ -116,6 +117,20 @@ def lora_gradients(
         _Member(lora.first_feature(index), start - lora.first_feature(index), index * lora.rank)
         for index, (start, _) in enumerate(lora.ranges)
     ]
+    flops = 2 * extent.maximum * (lora.a.size + lora.b.size)
+    tensors = [extent.uniform, x, z, d_y, d_z, *whole]
+    cut = gradient_cut(program.recording, (lora.a.shape[0], lora.rank))
+    if cut is not None:
+        of_units = _matrix_parts(x, d_y, lora, members, b_start // 16, cut["long"])
+        program.dispatch(
+            "lora_gradient_matrix",
+            {"n_slices": len(gradients), "parts": of_units, **cut},
+            tensors,
+            (sum(part["n_groups"] for part in of_units), 1, len(gradients)),
+            label="lora_gradients",
+            flops=flops,
+        )
+        return
     tuning = CPU_TUNING if program.recording.facts.is_cpu else GPU_TUNING
     parts = [
         {  # d_z carries the scale already
@@ -151,11 +166,45 @@ def lora_gradients(
             "d_y_type": d_y.dtype,
             "parts": parts,
         },
-        [extent.uniform, x, z, d_y, d_z, *whole],
+        tensors,
         (sum(part["n_groups"] for part in parts), 1, len(gradients)),
         label="lora_gradients",
-        flops=2 * extent.maximum * (lora.a.size + lora.b.size),
+        flops=flops,
     )
+
+
+def _matrix_parts(
+    x: Tensor, d_y: Tensor, lora: LoraFactors, members: Sequence[_Member], b_start: int, long: int
+) -> list[dict[str, Any]]:
+    """Sizes of d_A and d_B for lora_gradient_matrix.wgsl, `long` elements a workgroup."""
+    of_b, groups = [], 0
+    for member, (start, stop) in zip(members, lora.ranges, strict=True):
+        of_b.append(
+            {
+                "first_group": groups,
+                "start": member.first,
+                "stop": member.first + stop - start,
+                "shift": member.shift,
+                "short_column": member.right_column,
+            }
+        )
+        groups += -(-(stop - start) // long)
+    width, in_features = lora.a.shape
+    whole = {"first_group": 0, "start": 0, "stop": in_features, "shift": 0, "short_column": 0}
+    return [
+        {
+            "short": width, "short_name": "d_z", "short_stride": width,
+            "n_long": in_features, "long_name": "x", "long_stride": x.shape[1],
+            "long_type": x.dtype, "members": [whole], "n_groups": -(-in_features // long),
+            "scale": 1.0, "start": 0,
+        },
+        {
+            "short": lora.rank, "short_name": "z", "short_stride": width,
+            "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
+            "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
+            "scale": lora.scale, "start": b_start,
+        },
+    ]  # fmt: skip
 
 
 def _behind_each_other(factors: LoraFactors) -> Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora.forward.matmul_matrix import EMULATED, has_matrix_units, shape_on
+from lora.forward.matmul_matrix import EMULATED, shape_on, takes_units
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.recording import Recording
 from lora.shaders.webgpu import MatrixShape
@@ -155,9 +155,8 @@ def choose_cut(
 ) -> MatrixCut | None:
     """The cut of a kernel where attention runs on matrix units; None where it does not.
 
-    It does where products do: on GPUs that have them, unless the recording names another body;
-    `body="matrix"` takes them on software drivers, too, and plain WGSL in their place where there
-    are none. The number of rows decides the block alone: results would depend on anything else.
+    It does where `takes_units` says so. The number of rows decides the block alone: results would
+    depend on anything else.
 
     Args:
         kernel: "attention", "attention_backward_q" or "attention_backward_kv".
@@ -166,9 +165,8 @@ def choose_cut(
         heads: heads that have workgroups of their own.
         head_size: columns of a head.
     """
-    facts, named = recording.facts, recording.body
-    on_units = named == "matrix" or (named in (None, "decoded") and has_matrix_units(facts))
-    if not on_units or head_size > MOST_HEAD_SIZE:
+    facts = recording.facts
+    if not takes_units(recording) or head_size > MOST_HEAD_SIZE:
         return None
     shape = shape_on(facts) or EMULATED
     fitting = [

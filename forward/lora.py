@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from lora.forward.lora_matrix import projection_cut
 from lora.forward.model.adapter import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
@@ -129,12 +130,7 @@ def record_projection(
     widths += [n for m in members for n in (m.x_column, m.length)]
     if any(n % 4 for n in widths) or columns * len(members) != z.shape[1]:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
-    if program.recording.facts.is_cpu:
-        block = Block(CPU_SPLITS, 1, 1, CPU_ROWS, 8 if columns % 8 == 0 else 4, 1)
-    else:
-        tuning = GPU_TUNINGS[transposed]
-        block = gpu_block(program.recording, tuning, extent.maximum, columns, len(members))
-    constants = {
+    shared = {
         "transposed": transposed,
         "members": [asdict(m) for m in members],
         "columns": columns,
@@ -142,15 +138,32 @@ def record_projection(
         "x_stride": x.shape[1],
         "factor_stride": factor.shape[1],
         "scale": scale,
-        **asdict(block),
     }
+    rows, n_members = extent.maximum, len(members)
+    flops = 2 * rows * columns * sum(m.length for m in members)
+    cut = projection_cut(program.recording, rows, columns, n_members, transposed=transposed)
+    if cut is not None:
+        program.dispatch(
+            "lora_project_matrix",
+            {**shared, **cut},
+            [extent.uniform, x, factor, z],
+            -(-rows // cut["block_rows"]) * n_members,
+            label=label,
+            flops=flops,
+        )
+        return
+    if program.recording.facts.is_cpu:
+        block = Block(CPU_SPLITS, 1, 1, CPU_ROWS, 8 if columns % 8 == 0 else 4, 1)
+    else:
+        tuning = GPU_TUNINGS[transposed]
+        block = gpu_block(program.recording, tuning, rows, columns, n_members)
     program.dispatch(
         "lora_project",
-        constants,
+        {**shared, **asdict(block)},
         [extent.uniform, x, factor, z],
-        block.n_groups(extent.maximum, z.shape[1]),
+        block.n_groups(rows, z.shape[1]),
         label=label,
-        flops=2 * extent.maximum * columns * sum(m.length for m in members),
+        flops=flops,
     )
 
 

@@ -33,6 +33,17 @@ def has_matrix_units(facts: DeviceFacts) -> bool:
     return not facts.is_cpu and shape_on(facts) is not None
 
 
+def takes_units(recording: Recording) -> bool:
+    """Whether what is beside products takes them as well, where it is in f16.
+
+    On GPUs that have them, unless the recording names another body of products; `body="matrix"`
+    takes them on software drivers, too, and plain WGSL in their place where there are none.
+    """
+    if recording.body is None or recording.body == "decoded":
+        return has_matrix_units(recording.facts)
+    return recording.body == "matrix"
+
+
 def fits_matrix(recording: Recording, _: PartProduct) -> bool:
     """Where products are in f16 on a GPU that has such units: factors are f16 there, sums f32."""
     return recording.half_products and has_matrix_units(recording.facts)

@@ -52,8 +52,8 @@ def trust_matrix_units(device: Device, wanted: str | int, ask: Ask | None = None
             pass  # it is asked again next time
     if wrong:
         say_once(
-            f"The matrix units of {facts.name} are left alone: {wrong}. Products and attention "
-            f"take the plain kernels; remove {path} to ask again."
+            f"The matrix units of {facts.name} are left alone: {wrong}. The plain kernels "
+            f"are taken; remove {path} to ask again."
         )
         device.facts = replace(facts, matrix_shapes=())
 
@@ -76,11 +76,10 @@ def ask_child(device: Device, wanted: str | int) -> str:
 
 
 def answer(question: dict[str, Any]) -> int:
-    """The child: prints the first product, or attention, that is wrong."""
+    """The child: prints the first kernel on matrix units that is wrong."""
     from lora.checks.suite import ALL_CHECKS, run_checks
 
-    families = ("matmul_matrix", "attention_matrix", "attention_matrix_backward")
-    checks = [check for check in ALL_CHECKS if check.kernel in families]
+    checks = [check for check in ALL_CHECKS if "_matrix" in check.kernel]
     with Device(question["device"], webgpu=question["webgpu"]) as device:
         for result in run_checks(lambda: device, checks):
             if result.status == "failed":

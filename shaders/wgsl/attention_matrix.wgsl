@@ -69,6 +69,7 @@ fn main(
     var total_{{ q }} = 0.0;
 {% endfor %}
 
+    if (lane == 0u) { moved = 0u; } // kernels run without the zeros that WebGPU gives
     var part = own; // the rows before it are done
     while (part < last) {
         let segment = segments[part];

@@ -25,37 +25,11 @@ from tests.support.attention_cases import (
     ON_CPU,
     TILES,
     WINDOWED,
-    activation_of,
     normal,
-    segments_on,
     use_tile,
 )
+from tests.support.attention_runs import run_backward
 from tests.support.half_tensors import needs_halves
-
-
-def run_backward(
-    recording: Recording,
-    qkv: np.ndarray,
-    d_out: np.ndarray,
-    segments: np.ndarray,
-    shape: Shape,
-    spare: int = 0,
-) -> np.ndarray:
-    """d_qkv of all recorded rows, over a fill of -7."""
-    extent = recording.memory.extent(len(qkv) + spare)
-    recording.memory.set_rows(extent, len(qkv))
-    x = activation_of(recording, extent, qkv)
-    rows = segments_on(recording, extent, segments)
-    d_y = activation_of(recording, extent, d_out)
-    program = Program(recording)
-    heads = Heads(**shape.options)
-    out, lse = attention(program, x, rows, heads)
-    d_qkv = attention_backward(program, Attended(x, out, lse), d_y, rows, heads)
-    for tensor in (out, lse):
-        recording.memory.write(tensor, np.full(tensor.shape, np.nan))
-    recording.memory.write(d_qkv, np.full(d_qkv.shape, -7.0))
-    program.run()
-    return recording.memory.read(d_qkv)
 
 
 def within(tile: Tile, head_size: int, recording: Recording) -> Tile:

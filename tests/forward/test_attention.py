@@ -19,32 +19,12 @@ from tests.support.attention_cases import (
     ON_CPU,
     TILES,
     WINDOWED,
-    activation_of,
     normal,
-    segments_on,
     use_tile,
 )
+from tests.support.attention_runs import run_attention
 from tests.support.half_tensors import needs_halves
 from tests.support.kernels import with_facts
-
-
-def run_attention(
-    recording: Recording, qkv: np.ndarray, segments: np.ndarray, shape: Shape, spare: int = 0
-) -> tuple[np.ndarray, np.ndarray]:
-    """out and lse of all recorded rows, over a fill of -7."""
-    extent = recording.memory.extent(len(qkv) + spare)
-    recording.memory.set_rows(extent, len(qkv))
-    program = Program(recording)
-    out, lse = attention(
-        program,
-        activation_of(recording, extent, qkv),
-        segments_on(recording, extent, segments),
-        Heads(**shape.options),
-    )
-    for tensor in (out, lse):
-        recording.memory.write(tensor, np.full(tensor.shape, -7.0))
-    program.run()
-    return recording.memory.read(out), recording.memory.read(lse)
 
 
 @pytest.mark.parametrize(("lengths", "shape", "tile"), CASES)

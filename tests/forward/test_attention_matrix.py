@@ -18,10 +18,9 @@ from lora.forward.attention_matrix import CUTS, MOST_HEAD_SIZE, choose_cut, cuts
 from lora.forward.matmul_matrix import EMULATED
 from lora.shaders.recording import Recording
 from lora.shaders.webgpu import MatrixShape
-from tests.backward.test_attention import run_backward
-from tests.forward.test_attention import run_attention
 from tests.support.attention_cases import WINDOWED, normal
 from tests.support.attention_cuts import on_matrix_units, use_block
+from tests.support.attention_runs import run_attention, run_backward
 from tests.support.kernels import with_facts
 
 KERNELS = ("attention", "attention_backward_q", "attention_backward_kv")

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 
 from lora.backward.lora import lora_gradients, lora_project_gradient
-from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
+from lora.checks.comparison import (
+    Check,
+    Comparison,
+    NotHereError,
+    compare,
+    needs_half,
+    same,
+    spare_software,
+    untouched,
+    worst,
+)
 from lora.checks.references.lora import gradients_reference
 from lora.checks.references.matmul import error_bound
 from lora.checks.references.optim import (
@@ -19,6 +30,8 @@ from lora.checks.references.optim import (
 )
 from lora.checks.tensors import MARKER, extent_in_use, normal, rounded, typed, typed_marked
 from lora.forward.lora import lora_project
+from lora.forward.lora_matrix import gradient_cut
+from lora.forward.matmul_matrix import shape_on
 from lora.forward.model.adapter import LoraFactors
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
@@ -44,8 +57,23 @@ def factors_on(recording: Recording, a: np.ndarray, b: np.ndarray) -> LoraFactor
     )  # fmt: skip
 
 
+def check_matrix(recording: Recording) -> Comparison:
+    """The same on matrix units."""
+    if shape_on(recording.facts) is None:
+        raise NotHereError("no matrix units that multiply f16 and add f32")
+    spare_software(recording)
+    on_units = replace(recording, precision="f16", body="matrix")
+    if gradient_cut(on_units, (2 * RANK, RANK)) is None:
+        raise NotHereError("its matrix units, or its workgroups, are too small")
+    return check_lora(on_units, "f16")
+
+
 def check_lora(recording: Recording, dtype: str) -> Comparison:
-    """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far."""
+    """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far.
+
+    On matrix units factors, z and d_z are rounded to 2^-12, independently.
+    """
+    on_units = recording.body == "matrix"
     if dtype == "f16":
         needs_half(recording)
     x, d_y = (
@@ -68,10 +96,15 @@ def check_lora(recording: Recording, dtype: str) -> Comparison:
     sizes = gradients_reference(x_size, d_y_size, a_size, b_size, RANGES, SCALE)
     terms = (132, IN_USE + 132, IN_USE + IN_FEATURES)
     bounds = [4 * error_bound(size, n) for size, n in zip(sizes, terms, strict=True)]
+    z_bound = 4 * error_bound(np.abs(x[used]) @ np.abs(a).T, IN_FEATURES)
+    if on_units:
+        bounds = [
+            b + 2.0**-9 * size / n**0.5 for b, size, n in zip(bounds, sizes, terms, strict=True)
+        ]
+        z_bound += 2.0**-9 * (np.abs(x[used]) @ np.abs(a).T) / IN_FEATURES**0.5
     z_found, d_z_found = recording.memory.read(z), recording.memory.read(d_z)
     d_a = sum(recording.memory.read(s.a).astype(np.float64) for s in slices)
     d_b = sum(recording.memory.read(s.b).astype(np.float64) for s in slices)
-    z_bound = 4 * error_bound(np.abs(x[used]) @ np.abs(a).T, IN_FEATURES)
     return worst(
         compare(z_found[used], x[used].astype(np.float64) @ a.T, bound=z_bound),
         compare(d_z_found[used], expected[0], bound=bounds[0]),
@@ -176,6 +209,7 @@ CHECKS = [
               partial(check_lora, dtype=dtype), as_cpu)
         for dtype, as_cpu in (("f32", True), ("f32", False), ("f16", False))
     ),
+    Check("lora_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}", check_matrix),
     Check("gradient_norm", "1x65600", partial(check_gradient_norm, n_slices=1), as_cpu=True),
     Check("gradient_norm", "4x65600", partial(check_gradient_norm, n_slices=4)),
     Check("step_guard", "12 steps", partial(check_step_guard, scaled=False)),

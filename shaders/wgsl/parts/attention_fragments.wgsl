@@ -45,9 +45,7 @@ need, off each other's banks. Fragments that leave pass through the array's begi
 {% set sum_rows = out_rows // m %}
 {% set sum_columns = out_columns // n %}
 {% set held = m * n // subgroup_lanes %}
-{% set left_type = "subgroup_matrix_left<f16, %d, %d>" % (k, m) %}
-{% set right_type = "subgroup_matrix_right<f16, %d, %d>" % (n, k) %}
-{% set result_type = "subgroup_matrix_result<f32, %d, %d>" % (n, m) %}
+{% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight with context %}
 
 {% macro declare_tiles() %}
 const block = {{ block }}u; // rows of side a
@@ -55,22 +53,11 @@ const walk = {{ walk }}u; // rows of side b at a time
 const lanes = {{ lanes }}u;
 var<workgroup> tiles: array<vec4<u32>, {{ total }}>;
 
-// Eight numbers as tiles and activations hold them. Beyond ±65504 they are infinite.
-fn packed(a: vec4<f32>, b: vec4<f32>) -> vec4<u32> {
-    return vec4(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
-}
-
+{{ pack_eight() }}
 // Four numbers out of two words.
 fn unpacked(words: vec2<u32>) -> vec4<f32> {
     return vec4(unpack2x16float(words.x), unpack2x16float(words.y));
 }
-{% if emulated %}
-
-// One number out of eight.
-fn number(words: vec4<u32>, at: u32) -> f32 {
-    return unpack2x16float(words[at / 2u % 4u])[at % 2u];
-}
-{% endif %}
 {% endmacro %}
 
 {#

@@ -49,7 +49,7 @@ def test_every_kernel_has_a_check_and_passes_it() -> None:
     on_units = {path.stem for path in WGSL.glob("*_matrix*.wgsl")}
     assert used - on_units == {path.stem for path in WGSL.glob("*.wgsl")} - on_units
     kernels = {result.check.kernel for result in results}
-    assert {"matmul_matrix", "attention_matrix", "attention_matrix_backward"} <= kernels
+    assert {"matmul_matrix", "attention_matrix", "lora_matrix"} <= kernels
 
 
 def test_what_is_printed_and_written(few: list[Check], tmp_path: Path) -> None:

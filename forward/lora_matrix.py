@@ -1,0 +1,92 @@
+"""How the low-rank projections and gradients are cut for matrix units."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from lora.forward.matmul_matrix import EMULATED, shape_on, takes_units
+from lora.shaders.recording import Recording
+from lora.shaders.webgpu import MatrixShape
+
+_SUBGROUPS = 8  # of a workgroup: they share a projection's contraction, a gradient's longer side
+_PAD = 8  # f16 by which a tile's rows are longer, off each other's banks
+# Rows of a workgroup of a projection: the first that makes enough workgroups, for speed alone.
+_BLOCKS, _ENOUGH_GROUPS = (32, 16), 132
+# B begins at zero and may stay below f16's normal numbers for long; one above 64 becomes infinite.
+_SCALE_OF_B = 1024.0
+_GRADIENT_ROWS = 64  # in workgroup memory at a time
+
+
+def _shape(recording: Recording) -> MatrixShape | None:
+    """The fragments, where f16 training runs on matrix units."""
+    if recording.precision != "f16" or not takes_units(recording):
+        return None
+    return shape_on(recording.facts) or EMULATED
+
+
+def _of_shape(recording: Recording, shape: MatrixShape) -> dict[str, Any]:
+    return {
+        "emulated": shape_on(recording.facts) is None,
+        "m": shape.m,
+        "n": shape.n,
+        "k": shape.k,
+        "subgroup_lanes": shape.most_lanes,
+    }
+
+
+def _fits(recording: Recording, shape: MatrixShape, n_bytes: int) -> bool:
+    facts = recording.facts
+    lanes = _SUBGROUPS * shape.most_lanes
+    whole = shape.m == shape.n and shape.n % 8 == 0 and shape.k % 8 == 0
+    return whole and lanes <= facts.most_lanes and n_bytes <= facts.workgroup_memory
+
+
+def projection_cut(
+    recording: Recording, rows: int, columns: int, n_members: int, *, transposed: bool
+) -> dict[str, Any] | None:
+    """What lora_project_matrix.wgsl needs of its cut; None where it is left to plain kernels.
+
+    The depth follows from the columns alone: a row's sums must not depend on the number of rows.
+
+    Args:
+        rows: recorded rows.
+        columns: of each member.
+        n_members: workgroups of their own.
+        transposed: whether the factor is B.
+    """
+    shape = _shape(recording)
+    if shape is None:
+        return None
+    width = -(-columns // shape.n) * shape.n
+    block = next((b for b in _BLOCKS if -(-rows // b) * n_members >= _ENOUGH_GROUPS), _BLOCKS[-1])
+    for depth in (2 * _SUBGROUPS * shape.k, _SUBGROUPS * shape.k):
+        line = 2 * (depth + _PAD)
+        factor = 2 * depth * (width + _PAD) if transposed else width * line
+        sums = 4 * _SUBGROUPS * _BLOCKS[0] * width
+        if _fits(recording, shape, max(_BLOCKS[0] * line + factor, sums)):
+            return {
+                **_of_shape(recording, shape),
+                "subgroups": _SUBGROUPS,
+                "depth": depth,
+                "block_rows": block,
+                "factor_scale": _SCALE_OF_B if transposed else 1.0,
+            }
+    return None
+
+
+def gradient_cut(recording: Recording, shorts: Sequence[int]) -> dict[str, Any] | None:
+    """What lora_gradient_matrix.wgsl needs of its cut; None where it is left to plain kernels.
+
+    Args:
+        shorts: the lengths of the gradients' shorter sides.
+    """
+    shape = _shape(recording)
+    if shape is None:
+        return None
+    long = _SUBGROUPS * shape.n
+    width = -(-max(shorts) // shape.n) * shape.n
+    tiles = 2 * _GRADIENT_ROWS * (long + _PAD + width + _PAD)
+    if not _fits(recording, shape, max(tiles, 4 * _SUBGROUPS * shape.m * shape.n) + 8):
+        return None
+    return {**_of_shape(recording, shape), "long": long, "depth": _GRADIENT_ROWS}

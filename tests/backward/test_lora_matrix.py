@@ -1,0 +1,172 @@
+"""Low-rank kernels on matrix units against float64; in plain WGSL without such units."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from lora.checks.references.lora import gradients_reference
+from lora.forward.lora_matrix import gradient_cut, projection_cut
+from lora.forward.matmul_matrix import EMULATED
+from lora.shaders.recording import Recording
+from tests.support.attention_cuts import on_matrix_units
+from tests.support.kernels import with_facts
+from tests.support.lora_cases import SCALE, UNTOUCHED, Case, Recorded, Values, record, values_of
+
+CASES = [
+    Case(1, 1, 4, 4, ((0, 4),)),
+    Case(7, 3, 36, 16, ((0, 100),), 4),
+    Case(65, 64, 576, 8, ((0, 64), (64, 128)), 4),
+    Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2),  # the group's middle matrix is not adapted
+    Case(70, 70, 132, 32, ((0, 300),), 1),
+    Case(65, 0, 36, 8, ((0, 16),), 2),
+    Case(37, 35, 2052, 12, ((0, 1032), (1032, 1044)), 4),
+]
+LARGE = Case(200, 199, 580, 16, ((0, 576), (576, 768), (768, 964)), 3)
+
+
+def halves(case: Case) -> Values:
+    """Numbers that f16 has."""
+    full = values_of(case)
+    return Values(
+        *(v.astype(np.float16).astype(np.float32) for v in (full.x, full.d_y, full.a, full.b))
+    )
+
+
+def within(actual: np.ndarray, expected: np.ndarray, size: np.ndarray, n: int, half: bool) -> None:
+    """Products are exact and sums f32, on units truncated; with `half` one side was rounded to f16.
+
+    Roundings are independent: the worst of thousands is off by some four standard deviations.
+    """
+    bound = 2.0**-24 * (16.0 + 16.0 * np.sqrt(n)) * size
+    if half:
+        bound += 4 * 2.0**-11 * size / np.sqrt(n)
+    excess = np.abs(actual - expected) - bound
+    assert (excess <= 1e-30).all(), f"{excess.max()} above a bound of {bound.flat[excess.argmax()]}"
+
+
+def summed(recording: Recording, recorded: Recorded) -> tuple[np.ndarray, np.ndarray]:
+    """d_A and d_B over the slices."""
+    read = recording.memory.read
+    a, b = ([read(getattr(s, name)) for s in recorded.slices] for name in "ab")
+    return np.sum(a, axis=0, dtype=np.float64), np.sum(b, axis=0, dtype=np.float64)
+
+
+def check(recording: Recording, case: Case, values: Values, recorded: Recorded) -> None:
+    """All that was written."""
+    used, read = slice(0, case.in_use), recording.memory.read
+    x, d_y = values.x[used], values.d_y[used]
+    sizes = [np.abs(v) for v in (x, d_y, values.a, values.b)]
+    longest = max(stop - start for start, stop in case.ranges)
+    d_z, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
+    size_z, size_a, size_b = gradients_reference(*sizes, case.ranges, SCALE)
+    found_z, found_d_z = read(recorded.z), read(recorded.d_z)
+    within(
+        found_z[used], x.astype(np.float64) @ values.a.T, sizes[0] @ sizes[2].T,
+        case.in_features, False,
+    )  # fmt: skip
+    within(found_d_z[used], d_z, size_z, longest, False)
+    assert (found_z[case.in_use :] == UNTOUCHED).all()
+    assert (found_d_z[case.in_use :] == UNTOUCHED).all()
+    found_a, found_b = summed(recording, recorded)
+    within(found_a, d_a, size_a, max(1, case.in_use), True)
+    within(found_b, d_b, size_b, max(1, case.in_use), True)
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_against_float64(recording: Recording, case: Case) -> None:
+    recording = on_matrix_units(recording)
+    values = halves(case)
+    recorded = record(recording, case, values, 0.0, "f16", "f32")
+    recorded.program.run()
+    check(recording, case, values, recorded)
+
+
+def test_many_rows_of_halves(recording: Recording) -> None:
+    recording = on_matrix_units(recording)
+    values = halves(LARGE)
+    recorded = record(recording, LARGE, values, 0.0, "f16", "f16")
+    recorded.program.run()
+    check(recording, LARGE, values, recorded)
+
+
+def test_on_any_driver(recording: Recording) -> None:
+    """Also by software that has units."""
+    recording = on_matrix_units(recording, on_software=True)
+    case = Case(20, 19, 40, 8, ((0, 24),), 2)
+    recorded = record(recording, case, halves(case), 0.0, "f16", "f16")
+    recorded.program.run()
+    check(recording, case, halves(case), recorded)
+
+
+def test_what_is_below_f16_is_kept(recording: Recording) -> None:
+    """After its first steps B is 1e-7, say, and d_z below f16's smallest number in most rows."""
+    recording = on_matrix_units(recording)
+    case = CASES[2]
+    full = halves(case)
+    small = (2.0**-22 * full.b).astype(np.float32)
+    d_y = full.d_y.copy()
+    d_y[:60] *= 2.0**-6  # rows far smaller than others, before them
+    values = Values(full.x, d_y, full.a, small)
+    recorded = record(recording, case, values, 0.0, "f16", "f16")
+    recorded.program.run()
+    used = slice(0, case.in_use)
+    _, d_a, d_b = gradients_reference(
+        values.x[used], values.d_y[used], values.a, small, case.ranges, SCALE
+    )
+    found_a, found_b = summed(recording, recorded)
+    assert np.abs(d_a).max() < 1e-3
+    assert np.abs(found_a - d_a).max() < 2e-3 * np.abs(d_a).max()
+    assert np.abs(found_b - d_b).max() < 2e-3 * np.abs(d_b).max()
+
+
+def test_numbers_that_are_not_finite_stay_so(recording: Recording) -> None:
+    recording = on_matrix_units(recording)
+    case, full = CASES[2], halves(CASES[2])
+    d_y = full.d_y.copy()
+    d_y[5, 7] = np.inf
+    recorded = record(recording, case, replace(full, d_y=d_y), 0.0, "f16", "f16")
+    recorded.program.run()
+    d_a, d_b = summed(recording, recorded)
+    assert not np.isfinite(d_a).all() and not np.isfinite(d_b).all()
+
+
+def test_two_runs_add_up_and_rows_do_not_depend_on_their_number(recording: Recording) -> None:
+    recording = on_matrix_units(recording)
+    values = halves(LARGE)
+    recorded = record(recording, LARGE, values, 0.0, "f16", "f16")
+    recorded.program.run()
+    once = summed(recording, recorded)
+    recorded.program.run()
+    for first, both in zip(once, summed(recording, recorded), strict=True):
+        np.testing.assert_array_equal(2 * first, both)
+    few = replace(LARGE, rows=20, in_use=20)
+    row = Values(values.x[:20], values.d_y[:20], values.a, values.b)
+    alone = record(recording, few, row, 0.0, "f16", "f16")
+    alone.program.run()
+    for name in ("z", "d_z"):
+        among = recording.memory.read(getattr(recorded, name))[:20]
+        assert recording.memory.read(getattr(alone, name)).tobytes() == among.tobytes()
+
+
+def test_where_units_are_taken(recording: Recording) -> None:
+    gpu = with_facts(
+        replace(recording, precision="f16"),
+        is_cpu=False, matrix_shapes=(EMULATED,), most_lanes=1024, workgroup_memory=49152,
+    )  # fmt: skip
+
+    def taken(of: Recording, columns: int = 16) -> tuple[bool, bool]:
+        projected = projection_cut(of, 512, columns, 1, transposed=False)
+        return projected is not None, gradient_cut(of, (columns, columns)) is not None
+
+    assert taken(gpu) == (True, True)
+    assert taken(gpu, 4096) == (False, False)  # too much for workgroup memory
+    assert taken(replace(gpu, precision="f32")) == (False, False)
+    assert taken(replace(gpu, body="tiled")) == (False, False)
+    assert taken(with_facts(gpu, matrix_shapes=())) == (False, False)
+    assert taken(with_facts(gpu, most_lanes=128)) == (False, False)
+    depths = [projection_cut(gpu, rows, 48, 1, transposed=True) for rows in (16, 512, 8192)]
+    assert len({cut and cut["depth"] for cut in depths}) == 1
+    assert len({cut and cut["block_rows"] for cut in depths}) == 2

@@ -1,0 +1,130 @@
+"""For tests of the low-rank kernels: groups of adapted matrices, and all kernels of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.forward.lora import lora_project
+from lora.forward.model.adapter import LoraFactors
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
+
+SCALE = 1.7
+UNTOUCHED = -7.0
+
+
+@dataclass(frozen=True)
+class Case:
+    """Sizes of a group: x [rows, in_features], members that own `ranges` of d_y's columns."""
+
+    rows: int
+    in_use: int
+    in_features: int
+    rank: int
+    ranges: tuple[tuple[int, int], ...]
+    n_slices: int = 1
+
+    @property
+    def width(self) -> int:
+        """Columns of z."""
+        return len(self.ranges) * self.rank
+
+    @property
+    def n_b(self) -> int:
+        """Rows of the stacked B."""
+        return sum(stop - start for start, stop in self.ranges)
+
+    @property
+    def out_features(self) -> int:
+        """Columns of d_y: some that no member owns follow the last one's."""
+        return self.ranges[-1][1] + 8
+
+
+@dataclass(frozen=True)
+class Values:
+    """What goes in; all float32 [in shapes of the docstrings in backward/lora.py]."""
+
+    x: np.ndarray
+    d_y: np.ndarray
+    a: np.ndarray
+    b: np.ndarray
+
+
+def values_of(case: Case) -> Values:
+    rng = np.random.default_rng(case.rows * 1000 + case.rank)
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    return Values(
+        normal(case.rows, case.in_features),
+        normal(case.rows, case.out_features),
+        normal(case.width, case.in_features),
+        normal(case.n_b, case.rank),
+    )
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """A case on the device: the program, and the tensors it writes."""
+
+    program: Program
+    z: Tensor
+    d_z: Tensor
+    slices: Sequence[LoraFactors]
+
+
+def record(
+    recording: Recording,
+    case: Case,
+    values: Values,
+    start: float,
+    x_type: str = "f32",
+    d_y_type: str = "f32",
+) -> Recorded:
+    """All kernels of a case; gradients begin at `start`, z and d_z at UNTOUCHED.
+
+    Rows that are not in use hold NaN, which would spread into every sum that read them.
+    """
+    extent = recording.memory.extent(case.rows)
+    recording.memory.set_rows(extent, case.in_use)
+
+    def activation(array: np.ndarray, dtype: str) -> Tensor:
+        tensor = recording.memory.empty(array.shape, dtype, extent=extent)
+        stale = array.copy()
+        stale[case.in_use :] = np.nan
+        recording.memory.write(tensor, stale)
+        return tensor
+
+    def factors(a: np.ndarray, b: np.ndarray) -> LoraFactors:
+        # Behind each other in one flat buffer, on multiples of 64 elements, as the trainer has it.
+        first = -(-a.size // 64) * 64
+        flat = np.full(first + b.size, UNTOUCHED, np.float32)
+        flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
+        tensor = recording.memory.upload(flat)
+        return LoraFactors(
+            tensor.slice(0, a.size).reshape(*a.shape),
+            tensor.slice(first, flat.size).reshape(*b.shape),
+            case.rank,
+            SCALE,
+            case.ranges,
+        )
+
+    x, d_y = activation(values.x, x_type), activation(values.d_y, d_y_type)
+    lora = factors(values.a, values.b)
+    slices = [
+        factors(np.full_like(values.a, start), np.full_like(values.b, start))
+        for _ in range(case.n_slices)
+    ]
+    program = Program(recording)
+    z = lora_project(program, x, lora)
+    d_z = lora_project_gradient(program, d_y, lora)
+    lora_gradients(program, x, z, d_y, d_z, lora, slices)
+    for tensor in (z, d_z):
+        recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))
+    return Recorded(program, z, d_z, slices)
