@@ -88,6 +88,8 @@ class TrainingProgress(Listener):
 
     def __init__(self, console: Console) -> None:
         self._console = console
+        # One that can't go back a line gets lines, too.
+        self._is_live = console.is_terminal and not console.is_dumb_terminal
         self._session: TrainingSession | None = None
         self._begun = time.monotonic()
         self._stage: str | None = "Starting"
@@ -102,7 +104,7 @@ class TrainingProgress(Listener):
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
+        if self._is_live:
             self._live.start()
         return self
 
@@ -119,7 +121,7 @@ class TrainingProgress(Listener):
         """A line above the bar; a terminal or a reader that is gone doesn't end the run."""
         with suppress(*_GONE):
             text = Text(for_terminal(line))
-            if self._console.is_terminal:
+            if self._is_live:
                 self._console.print(text, highlight=False)
             else:
                 self._console.print(text, highlight=False, soft_wrap=True)
@@ -134,7 +136,7 @@ class TrainingProgress(Listener):
     def stage(self, what: str) -> None:
         """What is under way before the first step."""
         self._stage = what
-        if not self._console.is_terminal:
+        if not self._is_live:
             self._print(f"{self._elapsed}  {what}")
 
     def started(self, session: Any) -> None:
@@ -154,7 +156,7 @@ class TrainingProgress(Listener):
         first = metrics.step == self._resumed_at + 1
         due = first or metrics.step % tenth == 0 or metrics.step == self._total
         quiet = time.monotonic() - self._line_at > _QUIET_SECONDS
-        if not self._console.is_terminal and (due or quiet):
+        if not self._is_live and (due or quiet):
             self._print("  ".join([f"step {self._done}/{self._total}", *self._figures()]))
         return False
 
@@ -272,5 +274,5 @@ class TrainingProgress(Listener):
 
     def saved(self, step: int, path: Path) -> None:
         """Says where a checkpoint went, without a terminal."""
-        if not self._console.is_terminal and path.parent.name == "checkpoints":
+        if not self._is_live and path.parent.name == "checkpoints":
             self._print(f"step {step}: saved {path}")

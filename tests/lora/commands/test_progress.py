@@ -140,6 +140,15 @@ def test_plain_lines_without_a_terminal() -> None:
     assert lines[-1] == "step 50: saved run/checkpoints/step-000050"
 
 
+def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "dumb")
+    file = io.StringIO()
+    with TrainingProgress(Console(file=file, force_terminal=True, width=80)) as progress:
+        progress.started(session())
+        progress.step(metrics(1))
+    assert "step 1/36  loss 1.0000" in file.getvalue()
+
+
 def test_stages_are_heard_within_their_block() -> None:
     heard: list[str] = []
     stage("before")
