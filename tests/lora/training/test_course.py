@@ -16,12 +16,14 @@ import safetensors.numpy
 import yaml
 
 from lora import InputError, Listener, TrainingSession, run_training
+from lora.config.schema import load_config
 from lora.shaders.device import Device
 from lora.training.best import EarlyStop, better
 from lora.training.checkpoint import checkpoints
 from lora.training.course import Interrupted
 from lora.training.history import History
 from lora.training.metrics import EvalResult, Metrics, Sample, StepClock
+from lora.training.workload import Workload
 from tests.support.tiny_run import write_run
 
 ADAPTER = "adapter_model.safetensors"
@@ -396,3 +398,16 @@ def test_the_callers_time_is_not_a_steps(monkeypatch: pytest.MonkeyPatch) -> Non
     now[0] += 0.1
     clock.left(0.1)
     assert arrives(2.9) == [pytest.approx(3.0)]
+
+
+def test_samples_of_a_share(tmp_path: Path) -> None:
+    """What data.eval_share takes is not trained, also where little of it is evaluated."""
+    path = write_run(tmp_path, n_rows=20)
+    given = ["data.eval=null", "data.eval_share=0.3", "train.eval_samples=2"]
+    config = load_config(str(path), given)
+    workload = Workload.open(config, train=True)
+    assert (len(workload.train_examples), len(workload.eval_examples)) == (14, 2)
+    held_out = {example.row for example in Workload.open(config, train=False).eval_examples}
+    assert len(held_out) == 6
+    assert {example.row for example in workload.eval_examples} < held_out
+    assert not held_out & {example.row for example in workload.train_examples}
