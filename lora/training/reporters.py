@@ -149,14 +149,20 @@ class WeightsAndBiases(Listener):
         file = self._output / WANDB_ID
         with suppress(OSError):
             known = file.read_text().strip() if session.steps_done else None
-        self._run = wandb.init(
-            project=os.environ.get("WANDB_PROJECT", "webgpu-lora"),
-            name=os.environ.get("WANDB_NAME", self._output.name),
-            id=known if session.steps_done and file.exists() else None,
-            resume="allow" if session.steps_done else None,
-            dir=str(self._output),
-            config=session.config.model_dump(mode="json"),
-        )
+        try:
+            self._run = wandb.init(
+                project=os.environ.get("WANDB_PROJECT", "webgpu-lora"),
+                name=os.environ.get("WANDB_NAME", self._output.name),
+                id=known if session.steps_done and file.exists() else None,
+                resume="allow" if session.steps_done else None,
+                dir=str(self._output),
+                config=session.config.model_dump(mode="json"),
+            )
+        except Exception as error:  # nobody logged in, no connection: wandb's own, of many classes
+            raise InputError(
+                f"train.report_to: wandb cannot begin a run ({error}). Log in with `wandb login`, "
+                "set WANDB_MODE=offline, or leave wandb out."
+            ) from error
         write_file(file, f"{self._run.id}\n")
 
     def step(self, metrics: Metrics) -> bool:

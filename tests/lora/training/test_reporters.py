@@ -138,3 +138,21 @@ def test_a_reporter_that_is_not_installed(
     config = load_config(str(write_run(tmp_path)), [f"train.report_to={name}"])
     with pytest.raises(InputError, match=rf"pip install 'webgpu-lora\[{name}\]', or leave {name}"):
         check_reporters(config)
+
+
+def test_wandb_without_a_login(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Said before the first step; in a process of its own."""
+    pytest.importorskip("wandb")
+    path = write_run(tmp_path, train={"steps": 1, "report_to": ["wandb"]}, data={"eval": None})
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    done = subprocess.run(
+        [sys.executable, "-m", "lora", "train", str(path)],
+        capture_output=True, text=True, stdin=subprocess.DEVNULL, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "train.report_to: wandb cannot begin a run" in done.stderr
+    assert not (tmp_path / "run" / "adapter_config.json").exists()
