@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.backward.attention import Attended, attention_backward
+from lora.backward.head_gate import head_gate_backward
 from lora.backward.head_norm_rope import head_norm_rope_backward
 from lora.backward.recorder import BackwardRecorder, Before
 from lora.backward.rope import rope_backward
@@ -73,8 +74,13 @@ def record_attention_backward(
     """Appends the block's backward; see `BlockBackward`."""
     program, inputs, weights = layer.program, layer.shared.inputs, layer.weights
     scratch, heads = layer.scratch(spec), Heads.of(spec)
-    if not layer.through("attn_output", act.attended, d_output, scratch.d_attended):
+    gated = act.gated or act.attended
+    if not layer.through("attn_output", gated, d_output, scratch.d_attended):
         return False
+    if act.gated is not None and act.raw_qkv is not None:
+        head_gate_backward(
+            program, act.raw_qkv, act.attended, spec.head_size, scratch.d_attended, scratch.d_raw
+        )
     attended = Attended(act.qkv, act.attended, act.lse)
     attention_backward(
         program, attended, scratch.d_attended, inputs.segments, heads, d_qkv=scratch.d_qkv,
@@ -91,7 +97,8 @@ def record_attention_backward(
             rope_backward(program, scratch.d_qkv, rotation, turning, spec.head_size)
         if spec.norms_spans and act.raw_qkv is not None:
             # In place what isn't normed stays; where k is v, too, what comes by v is added to it.
-            spans = [span for span in spans_of(spec) if span.normed]
+            in_place = scratch.d_raw is scratch.d_qkv
+            spans = [span for span in spans_of(spec) if span.normed or not in_place]
             parts = [spans[:-1], spans[-1:]] if spec.keys_are_values else [spans]
             for number, part in enumerate(parts):
                 span_norm_backward(

@@ -7,12 +7,18 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.backward.attention_block import allocate_attention_gradients, record_attention_backward
+from lora.backward.delta_block import allocate_delta_gradients, record_delta_backward
 from lora.backward.gated_block import allocate_gated_gradient, record_gated_backward
 from lora.backward.per_layer_block import (
     allocate_per_layer_gradient,
     record_per_layer_backward,
 )
+from lora.backward.short_conv_block import (
+    allocate_short_conv_gradients,
+    record_short_conv_backward,
+)
 from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
+from lora.forward.model.recurrent_spec import GatedDeltaNet, ShortConvolution
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,8 @@ class BlockBackward:
 
 BLOCKS_BACKWARD: Mapping[type, BlockBackward] = {
     Attention: BlockBackward(allocate_attention_gradients, record_attention_backward),
+    ShortConvolution: BlockBackward(allocate_short_conv_gradients, record_short_conv_backward),
+    GatedDeltaNet: BlockBackward(allocate_delta_gradients, record_delta_backward),
     GatedFeedForward: BlockBackward(allocate_gated_gradient, record_gated_backward),
     PerLayerInput: BlockBackward(allocate_per_layer_gradient, record_per_layer_backward),
 }

@@ -27,19 +27,21 @@ def span_norm_backward(
         program: what the dispatch is appended to.
         x, weights, epsilon, spans: as in the forward.
         d_y: shaped as the forward's output, f32 or f16.
-        d_x: shaped as x, f32 or f16; d_y itself where the columns stay where they are. Columns
-            outside the spans are left alone.
+        d_x: [rows, any width], columns as in x, f32 or f16; d_y itself where these stay where they
+            are. Columns outside the spans are left alone.
         accumulate: add to d_x.
     """
     in_place = d_x is d_y
     check_f32("span_norm_backward", weights=weights)
-    check_shape("span_norm_backward d_x", d_x, *x.shape)
+    check_shape("span_norm_backward d_x", d_x, x.shape[0], None)
+    span_constants(program.recording, d_x.shape[1], d_y.shape[1], epsilon, spans)  # checks them
     check_shape("span_norm_backward d_y", d_y, x.shape[0], None)
-    moved = any(span.source != span.target for span in spans)
+    moved = any(span.source != span.target or span.step != span.size for span in spans)
     if in_place and (moved or accumulate):
         raise ValueError("span_norm_backward: in place, no span moves and nothing is added up")
     extent = extent_of(x)
     constants = span_constants(program.recording, x.shape[1], d_y.shape[1], epsilon, spans)
+    constants["d_stride"] = d_x.shape[1]
     types = {"x_type": x.dtype, "d_x_type": d_x.dtype, "d_y_type": d_y.dtype}
     program.dispatch(
         "span_norm_backward",

@@ -44,10 +44,10 @@ from lora.forward.gguf.file import GGUFFile
 from lora.forward.int_row import IntRow, takes_int_row
 from lora.forward.matmul_int_row import IntRowTiling, matmul_int_row
 from lora.forward.matmul_row import RowTiling, matmul_row
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model, load_model
-from lora.forward.model.layer_spec import HEAD
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product

@@ -1,10 +1,12 @@
-"""Gemma 4 and Ministral 3: a training step of ours beside PEFT's in bf16, on one GPU in one run.
+"""Newer models: a training step of ours beside PEFT's in bf16, on one GPU in one run.
 
 The GGUFs have the models' true sizes and random quantized weights
 (tests/support/synthetic_models.py). The peer's model is built from transformers' config with random
 bf16 weights: loading these files there would take longer than all that is measured. So losses are
 not compared (tests/parity does that), only milliseconds a step and peak memory. Both train LoRA
-r=16 on the same matrices with AdamW and clipping.
+r=16 on the same matrices with AdamW and clipping. Of Qwen3.5 it also says how much of our step the
+gated DeltaNets' own kernels take; PEFT's side has flash-linear-attention's kernels where that is
+installed, else transformers' fallback, and the line says which.
 
     python benchmarks/newer_models.py --output results.json
     python benchmarks/newer_models.py --models tiny-gemma-4 --sizes 1x32 --steps 4
@@ -18,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import gc
+import importlib.util
 import json
 import statistics
 import sys
@@ -31,15 +34,20 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.kernels import time_step
 from benchmarks.sessions import Case, markdown_table
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft import ours
 from tests.support.synthetic_gemma4 import Gemma4Shape
 from tests.support.synthetic_models import SHAPES
+from tests.support.synthetic_recurrent import Lfm2Shape, Qwen35Shape
 from tests.support.synthetic_runs import ALPHA, RANK
 from tests.support.synthetic_shape import Shape
 
-MODELS = ("Gemma-4-E2B", "Gemma-4-E4B", "Ministral-3-3B")
+MODELS = (
+    *("Gemma-4-E2B", "Gemma-4-E4B", "Ministral-3-3B"),
+    *("LFM2-1.2B", "Qwen3.5-0.8B", "Qwen3.5-9B"),
+)
 _TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 _PER_LAYER = ("per_layer_input_gate", "per_layer_projection")
 
@@ -57,8 +65,11 @@ def peer_model(shape: Shape) -> Any:
     import torch
     import transformers
 
+    own: dict[str, Any] = {}
     names = ("Gemma4TextConfig", "Gemma4ForCausalLM")
-    if not isinstance(shape, Gemma4Shape):
+    if isinstance(shape, (Lfm2Shape, Qwen35Shape)):
+        *names, own = shape.peer()
+    elif not isinstance(shape, Gemma4Shape):
         names = ("Ministral3Config", "Ministral3ForCausalLM")
     try:
         config_class, model_class = (getattr(transformers, name) for name in names)
@@ -74,6 +85,7 @@ def peer_model(shape: Shape) -> Any:
         "head_dim": shape.head_size,
         "tie_word_embeddings": shape.tied_head,
         "pad_token_id": 0,
+        **own,
     }
     if isinstance(shape, Gemma4Shape):
         kinds = {True: "sliding_attention", False: "full_attention"}
@@ -111,7 +123,10 @@ def peft(base: Any, case: Case, data: list[np.ndarray], *, checkpointing: bool) 
     if checkpointing:
         base.gradient_checkpointing_enable()
         base.enable_input_require_grads()
-    targets = [*_TARGETS, *(_PER_LAYER if "gemma4" in base.config.model_type else ())]
+    kind = base.config.model_type
+    targets: Any = [*_TARGETS, *(_PER_LAYER if "gemma4" in kind else ())]
+    if "qwen3_5" in kind or "lfm2" in kind:
+        targets = "all-linear"
     net = get_peft_model(base, LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=targets))
     net.train()
     parameters = [p for p in net.parameters() if p.requires_grad]
@@ -143,6 +158,41 @@ def _wait(on_gpu: bool) -> None:
         torch.cuda.synchronize()
 
 
+def delta_share(path: Path, name: str, case: Case, precision: str) -> str:
+    """How much of a step's time on the device the gated DeltaNets' own kernels take.
+
+    Their products are those of any layer, and are not counted.
+    """
+    try:
+        timed = time_step(
+            path, SHAPES[name].vocab_size, case.batch_size, case.length, precision, "on"
+        )
+    except Exception as error:  # no timestamps, or no memory: the times above stand
+        return f"{precision}: no kernel times: {error}"
+    kernels = timed["kernels"]
+    seconds = {
+        kernel: sum(row["seconds"] for row in kernels if row["kernel"] == kernel)
+        for kernel in {row["kernel"] for row in kernels}
+    }
+    whole = sum(seconds.values())
+    own = {
+        kernel: value
+        for kernel, value in seconds.items()
+        if kernel.startswith(("delta_", "causal_conv"))
+    }
+    parts = ", ".join(f"{k} {1e3 * v:.1f}" for k, v in sorted(own.items(), key=lambda p: -p[1]))
+    return (
+        f"{precision}, recompute on: DeltaNet's kernels take {1e3 * sum(own.values()):.1f} of "
+        f"{1e3 * whole:.1f} ms ({sum(own.values()) / whole:.1%}): {parts}"
+    )
+
+
+def _peer_kernels() -> str:
+    """What computes DeltaNets on PEFT's side."""
+    found = [name for name in ("fla", "causal_conv1d") if importlib.util.find_spec(name)]
+    return f"computed with {' and '.join(found)}" if found else "transformers' fallback in PyTorch"
+
+
 def compare(
     name: str, path: Path, cases: list[Case], options: argparse.Namespace,
     keep: Callable[[str, Case, str, dict[str, Any]], None],
@@ -159,8 +209,14 @@ def compare(
                     print(f"{name} {case}: {label}: {error}", flush=True)
                     continue
                 keep(name, case, label, result)
+    if isinstance(SHAPES[name], Qwen35Shape):
+        for case in cases:
+            for precision in options.precision.split(","):
+                print(f"{name} {case}: {delta_share(path, name, case, precision)}", flush=True)
     if options.no_peft:
         return
+    if isinstance(SHAPES[name], Qwen35Shape):
+        print(f"{name}: PEFT's DeltaNet is {_peer_kernels()}", flush=True)
     try:
         base = peer_model(SHAPES[name])
     except (NoPeerError, ImportError) as reason:

@@ -24,6 +24,7 @@ class Span:
         target: first column in what comes out.
         weight: where its weight begins among those of all spans; None for a weight of 1.
         normed: False for columns that are taken as they are.
+        stride: columns from one group to the next in what is normed; their size by default.
     """
 
     count: int
@@ -32,6 +33,12 @@ class Span:
     target: int
     weight: int | None
     normed: bool = True
+    stride: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Columns from one group to the next in what is normed."""
+        return self.size if self.stride is None else self.stride
 
 
 def span_norm(
@@ -64,11 +71,15 @@ def span_constants(
 ) -> dict[str, Any]:
     """The template constants that forward and backward share, once the spans fit."""
     for span in spans:
-        numbers = (span.size, span.source, span.target, span.weight or 0, x_stride, y_stride)
+        numbers = (
+            *(span.size, span.step, span.source, span.target, span.weight or 0),
+            *(x_stride, y_stride),
+        )
         if any(number % 4 for number in numbers):
             raise ValueError(f"span_norm: {span} of rows of {x_stride} and {y_stride}: not by 4")
         width = span.count * span.size
-        if span.source + width > x_stride or span.target + width > y_stride:
+        last = span.source + (span.count - 1) * span.step + span.size
+        if last > x_stride or span.target + width > y_stride or span.step < span.size:
             raise ValueError(f"span_norm: {span} does not fit rows of {x_stride} and {y_stride}")
     return {
         "x_stride": x_stride,
@@ -79,6 +90,7 @@ def span_constants(
             {
                 "count": span.count,
                 "quads": span.size // 4,
+                "step": span.step // 4,
                 "source": span.source // 4,
                 "target": span.target // 4,
                 "normed": span.normed,

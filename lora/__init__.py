@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from lora.training.metrics import EvalResult, Metrics, Sample
     from lora.training.run import run_training
     from lora.training.session import TrainingSession
+    from lora.training.watch import joined
 
     __version__: str
 
@@ -29,6 +30,7 @@ _HOMES = {
     "Metrics": "lora.training.metrics",
     "Sample": "lora.training.metrics",
     "TrainingSession": "lora.training.session",
+    "joined": "lora.training.watch",
     "load_config": "lora.config.schema",
     "tokenize": "lora.data.given",
     "run_training": "lora.training.run",
@@ -44,6 +46,7 @@ __all__ = [
     "Sample",
     "TrainingSession",
     "__version__",
+    "joined",
     "load_config",
     "run_training",
     "tokenize",

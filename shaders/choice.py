@@ -19,6 +19,7 @@ from lora.shaders.webgpu import Found, Implementation
 
 SETTINGS = ("auto", "wgpu", "dawn")
 ENVIRONMENT = "LORA_WEBGPU"
+SHARED = "shared"  # `device:` where several processes may use one; else it is auto
 _LOG = logging.getLogger(__name__)  # a line on stderr, where nobody configures it
 _NO_DEVICE = (
     "WebGPU found no device on this machine. Install a Vulkan driver "
@@ -128,8 +129,8 @@ def pick(found: Sequence[Found], wanted: str | int = "auto") -> Found:
     reaches matrix units our kernels use is taken, else the first.
 
     Args:
-        wanted: "auto" (a discrete GPU before an integrated one before a software driver), an index
-            into the list, or part of a name, in any case.
+        wanted: "auto" (a discrete GPU before an integrated one before a software driver; so is
+            "shared"), an index into the list, or part of a name, in any case.
 
     Raises:
         InputError: the list is empty, or none fits.
@@ -142,7 +143,7 @@ def pick(found: Sequence[Found], wanted: str | int = "auto") -> Found:
         if int(text) < len(found):
             return found[int(text)]
         raise InputError(f"device: {text}: there is no device of that index; there are {listing}.")
-    if text == "auto":
+    if text in ("auto", SHARED):
         first = min(found, key=lambda one: _KINDS.get(one.info["adapter_type"], 3))
     else:
         named = [one for one in found if text.lower() in one.info["device"].lower()]

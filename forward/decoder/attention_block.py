@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.forward.decoder.recorder import Attending, BlockEnd, LayerRecorder
+from lora.forward.head_gate import head_gate
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.heads import Heads, Rotation
 from lora.forward.model.frozen_model import LayerWeights
@@ -34,6 +35,7 @@ class AttentionActivations:
     qkv: Tensor  # [rows, qkv_size], q and k normed and rotated
     attended: Tensor  # [rows, query_size]
     lse: Tensor  # f32 [rows, n_heads]
+    gated: Tensor | None = None  # [rows, query_size], with an output gate
 
 
 def allocate_attention(recording: Recording, spec: Attention, rows: Extent) -> AttentionActivations:
@@ -47,6 +49,7 @@ def allocate_attention(recording: Recording, spec: Attention, rows: Extent) -> A
         qkv=tensor(spec.qkv_size),
         attended=tensor(spec.query_size),
         lse=tensor(spec.n_heads, "f32"),
+        gated=tensor(spec.query_size) if spec.output_gate else None,
     )
 
 
@@ -77,11 +80,12 @@ def spans_of(spec: Attention) -> tuple[Span, ...]:
             return (queries,)
         from_column = q if spec.keys_are_values else q + kv
         return queries, Span(n, size, q, q, size), Span(n, size, from_column, q + kv, None)
-    value = Span(1, kv, q + kv, q + kv, None, normed=False)
+    value = Span(1, kv, spec.query_rows + kv, q + kv, None, normed=False)
     if spec.qk_norm == WIDTH_NORM:
         return Span(1, q, 0, 0, 0), Span(1, kv, q, q, q), value
     size = spec.head_size
-    return Span(spec.n_heads, size, 0, 0, 0), Span(spec.n_kv_heads, size, q, q, size), value
+    queries = Span(spec.n_heads, size, 0, 0, 0, stride=spec.query_rows // spec.n_heads)
+    return queries, Span(spec.n_kv_heads, size, spec.query_rows, q, size), value
 
 
 def turned_heads(spec: Attention) -> int:
@@ -129,6 +133,14 @@ def warm_queries(
         )  # fmt: skip
 
 
+def gate_output(program: Program, spec: Attention, act: AttentionActivations) -> Tensor:
+    """Appends the output gate, where there is one; what the output's product takes."""
+    if act.gated is None or act.raw_qkv is None:
+        return act.attended
+    head_gate(program, act.raw_qkv, act.attended, spec.head_size, out=act.gated)
+    return act.gated
+
+
 def record_attention(
     layer: LayerRecorder, spec: Attention, act: AttentionActivations, normed: Tensor, end: BlockEnd
 ) -> None:
@@ -140,4 +152,4 @@ def record_attention(
     ready_heads(program, weights, spec, act, context.positions)
     attending = Attending(act.qkv, act.attended, act.lse, spec.keys_of)
     context.attend(program, layer.layer, heads, attending)
-    layer.end(act.attended, "attn_output", end)
+    layer.end(gate_output(program, spec, act), "attn_output", end)

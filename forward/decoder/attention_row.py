@@ -5,6 +5,7 @@ from __future__ import annotations
 from lora.forward.attention_decode import MOST_FUSED_HEAD, RowRope, attention_decode_row
 from lora.forward.decoder.attention_block import (
     AttentionActivations,
+    gate_output,
     head_norms,
     norm_spans,
     ready_heads,
@@ -22,11 +23,13 @@ def record_attention_row(
 ) -> None:
     """Appends the block, of a row in the form that qkv's product takes."""
     program, weights, inputs = layer.program, layer.weights, layer.inputs
-    plain = spec.qk_norm == HEAD_NORM and spec.head_size <= MOST_FUSED_HEAD and not spec.value_norm
+    plain = spec.qk_norm == HEAD_NORM and not spec.norms_spans
+    plain = plain and spec.head_size <= MOST_FUSED_HEAD
     raw = act.qkv if plain or act.raw_qkv is None else act.raw_qkv
     layer.product(row, "qkv", raw)
-    attended = layer.before("attended", act.attended, "attn_output")
-    if spec.qk_norm == LATE_NORM or spec.value_norm or spec.head_size > MOST_FUSED_HEAD:
+    attended = layer.before("attended", act.gated or act.attended, "attn_output")
+    apart = spec.qk_norm == LATE_NORM or spec.value_norm or spec.output_gate
+    if apart or spec.head_size > MOST_FUSED_HEAD:
         ready_heads(program, weights, spec, act, inputs.rope_rows)
         keep_and_attend(
             program,
@@ -35,8 +38,9 @@ def record_attention_row(
             Heads.of(spec),
             Attending(act.qkv, act.attended, act.lse, spec.keys_of),
         )
+        out = gate_output(program, spec, act)
         if attended.ints is not None:
-            to_int_row(program, act.attended, attended.ints)
+            to_int_row(program, out, attended.ints)
         layer.end(attended, "attn_output", end)
         return
     norm_spans(program, weights, spec, act)

@@ -12,6 +12,12 @@ from typing import Any
 
 from lora.forward.decoder.attention_block import allocate_attention, record_attention
 from lora.forward.decoder.attention_row import record_attention_row
+from lora.forward.decoder.delta_block import (
+    allocate_delta,
+    allocate_delta_state,
+    record_delta,
+    record_delta_row,
+)
 from lora.forward.decoder.gated_block import allocate_gated, record_gated
 from lora.forward.decoder.gated_row import record_gated_row
 from lora.forward.decoder.per_layer_block import (
@@ -19,8 +25,15 @@ from lora.forward.decoder.per_layer_block import (
     record_per_layer,
     record_per_layer_row,
 )
+from lora.forward.decoder.short_conv_block import (
+    allocate_short_conv,
+    allocate_short_conv_state,
+    record_short_conv,
+    record_short_conv_row,
+)
 from lora.forward.model.kv_cache import LayerCache
 from lora.forward.model.layer_spec import Attention, GatedFeedForward, PerLayerInput
+from lora.forward.model.recurrent_spec import GatedDeltaNet, ShortConvolution
 
 
 @dataclass(frozen=True)
@@ -47,6 +60,10 @@ BLOCKS: Mapping[type, Block] = {
     Attention: Block(
         allocate_attention, record_attention, record_attention_row, LayerCache.allocate
     ),
+    ShortConvolution: Block(
+        allocate_short_conv, record_short_conv, record_short_conv_row, allocate_short_conv_state
+    ),
+    GatedDeltaNet: Block(allocate_delta, record_delta, record_delta_row, allocate_delta_state),
     GatedFeedForward: Block(allocate_gated, record_gated, record_gated_row),
     PerLayerInput: Block(allocate_per_layer, record_per_layer, record_per_layer_row),
 }

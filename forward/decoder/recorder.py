@@ -50,6 +50,10 @@ class Context(Protocol):
         """u32 [rows]: rows of rope's tables."""
 
     @property
+    def segments(self) -> Tensor:
+        """u32 [rows, 2]: first row and end of each row's example, in walks through examples."""
+
+    @property
     def one_row(self) -> bool:
         """Whether there is one row at most."""
 
@@ -79,6 +83,11 @@ class WithinExamples:
     def positions(self) -> Tensor:
         """See `Context`."""
         return self.inputs.positions
+
+    @property
+    def segments(self) -> Tensor:
+        """See `Context`."""
+        return self.inputs.segments
 
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """See `Context`."""
@@ -113,6 +122,11 @@ class AfterCache:
     def positions(self) -> Tensor:
         """See `Context`."""
         return self.inputs.rope_rows
+
+    @property
+    def segments(self) -> Tensor:
+        """See `Context`."""
+        raise ValueError("rows after a cache are of one text")
 
     @property
     def one_row(self) -> bool:

@@ -66,9 +66,22 @@ class Metadata:
         return _MOST_SIZE if is_whole and value > _MOST_SIZE else self.size(key)
 
     def sizes(
-        self, key: str, n_layers: int, default: int | None = None, *, multiple_of: int = 1
+        self,
+        key: str,
+        n_layers: int,
+        default: int | None = None,
+        *,
+        multiple_of: int = 1,
+        none: bool = False,
     ) -> tuple[int, ...]:
         """Whole numbers above 0, one a layer: of a list, or the same for all.
+
+        Args:
+            key: without the architecture's name.
+            n_layers: of the model.
+            default: where the file has none.
+            multiple_of: of which they must be multiples.
+            none: a layer may have 0.
 
         Raises:
             InputError: as of `size`, or a list is of another length.
@@ -79,7 +92,9 @@ class Metadata:
             raise InputError(
                 f"{self.path}: {self.name}.{key} has {len(values)} numbers for {n_layers} layers."
             )
-        return tuple(self._checked(key, item, multiple_of) for item in values)
+        return tuple(
+            0 if none and item == 0 else self._checked(key, item, multiple_of) for item in values
+        )
 
     def positive_number(self, key: str, default: float | None = None) -> float:
         """A number above 0 that an f32 holds: kernels compute with no other.

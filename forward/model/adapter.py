@@ -11,9 +11,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, AdaptableMatrix
-from lora.forward.model.row_order import permute_rows_to_gguf, permute_rows_to_hf
+from lora.forward.model.row_order import to_gguf, to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.tensor import Tensor
@@ -54,6 +54,7 @@ class LoraFactors:
         return sum(stop - start for start, stop in self.ranges[:member])
 
 
+Orders = tuple[np.ndarray | None, np.ndarray | None]
 Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group); the head's layer is n_layers
 
 
@@ -180,8 +181,11 @@ class AdapterLayout:
                     f"highest rank for them here is {highest}."
                 )
 
-    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, int | None, np.ndarray, np.ndarray]]:
-        """(PEFT path, permuted heads, A [rank, in], B [out, rank]), views of a flat array."""
+    def _views(self, flat: np.ndarray) -> Iterable[tuple[str, Orders, np.ndarray, np.ndarray]]:
+        """(PEFT path, orders, A [rank, in], B [out, rank]), views of a flat array.
+
+        The orders are those of B's rows and of A's columns, see `AdaptableMatrix.row_order`.
+        """
         for group in self.groups:
             holder = self.architecture.holder(group.layer)
             a_row = group.a_start
@@ -194,7 +198,7 @@ class AdapterLayout:
                 out_features = matrix.out_size(holder)
                 yield (
                     matrix.peft_path(group.layer),
-                    matrix.permuted_heads(holder),
+                    (matrix.row_order(holder), matrix.column_order(holder)),
                     a[: self.rank],
                     b[:out_features, : self.rank],
                 )
@@ -208,23 +212,24 @@ class AdapterLayout:
             flat: f32 [size], in the layout of the device.
         """
         modules = {}
-        for path, heads, a, b in self._views(flat):
-            rows = b if heads is None else permute_rows_to_hf(b, heads)
-            modules[path] = (a.copy(), np.ascontiguousarray(rows))
+        for path, (rows, columns), a, b in self._views(flat):
+            modules[path] = (
+                np.array(to_hf(a.T, columns).T, order="C"), np.ascontiguousarray(to_hf(b, rows))
+            )  # fmt: skip
         return modules
 
     def from_modules(self, modules: dict[str, tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         """The inverse of `to_modules`: f32 [size], padding zero. Every module must be there."""
         flat = np.zeros(self.size, np.float32)
-        for path, heads, a, b in self._views(flat):
+        for path, (rows, columns), a, b in self._views(flat):
             given_a, given_b = modules[path]
             if given_a.shape != a.shape or given_b.shape != b.shape:
                 raise ValueError(
                     f"{path} has A {given_a.shape} and B {given_b.shape}, expected {a.shape} and "
                     f"{b.shape}"
                 )
-            a[:] = given_a
-            b[:] = given_b if heads is None else permute_rows_to_gguf(given_b, heads)
+            a[:] = to_gguf(given_a.T, columns).T
+            b[:] = to_gguf(given_b, rows)
         return flat
 
     def initial(self, seed: int) -> np.ndarray:

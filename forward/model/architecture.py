@@ -12,15 +12,14 @@ from functools import cached_property
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.metadata import Metadata
-from lora.forward.model.families import family_of
-from lora.forward.model.layer_spec import (
+from lora.forward.model.adaptable import (
     FUSED_QKV,
     HEAD,
-    OUTPUT_SCALE,
     TEXT_LAYERS,
     AdaptableMatrix,
-    LayerSpec,
 )
+from lora.forward.model.families import family_of
+from lora.forward.model.layer_spec import OUTPUT_SCALE, LayerSpec
 from lora.forward.model.model_tensors import (
     check_tensors,
     read_scale,
@@ -56,6 +55,7 @@ class Architecture:
             where llama.cpp does so with an adapter's share, too.
         unused: what tensors of the file are that text doesn't need, each with how many.
         per_layer_size: numbers that a token has for every layer beside its embedding; 0 for none.
+        output_norm: GGUF name of the norm after the last layer.
         peft_layers: where the layers lie in the Hugging Face model that its checkpoints open as.
     """
 
@@ -73,6 +73,7 @@ class Architecture:
     scaled: tuple[tuple[str, float], ...] = ()
     unused: tuple[tuple[str, int], ...] = ()
     per_layer_size: int = 0
+    output_norm: str = "output_norm"
 
     @property
     def n_layers(self) -> int:
@@ -95,6 +96,21 @@ class Architecture:
         """The layers whose keys and values others take, each with the last of those."""
         found = ((spec.keys_of, layer) for layer, spec in enumerate(self.layers))
         return {donor: layer for donor, layer in found if donor is not None}
+
+    @property
+    def tables(self) -> frozenset[str]:
+        """Tensors of two dimensions that are no matrices of products, and never quantized."""
+        return frozenset(
+            f"blk.{layer}.{name}"
+            for layer, spec in enumerate(self.layers)
+            for block in spec.blocks
+            for name in block.tables
+        )
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether a text leaves states behind that can't be shortened token by token."""
+        return any(spec.mixer.recurrent for spec in self.layers)
 
     def holder(self, layer: int) -> LayerSpec | Architecture:
         """What has the sizes of a layer's matrices; of the head's, for the layer n_layers."""
@@ -155,9 +171,12 @@ class Architecture:
             scaled=_scaled_tensors(gguf_file),
             unused=tuple((what, len(names)) for what, names in unused.items()),
             per_layer_size=per_layer_size(metadata, family),
+            output_norm=family.output_norm,
         )
         left_alone = [name for names in unused.values() for name in names]
-        check_tensors(architecture.tensor_shapes(), gguf_file, frozenset(left_alone))
+        check_tensors(
+            architecture.tensor_shapes(), gguf_file, frozenset(left_alone), architecture.tables
+        )
         return architecture
 
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -165,7 +184,7 @@ class Architecture:
         hidden = (self.hidden_size,)
         shapes: dict[str, tuple[int, ...]] = {
             "token_embd.weight": (self.vocab_size, self.hidden_size),
-            "output_norm.weight": hidden,
+            f"{self.output_norm}.weight": hidden,
         }
         if not self.tied_head:
             shapes["output.weight"] = (self.vocab_size, self.hidden_size)
@@ -182,6 +201,7 @@ class Architecture:
             for block in spec.blocks:
                 for name, width in block.vectors.items():
                     shapes[f"{blk}{name}.weight"] = (width,)
+                shapes |= {blk + name: shape for name, shape in block.tables.items()}
             for group, members in spec.groups.items():
                 for matrix in members:
                     rows = matrix.out_size(spec)

@@ -9,14 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.layer_spec import (
-    HEAD_NORM,
-    LANGUAGE_LAYERS,
-    LATE_NORM,
-    NO_NORM,
-    TEXT_LAYERS,
-    WIDTH_NORM,
-)
+from lora.forward.model.adaptable import LANGUAGE_LAYERS, TEXT_LAYERS
+from lora.forward.model.layer_spec import HEAD_NORM, LATE_NORM, NO_NORM, WIDTH_NORM
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import shown
 
@@ -54,6 +48,11 @@ class Family:
         no_rope_every: every n-th layer has no rope; None where all have it.
         wide_scale_layers: with that many layers the attention scale is
             1/sqrt(hidden_size / n_heads), not 1/sqrt(head_size); None for no such model.
+        short_convolutions: layers without key heads are short convolutions, and modules have the
+            names of Hugging Face's LFM2.
+        delta_net: layers are gated DeltaNets but every `full_attention_interval`th, whose attention
+            has an output gate.
+        output_norm: GGUF name of the norm after the last layer.
         peft_layers: where the layers lie in the Hugging Face model that checkpoints of the family
             open as.
     """
@@ -81,6 +80,9 @@ class Family:
     global_rope: bool = True
     no_rope_every: int | None = None
     wide_scale_layers: int | None = None
+    short_convolutions: bool = False
+    delta_net: bool = False
+    output_norm: str = "output_norm"
     peft_layers: str = TEXT_LAYERS
 
 
@@ -128,6 +130,18 @@ FAMILIES = {
         default_epsilon=1e-6,
         two_kinds=True,
         peft_layers=LANGUAGE_LAYERS,
+    ),
+    "qwen35": Family(
+        "Qwen 3.5 and 3.6, dense",
+        qk_norm=HEAD_NORM,
+        feed_forward_norm="post_attention_norm",
+        delta_net=True,
+    ),
+    "lfm2": Family(
+        "LFM2 and LFM2.5, dense",
+        qk_norm=HEAD_NORM,
+        short_convolutions=True,
+        output_norm="token_embd_norm",
     ),
     "phi3": Family("Phi 3, 3.5 and 4", fused_qkv=True, fused_gate_up=True),
     "granite": Family(

@@ -8,16 +8,15 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.adaptable import FUSED_QKV, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.host_table import HostTable
 from lora.forward.model.inputs import IndexBounds, LongExamples
 from lora.forward.model.layer_spec import (
-    FUSED_QKV,
     OUTPUT_SCALE,
     POST_FEED_FORWARD_NORM,
     POST_MIXER_NORM,
     POST_PER_LAYER_NORM,
-    AdaptableMatrix,
     LayerSpec,
 )
 from lora.forward.model.model_tensors import scaled_tensor
@@ -41,7 +40,8 @@ class LayerWeights:
         mixer_norm, feed_forward_norm: of hidden_size columns, before the blocks, with pre_norms.
         post_mixer_norm, post_feed_forward_norm: the same after them, with post_norms.
         post_per_layer_norm: the same after the layer's input of its own, where it has one.
-        vectors: other tensors of its blocks, by the names of their `stacks`.
+        vectors: other tensors of its blocks, by the names of their `stacks`, and of their
+            `tables`, whose dimensions are turned round: [columns, rows]; and their `constants`.
         rope: [n_positions, rope dimensions / 2, 2] of the mixer; layers of one rope share it. With
             long_examples twice as many positions: those of long examples after the others. None
             where nothing turns.
@@ -188,6 +188,16 @@ def load_model(
                 )
                 for block in spec.blocks
                 for stack, names in block.stacks.items()
+            }
+            | {
+                name: recording.memory.upload(np.ascontiguousarray(values(blk + name).T))
+                for block in spec.blocks
+                for name in block.tables
+            }
+            | {
+                name: recording.memory.upload(numbers)
+                for block in spec.blocks
+                for name, numbers in block.constants.items()
             },
             rope=rope_tables(spec.rope),
             temperature=temperatures(getattr(spec.mixer, "temperature", None)),
@@ -198,7 +208,7 @@ def load_model(
     layers = tuple(layer_weights(layer) for layer in range(a.n_layers))
     embedding = matrix("token_embd.weight")
     head = embedding if a.tied_head else matrix("output.weight")
-    weight = values("output_norm.weight")
+    weight = values(f"{a.output_norm}.weight")
     if a.logit_divisor != 1.0:  # the head is linear: a factor of its input is one of its logits
         weight = weight / np.float32(a.logit_divisor)
     output_norm = Norm(recording.memory.upload(weight), a.norm_epsilon)

@@ -28,6 +28,17 @@ class LayerCache:
         )
 
 
+@dataclass(frozen=True)
+class TextState:
+    """What a recurrent layer keeps of a text: as much after one token as after a thousand.
+
+    Attributes:
+        tensors: f32, of any shape; a kernel that a text begins with reads none of them.
+    """
+
+    tensors: tuple[Tensor, ...]
+
+
 def store_keys_values(
     program: Program, qkv: Tensor, positions: Tensor, cache: LayerCache, *, query_size: int
 ) -> None:

@@ -10,9 +10,19 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from operator import attrgetter
-from typing import Any
 
+import numpy as np
+
+from lora.forward.model.adaptable import (
+    ATTENTION,
+    FUSED_ATTENTION,
+    FUSED_GATED,
+    GATED,
+    LFM2_ATTENTION,
+    LFM2_GATED,
+    PER_LAYER,
+    AdaptableMatrix,
+)
 from lora.forward.model.rope_frequencies import Rope, Temperature
 
 MOST_HEAD_SIZE = 512  # numbers in a head that attention has kernels for
@@ -20,9 +30,6 @@ MOST_HEAD_SIZE = 512  # numbers in a head that attention has kernels for
 # What RMSNorm q and k pass: none; every head on its own, before rope or after it; all heads of q,
 # and all of k, together before rope.
 NO_NORM, HEAD_NORM, LATE_NORM, WIDTH_NORM = "none", "head", "head after rope", "width"
-
-# Where PEFT finds the layers: in a class for text alone, and in one for text and images.
-TEXT_LAYERS, LANGUAGE_LAYERS = "model.layers", "model.language_model.layers"
 
 
 class BlockSpec(ABC):
@@ -42,6 +49,21 @@ class BlockSpec(ABC):
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
         """Which of its vectors lie one after another in a tensor on the device, by its name."""
         return {name: (name,) for name in self.vectors}
+
+    @property
+    def tables(self) -> Mapping[str, tuple[int, ...]]:
+        """Shapes of its other small tensors, by their whole GGUF name within the layer."""
+        return {}
+
+    @property
+    def constants(self) -> Mapping[str, np.ndarray]:
+        """Numbers that its kernels take and no file holds, f32, by name."""
+        return {}
+
+    @property
+    def recurrent(self) -> bool:
+        """Whether what a text leaves for its next token is a state, in which none is told apart."""
+        return False
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -72,6 +94,9 @@ class Attention(BlockSpec):
         value_norm: every head of v passes an RMSNorm without a weight.
         keys_are_values: v is what k is before its norm; the layer has no matrix of its own for it.
         keys_of: the layer whose keys and values it takes, having none; None for its own.
+        lfm2_names: the module of its output has the name that Hugging Face's LFM2 gives it.
+        output_gate: the product of q gives each head twice its numbers, the second half of which
+            is a gate: what comes out is multiplied by its sigmoid.
     """
 
     n_heads: int
@@ -89,6 +114,8 @@ class Attention(BlockSpec):
     value_norm: bool = False
     keys_are_values: bool = False
     keys_of: int | None = None
+    lfm2_names: bool = False
+    output_gate: bool = False
 
     def __post_init__(self) -> None:
         """Refuses what no kernel does."""
@@ -96,10 +123,17 @@ class Attention(BlockSpec):
             raise ValueError("queries that are normed after their product can't have a temperature")
         if self.value_norm and self.qk_norm != HEAD_NORM:
             raise ValueError("heads of v are normed beside those of q and k only")
+        if self.output_gate and (self.qk_norm != HEAD_NORM or self.value_norm):
+            raise ValueError("what is gated has heads of q and k normed, and those of v not")
         if (self.keys_are_values or self.keys_of is not None) and not self.value_norm:
             raise ValueError(
                 "keys that are values, or another layer's, come with heads of v normed"
             )
+
+    @property
+    def query_rows(self) -> int:
+        """Rows of the matrix of q: all query heads, with their gates."""
+        return self.query_size * (2 if self.output_gate else 1)
 
     @property
     def query_size(self) -> int:
@@ -121,17 +155,19 @@ class Attention(BlockSpec):
         """Columns of the product that gives q, k and v, or what the layer has of them."""
         if self.keys_of is not None:
             return self.query_size
-        return self.query_size + (1 if self.keys_are_values else 2) * self.kv_size
+        return self.query_rows + (1 if self.keys_are_values else 2) * self.kv_size
 
     @property
     def matrices(self) -> tuple[AdaptableMatrix, ...]:
         """See `BlockSpec`."""
         if self.fused_modules:
-            return _FUSED_ATTENTION
-        q, k, v, output = _ATTENTION
+            return FUSED_ATTENTION
+        if self.lfm2_names:
+            return LFM2_ATTENTION
+        q, k, v, output = ATTENTION
         if self.keys_of is not None:
             return q, output
-        return (q, k, output) if self.keys_are_values else _ATTENTION
+        return (q, k, output) if self.keys_are_values else ATTENTION
 
     @property
     def vectors(self) -> Mapping[str, int]:
@@ -147,7 +183,7 @@ class Attention(BlockSpec):
     @property
     def norms_spans(self) -> bool:
         """Whether q and k are normed by `span_norm`, and not with rope by `head_norm_rope`."""
-        return self.qk_norm in (LATE_NORM, WIDTH_NORM) or self.value_norm
+        return self.qk_norm in (LATE_NORM, WIDTH_NORM) or self.value_norm or self.output_gate
 
     @property
     def stacks(self) -> Mapping[str, tuple[str, ...]]:
@@ -169,11 +205,13 @@ class GatedFeedForward(BlockSpec):
         intermediate_size: width inside the block.
         activation: of the gate: "silu" or "gelu_tanh".
         fused_modules: gate and up are one module of the Hugging Face model (Phi).
+        lfm2_names: the modules have the names that Hugging Face's LFM2 gives them.
     """
 
     intermediate_size: int
     activation: str
     fused_modules: bool
+    lfm2_names: bool = False
 
     @property
     def gate_up_size(self) -> int:
@@ -183,7 +221,9 @@ class GatedFeedForward(BlockSpec):
     @property
     def matrices(self) -> tuple[AdaptableMatrix, ...]:
         """See `BlockSpec`."""
-        return _FUSED_GATED if self.fused_modules else _GATED
+        if self.lfm2_names:
+            return LFM2_GATED
+        return FUSED_GATED if self.fused_modules else GATED
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -208,7 +248,7 @@ class PerLayerInput(BlockSpec):
     @property
     def matrices(self) -> tuple[AdaptableMatrix, ...]:
         """See `BlockSpec`."""
-        return _PER_LAYER
+        return PER_LAYER
 
     @property
     def sizes(self) -> tuple[object, ...]:
@@ -292,103 +332,7 @@ class LayerSpec:
         return found
 
 
-@dataclass(frozen=True)
-class AdaptableMatrix:
-    """A matrix that LoRA can adapt, under PEFT's name and under GGUF's.
-
-    Attributes:
-        module: PEFT's name for it, as in the config's `adapter.targets`.
-        peft_parent: the module that holds it within a layer; "" for the layer itself, and the head.
-        gguf_name: its name within a layer of the GGUF.
-        group: matrices of one group share their input and are stacked.
-        in_field, out_field: the field of a LayerSpec (of Architecture, for the head) that is its
-            number of columns, of rows.
-        heads_field: the field that counts its heads where rope turns its output, else None.
-    """
-
-    module: str
-    peft_parent: str
-    gguf_name: str
-    group: str
-    in_field: str
-    out_field: str
-    heads_field: str | None = None
-
-    def tensor_name(self, layer: int) -> str:
-        """Its tensor in the GGUF, for example `blk.3.attn_q.weight`."""
-        return f"blk.{layer}.{self.gguf_name}.weight"
-
-    def peft_path(self, layer: int) -> str:
-        """Its module in the Hugging Face model, e.g. `model.layers.3.self_attn.q_proj`."""
-        if self.group == HEAD_GROUP:
-            return self.module
-        parent = f"{self.peft_parent}." if self.peft_parent else ""
-        return f"{TEXT_LAYERS}.{layer}.{parent}{self.module}"
-
-    def in_size(self, of: Any) -> int:
-        """Its number of columns: A is [rank, in_size].
-
-        Args:
-            of: the LayerSpec of its layer; the Architecture, for the head.
-        """
-        return int(attrgetter(self.in_field)(of))
-
-    def out_size(self, of: Any) -> int:
-        """Its number of rows: B is [out_size, rank]; argument as of `in_size`."""
-        return int(attrgetter(self.out_field)(of))
-
-    def permuted_heads(self, of: Any) -> int | None:
-        """The heads within which the GGUF permutes its rows; None where the order is PEFT's."""
-        if self.heads_field is None or not of.mixer.permuted:
-            return None
-        return int(attrgetter(self.heads_field)(of))
-
-
 Q_NORM, K_NORM = "attn_q_norm", "attn_k_norm"  # within a layer: norms of heads
 SPAN_NORMS = "attn_norms"  # those one after another
 POST_MIXER_NORM, POST_FEED_FORWARD_NORM = "post_attention_norm", "post_ffw_norm"
 POST_PER_LAYER_NORM, OUTPUT_SCALE = "post_norm", "layer_output_scale"
-FUSED_QKV = "attn_qkv"  # within a layer: rows of q, then of k, then of v
-
-
-def _matrix(path: str, gguf_name: str, group: str, *sizes: str) -> AdaptableMatrix:
-    parent, _, module = path.rpartition(".")
-    return AdaptableMatrix(module, parent, gguf_name, group, *sizes)
-
-
-_OUTPUT = _matrix(
-    "self_attn.o_proj", "attn_output", "attn_output", "mixer.query_size", "hidden_size"
-)
-_ATTENTION = (
-    _matrix(
-        "self_attn.q_proj", "attn_q", "qkv", "hidden_size", "mixer.query_size", "mixer.n_heads"
-    ),
-    _matrix(
-        "self_attn.k_proj", "attn_k", "qkv", "hidden_size", "mixer.kv_size", "mixer.n_kv_heads"
-    ),
-    _matrix("self_attn.v_proj", "attn_v", "qkv", "hidden_size", "mixer.kv_size"),
-    _OUTPUT,
-)
-_FUSED_ATTENTION = (
-    _matrix("self_attn.qkv_proj", FUSED_QKV, "qkv", "hidden_size", "mixer.qkv_size"),
-    _OUTPUT,
-)
-_INNER = "feed_forward.intermediate_size"
-_DOWN = _matrix("mlp.down_proj", "ffn_down", "down", _INNER, "hidden_size")
-_GATED = (
-    _matrix("mlp.gate_proj", "ffn_gate", "gate_up", "hidden_size", _INNER),
-    _matrix("mlp.up_proj", "ffn_up", "gate_up", "hidden_size", _INNER),
-    _DOWN,
-)
-_FUSED_GATED = (
-    _matrix("mlp.gate_up_proj", "ffn_up", "gate_up", "hidden_size", "feed_forward.gate_up_size"),
-    _DOWN,
-)
-_PER_LAYER = (
-    _matrix("per_layer_input_gate", "inp_gate", "inp_gate", "hidden_size", "per_layer.size"),
-    _matrix("per_layer_projection", "proj", "proj", "per_layer.size", "hidden_size"),
-)
-HEAD_GROUP = "head"
-HEAD = _matrix("lm_head", "output", HEAD_GROUP, "hidden_size", "vocab_size")
-_ALL = (*_ATTENTION, *_GATED, *_FUSED_ATTENTION, *_FUSED_GATED, *_PER_LAYER, HEAD)
-MODULE_NAMES = tuple(dict.fromkeys(matrix.module for matrix in _ALL))

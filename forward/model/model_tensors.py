@@ -99,7 +99,10 @@ def scaled_tensor(name: str, gguf_file: GGUFFile, *, holds_data: bool) -> GGUFTe
 
 
 def check_tensors(
-    shapes: Mapping[str, tuple[int, ...]], gguf_file: GGUFFile, unused: Collection[str] = ()
+    shapes: Mapping[str, tuple[int, ...]],
+    gguf_file: GGUFFile,
+    unused: Collection[str] = (),
+    tables: Collection[str] = (),
 ) -> None:
     """Checks names, shapes and types of what the decoder reads.
 
@@ -107,6 +110,7 @@ def check_tensors(
         shapes: every tensor of the decoder, in numpy order.
         gguf_file: of the model.
         unused: names of tensors that may be there, too.
+        tables: those of `shapes` that are no matrices of products.
 
     Raises:
         InputError: a tensor is missing, is of another shape, of a type that is not supported, or
@@ -126,7 +130,8 @@ def check_tensors(
                 f"{gguf_file.path}: tensor {name!r} has the shape {list(tensor.shape)}; by the "
                 f"metadata it must be {list(shape)}."
             )
-        types = tuple(QUANTIZATIONS) if len(shape) > 1 else VECTOR_TYPES
+        is_matrix = len(shape) > 1 and name not in tables
+        types = tuple(QUANTIZATIONS) if is_matrix else VECTOR_TYPES
         if tensor.type not in types:
             raise InputError(
                 f"{gguf_file.path}: tensor {name!r} is stored as {tensor.type.name}, which is not "

@@ -8,17 +8,19 @@ from dataclasses import dataclass, replace
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.metadata import Metadata
+from lora.forward.model.adaptable import FUSED_QKV
 from lora.forward.model.families import Family
 from lora.forward.model.layer_spec import (
-    FUSED_QKV,
     MOST_HEAD_SIZE,
     OUTPUT_SCALE,
     Attention,
+    BlockSpec,
     GatedFeedForward,
     LayerSpec,
     PerLayerInput,
 )
 from lora.forward.model.read_gemma4 import read_gemma4_attentions
+from lora.forward.model.read_recurrent import with_convolutions, with_delta_nets
 from lora.forward.model.rope_frequencies import (
     Rope,
     Temperature,
@@ -59,7 +61,9 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
     layers = tuple(
         LayerSpec(
             mixer=mixer,
-            feed_forward=GatedFeedForward(width, family.activation, family.fused_gate_up),
+            feed_forward=GatedFeedForward(
+                width, family.activation, family.fused_gate_up, family.short_convolutions
+            ),
             hidden_size=hidden_size,
             norm_epsilon=epsilon / multipliers.residual**2,
             post_norms=family.post_norms,
@@ -70,10 +74,20 @@ def read_layers(gguf_file: GGUFFile, metadata: Metadata, family: Family) -> tupl
             output_scale=f"blk.{layer}.{OUTPUT_SCALE}.weight" in gguf_file.tensors,
         )
         for layer, (mixer, width) in enumerate(
-            zip(_attentions(gguf_file, metadata, family, n_layers), widths, strict=True)
+            zip(_mixers(gguf_file, metadata, family, n_layers), widths, strict=True)
         )
     )
     return layers[: n_layers - n_more]
+
+
+def _mixers(
+    gguf_file: GGUFFile, metadata: Metadata, family: Family, n_layers: int
+) -> Sequence[BlockSpec]:
+    """What mixes the positions in every layer."""
+    attentions = _attentions(gguf_file, metadata, family, n_layers)
+    if family.short_convolutions:
+        return with_convolutions(metadata, attentions)
+    return with_delta_nets(metadata, attentions) if family.delta_net else attentions
 
 
 def _attentions(
@@ -87,7 +101,9 @@ def _attentions(
     n_heads = metadata.sizes("attention.head_count", n_layers)
     n_kv_heads = n_heads
     if metadata.get("attention.head_count_kv") is not None:
-        n_kv_heads = metadata.sizes("attention.head_count_kv", n_layers)
+        n_kv_heads = metadata.sizes(
+            "attention.head_count_kv", n_layers, none=family.short_convolutions
+        )
     head_size = metadata.size(
         "attention.key_length", max(1, hidden_size // n_heads[0]), multiple_of=4
     )
@@ -111,6 +127,7 @@ def _attentions(
             permuted=family.permuted,
             fused_tensor=_is_fused(gguf_file, family, layer),
             temperature=temperature,
+            lfm2_names=family.short_convolutions,
         )
         for layer, (window, rope) in enumerate(
             _windows_and_ropes(gguf_file, metadata, family, n_layers, head_size)
@@ -201,7 +218,7 @@ def _check_heads(
 ) -> None:
     """Checks what ties the sizes of heads together."""
     for queries, keys in zip(n_heads, n_kv_heads, strict=True):
-        if queries % keys:
+        if keys and queries % keys:
             raise InputError(
                 f"{metadata.path}: {queries} heads cannot share {keys} key and value heads evenly."
             )

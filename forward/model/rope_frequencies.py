@@ -140,6 +140,7 @@ _KEYS = frozenset(
     f"rope.{key}"
     for key in (
         "dimension_count", "dimension_count_swa",
+        "dimension_sections",  # for images; a text has one position for all sections
         "freq_base", "freq_base_swa", "global.freq_base", "local.freq_base",
         "scale_linear", "scaling.type",
         "scaling.factor", "scaling.attn_factor", "scaling.original_context_length",

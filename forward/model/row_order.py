@@ -1,4 +1,4 @@
-"""The order of the rows of q and k: in Hugging Face's files, and permuted in some GGUFs."""
+"""The order of rows in Hugging Face's files, and in GGUFs that have them in another."""
 
 from __future__ import annotations
 
@@ -40,3 +40,17 @@ def _half_head(array: np.ndarray, n_heads: int) -> int:
     if array.shape[0] % (2 * n_heads):
         raise ValueError(f"{array.shape[0]} rows are not {n_heads} heads of an even size")
     return array.shape[0] // (2 * n_heads)
+
+
+def to_gguf(array: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Rows in PEFT's order put into the GGUF's: row i becomes what order[i] was."""
+    return array if order is None else np.ascontiguousarray(array[order])
+
+
+def to_hf(array: np.ndarray, order: np.ndarray | None) -> np.ndarray:
+    """Undoes `to_gguf`."""
+    if order is None:
+        return array
+    found = np.empty_like(array)
+    found[order] = array
+    return found

@@ -11,9 +11,10 @@ import numpy as np
 
 from lora.adapters.fused_names import as_named_in
 from lora.adapters.peft_files import WEIGHTS, read_peft_factors
+from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, AdaptableMatrix, LayerSpec
-from lora.forward.model.row_order import permute_rows_to_gguf
+from lora.forward.model.layer_spec import LayerSpec
+from lora.forward.model.row_order import to_gguf
 from lora.shaders.errors import InputError
 
 # Of Gemma 4: what its embedding gives all layers. PEFT's all-linear takes it; llama.cpp ignores it.
@@ -106,11 +107,11 @@ def read_adapted_tensors(
                 f"{directory}: {path} has a lora_magnitude_vector {magnitude.shape}; this base "
                 f"wants {(n_rows,)}. Name the right base with --base."
             )
-        heads = place.matrix.permuted_heads(place.holder)
-        if heads is not None:
-            b = np.ascontiguousarray(permute_rows_to_gguf(b, heads))
-            if magnitude is not None:
-                magnitude = permute_rows_to_gguf(magnitude[:, None], heads)[:, 0]
+        rows = place.matrix.row_order(place.holder)
+        a = np.ascontiguousarray(to_gguf(a.T, place.matrix.column_order(place.holder)).T)
+        b = to_gguf(b, rows)
+        if magnitude is not None:
+            magnitude = to_gguf(magnitude, rows)
         one = AdaptedTensor(place.tensor, a, b, factors.scale, magnitude)
         parts.setdefault(place.tensor, []).append((place.first_row, one))
     fused = {place.tensor: place.tensor_rows for place in places.values() if place.first_row}
@@ -166,9 +167,8 @@ class Adaptable:
 
 def adaptable(architecture: Architecture) -> Iterator[Adaptable]:
     """All that LoRA can adapt."""
-    for matrix in architecture.matrices.values():
-        for layer, spec in enumerate(architecture.layers):
-            if matrix in spec.groups.get(matrix.group, ()):
-                place = architecture.place_of(layer, matrix)
-                yield Adaptable(matrix.peft_path(layer), matrix, spec, *place)
+    for layer, spec in enumerate(architecture.layers):
+        for matrix in (matrix for members in spec.groups.values() for matrix in members):
+            place = architecture.place_of(layer, matrix)
+            yield Adaptable(matrix.peft_path(layer), matrix, spec, *place)
     yield Adaptable(HEAD.module, HEAD, architecture, "output.weight")

@@ -18,9 +18,9 @@ from lora.adapters.peft_files import (
 )
 from lora.adapters.saved_factors import common_scale
 from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.adaptable import MODULE_NAMES
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import MODULE_NAMES
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
 

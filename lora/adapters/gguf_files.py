@@ -22,7 +22,7 @@ from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.row_order import permute_rows_to_hf
+from lora.forward.model.row_order import to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import as_f32, reading, shown
 from lora.storage.gguf_output import new_file
@@ -145,9 +145,9 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
     for module, name in settings.modules(architecture).items():
         a, b = (_decoded(file, f"{name}.{suffix}") for suffix in _SUFFIXES)
         place = places[module]
-        n_rows, heads = (
+        n_rows, n_columns = (
             place.matrix.out_size(place.holder),
-            place.matrix.permuted_heads(place.holder),
+            place.matrix.in_size(place.holder),
         )
         if any(other.first_row for other in places.values() if other.tensor == name):
             if len(b) != place.tensor_rows:
@@ -155,8 +155,9 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
                     f"{path}: B of {name} has {len(b)} rows; this model's has {place.tensor_rows}."
                 )
             b = b[place.first_row : place.first_row + n_rows]
-        if heads is not None and len(b) == n_rows:
-            b = permute_rows_to_hf(b, heads)
+        if len(b) == n_rows and a.shape[1] == n_columns:  # else it is refused below
+            b = to_hf(b, place.matrix.row_order(place.holder))
+            a = to_hf(a.T, place.matrix.column_order(place.holder)).T
         scale = settings.scale(name) * dict(architecture.scaled).get(name, 1.0)
         modules[module] = SavedFactors(a, b, scale)
     return pack(path, modules, layout)

@@ -22,8 +22,8 @@ from lora.adapters.peft_settings import (
     refuse_dora,
 )
 from lora.adapters.saved_factors import SavedFactors, pack
+from lora.forward.model.adaptable import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
 from lora.forward.model.adapter import AdapterLayout
-from lora.forward.model.layer_spec import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import as_f32, reading
 from lora.storage.files import write_file

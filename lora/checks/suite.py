@@ -11,10 +11,12 @@ from lora.checks.comparison import Check, Comparison, NotHereError
 from lora.checks.kernels import (
     adapters,
     attention,
+    convolutions,
     lanes,
     norms,
     one_row,
     products,
+    recurrent,
     small,
     spans,
 )
@@ -25,7 +27,18 @@ from lora.shaders.webgpu import Pipeline
 
 ALL_CHECKS: tuple[Check, ...] = tuple(
     check
-    for family in (lanes, small, norms, spans, adapters, attention, products, one_row)
+    for family in (
+        lanes,
+        small,
+        norms,
+        spans,
+        adapters,
+        attention,
+        convolutions,
+        recurrent,
+        products,
+        one_row,
+    )
     for check in family.CHECKS
 )
 

@@ -32,6 +32,11 @@ _SIZES = {
     "attention.key_length": "head size",
     "expert_count": "experts",
     "context_length": "context",
+    "shortconv.l_cache": "convolution taps",
+    "full_attention_interval": "attention every",
+    "ssm.group_count": "DeltaNet key heads",
+    "ssm.time_step_rank": "DeltaNet value heads",
+    "ssm.state_size": "DeltaNet head size",
     "attention.sliding_window": "sliding window",
     "attention.sliding_window_pattern": "window pattern",
 }

@@ -112,6 +112,12 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         rows["evaluation"] = f"{len(workload.eval_examples)} examples" + (
             f": {sets}" if sets else ""
         )
+    if (bare := _bare_mixers(layout)) is not None:
+        rows["not adapted"] = bare
+    if workload.share.size > 1:
+        rows["processes"] = (
+            f"{workload.share.size}, which share {workload.micro_batches} micro-batches a step"
+        )
     if layout.architecture.unused:
         rows["left alone"] = ", ".join(
             f"{what} ({n} tensors)" for what, n in layout.architecture.unused
@@ -138,7 +144,7 @@ def seconds_shown(seconds: float) -> str:
 
 def _targets_shown(layout: AdapterLayout) -> str:
     """The adapted matrices; of those that some of the layers lack, in how many they are."""
-    from lora.forward.model.layer_spec import HEAD
+    from lora.forward.model.adaptable import HEAD
 
     counts = Counter(m.module for group in layout.groups for m in group.members)
     n_layers = len(layout.layers)
@@ -147,4 +153,21 @@ def _targets_shown(layout: AdapterLayout) -> str:
         if counts[name] in (n_layers, 0) or name == HEAD.module
         else f"{name} (in {counts[name]})"
         for name in sorted(layout.targets)
+    )
+
+
+def _bare_mixers(layout: AdapterLayout) -> str | None:
+    """Which layers' mixers are left out though others' are adapted; None where none are.
+
+    The usual seven names are those of attention: in a model of other mixers they are few of all.
+    """
+    layers = layout.architecture.layers
+    names = [[m.module for m in layers[layer].mixer.matrices] for layer in layout.layers]
+    bare = [of for of in names if not layout.targets & set(of)]
+    if not bare or len(bare) == len(names):
+        return None
+    missing = ", ".join(dict.fromkeys(name for of in bare for name in of))
+    return (
+        f"what mixes tokens in {len(bare)} of {len(names)} layers ({missing}); adapter.targets: "
+        "all-linear adapts it"
     )

@@ -18,11 +18,12 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from lora.shaders.errors import for_terminal
+from lora.shaders.errors import for_terminal, plain
 from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics, Sample
 
 if TYPE_CHECKING:
+    from lora.training.exchange import StepOfRanks
     from lora.training.session import TrainingSession
 
 _GONE = (OSError, SystemExit)  # a terminal that was closed; rich ends a process whose pipe broke
@@ -78,6 +79,15 @@ class Pace:
         """Of the last steps."""
         seconds = sum(m.seconds for m in self._last)
         return sum(m.tokens for m in self._last) / seconds if seconds else None
+
+
+def _ranks(ranks: StepOfRanks, hosts: Sequence[str]) -> list[str]:
+    """How several processes fared: whom the others waited for, and what communication took."""
+    return [
+        f"{len(ranks.seconds)} ranks",
+        f"slowest {ranks.slowest} on {plain(hosts[ranks.slowest])} +{ranks.behind:.0%}",
+        f"communication {ranks.communication:.0%}",
+    ]
 
 
 class TrainingProgress(Listener):
@@ -224,6 +234,8 @@ class TrainingProgress(Listener):
             found.append(f"lr {metrics.learning_rate:.2g}")
         if pace.tokens_per_second is not None:
             found.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+        if metrics is not None and metrics.ranks is not None and session is not None:
+            found += _ranks(metrics.ranks, session.communicator.hosts)
         left = self._seconds_left()
         time_left = "" if left is None else f", {clock(left)} left"
         found.append(f"{self._elapsed}{time_left}")

@@ -15,6 +15,7 @@ from lora.shaders.errors import InputError, plain
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.config.schema import Config
+    from lora.training.communicator import Communicator
 
 
 def train_command(
@@ -36,7 +37,26 @@ def train_command(
 ) -> None:
     """Train an adapter; Ctrl-C saves a checkpoint and says how to resume.
 
-    A config is written by `lora init`; --model and --data train with what it would hold.
+    A config is written by `lora init`; --model and --data train with what it would hold. Under
+    mpiexec -n N, or srun, N processes train one, each on a device of its own.
+    """
+    from lora.training.watch import joined
+
+    given = overrides(set_, webgpu)
+    if output is not None:
+        given.append(f"output={output}")
+    with joined() as communicator:
+        loaded, words = _settings(config, model, data, given)
+        _train(communicator, loaded, words, resume=resume, dry_run=dry_run)
+
+
+def _train(
+    communicator: Communicator, loaded: Config, words: list[str], *, resume: bool, dry_run: bool
+) -> None:
+    """Of several processes rank 0 alone shows anything, and looks at the output.
+
+    Args:
+        words: of the command line that give the config.
     """
     from lora.commands.plan import print_plan
     from lora.commands.progress import TrainingProgress
@@ -44,41 +64,40 @@ def train_command(
     from lora.commands.tables import table_console
     from lora.shaders.stages import stages_told
     from lora.storage.hub_upload import check_can_push
-    from lora.training.checkpoint import device_of_then, started_at
+    from lora.training.leading import open_together, quiet
     from lora.training.output import check_output, check_room
     from lora.training.reporters import check_reporters, open_reporters
     from lora.training.run import Interrupted, run_training
-    from lora.training.session import TrainingSession
 
-    given = overrides(set_, webgpu)
-    if output is not None:
-        given.append(f"output={output}")
-    loaded, words = _settings(config, model, data, given)
-    check_output(Path(loaded.output), resuming=resume)
-    check_room(loaded, Path(loaded.output))
-    check_reporters(loaded)
-    if loaded.hub is not None:
-        check_can_push(loaded.hub)
-    device = device_of_then(loaded) if resume else None
-    started = started_at(Path(loaded.output)) if resume else None
-    console = table_console()
+    quiet(communicator)
+    console, leads = table_console(), communicator.rank == 0
+    console.quiet = not leads
+    if leads:
+        check_output(Path(loaded.output), resuming=resume)
+        check_room(loaded, Path(loaded.output))
+        check_reporters(loaded)
+        if loaded.hub is not None:
+            check_can_push(loaded.hub)
     try:
         with TrainingProgress(console) as progress:
             with stages_told(progress.stage):
-                session = TrainingSession(loaded, device=device, started=started)
+                session = open_together(loaded, communicator, resuming=resume)
             print_plan(console, session.plan)
             if dry_run:
                 return
-            listeners = [progress, *open_reporters(loaded)]
-            written = run_training(session, resuming=resume, listeners=listeners)
+            reporters = open_reporters(loaded) if leads else []
+            written = run_training(session, resuming=resume, listeners=[progress, *reporters])
     except Interrupted as stop:
-        command = shlex.join(["lora", "train", *words, "--resume"])
-        with suppress(OSError):  # the terminal may be what is gone
-            typer.echo(f"Stopped; saved {stop.checkpoint}.")
-            typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
+        together = ["mpiexec", "-n", str(communicator.size)] if communicator.size > 1 else []
+        command = shlex.join([*together, "lora", "train", *words, "--resume"])
+        if leads:
+            with suppress(OSError):  # the terminal may be what is gone
+                typer.echo(f"Stopped; saved {stop.checkpoint}.")
+                typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
         raise typer.Exit(128 + stop.signum) from None
-    print_summary(console, session, words, written)
-    typer.echo(f"Saved the adapter to {plain(str(written))}.")
+    if leads:
+        print_summary(console, session, words, written)
+        typer.echo(f"Saved the adapter to {plain(str(written))}.")
 
 
 def _settings(

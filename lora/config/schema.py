@@ -33,8 +33,8 @@ from lora.config.fields import (
 )
 from lora.config.watch_section import WatchConfig, check_watched
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
+from lora.forward.model.adaptable import HEAD, MODULE_NAMES
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD, MODULE_NAMES
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import MOST_RANK, shown
 from lora.storage.hub import check_repository
@@ -223,6 +223,7 @@ class TrainConfig(WatchConfig):
     max_submission_seconds: Annotated[Number, Field(gt=0)] | None = Field(
         default=None, description="null, or a number of seconds above 0"
     )
+    comm_dtype: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
 
     @model_validator(mode="after")
     def _one_warmup(self) -> Self:
@@ -262,7 +263,7 @@ class Config(Section):
     data: DataConfig = Field(description="the data")
     train: Annotated[TrainConfig, BeforeValidator(section_from_nothing)] = TrainConfig()
     device: Text | Annotated[int, Field(ge=0)] = Field(
-        default="auto", description="auto, a device's index, or part of its name"
+        default="auto", description="auto, shared, a device's index, or part of its name"
     )
     webgpu: Literal["auto", "wgpu", "dawn"] = Field(
         default="auto", description="auto, wgpu or dawn"

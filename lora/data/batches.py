@@ -30,6 +30,7 @@ class Batch:
             token of an example has none.
         examples: `Example.index` of each example, in the order in which they lie here.
         example_starts: where each of them begins, as many as examples.
+        place: among the micro-batches of its step, of all processes, from 0.
     """
 
     token_ids: np.ndarray
@@ -39,6 +40,7 @@ class Batch:
     targets: np.ndarray
     examples: list[int]
     example_starts: list[int]
+    place: int = 0
 
     @property
     def rows(self) -> int:

@@ -15,8 +15,9 @@ from lora.data.cache import folder_of_tables, keep, kept, key_of
 from lora.data.examples import DataSummary, Examples, LoadedData, Places
 from lora.data.masks import TextTokenizer
 from lora.data.opened import OpenedSource, check_settings_of_chats, opened
+from lora.data.peers import Alone, Peers, tokenized_together
 from lora.data.pieces import PieceTokenizer, Task, tokenize_piece
-from lora.data.pool import Pool, can_start
+from lora.data.pool import Pool, can_start, n_processes
 from lora.data.rows import template_source
 from lora.data.sources import GivenRows, Piece, RowSource, Split, open_source
 from lora.data.streams import StreamedExamples
@@ -27,6 +28,7 @@ from lora.shaders.errors import InputError
 if TYPE_CHECKING:
     from lora.config.data_section import DataConfig
 
+_AT_ONCE = 2  # pieces for each of a pool's processes, before peers are told
 _FEW_PIECES = 2  # up to so many are tokenized here, and not kept: starting processes takes longer
 _EVAL_ROWS = 0xE7A1  # beside the seed, for the draw of data.eval_share
 _EVAL_SAMPLES = 0x5A3B  # the same, of train.eval_samples
@@ -41,6 +43,7 @@ class DataSets:
         now: what chat templates take for the time; None for the clock.
         seed: of the rows that data.eval_share takes.
         given: rows in place of data.train; None for none.
+        peers: the processes that read the same data; None for this one alone.
     """
 
     def __init__(
@@ -50,12 +53,14 @@ class DataSets:
         now: datetime | None = None,
         seed: int = 0,
         given: RowSource | None = None,
+        peers: Peers | None = None,
     ) -> None:
         self._settings = settings
         self._tokenizer = tokenizer
         self._now = datetime.now() if now is None else now
         self._seed = seed
         self._given = given
+        self._peers: Peers = Alone() if peers is None else peers
         self._loaded = cache(self._load)
         self._tables = cache(self._tokenize)
         self._opened = cache(self._open)
@@ -186,7 +191,7 @@ class DataSets:
         if split == "train" and formats <= {"completion", "text"}:
             check_settings_of_chats(self._settings, " and ".join(sorted(formats)))
         return [
-            tokenized_source(source, self._settings, self._tokenizer, self._now)
+            tokenized_source(source, self._settings, self._tokenizer, self._now, self._peers)
             for source in sources
         ]
 
@@ -230,13 +235,21 @@ def load_data(
 
 
 def tokenized_source(
-    source: OpenedSource, settings: DataConfig, tokenizer: TextTokenizer, now: datetime
+    source: OpenedSource,
+    settings: DataConfig,
+    tokenizer: TextTokenizer,
+    now: datetime,
+    peers: Peers | None = None,
 ) -> TokenTable:
     """A source's rows as tokens: out of the cache, or tokenized, by several processes if many.
+
+    Args:
+        peers: who call this together; None for this process alone.
 
     Raises:
         InputError: a row is wrong.
     """
+    peers = Alone() if peers is None else peers
     task = Task(settings, source.shape, source.rows.is_pieces, now)
     here = PieceTokenizer(task, tokenizer)
     pieces = source.rows.pieces()
@@ -255,17 +268,44 @@ def tokenized_source(
         task = replace(task, settings=settings.model_copy(update={"chat_template": text}))
     setup = Setup(task, origin)
     if data is None:
-        with Pool(setup) as pool:
-            return _in_memory(pool.tokenized(every), data_format, dated)
+        with Pool(setup, _pool_size(peers)) as pool:
+            return _in_memory(_by_all(pool, peers, every), data_format, dated)
     key = key_of(task, data, origin, here.rows.written_date)
     table = kept(key)
-    if table is None:
-        from lora.shaders.choice import say_once
+    if all(peers.gather(table is not None)):
+        assert table is not None
+        return table
+    from lora.shaders.choice import say_once
 
-        say_once(f"Tokenizing {source.rows.name}; later starts read it from {folder_of_tables()}.")
-        with Pool(setup) as pool:
-            table = keep(key, pool.tokenized(every), data_format, dated)
+    say_once(f"Tokenizing {source.rows.name}; later starts read it from {folder_of_tables()}.")
+    with Pool(setup, _pool_size(peers)) as pool:
+        tokens = _by_all(pool, peers, every)
+        if table is None and peers.local_rank == 0:
+            table = keep(key, tokens, data_format, dated)
+        for _ in tokens:  # who keeps nothing does its share of the work all the same
+            pass
+    peers.gather(None)  # those who wrote have ended
+    if table is None:
+        table = kept(key)
+    if table is None:
+        raise InputError(
+            f"{folder_of_tables()}: what the first process of this host has tokenized can't be "
+            "read from there; set XDG_CACHE_HOME to one folder for all processes of a host."
+        )
     return table
+
+
+def _pool_size(peers: Peers) -> int:
+    """Processes of this one's pool: those of a host share its processors."""
+    return max(1, n_processes() // peers.local_size)
+
+
+def _by_all(pool: Pool, peers: Peers, pieces: Iterator[Piece]) -> Iterator[TokenizedPiece]:
+    """The tokens of all pieces, by the pools of all processes."""
+    if peers.size == 1:
+        return pool.tokenized(pieces)
+    at_once = _AT_ONCE * max(peers.gather(_pool_size(peers)))
+    return tokenized_together(peers, pieces, pool.tokenized, at_once)
 
 
 def _in_memory(pieces: Iterator[TokenizedPiece], data_format: str, dated: bool) -> TokenTable:

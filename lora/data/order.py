@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -19,6 +19,38 @@ from lora.shaders.untrusted import whole_number
 
 _WEIGHTED = 0x3E16  # beside the seed, for the draw of rows whose weight isn't whole
 _ROWS_OF_EPOCH = 0x9AC  # beside the seed and the epoch, for the order of packed rows
+
+
+@dataclass(frozen=True)
+class Share:
+    """Which micro-batches of a step one of several processes takes.
+
+    They are dealt by their sizes, each to who has the fewest tokens so far, so that nobody waits
+    longer than need be; whose a micro-batch is follows from the step's sizes alone.
+
+    Attributes:
+        rank: of the process.
+        size: how many there are.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    def of(self, sizes: Sequence[int]) -> list[int]:
+        """The places in a step, ascending, of this process's micro-batches.
+
+        Args:
+            sizes: tokens of each micro-batch of the step.
+        """
+        most = -(-len(sizes) // self.size)
+        held = [0] * self.size
+        dealt: list[list[int]] = [[] for _ in held]
+        for place in sorted(range(len(sizes)), key=lambda place: (-sizes[place], place)):
+            open_to = [rank for rank in range(self.size) if len(dealt[rank]) < most]
+            rank = min(open_to, key=lambda rank: (held[rank], rank))
+            held[rank] += sizes[place]
+            dealt[rank].append(place)
+        return sorted(dealt[self.rank])
 
 
 class BatchStream(Protocol):
@@ -87,6 +119,7 @@ class DataStream:
         seed: int = 0,
         epochs: float = 1.0,
         steps: int | None = None,
+        share: Share = Share(),  # noqa: B008 (frozen)
     ) -> None:
         """Prepares the run.
 
@@ -101,7 +134,9 @@ class DataStream:
             seed: of the shuffle.
             epochs: passes over the examples; the part of a last one is rounded up to a step.
             steps: optimizer steps; wins over epochs.
+            share: of the step's micro-batches; what is given out are these.
         """
+        self._share = share
         self._examples = examples
         self._lengths = lengths_of(examples)
         weights = examples.weights if isinstance(examples, Examples) else np.ones(len(examples))
@@ -145,7 +180,7 @@ class DataStream:
         return self
 
     def __next__(self) -> list[Batch]:
-        """Returns the micro-batches of the next step."""
+        """Returns the micro-batches of the next step, as many of them as are this process's."""
         if self._step >= self.total_steps:
             raise StopIteration
         plan = self._plan(self._epoch)
@@ -155,7 +190,14 @@ class DataStream:
         self._offset += 1
         if self._offset >= self.steps_per_epoch(self._epoch):
             self._epoch, self._offset = self._epoch + 1, 0
-        return [make_batch([self._examples[i] for i in plan.micro_batch(m)]) for m in chosen]
+        sizes = [int(self._lengths[plan.micro_batch(m)].sum()) for m in chosen]
+        return [
+            replace(
+                make_batch([self._examples[i] for i in plan.micro_batch(chosen[place])]),
+                place=place,
+            )
+            for place in self._share.of(sizes)
+        ]
 
     def state(self) -> dict[str, Any]:
         """Returns where the stream stands, as values that JSON can hold."""

@@ -6,6 +6,7 @@ They are gone through again in each epoch, and from the epoch's beginning when a
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from datetime import datetime
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,7 @@ from lora.data.batches import Batch, make_batch
 from lora.data.examples import Example, Examples
 from lora.data.masks import TextTokenizer
 from lora.data.opened import OpenedSource, check_settings_of_chats
-from lora.data.order import check_settings, places_of
+from lora.data.order import Share, check_settings, places_of
 from lora.data.packing import best_fit_decreasing
 from lora.data.pieces import PieceTokenizer, Task, tokenize_piece
 from lora.data.table import TableWriter
@@ -87,6 +88,7 @@ class StreamedBatches:
         buffer: examples that are held: the next one is drawn from them, or they are packed
             together.
         steps: optimizer steps.
+        share: of each step's micro-batches; what is given out are these.
     """
 
     def __init__(
@@ -101,7 +103,9 @@ class StreamedBatches:
         buffer: int,
         seed: int,
         steps: int,
+        share: Share = Share(),  # noqa: B008 (frozen)
     ) -> None:
+        self._share = share
         self._examples = examples
         self._batch_size = batch_size
         self._accumulation = gradient_accumulation
@@ -135,7 +139,8 @@ class StreamedBatches:
             raise StopIteration
         chosen = self._take(self._accumulation)
         self._step += 1
-        return [make_batch(examples) for examples in chosen]
+        sizes = [sum(len(example.ids) for example in examples) for examples in chosen]
+        return [replace(make_batch(chosen[place]), place=place) for place in self._share.of(sizes)]
 
     def _take(self, number: int) -> list[list[Example]]:
         """So many micro-batches, fewer where the epoch ends; the next epoch begins behind them."""

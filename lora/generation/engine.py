@@ -15,6 +15,8 @@ from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.frozen_model import Model
+from lora.forward.model.kv_cache import TextState
+from lora.generation.snapshots import allocate_snapshots, record_copies, states_of
 from lora.shaders.errors import DeviceMemoryError, InputError
 from lora.shaders.memory import Arena, CountingMemory
 from lora.shaders.program import Program, encode
@@ -55,6 +57,7 @@ class TextTensors:
     step: StepInputs
     head: StepHead
     activations: dict[int, StepActivations]  # by the most rows of the inputs
+    snapshots: tuple[tuple[TextState, ...], ...] = ()  # copies of the states among the caches
 
     @classmethod
     def allocate(cls, recording: Recording, model: Model, room: int) -> TextTensors:
@@ -73,7 +76,8 @@ class TextTensors:
             inputs.rows.maximum: StepActivations.allocate(recording, model, inputs.rows)
             for inputs in (pieces, step)
         }
-        return cls(caches, pieces, step, head, activations)
+        snapshots = allocate_snapshots(recording, caches)
+        return cls(caches, pieces, step, head, activations, snapshots)
 
 
 class DecodeEngine:
@@ -113,11 +117,14 @@ class DecodeEngine:
                 "data.max_length)."
             ) from error
         self.is_cpu = recording.facts.is_cpu
-        # Steps ahead of the host gain nothing on a CPU; and it must know tokens to send their rows.
-        self.waits = self.is_cpu or model.host_table is not None
+        # Steps ahead of the host gain nothing on a CPU; it must know tokens to send their rows; and
+        # states can't be taken back by a token.
+        self.recurrent = bool(self._tensors.snapshots)
+        self.waits = self.is_cpu or model.host_table is not None or self.recurrent
         self.piece_rows = self._tensors.pieces.rows.maximum
         self._programs: dict[tuple[str | None, int, bool], tuple[Program, Program]] = {}
         self._prepared: dict[str | None, Commands] = {}  # by adapter
+        self._copies: dict[tuple[int, bool], Program] = {}
 
     def run_piece(
         self,
@@ -179,6 +186,21 @@ class DecodeEngine:
     def push_token(self) -> None:
         """Asks for the most likely token that the work submitted so far leaves."""
         self.ring.push(self._tensors.head.token, lambda values: int(values.view(np.uint32)[0]))
+
+    def keep_state(self, slot: int) -> None:
+        """Copies the states of a recurrent model into a slot of the snapshots."""
+        self._copy(slot, back=False)
+
+    def restore_state(self, slot: int) -> None:
+        """Copies the states of a slot back."""
+        self._copy(slot, back=True)
+
+    def _copy(self, slot: int, *, back: bool) -> None:
+        if (slot, back) not in self._copies:
+            pair = states_of(self._tensors.caches), list(self._tensors.snapshots[slot])
+            source, destination = reversed(pair) if back else pair
+            self._copies[slot, back] = record_copies(self._recording, source, destination)
+        self._copies[slot, back].run()
 
     def _programs_of(
         self, adapter: str | None, inputs: StepInputs, *, opening: bool = False

@@ -14,6 +14,7 @@ from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.engine import STEPS_AHEAD, Adapter, DecodeEngine
 from lora.generation.prompts import Prompt, prompt_ids
 from lora.generation.sampling import GREEDY, Sampler, Sampling
+from lora.generation.snapshots import Snapshots
 from lora.shaders.errors import InputError
 from lora.shaders.recording import Recording
 
@@ -100,6 +101,7 @@ class TextGenerator:
         self.adapters = self._engine.adapters
         self.room = self._engine.room
         self._ahead: _Ahead | None = None
+        self._snapshots = Snapshots(self._engine if self._engine.recurrent else None)
         self.forget()
 
     def close(self) -> None:
@@ -115,6 +117,7 @@ class TextGenerator:
     def forget(self) -> None:
         """Drops what is kept of the last text; needed once an adapter's numbers have changed."""
         self._settle()
+        self._snapshots.forget()
         self._held: list[int] = []  # tokens whose keys and values are in the cache
         self._held_under: tuple[str | None, bool] = (None, False)  # adapter, long rope
 
@@ -248,6 +251,10 @@ class TextGenerator:
 
     def _reusable(self, ids: Sequence[int], adapter: str | None) -> int:
         """How many tokens of a text need not be computed: all but the last at most."""
+        return self._snapshots.nearest(self._in_common(ids, adapter), len(self._held))
+
+    def _in_common(self, ids: Sequence[int], adapter: str | None) -> int:
+        """With how many tokens of the last text a text begins, all but its own last at most."""
         if self._under_length(len(ids), adapter) != self._held_under:
             return 0
         known = list(ids[: min(len(ids) - 1, len(self._held))])
@@ -331,6 +338,7 @@ class TextGenerator:
                     f"The text has the token id {token}, but the vocabulary of the model has "
                     f"{self._vocab_size} entries; the tokenizer does not fit the model."
                 )
+        self._snapshots.go_back(done, len(self._held))
         self._held_under = self._under_length(len(ids), adapter)
         del self._held[done:]
         rope_offset = self._rope_offset()
@@ -346,6 +354,8 @@ class TextGenerator:
                 )
             self._held += tokens
             done += len(tokens)
+            if len(tokens) > 1:
+                self._snapshots.keep(done)
             if stopped is not None and not with_head:
                 # A GPU would take all pieces at once, and who stops would wait for all of them. So
                 # the host stays one piece ahead: what it asks for comes when a piece is done.

@@ -81,7 +81,10 @@ def save_checkpoint(session: Trained, output: Path) -> Path:
         "plans": {product.key: entry_of(plan) for product, plan in session.plans.items()},
         "fingerprints": session.fingerprints(),
         "guard": guard.as_dict(),
+        "processes": session.workload.processes,
     }
+    session.orders.give("forget")  # behind it the run goes on as one that resumes it
+    session.begin_feedback_anew()
     try:
         _write(path, session, flat, moments, state)
     except OSError as error:
@@ -164,7 +167,7 @@ def _states(output: Path) -> Iterator[tuple[Path, dict[str, Any] | str]]:
             yield path, str(error)
 
 
-def device_of_then(config: Config) -> Device:
+def device_of_then(config: Config, wanted: str | int | None = None) -> Device:
     """The device to go on with a run on: with `webgpu: auto`, through what its checkpoint names.
 
     So the kernels are those of then. Where that can't be used here any more, auto chooses anew, and
@@ -172,16 +175,24 @@ def device_of_then(config: Config) -> Device:
 
     Args:
         config: of the run; its output directory may hold checkpoints.
+        wanted: what to open in place of the config's `device`.
 
     Raises:
         InputError: there is no such device.
     """
+    wanted = config.device if wanted is None else wanted
     found = newest_whole(Path(config.output))
     then = None if found is None else found[1].get("webgpu")
     if asked_for(config.webgpu) == "auto" and then in WEBGPU_SETTINGS:
         with suppress(InputError):
-            return Device(config.device, webgpu=then)
-    return Device(config.device, webgpu=config.webgpu)
+            return Device(wanted, webgpu=then)
+    return Device(wanted, webgpu=config.webgpu)
+
+
+def processes_of_then(output: Path) -> int | None:
+    """How many processes a run was begun with, by the checkpoint to go on from; None as there."""
+    found = newest_whole(output)
+    return None if found is None else int(found[1].get("processes", 1))
 
 
 def started_at(output: Path) -> datetime | None:

@@ -11,6 +11,7 @@ from lora.shaders.errors import InputError
 from lora.shaders.untrusted import read_json_object, shown, whole_number
 
 _MOST_BYTES = 1 << 24  # plans of ten thousand products have two million
+_MOST_PROCESSES = 1 << 20
 _PRECISIONS = ("f32", "f16")
 
 
@@ -34,6 +35,9 @@ def checked_state(state: dict[str, Any], source: object) -> dict[str, Any]:
     """
     whole_number(state, "step", source)
     _check(source, "precision", state.get("precision"), state.get("precision") in _PRECISIONS)
+    if "processes" in state:
+        processes = whole_number(state, "processes", source)
+        _check(source, "processes", processes, 1 <= processes <= _MOST_PROCESSES)
     stream = _mapping(source, "stream", state.get("stream"))
     for key in ("epoch", "offset", "step"):
         if key in stream:

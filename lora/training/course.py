@@ -191,7 +191,8 @@ class Course:
 
         def progress(done: int, total: int) -> None:
             self._audience.evaluating(step, done, total)
-            if self._interrupted() is not None:
+            # Of several processes the others would wait for the rest of it.
+            if self._interrupted() is not None and session.communicator.size == 1:
                 raise _Stopped
 
         self._audience.evaluating(step, 0, len(session.workload.eval_examples))
@@ -290,7 +291,9 @@ def train(session: Trained, listeners: Sequence[Listener]) -> Iterator[Metrics]:
         def output() -> Path:
             return stack.enter_context(owned_output(place, resuming=resuming))
 
-        course = Course(session, audience, Checkpoints(session, output, audience))
+        # Several processes would write over each other, and at times of their own.
+        saves = session.communicator.size == 1
+        course = Course(session, audience, Checkpoints(session, output, audience, saves=saves))
         past = [(step, result.metrics()) for step, result in session.evaluations]
         course.take_up([one for one in past if one[0] <= session.steps_done], None)
         yield from course.run()

@@ -147,13 +147,14 @@ def warn_of_growth(largest: float) -> None:
         )
 
 
-def device_ended(error: Exception, step: int, name: str) -> LoraError:
+def device_ended(error: Exception, step: int, name: str, *, alone: bool = True) -> LoraError:
     """What became of the device, what likely caused it, and which setting to change.
 
     Args:
         error: the implementation's, or that of its memory; one that says it already comes back.
         step: that was done last, or is under way.
         name: of the device.
+        alone: whether one process trains; with several none goes on by itself.
     """
     if isinstance(error, DeviceLostError):
         return error
@@ -165,10 +166,11 @@ def device_ended(error: Exception, step: int, name: str) -> LoraError:
             "data.max_length, set train.recompute: on, or close what else uses the GPU."
         )
     if is_lost(error):
+        onward = "train.on_device_loss: retry goes on by itself." if alone else "--resume goes on."
         return DeviceLostError(
             f"After step {step}: {name} was lost ({told}). Likely a driver's watchdog ended work "
             "that took too long: set train.max_submission_seconds (0.1, say), or lower "
             "train.batch_size or data.max_length; or the driver was reset, or out of memory. "
-            "train.on_device_loss: retry goes on by itself."
+            f"{onward}"
         )
     return LoraError(f"After step {step}: {name} refused what it was given ({told}).")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
+from itertools import islice
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from lora.shaders.memory import Arena
 from lora.shaders.program import Program
 from lora.shaders.readback import ReadbackRing
 from lora.shaders.recording import Recording
+from lora.training.communicator import Communicator
 from lora.training.device_state import open_cache
 from lora.training.metrics import EvalResult
 from lora.training.prefix_cache import PrefixCache
@@ -29,6 +31,16 @@ _SLOTS = 6  # results under way: the losses and hits of three batches
 Progress = Callable[[int, int], None]  # told of the examples done, and of all
 
 
+@dataclass(frozen=True)
+class _Counted:
+    """What a batch comes to."""
+
+    loss_sum: float
+    n_tokens: int
+    n_correct: int
+    all_correct: list[bool]  # of each example
+
+
 class Tally:
     """Adds up batches in their order.
 
@@ -38,10 +50,7 @@ class Tally:
 
     def __init__(self, examples: Sequence[Example]) -> None:
         self._cut = [example.cut for example in examples]
-        self._loss_sum = 0.0
-        self._n_tokens = 0
-        self._n_correct = 0
-        self._all_correct: list[bool] = []  # of each example
+        self._counted: list[_Counted] = []
 
     @classmethod
     def of_all(cls, parts: Sequence[Tally]) -> Tally:
@@ -49,16 +58,13 @@ class Tally:
         whole = cls([])
         for part in parts:
             whole._cut += part._cut
-            whole._loss_sum += part._loss_sum
-            whole._n_tokens += part._n_tokens
-            whole._n_correct += part._n_correct
-            whole._all_correct += part._all_correct
+            whole._counted += part._counted
         return whole
 
     @property
     def n_done(self) -> int:
         """Examples counted so far."""
-        return len(self._all_correct)
+        return sum(len(counted.all_correct) for counted in self._counted)
 
     def add(self, batch: Batch, losses: np.ndarray, correct: np.ndarray) -> None:
         """Counts a batch.
@@ -69,27 +75,43 @@ class Tally:
         """
         n = batch.n_trained
         hits = correct[:n] == 1.0
-        self._loss_sum += float(losses[:n].astype(np.float64).sum())
-        self._n_tokens += n
-        self._n_correct += int(hits.sum())
         owner = batch.segment_start[batch.targets >= 0]
-        self._all_correct += [bool(hits[owner == start].all()) for start in batch.example_starts]
+        self._counted.append(
+            _Counted(
+                float(losses[:n].astype(np.float64).sum()),
+                n,
+                int(hits.sum()),
+                [bool(hits[owner == start].all()) for start in batch.example_starts],
+            )
+        )
+
+    def share(self, communicator: Communicator) -> None:
+        """Takes the batches of all processes, each of which has added every so many.
+
+        They come in the order in which one process has them: so does their sum, to the last bit.
+        """
+        everyone = communicator.gather(self._counted)
+        n = sum(map(len, everyone))
+        size = communicator.size
+        self._counted = [everyone[place % size][place // size] for place in range(n)]
 
     def result(self) -> EvalResult:
         """Of all batches."""
-        n_exact = sum(
-            right and not is_cut for right, is_cut in zip(self._all_correct, self._cut, strict=True)
-        )
-        loss = self._loss_sum / max(1, self._n_tokens)
+        cut = self._cut
+        all_correct = [right for counted in self._counted for right in counted.all_correct]
+        n_exact = sum(right and not is_cut for right, is_cut in zip(all_correct, cut, strict=True))
+        n_tokens = sum(counted.n_tokens for counted in self._counted)
+        n_correct = sum(counted.n_correct for counted in self._counted)
+        loss = sum(counted.loss_sum for counted in self._counted) / max(1, n_tokens)
         return EvalResult(
             loss=loss,
             perplexity=math.exp(min(loss, 700.0)),
-            token_accuracy=self._n_correct / max(1, self._n_tokens),
-            exact_match=n_exact / len(self._cut),
+            token_accuracy=n_correct / max(1, n_tokens),
+            exact_match=n_exact / len(cut),
             n_exact=n_exact,
-            n_examples=len(self._cut),
-            n_tokens=self._n_tokens,
-            n_cut=sum(self._cut),
+            n_examples=len(cut),
+            n_tokens=n_tokens,
+            n_cut=sum(cut),
         )
 
 
@@ -104,6 +126,7 @@ class Evaluator:
     Args:
         recording: of the session, whose memory is an arena.
         enter: puts a micro-batch on the device up to the lowest adapted layer.
+        communicator: of the processes that evaluate together, each every so many micro-batches.
     """
 
     def __init__(
@@ -112,6 +135,7 @@ class Evaluator:
         workload: Workload,
         tensors: StepTensors,
         enter: Callable[[Batch, PrefixCache | None], None],
+        communicator: Communicator,
     ) -> None:
         # Of its own: dropped with it when programs are recorded again.
         self._memory = recording.memory.inner()
@@ -119,6 +143,7 @@ class Evaluator:
         self._workload = workload
         self._tensors = tensors
         self._enter = enter
+        self._communicator = communicator
         self._programs: dict[bool, Program] = {}  # by whether it is adapted
 
     @cached_property
@@ -198,11 +223,13 @@ class Evaluator:
             before = tally.n_done
             while len(arrived) > 1:
                 tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
-            if tally.n_done > before:
-                progress(tally.n_done)
+            if tally.n_done > before:  # the other processes are about as far
+                progress(min(len(examples), tally.n_done * self._communicator.size))
 
         most_rows = self._tensors.inputs.rows.maximum
-        for batch in full_batches(examples, most_rows, workload.maximum_targets):
+        ours = self._communicator.rank, None, self._communicator.size
+        batches = full_batches(examples, most_rows, workload.maximum_targets)
+        for batch in islice(batches, *ours):
             workload.check(batch, most_rows)
             self._enter(batch, cache)
             program.run()
@@ -211,4 +238,5 @@ class Evaluator:
             sent.append(batch)
             count(wait=False)
         count(wait=True)
+        tally.share(self._communicator)
         return tally

@@ -18,6 +18,8 @@ _SAMPLE = 256  # bytes at both ends of each tensor: other weights under the same
 _NAMED = 4  # differences that one sentence names
 # What a user may want to change on the way; the run goes on with it, and a line says so.
 _FREE = (
+    "processes",
+    "train.comm_dtype",
     "train.learning_rate",
     "train.weight_decay",
     "train.max_grad_norm",
@@ -70,6 +72,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
     free: list[str] = []
     for key, value in now["settings"].items():
         before = then["settings"].get(key)
+        if before is None and key == "train.comm_dtype":
+            continue  # nothing travelled then
         if before != value:
             piece = f"{key} {_shown(before)}, and now it is {_shown(value)}"
             (free if key in _FREE else refused).append(piece)
@@ -120,7 +124,8 @@ def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
         "data.shuffle": data.shuffle,
         "data.max_length": data.max_length if data.packing else "any",
         "train.batch_size": train.batch_size,
-        "train.gradient_accumulation": train.gradient_accumulation,
+        # Of all processes that the run was begun with: so it stays where others go on with it.
+        "train.gradient_accumulation": workload.micro_batches,
         "train.seed": train.seed,
         "train.precision": train.precision,
         "train.betas": list(train.betas),
@@ -128,6 +133,7 @@ def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
         "train.schedule": train.schedule,
         "the loss": course.loss,
         "processes": course.processes,
+        **({"train.comm_dtype": train.comm_dtype} if course.processes > 1 else {}),
         "train.learning_rate": train.learning_rate,
         "train.weight_decay": train.weight_decay,
         "train.max_grad_norm": train.max_grad_norm,

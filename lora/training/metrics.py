@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from lora.optim.guard import STATE_AT
+from lora.training.exchange import StepOfRanks
 
 
 def as_json(value: Any) -> Any:
@@ -32,15 +33,21 @@ class Metrics:
     tokens_per_second: float
     seconds: float
     skipped: bool = False  # its loss or gradient was not finite: the adapter stayed as it was
+    ranks: StepOfRanks | None = None  # how the processes fared, where there are several
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name as JSON can hold them: a number that is none is None.
 
-        `skipped` is there where it is so.
+        `skipped` is there where it is so; in place of `ranks`, where there are several,
+        `slowest_rank` and `communication`.
         """
         fields = {key: as_json(value) for key, value in asdict(self).items()}
         if not self.skipped:
             del fields["skipped"]
+        del fields["ranks"]
+        if self.ranks is not None:
+            fields["slowest_rank"] = self.ranks.slowest
+            fields["communication"] = round(self.ranks.communication, 4)
         return fields
 
 
@@ -101,6 +108,7 @@ class MetricsAtArrival:
     learning_rate: float
     tokens: int
     trained_tokens: int
+    ranks: StepOfRanks | None = None
 
     def __call__(self, values: np.ndarray) -> Metrics:
         """The metrics; `values` is `Activations.metrics`: the loss first, then the step's state."""
@@ -115,6 +123,7 @@ class MetricsAtArrival:
             tokens_per_second=0.0,
             seconds=0.0,
             skipped=bool(values[STATE_AT + 2] == 0.0),
+            ranks=self.ranks,
         )
 
 

@@ -36,12 +36,16 @@ def find_in_step(
     Returns:
         The first tensor with a value that is not finite; None where all are.
     """
+    if not batches:  # one of several processes, without a share of this step
+        return None
     finish = Program(prefix.recording)
     finish.commands = [
         command
-        for command in (programs.sum_slices or programs.finish).commands
+        for command in programs.finish.commands
         if isinstance(command, Dispatch) and command.template in _OF_THE_NORM
     ]
+    if programs.pieces:  # the sum of all processes' gradients is not looked for
+        finish.commands = [c for p in programs.pieces if p.sum is not None for c in p.sum.commands]
     for program in (prefix, programs.micro_batch):
         _clear_written(program)
     n_trained = sum(batch.n_trained for batch in batches)

@@ -35,6 +35,8 @@ from lora.training.device_state import Seams, SessionPlan, SessionPrograms, Sess
 from lora.training.endings import warn_of_growth
 from lora.training.evaluation import Evaluator, Progress
 from lora.training.metrics import EvalResult
+from lora.training.orders import Orders
+from lora.training.placement import device_of
 from lora.training.prefix_cache import PrefixCache
 from lora.training.workload import Workload
 
@@ -63,12 +65,23 @@ class OpenSession(ABC):
         loss: Loss | None = None,
         communicator: Communicator | None = None,
         started: datetime | None = None,
+        processes: int | None = None,
     ) -> None:
         self.config = config
         self.started = datetime.now() if started is None else started
         self.communicator = SingleProcess() if communicator is None else communicator
+        self.orders = Orders(self.communicator)
+        _ = self.communicator.hosts  # asked of all of them, so while all are here
+        # Signals that ask for a stop: one to this process, and the largest that any was sent.
+        self.stop_signal, self.stop_asked = 0, 0
+        self._wanted: str | int = config.device
+        if device is None:
+            self._wanted = device_of(self.communicator, config.device, config.webgpu)
         self._seams = Seams(SupervisedLoss() if loss is None else loss, self.communicator)
-        self.workload = Workload.open(config, train=train, examples=examples, now=self.started)
+        self.workload = Workload.open(
+            config, train=train, examples=examples, now=self.started, peers=self.communicator,
+            processes=processes,
+        )  # fmt: skip
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self._initial = self.workload.initial
         if device is None:
@@ -84,7 +97,7 @@ class OpenSession(ABC):
         config = self.config
         self.device, self._owns_device = device, owned
         if config.train.precision == "f16":
-            trust_matrix_units(self.device, config.device)
+            trust_matrix_units(self.device, self._wanted)
         self.memory = self.device.arena()
         try:
             self._open()
@@ -199,7 +212,7 @@ class OpenSession(ABC):
 
         A greedy answer equals its target exactly when every target token, the end included, is
         the argmax after those before it. An example that data.max_length cut is never exact: its
-        end was not asked for.
+        end was not asked for. Several processes share the examples; all call this.
 
         Args:
             examples: at least one: rows, or tokenized ones.
@@ -213,9 +226,10 @@ class OpenSession(ABC):
         """
         if examples is not None and not are_tokens(examples):
             examples = self.workload.data.of_rows(examples)
+        self.orders.give("evaluate", None if examples is None else list(examples), adapted)
         if self._evaluator is None:
             self._evaluator = Evaluator(
-                self._recording, self.workload, self._tensors.step, self._enter
+                self._recording, self.workload, self._tensors.step, self._enter, self.communicator
             )
         return self._evaluator.evaluate(examples, adapted=adapted, progress=progress)
 
@@ -292,7 +306,9 @@ class OpenSession(ABC):
         """
         if flat.shape != (self.layout.size,):
             raise ValueError(f"got parameters of shape {flat.shape}, not ({self.layout.size},)")
-        self.memory.write(self.adapter.parameters, flat.astype(np.float32, copy=False))
+        values = flat.astype(np.float32, copy=False)
+        self.orders.give("load", values)
+        self.memory.write(self.adapter.parameters, values)
 
     def load_adapter(self, path: str | Path) -> None:
         """Puts an adapter of the config's rank and targets in place of the present one.
@@ -301,6 +317,7 @@ class OpenSession(ABC):
             path: a PEFT adapter directory, or a GGUF adapter.
         """
         self._initial = load_adapter(Path(path), self.layout)
+        self.orders.give("load", self._initial)
         self.memory.write(self.adapter.parameters, self._initial)
 
     def save(self, directory: str | Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,6 +30,7 @@ from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weig
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+from lora.training.exchange import Piece, stretches
 
 # What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
 # the least that it holds, and the mean over some hundred tokens makes them small. A power of two
@@ -232,8 +233,7 @@ class StepSettings:
         loss: writes what each trained token counts.
         adamw: of the optimizer.
         max_norm: of the gradient; None for no clipping.
-        combined: whether the gradients of several processes are added up between the sum of the
-            slices and their norm.
+        combined: whether the gradients of several processes are added up before their norm.
     """
 
     recompute: bool
@@ -246,17 +246,17 @@ class StepSettings:
 class TrainingPrograms:
     """The programs of one optimizer step.
 
-    begin; then for each micro-batch prefix (or its result out of a cache) and `micro_batch`; then,
-    where gradients are combined, `sum_slices` and what the processes do with their sum; then
-    finish. Between them the host only writes inputs; nothing waits.
+    begin; then for each micro-batch prefix (or its result out of a cache) and `micro_batch`; then
+    finish. Between them the host only writes inputs; nothing waits. Where gradients are combined
+    the last micro-batch runs as `pieces`, and the processes add each up (`GradientExchange`).
 
     Attributes:
         loss_weight: the uniform of `loss_weight_words`.
         loss_scale: what gradients of activations are multiplied by at first, and what the host
             puts into `loss_weight`; `begin` exchanges it for the scale of now.
         step_words: the uniform of `lora.optim.adamw.step_words`.
-        sum_slices: leaves the gradient in the first slice; None where nothing is combined, since
-            `finish` then does that, too.
+        pieces: `micro_batch` cut where some layer's gradients are whole, each with the sum of its
+            slices; none where nothing is combined, since `finish` then sums the slices.
     """
 
     def __init__(self, recording: Recording, tensors: StepTensors, settings: StepSettings) -> None:
@@ -278,13 +278,11 @@ class TrainingPrograms:
             scaled = recording.memory.empty((4,))
             scaled_weight(self.begin, act.metrics, self.loss_weight, scaled, scaling)
             self.begin.copy(scaled, loss.scale, label="loss weight")
-        self.micro_batch = _record_micro_batch(recording, tensors, settings, loss)
-        self.sum_slices: Program | None = None
+        self.micro_batch, reached = _record_micro_batch(recording, tensors, settings, loss)
+        self.pieces: tuple[Piece, ...] = ()
         slices = adapter.gradients
         if settings.combined:
-            self.sum_slices = Program(recording)
-            with self.sum_slices.scope("optimizer"):
-                sum_slices(self.sum_slices, slices)
+            self.pieces = _cut(self.micro_batch, reached, tensors.layout, slices)
             slices = slices[:1]
         self.finish = Program(recording)
         with self.finish.scope("optimizer"):
@@ -299,14 +297,19 @@ class TrainingPrograms:
     @property
     def all(self) -> tuple[Program, ...]:
         """Those that there are, in the order in which they run."""
-        found = (self.begin, self.micro_batch, self.sum_slices, self.finish)
-        return tuple(program for program in found if program is not None)
+        sums = [piece.sum for piece in self.pieces if piece.sum is not None]
+        return (self.begin, self.micro_batch, *sums, self.finish)
 
 
 def _record_micro_batch(
     recording: Recording, tensors: StepTensors, settings: StepSettings, loss: LossTensors
-) -> Program:
-    """Layers upwards, the head with its loss, and layers downwards."""
+) -> tuple[Program, dict[int, int]]:
+    """Layers upwards, the head with its loss, and layers downwards.
+
+    Returns:
+        The program, and how many commands it has up to the gradients of each layer, of the head
+        (n_layers) first.
+    """
     program = Program(recording)
     model, inputs, layout = tensors.model, tensors.inputs, tensors.layout
     act, adapter = tensors.activations, tensors.adapter
@@ -339,6 +342,7 @@ def _record_micro_batch(
             program, shared, act.head, last_states(model, layout, act), settings.loss, loss,
             act.loss_sum, lowest=not layers,
         )  # fmt: skip
+        reached = {model.architecture.n_layers: len(program.commands)}
         for layer in reversed(layers):
             # The last layer's activations are still there.
             if settings.recompute and layer != layers[-1]:
@@ -348,7 +352,36 @@ def _record_micro_batch(
                 program, shared, layer, computed[layer], kept[layer],
                 lowest=layer == layout.lowest_layer,
             )  # fmt: skip
-    return program
+            reached[layer] = len(program.commands)
+    return program, reached
+
+
+def _cut(
+    micro_batch: Program,
+    reached: Mapping[int, int],
+    layout: AdapterLayout,
+    slices: Sequence[Tensor],
+) -> tuple[Piece, ...]:
+    """A micro-batch's program in pieces.
+
+    Args:
+        reached: its commands up to the gradients of each layer.
+        slices: of the gradients.
+    """
+    recording, pieces, first = micro_batch.recording, [], 0
+    found = stretches(layout)
+    for stretch in found:
+        backward, summed = Program(recording), None
+        # Commands behind the last gradient, if there were any, belong to the micro-batch, too.
+        last = None if stretch is found[-1] else reached[stretch.lowest]
+        backward.commands = micro_batch.commands[first:last]
+        first = len(micro_batch.commands) if last is None else last
+        if len(slices) > 1:
+            summed = Program(recording)
+            with summed.scope("optimizer"):
+                sum_slices(summed, [s.slice(stretch.start, stretch.stop) for s in slices])
+        pieces.append(Piece(stretch, backward, summed))
+    return tuple(pieces)
 
 
 def loss_weight_words(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:

@@ -29,6 +29,7 @@ from lora.training.checkpoint import (
 from lora.training.fingerprints import differences
 from lora.training.session import TrainingSession
 
+_PROCESSES = re.compile(r"^processes ")
 _IN_KERNELS = re.compile(r"^train\.(weight_decay|max_grad_norm) ")  # constants of theirs
 
 
@@ -126,6 +127,11 @@ def _check_fingerprints(session: TrainingSession, path: Path, state: dict[str, A
         )
     if free:
         say_once(f"{path} was made with {'; with '.join(free)}: the run goes on so.")
+    if any(_PROCESSES.search(piece) for piece in free):
+        say_once(
+            "The data come in the same order and each step has the same micro-batches, but their "
+            "gradients are added up in another order: the last bits of what follows may differ."
+        )
     return free
 
 

@@ -25,6 +25,7 @@ from lora.training.checkpoint import checkpoints, save_checkpoint
 from lora.training.course import Course, Interrupted
 from lora.training.endings import DeviceFullError, DeviceLostError, device_ended
 from lora.training.history import History, steps_of
+from lora.training.leading import check_can_lead, follow, led, share_state
 from lora.training.listeners import (
     SAMPLES,
     Audience,
@@ -55,7 +56,8 @@ def run_training(
 ) -> Path:
     """Trains to the end and writes the files of a run; returns the output directory.
 
-    The end is a checkpoint, too: a finished run goes on where it is resumed with more steps.
+    The end is a checkpoint, too: a finished run goes on where it is resumed with more steps. Of
+    several processes, which all call this, rank 0 alone writes and tells listeners.
 
     Args:
         resuming: go on from the last checkpoint of the output directory.
@@ -72,9 +74,17 @@ def run_training(
         >>> with TrainingSession.from_config("lora.yaml") as session:
         ...     output = run_training(session)
     """
-    with owned_output(Path(session.config.output), resuming=resuming) as output:
+    check_can_lead(session.config, session.communicator)
+    if session.communicator.rank > 0:
+        signum = follow(session)
+        if signum:
+            raise Interrupted(Path(session.config.output), signum)
+        return Path(session.config.output)
+    own = owned_output(Path(session.config.output), resuming=resuming)
+    with led(session), own as output:
         if resuming:
             resume(session, output)
+            share_state(session)
             for name in (METRICS, SAMPLES):
                 drop_metrics_after(output / name, session.steps_done)
         check_room(session.config, output)
@@ -114,8 +124,12 @@ def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) 
             *listeners,
         ]
     )
-    with _stop_requests(audience) as interrupted, audience.hearing(session):
+    with _stop_requests(audience) as own, audience.hearing(session):
         begun_at = session.steps_done
+
+        def interrupted() -> int | None:
+            return own() or session.stop_asked or None
+
         try:
             _train_on(session, output, audience, interrupted)
         except Interrupted:
@@ -184,6 +198,7 @@ def _train(
 
 def _rescue(session: TrainingSession, output: Path, begun_at: int, error: Exception) -> None:
     """Saves a checkpoint of a run that ends badly, where there is something to save and a place."""
+    session.orders.leading = False  # the others may wait for something else
     if isinstance(error, DeviceLostError) and not isinstance(error, DeviceFullError):
         last = checkpoints(output)
         there = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint"

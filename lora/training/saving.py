@@ -21,10 +21,18 @@ class Checkpoints:
     Args:
         output: gives the run's directory; called when the first one is saved.
         audience: who hear of them.
+        saves: False where none is ever due.
     """
 
-    def __init__(self, session: Trained, output: Callable[[], Path], audience: Listener) -> None:
-        every = session.config.train.save_every
+    def __init__(
+        self,
+        session: Trained,
+        output: Callable[[], Path],
+        audience: Listener,
+        *,
+        saves: bool = True,
+    ) -> None:
+        every = session.config.train.save_every if saves else None
         self._session, self._output, self._audience = session, output, audience
         self._steps = every if isinstance(every, int) else None
         self._seconds = seconds_of(every) if isinstance(every, str) else None

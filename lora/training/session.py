@@ -24,6 +24,7 @@ from lora.shaders.readback import ReadbackRing
 from lora.training.course import train
 from lora.training.device_state import SessionPrograms, replanned
 from lora.training.endings import Culprit, NotFiniteError, StepWatch, device_ended
+from lora.training.exchange import GradientExchange
 from lora.training.fingerprints import Course, fingerprints
 from lora.training.learning_rate import LearningRate
 from lora.training.listeners import Listener
@@ -31,6 +32,7 @@ from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClo
 from lora.training.non_finite import find_in_step
 from lora.training.open_session import OpenSession
 from lora.training.programs import TrainingPrograms, loss_weight_words
+from lora.training.submissions import MeasuredSpeed
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 # Steps that can be taken back: those that were skipped in a row, and those under way behind them.
@@ -61,9 +63,11 @@ class TrainingSession(LearningRate, OpenSession):
             the config's is opened, and closed with the session.
         loss: what each trained token counts in the gradient; None for the mean cross-entropy.
         communicator: of the processes that train this adapter, each with batches of its own; None
-            for one process.
+            for one process. All open one, and call the same methods in the same order.
         started: when the run began, which chat templates may write; None for now. A resumed run's
             is that of its first start (`lora.training.checkpoint.started_at`).
+        processes: that the run was begun with, whose micro-batches make a step; None for as many
+            as there are (`lora.training.checkpoint.processes_of_then`).
 
     Attributes:
         started: the same.
@@ -77,13 +81,22 @@ class TrainingSession(LearningRate, OpenSession):
         InputError: the model, the data, an adapter or the device are not what the config needs.
     """
 
+    _exchange: GradientExchange | None = None  # where there are several processes
+
+    def close(self) -> None:
+        """Gives the memory back, and the device where the session opened it."""
+        if self._exchange is not None:
+            self._exchange.close()
+        super().close()
+
     def _new_device(self, webgpu: str) -> Device:
-        return Device(self.config.device, webgpu=webgpu)
+        return Device(self._wanted, webgpu=webgpu)
 
     def _open(self) -> None:
         """As without training, and where the steps begin."""
         super()._open()
         self._fingerprints: dict[str, Any] | None = None
+        self._exchange = None
         self.steps_done = 0
         self._own_rate = None
         self.evaluations: list[tuple[int, EvalResult]] = []
@@ -95,7 +108,17 @@ class TrainingSession(LearningRate, OpenSession):
             self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
             self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
             self._watch = StepWatch(self.config.train.precision)
-            self._measured_in = self._set_submissions()
+            self._speed = MeasuredSpeed(
+                self._recording, self._act.loss_sum, self.config.train.max_submission_seconds
+            )
+            if self.communicator.size > 1:
+                self._exchange = GradientExchange(
+                    self.memory,
+                    self.adapter.gradients[0],
+                    self._act.loss_sum,
+                    self.communicator,
+                    self.config.train.comm_dtype,
+                )
 
     def fingerprints(self) -> dict[str, Any]:
         """Of all that decides this run's numbers; see `lora.training.fingerprints`."""
@@ -156,20 +179,23 @@ class TrainingSession(LearningRate, OpenSession):
         assert self.stream is not None  # as there are programs
         rate = self.learning_rate
         step = self.steps_done + 1
-        counts = [sum(b.n_trained for b in batches), sum(b.rows for b in batches)]
-        n_trained, n_tokens = self.communicator.sum(np.array(counts, np.int64)).tolist()
+        counts = (sum(b.n_trained for b in batches), sum(b.rows for b in batches), self.stop_signal)
+        everyone = self.communicator.gather(counts)
+        n_trained, n_tokens = (sum(theirs[i] for theirs in everyone) for i in (0, 1))
+        self.stop_asked = max(theirs[2] for theirs in everyone)
         self.memory.write(programs.loss_weight, loss_weight_words(n_trained, programs.loss_scale))
         words = step_words(rate, step, (train.betas[0], train.betas[1]))
         self.memory.write(programs.step_words, words)
+        begun, ranks = time.perf_counter(), None
         programs.begin.run()
         for batch in batches:
             self._enter(batch, self._cache)
-            self._run_micro_batch(programs, batch)
-        if programs.sum_slices is not None:
-            programs.sum_slices.run()
-            for tensor in (self.adapter.gradients[0], self._act.loss_sum):
-                total = self.communicator.sum(self.memory.read(tensor))
-                self.memory.write(tensor, total)
+            if batch is batches[-1] and self._exchange is not None and not self._speed.wanted:
+                ranks = self._exchange.run(programs.pieces, begun, backward=True)
+            else:
+                self._run_micro_batch(programs, batch)
+        if self._exchange is not None and ranks is None:
+            ranks = self._exchange.run(programs.pieces, begun, backward=False)
         programs.finish.run()
         self.steps_done = step
         self._ring.push(
@@ -180,40 +206,12 @@ class TrainingSession(LearningRate, OpenSession):
                 learning_rate=rate,
                 tokens=n_tokens,
                 trained_tokens=n_trained,
+                ranks=ranks,
             ),
         )
 
-    def _set_submissions(self) -> int:
-        """Bounds the length of submissions where that is asked for.
-
-        Before the device's speed is measured it counts as a slow one.
-
-        Returns:
-            In which micro-batch from here on that happens: a first one may compile; 0 for none.
-        """
-        seconds = self.config.train.max_submission_seconds
-        if seconds is None:
-            return 0
-        self._recording.submissions.set_seconds(seconds)
-        return 2
-
     def _run_micro_batch(self, programs: TrainingPrograms, batch: Batch) -> None:
-        """Runs it, and waits for it where its time is to bound submissions."""
-        measured = self._measured_in == 1
-        self._measured_in = max(0, self._measured_in - 1)
-        if not measured:
-            programs.micro_batch.run()
-            return
-        self.memory.read(self._act.loss_sum)
-        start = time.perf_counter()
-        programs.micro_batch.run()
-        self.memory.read(self._act.loss_sum)
-        seconds = time.perf_counter() - start
-        flops = sum(dispatch.flops for dispatch in programs.micro_batch.dispatches)
-        used = batch.rows / self.workload.maximum_rows
-        limit = self.config.train.max_submission_seconds
-        assert limit is not None  # else the speed would not be asked for
-        self._recording.submissions.set_seconds(limit, flops * used / seconds)
+        self._speed.run(programs.micro_batch, batch.rows / self.workload.maximum_rows)
 
     def kernels_digest(self) -> str:
         """Of all kernels that a step runs; see `shaders.program_data`."""
@@ -231,8 +229,8 @@ class TrainingSession(LearningRate, OpenSession):
         """Runs the steps that are left, one item a step, in order, and what is due between them.
 
         As the config says it is evaluated (`evaluations` has the results), prompts are answered,
-        the run stops early, and checkpoints go to `output`; nothing else is written there, which
-        `run_training` does. With train.load_best_model_at_end the session holds the best adapter
+        the run stops early, and one process saves checkpoints to `output`; all other files are
+        `run_training`'s. With train.load_best_model_at_end the session holds the best adapter
         afterwards. Any thread may do this.
 
         Seconds and rates are measured between the arrivals of results, without what the caller
@@ -275,6 +273,7 @@ class TrainingSession(LearningRate, OpenSession):
             raise LoraError("This session was opened without training.")
         clock = StepClock()
         while (begun := self._begin()) is not None:
+            self.orders.give("step")
             try:
                 with self._device_held():
                     self.step(begun.batches)
@@ -289,6 +288,19 @@ class TrainingSession(LearningRate, OpenSession):
                 clock = StepClock()
         yield from self._arrived(clock, wait=True)
         self._watch.end()
+
+    def take_step(self) -> None:
+        """Runs the next step as it comes; its metrics are dropped. For ranks that follow."""
+        begun = self._begin()
+        assert begun is not None  # rank 0's stream had one
+        with self._device_held():
+            self.step(begun.batches)
+            self.finished_steps()
+
+    def begin_feedback_anew(self) -> None:
+        """Drops what f16's rounding of gradients left: who resumes a checkpoint has none of it."""
+        if self._exchange is not None:
+            self._exchange.forget()
 
     def _begin(self) -> _StepBegun | None:
         """What the next step begins with, which can be taken back for a while; None at the end."""
@@ -314,6 +326,7 @@ class TrainingSession(LearningRate, OpenSession):
     def _not_finite(self, last: Metrics) -> NotFiniteError:
         """Takes back the skipped steps, and looks for what was not finite in the first."""
         first = last.step - GuardState.MOST_IN_A_ROW + 1
+        self.orders.give("find", first)
         culprit = self.find_not_finite(first)
         self._take_back(self._beginning_of(first))
         return NotFiniteError(first, last, self.config.train.precision, culprit)
@@ -321,11 +334,15 @@ class TrainingSession(LearningRate, OpenSession):
     def find_not_finite(self, step: int) -> Culprit | None:
         """Runs one of the last steps again, and says what went non-finite first.
 
+        Of several processes, which all call this, in the first that finds something.
+
         Args:
             step: counted from 1; it changed nothing, nor did those after it.
         """
         batches = self._beginning_of(step).batches
-        return find_in_step(self._programs.prefix, self._training(), batches, self.write_inputs)
+        own = find_in_step(self._programs.prefix, self._training(), batches, self.write_inputs)
+        everyone = self.communicator.gather(own)
+        return next((culprit for culprit in everyone if culprit is not None), None)
 
     def _beginning_of(self, step: int) -> _StepBegun:
         return next(begun for begun in self._begun if begun.steps_done == step - 1)
@@ -344,7 +361,9 @@ class TrainingSession(LearningRate, OpenSession):
         try:
             yield
         except (GPUError, DeviceMemoryError) as error:
-            raise device_ended(error, self.steps_done, self.device.facts.name) from error
+            alone = self.communicator.size == 1
+            name = self.device.facts.name
+            raise device_ended(error, self.steps_done, name, alone=alone) from error
 
     # -- what checkpoints keep --------------------------------------------------------------------
 

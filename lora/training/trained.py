@@ -16,7 +16,9 @@ from lora.forward.plans.matmul_tiles import Plan
 from lora.generation.prompts import Prompt
 from lora.optim.guard import GuardState
 from lora.shaders.device import Device
+from lora.training.communicator import Communicator
 from lora.training.metrics import EvalResult, Metrics
+from lora.training.orders import Orders
 from lora.training.workload import Workload
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ class Trained(Protocol):
     workload: Workload
     layout: AdapterLayout
     device: Device
+    communicator: Communicator
+    orders: Orders
     started: datetime
     steps_done: int
     total_steps: int
@@ -51,3 +55,4 @@ class Trained(Protocol):
     def guard(self) -> GuardState: ...
     def fingerprints(self) -> dict[str, Any]: ...
     def kernels_digest(self) -> str: ...
+    def begin_feedback_anew(self) -> None: ...

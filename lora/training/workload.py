@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,12 +18,13 @@ from lora.data.batches import Batch, check_batch
 from lora.data.examples import DataSummary, Example, id_range, lengths_of, trained_of
 from lora.data.given import are_tokens, given_rows, is_counted
 from lora.data.loading import DataSets
-from lora.data.order import BatchStream, DataStream
+from lora.data.order import BatchStream, DataStream, Share
+from lora.data.peers import Alone, Peers
 from lora.data.streams import StreamedBatches, StreamedExamples
 from lora.forward.gguf.file import GGUFFile
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.layer_spec import HEAD
 from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 from lora.shaders.stages import stage
@@ -31,6 +33,7 @@ from lora.storage.stores import resolve_model
 if TYPE_CHECKING:
     from lora.config.schema import Config
 
+_SAMPLED = 1000  # rows that `data_digest` looks into
 _MOST_ROWS = 1 << 26  # of a micro-batch; elements of its tensors are counted in 32 bits
 
 
@@ -47,6 +50,9 @@ class Workload:
         eval_sets: which of eval_examples make up each named set of data.eval; {} without names.
         data: reads rows as the config says.
         initial: the adapter to begin with, f32 [layout.size].
+        share: which of a step's micro-batches are this process's.
+        processes: that the run was begun with; each adds train.gradient_accumulation micro-batches
+            to a step.
     """
 
     config: Config
@@ -63,6 +69,8 @@ class Workload:
     streamed: StreamedExamples | None
     data: DataSets
     initial: np.ndarray
+    share: Share = Share()
+    processes: int = 1
 
     @classmethod
     def open(
@@ -72,6 +80,8 @@ class Workload:
         train: bool,
         examples: Iterable[Any] | None = None,
         now: datetime | None = None,
+        peers: Peers | None = None,
+        processes: int | None = None,
     ) -> Workload:
         """Reads what a config names.
 
@@ -80,10 +90,13 @@ class Workload:
             examples: in place of data.train: tokenized ones, or rows, which are streamed where
                 they have no length.
             now: the time that chat templates write; None for the clock.
+            peers: the processes that train together, which all call this; None for this one alone.
+            processes: that the run was begun with; None for as many as there are.
 
         Raises:
             InputError: a file can't be read, or they do not fit together.
         """
+        peers = Alone() if peers is None else peers
         stage(f"Reading {Path(config.model.path).name}")
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
@@ -92,7 +105,7 @@ class Workload:
         stage("Reading the data")
         tokens = examples is not None and is_counted(examples) and are_tokens(examples)
         given = None if examples is None or tokens else given_rows(examples)
-        data = DataSets(config.data, tokenizer, now, config.train.seed, given)
+        data = DataSets(config.data, tokenizer, now, config.train.seed, given, peers)
         train_examples: Sequence[Example] = []
         train_summary, streamed = None, None
         if tokens:
@@ -116,6 +129,7 @@ class Workload:
         workload = cls(
             config, train, gguf_file, architecture, tokenizer, layout, train_examples,
             train_summary, eval_examples, eval_summary, eval_sets, streamed, data, initial,
+            Share(peers.rank, peers.size), processes or peers.size,
         )  # fmt: skip
         if train:
             config.train.resolve_warmup(workload.stream().total_steps)  # refuses one that is longer
@@ -128,6 +142,24 @@ class Workload:
             InputError: see `check_batch`.
         """
         check_batch(batch, self.architecture.vocab_size, self.longest, most_rows)
+
+    @cached_property
+    def base_digest(self) -> list[Any]:
+        """What tells one base model from another at a glance."""
+        tensors = self.gguf_file.tensors.values()
+        return [[t.name, t.type.name, list(t.shape)] for t in tensors]
+
+    @cached_property
+    def data_digest(self) -> list[Any]:
+        """What tells data from other data at a glance: all lengths, and the tokens of some rows."""
+        found: list[Any] = []
+        for examples in (self.train_examples, self.eval_examples):
+            digest = hashlib.sha256(lengths_of(examples).astype("<i4").tobytes())
+            digest.update(trained_of(examples).astype("<i4").tobytes())
+            for place in range(0, len(examples), max(1, len(examples) // _SAMPLED)):
+                digest.update(examples[place].ids.astype("<i4").tobytes())
+            found.append(digest.hexdigest())
+        return found
 
     @cached_property
     def longest(self) -> int:
@@ -165,32 +197,39 @@ class Workload:
             return max(most, batch_size * data.max_length)
         return max(most, int(np.sort(train)[-batch_size:].sum()))
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a step, of all processes together; the last of an epoch may have fewer."""
+        return self.config.train.gradient_accumulation * self.processes
+
     def stream(self) -> BatchStream:
-        """The micro-batches of a whole run, from the first."""
+        """The micro-batches of a whole run that are this process's, from the first."""
         train, data = self.config.train, self.config.data
         if self.streamed is not None:
             assert train.steps is not None  # checked when it was opened
             return StreamedBatches(
                 self.streamed.__iter__,
                 batch_size=train.batch_size,
-                gradient_accumulation=train.gradient_accumulation,
+                gradient_accumulation=self.micro_batches,
                 packing=data.packing,
                 max_length=data.max_length,
                 shuffle=data.shuffle,
                 buffer=data.shuffle_buffer,
                 seed=train.seed,
                 steps=train.steps,
+                share=self.share,
             )
         return DataStream(
             self.train_examples,
             batch_size=train.batch_size,
-            gradient_accumulation=train.gradient_accumulation,
+            gradient_accumulation=self.micro_batches,
             packing=data.packing,
             max_length=data.max_length,
             shuffle=data.shuffle,
             seed=train.seed,
             epochs=train.epochs,
             steps=train.steps,
+            share=self.share,
         )
 
 

@@ -14,12 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 from scripts.reliability.case import Case, Tally, quiet
 from scripts.reliability.devices import device_lost
 from scripts.reliability.disk import crashes, directory_removed, full_disk, no_place
 from scripts.reliability.processes import kills, signals, two_runs
+from scripts.reliability.ranks import RanksCase, rank_breaks, rank_kills, rank_signals
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "reliability.md"
 BEGIN, END = "<!-- faults: begin -->", "<!-- faults: end -->"
@@ -32,6 +34,7 @@ def faults(folder: Path, quick: bool) -> Faults:
     case = Case(folder / "case")
     short = Case(folder / "short", {"steps": 8, "save_every": 2, "eval_every": 4})
     few = 2 if quick else 20
+    of_two = cache(lambda: RanksCase(case))
     return {
         "kills": lambda: kills(case, 3 if quick else 100),
         "SIGTERM": lambda: signals(case, "SIGTERM", few),
@@ -44,6 +47,10 @@ def faults(folder: Path, quick: bool) -> Faults:
         "removed": lambda: directory_removed(case, few // 2),
         "device-stop": lambda: device_lost(case, few, "stop"),
         "device-retry": lambda: device_lost(case, few, "retry"),
+        "rank-kills": lambda: rank_kills(of_two(), few),
+        "rank-exceptions": lambda: rank_breaks(of_two(), few // 4 or 1, "exception"),
+        "rank-devices": lambda: rank_breaks(of_two(), few // 4 or 1, "device"),
+        "rank-signals": lambda: rank_signals(of_two(), few // 4 or 1),
     }
 
 

@@ -2,7 +2,7 @@
 //   g[i] = d_y[m, y_at + i] · weight[i],   rstd, groups and spans as in span_norm.wgsl.
 //
 // Bindings: x [rows, {{ x_stride }}] of {{ x_type }}, weight, {% if in_place %}d [rows, {{ y_stride }}] of {{ d_x_type }}: d_y, which becomes d_x{% else %}d_y [rows, {{ y_stride }}] of
-// {{ d_y_type }}, d [rows, {{ x_stride }}] of {{ d_x_type }}: d_x{% endif %}. Lanes and sums as in span_norm.wgsl, the two sums at once.
+// {{ d_y_type }}, d [rows, {{ d_stride }}] of {{ d_x_type }}: d_x{% endif %}. Lanes and sums as in span_norm.wgsl, the two sums at once.
 
 struct Extent { rows: u32 }
 
@@ -27,6 +27,7 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
 {{ take_group() }}
+    let d_at = x_at{{ " - row * " ~ (x_stride // 4) ~ "u + row * " ~ (d_stride // 4) ~ "u" if d_stride != x_stride }};
     var squares = vec4<f32>();
     var products = vec4<f32>();
     for (var i = lane; i < quads; i += {{ lanes }}u) {
@@ -44,6 +45,6 @@ fn main(
         var w = vec4(1.0);
         if (weighted) { w = weight[weight_at + i]; }
         let gradient = rstd * (vec4<f32>({{ source }}[y_at + i]) * w - vec4<f32>(x[x_at + i]) * slope);
-        d[x_at + i] = {{ stored("vec4<f32>(d[x_at + i]) + gradient" if accumulate else "gradient", d_x_type) }};
+        d[d_at + i] = {{ stored("vec4<f32>(d[d_at + i]) + gradient" if accumulate else "gradient", d_x_type) }};
     }
 }

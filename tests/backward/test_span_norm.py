@@ -7,7 +7,7 @@ import pytest
 
 from lora.backward.span_norm import span_norm_backward
 from lora.checks.comparison import NotHereError
-from lora.checks.kernels.spans import HEADS, WHOLE, check_span_norm_backward
+from lora.checks.kernels.spans import APART, HEADS, WHOLE, check_span_norm_backward
 from lora.checks.references.span_norm import span_norm_backward_reference, span_norm_reference
 from lora.forward.span_norm import Span
 from lora.shaders.program import Program
@@ -16,8 +16,8 @@ from tests.support.kernels import central_difference, with_facts
 
 
 @pytest.mark.parametrize(
-    ("spans", "in_place"), [(WHOLE, True), (WHOLE, False), (HEADS, False)],
-    ids=["whole in place", "whole", "heads"],
+    ("spans", "in_place"), [(WHOLE, True), (WHOLE, False), (HEADS, False), (APART, False)],
+    ids=["whole in place", "whole", "heads", "apart"],
 )  # fmt: skip
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("is_cpu", [False, True])
@@ -32,7 +32,7 @@ def test_span_norm_backward(
     assert result.passed, result
 
 
-@pytest.mark.parametrize("spans", [WHOLE, HEADS], ids=["whole", "heads"])
+@pytest.mark.parametrize("spans", [WHOLE, HEADS, APART], ids=["whole", "heads", "apart"])
 def test_the_reference_is_a_gradient(spans: tuple[Span, ...]) -> None:
     rng = np.random.default_rng(0)
     x, d_y, direction = rng.normal(size=(3, 2, 100))

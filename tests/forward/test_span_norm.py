@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lora.checks.comparison import NotHereError
-from lora.checks.kernels.spans import HEADS, WHOLE, check_scale_rows, check_span_norm
+from lora.checks.kernels.spans import APART, HEADS, WHOLE, check_scale_rows, check_span_norm
 from lora.forward.scale_rows import scale_rows
 from lora.forward.span_norm import Span, span_norm
 from lora.shaders.program import Program
@@ -13,7 +13,7 @@ from lora.shaders.recording import Recording
 from tests.support.kernels import with_facts
 
 
-@pytest.mark.parametrize("spans", [WHOLE, HEADS], ids=["whole", "heads"])
+@pytest.mark.parametrize("spans", [WHOLE, HEADS, APART], ids=["whole", "heads", "apart"])
 @pytest.mark.parametrize("dtype", ["f32", "f16"])
 @pytest.mark.parametrize("is_cpu", [False, True])
 def test_span_norm(recording: Recording, spans: tuple[Span, ...], dtype: str, is_cpu: bool) -> None:

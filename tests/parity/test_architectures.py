@@ -153,6 +153,11 @@ _PARTS: dict[str, tuple[dict[str, Any], ...]] = {
         {"rope_parameters": _MISTRAL_YARN | {"mscale_all_dim": 0.0}},
         {"rope_parameters": _MISTRAL_YARN | {"rope_type": "default"}},
     ),
+    "qwen35": (
+        {"rope_parameters": _DEFAULT_ROPE | {"partial_rotary_factor": 0.5}},
+        {"rms_norm_eps": 1e-6},
+    ),
+    "lfm2": ({"rope_parameters": _DEFAULT_ROPE | {"rope_theta": 500.0}},),
     "exaone4": ({"sliding_window": 9}, {"layer_types": ["sliding_attention"] * 5}),
     "gemma4_e2b": (
         {"sliding_window": 9},

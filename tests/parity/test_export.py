@@ -114,6 +114,8 @@ _NEWER_IN_LLAMA_CPP = (
     "seed_oss",
     "gemma4_e2b",
     "gemma4_dense",
+    "lfm2",
+    "qwen35",
 )  # fmt: skip
 
 

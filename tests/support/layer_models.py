@@ -16,11 +16,12 @@ from lora.forward.decoder.layers import record_layer
 from lora.forward.decoder.recorder import Walk, WithinExamples
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations
+from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
-from lora.forward.model.layer_spec import HEAD, LayerSpec
+from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.program import Program
@@ -70,6 +71,16 @@ def model_of(recording: Recording, spec: LayerSpec, seed: int = 0) -> Model:
             stack: vector(sum(block.vectors[name] for name in names))
             for block in spec.blocks
             for stack, names in block.stacks.items()
+        }
+        | {
+            name: recording.memory.upload(rng.normal(0, 0.5, shape[::-1]).astype(np.float32))
+            for block in spec.blocks
+            for name, shape in block.tables.items()
+        }
+        | {
+            name: recording.memory.upload(numbers)
+            for block in spec.blocks
+            for name, numbers in block.constants.items()
         },
         rope=spec.rope and recording.memory.upload(spec.rope.tables(N_POSITIONS)),
         temperature=None

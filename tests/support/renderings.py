@@ -103,7 +103,7 @@ F32, F16 = {"precision": "f32", "recompute": "on"}, {"precision": "f16", "recomp
 _MODELS = (
     "llama_odd", "llama_head_only", "llama_bias", "smollm3", "qwen3", "gemma2_head", "gemma3",
     "phi3_short", "olmo3", "mistral3", "hunyuan", "gemma4_e2b",
-    "gemma4_dense",
+    "gemma4_dense", "lfm2", "qwen35",
 )  # fmt: skip
 _TILED = "llama_odd"  # the model whose products are recorded with every tile
 # Tokens of the two examples that are a micro-batch.

@@ -16,12 +16,18 @@ from gguf import GGMLQuantizationType as Type
 
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from tests.support.synthetic_gemma4 import Gemma4Shape
+from tests.support.synthetic_recurrent import Lfm2Shape, Qwen35Shape
 from tests.support.synthetic_shape import Shape
 from tests.support.tiny_gguf import add_value, tiny_tokenizer_metadata
 
 _GEMMA4_TYPES = {
     "weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K",
     "per_layer_model_proj.weight": "Q8_0",
+}  # fmt: skip
+
+_QWEN35_TYPES = {
+    "weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K",
+    "ssm_alpha.weight": "Q8_0", "ssm_beta.weight": "Q8_0",
 }  # fmt: skip
 
 SHAPES: dict[str, Shape] = {
@@ -57,6 +63,24 @@ SHAPES: dict[str, Shape] = {
             "rope.scaling.original_context_length": 16384,
             "rope.scaling.yarn_log_multiplier": 1.0, "attention.temperature_scale": 0.1,
         },
+    ),
+    "LFM2-1.2B": Lfm2Shape(
+        "lfm2", 16, 2048, 8192, 32, 8, 64, 65536,
+        {"weight": "Q4_K", "token_embd.weight": "Q6_K", "ffn_down.weight": "Q6_K"},
+        attention=(2, 5, 8, 10, 12, 14),
+    ),
+    "Qwen3.5-0.8B": Qwen35Shape("qwen35", 24, 1024, 3584, 8, 2, 256, 248320, _QWEN35_TYPES),
+    "Qwen3.5-9B": Qwen35Shape(
+        "qwen35", 32, 4096, 12288, 16, 4, 256, 248320, _QWEN35_TYPES | {"output.weight": "Q6_K"},
+        tied_head=False, value_heads=32,
+    ),
+    "tiny-lfm2": Lfm2Shape(
+        "lfm2", 4, 256, 512, 4, 2, 64, 512,
+        {"weight": "Q4_K", "token_embd.weight": "Q6_K"}, attention=(2,),
+    ),
+    "tiny-qwen35": Qwen35Shape(
+        "qwen35", 4, 256, 512, 4, 2, 64, 512, _QWEN35_TYPES, key_heads=2, value_heads=4,
+        delta_size=64,
     ),
     "tiny-gemma-4": Gemma4Shape(
         "gemma4", 6, 256, 512, 4, 1, 64, 512, _GEMMA4_TYPES,
@@ -94,7 +118,7 @@ def write_model(path: Path, shape: Shape, seed: int = 0) -> None:
     for name, sizes in shape.tensors().items():
         kind = shape.type_of(name)
         if kind == Type.F32:
-            writer.add_tensor(name, (1 + 0.1 * rng.normal(size=sizes)).astype(np.float32))
+            writer.add_tensor(name, shape.values(name, sizes, rng))
         else:
             writer.add_tensor(name, _random_blocks(rng, kind, *sizes), raw_dtype=kind)
     writer.write_header_to_file()

@@ -5,7 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
 from gguf import GGMLQuantizationType as Type
+
+_NEVER_QUANTIZED = (
+    "layer_output_scale.weight", "ssm_conv1d.weight", "shortconv.conv.weight", "ssm_a",
+    "ssm_dt.bias",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,7 @@ class Shape:
 
     def type_of(self, name: str) -> Type:
         """A tensor's type: of the longest ending that fits; norms are F32."""
-        if "norm" in name:
-            return Type.F32
-        if name.endswith("layer_output_scale.weight"):
+        if "norm" in name or name.endswith(_NEVER_QUANTIZED):
             return Type.F32
         fitting = [ending for ending in self.types if name.endswith(ending)]
         return Type[self.types[max(fitting, key=len)]]
@@ -58,3 +62,9 @@ class Shape:
     def own_metadata(self) -> dict[str, Any]:
         """Keys without prefix in place of those that all shapes have."""
         return self.metadata
+
+    def values(self, name: str, sizes: tuple[int, ...], rng: np.random.Generator) -> np.ndarray:
+        """Numbers of a tensor of F32: near one, or those of a convolution."""
+        if "conv" in name:
+            return (rng.normal(size=sizes) * sizes[-1] ** -0.5).astype(np.float32)
+        return (1 + 0.1 * rng.normal(size=sizes)).astype(np.float32)

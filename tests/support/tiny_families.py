@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tests.support.tiny_gemma4 import gemma4_layer_shapes
+from tests.support.tiny_qwen35 import qwen35_layer_shapes
+from tests.support.tiny_recurrent import lfm2_layer_shapes
 
 if TYPE_CHECKING:
     from tests.support.tiny_model import TinyModel
@@ -33,6 +35,7 @@ class TinyFamily:
         stored_less_one: Hugging Face stores norms less one.
         qkv_biases: q, k and v always have biases.
         fused_qkv, fused_gate_up: one module there.
+        final_norm: name of the norm after the last layer.
         keys: metadata keys (without prefix) by the config's names.
     """
 
@@ -43,6 +46,7 @@ class TinyFamily:
     qkv_biases: bool = False
     fused_qkv: bool = False
     fused_gate_up: bool = False
+    final_norm: str = "model.norm"
     keys: dict[str, str] = field(default_factory=dict)
 
 
@@ -68,6 +72,8 @@ FAMILIES = {
         keys={"sliding_window": "attention.sliding_window"},
     ),
     "gemma4_text": TinyFamily("gemma4"),
+    "lfm2": TinyFamily(final_norm="model.embedding_norm"),
+    "qwen3_5_text": TinyFamily("qwen35"),
     "phi3": TinyFamily(fused_qkv=True, fused_gate_up=True),
     "granite": TinyFamily(
         permuted=True,
@@ -109,6 +115,10 @@ def layer_shapes(model: TinyModel, layer: int) -> dict[str, tuple[int, ...]]:
     """The parameters of one layer, by their names within it."""
     if model.family == "gemma4_text":
         return gemma4_layer_shapes(model, layer)
+    if model.family == "lfm2":
+        return lfm2_layer_shapes(model, layer)
+    if model.family == "qwen3_5_text":
+        return qwen35_layer_shapes(model, layer)
     c, family = model.config, FAMILIES[model.family]
     hidden, inner = c["hidden_size"], c["intermediate_size"]
     queries = c["num_attention_heads"] * model.head_dim

@@ -25,6 +25,8 @@ from lora.forward.model.row_order import permute_rows_to_gguf
 from tests.support.tiny_families import FAMILIES, layer_shapes, llama3_divisors, rope_of_family
 from tests.support.tiny_gemma4 import gemma4_divisors, gemma4_metadata, gemma4_shapes
 from tests.support.tiny_gguf import tiny_tokenizer_metadata, write_gguf
+from tests.support.tiny_qwen35 import qwen35_in_gguf, qwen35_metadata
+from tests.support.tiny_recurrent import lfm2_metadata
 
 # Both exceed every window. Together 63 rows: with a target for each they fit one chunk of the head.
 LENGTHS = (40, 23)
@@ -103,7 +105,7 @@ class TinyModel:
         for layer in range(c["num_hidden_layers"]):
             of_layer = layer_shapes(self, layer)
             shapes |= {f"model.layers.{layer}.{name}": shape for name, shape in of_layer.items()}
-        shapes["model.norm.weight"] = (hidden,)
+        shapes[f"{FAMILIES[self.family].final_norm}.weight"] = (hidden,)
         if self.family == "gemma4_text":
             shapes |= gemma4_shapes(self)
         if not c["tie_word_embeddings"]:
@@ -124,8 +126,10 @@ class TinyModel:
         weights = {}
         for name, shape in self.shapes().items():
             values = _normal((self.name, name), shape)
-            if name.endswith(".bias"):
+            if name.endswith(".bias") or name.endswith("A_log"):
                 values *= _BIAS_STD
+            elif self.family == "qwen3_5_text" and name.endswith("norm.weight") and len(shape) == 1:
+                values = _NORM_STD * values + (".linear_attn." in name)
             elif len(shape) == 1:
                 values = _NORM_STD * values + (
                     0.0 if FAMILIES[self.family].stored_less_one else 1.0
@@ -150,7 +154,7 @@ class TinyModel:
         if self.adapted_head:  # where it is tied, only the head's use of the weight is adapted
             shapes["lm_head.weight"] = shapes["model.embed_tokens.weight"]
         for name, shape in shapes.items():
-            if len(shape) == 1 or name.startswith(_FROZEN):
+            if len(shape) != 2 or name.startswith(_FROZEN):
                 continue
             if name == "lm_head.weight":
                 if not self.adapted_head:
@@ -223,6 +227,10 @@ class TinyModel:
                 values = permute_rows_to_gguf(exact, heads[module])
             if FAMILIES[self.family].stored_less_one and name.endswith("norm.weight"):
                 values = exact + np.float32(1.0)
+            if values.ndim == 3:  # of a convolution of each column
+                values = values[:, 0]
+            if self.family == "qwen3_5_text":
+                name, values = qwen35_in_gguf(self, name, values)
             if name.endswith("layer_scalar"):
                 name += ".weight"
             gguf_name = names.get_name(name, try_suffixes=(".weight", ".bias"))
@@ -273,6 +281,10 @@ class TinyModel:
         sizes |= self._rope_metadata() | self.extra_metadata
         if self.family == "gemma4_text":
             sizes |= gemma4_metadata(self)
+        if self.family == "qwen3_5_text":
+            sizes |= qwen35_metadata(self)
+        if self.family == "lfm2":
+            sizes |= lfm2_metadata(self)
         return {
             "general.architecture": self.architecture,
             "general.type": "model",

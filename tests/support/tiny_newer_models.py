@@ -44,7 +44,78 @@ _E2B = _gemma4_config() | {
 }
 
 
+_LFM2 = config_of(
+    norm_eps=1e-5,
+    conv_L_cache=3,
+    conv_bias=False,
+    block_auto_adjust_ff_dim=False,
+)
+
+_QWEN35 = config_of(
+    head_dim=32,
+    rms_norm_eps=1e-4,  # under a smaller one f32 itself is 3e-4 away from f64, in any order
+    tie_word_embeddings=False,
+    linear_conv_kernel_dim=4,
+    linear_key_head_dim=16,
+    linear_value_head_dim=16,
+    linear_num_key_heads=2,
+    linear_num_value_heads=4,
+    rope_parameters=rope_of(partial_rotary_factor=0.25, mrope_section=[2, 1, 1]),
+)
+
 NEWER_MODELS = (
+    TinyModel(
+        "lfm2",
+        "lfm2",
+        _LFM2
+        | {
+            "num_hidden_layers": 4,
+            "layer_types": ["conv", "conv", "full_attention", "conv"],
+        },
+        transformers_reads=False,
+    ),
+    TinyModel(
+        "qwen35",
+        "qwen3_5_text",
+        # Two value heads a key head; rows that are longer than chunks and no multiple of them.
+        _QWEN35
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+        },
+        transformers_reads=False,
+    ),
+    TinyModel(
+        "qwen35_upper",
+        "qwen3_5_text",
+        # A DeltaNet in the frozen prefix, and one as the lowest adapted layer.
+        _QWEN35
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["linear_attention"] * 2 + ["full_attention"],
+            "linear_num_key_heads": 4,
+            "tie_word_embeddings": True,
+        },
+        rank=6,
+        alpha=12,
+        adapted_layers=(1, 2),
+        transformers_reads=False,
+    ),
+    TinyModel(
+        "lfm2_upper",
+        "lfm2",
+        # A convolution in the frozen prefix, and one as the lowest adapted layer, of four taps.
+        _LFM2
+        | {
+            "num_hidden_layers": 3,
+            "layer_types": ["conv", "conv", "full_attention"],
+            "conv_L_cache": 4,
+        },
+        rank=6,
+        alpha=12,
+        adapted_layers=(1, 2),
+        transformers_reads=False,
+    ),
     TinyModel(
         "gemma4_e2b",
         "gemma4_text",

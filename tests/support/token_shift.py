@@ -11,7 +11,8 @@ from lora.backward.rmsnorm import NormBefore
 from lora.forward.decoder.blocks import Block
 from lora.forward.decoder.recorder import AfterCache, BlockEnd, LayerRecorder
 from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
-from lora.forward.model.layer_spec import AdaptableMatrix, BlockSpec
+from lora.forward.model.adaptable import AdaptableMatrix
+from lora.forward.model.layer_spec import BlockSpec
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording

@@ -38,6 +38,8 @@ ROWS, IN_USE, EPSILON = 23, 21, 1e-5
 # somewhere else, k's twice.
 WHOLE = Span(1, 60, 0, 0, 0), Span(1, 20, 60, 60, 60), Span(1, 20, 80, 80, None, normed=False)
 HEADS = Span(3, 20, 0, 0, 0), Span(1, 20, 60, 60, 20), Span(1, 20, 60, 80, None)
+# Heads of q with something else between them.
+APART = Span(2, 20, 4, 0, 0, stride=32), Span(1, 20, 72, 40, 20)
 
 
 def check_span_norm(
@@ -173,7 +175,9 @@ CHECKS = [
     *(
         Check("span_norm", f"{ROWS}x100 {name} {dtype}",
               partial(check_span_norm, spans=spans, dtype=dtype))
-        for name, spans, dtype in (("whole", WHOLE, "f32"), ("heads", HEADS, "f16"))
+        for name, spans, dtype in (
+            ("whole", WHOLE, "f32"), ("heads", HEADS, "f16"), ("apart", APART, "f32"),
+        )
     ),
     Check("span_norm_backward", f"{ROWS}x100 in place f32",
           partial(check_span_norm_backward, spans=WHOLE, dtype="f32", in_place=True)),

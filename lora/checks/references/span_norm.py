@@ -21,7 +21,7 @@ def span_norm_reference(
     y = out.astype(np.float64)
     for span in spans:
         for group in range(span.count):
-            source, target = span.source + group * span.size, span.target + group * span.size
+            source, target = span.source + group * span.step, span.target + group * span.size
             part = x[:, source : source + span.size]
             if span.normed:
                 part = rmsnorm_reference(part, _weight(span, weights), epsilon)
@@ -36,7 +36,7 @@ def span_norm_backward_reference(
     d_x = np.zeros(x.shape)
     for span in spans:
         for group in range(span.count):
-            source, target = span.source + group * span.size, span.target + group * span.size
+            source, target = span.source + group * span.step, span.target + group * span.size
             part, d = x[:, source : source + span.size], d_y[:, target : target + span.size]
             if span.normed:
                 d = rmsnorm_backward_reference(part, _weight(span, weights), d, epsilon)

@@ -1,5 +1,5 @@
 {# What span_norm.wgsl and its backward share: the group of columns that a workgroup works on. `spans` has for each span
-   its groups' number and, in quads, their size, where the first begins in x and in y, and its weight (-1: none), and whether it is normed. #}
+   its groups' number and, in quads, their size, the step from one to the next in x, where the first begins in x and in y, and its weight (-1: none), and whether it is normed. #}
 {% macro take_group() %}
     let index = group.x + group.y * groups.x;
     let row = index / {{ spans | sum(attribute="count") }}u;
@@ -15,7 +15,7 @@
 {% for span in spans %}
     if (number >= {{ before.groups }}u && number < {{ before.groups + span.count }}u) {
         quads = {{ span.quads }}u;
-        x_at += {{ span.source }}u + (number - {{ before.groups }}u) * quads;
+        x_at += {{ span.source }}u + (number - {{ before.groups }}u) * {{ span.step }}u;
         y_at += {{ span.target }}u + (number - {{ before.groups }}u) * quads;
 {% if not span.normed %}
         normed = false;

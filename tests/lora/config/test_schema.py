@@ -100,6 +100,7 @@ def test_the_contracts_defaults(path: str) -> None:
             "on_device_loss": "stop",
             "max_submission_seconds": None,
             "keep_checkpoints": 3,
+            "comm_dtype": "f32",
         },
         "device": "auto",
         "webgpu": "auto",
@@ -237,7 +238,11 @@ def test_overrides(path: str) -> None:
         ("train.max_submission_seconds=0", "got 0; allowed here: null, or a number of seconds abo"),
         ("train.keep_checkpoints=0", "got 0; allowed here: a whole number of at least 1."),
         ("webgpu=metal", "got 'metal'; allowed here: auto, wgpu or dawn."),
-        ("device=true", "got True; allowed here: auto, a device's index, or part of its name."),
+        (
+            "device=true",
+            "got True; allowed here: auto, shared, a device's index, or part of its name.",
+        ),
+        ("train.comm_dtype=bf16", "got 'bf16'; allowed here: f32 or f16."),
         ("output=", "got None; allowed here: the directory that the run writes to."),
     ],
 )

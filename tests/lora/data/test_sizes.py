@@ -112,7 +112,7 @@ def test_a_process_that_dies_is_said(
     many: tuple[str, Tokenizer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path, tokenizer = many
-    monkeypatch.setattr(loading, "Pool", lambda setup: DyingPool(setup, 1))
+    monkeypatch.setattr(loading, "Pool", lambda setup, size: DyingPool(setup, 1))
     with pytest.raises(LoraError, match="A process that tokenizes the data has ended"):
         load_examples(settings(train=path), tokenizer)
 

@@ -36,7 +36,7 @@ PREFILLED = 6  # tokens at once, before those one by one
 BY_KERNELS_OF_GPUS = (
     "llama_odd", "llama_head", "llama_head_dim", "llama_bias", "smollm3", "qwen3", "gemma2_q8_0",
     "gemma3", "phi3_window", "phi3_long", "olmo3", "mistral3", "hunyuan", "gemma4_e2b",
-    "gemma4_dense",
+    "gemma4_dense", "lfm2", "qwen35",
 )  # fmt: skip
 
 

@@ -20,6 +20,7 @@ from lora.forward.model.layer_spec import (
     LayerSpec,
     PerLayerInput,
 )
+from lora.forward.model.recurrent_spec import GatedDeltaNet, ShortConvolution
 from lora.forward.model.rope_frequencies import Rope, Temperature
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
@@ -40,10 +41,12 @@ CHANGED: dict[str, dict[str, Any]] = {
     "mixer": {
         "n_heads": 8, "n_kv_heads": 1, "head_size": 32, "rope": Rope(1e4, 8, interleaved=True),
         "window": None, "scale": 0.5, "softcap": None, "qk_norm": NO_NORM,
-        "fused_modules": True, "permuted": True, "fused_tensor": True,
+        "fused_modules": True, "permuted": True, "fused_tensor": True, "lfm2_names": True,
+        "output_gate": True,
     },
     "feed_forward": {
         "intermediate_size": 64, "activation": "gelu_tanh", "fused_modules": True,
+        "lfm2_names": True,
     },
     "": {
         "hidden_size": 48, "norm_epsilon": 1e-6, "post_norms": False, "biases": frozenset(),
@@ -52,7 +55,7 @@ CHANGED: dict[str, dict[str, Any]] = {
     },
 }  # fmt: skip
 # How the file lies, not how the layer computes: read where files are (the second test).
-OF_FILES = {"fused_modules", "permuted", "fused_tensor", "feed_forward_norm"}
+OF_FILES = {"fused_modules", "permuted", "fused_tensor", "feed_forward_norm", "lfm2_names"}
 # What other fields must allow; see the tests below, and the tiny models of Gemma 4.
 ONLY_TOGETHER = {"temperature", "value_norm", "keys_are_values", "keys_of"}
 # A bias is added by the forward alone: its gradient passes on as it is.
@@ -75,7 +78,8 @@ def test_every_field_has_another_value() -> None:
 
 
 def test_every_kind_has_its_rows() -> None:
-    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == {Attention, GatedFeedForward, PerLayerInput}
+    kinds = {Attention, GatedFeedForward, PerLayerInput, ShortConvolution, GatedDeltaNet}
+    assert set(BLOCKS) == set(BLOCKS_BACKWARD) == kinds
 
 
 def recorded_by(recording: Recording, path: str, spec: LayerSpec) -> list[Any]:
@@ -112,6 +116,27 @@ def test_what_is_recorded_follows_a_layer_s_own_input(
 ) -> None:
     own = PerLayerInput(16, 1, "gelu_tanh")
     both = [replace(SPEC, per_layer=one) for one in (own, replace(own, **other))]
+    assert recorded_by(recording, path, both[0]) != recorded_by(recording, path, both[1])
+
+
+@pytest.mark.parametrize("path", paths_of())
+def test_what_is_recorded_follows_a_short_convolution(recording: Recording, path: str) -> None:
+    of_path = [
+        recorded_by(recording, path, replace(SPEC, mixer=ShortConvolution(32, taps)))
+        for taps in (3, 4)
+    ]
+    assert of_path[0] != of_path[1]
+
+
+@pytest.mark.parametrize("path", paths_of())
+@pytest.mark.parametrize(
+    "changed", [{"key_heads": 4}, {"value_heads": 8}, {"head_size": 16}, {"taps": 3}], ids=str
+)
+def test_what_is_recorded_follows_a_delta_net(
+    recording: Recording, path: str, changed: dict[str, int]
+) -> None:
+    delta_net = GatedDeltaNet(key_heads=2, value_heads=4, head_size=8, taps=4)
+    both = [replace(SPEC, mixer=one) for one in (delta_net, replace(delta_net, **changed))]
     assert recorded_by(recording, path, both[0]) != recorded_by(recording, path, both[1])
 
 

@@ -25,7 +25,7 @@ from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 
-NAMES = ["llama_odd", "qwen3", "gemma2", "gemma3", "llama_head"]
+NAMES = ["llama_odd", "qwen3", "gemma2", "gemma3", "llama_head", "lfm2", "qwen35"]
 
 
 @pytest.fixture(autouse=True)
@@ -74,9 +74,11 @@ def test_losses_and_gradients(name: str, body: str, tmp_path: Path) -> None:
     # of the logits, which partly cancel in the mean over the tokens.
     assert found["f16"].loss == pytest.approx(found["f32"].loss, rel=1e-3)
     assert found["f16"].loss != found["f32"].loss
+    # A DeltaNet's rule is f32, but what it is given was rounded, and its gates are exponents.
+    bound = 0.04 if name == "qwen35" else 0.02
     for path, wanted in found["f32"].gradients.items():
         difference = np.linalg.norm(found["f16"].gradients[path] - wanted)
-        assert difference < 0.02 * np.linalg.norm(wanted), path
+        assert difference < bound * np.linalg.norm(wanted), path
 
 
 @pytest.mark.parametrize("recompute", ["on", "off"])

@@ -1,0 +1,268 @@
+"""Gradients of several processes added up in a fixed order, in f32 or through f16.
+
+Each process owns a segment of a gradient: it is given everyone's numbers for it, adds them in the
+order of the ranks, and hands the sum to all. So every process has the same bytes, two runs have the
+same bytes, and no more travels than in a ring: 2·(n − 1)/n of the gradient from each. With several
+processes on each of several hosts those of a host do so first, then the owners of one segment
+across hosts: a host's network carries each number once, not once a process.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from itertools import accumulate
+from typing import Any, Protocol
+
+import numpy as np
+
+COMM_DTYPES = ("f32", "f16")
+_ALIGNED = 64  # numbers: segments begin at multiples of them
+_HEADER = 8  # bytes before the f16 numbers of a segment: the f32 that they are multiplied by
+_LARGEST = 2.0**14  # of what is sent as f16, which ends at 65504
+_CHUNK = 1 << 18  # numbers that a thread converts at once: a megabyte, which caches hold
+_MOST_THREADS = 8
+
+
+class Level(Protocol):
+    """Some processes that add up what each has.
+
+    Attributes:
+        rank: of this process among them.
+        size: how many.
+    """
+
+    rank: int
+    size: int
+
+    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+        """Hands everyone its segment.
+
+        Args:
+            sent: u8, the segments of all ranks one behind another.
+            counts: bytes of each.
+            received: u8 [size, counts[rank]], written: row i from rank i.
+        """
+
+    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+        """Hands this rank's segment to everyone.
+
+        Args:
+            own: u8 [counts[rank]].
+            counts: bytes of each rank's.
+            received: u8, written: those of all ranks one behind another.
+        """
+
+
+class WholeGather:
+    """A level out of nothing but "every process's value, for each of them".
+
+    Args:
+        gather: as `Communicator.gather`.
+    """
+
+    def __init__(self, rank: int, size: int, gather: Callable[[Any], list[Any]]) -> None:
+        self.rank, self.size = rank, size
+        self._gather = gather
+
+    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+        """See `Level`."""
+        start = sum(counts[: self.rank])
+        for row, theirs in enumerate(self._gather(sent)):
+            received[row] = theirs[start : start + counts[self.rank]]
+
+    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+        """See `Level`."""
+        received[:] = np.concatenate(self._gather(own))
+
+
+class Feedback:
+    """f16 numbers and what their rounding left, which the next step's are given.
+
+    What is lost in one step is sent in another, so that the sum over steps is that of f32 (Seide et
+    al. 2014, "1-bit stochastic gradient descent"; Karimireddy et al. 2019, "Error feedback fixes
+    SignSGD").
+    """
+
+    def __init__(self) -> None:
+        self._left: dict[Any, np.ndarray] = {}
+        # numpy converts about a gigabyte a second on one thread, slower than many networks.
+        self._pool = ThreadPoolExecutor(min(_MOST_THREADS, os.cpu_count() or 1), "halves")
+
+    @staticmethod
+    def size(n: int) -> int:
+        """Bytes of n numbers."""
+        return _HEADER + 2 * n
+
+    def pack(self, key: Any, values: np.ndarray, packed: np.ndarray) -> None:
+        """Writes f32 [n] as u8 [size(n)].
+
+        They are multiplied by a power of two, so that f16 holds the smaller ones, too.
+
+        Args:
+            key: which numbers these are; what was left of them the last time is added.
+        """
+        left = self._left.setdefault(key, np.zeros(len(values), np.float32))
+        left += values
+        largest = max(float(left.max(initial=0.0)), -float(left.min(initial=0.0)))
+        usable = 0.0 < largest < np.inf  # False for NaN, too
+        power = np.floor(np.log2(_LARGEST / largest)) if usable else 0.0
+        scale = np.float32(np.exp2(np.clip(power, -100, 100)))
+        packed[:_HEADER].view(np.float32)[:] = scale, 0.0
+        halves = packed[_HEADER:].view(np.float16)
+
+        def convert(part: slice) -> None:
+            with np.errstate(over="ignore", invalid="ignore"):
+                halves[part] = left[part] * scale
+                left[part] -= halves[part].astype(np.float32) / scale
+
+        self._in_chunks(len(values), convert)
+        if not usable:
+            left[:] = 0.0  # a step that is not finite is skipped, and leaves nothing
+
+    def unpack(self, packed: np.ndarray, values: np.ndarray) -> None:
+        """Writes the f32 [n] of u8 [size(n)]."""
+        scale = packed[:4].view(np.float32)[0]
+        halves = packed[_HEADER:].view(np.float16)
+
+        def convert(part: slice) -> None:
+            np.divide(halves[part].astype(np.float32), scale, out=values[part])
+
+        self._in_chunks(len(values), convert)
+
+    def _in_chunks(self, n: int, work: Callable[[slice], None]) -> None:
+        parts = [slice(start, min(start + _CHUNK, n)) for start in range(0, n, _CHUNK)]
+        if len(parts) > 1:
+            list(self._pool.map(work, parts))
+        elif parts:
+            work(parts[0])
+
+    def forget(self) -> None:
+        """Drops what is left: a run that resumes here begins without it, too."""
+        self._left.clear()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self._pool.shutdown(wait=False)
+
+
+class Reducer:
+    """Adds up gradients over levels of processes.
+
+    Args:
+        levels: the first is asked first, and what it came to goes through the rest.
+        comm_dtype: of COMM_DTYPES, at the last level, which is the slowest.
+        threaded: whether a thread of its own does it, so that the device is fed meanwhile.
+    """
+
+    def __init__(self, levels: Sequence[Level], comm_dtype: str, *, threaded: bool) -> None:
+        if comm_dtype not in COMM_DTYPES:
+            raise ValueError(f"a comm_dtype of {comm_dtype!r}")
+        self._levels = [level for level in levels if level.size > 1]
+        self._last = len(self._levels) - 1
+        self._feedback = Feedback() if comm_dtype == "f16" else None
+        self._thread = ThreadPoolExecutor(1, "gradients") if threaded else None
+        # Kept from step to step: pages of new memory cost more than what is copied into them.
+        self._buffers: dict[tuple[Any, ...], np.ndarray] = {}
+
+    def begin(self, key: int, values: np.ndarray) -> Future[np.ndarray]:
+        """Begins to add up f32 [n]; all processes begin the same pieces in the same order.
+
+        Args:
+            key: the piece's number, the same in every step. The sum is kept until it begins again.
+        """
+        if self._thread is not None:
+            return self._thread.submit(self._sum, (key,), values)
+        done: Future[np.ndarray] = Future()
+        done.set_result(self._sum((key,), values))
+        return done
+
+    def forget(self) -> None:
+        """Drops what error feedback keeps."""
+        if self._feedback is not None:
+            self._feedback.forget()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        if self._thread is not None:
+            self._thread.shutdown(wait=False, cancel_futures=True)
+        if self._feedback is not None:
+            self._feedback.close()
+
+    def _sum(self, key: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+        """Over the levels from len(key) - 1 on."""
+        depth = len(key) - 1
+        if depth == len(self._levels):
+            return values
+        level, n = self._levels[depth], len(values)
+        width = -(-n // (level.size * _ALIGNED)) * _ALIGNED
+        bounds = [min(rank * width, n) for rank in range(level.size + 1)]
+        lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
+        parts = self._buffer((*key, "parts"), level.size * lengths[level.rank])
+        parts = parts.reshape(level.size, -1)
+        whole = self._buffer((*key, "whole"), n)
+        halves = self._feedback if depth == self._last else None
+        if halves is None:
+            counts = [4 * length for length in lengths]
+            level.scatter(values.view(np.uint8), counts, parts.view(np.uint8))
+        else:
+            self._scatter_halves(halves, key, values, lengths, parts)
+        own = parts[0]
+        for part in parts[1:]:  # in the order of their ranks
+            own += part
+        own = self._sum((*key, 0), own)
+        if halves is None:
+            level.gather(own.view(np.uint8), counts, whole.view(np.uint8))
+        else:
+            self._gather_halves(halves, key, own, lengths, whole)
+        return whole
+
+    def _scatter_halves(
+        self,
+        feedback: Feedback,
+        key: tuple[int, ...],
+        values: np.ndarray,
+        lengths: Sequence[int],
+        parts: np.ndarray,
+    ) -> None:
+        level = self._levels[len(key) - 1]
+        counts = [feedback.size(length) for length in lengths]
+        sent = self._buffer((*key, "sent"), sum(counts), np.uint8)
+        read = written = 0
+        for rank, (length, count) in enumerate(zip(lengths, counts, strict=True)):
+            row = values[read : read + length]
+            feedback.pack((*key, rank), row, sent[written : written + count])
+            read, written = read + length, written + count
+        own = counts[level.rank]
+        received = self._buffer((*key, "received"), level.size * own, np.uint8)
+        received = received.reshape(level.size, own)
+        level.scatter(sent, counts, received)
+        for theirs, part in zip(received, parts, strict=True):
+            feedback.unpack(theirs, part)
+
+    def _gather_halves(
+        self,
+        feedback: Feedback,
+        key: tuple[int, ...],
+        own: np.ndarray,
+        lengths: Sequence[int],
+        whole: np.ndarray,
+    ) -> None:
+        level = self._levels[len(key) - 1]
+        counts = [feedback.size(length) for length in lengths]
+        packed = self._buffer((*key, "own"), counts[level.rank], np.uint8)
+        feedback.pack((*key, "own"), own, packed)
+        received = self._buffer((*key, "all"), sum(counts), np.uint8)
+        level.gather(packed, counts, received)
+        ends = list(accumulate(lengths))
+        for rank, end in enumerate(accumulate(counts)):
+            part = whole[ends[rank] - lengths[rank] : ends[rank]]
+            feedback.unpack(received[end - counts[rank] : end], part)
+
+    def _buffer(self, key: tuple[Any, ...], n: int, kind: Any = np.float32) -> np.ndarray:
+        """Memory [n] that stays with a key; of another size where that has changed."""
+        found = self._buffers.get(key)
+        if found is None or len(found) != n:
+            found = self._buffers[key] = np.empty(n, kind)
+        return found
