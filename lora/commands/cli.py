@@ -137,13 +137,20 @@ def _train(
 
 
 @app.command()
-def plan(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
+def plan(
+    config: ConfigArgument,
+    set_: Overrides = None,
+    webgpu: WebGPUOverride = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Also the largest sizes that fit.")] = False,
+) -> None:
     """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
+    from lora.commands.fit import print_fit
     from lora.commands.progress import print_plan
     from lora.config.schema import load_config
     from lora.shaders.device import Device
     from lora.storage.tile_cache import find_tiles
     from lora.training.device_state import SessionPlan
+    from lora.training.fitting import fits
     from lora.training.profiling import expected_seconds, measure_peaks
     from lora.training.workload import Workload
 
@@ -155,7 +162,10 @@ def plan(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride 
         seconds = None
         if "timestamp-query" in device.facts.features:
             seconds = expected_seconds(planned, measure_peaks(device))
+        largest = fits(device.facts, workload) if fit else None
     print_plan(console, planned, seconds_a_step=seconds)
+    if largest is not None:
+        print_fit(console, workload, largest)
 
 
 @app.command()
