@@ -110,6 +110,10 @@ class _Found:
         self.limits: dict[str, int] = dict(adapter.limits)
         self.trusts_kernels = self.info["backend_type"] in _UNCHECKED_ON
         self.subgroup_lanes = _subgroup_lanes(adapter)
+        own = extras.get_adapter_properties(adapter)
+        heaps = own.get("memory_heaps", ())
+        local = [int(heap["size"]) for heap in heaps if "device-local" in heap["properties"]]
+        self.device_memory = max(local, default=None)
         self.matrix_shapes = tuple(
             MatrixShape(
                 config["m"],
@@ -120,7 +124,7 @@ class _Found:
                 config["min_subgroup_size"],
                 config["max_subgroup_size"],
             )
-            for config in extras.get_adapter_properties(adapter).get("subgroup_matrix_configs", ())
+            for config in own.get("subgroup_matrix_configs", ())
         )
 
     def open(

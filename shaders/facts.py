@@ -61,6 +61,7 @@ class DeviceFacts:
         implementation, version: of WebGPU, and of the Python package that it comes in.
         subgroup_lanes: the fewest and the most of a subgroup; None where it is not known.
         matrix_shapes: that its matrix units compute and our kernels can use, in the driver's order.
+        device_memory: bytes of the GPU's own memory; None where the implementation doesn't tell.
         memory_limit: bytes of all buffers together; None where the device itself says when they
             are too many. A CPU device has the host's memory, and would be killed first.
     """
@@ -79,6 +80,7 @@ class DeviceFacts:
     version: str = ""
     subgroup_lanes: tuple[int, int] | None = None
     matrix_shapes: tuple[MatrixShape, ...] = ()
+    device_memory: int | None = None
     memory_limit: int | None = None
 
     @property
@@ -114,5 +116,6 @@ class DeviceFacts:
             version=found.implementation.version,
             subgroup_lanes=found.subgroup_lanes,
             matrix_shapes=shapes,
+            device_memory=found.device_memory,
             memory_limit=_host_memory() if is_cpu else None,
         )

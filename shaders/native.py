@@ -60,6 +60,7 @@ class _Found:
 
     # wgpu-native lists cooperative matrices, and offers no way to ask for them.
     matrix_shapes: tuple[MatrixShape, ...] = ()
+    device_memory: int | None = None
     subgroup_lanes: tuple[int, int] | None = None  # wgpu-py gives constants
 
     def __init__(self, implementation: WgpuNative, adapter: wgpu.GPUAdapter) -> None:

@@ -187,6 +187,10 @@ class Found(Protocol):
         """What its matrix units compute, in the driver's order; empty where none can be reached."""
 
     @property
+    def device_memory(self) -> int | None:
+        """Bytes of the GPU's own memory; None where the implementation can't tell."""
+
+    @property
     def trusts_kernels(self) -> bool:
         """Whether our kernels run without the implementation's own checks, which cost a tenth.
 

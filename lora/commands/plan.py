@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -21,13 +22,16 @@ def plan_command(
     config: ConfigArgument,
     set_: Overrides = None,
     webgpu: WebGPUOverride = None,
+    fit: Annotated[bool, typer.Option("--fit", help="Also the largest sizes that fit.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
+    from lora.commands.fit import print_fit
     from lora.config.schema import load_config
     from lora.shaders.device import Device
     from lora.storage.tile_cache import find_tiles
     from lora.training.device_state import SessionPlan
+    from lora.training.fitting import fits
     from lora.training.profiling import expected_seconds, measure_peaks
     from lora.training.workload import Workload
 
@@ -39,10 +43,17 @@ def plan_command(
         seconds = None
         if "timestamp-query" in device.facts.features:
             seconds = expected_seconds(planned, measure_peaks(device))
+        largest = fits(device.facts, workload) if fit else None
     if as_json:
-        print(json.dumps(plan_facts(planned, seconds), indent=2))
+        facts = plan_facts(planned, seconds)
+        if largest is not None:
+            facts["fits"] = asdict(largest)
+        print(json.dumps(facts, indent=2))
         return
-    print_plan(table_console(), planned, seconds_a_step=seconds)
+    console = table_console()
+    print_plan(console, planned, seconds_a_step=seconds)
+    if largest is not None:
+        print_fit(console, workload, largest)
 
 
 def plan_facts(plan: SessionPlan, seconds_a_step: float | None) -> dict[str, Any]:
@@ -79,7 +90,7 @@ def plan_facts(plan: SessionPlan, seconds_a_step: float | None) -> dict[str, Any
         "steps": stream.total_steps,
         "warmup_steps": workload.config.train.resolve_warmup(stream.total_steps),
         "micro_batch_tokens": workload.maximum_rows,
-        "recompute": plan.tensors.recompute,
+        "recomputed_layers": plan.tensors.recomputed,
         "packing_efficiency": getattr(stream, "packing_efficiency", None),
         "memory_bytes": {"total": sum(plan.allocated.values()), **dict(plan.allocated)},
         "seconds_a_step": seconds_a_step,
@@ -104,7 +115,7 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{_targets_shown(layout)} of {len(layout.layers)} layers",
         "data": str(workload.streamed or workload.train_summary),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
-        f"recompute {'on' if plan.tensors.recompute else 'off'}",
+        f"recompute {_recompute(plan)}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}" + (memory and f": {memory}"),
     }
     if workload.eval_examples:
@@ -131,6 +142,14 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
             f"{seconds_shown(seconds_a_step * total_steps)} in all"
         )
     print_rows(console, rows)
+
+
+def _recompute(plan: SessionPlan) -> str:
+    """on, off, or of how many layers."""
+    layout = plan.workload.layout
+    layers = layout.architecture.n_layers - layout.lowest_layer
+    count = plan.tensors.recomputed
+    return "off" if count == 0 else "on" if count >= layers else f"of {count} of {layers} layers"
 
 
 def seconds_shown(seconds: float) -> str:

@@ -9,6 +9,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 
 from lora.config.durations import checked_duration
 from lora.config.paths import expanded
+from lora.config.sizes import checked_size
 from lora.shaders.untrusted import F32_LEAST, F32_MOST, MOST_LARGE
 
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)[eE][+-]?\d+")
@@ -49,6 +50,7 @@ Switch = Annotated[Literal["auto", "on", "off"], BeforeValidator(word_from_switc
 Text = Annotated[str, Field(min_length=1)]
 PathText = Annotated[Text, AfterValidator(expanded)]
 Count = Annotated[int, Field(ge=1, le=MOST_LARGE)]
+MemorySize = Annotated[str, AfterValidator(checked_size)]
 Duration = Annotated[str, AfterValidator(checked_duration)]
 
 

@@ -23,6 +23,7 @@ from lora.config.data_section import DataConfig
 from lora.config.errors import config_problems, did_you_mean
 from lora.config.fields import (
     Count,
+    MemorySize,
     Number,
     PathText,
     Section,
@@ -211,7 +212,11 @@ class TrainConfig(WatchConfig):
         default=1.0, description="a number above 0, or null for no clipping"
     )
     precision: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
-    recompute: Switch = Field(default="auto", description="auto, on or off")
+    recompute: Switch = Field(
+        default="auto",
+        description="auto, on or off",
+    )
+    memory_limit: MemorySize = Field(default="auto", description="auto, or a size such as 7GiB")
     tuning: Annotated[Literal["auto", "off"], BeforeValidator(word_from_switch)] = Field(
         default="auto", description="auto or off"
     )

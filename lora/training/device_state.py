@@ -10,7 +10,7 @@ from typing import Any
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
 from lora.forward.decoder.head import chunk_size
-from lora.forward.model.frozen_model import Model, load_model
+from lora.forward.model.frozen_model import load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
     PlanSource,
@@ -27,7 +27,6 @@ from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import item_bytes
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
@@ -36,12 +35,10 @@ from lora.training.programs import (
     StepSettings,
     StepTensors,
     TrainingPrograms,
-    allocate_layer,
     record_prefix,
 )
+from lora.training.recompute import layer_bytes, recomputed_layers
 from lora.training.workload import Workload
-
-KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: `recompute: auto` keeps activations up to here
 
 
 @dataclass(frozen=True)
@@ -57,17 +54,20 @@ class SessionTensors:
     """All that stays while a session is open, whatever is recorded.
 
     Attributes:
-        recompute: whether layers are run again in the backward pass.
+        recomputed: how many of the lowest adapted layers are run again in the backward pass.
         train_cache: of data.train's frozen prefix, where there is one and it is kept.
     """
 
     step: StepTensors
-    recompute: bool
+    recomputed: int
     train_cache: PrefixCache | None
 
     @classmethod
-    def allocate(cls, recording: Recording, workload: Workload) -> SessionTensors:
+    def allocate(cls, recording: Recording, workload: Workload, recomputed: int) -> SessionTensors:
         """Loads the model and makes room for the largest micro-batch.
+
+        Args:
+            recomputed: see the class.
 
         Raises:
             InputError: a tensor is larger than the device can bind.
@@ -85,12 +85,11 @@ class SessionTensors:
         activations = Activations.allocate(
             recording, model, inputs, workload.layout, adapter.parameters
         )
-        recompute, train_cache = False, None
+        train_cache = None
         if workload.trains:
-            recompute = wants_recompute(recording, workload, model, inputs)
             train_cache = open_cache(recording, workload, workload.train_examples)
         step = StepTensors(model, inputs, workload.layout, adapter, activations)
-        return cls(step, recompute, train_cache)
+        return cls(step, recomputed, train_cache)
 
 
 @dataclass(frozen=True)
@@ -119,7 +118,7 @@ class SessionPrograms:
         training = None
         if workload.trains:
             settings = StepSettings(
-                tensors.recompute,
+                tensors.recomputed,
                 seams.loss,
                 AdamWSettings((train.betas[0], train.betas[1]), train.epsilon, train.weight_decay),
                 train.max_grad_norm,
@@ -160,16 +159,24 @@ class SessionPlan:
         workload: Workload,
         plans: PlanSource | None = None,
         seams: Seams | None = None,
+        recomputed: int | None = None,
     ) -> SessionPlan:
         """Records a session as a device of these facts would.
 
         Args:
             plans: of products; None for the model's choices.
             seams: those of the session; None for the usual ones.
+            recomputed: how many of the lowest adapted layers are run again; None for what
+                train.recompute and train.memory_limit mean.
 
         Raises:
             InputError: something is larger than the device can bind.
         """
+        if recomputed is None:
+            kept = cls.of(facts, workload, plans, seams, 0)
+            recomputed = kept.wanted_recompute()
+            if recomputed == 0:
+                return kept
         requests: list[Request] = []
         note = noting(requests)
 
@@ -179,10 +186,26 @@ class SessionPlan:
 
         memory = CountingMemory(facts)
         recording = Recording(facts, memory, workload.config.train.precision, plans=source)
-        tensors = SessionTensors.allocate(recording, workload)
+        tensors = SessionTensors.allocate(recording, workload, recomputed)
         programs = SessionPrograms.record(recording, workload, tensors, seams or Seams())
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
+        )
+
+    def wanted_recompute(self) -> int:
+        """How many layers this session, which keeps all activations, is to run again after all."""
+        if not self.workload.trains:
+            return 0
+        step = self.tensors.step
+        recording = Recording(
+            self.facts, CountingMemory(self.facts), self.workload.config.train.precision
+        )
+        return recomputed_layers(
+            self.workload,
+            self.facts,
+            layer_bytes(recording, self.workload, step.model, step.inputs),
+            sum(self.allocated.values()),
+            step.inputs.rows.maximum,
         )
 
     @property
@@ -215,21 +238,6 @@ def replanned(
 ) -> Recording:
     """The same recording with these plans; `others` is asked for products not among them."""
     return replace(recording, plans=source_of(plans, others))
-
-
-def wants_recompute(recording: Recording, workload: Workload, model: Model, inputs: Inputs) -> bool:
-    """What `train.recompute` means: auto keeps all activations where they are few."""
-    setting, layout = workload.config.train.recompute, workload.layout
-    if setting != "auto":
-        return setting == "on"
-    counted = CountingMemory(recording.facts)
-    counting = replace(recording, memory=counted)
-    factors = layout.factors(counted.empty_flat(layout.size, purpose="adapter"))
-    layers = range(layout.lowest_layer, model.architecture.n_layers)
-    for layer in layers:
-        allocate_layer(counting, model, inputs, factors, layer)
-    kept_input = item_bytes("f32") * inputs.rows.maximum * model.architecture.hidden_size
-    return counted.allocated["activations"] + len(layers) * kept_input > KEPT_ACTIVATIONS_LIMIT
 
 
 def open_cache(

@@ -115,7 +115,8 @@ class OpenSession(ABC):
         self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
         self.plans: dict[ProductShape, Plan] = plan.chosen(self._found)
         if self._found is not None:
-            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams)
+            recomputed = plan.tensors.recomputed
+            plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams, recomputed)
         self.plan = plan
         self._recording = self.device.recording(
             memory=self.memory, precision=train.precision, plans=self._found
@@ -124,7 +125,7 @@ class OpenSession(ABC):
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
             stage("Loading the model")
-            tensors = SessionTensors.allocate(self._recording, workload)
+            tensors = SessionTensors.allocate(self._recording, workload, plan.tensors.recomputed)
             stage(f"Compiling {len(plan.kernels)} kernels")
             self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
@@ -132,12 +133,13 @@ class OpenSession(ABC):
             raise InputError(
                 f"{self.config.model.path} does not fit: {error}, and this run takes "
                 f"{memory_figures(plan.allocated)}. Lower train.batch_size or "
-                "data.max_length, set train.recompute: on, or take a smaller quantization."
+                "data.max_length, set train.recompute: on or a lower train.memory_limit, or take a "
+                "smaller quantization."
             ) from error
         self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
         self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
         self._act = step.activations
-        self.recompute = tensors.recompute
+        self.recomputed_layers = tensors.recomputed
         self._generator: TextGenerator | None = None
         self._evaluator: Evaluator | None = None
 

@@ -229,14 +229,15 @@ class StepSettings:
     """How a step goes.
 
     Attributes:
-        recompute: keep only each layer's input, and run the layer again in the backward pass.
+        recomputed: of how many of the lowest adapted layers only the input is kept, and which are
+            run again in the backward pass.
         loss: writes what each trained token counts.
         adamw: of the optimizer.
         max_norm: of the gradient; None for no clipping.
         combined: whether the gradients of several processes are added up before their norm.
     """
 
-    recompute: bool
+    recomputed: int
     loss: Loss
     adamw: AdamWSettings
     max_norm: float | None
@@ -329,9 +330,10 @@ def _record_micro_batch(
     }
     if layers:
         kept[layers.stop] = act.final
+    first_kept = layout.lowest_layer + settings.recomputed
     computed = {
         layer: act.shared[model.layers[layer].spec.sizes]
-        if settings.recompute or layer == layers[-1]
+        if layer < first_kept or layer == layers[-1]
         else allocate_layer(recording, model, inputs, factors, layer)
         for layer in layers
     }
@@ -345,7 +347,7 @@ def _record_micro_batch(
         reached = {model.architecture.n_layers: len(program.commands)}
         for layer in reversed(layers):
             # The last layer's activations are still there.
-            if settings.recompute and layer != layers[-1]:
+            if layer < first_kept and layer != layers[-1]:
                 with program.scope("recompute"):
                     record_layer(program, walk, layer, computed[layer], kept[layer], None)
             record_layer_backward(

@@ -1,0 +1,101 @@
+"""Which layers are run again in the backward pass, and how much memory a run may take."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import cache
+
+from lora.config.sizes import size_of
+from lora.forward.model.frozen_model import Model
+from lora.forward.model.inputs import Inputs
+from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import item_bytes
+from lora.training.programs import allocate_layer
+from lora.training.workload import Workload
+
+KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: kept up to here where nothing tells the memory
+# Of a device's memory, what `memory_limit: auto` takes: screens, other programs and the driver
+# itself want some, and its blocks are not filled to the last byte.
+_SHARE = 0.85
+
+
+def memory_limit(facts: DeviceFacts, setting: str) -> int | None:
+    """Bytes that all buffers of a run may take; None where nothing tells.
+
+    Args:
+        facts: of the device.
+        setting: train.memory_limit: auto, or a size.
+    """
+    if setting != "auto":
+        return size_of(setting)
+    if facts.is_cpu:
+        return None
+    total = facts.device_memory or _of_nvidia(facts.name)
+    return None if total is None else int(_SHARE * total)
+
+
+@cache
+def _of_nvidia(name: str) -> int | None:
+    """Bytes of the GPU of that name by nvidia-smi; the least of several."""
+    if "NVIDIA" not in name.upper() and "GEFORCE" not in name.upper():
+        return None
+    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    rows = [line.rpartition(",") for line in done.stdout.splitlines()]
+    sizes = [int(size) for own, _, size in rows if own.strip() == name and size.strip().isdigit()]
+    return min(sizes) << 20 if sizes else None
+
+
+def layer_bytes(
+    recording: Recording, workload: Workload, model: Model, inputs: Inputs
+) -> list[int]:
+    """What keeping the activations of each layer takes that is not run again, the lowest first.
+
+    Nothing for the last: its activations lie where those of layers that are run again do.
+    """
+    counted = CountingMemory(recording.facts)
+    counting = replace(recording, memory=counted)
+    factors = workload.layout.factors(counted.empty_flat(workload.layout.size, purpose="adapter"))
+    layers = range(workload.layout.lowest_layer, model.architecture.n_layers)
+    sizes, before = [], 0
+    for layer in layers:
+        allocate_layer(counting, model, inputs, factors, layer)
+        sizes.append(counted.allocated["activations"] - before)
+        before = counted.allocated["activations"]
+    return [*sizes[:-1], 0] if sizes else []
+
+
+def recomputed_layers(
+    workload: Workload, facts: DeviceFacts, sizes: Sequence[int], everything: int, rows: int
+) -> int:
+    """How many of the lowest adapted layers are run again: what `train.recompute: auto` means.
+
+    As few as the memory limit allows; where there is no limit, none while activations are few,
+    else all.
+
+    Args:
+        workload: the run.
+        facts: of the device.
+        sizes: of `layer_bytes`.
+        everything: bytes of the session with all activations kept.
+        rows: of a micro-batch.
+    """
+    setting = workload.config.train.recompute
+    if setting != "auto":
+        return len(sizes) if setting == "on" else 0
+    limit = memory_limit(facts, workload.config.train.memory_limit)
+    if limit is None:
+        kept_inputs = len(sizes) * item_bytes("f32") * rows * workload.architecture.hidden_size
+        return len(sizes) if sum(sizes) + kept_inputs > KEPT_ACTIVATIONS_LIMIT else 0
+    count = 0
+    while everything > limit and count < len(sizes):
+        everything -= sizes[count]
+        count += 1
+    return count
