@@ -101,6 +101,7 @@ def test_the_contracts_defaults(path: str) -> None:
             "max_submission_seconds": None,
             "keep_checkpoints": 3,
             "comm_dtype": "f32",
+            "memory_limit": "auto",
         },
         "device": "auto",
         "webgpu": "auto",
