@@ -16,7 +16,7 @@ DAWN_PYTHON := $(VENV)/.dawn/py/bin/python
 TINY := $(addprefix tests/parity/test_,architectures.py chat_templates.py multimodal_classes.py \
 	peft_adapters.py scales.py tokenizers.py)
 
-.PHONY: quickstart test test-dawn parity parity-long lint clean
+.PHONY: quickstart test test-dawn parity parity-long lint docs clean
 
 ## quickstart: train a small adapter and print the held-out score before and after
 quickstart: $(VENV)/.vulkan
@@ -50,6 +50,11 @@ parity-long: $(VENV)/.parity $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
 	$(BIN)/lora pull gemma3-270m
 	$(BIN)/python -m pytest -m "parity and long" -n auto --dist loadfile
+
+## docs: the API page, made of the docstrings, in build/api
+docs: $(VENV)/.test
+	$(BIN)/python -m pdoc lora '!lora.' lora.training.open_session lora.training.learning_rate \
+		--output-directory build/api
 
 lint: $(VENV)/.test
 	$(BIN)/ruff check .

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from lora.data.given import tokenize
     from lora.shaders.errors import InputError, LoraError
     from lora.training.listeners import Listener
-    from lora.training.metrics import EvalResult, Metrics
+    from lora.training.metrics import EvalResult, Metrics, Sample
     from lora.training.run import run_training
     from lora.training.session import TrainingSession
     from lora.training.watch import joined
@@ -28,6 +28,7 @@ _HOMES = {
     "Listener": "lora.training.listeners",
     "LoraError": "lora.shaders.errors",
     "Metrics": "lora.training.metrics",
+    "Sample": "lora.training.metrics",
     "TrainingSession": "lora.training.session",
     "joined": "lora.training.watch",
     "load_config": "lora.config.schema",
@@ -42,6 +43,7 @@ __all__ = [
     "Listener",
     "LoraError",
     "Metrics",
+    "Sample",
     "TrainingSession",
     "__version__",
     "joined",

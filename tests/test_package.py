@@ -111,7 +111,7 @@ def wanted_files() -> set[str]:
     wanted = {"lora/py.typed"}
     for room in ROOMS:
         prefix = "" if room == "lora" else "lora/"
-        for ending in ("*.py", "*.wgsl"):
+        for ending in ("*.py", "*.wgsl", "*.jinja"):
             found = (REPOSITORY / room).rglob(ending)
             wanted |= {prefix + p.relative_to(REPOSITORY).as_posix() for p in found}
     for ending in ("*.yaml", "*.jsonl"):

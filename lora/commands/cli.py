@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import shlex
 import sys
-from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
+from lora.commands.bench import bench_command
+from lora.commands.convert import convert_command
 from lora.commands.data import data_command
 from lora.commands.debug_nan import debug_nan_command
 from lora.commands.devices import devices_command
@@ -19,21 +18,19 @@ from lora.commands.evaluate import eval_command
 from lora.commands.export import export_command
 from lora.commands.init import init_command
 from lora.commands.options import (
-    ConfigArgument,
     DeviceName,
-    Overrides,
     PromptPrecision,
     TextPrecision,
     WebGPUName,
-    WebGPUOverride,
-    overrides,
 )
+from lora.commands.plan import plan_command
+from lora.commands.report import report_command
+from lora.commands.train import train_command
 from lora.commands.tune import tune_command
 from lora.shaders.errors import InputError, LoraError, for_terminal, plain
 
 if TYPE_CHECKING:  # the rest of lora is imported in the commands: --help and completion are quick
     from lora.generation.sampling import Sampling
-    from lora.training.communicator import Communicator
 
 
 class _Commands(typer.core.TyperGroup):
@@ -55,7 +52,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
 )
-console = Console()
 
 
 def _print_version(asked: bool) -> None:
@@ -80,99 +76,12 @@ def options(
 
 
 app.command(name="init")(init_command)
+app.command(name="convert-config")(convert_command)
 
 
-@app.command()
-def train(
-    config: ConfigArgument,
-    set_: Overrides = None,
-    webgpu: WebGPUOverride = None,
-    resume: Annotated[bool, typer.Option(help="Go on from the last checkpoint.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, train nothing.")] = False,
-) -> None:
-    """Train an adapter; Ctrl-C saves a checkpoint and says how to resume.
-
-    Under mpiexec -n N, or srun, N processes train one, each on a device of its own.
-    """
-    from lora.training.watch import joined
-
-    with joined() as communicator:
-        _train(communicator, config, overrides(set_, webgpu), resume=resume, dry_run=dry_run)
-
-
-def _train(
-    communicator: Communicator, config: str, given: list[str], *, resume: bool, dry_run: bool
-) -> None:
-    """Of several processes rank 0 alone shows anything, and looks at the output."""
-    from lora.commands.progress import TrainingProgress, print_plan
-    from lora.config.schema import load_config
-    from lora.training.leading import open_together, quiet
-    from lora.training.output import check_output, check_room
-    from lora.training.run import Interrupted, run_training
-
-    loaded = load_config(config, given)
-    quiet(communicator)
-    console.quiet = communicator.rank > 0
-    if communicator.rank == 0:
-        check_output(Path(loaded.output), resuming=resume)
-        check_room(loaded, Path(loaded.output))
-    session = open_together(loaded, communicator, resuming=resume)
-    print_plan(console, session.plan)
-    if dry_run:
-        return
-    try:
-        with TrainingProgress(console, session) as progress:
-            output = run_training(session, resuming=resume, listeners=[progress])
-    except Interrupted as stop:
-        options = [word for value in given for word in ("--set", value)]
-        together = ["mpiexec", "-n", str(communicator.size)] if communicator.size > 1 else []
-        command = shlex.join([*together, "lora", "train", str(config), *options, "--resume"])
-        if communicator.rank == 0:
-            with suppress(OSError):  # the terminal may be what is gone
-                typer.echo(f"Stopped; saved {stop.checkpoint}.")
-                typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
-        raise typer.Exit(128 + stop.signum) from None
-    if communicator.rank == 0:
-        typer.echo(f"Saved the adapter to {plain(str(output))}.")
-
-
-@app.command()
-def plan(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
-    """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
-    from lora.commands.progress import print_plan
-    from lora.config.schema import load_config
-    from lora.shaders.device import Device
-    from lora.storage.tile_cache import find_tiles
-    from lora.training.device_state import SessionPlan
-    from lora.training.profiling import expected_seconds, measure_peaks
-    from lora.training.workload import Workload
-
-    loaded = load_config(config, overrides(set_, webgpu))
-    workload = Workload.open(loaded, train=True)
-    with Device(loaded.device, webgpu=loaded.webgpu) as device:
-        plans = find_tiles(device, loaded.train.tuning)
-        planned = SessionPlan.of(device.facts, workload, plans)
-        seconds = None
-        if "timestamp-query" in device.facts.features:
-            seconds = expected_seconds(planned, measure_peaks(device))
-    print_plan(console, planned, seconds_a_step=seconds)
-
-
-@app.command()
-def bench(config: ConfigArgument, set_: Overrides = None, webgpu: WebGPUOverride = None) -> None:
-    """Where a step's time goes, kernel by kernel, against the device's measured peaks."""
-    from lora.config.schema import load_config
-    from lora.training.profiling import kernel_table, measure_peaks, print_kernels
-    from lora.training.session import TrainingSession
-
-    session = TrainingSession(load_config(config, overrides(set_, webgpu)))
-    assert session.stream is not None
-    for _, batches in zip(range(3), session.stream, strict=False):
-        session.step(batches)
-    session.finished_steps(wait=True)
-    print_kernels(console, kernel_table(session), measure_peaks(session.device))
-
-
+app.command(name="train")(train_command)
+app.command(name="plan")(plan_command)
+app.command(name="bench")(bench_command)
 app.command(name="data")(data_command)
 app.command(name="eval")(eval_command)
 
@@ -241,7 +150,7 @@ def _read_prompt(prompt: str) -> str:
 
 @app.command(epilog=ORDER_OF_SAMPLING)
 def generate(
-    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO[:QUANT].")],
     prompt: Annotated[
         str,
         typer.Option(
@@ -302,7 +211,7 @@ def generate(
 
 @app.command(name="chat", epilog=ORDER_OF_SAMPLING)
 def converse(
-    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO/FILE.")],
+    model: Annotated[str, typer.Argument(help="A GGUF file, ollama:NAME or hf:ORG/REPO[:QUANT].")],
     adapter: Annotated[
         list[str] | None,
         typer.Option(metavar="[NAME=]PATH", help="Adapters; the first one is on."),
@@ -346,15 +255,16 @@ def inspect(
         str,
         typer.Argument(
             metavar="FILE_OR_DIR",
-            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO/FILE, or an adapter.",
+            help="A GGUF file, ollama:NAME[:TAG], hf:ORG/REPO[:QUANT], or an adapter.",
         ),
     ],
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """What a GGUF or an adapter holds."""
     from lora.commands.inspect import adapter_facts, describe_adapter, describe_gguf, gguf_facts
+    from lora.commands.tables import table_console
 
-    is_adapter = Path(model).is_dir()
+    is_adapter, console = Path(model).is_dir(), table_console()
     if as_json:
         facts = adapter_facts(Path(model)) if is_adapter else gguf_facts(model)
         console.print_json(data=facts, ensure_ascii=True)
@@ -363,6 +273,7 @@ def inspect(
         console.print(part)
 
 
+app.command(name="report")(report_command)
 app.command(name="export")(export_command)
 app.command(name="tune")(tune_command)
 app.command(name="devices")(devices_command)
@@ -377,7 +288,7 @@ def pull(
     """Fetch a known small model."""
     from lora.storage.pull import pull as pull_model
 
-    console.print(str(pull_model(name, directory)))
+    print(plain(str(pull_model(name, directory))))
 
 
 def main() -> None:

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
+from lora.commands.tables import table_console
 from lora.shaders.errors import for_terminal
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
@@ -66,12 +66,12 @@ def eval_command(
             "max_length": summary.max_length,
             "n_rows": summary.n_rows,
             "n_left_out": summary.n_untrained,
-            **{name: vars(result) for name, result in results.items()},
+            **{name: result.as_dict() for name, result in results.items()},
         }
         print(json.dumps(values, indent=2))
         return
     print(describe_examples(summary, results["base"]))
-    Console().print(_table(results))
+    table_console().print(_table(results))
     _print_answers(session, list(results), examples)
 
 
@@ -90,7 +90,15 @@ def describe_examples(summary: DataSummary, result: EvalResult) -> str:
 
 def _table(results: Mapping[str, EvalResult]) -> Table:
     table = Table("", "loss", "perplexity", "token accuracy", "exact match")
-    for name, result in results.items():
+    rows = {
+        label: one
+        for name, result in results.items()
+        for label, one in (
+            (name, result),
+            *((f"{name}, {part}", each) for part, each in result.sets.items()),
+        )
+    }
+    for name, result in rows.items():
         table.add_row(
             name,
             f"{result.loss:.4f}",

@@ -24,7 +24,7 @@ _WITHOUT_DEFAULT = re.compile(r"^( *)(path|train|output): \S+( +# )\(\*\) ", re.
 
 def init_command(
     model: Annotated[
-        str | None, typer.Option(help="A GGUF file, ollama:NAME[:TAG] or hf:ORG/REPO/FILE.")
+        str | None, typer.Option(help="A GGUF file, ollama:NAME[:TAG] or hf:ORG/REPO[:QUANT].")
     ] = None,
     data: Annotated[
         str | None,

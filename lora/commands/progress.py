@@ -1,142 +1,121 @@
-"""What a run shows on the terminal."""
+"""What a run shows on the terminal while it goes on."""
 
 from __future__ import annotations
 
-from collections import Counter
+import time
+from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
+from pathlib import Path
+from statistics import median
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Any, Self
 
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.cells import cell_len
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
-from lora.data.order import DataStream
-from lora.forward.model.adaptable import HEAD
-from lora.forward.model.adapter import AdapterLayout
-from lora.shaders.errors import plain
-from lora.training.device_state import SessionPlan
+from lora.shaders.errors import for_terminal, plain
 from lora.training.listeners import Listener
-from lora.training.metrics import EvalResult, Metrics
-from lora.training.session import TrainingSession
+from lora.training.metrics import EvalResult, Metrics, Sample
 
-
-def _recompute(plan: SessionPlan) -> str:
-    """on, off, or of how many layers."""
-    layout = plan.workload.layout
-    layers = layout.architecture.n_layers - layout.lowest_layer
-    count = plan.tensors.recomputed
-    return "off" if count == 0 else "on" if count >= layers else f"of {count} of {layers} layers"
-
-
-def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | None = None) -> None:
-    """What is about to be trained: device, adapter, data, memory by purpose, time."""
-    workload, allocated = plan.workload, plan.allocated
-    layout, config = workload.layout, workload.config
-    stream = workload.stream()
-    total_steps = stream.total_steps
-    memory = ", ".join(
-        f"{name} {size / 2**20:.0f}" for name, size in allocated.items() if size >> 20
-    )
-    rows = {
-        "device": escape(plain(f"{plan.facts.name}, through {plan.facts.software}")),
-        "model": f"{escape(plain(config.model.path))} ({layout.architecture.name}, "
-        f"{layout.architecture.n_layers} layers)",
-        "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
-        f"{_targets_shown(layout)} of {len(layout.layers)} layers",
-        "data": escape(plain(str(workload.streamed or workload.train_summary))),
-        "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
-        f"recompute {_recompute(plan)}",
-        "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}: {memory}",
-    }
-    if (bare := _bare_mixers(layout)) is not None:
-        rows["not adapted"] = bare
-    if workload.share.size > 1:
-        rows["processes"] = (
-            f"{workload.share.size}, which share {workload.micro_batches} micro-batches a step"
-        )
-    if layout.architecture.unused:
-        rows["left alone"] = ", ".join(
-            f"{what} ({n} tensors)" for what, n in layout.architecture.unused
-        )
-    if isinstance(stream, DataStream) and stream.packing_efficiency is not None:
-        rows["packing"] = f"{stream.packing_efficiency:.1%} of the micro-batches' room is filled"
-    if seconds_a_step is not None:
-        minutes = seconds_a_step * total_steps / 60
-        rows["time"] = f"about {seconds_a_step:.2g} s a step, {minutes:.2g} min in all"
-    table = Table.grid(padding=(0, 2))
-    for name, value in rows.items():
-        table.add_row(f"[dim]{name}[/dim]", value)
-    console.print(table)
-
+if TYPE_CHECKING:
+    from lora.training.exchange import StepOfRanks
+    from lora.training.session import TrainingSession
 
 _GONE = (OSError, SystemExit)  # a terminal that was closed; rich ends a process whose pipe broke
+_SMOOTHING = 0.9  # of the loss's exponential moving average
+_LAST_STEPS = 20  # whose time and tokens count for rates and the time left
+_QUIET_SECONDS = 60  # without a terminal a line comes this often, however long a tenth takes
+_SHOWN_OF_A_SAMPLE = 300  # characters
 
 
-def _targets_shown(layout: AdapterLayout) -> str:
-    """The adapted matrices; of those that some of the layers lack, in how many they are."""
-    counts = Counter(m.module for group in layout.groups for m in group.members)
-    n_layers = len(layout.layers)
-    return ", ".join(
-        name
-        if counts[name] in (n_layers, 0) or name == HEAD.module
-        else f"{name} (in {counts[name]})"
-        for name in sorted(layout.targets)
-    )
+def clock(seconds: float) -> str:
+    """Hours, minutes and seconds: 0:01:05."""
+    whole = int(seconds + 0.5)
+    return f"{whole // 3600}:{whole // 60 % 60:02d}:{whole % 60:02d}"
 
 
-def _bare_mixers(layout: AdapterLayout) -> str | None:
-    """Which layers' mixers are left out though others' are adapted; None where none are.
+def binary_size(n_bytes: float) -> str:
+    """Bytes in the largest unit that they reach: 312 MiB, 1.3 GiB."""
+    return f"{n_bytes / 2**30:.1f} GiB" if n_bytes >= 2**30 else f"{n_bytes / 2**20:.0f} MiB"
 
-    The usual seven names are those of attention: in a model of other mixers they are few of all.
-    """
-    layers = layout.architecture.layers
-    names = [[m.module for m in layers[layer].mixer.matrices] for layer in layout.layers]
-    bare = [of for of in names if not layout.targets & set(of)]
-    if not bare or len(bare) == len(names):
-        return None
-    missing = ", ".join(dict.fromkeys(name for of in bare for name in of))
-    return (
-        f"what mixes tokens in {len(bare)} of {len(names)} layers ({missing}); adapter.targets: "
-        "all-linear adapts it"
-    )
+
+class Pace:
+    """Loss, speed and time of a run as its steps come in."""
+
+    def __init__(self) -> None:
+        self.loss: float | None = None
+        self._ema, self._weight = 0.0, 0.0
+        self._last: deque[Metrics] = deque(maxlen=_LAST_STEPS)
+        self._n_steps = 0
+
+    def add(self, metrics: Metrics) -> None:
+        """One step more."""
+        self.loss = metrics.loss
+        self._n_steps += 1
+        if self._n_steps == 2:  # the first one compiles; it stood in for want of another
+            self._last.clear()
+        self._last.append(metrics)
+        if not metrics.skipped:
+            self._ema = _SMOOTHING * self._ema + (1 - _SMOOTHING) * metrics.loss
+            self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
+
+    @property
+    def mean_loss(self) -> float | None:
+        """The exponential moving average, without its bias towards the zero it begins with."""
+        return self._ema / self._weight if self._weight else None
+
+    @property
+    def seconds_a_step(self) -> float | None:
+        """Of the last steps; in the middle, since some wait for a kernel to be compiled."""
+        return median(m.seconds for m in self._last) if self._last else None
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Of the last steps."""
+        seconds = sum(m.seconds for m in self._last)
+        return sum(m.tokens for m in self._last) / seconds if seconds else None
+
+
+def _ranks(ranks: StepOfRanks, hosts: Sequence[str]) -> list[str]:
+    """How several processes fared: whom the others waited for, and what communication took."""
+    return [
+        f"{len(ranks.seconds)} ranks",
+        f"slowest {ranks.slowest} on {plain(hosts[ranks.slowest])} +{ranks.behind:.0%}",
+        f"communication {ranks.communication:.0%}",
+    ]
 
 
 class TrainingProgress(Listener):
-    """A live bar: steps, loss, tokens a second, time left; evaluations as lines above it.
+    """A live bar; evaluations and samples as lines above it. Plain lines where no terminal is.
 
-    Where the output is no terminal, a line is printed for every tenth of the run.
+    A context manager that may begin before there is a session: `stage` says what is under way.
     """
 
-    def __init__(self, console: Console, session: TrainingSession) -> None:
+    def __init__(self, console: Console) -> None:
         self._console = console
-        self._session = session
-        self._progress = Progress(
-            TextColumn("step"),
-            MofNCompleteColumn(),
-            BarColumn(40 if session.communicator.size == 1 else 8),
-            TextColumn("loss {task.fields[loss]:.4f}"),
-            TextColumn("{task.fields[rate]:,.0f} tokens/s{task.fields[ranks]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-            disable=not console.is_terminal,
-        )
-        self._task = self._progress.add_task(
-            "train", total=session.total_steps, loss=float("nan"), rate=0.0, ranks=""
-        )
+        # One that can't go back a line gets lines, too.
+        self._is_live = console.is_terminal and not console.is_dumb_terminal
+        self._session: TrainingSession | None = None
+        self._begun = time.monotonic()
+        self._stage: str | None = "Starting"
+        self._pace = Pace()
+        self._metrics: Metrics | None = None
+        self._done, self._total, self._resumed_at = 0, 0, 0
+        self._evaluating: tuple[int, int] | None = None
+        self._eval_seconds = 0.0  # of the last one: the first compiles
+        self._is_best = False
+        self._stopping = False
+        self._line_at = self._begun
+        self._live = Live(self, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
-        self._progress.start()
+        if self._is_live:
+            self._live.start()
         return self
 
     def __exit__(
@@ -146,50 +125,166 @@ class TrainingProgress(Listener):
         traceback: TracebackType | None,
     ) -> None:
         with suppress(*_GONE):
-            self._progress.stop()
+            self._live.stop()
+
+    def _print(self, line: str) -> None:
+        """A line above the bar; a terminal or a reader that is gone doesn't end the run."""
+        with suppress(*_GONE):
+            text = Text(for_terminal(line))
+            if self._is_live:
+                self._console.print(text, highlight=False)
+            else:
+                self._console.print(text, highlight=False, soft_wrap=True)
+            self._line_at = time.monotonic()
+
+    @property
+    def _elapsed(self) -> str:
+        return clock(time.monotonic() - self._begun)
+
+    # -- what it hears ------------------------------------------------------------------------
+
+    def stage(self, what: str) -> None:
+        """What is under way before the first step."""
+        self._stage = what
+        if not self._is_live:
+            self._print(f"{self._elapsed}  {what}")
+
+    def started(self, session: Any) -> None:
+        """From here on there are steps."""
+        self._session = session
+        self._done = self._resumed_at = session.steps_done
+        self._total = session.total_steps
+        if self._done:
+            self._print(f"Resumed: {self._done} of {self._total} steps were done before.")
+        self.stage("First step")
 
     def step(self, metrics: Metrics) -> bool:
-        """Shows one step; a terminal or a reader that is gone doesn't end the run."""
-        with suppress(*_GONE):
-            self._show(metrics)
+        """Shows one step."""
+        self._pace.add(metrics)
+        self._metrics, self._stage, self._done = metrics, None, metrics.step
+        tenth = max(1, self._total // 10)
+        first = metrics.step == self._resumed_at + 1
+        due = first or metrics.step % tenth == 0 or metrics.step == self._total
+        quiet = time.monotonic() - self._line_at > _QUIET_SECONDS
+        if not self._is_live and (due or quiet):
+            self._print("  ".join([f"step {self._done}/{self._total}", *self._figures()]))
         return False
 
-    def _show(self, metrics: Metrics) -> None:
-        self._progress.update(
-            self._task,
-            completed=metrics.step,
-            loss=metrics.loss,
-            rate=metrics.tokens_per_second,
-            ranks=self._ranks(metrics),
-        )
-        tenth = max(1, self._session.total_steps // 10)
-        last = metrics.step == self._session.total_steps
-        if not self._console.is_terminal and (metrics.step % tenth == 0 or last):
-            self._console.print(
-                f"step {metrics.step}/{self._session.total_steps}  loss {metrics.loss:.4f}  "
-                f"{metrics.tokens_per_second:,.0f} tokens/s{self._ranks(metrics)}",
-                highlight=False,
-            )
-
-    def _ranks(self, metrics: Metrics) -> str:
-        """How several processes fared: whom the others waited for, and what communication took."""
-        ranks = metrics.ranks
-        if ranks is None:
-            return ""
-        host = self._session.communicator.hosts[ranks.slowest]
-        return escape(
-            plain(
-                f" of {len(ranks.seconds)} ranks, slowest {ranks.slowest} on {host} "
-                f"+{ranks.behind:.0%}, communication {ranks.communication:.0%}"
-            )
-        )
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """Shows how far it is."""
+        self._evaluating = done, total
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""
-        with suppress(*_GONE):
-            self._console.print(
-                f"step {step}: eval loss {result.loss:.4f}, exact match "
-                f"{result.n_exact}/{result.n_examples}",
-                highlight=False,
+        self._evaluating = None
+        self._eval_seconds = result.seconds
+        took = f" ({clock(result.seconds)})" if result.seconds >= 1 else ""
+        for name, one in {"": result, **result.sets}.items():
+            of_set = f" {name}:" if name else ""
+            best = ", best so far" if self._is_best and not name else ""
+            self._print(
+                f"step {step}:{of_set} eval loss {one.loss:.4f}, accuracy "
+                f"{one.token_accuracy:.1%}, exact match {one.n_exact}/{one.n_examples}{best}"
+                + ("" if name else took)
             )
+        self._is_best = False
         return False
+
+    def improved(self, step: int, metric: str, value: float) -> None:
+        """The evaluation that is told of next is the best."""
+        self._is_best = step > 0
+
+    def stopped_early(self, step: int, evaluations: int) -> None:
+        """Says why the run ends."""
+        times = "evaluation" if evaluations == 1 else f"{evaluations} evaluations"
+        self._print(f"step {step}: stops early, the last {times} brought no gain")
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Shows the answers, each on a line."""
+        for sample in samples:
+            prompt = sample.prompt
+            asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
+            answer = sample.text
+            if len(answer) > _SHOWN_OF_A_SAMPLE:
+                answer = answer[:_SHOWN_OF_A_SAMPLE] + "…"
+            self._print(f"step {step}: {asked.strip()!r} → {answer!r}")
+
+    def stopping(self, signum: int) -> None:
+        """Acknowledges Ctrl-C: the step under way may take its time."""
+        if not self._stopping:
+            self._stopping = True
+            self._print(
+                "Stopping after the step under way, with a checkpoint; once more stops at once."
+            )
+
+    def rewound(self, step: int) -> None:
+        """The steps behind it come again."""
+        self._done = step
+
+    # -- what it shows ------------------------------------------------------------------------
+
+    def _figures(self) -> list[str]:
+        """Of the run as it is, the most wanted first."""
+        pace, metrics, session = self._pace, self._metrics, self._session
+        found = []
+        if metrics is not None:
+            found.append(f"loss {metrics.loss:.4f}")
+            if pace.mean_loss is not None:
+                found.append(f"ema {pace.mean_loss:.4f}")
+            found.append(f"lr {metrics.learning_rate:.2g}")
+        if pace.tokens_per_second is not None:
+            found.append(f"{pace.tokens_per_second:,.0f} tokens/s")
+        if metrics is not None and metrics.ranks is not None and session is not None:
+            found += _ranks(metrics.ranks, session.communicator.hosts)
+        left = self._seconds_left()
+        time_left = "" if left is None else f", {clock(left)} left"
+        found.append(f"{self._elapsed}{time_left}")
+        if session is not None:
+            found.append(binary_size(sum(session.device.allocated.values())))
+        if metrics is not None:
+            found.append(f"epoch {metrics.epoch:.2f}")
+        return found
+
+    def _seconds_left(self) -> float | None:
+        """By the last steps, and by the evaluations so far that there are more of."""
+        seconds, session = self._pace.seconds_a_step, self._session
+        if seconds is None or session is None:
+            return None
+        left = self._total - self._done
+        every = session.config.train.eval_every
+        n_evals = 0
+        if session.workload.eval_examples:
+            n_evals = max(1, left // every) if isinstance(every, int) else 1
+        return left * seconds + (n_evals * self._eval_seconds if left else 0.0)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """The bar, and figures in as many lines as they need."""
+        width = options.max_width
+        done, total = self._evaluating or (self._done, self._total)
+        name = "eval " if self._evaluating else "step "
+        if total:
+            label, share = f"{name}{done}/{total} ", f" {done / total:4.0%}"
+            row = Table.grid(expand=False)
+            bar = ProgressBar(
+                total=total, completed=done, width=max(4, width - len(label) - len(share) - 1)
+            )
+            row.add_row(Text(label), bar, Text(share))
+            yield row
+        figures = self._figures()
+        if self._stage is not None and not self._evaluating:
+            figures = [f"{self._stage} …", *figures]
+        if self._stopping:
+            figures = ["stopping …", *figures]
+        line = ""
+        for figure in figures:
+            joined = f"{line} · {figure}" if line else figure
+            if line and cell_len(joined) > width - 1:
+                yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+                joined = figure
+            line = joined
+        yield Text(line, style="dim", no_wrap=True, overflow="ellipsis")
+
+    def saved(self, step: int, path: Path) -> None:
+        """Says where a checkpoint went, without a terminal."""
+        if not self._is_live and path.parent.name == "checkpoints":
+            self._print(f"step {step}: saved {path}")

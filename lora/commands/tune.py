@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
+from lora.commands.tables import table_console
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.forward.plans.matmul_plans import ProductShape, Request
@@ -59,7 +59,7 @@ def tune_command(
         return tune(device, missing, seconds=seconds)
 
     cache.find(requests, tuner, seconds)
-    console = Console()
+    console = table_console()
     if not looked_for:
         console.print(
             "All of these were found with as much time before; --again looks for them anew."

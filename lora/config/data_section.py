@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self
 
@@ -135,7 +136,40 @@ def _sources(value: Any) -> Any:
     return _source(value)
 
 
+def _eval_sets(value: Any) -> Any:
+    """Sources; or a mapping of names to sources, where no key is one of a source."""
+    if not isinstance(value, Mapping) or not value or set(value) & set(SourceConfig.model_fields):
+        return _sources(value)
+    found = {}
+    for name, sources in value.items():
+        if not isinstance(name, str) or not _SET_NAME.fullmatch(name):
+            raise ValueError(
+                f"got the name {name!r} of a set; a name is letters, digits, - and _, since "
+                "metrics are called after it (eval_NAME_loss)."
+            )
+        if name in OTHER_NAMES or name.lower() in _METRICS:
+            raise ValueError(f"got {name!r}; a set needs another name, or is a source's key meant?")
+        try:
+            found[name] = _sources(sources)
+        except ValueError as error:
+            raise ValueError(f"{name}: {error}") from None
+        if found[name] is None:
+            raise ValueError(f"{name}: got null; allowed here: {_SOURCE}.")
+    return found
+
+
+_SET_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+_METRICS = ("loss", "perplexity", "accuracy", "exact", "exact_match")  # eval_exact_match is one
 _Sources = str | SourceConfig | list[str | SourceConfig]
+
+
+def _listed(given: _Sources | dict[str, _Sources] | None) -> list[str | SourceConfig]:
+    """All sources in one list, those of each named set together."""
+    if given is None:
+        return []
+    if isinstance(given, dict):
+        return [one for sources in given.values() for one in _listed(sources)]
+    return given if isinstance(given, list) else [given]
 
 
 class DataConfig(Section):
@@ -144,8 +178,8 @@ class DataConfig(Section):
     train: Annotated[_Sources | None, BeforeValidator(_sources)] = Field(
         default=None, description=_SOURCE
     )
-    eval: Annotated[_Sources | None, BeforeValidator(_sources)] = Field(
-        default=None, description=f"null, {_SOURCE}"
+    eval: Annotated[_Sources | dict[str, _Sources] | None, BeforeValidator(_eval_sets)] = Field(
+        default=None, description=f"null, {_SOURCE}, or a mapping of names to these"
     )
     eval_share: Annotated[Number, Field(gt=0, lt=1)] | None = Field(
         default=None, description="null, or a number between 0 and 1"
@@ -236,16 +270,21 @@ class DataConfig(Section):
         """Whether there is something to evaluate on."""
         return self.eval is not None or self.eval_share is not None
 
+    @property
+    def eval_sets(self) -> dict[str, int]:
+        """Names of the eval sets, with how many of `sources("eval")` each has; {} without names."""
+        if not isinstance(self.eval, dict):
+            return {}
+        return {name: len(_listed(sources)) for name, sources in self.eval.items()}
+
     def sources(self, split: Literal["train", "eval"]) -> list[SourceConfig]:
         """`train` or `eval` as mappings, whose formats and columns are those that hold.
 
         A name is a path if something lies there, or if it can't be a name of the hub.
         """
         given = self.train if split == "train" else self.eval
-        if given is None:
-            return []
         found = []
-        for one in given if isinstance(given, list) else [given]:
+        for one in _listed(given):
             source = SourceConfig(path=one) if isinstance(one, str) else one
             found.append(
                 source.model_copy(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+_EPOCHS = re.compile(r"(?P<number>\d+(?:\.\d*)?|\.\d+)?\s*epochs?")
 _DURATION = re.compile(r"(?:(\d+)h)?(?:(\d+)m)?(?:(\d+)s)?")
 
 
@@ -30,4 +31,30 @@ def checked_duration(value: str) -> str:
         ValueError: it is none.
     """
     seconds_of(value)
+    return value
+
+
+def epochs_of(text: str) -> float:
+    """Of `epoch`, `2 epochs`, or `0.5 epochs`.
+
+    Raises:
+        ValueError: it is no such text, or no time at all.
+    """
+    match = _EPOCHS.fullmatch(text.strip())
+    number = 0.0 if match is None else float(match["number"] or 1)
+    if not 0 < number <= 10_000:
+        raise ValueError(
+            f"got {text!r}; allowed here: null, a whole number of steps, or epochs such as "
+            "0.5 epochs."
+        )
+    return number
+
+
+def checked_epochs(value: str) -> str:
+    """The same text, if it is a number of epochs.
+
+    Raises:
+        ValueError: it is none.
+    """
+    epochs_of(value)
     return value

@@ -24,7 +24,6 @@ from lora.config.data_section import DataConfig
 from lora.config.errors import config_problems
 from lora.config.fields import (
     Count,
-    Duration,
     MemorySize,
     Number,
     PathText,
@@ -35,9 +34,11 @@ from lora.config.fields import (
     word_from_switch,
 )
 from lora.config.optimization import Optimization
+from lora.config.watch_section import WatchConfig, check_watched
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import shown
+from lora.storage.hub import check_repository
 from lora.storage.stores import MODEL_NAME_FORMS, check_model_name
 
 
@@ -59,8 +60,8 @@ class ModelConfig(Section):
         return path
 
 
-class TrainConfig(Optimization):
-    """`train:`, how the adapter is fitted."""
+class TrainConfig(Optimization, WatchConfig):
+    """`train:`, how the adapter is fitted; what it shares with watching a run stands there."""
 
     epochs: Number = Field(default=1.0, gt=0, le=10_000, description="a number above 0")
     steps: Count | None = Field(default=None, description="null, or a whole number of at least 1")
@@ -89,17 +90,10 @@ class TrainConfig(Optimization):
     seed: int = Field(
         default=0, ge=0, le=2**32 - 1, description="a whole number from 0 to 4294967295"
     )
-    eval_every: Count | None = Field(
-        default=None, description="null, or a whole number of steps, at least 1"
-    )
-    save_every: Count | Duration | None = Field(
-        default="10m", description="null, a whole number of steps, or a time such as 90s, 10m or 1h"
-    )
     on_device_loss: Literal["stop", "retry"] = Field(default="stop", description="stop or retry")
     max_submission_seconds: Annotated[Number, Field(gt=0)] | None = Field(
         default=None, description="null, or a number of seconds above 0"
     )
-    keep_checkpoints: Count = Field(default=3, description="a whole number of at least 1")
     comm_dtype: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
 
     @model_validator(mode="after")
@@ -146,14 +140,20 @@ class Config(Section):
         default="auto", description="auto, wgpu or dawn"
     )
     output: PathText = Field(description="the directory that the run writes to")
+    hub: Text | None = Field(
+        default=None, description="null, or ORG/REPO, the model repository to push the adapter to"
+    )
+
+    @field_validator("hub")
+    @classmethod
+    def _repository(cls, hub: str | None) -> str | None:
+        if hub is not None:
+            check_repository(hub)
+        return hub
 
     @model_validator(mode="after")
     def _evaluated_on_something(self) -> Self:
-        if self.train.eval_every is not None and not self.data.evaluates:
-            raise ValueError(
-                f"train.eval_every is {self.train.eval_every}, but data.eval is null; name the "
-                "examples to evaluate on, or leave train.eval_every out."
-            )
+        check_watched(self.train, evaluates=self.data.evaluates, sets=self.data.eval_sets)
         return self
 
     @model_validator(mode="after")
@@ -167,7 +167,10 @@ class Config(Section):
 
     def dump_yaml(self) -> str:
         """Returns the config as YAML, defaults filled in; `load_config` reads it back equal."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+        values = self.model_dump(mode="json")
+        own_first = [*TrainConfig.__annotations__, *values["train"]]
+        values["train"] = {key: values["train"][key] for key in own_first}
+        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
 def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = True) -> Config:
@@ -182,8 +185,31 @@ def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = 
     Raises:
         InputError: the file can't be read or is no YAML; or keys or values are wrong, one line
             for each: where, the key, what was given, what is allowed.
+
+    Example:
+        >>> load_config("lora.yaml", ["train.steps=10"]).train.steps
+        10
     """
-    values = read_yaml_mapping(path)
+    return checked_config(read_yaml_mapping(path), path, overrides, needs_data=needs_data)
+
+
+def checked_config(
+    values: dict[str, Any],
+    source: str,
+    overrides: Sequence[str] = (),
+    *,
+    needs_data: bool = True,
+) -> Config:
+    """Checks a config that is no file, as nested mappings.
+
+    Args:
+        values: the config; overrides are written into it.
+        source: where it comes from, for messages.
+        overrides, needs_data: as of `load_config`.
+
+    Raises:
+        InputError: keys or values are wrong, one line for each.
+    """
     overridden: dict[str, str] = {}
     for override in overrides:
         overridden[_apply_override(values, override)] = override
@@ -199,8 +225,8 @@ def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = 
         problems["data.train"] = f"missing; give {allowed}."
     lines = []
     for key, sentence in problems.items():
-        source = f"--set {overridden[key]}" if key in overridden else path
-        lines.append(f"{source}: {key}: {sentence}" if key else f"{source}: {sentence}")
+        where = f"--set {overridden[key]}" if key in overridden else source
+        lines.append(f"{where}: {key}: {sentence}" if key else f"{where}: {sentence}")
     raise InputError("\n".join(lines))
 
 

@@ -102,6 +102,7 @@ class Examples(Sequence[Example]):
         n_trained: int32 [n], of these, tokens that are trained.
         rows: int64 [n], the row of each.
         weights: f64 [n], how often an epoch takes each.
+        first_rows: int64 [sources + 1], the number of each source's first row, and of all rows.
     """
 
     def __init__(
@@ -111,10 +112,10 @@ class Examples(Sequence[Example]):
         rows: np.ndarray | None = None,
     ) -> None:
         self.tables = tables
-        self._first_rows = starts_of([table.n_rows for table in tables])
+        self.first_rows = starts_of([table.n_rows for table in tables])
         self._firsts = starts_of([len(table.arrays["lengths"]) for table in tables])
         self._starts = [starts_of(table.arrays["lengths"]) for table in tables]
-        every = self._joined("rows", self._first_rows)
+        every = self._joined("rows", self.first_rows)
         self._chosen = None if rows is None else np.flatnonzero(np.isin(every, rows))
         self.rows = self._taken(every)
         self.lengths = self._taken(self._joined("lengths"))
@@ -178,8 +179,8 @@ class Examples(Sequence[Example]):
 
     def place(self, row: int) -> str:
         """Where a row stands: `data/train.jsonl, line 3`."""
-        which = int(np.searchsorted(self._first_rows, row, side="right")) - 1
-        return self.tables[which].place(row - int(self._first_rows[which]))
+        which = int(np.searchsorted(self.first_rows, row, side="right")) - 1
+        return self.tables[which].place(row - int(self.first_rows[which]))
 
     @cached_property
     def reasons(self) -> np.ndarray:
@@ -189,7 +190,7 @@ class Examples(Sequence[Example]):
     @cached_property
     def texts(self) -> tuple[np.ndarray, np.ndarray]:
         """Of each tokenized text, those left out, too: its row and its tokens before cutting."""
-        return self._joined("text_rows", self._first_rows), self._joined("text_lengths")
+        return self._joined("text_rows", self.first_rows), self._joined("text_lengths")
 
 
 class Places(Sequence[str]):

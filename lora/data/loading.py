@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 _AT_ONCE = 2  # pieces for each of a pool's processes, before peers are told
 _FEW_PIECES = 2  # up to so many are tokenized here, and not kept: starting processes takes longer
 _EVAL_ROWS = 0xE7A1  # beside the seed, for the draw of data.eval_share
+_EVAL_SAMPLES = 0x5A3B  # the same, of train.eval_samples
 
 
 class DataSets:
@@ -106,6 +107,38 @@ class DataSets:
                 f"{summary.longest} tokens)."
             )
         return loaded.examples, summary
+
+    def evaluated(self, most: int | None = None) -> tuple[Examples, DataSummary, dict[str, range]]:
+        """The examples of data.eval, and which of them make up each named set.
+
+        Args:
+            most: rows of a set that are taken, drawn by the seed; None for all.
+
+        Raises:
+            InputError: as `examples`, also of one set alone.
+        """
+        examples, summary = self.examples("eval")
+        sets = self._settings.eval_sets
+        bounds = examples.first_rows[np.cumsum([0, *sets.values()])] if sets else None
+        if most is not None:
+            used = np.unique(examples.rows)
+            taken = np.sort(
+                np.concatenate([_drawn(part, most, self._seed) for part in _parts(used, bounds)])
+            )
+            whole = self.load("eval")
+            chosen = Examples(examples.tables, None, taken)
+            examples, summary = chosen, _part(whole, chosen, taken, self._settings).summary
+        if bounds is None:
+            return examples, summary, {}
+        places = np.searchsorted(examples.rows, bounds).tolist()
+        found = {
+            name: range(*ends)
+            for name, ends in zip(sets, zip(places, places[1:], strict=False), strict=True)
+        }
+        for name, part in found.items():
+            if not part:
+                raise InputError(f"data.eval.{name}: no token of its rows is trained.")
+        return examples, summary, found
 
     def streamed(self) -> StreamedExamples:
         """The rows of data.train as they come.
@@ -284,6 +317,17 @@ def _in_memory(pieces: Iterator[TokenizedPiece], data_format: str, dated: bool) 
         table = writer.finish(data_format, dated)
     assert table is not None  # it has no folder
     return table
+
+
+def _parts(rows: np.ndarray, bounds: np.ndarray | None) -> list[np.ndarray]:
+    """Ascending rows, cut at the first rows of sets; whole without any."""
+    return [rows] if bounds is None else np.split(rows, np.searchsorted(rows, bounds[1:-1]))
+
+
+def _drawn(rows: np.ndarray, most: int, seed: int) -> np.ndarray:
+    """So many of some rows at most: files may be sorted, so that the first ones are one kind."""
+    draw = np.random.default_rng((seed, _EVAL_SAMPLES)).permutation(len(rows))
+    return rows[draw[:most]]
 
 
 def _loaded(examples: Examples, settings: DataConfig) -> LoadedData:

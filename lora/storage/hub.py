@@ -17,6 +17,58 @@ _PART = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.-]*")
 _FILE_PART = re.compile(r"(?!\.{1,2}$)[^/\\\x00-\x1f]+")
 
 
+def check_repository(name: str) -> None:
+    """Checks how a repository is named, without looking for it.
+
+    Raises:
+        ValueError: it is not ORG/REPO.
+    """
+    parts = name.split("/")
+    if len(parts) != 2 or not all(_PART.fullmatch(part) for part in parts):
+        raise ValueError(f"got {name[:200]!r}; allowed here: null, or ORG/REPO.")
+
+
+def is_name_part(text: str) -> bool:
+    """Whether an organization, a repository or a revision can be called so."""
+    return _PART.fullmatch(text) is not None
+
+
+def refusal_of(name: str, repository: str, revision: str, error: BaseException) -> LoraError | None:
+    """What an error of huggingface_hub says of a repository; None for another kind.
+
+    Args:
+        name: as it was asked for.
+    """
+    from huggingface_hub import constants, errors
+
+    login = "log in with `hf auth login` or set HF_TOKEN"
+    if isinstance(error, errors.GatedRepoError):
+        page = f"{constants.ENDPOINT}/{repository}"
+        return InputError(
+            f"{name}: the repository is gated. Accept its terms at {page}, then {login}."
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return InputError(
+            f"{name}: there is no model repository {repository}, or it is private; then {login}."
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return InputError(f"{name}: {repository} has no branch, tag or commit {revision!r}.")
+    if isinstance(error, errors.OfflineModeIsEnabled):
+        return LoraError(
+            f"{name}: the cache {constants.HF_HUB_CACHE} has no GGUF of it, and HF_HUB_OFFLINE "
+            "forbids fetching one."
+        )
+    return None
+
+
+def repository_of(name: str) -> str | None:
+    """ORG/REPO of a model's name that begins with `hf:`; None for another."""
+    parts = name.removeprefix(HUB).partition(":")[0].split("/")
+    if not name.startswith(HUB) or len(parts) < 2:
+        return None
+    return f"{parts[0]}/{parts[1].partition('@')[0]}"
+
+
 @dataclass(frozen=True)
 class HubFile:
     """A GGUF in a model repository of the Hub.
@@ -48,9 +100,9 @@ class HubFile:
             or not all(_FILE_PART.fullmatch(part) for part in parts[2:])
         ):
             raise InputError(
-                f"{name!r} is no name of a file on the Hub; it is written "
-                "hf:ORG/REPO[@REVISION]/FILE, for example "
-                "hf:bartowski/SmolLM2-135M-Instruct-GGUF/SmolLM2-135M-Instruct-Q8_0.gguf."
+                f"{name!r} is no name of a file on the Hub; it is written hf:ORG/REPO, "
+                "hf:ORG/REPO:QUANTIZATION or hf:ORG/REPO[@REVISION]/FILE, for example "
+                "hf:bartowski/SmolLM2-135M-Instruct-GGUF:Q8_0."
             )
         file = "/".join(parts[2:])
         if not file.endswith(".gguf"):
@@ -82,23 +134,8 @@ class HubFile:
         import huggingface_hub
         from huggingface_hub import constants, errors
 
-        login = "log in with `hf auth login` or set HF_TOKEN"
         try:
             return Path(huggingface_hub.hf_hub_download(self.repository, file, revision=revision))
-        except errors.GatedRepoError:
-            page = f"{constants.ENDPOINT}/{self.repository}"
-            raise InputError(
-                f"{self}: the repository is gated. Accept its terms at {page}, then {login}."
-            ) from None
-        except errors.RepositoryNotFoundError:
-            raise InputError(
-                f"{self}: there is no model repository {self.repository}, or it is private; then "
-                f"{login}."
-            ) from None
-        except errors.RevisionNotFoundError:
-            raise InputError(
-                f"{self}: {self.repository} has no branch, tag or commit {revision!r}."
-            ) from None
         except errors.LocalEntryNotFoundError as error:
             if isinstance(error.__cause__, errors.OfflineModeIsEnabled):
                 raise InputError(
@@ -114,6 +151,9 @@ class HubFile:
         # What a broken connection, a full disk or an odd answer raises differs between versions
         # of huggingface_hub (requests, httpx, httpx2) and has no common class.
         except Exception as error:
+            refusal = refusal_of(str(self), self.repository, revision, error)
+            if refusal is not None:
+                raise refusal from None
             raise LoraError(f"{self}: could not be fetched: {_first_line(error)}.") from error
 
     def _what_there_is(self, file: str, revision: str) -> str:

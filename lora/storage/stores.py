@@ -1,18 +1,23 @@
 """Where a model's file lies: under a path, in Ollama's store, or in a repository of the Hub.
 
 `ollama:[HOST/][NAMESPACE/]MODEL[:TAG]` is a model that `ollama pull` has fetched.
-`hf:ORG/REPO[@REVISION]/FILE` is a file of a Hugging Face repository, fetched into Hugging Face's
-own cache (HF_HOME, HF_TOKEN, HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere).
+`hf:ORG/REPO[@REVISION]/FILE` is a file of a Hugging Face repository; `hf:ORG/REPO[:QUANTIZATION]`
+finds it as llama.cpp's -hf does. It is fetched into Hugging Face's own cache (HF_HOME, HF_TOKEN,
+HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere).
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
+from lora.shaders.errors import InputError
 from lora.storage.hub import HUB, HubFile
+from lora.storage.hub_repository import HubRepository
 from lora.storage.ollama import OLLAMA, OllamaModel, OllamaSettings
 
-MODEL_NAME_FORMS = "the path of a GGUF file, ollama:NAME[:TAG], or hf:ORG/REPO/FILE"
+MODEL_NAME_FORMS = (
+    "the path of a GGUF file, ollama:NAME[:TAG], hf:ORG/REPO[:QUANTIZATION], or hf:ORG/REPO/FILE"
+)
 
 
 def check_model_name(name: str) -> None:
@@ -33,8 +38,9 @@ def resolve_model(name: str | Path) -> Path:
     """Returns the GGUF file of a model; one of the Hub is fetched, unless the cache has it.
 
     Args:
-        name: a path, `ollama:NAME[:TAG]`, or `hf:ORG/REPO[@REVISION]/FILE`. A path is returned
-            as it is, whether there is a file or not.
+        name: a path, `ollama:NAME[:TAG]`, `hf:ORG/REPO[:QUANTIZATION]`, or
+            `hf:ORG/REPO[@REVISION]/FILE`. A path is returned as it is, whether there is a file or
+            not, but for safetensors.
 
     Returns:
         The file; of a split model the first part, with the others beside it.
@@ -44,7 +50,10 @@ def resolve_model(name: str | Path) -> Path:
         LoraError: it can't be fetched.
     """
     source = _parse(str(name))
-    return source if isinstance(source, Path) else source.locate()
+    if not isinstance(source, Path):
+        return source.locate()
+    _check_is_no_safetensors(source)
+    return source
 
 
 def ollama_settings(name: str) -> OllamaSettings | None:
@@ -57,9 +66,23 @@ def ollama_settings(name: str) -> OllamaSettings | None:
     return source.settings() if isinstance(source, OllamaModel) else None
 
 
-def _parse(name: str) -> Path | OllamaModel | HubFile:
+def _check_is_no_safetensors(path: Path) -> None:
+    """Refuses what transformers would take: people try that first.
+
+    Raises:
+        InputError: it is safetensors, or a directory of them.
+    """
+    if path.suffix == ".safetensors" or (path.is_dir() and any(path.glob("*.safetensors"))):
+        raise InputError(
+            f"{path}: holds safetensors, as transformers reads them, and a GGUF is needed, such as "
+            "llama.cpp and Ollama run: take one of the same model from the Hub "
+            "(hf:ORG/REPO-GGUF:Q4_K_M), or make it with llama.cpp's convert_hf_to_gguf.py."
+        )
+
+
+def _parse(name: str) -> Path | OllamaModel | HubFile | HubRepository:
     if name.startswith(OLLAMA):
         return OllamaModel.parse(name)
     if name.startswith(HUB):
-        return HubFile.parse(name)
+        return HubRepository.parse(name) or HubFile.parse(name)
     return Path(name)

@@ -22,6 +22,7 @@ from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
+from lora.shaders.stages import stage
 from lora.shaders.untrusted import as_f32
 from lora.storage.files import write_file
 
@@ -161,6 +162,7 @@ class TileCache:
             ]
             if not missing:
                 return
+            stage(f"Timing tiles of {len(missing)} products (once on this device)")
             found = {
                 product.key: entry_of(plan) | {"seconds": seconds}
                 for product, plan in tuner(self._device, missing, seconds=seconds).items()

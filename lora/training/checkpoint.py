@@ -32,10 +32,10 @@ from lora.shaders.errors import InputError, LoraError
 from lora.storage.files import new_directory, remove_directory, write_file
 from lora.storage.tile_cache import circumstances, entry_of
 from lora.training.checkpoint_state import read_checkpoint_state
-from lora.training.session import TrainingSession
 
 if TYPE_CHECKING:
     from lora.config.schema import Config
+    from lora.training.trained import Trained
 
 FOLDER = "checkpoints"
 OPTIMIZER = "optimizer.safetensors"
@@ -53,7 +53,7 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
 
 
-def save_checkpoint(session: TrainingSession, output: Path) -> Path:
+def save_checkpoint(session: Trained, output: Path) -> Path:
     """Writes a checkpoint of the steps done so far; waits for them. Returns its directory.
 
     Only the newest train.keep_checkpoints stay.
@@ -102,7 +102,7 @@ def save_checkpoint(session: TrainingSession, output: Path) -> Path:
 
 def _write(
     path: Path,
-    session: TrainingSession,
+    session: Trained,
     flat: np.ndarray,
     moments: dict[str, np.ndarray],
     state: dict[str, Any],

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import islice
 
 import numpy as np
 
-from lora.data.batches import Batch, sequential_batches
+from lora.data.batches import Batch, full_batches
 from lora.data.examples import Example
 from lora.shaders.errors import InputError
 from lora.shaders.memory import Arena
@@ -25,6 +26,9 @@ from lora.training.programs import StepTensors, record_eval
 from lora.training.workload import Workload
 
 _SLOTS = 6  # results under way: the losses and hits of three batches
+
+
+Progress = Callable[[int, int], None]  # told of the examples done, and of all
 
 
 @dataclass(frozen=True)
@@ -45,8 +49,22 @@ class Tally:
     """
 
     def __init__(self, examples: Sequence[Example]) -> None:
-        self._examples = examples
+        self._cut = [example.cut for example in examples]
         self._counted: list[_Counted] = []
+
+    @classmethod
+    def of_all(cls, parts: Sequence[Tally]) -> Tally:
+        """Several as one, in their order."""
+        whole = cls([])
+        for part in parts:
+            whole._cut += part._cut
+            whole._counted += part._counted
+        return whole
+
+    @property
+    def n_done(self) -> int:
+        """Examples counted so far."""
+        return sum(len(counted.all_correct) for counted in self._counted)
 
     def add(self, batch: Batch, losses: np.ndarray, correct: np.ndarray) -> None:
         """Counts a batch.
@@ -79,7 +97,7 @@ class Tally:
 
     def result(self) -> EvalResult:
         """Of all batches."""
-        cut = [example.cut for example in self._examples]
+        cut = self._cut
         all_correct = [right for counted in self._counted for right in counted.all_correct]
         n_exact = sum(right and not is_cut for right, is_cut in zip(all_correct, cut, strict=True))
         n_tokens = sum(counted.n_tokens for counted in self._counted)
@@ -89,12 +107,17 @@ class Tally:
             loss=loss,
             perplexity=math.exp(min(loss, 700.0)),
             token_accuracy=n_correct / max(1, n_tokens),
-            exact_match=n_exact / len(self._examples),
+            exact_match=n_exact / len(cut),
             n_exact=n_exact,
-            n_examples=len(self._examples),
+            n_examples=len(cut),
             n_tokens=n_tokens,
             n_cut=sum(cut),
         )
+
+
+def _behind(progress: Progress, before: int, total: int, done: int) -> None:
+    """Tells of one set, behind those before it."""
+    progress(before + done, total)
 
 
 class Evaluator:
@@ -146,18 +169,52 @@ class Evaluator:
         """Gives back its memory."""
         self._memory.close()
 
-    def evaluate(self, examples: Sequence[Example] | None, *, adapted: bool) -> EvalResult:
+    def evaluate(
+        self,
+        examples: Sequence[Example] | None,
+        *,
+        adapted: bool,
+        progress: Progress = lambda done, total: None,
+    ) -> EvalResult:
         """See `TrainingSession.evaluate`."""
+        started = time.perf_counter()
         cache = None
+        sets: Mapping[str, range] = {}
         if examples is None:
-            examples = self._workload.eval_examples
+            examples, sets = self._workload.eval_examples, self._workload.eval_sets
             if not examples:
                 raise InputError("data.eval is null: there is nothing to evaluate on.")
             cache = self._cache
         if adapted and self._tensors.adapter.dora is not None:
             self._tensors.adapter.dora.update.run()
-        program, head = self._program(adapted), self._tensors.activations.head
-        # The host prepares a batch while the device computes the one before it.
+        program, total = self._program(adapted), len(examples)
+        if not sets:
+            tally = self._tallied(examples, program, cache, lambda done: progress(done, total))
+            return replace(tally.result(), seconds=time.perf_counter() - started)
+        tallies: dict[str, Tally] = {}
+        for name, part in sets.items():
+            before = part.start  # the sets lie one behind the other
+            tallies[name] = self._tallied(
+                examples[part.start : part.stop],
+                program,
+                cache,
+                partial(_behind, progress, before, total),
+            )
+        return replace(
+            Tally.of_all(list(tallies.values())).result(),
+            seconds=time.perf_counter() - started,
+            sets={name: tally.result() for name, tally in tallies.items()},
+        )
+
+    def _tallied(
+        self,
+        examples: Sequence[Example],
+        program: Program,
+        cache: PrefixCache | None,
+        progress: Callable[[int], None],
+    ) -> Tally:
+        """Runs examples in their order. The host prepares a batch while the device computes."""
+        workload, head = self._workload, self._tensors.activations.head
         ring, tally = self._ring, Tally(examples)
         ring.ready(wait=True)  # what an evaluation that was interrupted left behind
         sent: list[Batch] = []
@@ -165,13 +222,17 @@ class Evaluator:
 
         def count(*, wait: bool) -> None:
             arrived.extend(ring.ready(wait=wait))
+            before = tally.n_done
             while len(arrived) > 1:
                 tally.add(sent.pop(0), arrived.pop(0), arrived.pop(0))
+            if tally.n_done > before:  # the other processes are about as far
+                progress(min(len(examples), tally.n_done * self._communicator.size))
 
+        most_rows = self._tensors.inputs.rows.maximum
         ours = self._communicator.rank, None, self._communicator.size
-        batches = sequential_batches(examples, self._workload.config.train.batch_size)
+        batches = full_batches(examples, most_rows, workload.maximum_targets)
         for batch in islice(batches, *ours):
-            self._workload.check(batch, self._tensors.inputs.rows.maximum)
+            workload.check(batch, most_rows)
             self._enter(batch, cache)
             program.run()
             for tensor in (head.losses, head.correct):
@@ -180,4 +241,4 @@ class Evaluator:
             count(wait=False)
         count(wait=True)
         tally.share(self._communicator)
-        return tally.result()
+        return tally

@@ -10,18 +10,29 @@ from typing import Any, TextIO
 
 from lora.shaders.choice import say_once
 from lora.storage.files import write_file
-from lora.training.metrics import EvalResult, Metrics, as_json
-from lora.training.session import TrainingSession
+from lora.training.metrics import EvalResult, Metrics, Sample, as_json
+
+SAMPLES = "samples.jsonl"
 
 
 class Listener:
     """Hears of a run; each method does nothing here, so that a listener has those it wants.
 
-    All are called on the thread that trains, between two steps.
+    All are called on the thread that trains, between two steps; `stopping` on the main one.
+
+    Example:
+        >>> class Patience(Listener):
+        ...     def step(self, metrics):
+        ...         return metrics.loss < 0.1  # True ends the run
+        >>> run_training(session, listeners=[Patience()])
     """
 
-    def started(self, session: TrainingSession) -> None:
-        """Before the first step; a resumed run has `session.steps_done` behind it."""
+    def started(self, session: Any) -> None:
+        """Before the first step; a resumed run has `session.steps_done` behind it.
+
+        Args:
+            session: the `TrainingSession`.
+        """
 
     def step(self, metrics: Metrics) -> bool:
         """After each step, in order, up to three steps late. True asks the run to stop."""
@@ -30,6 +41,21 @@ class Listener:
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """After an evaluation of the adapter as `step` left it. True asks the run to stop."""
         return False
+
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """During an evaluation: how many of its examples are done."""
+
+    def improved(self, step: int, metric: str, value: float) -> None:
+        """Before `evaluated` of the evaluation that is the best so far, by `train.best`."""
+
+    def stopped_early(self, step: int, evaluations: int) -> None:
+        """After an evaluation that ends the run: so many in a row brought no gain."""
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """After the model, as `step` left it, answered `train.sample_prompts`."""
+
+    def stopping(self, signum: int) -> None:
+        """At once when a signal asks for a stop, which comes after the step under way."""
 
     def saved(self, step: int, path: Path) -> None:
         """After a checkpoint, or the adapter at the end, was written to `path`."""
@@ -41,8 +67,8 @@ class Listener:
         """At the end, whatever it was: None where the adapter was saved, else what is raised."""
 
 
-class MetricsFile(Listener):
-    """A line of JSON for each step and each evaluation, behind those that are there.
+class _LinesFile(Listener):
+    """A file of JSON lines, behind those that are there.
 
     Args:
         path: of the file; its folder exists.
@@ -52,20 +78,10 @@ class MetricsFile(Listener):
         self._path = path
         self._file: TextIO | None = None
 
-    def started(self, session: TrainingSession) -> None:
+    def started(self, session: Any) -> None:
         """Opens the file."""
         self._file = open(self._path, "a")  # noqa: SIM115 (closed in `ended`)
         self._failed = False
-
-    def step(self, metrics: Metrics) -> bool:
-        """Writes the step's metrics."""
-        self._write(metrics.as_dict())
-        return False
-
-    def evaluated(self, step: int, result: EvalResult) -> bool:
-        """Writes the loss."""
-        self._write({"step": step, "eval_loss": as_json(result.loss)})
-        return False
 
     def rewound(self, step: int) -> None:
         """Takes out the lines of steps that are run again."""
@@ -94,6 +110,40 @@ class MetricsFile(Listener):
             )
 
 
+class MetricsFile(_LinesFile):
+    """A line for each step and each evaluation."""
+
+    def step(self, metrics: Metrics) -> bool:
+        """Writes the step's metrics."""
+        self._write(metrics.as_dict())
+        return False
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        """Writes loss, perplexity, accuracy and exact match, of each named set, too."""
+        found = {name: as_json(value) for name, value in result.metrics().items()}
+        self._write({"step": step, **found, "eval_seconds": round(result.seconds, 3)})
+        return False
+
+
+class SamplesFile(_LinesFile):
+    """A line for each answer to one of train.sample_prompts; no file where there are none."""
+
+    def started(self, session: Any) -> None:
+        """Opens the file, where there is something to write."""
+        if session.config.train.sample_prompts:
+            super().started(session)
+
+    def rewound(self, step: int) -> None:
+        """As of the other files."""
+        if self._file is not None:
+            super().rewound(step)
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Writes the answers."""
+        for sample in samples:
+            self._write({"step": step, "prompt": sample.prompt, "text": sample.text})
+
+
 def drop_metrics_after(path: Path, step: int) -> None:
     """Leaves the lines of a file of metrics up to a step; what came after is trained again."""
     if not path.exists():
@@ -116,7 +166,7 @@ class Audience(Listener):
         self._listeners = tuple(listeners)
 
     @contextmanager
-    def hearing(self, session: TrainingSession) -> Iterator[None]:
+    def hearing(self, session: Any) -> Iterator[None]:
         """Tells of the start and, however the block is left, of the end."""
         begun: list[Listener] = []
         error: BaseException | None = None
@@ -131,6 +181,16 @@ class Audience(Listener):
         finally:
             for listener in reversed(begun):
                 listener.ended(error)
+
+    def started(self, session: Any) -> None:
+        """Tells all, where they are one listener of others; else `hearing` does."""
+        for listener in self._listeners:
+            listener.started(session)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Tells all."""
+        for listener in reversed(self._listeners):
+            listener.ended(error)
 
     def step(self, metrics: Metrics) -> bool:
         """Tells all."""
@@ -149,3 +209,28 @@ class Audience(Listener):
         """Tells all."""
         for listener in self._listeners:
             listener.saved(step, path)
+
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.evaluating(step, done, total)
+
+    def improved(self, step: int, metric: str, value: float) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.improved(step, metric, value)
+
+    def stopped_early(self, step: int, evaluations: int) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.stopped_early(step, evaluations)
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.sampled(step, samples)
+
+    def stopping(self, signum: int) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.stopping(signum)

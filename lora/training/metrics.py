@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -63,6 +63,40 @@ class EvalResult:
     n_examples: int
     n_tokens: int  # trained ones
     n_cut: int  # examples whose answers data.max_length cut: never exact
+    seconds: float = field(default=0.0, compare=False)  # that the evaluation took
+    # Of each named set of data.eval; the figures above are then of all together.
+    sets: Mapping[str, EvalResult] = field(default_factory=dict)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The fields as JSON can hold them, those of sets by their names; without `seconds`."""
+        fields: dict[str, Any] = {
+            key: as_json(value)
+            for key, value in vars(self).items()
+            if key not in ("seconds", "sets")
+        }
+        if self.sets:
+            fields["sets"] = {name: one.as_dict() for name, one in self.sets.items()}
+        return fields
+
+    def metrics(self) -> dict[str, float]:
+        """By the names that metrics.jsonl and `train.best` know: eval_loss, eval_NAME_loss, …"""
+        found: dict[str, float] = {}
+        for prefix, result in (("eval_", self), *((f"eval_{n}_", r) for n, r in self.sets.items())):
+            found |= {
+                f"{prefix}loss": result.loss,
+                f"{prefix}perplexity": result.perplexity,
+                f"{prefix}accuracy": result.token_accuracy,
+                f"{prefix}exact_match": result.exact_match,
+            }
+        return found
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model answered to one of train.sample_prompts."""
+
+    prompt: str | list[dict[str, Any]]  # as the config has it
+    text: str  # without the prompt
 
 
 @dataclass(frozen=True)
@@ -94,16 +128,36 @@ class MetricsAtArrival:
 
 
 class StepClock:
-    """Seconds between the arrivals of steps."""
+    """Seconds between the arrivals of steps.
+
+    What the caller does between two of them is not counted. Steps that the device ended
+    meanwhile count as long as those before them: that they took less can't be known.
+    """
 
     def __init__(self) -> None:
         self._last = time.perf_counter()
+        self._away = 0.0  # since then
+        self._usual = 0.0  # seconds of a step, of those that nothing came between
+
+    def left(self, seconds: float) -> None:
+        """The caller took so long."""
+        self._away += seconds
 
     def timed(self, arrived: Sequence[Metrics]) -> list[Metrics]:
         """The same metrics with the time since the last arrival, shared equally."""
         if not arrived:
             return []
         now = time.perf_counter()
-        seconds = max(now - self._last, 1e-9) / len(arrived)
-        self._last = now
+        whole = max(now - self._last, 1e-9) / len(arrived)
+        seconds = whole
+        if self._away > _SHORT * (now - self._last):
+            # The device has worked meanwhile, or it hasn't: between these two lies the truth.
+            least = max(now - self._last - self._away, 1e-9) / len(arrived)
+            seconds = min(max(self._usual, least), whole)
+        else:
+            self._usual = seconds
+        self._last, self._away = now, 0.0
         return [replace(m, seconds=seconds, tokens_per_second=m.tokens / seconds) for m in arrived]
+
+
+_SHORT = 0.1  # of the time between two arrivals: so much of the caller's makes no difference

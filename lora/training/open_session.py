@@ -27,11 +27,13 @@ from lora.generation.sampling import GREEDY, Sampling
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, InputError, LoraError
 from lora.shaders.recording import Recording
+from lora.shaders.stages import stage
 from lora.storage.tile_cache import find_tiles
+from lora.training.card import write_card
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.device_state import Seams, SessionPlan, SessionPrograms, SessionTensors
 from lora.training.endings import warn_of_growth
-from lora.training.evaluation import Evaluator
+from lora.training.evaluation import Evaluator, Progress
 from lora.training.metrics import EvalResult
 from lora.training.orders import Orders
 from lora.training.placement import device_of
@@ -82,6 +84,8 @@ class OpenSession(ABC):
         )  # fmt: skip
         self.tokenizer, self.layout = self.workload.tokenizer, self.workload.layout
         self._initial = self.workload.initial
+        if device is None:
+            stage("Opening the device")
         self._open_on(self._new_device(config.webgpu) if device is None else device, device is None)
 
     def _open_on(self, device: Device, owned: bool) -> None:
@@ -104,6 +108,7 @@ class OpenSession(ABC):
     def _open(self) -> None:
         """Puts everything on the device and records the programs."""
         workload, train = self.workload, self.config.train
+        stage("Planning the steps")
         # All is recorded once on memory that only counts: what it asks for is known beforehand.
         plan = SessionPlan.of(self.device.facts, workload, None, self._seams)
         requests = plan.requests if workload.trains else None
@@ -119,7 +124,9 @@ class OpenSession(ABC):
         try:
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
+            stage("Loading the model")
             tensors = SessionTensors.allocate(self._recording, workload, plan.tensors.recomputed)
+            stage(f"Compiling {len(plan.kernels)} kernels")
             self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)
         except DeviceMemoryError as error:
@@ -158,7 +165,16 @@ class OpenSession(ABC):
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), **others: Any) -> Self:
-        """Opens the session of a YAML config; `overrides` are KEY=VALUE each, `others` as above."""
+        """Opens the session of a YAML config.
+
+        Args:
+            path: of the config.
+            overrides: KEY=VALUE each, as --set.
+            others: arguments of the class.
+
+        Example:
+            >>> TrainingSession.from_config("lora.yaml", ["train.steps=10"], examples=rows)
+        """
         from lora.config.schema import load_config  # pydantic: a quarter of the time of the import
 
         needs_data = others.get("examples") is None
@@ -213,7 +229,11 @@ class OpenSession(ABC):
     # -- evaluation and generation ----------------------------------------------------------------
 
     def evaluate(
-        self, examples: Sequence[Any] | None = None, *, adapted: bool = True
+        self,
+        examples: Sequence[Any] | None = None,
+        *,
+        adapted: bool = True,
+        progress: Progress = lambda done, total: None,
     ) -> EvalResult:
         """Loss and greedy accuracy on examples (by default data.eval), one forward each.
 
@@ -224,6 +244,12 @@ class OpenSession(ABC):
         Args:
             examples: at least one: rows, or tokenized ones.
             adapted: False for the bare model.
+            progress: told on the way how many examples are done, and of how many.
+
+        Example:
+            >>> result = session.evaluate()  # data.eval
+            >>> result.loss, result.token_accuracy
+            >>> session.evaluate([{"prompt": "2 + 2 = ", "completion": "4"}]).exact_match
         """
         if examples is not None and not are_tokens(examples):
             examples = self.workload.data.of_rows(examples)
@@ -232,7 +258,7 @@ class OpenSession(ABC):
             self._evaluator = Evaluator(
                 self._recording, self.workload, self._tensors.step, self._enter, self.communicator
             )
-        return self._evaluator.evaluate(examples, adapted=adapted)
+        return self._evaluator.evaluate(examples, adapted=adapted, progress=progress)
 
     def generate(
         self,
@@ -242,7 +268,12 @@ class OpenSession(ABC):
         adapted: bool = True,
         sampling: Sampling = GREEDY,
     ) -> str:
-        """The continuation of a text (of token ids, of messages), alone; greedy by default."""
+        """The continuation of a text (of token ids, of messages), alone; greedy by default.
+
+        Example:
+            >>> session.generate("wake me at 6:45 am\\n", max_tokens=24)
+            >>> session.generate([{"role": "user", "content": "Hi"}], adapted=False)
+        """
         pieces = self.stream_text(prompt, max_tokens=max_tokens, adapted=adapted, sampling=sampling)
         return "".join(pieces)
 
@@ -293,6 +324,21 @@ class OpenSession(ABC):
         """The adapter, f32 [layout.size], after all steps so far."""
         return self.memory.read(self.adapter.parameters)
 
+    def set_parameters(self, flat: np.ndarray) -> None:
+        """Puts an adapter in place of the present one.
+
+        Args:
+            flat: as `parameters` gives it, f32 [layout.size].
+
+        Raises:
+            ValueError: it has another size.
+        """
+        if flat.shape != (self.layout.size,):
+            raise ValueError(f"got parameters of shape {flat.shape}, not ({self.layout.size},)")
+        values = flat.astype(np.float32, copy=False)
+        self.orders.give("load", values)
+        self.memory.write(self.adapter.parameters, values)
+
     def load_adapter(self, path: str | Path) -> None:
         """Puts an adapter of the config's rank and targets in place of the present one.
 
@@ -304,12 +350,16 @@ class OpenSession(ABC):
         self.memory.write(self.adapter.parameters, self._initial)
 
     def save(self, directory: str | Path) -> None:
-        """Writes the adapter as PEFT does: adapter_model.safetensors and adapter_config.json.
+        """Writes the adapter as PEFT does: its weights, adapter_config.json and README.md.
 
         Raises:
             LoraError: it holds what is no number; nothing is written.
+
+        Example:
+            >>> session.save("runs/mine")
         """
         save_peft_adapter(Path(directory), self.layout, self.checked_parameters(), self.config)
+        write_card(Path(directory), self.config, self.workload.gguf_file)
 
     def checked_parameters(self) -> np.ndarray:
         """As `parameters`, of an adapter that is to be kept; one that grew large is said.

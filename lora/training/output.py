@@ -76,7 +76,9 @@ def check_room(config: Config, output: Path) -> None:
     # A new checkpoint is whole before the oldest goes; each has the adapter and two moments.
     checkpoint = FLOAT_BYTES * 3 * layout.size + _SMALL_FILES
     held = min(len(checkpoints(output)), kept) if output.is_dir() else 0
-    needed = (kept + 1 - held) * checkpoint + FLOAT_BYTES * layout.size + _SMALL_FILES
+    # The adapter; and the best one, of which a new one is whole before the one before goes.
+    adapters = 3 if config.data.evaluates and config.train.best_metric is not None else 1
+    needed = (kept + 1 - held) * checkpoint + adapters * FLOAT_BYTES * layout.size + _SMALL_FILES
     free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(

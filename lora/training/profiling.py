@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
+from rich import box
 from rich.console import Console
 from rich.table import Table
 
@@ -125,17 +127,31 @@ def kernel_table(session: TrainingSession, repeats: int = 5) -> list[KernelRow]:
     return sorted(best.values(), key=lambda row: -row.seconds)
 
 
+def kernel_facts(rows: list[KernelRow], peaks: Peaks) -> dict[str, Any]:
+    """The table of `kernel_table` and the peaks as values that JSON can hold."""
+    return {
+        "seconds": sum(row.seconds for row in rows),
+        "peaks": asdict(peaks),
+        "kernels": [asdict(row) for row in rows],
+    }
+
+
 def print_kernels(console: Console, rows: list[KernelRow], peaks: Peaks) -> None:
     """The table of `kernel_table`, with what each reaches of the device's measured peaks."""
     total = sum(row.seconds for row in rows)
-    table = Table("kernel", "in the step", title=f"{1e3 * total:.2f} ms of GPU time a step")
-    for name in ("calls", "ms", "share", "GFLOP/s", "of peak", "GB/s", "of peak"):
-        table.add_column(name, justify="right")
+    table = Table(
+        "kernel",
+        title=f"{1e3 * total:.2f} ms of GPU time a step",
+        box=box.SIMPLE_HEAD,
+        padding=(0, 1, 0, 0),
+    )
+    for name in ("calls", "ms", "share", "GFLOP/s", "peak", "GB/s", "peak"):
+        table.add_column(name, justify="right", no_wrap=True)
     for row in rows:
         rate, speed = row.flops / row.seconds, row.n_bytes / row.seconds
+        of_step = "" if row.label == row.kernel else f" {row.label}"
         table.add_row(
-            row.kernel,
-            "" if row.label == row.kernel else row.label,
+            f"{row.kernel}{of_step}",
             str(row.calls),
             f"{1e3 * row.seconds:.2f}",
             f"{row.seconds / total:.1%}",

@@ -4,24 +4,40 @@ from __future__ import annotations
 
 import json
 import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
 
-from lora.config.durations import seconds_of
+from lora.adapters.peft_settings import SETTINGS, WEIGHTS
 from lora.data.rows import template_source
 from lora.shaders.choice import say_once
 from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
 from lora.storage.files import write_file
+from lora.storage.hub_upload import push
+from lora.training.best import FOLDER as BEST
+from lora.training.best import BestAdapter, read_best
+from lora.training.card import CARD, base_repository, write_card
 from lora.training.checkpoint import checkpoints, save_checkpoint
+from lora.training.course import Course, Interrupted
 from lora.training.endings import DeviceFullError, DeviceLostError, device_ended
+from lora.training.history import History, steps_of
 from lora.training.leading import check_can_lead, follow, led, share_state
-from lora.training.listeners import Audience, Listener, MetricsFile, drop_metrics_after
+from lora.training.listeners import (
+    SAMPLES,
+    Audience,
+    Listener,
+    MetricsFile,
+    SamplesFile,
+    drop_metrics_after,
+)
 from lora.training.output import METRICS, RUN, check_room, owned_output
 from lora.training.provenance import ran_on
 from lora.training.resuming import resume
+from lora.training.saving import Checkpoints
 from lora.training.session import TrainingSession
 
 TEMPLATE = "chat_template.jinja"  # transformers' name for it
@@ -33,20 +49,6 @@ MOST_LOSSES = 3  # of the device in one run, under train.on_device_loss: retry
 _STOPS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
-
-
-class Interrupted(Exception):
-    """A signal: the run stopped between two steps, after a checkpoint.
-
-    Attributes:
-        checkpoint: where it lies.
-        signum: of the signal.
-    """
-
-    def __init__(self, checkpoint: Path, signum: int = signal.SIGINT) -> None:
-        super().__init__(str(checkpoint))
-        self.checkpoint = checkpoint
-        self.signum = signum
 
 
 def run_training(
@@ -67,6 +69,10 @@ def run_training(
         InputError: the directory can't be had: see `owned_output`; or the disk has no room.
         LoraError: the loss was no longer finite, or the device was lost. Then, and after whatever
             else ends a run, a checkpoint is saved where that can be; a line says so.
+
+    Example:
+        >>> with TrainingSession.from_config("lora.yaml") as session:
+        ...     output = run_training(session)
     """
     check_can_lead(session.config, session.communicator)
     if session.communicator.rank > 0:
@@ -79,19 +85,46 @@ def run_training(
         if resuming:
             resume(session, output)
             share_state(session)
-            drop_metrics_after(output / METRICS, session.steps_done)
+            for name in (METRICS, SAMPLES):
+                drop_metrics_after(output / name, session.steps_done)
         check_room(session.config, output)
-        return _run(session, output, listeners)
+        _run(session, output, listeners)
+        if session.config.hub is not None:
+            page = push_adapter(session, output, session.config.hub)
+            say_once(f"Pushed the adapter to {page}.")
+        return output
 
 
-def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) -> Path:
+def push_adapter(session: TrainingSession, output: Path, repository: str) -> str:
+    """Pushes what PEFT loads, and the card; returns the repository's page.
+
+    Raises:
+        LoraError: it could not be pushed.
+    """
+    names = [WEIGHTS, SETTINGS, CARD, TEMPLATE]
+    files = {name: (output / name).read_bytes() for name in names if (output / name).is_file()}
+    base = base_repository(session.config, session.workload.gguf_file)
+    if base is not None:  # a path of this machine says nothing there
+        settings = json.loads(files[SETTINGS]) | {"base_model_name_or_path": base}
+        files[SETTINGS] = json.dumps(settings, indent=2).encode()
+    return push(repository, files, f"Adapter after {session.steps_done} steps (webgpu-lora)")
+
+
+def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) -> None:
     """Trains in a directory that is ours."""
     write_file(output / RUN, json.dumps(ran_on(session.device), indent=1) + "\n")
     write_file(output / CONFIG, session.config.dump_yaml())
     if session.config.data.chat_template is not None:  # who runs the adapter needs it, too
         write_file(output / TEMPLATE, template_source(session.config.data.chat_template))
-    audience = Audience([MetricsFile(output / METRICS), *listeners])
-    with _stop_requests() as own, audience.hearing(session):
+    audience = Audience(
+        [
+            MetricsFile(output / METRICS),
+            SamplesFile(output / SAMPLES),
+            BestAdapter(output),
+            *listeners,
+        ]
+    )
+    with _stop_requests(audience) as own, audience.hearing(session):
         begun_at = session.steps_done
 
         def interrupted() -> int | None:
@@ -104,7 +137,6 @@ def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) 
         except Exception as error:
             _rescue(session, output, begun_at, error)
             raise
-    return output
 
 
 def _train_on(
@@ -135,71 +167,32 @@ def _train_on(
         audience.rewound(session.steps_done)
 
 
-class _Checkpoints:
-    """Saves a run's checkpoints: after so many steps, or so much time since the last."""
-
-    def __init__(self, session: TrainingSession, output: Path, audience: Audience) -> None:
-        every = session.config.train.save_every
-        self._session, self._output, self._audience = session, output, audience
-        self._steps = every if isinstance(every, int) else None
-        self._seconds = seconds_of(every) if isinstance(every, str) else None
-        self._saved_at = time.monotonic()
-        self._saved: tuple[int, Path] | None = None
-
-    @property
-    def due(self) -> bool:
-        """Whether it is time for one, and it was not saved yet."""
-        if self._seconds is not None:
-            return time.monotonic() - self._saved_at >= self._seconds
-        return self._steps is not None and self._session.steps_done % self._steps == 0
-
-    def save(self) -> Path:
-        """Saves one of the steps done, unless that was done; returns where it lies."""
-        step = self._session.steps_done
-        if self._saved is None or self._saved[0] != step:
-            self._saved = step, save_checkpoint(self._session, self._output)
-            self._audience.saved(*self._saved)
-        self._saved_at = time.monotonic()
-        return self._saved[1]
-
-
 def _train(
     session: TrainingSession,
     output: Path,
     audience: Audience,
     interrupted: Callable[[], int | None],
 ) -> None:
-    """The steps that are left, with their evaluations and checkpoints; the end is one, too."""
-    train = session.config.train
-    asked_to_stop = False
-    kept = _Checkpoints(session, output, audience)
-
-    def eval_is_due() -> bool:
-        return train.eval_every is not None and session.steps_done % train.eval_every == 0
-
-    def pauses() -> bool:
-        stops = interrupted() is not None or asked_to_stop
-        return eval_is_due() or kept.due or stops
-
-    for metrics in session.steps(pause=pauses):
-        if metrics is not None:
-            asked_to_stop |= audience.step(metrics)
-            continue
-        # A pause: all steps so far have ended.
-        if eval_is_due():
-            asked_to_stop |= audience.evaluated(session.steps_done, session.evaluate())
-        if kept.due:
-            kept.save()
-        signum = interrupted()
-        if signum is not None and session.steps_done < session.total_steps:
-            raise Interrupted(kept.save(), signum)
-        if asked_to_stop:
-            break
+    """The steps that are left, with what is due between them; the end is a checkpoint, too."""
+    kept = Checkpoints(session, lambda: output, audience)
+    course = Course(session, audience, kept, interrupted)
+    metric = session.config.train.best_metric
+    past = History.read(output / METRICS).past()  # of a run that is gone on with
+    best = None if metric is None else read_best(output / BEST, metric)
+    sampled = [step for step in steps_of(output / SAMPLES) if step <= session.steps_done]
+    course.take_up(
+        [one for one in past if one[0] <= session.steps_done], best, max(sampled, default=None)
+    )
+    for _ in course.run():
+        pass  # the audience has heard of it
     session.save(output)
     try:
         kept.save()
     except OSError as error:  # the adapter is there, and the checkpoints before it stay
         say_once(f"The last checkpoint could not be saved ({error.strerror or error}).")
+    if course.load_best(output / BEST):  # behind the checkpoint, which is of the last step
+        session.save(output)
+    write_card(output, session.config, session.workload.gguf_file, History.read(output / METRICS))
     audience.saved(session.steps_done, output)
 
 
@@ -222,18 +215,41 @@ def _rescue(session: TrainingSession, output: Path, begun_at: int, error: Except
 
 
 @contextmanager
-def _stop_requests() -> Iterator[Callable[[], int | None]]:
-    """Yields which signal asked for a stop; a second one interrupts at once."""
+def _stop_requests(audience: Audience) -> Iterator[Callable[[], int | None]]:
+    """Yields which signal asked for a stop; a second one interrupts at once.
+
+    The audience hears of the first at once, on a thread of its own: Python calls handlers when the
+    main thread comes back to it, and a device may keep it for a whole step. Off the main thread,
+    where nobody may set handlers, there are none.
+    """
     requested: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield lambda: None
+        return
 
     def handle(signum: int, frame: FrameType | None) -> None:
         if requested:
             raise KeyboardInterrupt
         requested.append(signum)
 
+    def tell() -> None:
+        with suppress(OSError):
+            for number in iter(lambda: told.recv(1), b""):
+                if number[0] in _STOPS:
+                    return audience.stopping(number[0])
+
+    told, woken = socket.socketpair()
+    woken.setblocking(False)
+    telling = threading.Thread(target=tell, daemon=True)
+    previous_fd = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
     previous = {signum: signal.signal(signum, handle) for signum in _STOPS}
+    telling.start()
     try:
         yield lambda: requested[0] if requested else None
     finally:
         for signum, handler in previous.items():
             signal.signal(signum, handler)
+        signal.set_wakeup_fd(previous_fd)
+        woken.close()
+        telling.join(timeout=1)
+        told.close()

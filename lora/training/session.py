@@ -16,17 +16,19 @@ from lora.forward.plans.matmul_plans import ProductShape
 from lora.forward.plans.matmul_tiles import Plan
 from lora.optim.adamw import step_words
 from lora.optim.guard import GuardState
-from lora.optim.schedule import Schedule
 from lora.shaders.device import Device
 from lora.shaders.errors import DeviceMemoryError, GPUError, LoraError
 from lora.shaders.program import Program
 from lora.shaders.program_data import kernels_digest
 from lora.shaders.readback import ReadbackRing
+from lora.training.course import train
 from lora.training.device_state import SessionPrograms, replanned
 from lora.training.endings import Culprit, NotFiniteError, StepWatch, device_ended
 from lora.training.exchange import GradientExchange
 from lora.training.fingerprints import Course, fingerprints
-from lora.training.metrics import Metrics, MetricsAtArrival, StepClock
+from lora.training.learning_rate import LearningRate
+from lora.training.listeners import Listener
+from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock
 from lora.training.non_finite import find_in_step
 from lora.training.open_session import OpenSession
 from lora.training.programs import TrainingPrograms, loss_weight_words
@@ -46,7 +48,7 @@ class _StepBegun:
     batches: Sequence[Batch]
 
 
-class TrainingSession(OpenSession):
+class TrainingSession(LearningRate, OpenSession):
     """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
 
     `session.step(batches)` runs forward, backward, clipping and AdamW on the device and returns
@@ -72,6 +74,7 @@ class TrainingSession(OpenSession):
         workload: the model's file, the adapter's layout and the data.
         memory: that the session owns.
         plan: what the session takes.
+        evaluations: what `train` has evaluated so far: after which step, and the result.
         plans: what the products of training are recorded with; none on adapters without tiles.
 
     Raises:
@@ -95,19 +98,14 @@ class TrainingSession(OpenSession):
         self._fingerprints: dict[str, Any] | None = None
         self._exchange = None
         self.steps_done = 0
+        self._own_rate = None
+        self.evaluations: list[tuple[int, EvalResult]] = []
         self._digest: str | None = None
         self._begun: deque[_StepBegun] = deque(maxlen=_REMEMBERED)
         self.stream = self.workload.stream() if self.workload.trains else None
         if self.stream is not None:
             self.total_steps = self.stream.total_steps
             self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
-            self._schedule = Schedule(
-                self.config.train.schedule,
-                self.total_steps,
-                self.config.train.learning_rate,
-                self.warmup_steps,
-                self.config.train.schedule_kwargs,
-            )
             self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
             self._watch = StepWatch(self.config.train.precision)
             self._speed = MeasuredSpeed(
@@ -179,7 +177,7 @@ class TrainingSession(OpenSession):
         for batch in batches:
             self.workload.check(batch, self.inputs.rows.maximum)
         assert self.stream is not None  # as there are programs
-        rate = self._schedule.rate(self.steps_done)
+        rate = self.learning_rate
         step = self.steps_done + 1
         counts = (sum(b.n_trained for b in batches), sum(b.rows for b in batches), self.stop_signal)
         everyone = self.communicator.gather(counts)
@@ -227,27 +225,49 @@ class TrainingSession(OpenSession):
         finished: list[Metrics] = self._ring.ready(wait=wait)
         return finished
 
-    def train(self) -> Iterator[Metrics]:
-        """Runs the steps that are left, one item a step, in order.
+    def train(self, listeners: Sequence[Listener] = ()) -> Iterator[Metrics]:
+        """Runs the steps that are left, one item a step, in order, and what is due between them.
 
-        Seconds and rates are measured between the arrivals of results; steps whose results come
-        together share the time. Where the loss or the gradient of a step is not finite the adapter
-        stays as it was (`Metrics.skipped`).
+        As the config says it is evaluated (`evaluations` has the results), prompts are answered,
+        the run stops early, and one process saves checkpoints to `output`; all other files are
+        `run_training`'s. With train.load_best_model_at_end the session holds the best adapter
+        afterwards. Any thread may do this.
+
+        Seconds and rates are measured between the arrivals of results, without what the caller
+        does meanwhile. Where the loss or the gradient of a step is not finite the adapter stays as
+        it was (`Metrics.skipped`).
+
+        Args:
+            listeners: who hear of steps, evaluations, samples, checkpoints, and may end the run.
 
         Raises:
-            NotFiniteError: that was so three times in a row, or in all steps. The session stands
-                behind the last step that counted.
+            NotFiniteError: three times in a row, or in all steps, no loss or gradient was finite.
+                The session stands behind the last step that counted.
             DeviceLostError: the device was lost, or its memory ran out.
+            InputError: the config's `output` can't be had, for a checkpoint.
+
+        Example:
+            >>> with TrainingSession.from_config("lora.yaml", ["train.eval_every=50"]) as session:
+            ...     for metrics in session.train():
+            ...         print(metrics.step, metrics.loss)
+            ...     print(session.evaluations[-1])
         """
-        for metrics in self.steps():
-            if metrics is not None:
-                yield metrics
+        if self.stream is None:
+            raise LoraError("This session was opened without training.")
+        return train(self, listeners)
 
     def steps(self, pause: Callable[[], bool] = lambda: False) -> Iterator[Metrics | None]:
-        """As `train`, with pauses: None after a step where `pause()` holds.
+        """The steps that are left and nothing else, with pauses: None where `pause()` holds.
+
+        For a loop of one's own, which decides itself when to evaluate or save.
 
         All results so far are handed out before a pause, so that what is done in it (a
         checkpoint, an evaluation) sees the device at rest; its time counts for no step.
+
+        Example:
+            >>> for metrics in session.steps(pause=lambda: session.steps_done % 50 == 0):
+            ...     if metrics is None:
+            ...         print(session.evaluate().loss)
         """
         if self.stream is None:
             raise LoraError("This session was opened without training.")
@@ -296,7 +316,9 @@ class TrainingSession(OpenSession):
         with self._device_held():
             finished = self.finished_steps(wait=wait)
         for metrics in clock.timed(finished):
+            handed_out = time.perf_counter()
             yield metrics
+            clock.left(time.perf_counter() - handed_out)
             if self._watch.halts(metrics):
                 self.finished_steps(wait=True)  # of steps that changed nothing any more
                 raise self._not_finite(metrics)

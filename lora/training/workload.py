@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -27,6 +27,7 @@ from lora.forward.model.architecture import Architecture
 from lora.forward.text.tokenizer import Tokenizer
 from lora.optim.optimizers import BLOCKS
 from lora.shaders.errors import InputError
+from lora.shaders.stages import stage
 from lora.storage.stores import resolve_model
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ class Workload:
         train_examples, eval_examples: none where rows are streamed, or there is no such data.
         train_summary, eval_summary: None where the data did not come from the config.
         streamed: the examples of training, where rows are not counted.
+        eval_sets: which of eval_examples make up each named set of data.eval; {} without names.
         data: reads rows as the config says.
         initial: the adapter to begin with, f32 [layout.size].
         share: which of a step's micro-batches are this process's.
@@ -63,6 +65,7 @@ class Workload:
     train_summary: DataSummary | None
     eval_examples: Sequence[Example]
     eval_summary: DataSummary | None
+    eval_sets: Mapping[str, range]
     streamed: StreamedExamples | None
     data: DataSets
     initial: np.ndarray
@@ -94,10 +97,12 @@ class Workload:
             InputError: a file can't be read, or they do not fit together.
         """
         peers = Alone() if peers is None else peers
+        stage(f"Reading {Path(config.model.path).name}")
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
         tokenizer = Tokenizer.open(gguf_file, config.model.tokenizer)
         layout = layout_of(config, architecture)
+        stage("Reading the data")
         tokens = examples is not None and is_counted(examples) and are_tokens(examples)
         given = None if examples is None or tokens else given_rows(examples)
         data = DataSets(config.data, tokenizer, now, config.train.seed, given, peers)
@@ -114,14 +119,16 @@ class Workload:
             train_examples, train_summary = data.examples("train")
         eval_examples: Sequence[Example] = []
         eval_summary = None
+        eval_sets: dict[str, range] = {}
         if config.data.evaluates:
-            eval_examples, eval_summary = data.examples("eval")
+            most = config.train.eval_samples if train else None
+            eval_examples, eval_summary, eval_sets = data.evaluated(most)
         initial = _initial_parameters(config, layout)
         for found in (train_examples, eval_examples):
             _check_tokens(found, architecture.vocab_size)
         workload = cls(
             config, train, gguf_file, architecture, tokenizer, layout, train_examples,
-            train_summary, eval_examples, eval_summary, streamed, data, initial,
+            train_summary, eval_examples, eval_summary, eval_sets, streamed, data, initial,
             Share(peers.rank, peers.size), processes or peers.size,
         )  # fmt: skip
         if train:

@@ -36,7 +36,13 @@ def write_run(folder: Path, n_rows: int = 10, **sections: dict[str, Any]) -> Pat
             "eval": str(folder / "eval.jsonl"),
             "max_length": 32,
         },
-        "train": {"epochs": 2, "batch_size": 3, "learning_rate": 0.02, "warmup_ratio": 0.0},
+        "train": {
+            "epochs": 2,
+            "batch_size": 3,
+            "learning_rate": 0.02,
+            "warmup_ratio": 0.0,
+            "eval_at_start": False,
+        },
         "output": str(folder / "run"),
     }
     for section, values in sections.items():

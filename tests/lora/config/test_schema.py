@@ -96,6 +96,16 @@ def test_the_contracts_defaults(path: str) -> None:
             "reuse_frozen_prefix": "auto",
             "seed": 0,
             "eval_every": None,
+            "eval_at_start": True,
+            "eval_samples": None,
+            "best": "auto",
+            "load_best_model_at_end": False,
+            "early_stopping_patience": None,
+            "early_stopping_threshold": 0.0,
+            "sample_prompts": [],
+            "sample_every": None,
+            "sample_tokens": 64,
+            "report_to": [],
             "save_every": "10m",
             "on_device_loss": "stop",
             "max_submission_seconds": None,
@@ -106,6 +116,7 @@ def test_the_contracts_defaults(path: str) -> None:
         "device": "auto",
         "webgpu": "auto",
         "output": "runs/x",
+        "hub": None,
     }
 
 
@@ -160,7 +171,7 @@ def test_overrides(path: str) -> None:
         ("trian={}", "unknown key; did you mean train?"),
         (
             "zzz=1",
-            "unknown key; allowed here: model, adapter, data, train, device, webgpu, output.",
+            "unknown key; allowed here: model, adapter, data, train, device, webgpu, output, hub.",
         ),
         ("data.mask_history=true", "unknown key; its name here is data.train_on: last."),
         (
@@ -182,7 +193,7 @@ def test_overrides(path: str) -> None:
         ("data.chat_template=3", "got 3; allowed here: null, a file that holds a Jinja"),
         ("data.zzz=1", "unknown key; allowed here: train, eval, eval_share, format, columns, m"),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
-        ("train=[1]", "got [1]; allowed here: a mapping with the keys schedule, schedule_kwargs"),
+        ("train=[1]", "got [1]; allowed here: a mapping with the keys "),
         ("model.path=", "got None; allowed here: the path of a GGUF file, ollama:N"),
         ("model.path=''", "got ''; allowed here: the path of a GGUF file, ollama:NAM"),
         ("model.tokenizer=3", "got 3; allowed here: null, a tokenizer.json, or a directory"),
@@ -249,7 +260,7 @@ def test_overrides(path: str) -> None:
         ("train.recompute=always", "got 'always'; allowed here: auto, on or off."),
         ("train.reuse_frozen_prefix=2", "got 2; allowed here: auto, on or off."),
         ("train.seed=-1", "got -1; allowed here: a whole number from 0 to 4294967295."),
-        ("train.eval_every=0", "got 0; allowed here: null, or a whole number of steps, at least"),
+        ("train.eval_every=0", "got 0; allowed here: null, a whole number of steps, or epochs su"),
         ("train.save_every=0", "got 0; allowed here: null, a whole number of steps, or a time"),
         ("train.save_every=10x", "got '10x'; allowed here: null, a whole number of steps, or a t"),
         ("train.save_every=0m", "got '0m'; allowed here: null, a whole number of steps, or a tim"),
@@ -304,7 +315,7 @@ def test_missing_keys(path: str) -> None:
     write(path, "model: {}\noutput: runs/x\n")
     assert refusal(path) == (
         f"{path}: model.path: missing; give the path of a GGUF file, ollama:NAME[:TAG], "
-        "or hf:ORG/REPO/FILE.\n"
+        "hf:ORG/REPO[:QUANTIZATION], or hf:ORG/REPO/FILE.\n"
         f"{path}: data: missing; give a mapping with the keys train, eval, eval_share, format, "
         "columns, max_length, overflow, packing, streaming, shuffle_buffer, chat_template, "
         "chat_template_kwargs, train_on, roles_to_train, train_on_eos, append_eos, shuffle."
@@ -539,3 +550,55 @@ def test_a_source_as_a_mapping_is_read_back(path: str) -> None:
     )
     assert (second.name, second.weight, second.split) == ("org/set", 0.5, "train[:20%]")
     assert second.columns == {"completion": "a", "prompt": "q"}
+
+
+@pytest.mark.parametrize(
+    ("section", "override", "words"),
+    [
+        ("eval: e.jsonl", "train.eval_every=banana", "got 'banana'; allowed here: null, a whole"),
+        (
+            "eval: e.jsonl",
+            "train.eval_every=0 epochs",
+            "got '0 epochs'; allowed here: null, a whol",
+        ),
+        (
+            "eval: e.jsonl",
+            "train.best=eval_los",
+            "train.best: got 'eval_los'; did you mean eval_loss",
+        ),
+        ("eval: {a: e.jsonl}", "train.best=eval_b_loss", "did you mean eval_a_loss?"),
+        ("eval: null", "train.best=eval_loss", "train.best is 'eval_loss', but data.eval is null"),
+        ("eval: null", "train.eval_samples=3", "train.eval_samples is 3, but data.eval is null"),
+        ("eval: null", "train.load_best_model_at_end=true", "load_best_model_at_end is True, but"),
+        ("eval: e.jsonl", "train.early_stopping_patience=2", "but eval_every is null: nothing is"),
+        ("eval: e.jsonl", "train.early_stopping_threshold=2", "early_stopping_patience is null"),
+        ("eval: e.jsonl", "train.sample_every=2", "but there are no sample_prompts; give some."),
+        (
+            "eval: e.jsonl",
+            "train.sample_prompts=[[{role: user}]]",
+            "a prompt is a text, or messages",
+        ),
+        ("eval: e.jsonl", "train.report_to=[mlflow]", "allowed here: a list of tensorboard, wandb"),
+        ("eval: e.jsonl", "hub=nowhere", "got 'nowhere'; allowed here: null, or ORG/REPO."),
+        ("eval: {loss: e.jsonl}", "device=auto", "got 'loss'; a set needs another name"),
+        ("eval: {a b: e.jsonl}", "device=auto", "got the name 'a b' of a set; a name is letters"),
+        ("eval: {a: {pat: 3}}", "device=auto", "a: pat: unknown key; did you mean path?"),
+    ],
+)
+def test_what_a_run_cannot_be_watched_with(
+    path: str, section: str, override: str, words: str
+) -> None:
+    write(path, LEAST.replace("train: t.jsonl", f"train: t.jsonl, {section}"))
+    assert words in refusal(path, override)
+
+
+def test_named_eval_sets(path: str) -> None:
+    text = "train: t.jsonl, eval: {a: e.jsonl, b: [x.jsonl, {path: y.jsonl, format: text}]}"
+    config = load_config(write(path, LEAST.replace("train: t.jsonl", text)))
+    assert config.data.eval_sets == {"a": 1, "b": 2}
+    assert [s.path for s in config.data.sources("eval")] == ["e.jsonl", "x.jsonl", "y.jsonl"]
+    assert load_config(write(path, config.dump_yaml())) == config
+    # A mapping with a key of a source is a source.
+    text = "train: t.jsonl, eval: {path: e.jsonl, max_samples: 3}"
+    config = load_config(write(path, LEAST.replace("train: t.jsonl", text)))
+    assert config.data.eval_sets == {} and len(config.data.sources("eval")) == 1

@@ -2,16 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import subprocess
-import sys
-import threading
-from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import gguf
 import numpy as np
@@ -24,6 +15,8 @@ from lora.storage.ollama import OllamaSettings
 from lora.storage.stores import check_model_name, ollama_settings, resolve_model
 from tests.support.ollama_store import MODEL, REGISTRY, install, layer
 from tests.support.ollama_store import store as store  # a fixture
+from tests.support.stand_in_hub import COMMIT, REPOSITORY, StandInHub
+from tests.support.stand_in_hub import hub as hub  # a fixture
 from tests.support.tiny_gguf import write_tiny_llama
 
 
@@ -279,135 +272,6 @@ def test_models_that_are_not_one_gguf(store: Path) -> None:
 
 # -- Hugging Face's Hub ---------------------------------------------------------------------------
 
-COMMIT = "0123456789abcdef0123456789abcdef01234567"
-REPOSITORY = "/org/Tiny-GGUF"
-
-
-class StandInHub:
-    """What `hf_hub_download` and `list_repo_files` ask the Hub for, and no more.
-
-    Attributes:
-        files: path in the repository to contents.
-        requests: what was asked, as "METHOD /path".
-        gated: whether files are for those who have accepted terms.
-        cut: whether the contents stop halfway.
-        cache: an empty HF_HOME.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        self.files: dict[str, bytes] = {}
-        self.requests: list[str] = []
-        self.gated = False
-        self.cut = False
-        self.cache = folder / "cache"
-        hub = self
-
-        class Handler(BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def do_HEAD(self) -> None:
-                hub.answer(self)
-
-            def do_GET(self) -> None:
-                hub.answer(self)
-
-            def log_message(self, *_: object) -> None:
-                pass
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.server.daemon_threads = True
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def answer(self, handler: BaseHTTPRequestHandler) -> None:
-        path = urlsplit(handler.path).path
-        self.requests.append(f"{handler.command} {path}")
-        if path.startswith("/cdn/"):
-            contents = self.files[path.removeprefix("/cdn/")]
-            return send(handler, 200, contents, cut=self.cut)
-        if path.startswith(f"/api/models{REPOSITORY}/tree/"):
-            tree = [
-                {"type": "file", "path": name, "size": len(contents), "oid": "0" * 40}
-                for name, contents in self.files.items()
-            ]
-            return send(handler, 200, json.dumps(tree).encode(), {"Content-Type": "text/json"})
-        if not path.startswith(f"{REPOSITORY}/resolve/"):
-            return send(handler, 404, headers={"X-Error-Code": "RepoNotFound"})
-        revision, _, file = path.removeprefix(f"{REPOSITORY}/resolve/").partition("/")
-        if self.gated:
-            return send(handler, 403, headers={"X-Error-Code": "GatedRepo"})
-        if revision not in ("main", "v1", COMMIT):
-            return send(handler, 404, headers={"X-Error-Code": "RevisionNotFound"})
-        commit = {"X-Repo-Commit": COMMIT}
-        if file not in self.files:
-            return send(handler, 404, headers={"X-Error-Code": "EntryNotFound"} | commit)
-        # Large files are at another host, as on the Hub.
-        contents = self.files[file]
-        etag = hashlib.sha256(contents).hexdigest()
-        linked = {"X-Linked-ETag": f'"{etag}"', "X-Linked-Size": str(len(contents))}
-        elsewhere = f"{self.url.replace('127.0.0.1', 'localhost')}/cdn/{file}"
-        return send(handler, 302, headers=commit | linked | {"Location": elsewhere})
-
-    def resolve(self, *names: str, **environment: str) -> list[str]:
-        """Each name's path, or its error's class and message, found in another process.
-
-        Another process, as huggingface_hub reads its environment when it is imported.
-        """
-        code = (
-            "import sys, time\n"
-            "time.sleep = lambda _: None  # 23 s between attempts at a host that is not there\n"
-            "from lora.storage.stores import resolve_model\n"
-            "for name in sys.argv[1:]:\n"
-            "    try:\n"
-            "        print(resolve_model(name))\n"
-            "    except Exception as error:\n"
-            "        print(f'{type(error).__name__}: {error}')\n"
-        )
-        kept = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "HUGGING"))}
-        settings = {
-            "HF_ENDPOINT": self.url,
-            "HF_HOME": str(self.cache),
-            "NO_PROXY": "127.0.0.1,localhost",
-            "HF_HUB_DISABLE_TELEMETRY": "1",
-        }
-        result = subprocess.run(
-            [sys.executable, "-c", code, *names],
-            capture_output=True,
-            text=True,
-            env=kept | settings | environment,
-            timeout=120,
-        )
-        assert result.returncode == 0, result.stderr
-        return result.stdout.splitlines()
-
-
-def send(
-    handler: BaseHTTPRequestHandler,
-    status: int,
-    contents: bytes = b"",
-    headers: dict[str, str] | None = None,
-    *,
-    cut: bool = False,
-) -> None:
-    handler.send_response(status)
-    for name, value in (headers or {}).items():
-        handler.send_header(name, value)
-    handler.send_header("Content-Length", str(len(contents)))
-    handler.end_headers()
-    if handler.command != "HEAD":
-        handler.wfile.write(contents[: len(contents) // 2] if cut else contents)
-    handler.close_connection = cut
-
-
-@pytest.fixture
-def hub(tmp_path: Path) -> Iterator[StandInHub]:
-    stand_in = StandInHub(tmp_path)
-    thread = threading.Thread(target=stand_in.server.serve_forever, args=[0.02], daemon=True)
-    thread.start()
-    yield stand_in
-    stand_in.server.shutdown()
-    stand_in.server.server_close()
-    thread.join()
-
 
 def test_a_file_is_fetched_once_and_then_found_without_a_network(
     hub: StandInHub, tmp_path: Path
@@ -511,7 +375,6 @@ def test_a_download_that_breaks_off_leaves_no_file(hub: StandInHub) -> None:
     [
         "hf:",
         "hf:org",
-        "hf:org/repo",
         "hf:org/repo/",
         "hf:/repo/x.gguf",
         "hf:org//x.gguf",
@@ -526,10 +389,55 @@ def test_a_download_that_breaks_off_leaves_no_file(hub: StandInHub) -> None:
         "hf:org/repo/a//x.gguf",
         "hf:org/repo/a\\x.gguf",
         "hf:org/repo/x\n.gguf",
-        "hf:org/repo:Q4_K_M",
+        "hf:org/repo:",
+        "hf:org/repo:Q4/K",
+        "hf:org/repo@:Q4_K_M",
     ],
 )
 def test_malformed_hub_names(name: str) -> None:
     for use in (resolve_model, check_model_name):
         with pytest.raises(InputError, match="is no name of a file on the Hub"):
             use(name)
+
+
+def test_a_repository_gives_the_file_that_llama_cpp_takes(hub: StandInHub) -> None:
+    hub.files = dict.fromkeys(
+        ["b-Q8_0.gguf", "b-q4_k_m.gguf", "b-Q4_K_S.gguf", "mmproj-b-Q4_K_M.gguf", "a-IQ2_M.gguf",
+         "b-Q4_K.gguf", "README.md", "Q6_K/b-Q6_K-00001-of-00002.gguf",
+         "Q6_K/b-Q6_K-00002-of-00002.gguf"],
+        b"x",
+    )  # fmt: skip
+    names = ["", ":q8_0", ":Q4_K", ":Q6_K", "@v1:IQ2_M"]
+    found = hub.resolve(*(f"hf:org/Tiny-GGUF{name}" for name in names))
+    assert [Path(path).name for path in found] == [
+        "b-q4_k_m.gguf", "b-Q8_0.gguf", "b-Q4_K.gguf", "b-Q6_K-00001-of-00002.gguf", "a-IQ2_M.gguf"
+    ]  # fmt: skip
+    # What was fetched is found again without a network.
+    offline = hub.resolve("hf:org/Tiny-GGUF", "hf:org/Tiny-GGUF:Q8_0", HF_HUB_OFFLINE="1")
+    assert offline == found[:2]
+    missing, other = hub.resolve("hf:org/Tiny-GGUF:Q5_K_M", "hf:org/Other:Q8_0")
+    assert missing.startswith("InputError: hf:org/Tiny-GGUF:Q5_K_M: org/Tiny-GGUF has no GGUF of Q")
+    assert "b-Q4_K.gguf" in missing and "there is no model repository org/Other" in other
+    hub.files = {"z-Q3_K_L.gguf": b"x", "y-F16.gguf": b"x"}
+    (first,) = hub.resolve("hf:org/Tiny-GGUF")
+    assert first.endswith("y-F16.gguf")
+
+
+def test_repositories_and_directories_of_safetensors(hub: StandInHub, tmp_path: Path) -> None:
+    hub.files = {"model.safetensors": b"x", "config.json": b"{}"}
+    (answer,) = hub.resolve("hf:org/Tiny-GGUF")
+    assert answer.startswith("InputError: hf:org/Tiny-GGUF: org/Tiny-GGUF holds safetensors")
+    assert "convert_hf_to_gguf.py" in answer
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model" / "model-00001-of-00002.safetensors").write_bytes(b"")
+    for path in (tmp_path / "model", tmp_path / "model" / "model-00001-of-00002.safetensors"):
+        assert "holds safetensors, as transformers reads them, and a GGUF is needed" in refusal(
+            str(path)
+        )
+
+
+def test_a_repository_that_cannot_be_asked(hub: StandInHub) -> None:
+    (offline,) = hub.resolve("hf:org/Tiny-GGUF", HF_HUB_OFFLINE="1")
+    assert "has no GGUF of it, and HF_HUB_OFFLINE forbids fetching one." in offline
+    (unreachable,) = hub.resolve("hf:org/Tiny-GGUF", HF_ENDPOINT="http://127.0.0.1:9")
+    assert unreachable.startswith("LoraError: hf:org/Tiny-GGUF: could not be looked up: ")

@@ -74,7 +74,7 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(
     with caplog.at_level(logging.WARNING):
         output = run_training(TrainingSession.from_config(path))
     assert sum("the adapter stays as it was" in line for line in caplog.messages) == 1
-    lines = lines_of(output)
+    lines = [line for line in lines_of(output) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["step"] for line in lines if line.get("skipped")] == [2, 3]
     assert lines[1]["grad_norm"] is None and lines[3]["grad_norm"] is not None
@@ -110,7 +110,7 @@ def test_three_in_a_row_end_the_run_with_what_was_good(
     spoil({})
     output = run_training(TrainingSession.from_config(path), resuming=True)
     assert (output / ADAPTER).read_bytes() == (whole / ADAPTER).read_bytes()
-    assert [line["step"] for line in lines_of(output)] == list(range(1, 9))
+    assert [line["step"] for line in lines_of(output) if "loss" in line] == list(range(1, 9))
 
 
 @pytest.mark.parametrize("rate", ["1e30", "3e38"])
@@ -150,7 +150,7 @@ def test_an_eval_loss_that_is_none_is_null(tmp_path: Path) -> None:
     path = write_run(tmp_path, train={"eval_every": 4})
     session = TrainingSession.from_config(path)
     nan = float("nan")
-    session.evaluate = lambda: EvalResult(nan, nan, 0.0, 0.0, 0, 3, 9, 0)  # type: ignore
+    session.evaluate = lambda **_: EvalResult(nan, nan, 0.0, 0.0, 0, 3, 9, 0)  # type: ignore
     output = run_training(session)
     evaluated = [line for line in lines_of(output) if "eval_loss" in line]
     assert [line["eval_loss"] for line in evaluated] == [None, None]

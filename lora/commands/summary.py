@@ -1,0 +1,116 @@
+"""What a run came to, as `lora train` says it at its end."""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from rich.text import Text
+
+from lora.commands.progress import clock
+from lora.commands.tables import print_rows
+from lora.shaders.errors import plain
+from lora.training.best import FOLDER as BEST
+from lora.training.best import read_best
+from lora.training.history import History, numbers
+from lora.training.output import METRICS
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
+    from lora.training.session import TrainingSession
+
+
+def summary_rows(config: Config, output: Path) -> dict[str, str]:
+    """Of a run's files: how long it took, losses, evaluations before and after, what lies where.
+
+    Args:
+        config: of the run.
+        output: its directory.
+    """
+    rows = summary_rows_of(History.read(output / METRICS))
+    metric = config.train.best_metric
+    best = None if metric is None else read_best(output / BEST, metric)
+    if best is not None:
+        rows["best"] = f"{best.metric} {best.value:.4g} after step {best.step}, in {output / BEST}"
+        if config.train.load_best_model_at_end:
+            rows["best"] += "; the adapter below is this one"
+    rows["adapter"] = str(output)
+    return rows
+
+
+def summary_rows_of(history: History, best: Mapping[str, Any] | None = None) -> dict[str, str]:
+    """Of a run's metrics, and of its best.json where that is to be said."""
+    steps, evals = history.steps, history.evaluations
+    rows: dict[str, str] = {}
+    if steps:
+        seconds, tokens = history.sum_of("seconds"), int(history.sum_of("tokens"))
+        rows["trained"] = (
+            f"{len(steps)} steps in {clock(seconds)} ({seconds / len(steps):.3g} s each), "
+            f"{tokens:,} tokens, {int(history.sum_of('trained_tokens')):,} of them trained, "
+            f"{tokens / max(seconds, 1e-9):,.0f} a second"
+        )
+        losses = [(line["loss"], line["step"]) for line in steps if line["loss"] is not None]
+        if losses:
+            least, at = min(losses)
+            rows["loss"] = (
+                f"{losses[0][0]:.4f} → {losses[-1][0]:.4f}, least {least:.4f} at step {at}"
+            )
+        skipped = sum(1 for line in steps if line.get("skipped"))
+        if skipped:
+            rows["skipped"] = f"{skipped} steps, whose loss or gradient was not finite"
+    if evals:
+        rows["evaluation"] = _evaluation(evals)
+    if best:
+        rows["best"] = f"{best.get('metric')} {best.get('value'):.4g} after step {best.get('step')}"
+    return rows
+
+
+def _evaluation(evals: Sequence[dict[str, Any]]) -> str:
+    first, last = evals[0], evals[-1]
+    shown = []
+    for name, form in (("loss", "{:.4f}"), ("accuracy", "{:.1%}"), ("exact_match", "{:.1%}")):
+        values = numbers([first, last], f"eval_{name}")
+        if len(values) == 2:
+            before = "" if first is last else f"{form.format(values[0])} → "
+            shown.append(f"{name.replace('_', ' ')} {before}{form.format(values[1])}")
+    steps = f"step {last['step']}" if first is last else f"steps {first['step']} and {last['step']}"
+    return f"{', '.join(shown)} (after {steps})"
+
+
+def next_commands(
+    config: Config, given: Sequence[str], output: Path, *, chats: bool = False
+) -> list[str]:
+    """What one may want to do with the adapter.
+
+    Args:
+        config: of the run.
+        given: the words of the command line that name the config.
+        output: the run's directory.
+        chats: whether its rows were chats.
+    """
+    of_model = [config.model.path, "--adapter", str(output)]
+    commands = [
+        ["lora", "chat", *of_model] if chats else ["lora", "generate", *of_model, "--prompt", "…"]
+    ]
+    if config.data.evaluates:
+        commands.insert(0, ["lora", "eval", *given, "--adapter", str(output)])
+    commands += [
+        ["lora", "export", str(output), "--to", "gguf"],
+        ["lora", "report", str(output)],
+    ]
+    return [shlex.join(words) for words in commands]
+
+
+def print_summary(
+    console: Console, session: TrainingSession, given: Sequence[str], output: Path
+) -> None:
+    """Prints what the run came to, and the commands to go on with."""
+    config, summary = session.config, session.workload.train_summary
+    chats = summary is not None and "chat" in summary.data_format
+    print_rows(console, summary_rows(config, output))
+    console.print("Go on with:")
+    for command in next_commands(config, given, output, chats=chats):
+        console.print(Text(f"  {plain(command)}"), soft_wrap=True)  # to be copied as they are
