@@ -5,12 +5,18 @@ from __future__ import annotations
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
-from lora.backward.matmul import matmul_backward
-from lora.backward.recorder import AddBefore, BackwardPass, BackwardRecorder, Before
+from lora.backward.recorder import (
+    AddBefore,
+    BackwardPass,
+    BackwardRecorder,
+    Before,
+    InputGradient,
+)
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
+    head_dropout,
     record_chunk_loss,
     record_head_input,
     record_logits,
@@ -56,25 +62,33 @@ def record_head_backward(
         logits: Tensor | None = None
         if loss.reads_losses:
             for index in chunks:
-                logits = record_logits(program, model, inputs, shared.factors, act, index)
+                logits = record_logits(
+                    program, model, inputs, shared.factors, act, index, shared.dropout
+                )
                 record_chunk_loss(program, model, inputs, act, index, logits, None)
         with program.scope("loss"):
             loss.record(program, tensors)
         for index in chunks:
             if logits is None or len(chunks) > 1:
-                logits = record_logits(program, model, inputs, shared.factors, act, index)
-            record_chunk_loss(program, model, inputs, act, index, logits, tensors.weights)
-            d_logits, d_z = logits, None
+                logits = record_logits(
+                    program, model, inputs, shared.factors, act, index, shared.dropout
+                )
+            record_chunk_loss(
+                program, model, inputs, act, index, logits, tensors.weights, shared.criterion
+            )
+            d_logits, d_z, dropout = logits, None, None
             if lora is not None and scratch.d_head_z is not None and act.z is not None:
                 d_z = chunk_of(scratch.d_head_z, inputs, index)
                 normed, z = (chunk_of(t, inputs, index) for t in (act.normed, act.z))
                 lora_project_gradient(program, d_logits, lora, out=d_z)
-                lora_gradients(program, normed, z, d_logits, d_z, lora, shared.gradients[key])
+                if shared.dropout is not None:
+                    dropout = head_dropout(shared.dropout, model, inputs, index)
+                slices = shared.gradients[key]
+                lora_gradients(program, normed, z, d_logits, d_z, lora, slices, dropout=dropout)
             if not lowest:
-                matmul_backward(
-                    program, d_logits, model.head, lora=lora, d_z=d_z,
-                    out=chunk_of(scratch.d_head_normed, inputs, index), label="head_backward",
-                )  # fmt: skip
+                out = chunk_of(scratch.d_head_normed, inputs, index)
+                gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
+                gradient.record(program, out, None, "head_backward")
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return
@@ -121,7 +135,9 @@ def record_layer_backward(
 
     # Where this is the lowest adapted layer, what lies below its lowest adapted group is not run.
     adapted = [group for group in spec.groups if (layer, group) in shared.factors]
-    recorder = BackwardRecorder(program, shared, layer, act.z, adapted[0] if lowest else "")
+    recorder = BackwardRecorder(
+        program, shared, layer, act.z, adapted[0] if lowest else "", act.products
+    )
     d_x = scratch.d_x
     with program.scope(f"layers.{layer}"):
         if weights.output_scale is not None:

@@ -10,14 +10,17 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from lora.forward.lora import Projection, record_projection
+from lora.forward.dropout import GroupDropout
+from lora.forward.lora import Operands, Projection, record_projection
 from lora.forward.lora_matrix import gradient_cut
 from lora.forward.model.adapter import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
-MAX_SLICES = 4  # with the four inputs, the eight storage buffers that every device binds
+# With the four inputs, and the keys of dropout's rows, the eight storage buffers that every device
+# binds.
+MAX_SLICES, MAX_SLICES_WITH_DROPOUT = 4, 3
 
 
 @dataclass(frozen=True)
@@ -61,14 +64,12 @@ def lora_project_gradient(
     d_z = out if out is not None else activation(program, extent_of(d_y), width)
     check_shape("lora_project_gradient output", d_z, d_y.shape[0], width)
     members = [
-        Projection(start, lora.first_feature(index), stop - start)
+        Projection(start, lora.first_feature(index), stop - start, lora.projection_scale(index))
         for index, (start, stop) in enumerate(lora.ranges)
     ]
     record_projection(
         program,
-        d_y,
-        lora.b,
-        d_z,
+        Operands(d_y, lora.b, d_z),
         members,
         transposed=True,
         scale=lora.scale,
@@ -85,6 +86,8 @@ def lora_gradients(
     d_z: Tensor,
     lora: LoraFactors,
     gradients: Sequence[LoraFactors],
+    *,
+    dropout: GroupDropout | None = None,
 ) -> None:
     """Appends d_A += d_zᵀ · x and d_B_g += scale · d_y_gᵀ · z_g in one dispatch.
 
@@ -96,6 +99,8 @@ def lora_gradients(
         lora: the factors.
         gradients: their gradients, one of each slice (one to four): stretch s of the rows is
             added to slice s. In each, B lies behind A in one buffer, as far as in the others.
+            With dropout three at most.
+        dropout: of x before each member's A, as in the forward.
     """
     _check_factors(lora)
     _check_output_columns(d_y, lora)
@@ -103,8 +108,11 @@ def lora_gradients(
     check_shape("lora_gradients x", x, d_y.shape[0], lora.a.shape[1])
     for name, tensor in (("z", z), ("d_z", d_z)):
         check_shape(f"lora_gradients {name}", tensor, d_y.shape[0], lora.n_members * lora.rank)
-    if not 1 <= len(gradients) <= MAX_SLICES:
-        raise ValueError(f"lora_gradients: {len(gradients)} slices, expected 1 to {MAX_SLICES}")
+    most = MAX_SLICES if dropout is None else MAX_SLICES_WITH_DROPOUT
+    if not 1 <= len(gradients) <= most:
+        raise ValueError(f"lora_gradients: {len(gradients)} slices, expected 1 to {most}")
+    if dropout is not None:
+        check_shape("lora_gradients keys", dropout.rows, d_y.shape[0])
     for gradient in gradients:
         check_shape("gradient of A", gradient.a, *lora.a.shape)
         check_shape("gradient of B", gradient.b, *lora.b.shape)
@@ -120,7 +128,7 @@ def lora_gradients(
     flops = 2 * extent.maximum * (lora.a.size + lora.b.size)
     tensors = [extent.uniform, x, z, d_y, d_z, *whole]
     cut = gradient_cut(program.recording, (lora.a.shape[0], lora.rank))
-    if cut is not None:
+    if cut is not None and dropout is None:
         of_units = _matrix_parts(x, d_y, lora, members, b_start // 16, cut["long"])
         program.dispatch(
             "lora_gradient_matrix",
@@ -132,13 +140,18 @@ def lora_gradients(
         )
         return
     tuning = CPU_TUNING if program.recording.facts.is_cpu else GPU_TUNING
+    # Of A's rows each member's see another mask, so that no block may have rows of two.
+    a_members = range(1 if dropout is None else lora.n_members)
     parts = [
         {  # d_z carries the scale already
-            **_outer_product(d_z, x, lora.a, [_Member(0, 0, 0)], tuning),
+            **_outer_product(
+                d_z, x, lora.a, [_Member(g * lora.rank, 0, 0) for g in a_members], tuning
+            ),
             "left": "d_z",
             "right": "x",
-            "scale": 1.0,
+            "scale": 1.0 if dropout is None else dropout.scale,
             "start": 0,
+            "masked": dropout is not None,
         },
         {
             **_outer_product(d_y, z, lora.b, members, tuning),
@@ -146,6 +159,7 @@ def lora_gradients(
             "right": "z",
             "scale": lora.scale,
             "start": b_start // 16,
+            "masked": False,
         },
     ]
     splits = tuning.splits
@@ -155,6 +169,7 @@ def lora_gradients(
         and tuning.blocks * splits * block_bytes > program.recording.facts.workgroup_memory
     ):
         splits //= 2
+    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     program.dispatch(
         "lora_gradient",
         {
@@ -165,8 +180,10 @@ def lora_gradients(
             "x_type": x.dtype,
             "d_y_type": d_y.dtype,
             "parts": parts,
+            "rank": lora.rank if dropout is not None else 0,
+            "dropout": None if dropout is None else dropout.constants,
         },
-        tensors,
+        [*tensors, *keys],
         (sum(part["n_groups"] for part in parts), 1, len(gradients)),
         label="lora_gradients",
         flops=flops,

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from lora.backward.dora import dora_gradient
+from lora.backward.dropout import dropout_input_gradient
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.matmul import Accumulate, matmul_backward
 from lora.backward.rmsnorm import NormBefore
+from lora.forward.cross_entropy import Criterion
+from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.model.adapter import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
+from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
@@ -43,6 +48,7 @@ class Scratch:
         blocks: by the `sizes` of a block, as the table allocates it.
         d_kept: f32 [rows, 2 · kv_size], of keys and values that other layers take, by their layer.
         d_z: [rows, width], by width.
+        d_products: [rows, width], by width and type, of products whose columns DoRA scales.
         d_head_z: [targets, rank], where the head is adapted.
         d_head_normed, d_picked: [targets, hidden_size].
     """
@@ -56,6 +62,7 @@ class Scratch:
     d_head_z: Tensor | None
     d_head_normed: Tensor
     d_picked: Tensor
+    d_products: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -65,6 +72,8 @@ class BackwardPass:
     Attributes:
         gradients: the slices that gradients of A and B are added to.
         per_layer: what tokens have for the layers; None in models without.
+        dropout: as in the forward.
+        criterion: what is minimized; None for −log p of each label.
     """
 
     model: Model
@@ -73,6 +82,43 @@ class BackwardPass:
     gradients: Gradients
     scratch: Scratch
     per_layer: Tensor | None = None
+    dropout: Dropout | None = None
+    criterion: Criterion | None = None
+
+
+@dataclass(frozen=True)
+class InputGradient:
+    """The gradient to what an adapted matrix was given.
+
+    Attributes:
+        d_y: [rows, out_features].
+        lora, d_z: the factors and the gradient to their z; None where it is not adapted.
+        dropout: before the factors: what comes through them then has masks of its own, member by
+            member, so that it is no part of the product's contraction.
+    """
+
+    d_y: Tensor
+    matrix: FrozenMatrix
+    lora: LoraFactors | None
+    d_z: Tensor | None
+    dropout: GroupDropout | None
+
+    def record(
+        self, program: Program, out: Tensor, before: NormBefore | Accumulate | None, label: str
+    ) -> None:
+        """Appends it; `out` and `before` as of `matmul_backward`."""
+        lora, d_z = self.lora, self.d_z
+        if self.dropout is None or lora is None or d_z is None:
+            matmul_backward(
+                program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
+                label=label,
+            )  # fmt: skip
+            return
+        accumulates = isinstance(before, Accumulate)
+        dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
+        matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
+        if isinstance(before, NormBefore):
+            before.record(program, out)
 
 
 @dataclass(frozen=True)
@@ -81,6 +127,7 @@ class BackwardRecorder:
 
     Attributes:
         z: [rows, members · rank], by adapted group.
+        products: of the forward, by group whose columns DoRA scales.
         last: the group below which nothing is wanted; "" where all is.
     """
 
@@ -89,6 +136,7 @@ class BackwardRecorder:
     layer: int
     z: Mapping[str, Tensor]
     last: str
+    products: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> LayerWeights:
@@ -115,17 +163,26 @@ class BackwardRecorder:
         """
         lora = self.shared.factors.get((self.layer, group))
         z, d_z, wanted = self.z.get(group), None, group != self.last
+        dropout: GroupDropout | None = None
+        if lora is not None and lora.dora is not None:
+            scaled = self.shared.scratch.d_products[d_y.shape[1], d_y.dtype]
+            d_magnitudes = self.shared.gradients[self.layer, group][0].magnitude
+            assert d_magnitudes is not None  # one layout has both
+            dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
+            d_y = scaled
         if lora is not None and z is not None:
             d_z = self.shared.scratch.d_z[lora.n_members * lora.rank]
             lora_project_gradient(self.program, d_y, lora, out=d_z)
             slices = self.shared.gradients[self.layer, group]
-            lora_gradients(self.program, source, z, d_y, d_z, lora, slices)
+            if self.shared.dropout is not None:
+                dropout = self.shared.dropout.of(self.layer, group)
+            lora_gradients(self.program, source, z, d_y, d_z, lora, slices, dropout=dropout)
         if wanted:
             stream = before.out if isinstance(before, AddBefore) else None
-            matmul_backward(
-                self.program, d_y, self.weights.matrices[group], lora=lora, d_z=d_z,
-                out=stream or out,
-                before=Accumulate() if isinstance(before, AddBefore) else before,
-                label=f"{group}_backward",
+            product = InputGradient(d_y, self.weights.matrices[group], lora, d_z, dropout)
+            product.record(
+                self.program, stream or out,
+                Accumulate() if isinstance(before, AddBefore) else before,
+                f"{group}_backward",
             )  # fmt: skip
         return wanted

@@ -26,6 +26,11 @@ def allocate_scratch(
 
     head = factors.get((a.n_layers, "head"))
     in_layers = [lora for (layer, _), lora in factors.items() if layer < a.n_layers]
+    widths = {
+        model.layers[layer].matrices[group].out_features
+        for (layer, group), lora in factors.items()
+        if lora.magnitude is not None
+    }
     blocks = {b.sizes: b for spec in a.layers for b in spec.blocks}
     lowest = min((layer for layer, _ in factors), default=a.n_layers)
     # Below the lowest adapted layer nobody asks for the gradients of keys and values.
@@ -47,4 +52,9 @@ def allocate_scratch(
         d_head_z=None if head is None else over_targets(head.rank),
         d_head_normed=over_targets(a.hidden_size),
         d_picked=over_targets(a.hidden_size),
+        d_products={
+            (width, dtype): tensor(width, dtype)
+            for width in sorted(widths)
+            for dtype in sorted({"f32", recording.precision})
+        },
     )

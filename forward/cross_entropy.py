@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -13,13 +15,41 @@ GPU_LANES, GPU_QUADS = 256, 8
 CPU_LANES, CPU_QUADS = 8, 2
 
 
+@dataclass(frozen=True)
+class Criterion:
+    """What is minimized in place of −log p of each label.
+
+    Attributes:
+        smoothing: ε of label smoothing (Szegedy et al. 2016), as transformers' LabelSmoother: the
+            loss is (1 − ε) · (−log p[label]) + ε · the mean of −log p over all columns.
+        dft: the loss is −p · log p with the first p taken as constant (Wu et al. 2025, "On the
+            Generalization of SFT", TRL's dft_loss). Not with smoothing.
+    """
+
+    smoothing: float = 0.0
+    dft: bool = False
+
+    def __post_init__(self) -> None:
+        """Refuses what has no meaning."""
+        if not 0.0 <= self.smoothing < 1.0 or (self.smoothing and self.dft):
+            raise ValueError(f"cross_entropy: smoothing {self.smoothing}, dft {self.dft}")
+
+
+@dataclass(frozen=True)
+class Objective:
+    """A criterion, and what each token counts in it: [chunk]."""
+
+    weights: Tensor
+    criterion: Criterion = Criterion()  # noqa: RUF009 - a frozen value
+
+
 def cross_entropy(
     program: Program,
     logits: Tensor,
     labels: Tensor,
     losses: Tensor,
     correct: Tensor,
-    weights: Tensor | None,
+    weights: Tensor | Objective | None,
     *,
     vocab_size: int | None = None,
     softcap: float | None = None,
@@ -29,9 +59,11 @@ def cross_entropy(
     Args:
         logits: [chunk, vocab_size or more], a multiple of 4; overwritten by the gradient.
         labels: u32 [chunk], each a token id (rows without a target never come here).
-        losses: [chunk], written: logsumexp(logits) − logits[label].
+        losses: [chunk], written: logsumexp(logits) − logits[label], or what an objective makes
+            of it.
         correct: [chunk], written: 1 where the label is the argmax, else 0.
-        weights: [chunk], what each loss counts in the gradient; None for no gradient.
+        weights: [chunk], what each loss counts in the gradient, or an objective with these; None
+            for no gradient.
         vocab_size: columns that count; those after them (padding, zero) stay as they are. By
             default all.
         softcap: the logits are softcap · tanh(raw / softcap), and the gradient is the one to the
@@ -43,8 +75,9 @@ def cross_entropy(
     if not 0 < n_columns <= stride:
         raise ValueError(f"cross_entropy: {n_columns} columns do not fit {logits.shape}")
     given = {"labels": labels, "losses": losses, "correct": correct}
-    if weights is not None:
-        given["weights"] = weights
+    objective = Objective(weights) if isinstance(weights, Tensor) else weights
+    if objective is not None:
+        given["weights"] = objective.weights
     for name, tensor in given.items():
         check_shape(f"cross_entropy {name}", tensor, rows)
     if stride % 4:
@@ -62,8 +95,10 @@ def cross_entropy(
         "steps": steps,
         "columns": columns,
         "n_stretches": n_stretches,
+        "smoothing": 0.0 if objective is None else objective.criterion.smoothing,
     }
-    sums = program.recording.memory.scratch((rows, n_stretches, 4))
+    n_sums = 8 if objective is not None and objective.criterion.smoothing else 4
+    sums = program.recording.memory.scratch((rows, n_stretches, n_sums))
     program.dispatch(
         "cross_entropy_sums",
         constants,
@@ -71,11 +106,16 @@ def cross_entropy(
         rows * n_stretches,
     )
     tensors = [extent.uniform, sums, labels, losses, correct]
-    if weights is not None:
-        tensors += [logits, weights]
+    if objective is not None:
+        tensors += [logits, objective.weights]
     program.dispatch(
         "cross_entropy",
-        {**constants, "with_gradient": weights is not None, "softcap": softcap},
+        {
+            **constants,
+            "with_gradient": objective is not None,
+            "softcap": softcap,
+            "dft": objective is not None and objective.criterion.dft,
+        },
         tensors,
-        -(-rows // lanes) if weights is None else rows * n_stretches,
+        -(-rows // lanes) if objective is None else rows * n_stretches,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
+from lora.forward.dropout import GroupDropout
 from lora.forward.lora_matrix import projection_cut
 from lora.forward.model.adapter import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
@@ -49,6 +50,7 @@ class Projection:
     x_column: int  # first column of x
     factor_row: int  # first row of the factor
     length: int  # of the contraction
+    scale: float = 1.0  # of its columns of z
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,7 @@ def lora_project(
     lora: LoraFactors,
     *,
     out: Tensor | None = None,
+    dropout: GroupDropout | None = None,
     label: str = "lora_project",
 ) -> Tensor:  # [rows, members · rank]
     """Appends z = x · Aᵀ for all members that share x in one dispatch.
@@ -92,37 +95,63 @@ def lora_project(
         x: [rows, in_features], f32 or f16.
         lora: A [members · rank, in_features].
         out: where to write; a new tensor by default.
+        dropout: of x, for each member; None for none.
     """
     width, in_features = lora.a.shape
     check_shape("lora_project input", x, None, in_features)
     check_shape("lora_project factor", lora.a, lora.n_members * lora.rank, in_features)
     z = out if out is not None else activation(program, extent_of(x), width)
+    members = [Projection(0, 0, in_features)]
+    if lora.member_scales or dropout is not None:
+        members = [
+            Projection(0, member * lora.rank, in_features, lora.projection_scale(member))
+            for member in range(lora.n_members)
+        ]
     record_projection(
-        program, x, lora.a, z, [Projection(0, 0, in_features)], transposed=False, label=label
+        program, Operands(x, lora.a, z, dropout), members, transposed=False, label=label
     )
     return z
 
 
+@dataclass(frozen=True)
+class Operands:
+    """What a projection reads and writes.
+
+    Attributes:
+        x: [rows, any], f32 or f16.
+        factor: F itself, or transposed.
+        z: [rows, members · columns], every member as many columns as another.
+        dropout: of x, for each member; None for none.
+    """
+
+    x: Tensor
+    factor: Tensor
+    z: Tensor
+    dropout: GroupDropout | None = None
+
+
 def record_projection(
     program: Program,
-    x: Tensor,
-    factor: Tensor,
-    z: Tensor,
+    operands: Operands,
     members: Sequence[Projection],
     *,
     transposed: bool,
     scale: float = 1.0,
     label: str,
 ) -> None:
-    """Appends z_g = scale · x_g · F_gᵀ in one dispatch: what `lora_project` and its backward share.
+    """Appends z_g = scale · scale_g · x_g · F_gᵀ in one dispatch.
+
+    What `lora_project` and its backward share.
 
     Args:
-        x: [rows, any], f32 or f16.
-        factor: F itself, or with `transposed` Fᵀ.
-        z: [rows, members · columns], every member as many columns as another.
         members: where each one's part of x and of the factor lies.
+        transposed: whether the factor is Fᵀ.
     """
+    x, factor, z, dropout = operands.x, operands.factor, operands.z, operands.dropout
     extent = extent_of(x)
+    if dropout is not None:
+        check_shape(f"{label} keys", dropout.rows, x.shape[0])
+        scale *= dropout.scale
     check_shape(f"{label} output", z, x.shape[0], None)
     check_f32(label, factor=factor, z=z)
     columns = z.shape[1] // len(members)
@@ -132,20 +161,22 @@ def record_projection(
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
     shared = {
         "transposed": transposed,
-        "members": [asdict(m) for m in members],
+        "members": [{**asdict(m), "scale": scale * m.scale} for m in members],
         "columns": columns,
         "x_type": x.dtype,
         "x_stride": x.shape[1],
         "factor_stride": factor.shape[1],
-        "scale": scale,
+        "dropout": None if dropout is None else dropout.constants,
     }
     rows, n_members = extent.maximum, len(members)
     flops = 2 * rows * columns * sum(m.length for m in members)
     cut = projection_cut(program.recording, rows, columns, n_members, transposed=transposed)
-    if cut is not None:
+    # On matrix units all members have one scale, and see all of x.
+    plain = dropout is not None or len({m.scale for m in members}) > 1
+    if cut is not None and not plain:
         program.dispatch(
             "lora_project_matrix",
-            {**shared, **cut},
+            {**shared, **cut, "scale": scale * members[0].scale},
             [extent.uniform, x, factor, z],
             -(-rows // cut["block_rows"]) * n_members,
             label=label,
@@ -157,10 +188,11 @@ def record_projection(
     else:
         tuning = GPU_TUNINGS[transposed]
         block = gpu_block(program.recording, tuning, rows, columns, n_members)
+    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     program.dispatch(
         "lora_project",
         {**shared, **asdict(block)},
-        [extent.uniform, x, factor, z],
+        [extent.uniform, x, factor, z, *keys],
         block.n_groups(rows, z.shape[1]),
         label=label,
         flops=flops,

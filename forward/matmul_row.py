@@ -180,7 +180,14 @@ def project_row(
     lanes = _Z_LANES
     while lanes * _Z_STEPS < quads and 2 * lanes <= program.recording.facts.most_lanes:
         lanes *= 2
-    constants = {"width": in_features, "lanes": lanes, "norm": norm is not None, "steps": _Z_STEPS}
+    constants = {
+        "width": in_features,
+        "lanes": lanes,
+        "norm": norm is not None,
+        "steps": _Z_STEPS,
+        "rank": lora.rank if lora.member_scales else 0,
+        "scales": list(lora.member_scales),
+    }
     tensors = [x, lora.a, z] + ([norm.weight] if norm is not None else [])
     program.dispatch(
         "project_row", constants, tensors, (n, 1, 1), label=label, flops=2 * n * in_features

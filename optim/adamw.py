@@ -12,6 +12,8 @@ from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
 LANES = 256  # of a workgroup; each takes four parameters
+RATED = 64  # neighbouring parameters that have one rate
+RATES_UNIT = 64 * RATED  # parameters whose rates begin on 256 bytes
 _SMALLEST = float(np.finfo(np.float32).tiny)
 
 
@@ -49,12 +51,19 @@ class AdamWSettings:
 
 @dataclass(frozen=True)
 class AdamWTensors:
-    """Flat tensors [n], n a multiple of 4; all but the gradient are updated in place."""
+    """Flat tensors [n], n a multiple of 4; all but the gradient are updated in place.
+
+    Attributes:
+        gradient: before clipping.
+        rates: [⌈n / 64⌉], what the learning rate of each 64 parameters is multiplied by; None for
+            one rate.
+    """
 
     parameters: Tensor
-    gradient: Tensor  # before clipping
+    gradient: Tensor
     first_moment: Tensor
     second_moment: Tensor
+    rates: Tensor | None = None
 
 
 def adamw(
@@ -86,10 +95,14 @@ def adamw(
         raise ValueError(
             f"adamw: an epsilon of {settings.epsilon} is 0 in f32, and 0 / 0 would follow"
         )
-    for start, stop in flat_ranges(n, max_range or program.recording.facts.max_binding // 4):
+    rates = tensors.rates
+    check_rates("adamw", rates, n)
+    largest = max_range or program.recording.facts.max_binding // 4
+    for start, stop in flat_ranges(n, largest, 64 if rates is None else RATES_UNIT):
         constants = {
             "lanes": LANES,
             "n": stop - start,
+            "rates": rates is not None,
             "beta1": settings.betas[0],
             "beta2": settings.betas[1],
             "epsilon": settings.epsilon,
@@ -97,5 +110,19 @@ def adamw(
         }
         ranges = [tensor.slice(start, stop) for tensor in flat]
         program.dispatch(
-            "adamw", constants, [step, state, *ranges], -(-(stop - start) // (4 * LANES))
+            "adamw",
+            constants,
+            [step, state, *ranges, *rates_of(rates, start, stop)],
+            -(-(stop - start) // (4 * LANES)),
         )
+
+
+def check_rates(name: str, rates: Tensor | None, n: int) -> None:
+    """Refuses rates of another number of parameters."""
+    if rates is not None:
+        check_shape(f"{name} rates", rates, -(-n // RATED))
+
+
+def rates_of(rates: Tensor | None, start: int, stop: int) -> list[Tensor]:
+    """Those of parameters start to stop, where there are any."""
+    return [] if rates is None else [rates.slice(start // RATED, -(-stop // RATED))]

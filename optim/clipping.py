@@ -14,9 +14,14 @@ _PARTIALS = 1024  # partial sums of squares: short enough sums for f32, few enou
 GPU_LANES, CPU_LANES = 256, 8  # of a workgroup
 
 
-def flat_ranges(n: int, max_range: int) -> list[tuple[int, int]]:
-    """Cuts [0, n) into stretches of at most `max_range` elements that begin on 256 bytes."""
-    step = max(64, max_range // 64 * 64)
+def flat_ranges(n: int, max_range: int, unit: int = 64) -> list[tuple[int, int]]:
+    """Cuts [0, n) into stretches of at most `max_range` elements that begin on 256 bytes.
+
+    Args:
+        unit: what they begin on a multiple of, where tensors with one value for several elements
+            are cut with them; it may be more than max_range.
+    """
+    step = max(unit, max_range // unit * unit)
     return [(start, min(start + step, n)) for start in range(0, n, step)]
 
 

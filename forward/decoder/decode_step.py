@@ -64,7 +64,7 @@ def record_step(program: Program, step: Step) -> None:
     record_embedding(program, model, inputs.tokens, inputs.rows, act.x)
     record_per_layer_inputs(program, model, act.x, inputs.table_rows, act.per_layer)
     layers = range(model.architecture.n_layers)
-    if inputs.rows.maximum == 1 and fuses(program.recording):
+    if _fused(program, step):
         record_first_row(program, model, act)
         for layer in layers:
             cache = step.caches[layer]
@@ -82,8 +82,19 @@ def record_step(program: Program, step: Step) -> None:
             for (of_layer, group), lora in step.factors.items()
             if of_layer == layer
         }
-        tensors = replace(act.of(model.layers[layer].spec), z=z)
+        products = {
+            group: act.memory.product(program.recording, model.layers[layer].matrices[group])
+            for (of_layer, group), lora in step.factors.items()
+            if of_layer == layer and lora.dora is not None
+        }
+        tensors = replace(act.of(model.layers[layer].spec), z=z, products=products)
         record_layer(program, walk, layer, tensors, act.x, act.x)
+
+
+def _fused(program: Program, step: Step) -> bool:
+    """Whether the step is one row that takes kernels of its own, which scale no columns (DoRA)."""
+    scaled = any(lora.dora is not None for lora in step.factors.values())
+    return step.inputs.rows.maximum == 1 and fuses(program.recording) and not scaled
 
 
 def record_step_head(program: Program, step: Step, head: StepHead) -> None:
@@ -96,7 +107,7 @@ def record_step_head(program: Program, step: Step, head: StepHead) -> None:
             last = gather_rows(program, act.x, inputs.last_row, head.row, out=head.last)
         if fuses(program.recording):
             row = row_into(program, model, act, a.n_layers, last)
-            if inputs.rows.maximum > 1 and row.ints is not None:
+            if not _fused(program, step) and row.ints is not None:
                 to_int_row(program, last, row.ints)
         else:
             row = Row(rmsnorm(program, last, model.output_norm, out=head.normed))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lora.forward.cross_entropy import cross_entropy
+from lora.forward.cross_entropy import Criterion, Objective, cross_entropy
+from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.gather import gather_rows
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import has_matrix_units
+from lora.forward.model.adaptable import HEAD_GROUP
 from lora.forward.model.adapter import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
@@ -85,6 +87,13 @@ def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
     return replace(tensor.slice(start, stop), extent=extent)
 
 
+def head_dropout(dropout: Dropout, model: Model, inputs: Inputs, index: int) -> GroupDropout:
+    """Dropout before the adapted head, for one chunk of targets."""
+    start, stop, extent = inputs.chunks[index]
+    own = dropout.of_head(model.architecture.n_layers, HEAD_GROUP, start, stop)
+    return replace(own, rows=replace(own.rows, extent=extent))
+
+
 def record_logits(
     program: Program,
     model: Model,
@@ -92,6 +101,7 @@ def record_logits(
     factors: Factors,
     act: HeadActivations,
     index: int,
+    dropout: Dropout | None = None,
 ) -> Tensor:  # [chunk, logits_size]
     """Appends the (capped) logits of one chunk of targets; columns past the vocabulary are zero."""
     start, stop, extent = inputs.chunks[index]
@@ -101,7 +111,8 @@ def record_logits(
     z = None
     if lora is not None and act.z is not None:
         z = chunk_of(act.z, inputs, index)
-        lora_project(program, normed, lora, out=z, label="head.z")
+        own = None if dropout is None else head_dropout(dropout, model, inputs, index)
+        lora_project(program, normed, lora, out=z, dropout=own, label="head.z")
     softcap = model.architecture.logit_softcap
     matmul(
         program,
@@ -120,6 +131,7 @@ def record_chunk_loss(
     index: int,
     logits: Tensor,
     weights: Tensor | None,
+    criterion: Criterion | None = None,
 ) -> None:
     """Appends the losses of one chunk of targets.
 
@@ -128,14 +140,20 @@ def record_chunk_loss(
         logits: [chunk, logits_size], of `record_logits`.
         weights: [targets], what each loss counts: the logits become their gradient (to what they
             were before the cap) in place; None leaves them.
+        criterion: what is minimized; None for −log p of each label.
     """
+    weighed: Tensor | Objective | None = None
+    if weights is not None:
+        weighed = chunk_of(weights, inputs, index)
+        if criterion is not None:
+            weighed = Objective(weighed, criterion)
     cross_entropy(
         program,
         logits,
         chunk_of(inputs.labels, inputs, index),
         chunk_of(act.losses, inputs, index),
         chunk_of(act.correct, inputs, index),
-        None if weights is None else chunk_of(weights, inputs, index),
+        weighed,
         vocab_size=model.architecture.vocab_size,
         softcap=model.architecture.logit_softcap,
     )

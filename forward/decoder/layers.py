@@ -7,7 +7,7 @@ What a layer's blocks do stands in forward/decoder/blocks.py; whom rows attend t
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from lora.forward.decoder.blocks import BLOCKS
@@ -39,6 +39,7 @@ class LayerActivations:
         feed_forward: of its block.
         feed_forward_output: [rows, hidden_size], before its norm, with post_norms.
         z: [rows, members · rank], by adapted group.
+        products: [rows, out_features], by adapted group, before DoRA scales their columns.
         after_feed_forward: [rows, hidden_size], the residual stream before the layer's own input.
         per_layer: of that block.
         per_layer_output: [rows, hidden_size], before its norm.
@@ -55,6 +56,7 @@ class LayerActivations:
     after_feed_forward: Tensor | None = None
     per_layer: Any = None
     per_layer_output: Tensor | None = None
+    products: Mapping[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def allocate(
@@ -95,6 +97,21 @@ def low_rank_tensors(
     }
 
 
+def product_tensors(
+    recording: Recording, model: Model, factors: Factors, layer: int, rows: Extent
+) -> dict[str, Tensor]:
+    """The products of a layer's groups whose columns DoRA scales, [rows, out_features] each."""
+    return {
+        group: recording.memory.empty(
+            (rows.maximum, model.layers[layer].matrices[group].out_features),
+            recording.precision,
+            extent=rows,
+        )
+        for (of_layer, group), lora in factors.items()
+        if of_layer == layer and lora.magnitude is not None
+    }
+
+
 def record_embedding(
     program: Program, model: Model, tokens: Tensor, rows: Extent, x: Tensor
 ) -> None:
@@ -116,7 +133,7 @@ def record_layer(
     """
     weights = walk.model.layers[layer]
     spec = weights.spec
-    recorder = LayerRecorder(program, walk, layer, act.z)
+    recorder = LayerRecorder(program, walk, layer, act.z, act.products)
     with program.scope(f"layers.{layer}"):
         if weights.mixer_norm is not None:
             rmsnorm(program, x, weights.mixer_norm, out=act.normed)

@@ -10,6 +10,8 @@ from lora.forward.attention import attention
 from lora.forward.attention_decode import attention_decode
 from lora.forward.copy_columns import copy_columns
 from lora.forward.decoder.step_inputs import StepInputs
+from lora.forward.dora import scale_columns
+from lora.forward.dropout import Dropout
 from lora.forward.heads import Heads
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
@@ -166,11 +168,13 @@ class Walk:
 
     Attributes:
         factors: the adapters; empty for the bare model.
+        dropout: of what the factors are given, in training.
     """
 
     model: Model
     factors: Factors
     context: Context
+    dropout: Dropout | None = None
 
 
 @dataclass(frozen=True)
@@ -198,12 +202,14 @@ class LayerRecorder:
 
     Attributes:
         z: [rows, members · rank], by adapted group.
+        products: [rows, out_features], by group whose columns DoRA scales.
     """
 
     program: Program
     walk: Walk
     layer: int
     z: Mapping[str, Tensor]
+    products: Mapping[str, Tensor] = field(default_factory=dict)
 
     @property
     def weights(self) -> LayerWeights:
@@ -222,10 +228,27 @@ class LayerRecorder:
         """Appends a group's product, its low-rank part included; `to` None wants z alone."""
         lora, z = self.walk.factors.get((self.layer, group)), self.z.get(group)
         if lora is not None:
-            lora_project(self.program, source, lora, out=z, label=f"{group}.z")
+            dropout = self.walk.dropout
+            lora_project(
+                self.program, source, lora, out=z, label=f"{group}.z",
+                dropout=None if dropout is None else dropout.of(self.layer, group),
+            )  # fmt: skip
+        weights = self.weights
+        if lora is not None and lora.dora is not None:
+            raw = self.products[group]
+            self._product(
+                Product(source, weights.matrices[group], lora=lora, z=z), raw, None, group
+            )
+            if to is not None:
+                scale_columns(
+                    self.program, raw, lora.dora.scales, to, bias=weights.biases.get(group),
+                    residual=residual, label=f"{group}.scaled",
+                )  # fmt: skip
+                if norm is not None:
+                    norm.record(self.program, to)
+            return
         if to is None:
             return
-        weights = self.weights
         product = Product(
             source,
             weights.matrices[group],
@@ -234,12 +257,15 @@ class LayerRecorder:
             bias=weights.biases.get(group),
             residual=residual,
         )
+        self._product(product, to, norm, group)
+
+    def _product(self, product: Product, to: Tensor, norm: NormAfter | None, label: str) -> None:
         if self.walk.context.one_row:
-            matmul_row(self.program, product, out=to, label=group)
+            matmul_row(self.program, product, out=to, label=label)
             if norm is not None:
                 norm.record(self.program, to)
         else:
-            matmul(self.program, product, out=to, norm=norm, label=group)
+            matmul(self.program, product, out=to, norm=norm, label=label)
 
     def end(self, source: Tensor, group: str, end: BlockEnd) -> None:
         """Appends the last product of a block."""

@@ -43,11 +43,13 @@ class RowMemory:
     Attributes:
         rows: how many rows there are.
         low: z by its width: adapters differ in rank.
+        products: before DoRA scales their columns, by their width.
         ints: rows of whole numbers, by what they are of and their width.
     """
 
     rows: Extent
     low: dict[int, Tensor] = field(default_factory=dict)
+    products: dict[int, Tensor] = field(default_factory=dict)
     ints: dict[tuple[str, int], IntRow] = field(default_factory=dict)
 
     def z(self, recording: Recording, lora: LoraFactors) -> Tensor:
@@ -57,6 +59,14 @@ class RowMemory:
             shape = (self.rows.maximum, width)
             self.low[width] = recording.memory.empty(shape, extent=self.rows)
         return self.low[width]
+
+    def product(self, recording: Recording, matrix: FrozenMatrix) -> Tensor:
+        """The tensor for a product whose columns DoRA scales."""
+        width = matrix.out_features
+        if width not in self.products:
+            shape = (self.rows.maximum, width)
+            self.products[width] = recording.memory.empty(shape, extent=self.rows)
+        return self.products[width]
 
     def before(
         self,

@@ -13,12 +13,28 @@ import numpy as np
 
 from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.low_rank import LowRank
 from lora.forward.model.row_order import to_gguf, to_hf
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.tensor import Tensor
 
 _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
+
+
+@dataclass(frozen=True)
+class DoraTensors:
+    """What DoRA knows of a group's columns of y, f32 [out_features] each; see forward/dora.py.
+
+    Attributes:
+        squares: ‖W‖² of each row of W.
+        scales: m / ‖W + s · B · A‖; 1 where nothing is adapted.
+        inverses: 1 / ‖W + s · B · A‖; 0 there.
+    """
+
+    squares: Tensor
+    scales: Tensor
+    inverses: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,6 +52,10 @@ class LoraFactors:
             are zero: their gradients are zero then, so that AdamW leaves them zero.
         scale: alpha / rank (rsLoRA: alpha / sqrt(rank)), with the rank that the user asked for.
         ranges: output columns [start, stop) of each member.
+        member_scales: where members differ in alpha or in the rank that it is divided by: what z of
+            each is multiplied by, with a `scale` of 1; empty where they don't.
+        magnitude: DoRA's m, [rows of b]; None without DoRA.
+        dora: what goes with it, where it is used; those of gradients have none.
     """
 
     a: Tensor
@@ -43,6 +63,9 @@ class LoraFactors:
     rank: int
     scale: float
     ranges: tuple[tuple[int, int], ...]
+    member_scales: tuple[float, ...] = ()
+    magnitude: Tensor | None = None
+    dora: DoraTensors | None = None
 
     @property
     def n_members(self) -> int:
@@ -52,6 +75,10 @@ class LoraFactors:
     def first_feature(self, member: int) -> int:
         """The row of the stacked B where a member's begins."""
         return sum(stop - start for start, stop in self.ranges[:member])
+
+    def projection_scale(self, member: int) -> float:
+        """What z of a member is multiplied by beside `scale`."""
+        return self.member_scales[member] if self.member_scales else 1.0
 
 
 Orders = tuple[np.ndarray | None, np.ndarray | None]
@@ -69,6 +96,25 @@ class AdaptedGroup:
     in_features: int
     a_start: int
     b_start: int
+    low: tuple[LowRank, ...]  # of the members
+    m_start: int | None = None  # of DoRA's magnitudes
+
+    @property
+    def padded_rank(self) -> int:
+        """Rows of A, columns of B, that each member has on the device."""
+        return _whole_quads(max(one.rank for one in self.low))
+
+    @property
+    def scale(self) -> float:
+        """What all members' products are multiplied by; 1 where they differ."""
+        scales = {one.scale for one in self.low}
+        return scales.pop() if len(scales) == 1 else 1.0
+
+    @property
+    def member_scales(self) -> tuple[float, ...]:
+        """See `LoraFactors`."""
+        scales = tuple(one.scale for one in self.low)
+        return scales if len(set(scales)) > 1 else ()
 
 
 class AdapterLayout:
@@ -81,6 +127,10 @@ class AdapterLayout:
             is adapted whatever the layers are.
         rank: of every matrix, as the user asked for it.
         scale: what B · A is multiplied by.
+        modules: what single matrices are adapted with, by PEFT's path; those that are not there
+            are left alone. None: all that layers and targets say, with `rank` and `scale`.
+        alignment: each group's stacked A, and B, begins on a multiple of it, 64 or more of them.
+        dora: whether each row of an adapted matrix has a magnitude, behind the group's B.
 
     Raises:
         InputError: the layers have none of the matrices.
@@ -93,12 +143,19 @@ class AdapterLayout:
         targets: Iterable[str],
         rank: int,
         scale: float,
+        modules: Mapping[str, LowRank] | None = None,
+        alignment: int = _ALIGNMENT,
+        dora: bool = False,
     ) -> None:
         self.architecture = architecture
         self.targets = frozenset(targets)
+        self._modules = modules
+        self._every = LowRank(rank, scale)
+        self._alignment = alignment
+        self.dora = dora
         self.layers = [layer for layer in sorted(layers) if self._adapts(layer)]
         self.rank = rank
-        self.padded_rank = -(-rank // 4) * 4
+        self.padded_rank = _whole_quads(rank)
         self.scale = scale
         self.groups: list[AdaptedGroup] = []
         self.n_trainable = 0  # parameters, padding not counted
@@ -117,29 +174,48 @@ class AdapterLayout:
     def _adapts(self, layer: int) -> bool:
         """Whether a layer has one of the matrices."""
         groups = self.architecture.layers[layer].groups.values()
-        return any(matrix.module in self.targets for group in groups for matrix in group)
+        return any(self._low(layer, matrix) for group in groups for matrix in group)
+
+    def _low(self, layer: int, matrix: AdaptableMatrix) -> LowRank | None:
+        """What a matrix is adapted with; None for nothing."""
+        if self._modules is not None:
+            return self._modules.get(matrix.peft_path(layer))
+        return self._every if matrix.module in self.targets else None
 
     def _place(self, layer: int, name: str, matrices: Sequence[AdaptableMatrix]) -> None:
         """Gives the adapted matrices of one group their place after all others."""
-        members, ranges, column = [], [], 0
+        members: list[AdaptableMatrix] = []
+        ranges: list[tuple[int, int]] = []
+        lows: list[LowRank] = []
+        column = 0
         holder = self.architecture.holder(layer)
         for matrix in matrices:
             rows = _whole_quads(matrix.out_size(holder))
-            if matrix.module in self.targets:
+            low = self._low(layer, matrix)
+            if low is not None:
                 members.append(matrix)
                 ranges.append((column, column + rows))
-                self.n_trainable += self.rank * (matrix.out_size(holder) + matrix.in_size(holder))
+                lows.append(low)
+                self.n_trainable += low.rank * (matrix.out_size(holder) + matrix.in_size(holder))
             column += rows
         if not members:
             return
         in_features = members[0].in_size(holder)
-        b_start = _aligned(self._end + len(members) * self.padded_rank * in_features)
-        group = AdaptedGroup(
-            layer, name, tuple(members), tuple(ranges), in_features, self._end, b_start
-        )
-        self.groups.append(group)
+        rank = _whole_quads(max(low.rank for low in lows))
+        a_start = self._end
+        b_start = _aligned(a_start + len(members) * rank * in_features, self._alignment)
         n_rows = sum(stop - start for start, stop in ranges)
-        self._end = _aligned(b_start + n_rows * self.padded_rank)
+        self._end = _aligned(b_start + n_rows * rank, self._alignment)
+        m_start = None
+        if self.dora:
+            m_start, self._end = self._end, _aligned(self._end + n_rows, self._alignment)
+            self.n_trainable += sum(matrix.out_size(holder) for matrix in members)
+        self.groups.append(
+            AdaptedGroup(
+                layer, name, tuple(members), tuple(ranges), in_features, a_start, b_start,
+                tuple(lows), m_start,
+            )
+        )  # fmt: skip
 
     @property
     def lowest_layer(self) -> int:
@@ -153,13 +229,17 @@ class AdapterLayout:
         """The factors inside a flat tensor [size], by (layer, group)."""
         found = {}
         for group in self.groups:
-            a_shape = (len(group.members) * self.padded_rank, group.in_features)
-            b_shape = (sum(stop - start for start, stop in group.ranges), self.padded_rank)
+            rank = group.padded_rank
+            a_shape = (len(group.members) * rank, group.in_features)
+            b_shape = (sum(stop - start for start, stop in group.ranges), rank)
             a = flat.slice(group.a_start, group.a_start + a_shape[0] * a_shape[1])
             b = flat.slice(group.b_start, group.b_start + b_shape[0] * b_shape[1])
             found[group.layer, group.group] = LoraFactors(
-                a.reshape(*a_shape), b.reshape(*b_shape), self.padded_rank, self.scale, group.ranges
-            )
+                a.reshape(*a_shape), b.reshape(*b_shape), rank, group.scale, group.ranges,
+                group.member_scales,
+                None if group.m_start is None
+                else flat.slice(group.m_start, group.m_start + b_shape[0]),
+            )  # fmt: skip
         return found
 
     def check_bindings(self, facts: DeviceFacts) -> None:
@@ -171,12 +251,13 @@ class AdapterLayout:
         for group in self.groups:
             rows = sum(stop - start for start, stop in group.ranges)
             width = rows + len(group.members) * group.in_features
-            if 4 * width * self.padded_rank + 4 * _ALIGNMENT > facts.max_binding:
+            if 4 * width * group.padded_rank + 4 * _ALIGNMENT > facts.max_binding:
                 names = ", ".join(matrix.module for matrix in group.members)
                 highest = (facts.max_binding - 4 * _ALIGNMENT) // (4 * width) // 4 * 4
+                rank = max(low.rank for low in group.low)
                 raise InputError(
-                    f"adapter.rank: got {self.rank}; the factors of {names} would take "
-                    f"{4 * width * self.padded_rank / 2**20:.0f} MiB, more than the "
+                    f"adapter.rank: got {rank}; the factors of {names} would take "
+                    f"{4 * width * group.padded_rank / 2**20:.0f} MiB, more than the "
                     f"{facts.max_binding / 2**20:.0f} MiB that {facts.name} can bind. The "
                     f"highest rank for them here is {highest}."
                 )
@@ -190,17 +271,20 @@ class AdapterLayout:
             holder = self.architecture.holder(group.layer)
             a_row = group.a_start
             b_row = group.b_start
-            for matrix, (start, stop) in zip(group.members, group.ranges, strict=True):
-                n_a = self.padded_rank * group.in_features
-                n_b = (stop - start) * self.padded_rank
-                a = flat[a_row : a_row + n_a].reshape(self.padded_rank, group.in_features)
-                b = flat[b_row : b_row + n_b].reshape(stop - start, self.padded_rank)
+            rank = group.padded_rank
+            for matrix, (start, stop), low in zip(
+                group.members, group.ranges, group.low, strict=True
+            ):
+                n_a = rank * group.in_features
+                n_b = (stop - start) * rank
+                a = flat[a_row : a_row + n_a].reshape(rank, group.in_features)
+                b = flat[b_row : b_row + n_b].reshape(stop - start, rank)
                 out_features = matrix.out_size(holder)
                 yield (
                     matrix.peft_path(group.layer),
                     (matrix.row_order(holder), matrix.column_order(holder)),
-                    a[: self.rank],
-                    b[:out_features, : self.rank],
+                    a[: low.rank],
+                    b[:out_features, : low.rank],
                 )
                 a_row += n_a
                 b_row += n_b
@@ -232,18 +316,78 @@ class AdapterLayout:
             b[:] = to_gguf(given_b, rows)
         return flat
 
-    def initial(self, seed: int) -> np.ndarray:
-        """A new adapter, f32 [size]: A uniform in ±1/sqrt(in) as PEFT's, B zero."""
+    def magnitudes(self, flat: np.ndarray) -> dict[str, np.ndarray]:
+        """DoRA's m of each module [out], by PEFT's path, rows in Hugging Face's order."""
+        found = {}
+        for path, order, rows in self._magnitude_views(flat):
+            found[path] = to_hf(rows, order).copy()
+        return found
+
+    def set_magnitudes(self, flat: np.ndarray, magnitudes: Mapping[str, np.ndarray]) -> None:
+        """The inverse of `magnitudes`, into a flat array."""
+        for path, order, rows in self._magnitude_views(flat):
+            given = magnitudes[path]
+            if given.shape != rows.shape:
+                raise ValueError(f"{path} has magnitudes {given.shape}, expected {rows.shape}")
+            rows[:] = to_gguf(given, order)
+
+    def _magnitude_views(
+        self, flat: np.ndarray
+    ) -> Iterable[tuple[str, np.ndarray | None, np.ndarray]]:
+        """(PEFT path, order of rows, m [out]), views of a flat array."""
+        for group in self.groups:
+            if group.m_start is None:
+                continue
+            holder, at = self.architecture.holder(group.layer), group.m_start
+            for matrix, (start, stop) in zip(group.members, group.ranges, strict=True):
+                rows = flat[at : at + matrix.out_size(holder)]
+                yield matrix.peft_path(group.layer), matrix.row_order(holder), rows
+                at += stop - start
+
+    def initial(self, seed: int, init: str = "default") -> np.ndarray:
+        """A new adapter, f32 [size], B zero; DoRA's magnitudes, too, which the base decides.
+
+        Args:
+            init: as PEFT's init_lora_weights: "default", A uniform in ±1/sqrt(in); "gaussian", A
+                normal with the standard deviation 1/rank.
+        """
+        if init not in ("default", "gaussian"):
+            raise ValueError(f"init {init!r} is neither default nor gaussian")
         rng = np.random.default_rng(seed)
         flat = np.zeros(self.size, np.float32)
         for _, _, a, _ in self._views(flat):
-            bound = 1.0 / np.sqrt(a.shape[1])
-            a[:] = rng.uniform(-bound, bound, a.shape)
+            if init == "gaussian":
+                a[:] = rng.normal(0.0, 1.0 / a.shape[0], a.shape)
+            else:
+                bound = 1.0 / np.sqrt(a.shape[1])
+                a[:] = rng.uniform(-bound, bound, a.shape)
         return flat
 
+    def b_blocks(self) -> np.ndarray:
+        """Which 64 neighbouring elements of a flat array are of B, bool [⌈size / 64⌉]."""
+        found = np.zeros(-(-self.size // _ALIGNMENT), bool)
+        ends = [*(group.a_start for group in self.groups[1:]), self.size]
+        for group, end in zip(self.groups, ends, strict=False):
+            found[group.b_start // _ALIGNMENT : -(-end // _ALIGNMENT)] = True
+        return found
 
-def _aligned(n: int) -> int:
-    return -(-n // _ALIGNMENT) * _ALIGNMENT
+    @property
+    def is_partial(self) -> bool:
+        """Whether it leaves out a matrix of a name that it adapts elsewhere in its layers."""
+        every = AdapterLayout(self.architecture, self.layers, self.targets, self.rank, self.scale)
+        return len(self.low_ranks()) < len(every.low_ranks())
+
+    def low_ranks(self) -> dict[str, LowRank]:
+        """What each matrix is adapted with, by PEFT's path."""
+        return {
+            matrix.peft_path(group.layer): low
+            for group in self.groups
+            for matrix, low in zip(group.members, group.low, strict=True)
+        }
+
+
+def _aligned(n: int, alignment: int) -> int:
+    return -(-n // alignment) * alignment
 
 
 def _whole_quads(n: int) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -14,13 +15,13 @@ from lora.adapters.peft_files import (
     load_peft_adapter,
     read_peft_factors,
     read_peft_settings,
-    refuse_dora,
 )
 from lora.adapters.saved_factors import common_scale
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adaptable import MODULE_NAMES
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.low_rank import LowRank
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
 
@@ -38,23 +39,33 @@ class SavedAdapter:
         scale: what most of its products B · A are multiplied by, without a sign; on the device
             it is that of all, see `saved_factors.pack`.
         stabilized: whether its scales are meant as alpha / sqrt(rank).
-        modules: PEFT paths of the matrices that it adapts.
+        low: what each of its matrices is adapted with, by PEFT's path.
+        dora: whether it has DoRA's magnitudes.
     """
 
     path: Path
     rank: int
     scale: float
     stabilized: bool
-    modules: tuple[str, ...]
+    low: Mapping[str, LowRank]
+    dora: bool = False
+
+    @property
+    def modules(self) -> tuple[str, ...]:
+        """PEFT paths of the matrices that it adapts."""
+        return tuple(self.low)
 
     @property
     def alpha(self) -> float:
         """What the config calls alpha at this rank and scale."""
-        return self.scale * (self.rank**0.5 if self.stabilized else self.rank)
+        stabilized = self.stabilized and not self.dora  # the config has one word for both
+        return self.scale * (self.rank**0.5 if stabilized else self.rank)
 
     @property
-    def variant(self) -> Literal["lora", "rslora"]:
+    def variant(self) -> Literal["lora", "rslora", "dora"]:
         """What the config calls the variant."""
+        if self.dora:
+            return "dora"
         return "rslora" if self.stabilized else "lora"
 
     @property
@@ -95,7 +106,14 @@ class SavedAdapter:
                 f"{self.path}: adapts layer {self.layers[-1]}, but the model has "
                 f"{architecture.n_layers} layers; the adapter was made for another model."
             )
-        return AdapterLayout(architecture, self.layers, self.targets, self.rank, self.scale)
+        # Just its own matrices: not each layer need have all that another has.
+        low = LowRank(self.rank, self.scale)
+        given = (architecture, self.layers, self.targets, self.rank, self.scale)
+        every = AdapterLayout(*given, dora=self.dora)
+        modules = {path: low for path in every.low_ranks() if path in set(self.modules)}
+        if len(modules) == len(every.low_ranks()):
+            return every
+        return AdapterLayout(*given, modules, dora=self.dora)
 
     def settings(self, architecture: Architecture) -> AdapterConfig:
         """The config's section with which a session takes it over as it is.
@@ -110,7 +128,7 @@ class SavedAdapter:
             rank=self.rank,
             alpha=self.alpha,
             variant=self.variant,
-            targets=self.targets,
+            targets=sorted(layout.low_ranks()) if layout.is_partial else self.targets,
             layers=layout.layers or "all",  # lm_head alone is in no layer
             init_from=str(self.path),
         )
@@ -130,16 +148,20 @@ def open_adapter(path: Path, architecture: Architecture) -> SavedAdapter:
     if is_gguf_adapter(path):
         found = read_adapter_settings(path)
         scale = common_scale(found.scale(tensor) for tensor in found.ranks)
-        return SavedAdapter(path, found.rank, scale, False, tuple(found.modules(architecture)))
+        low = {
+            module: LowRank(found.ranks[tensor], found.scale(tensor))
+            for module, tensor in found.modules(architecture).items()
+        }
+        return SavedAdapter(path, found.rank, scale, False, low)
     settings = read_peft_settings(path)
-    refuse_dora(path, settings)
     modules = as_named_in(architecture, path, read_peft_factors(path, settings))
     return SavedAdapter(
         path,
         max((factors.rank for factors in modules.values()), default=settings["r"]),
         common_scale(factors.scale for factors in modules.values()),
         bool(settings.get("use_rslora")),
-        tuple(modules),
+        {module: LowRank(factors.rank, factors.scale) for module, factors in modules.items()},
+        settings["use_dora"],
     )
 
 

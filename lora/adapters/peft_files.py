@@ -19,7 +19,6 @@ from lora.adapters.peft_settings import (
     WEIGHTS,
     match_patterns,
     read_peft_settings,
-    refuse_dora,
 )
 from lora.adapters.saved_factors import SavedFactors, pack
 from lora.forward.model.adaptable import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
@@ -57,27 +56,45 @@ def save_peft_adapter(
     for path, (a, b) in modules.items():
         tensors[f"{_PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a)
         tensors[f"{_PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b)
+    for path, magnitude in layout.magnitudes(flat).items():
+        name = f"{_PREFIX}{path.replace(TEXT_LAYERS, layers, 1)}{_MAGNITUDE}"
+        tensors[name] = np.ascontiguousarray(magnitude)
     some_layers = 0 < len(layout.layers) < layout.architecture.n_layers
     # PEFT's layers_to_transform leaves out the head, and in a class for images, too, other parts
     # have modules of these names: then every module is named in full.
-    by_path = (some_layers and HEAD.module in layout.targets) or layers == LANGUAGE_LAYERS
+    by_path = (
+        (some_layers and HEAD.module in layout.targets)
+        or layers == LANGUAGE_LAYERS
+        or layout.is_partial
+    )
+    low = {path.replace(TEXT_LAYERS, layers, 1): one for path, one in layout.low_ranks().items()}
+    adapter = config.adapter
+    alphas = {
+        path: one.scale * (math.sqrt(one.rank) if adapter.variant == "rslora" else one.rank)
+        for path, one in low.items()
+    }
     settings = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": config.model.path,
         "r": layout.rank,
-        "lora_alpha": config.adapter.alpha,
+        "lora_alpha": adapter.alpha,
         "target_modules": sorted(modules if by_path else layout.targets),
-        "lora_dropout": config.adapter.dropout,
+        "lora_dropout": adapter.dropout,
         "bias": "none",
         "fan_in_fan_out": False,
         "inference_mode": True,
-        "init_lora_weights": True,
-        "use_rslora": config.adapter.variant == "rslora",
-        "use_dora": False,
+        "init_lora_weights": "gaussian" if adapter.init == "gaussian" else True,
+        "use_rslora": adapter.variant == "rslora",
+        "use_dora": layout.dora,
         "modules_to_save": None,
-        "rank_pattern": {},
-        "alpha_pattern": {},
+        # By whole paths, which fit one matrix each, whatever class the model opens as.
+        "rank_pattern": {path: one.rank for path, one in low.items() if one.rank != layout.rank},
+        "alpha_pattern": {
+            path: alpha
+            for path, alpha in alphas.items()
+            if not math.isclose(alpha, adapter.alpha, rel_tol=1e-9)
+        },
         "layers_to_transform": layout.layers if some_layers and not by_path else None,
         "layers_pattern": "layers" if some_layers and not by_path else None,
         "peft_version": _PEFT_VERSION,
@@ -204,9 +221,8 @@ def load_peft_adapter(directory: Path, layout: AdapterLayout) -> np.ndarray:
     """A PEFT adapter in the layout of the device, f32 [layout.size]; see `saved_factors.pack`.
 
     Raises:
-        InputError: it adapts other matrices than the layout, with other sizes, or by DoRA.
+        InputError: it adapts other matrices than the layout, with other sizes, or another variant.
     """
     settings = read_peft_settings(directory)
-    refuse_dora(directory, settings)
     modules = read_peft_factors(directory, settings)
     return pack(directory, as_named_in(layout.architecture, directory, modules), layout)

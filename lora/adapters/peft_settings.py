@@ -148,7 +148,7 @@ def _check_initialization(path: Path, value: Any) -> None:
 
 
 def refuse_dora(directory: Path, settings: Mapping[str, Any]) -> None:
-    """Refuses a DoRA adapter, which a base of other weights than its own can't be run with.
+    """Refuses a DoRA adapter where nothing but A and B can be held, as in a GGUF adapter.
 
     Raises:
         InputError: it is one.

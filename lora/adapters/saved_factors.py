@@ -77,38 +77,81 @@ def _check_same_matrices(source: Path, wanted: Collection[str], given: Collectio
 def pack(source: Path, modules: Mapping[str, SavedFactors], layout: AdapterLayout) -> np.ndarray:
     """An adapter in the layout of the device, f32 [layout.size], each product the file's own.
 
-    The device has one rank and one scale. A matrix of a lower rank gets rows of A and columns of
-    B that are zero: each one's gradient is a multiple of the other, so that they stay zero in
-    training. Where a scale is not the layout's, B takes up the difference.
+    A matrix of a lower rank than the layout has for it gets rows of A and columns of B that are
+    zero: each one's gradient is a multiple of the other, so that they stay zero in training. Where
+    a scale is not the layout's, B takes up the difference.
 
     Args:
         source: where the adapter came from, for messages.
         modules: by PEFT's module path.
 
     Raises:
-        InputError: it adapts other matrices than the layout, or with other sizes.
+        InputError: it adapts other matrices than the layout, or with other sizes, or only one of
+            both has DoRA's magnitudes.
     """
     wanted = layout.to_modules(np.zeros(layout.size, np.float32))
     _check_same_matrices(source, wanted, modules)
+    _check_magnitudes(source, modules, layout)
+    lows = layout.low_ranks()
     highest = max((factors.rank for factors in modules.values()), default=layout.rank)
-    if highest != layout.rank:
+    wanted_rank = max((low.rank for low in lows.values()), default=layout.rank)
+    if highest != wanted_rank:
         raise InputError(
-            f"{source}: its rank is {highest}, and the config's adapter.rank wants {layout.rank}; "
+            f"{source}: its rank is {highest}, and the config's adapter.rank wants {wanted_rank}; "
             f"set it to {highest}."
         )
     padded = {}
     for path, (a, b) in wanted.items():
-        factors = modules[path]
+        factors, low = modules[path], lows[path]
         rank = factors.rank
+        if rank > low.rank:
+            raise InputError(
+                f"{source}: {path} has the rank {rank}, and the config's adapter.rank and "
+                f"adapter.rank_pattern give it {low.rank}; set them to the same."
+            )
         expected = (rank, a.shape[1]), (b.shape[0], rank)
         if (factors.a.shape, factors.b.shape) != expected:
             raise InputError(
                 f"{source}: {path} has A {factors.a.shape} and B {factors.b.shape}; this model "
                 f"wants {expected[0]} and {expected[1]}. The adapter was made for another one."
             )
-        factor = factors.scale / layout.scale
+        factor = factors.scale / low.scale
         # alpha is a float32 in some files: what differs by rounding alone is the same scale.
         same = math.isclose(factor, 1.0, rel_tol=1e-6)
         a[:rank], b[:, :rank] = factors.a, factors.b if same else factors.b * np.float32(factor)
         padded[path] = a, b
-    return layout.from_modules(padded)
+    flat = layout.from_modules(padded)
+    if layout.dora:
+        magnitudes = {
+            path: factors.magnitude
+            for path, factors in modules.items()
+            if factors.magnitude is not None
+        }
+        layout.set_magnitudes(flat, magnitudes)
+    return flat
+
+
+def _check_magnitudes(
+    source: Path, modules: Mapping[str, SavedFactors], layout: AdapterLayout
+) -> None:
+    """Checks that an adapter has magnitudes where its layout has, each a number for every row.
+
+    Raises:
+        InputError: it has not.
+    """
+    for path, factors in modules.items():
+        if (factors.magnitude is not None) != layout.dora:
+            said = (
+                "has no lora_magnitude_vector, and the config's adapter.variant is dora; set it to "
+                "lora, or to rslora"
+                if layout.dora
+                else "has a lora_magnitude_vector; set adapter.variant to dora"
+            )
+            raise InputError(f"{source}: {path} {said}.")
+        if factors.magnitude is not None and (
+            factors.magnitude.shape != (len(factors.b),) or not np.isfinite(factors.magnitude).all()
+        ):
+            raise InputError(
+                f"{source}: the lora_magnitude_vector of {path} does not have a number for each of "
+                f"its {len(factors.b)} rows."
+            )

@@ -19,8 +19,9 @@ from pydantic import (
     model_validator,
 )
 
+from lora.config.adapter_section import AdapterConfig
 from lora.config.data_section import DataConfig
-from lora.config.errors import config_problems, did_you_mean
+from lora.config.errors import config_problems
 from lora.config.fields import (
     Count,
     MemorySize,
@@ -32,20 +33,13 @@ from lora.config.fields import (
     section_from_nothing,
     word_from_switch,
 )
+from lora.config.optimization import Optimization
 from lora.config.watch_section import WatchConfig, check_watched
 from lora.config.yaml_file import parse_yaml, read_yaml_mapping
-from lora.forward.model.adaptable import HEAD, MODULE_NAMES
-from lora.forward.model.architecture import Architecture
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import MOST_RANK, shown
+from lora.shaders.untrusted import shown
 from lora.storage.hub import check_repository
 from lora.storage.stores import MODEL_NAME_FORMS, check_model_name
-
-
-class LastLayers(Section):
-    """`{last: N}`: the N layers nearest to the head."""
-
-    last: Count
 
 
 class ModelConfig(Section):
@@ -66,124 +60,7 @@ class ModelConfig(Section):
         return path
 
 
-class AdapterConfig(Section):
-    """`adapter:`, what is trained."""
-
-    rank: int = Field(default=16, ge=1, le=MOST_RANK, description="a whole number of at least 1")
-    alpha: Number = Field(default=32.0, gt=0, description="a number above 0")
-    dropout: Number = Field(default=0.0, description="0")
-    targets: Literal["all-linear"] | list[str] = Field(
-        default="all-linear", description=f"all-linear, or a list of {', '.join(MODULE_NAMES)}"
-    )
-    layers: Literal["all"] | LastLayers | list[Annotated[int, Field(ge=0)]] = Field(
-        default="all",
-        description="all, {last: N} with N at least 1, or a list of layer numbers (the first is 0)",
-    )
-    variant: Literal["lora", "rslora", "dora"] = Field(default="lora", description="lora or rslora")
-    init_from: PathText | None = Field(
-        default=None,
-        description="null, or a PEFT adapter directory or GGUF adapter to continue from",
-    )
-
-    peft_layers: Literal["auto", "model.layers", "model.language_model.layers"] = Field(
-        default="auto",
-        description="where PEFT finds the layers: auto, the class that the family's checkpoints "
-        "open as; model.layers, one for text; or model.language_model.layers, one for images, too",
-    )
-
-    @field_validator("dropout")
-    @classmethod
-    def _supported_dropout(cls, dropout: float) -> float:
-        if dropout != 0:
-            raise ValueError(
-                f"got {dropout:g}; dropout is not supported yet; allowed here: 0 (try "
-                "train.weight_decay against overfitting)."
-            )
-        return dropout
-
-    @field_validator("variant")
-    @classmethod
-    def _supported_variant(cls, variant: str) -> str:
-        if variant == "dora":
-            raise ValueError("got 'dora'; it is not supported yet; allowed here: lora or rslora.")
-        return variant
-
-    @field_validator("targets")
-    @classmethod
-    def _known_targets(cls, targets: str | list[str]) -> str | list[str]:
-        if isinstance(targets, str):
-            return targets
-        allowed = f"allowed here: all-linear, or a list of {', '.join(MODULE_NAMES)}."
-        if not targets:
-            raise ValueError(f"got an empty list, so nothing would be trained; {allowed}")
-        for index, target in enumerate(targets):
-            if target not in MODULE_NAMES:
-                suggestion = did_you_mean(target, list(MODULE_NAMES))
-                raise ValueError(f"got {target!r}{suggestion or '; ' + allowed}")
-            if target in targets[:index]:
-                raise ValueError(f"got {target!r} twice; name each matrix once.")
-        return targets
-
-    @field_validator("layers")
-    @classmethod
-    def _distinct_layers(cls, layers: str | LastLayers | list[int]) -> str | LastLayers | list[int]:
-        if isinstance(layers, list):
-            if not layers:
-                raise ValueError("got an empty list, so nothing would be trained; try all.")
-            twice = next((n for i, n in enumerate(layers) if n in layers[:i]), None)
-            if twice is not None:
-                raise ValueError(f"got the layer {twice} twice; name each layer once.")
-        return layers
-
-    @property
-    def scale(self) -> float:
-        """What the product B·A is multiplied by: alpha / rank, in rslora alpha / √rank."""
-        return self.alpha / (math.sqrt(self.rank) if self.variant == "rslora" else self.rank)
-
-    def resolve_targets(self, architecture: Architecture) -> list[str]:
-        """Returns the PEFT names of the adapted matrices; all-linear leaves out lm_head, as PEFT.
-
-        Raises:
-            InputError: one is asked for that the model doesn't have.
-        """
-        names = list(architecture.matrices)
-        if isinstance(self.targets, str):
-            return [name for name in names if name != HEAD.module]
-        for target in self.targets:
-            if target not in names:
-                raise InputError(
-                    f"adapter.targets: got {target!r}, but a model of the architecture "
-                    f"{architecture.name!r} has {', '.join(names)}."
-                )
-        return [name for name in names if name in self.targets]
-
-    def resolve_layers(self, n_layers: int) -> list[int]:
-        """Returns the numbers of the adapted layers, lowest first.
-
-        Args:
-            n_layers: layers that the model has.
-
-        Raises:
-            InputError: more layers are asked for than the model has, or one that it lacks.
-        """
-        if isinstance(self.layers, LastLayers):
-            if self.layers.last > n_layers:
-                raise InputError(
-                    f"adapter.layers: got {{last: {self.layers.last}}}, but the model has "
-                    f"{n_layers} layers."
-                )
-            return list(range(n_layers - self.layers.last, n_layers))
-        if isinstance(self.layers, str):
-            return list(range(n_layers))
-        if max(self.layers) >= n_layers:
-            raise InputError(
-                f"adapter.layers: got the layer {max(self.layers)}, but the model has {n_layers} "
-                f"layers, numbered 0 to {n_layers - 1}."
-            )
-        return sorted(self.layers)
-
-
-class TrainConfig(WatchConfig):
+class TrainConfig(Optimization, WatchConfig):
     """`train:`, how the adapter is fitted; what it shares with watching a run stands there."""
 
     epochs: Number = Field(default=1.0, gt=0, le=10_000, description="a number above 0")
@@ -191,23 +68,12 @@ class TrainConfig(WatchConfig):
     batch_size: Count = Field(default=4, description="a whole number of at least 1")
     gradient_accumulation: Count = Field(default=1, description="a whole number of at least 1")
     learning_rate: Number = Field(default=2.0e-4, gt=0, description="a number above 0")
-    schedule: Literal["constant", "linear", "cosine"] = Field(
-        default="cosine", description="constant, linear or cosine"
-    )
     warmup_ratio: Annotated[Number, Field(ge=0, lt=1)] | None = Field(
         default=0.03, description="a number from 0 to below 1, the share of all steps"
     )
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(
         default=None, description="null, or a whole number of at least 0"
     )
-    weight_decay: Number = Field(default=0.0, ge=0, description="a number of at least 0")
-    betas: list[Annotated[Number, Field(ge=0, lt=1)]] = Field(
-        default=[0.9, 0.999],
-        min_length=2,
-        max_length=2,
-        description="two numbers from 0 to below 1",
-    )
-    epsilon: Number = Field(default=1.0e-8, gt=0, description="a number above 0")
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = Field(
         default=1.0, description="a number above 0, or null for no clipping"
     )

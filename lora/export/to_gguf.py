@@ -14,7 +14,8 @@ from gguf import GGMLQuantizationType
 from lora.adapters.adapted_tensor import AdaptedTensor, read_adapted_tensors
 from lora.adapters.gguf_files import ADAPTER_TYPES, write_gguf_adapter
 from lora.adapters.origin import CONFIG, Origin, PromptForm, origin_of
-from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings, refuse_dora
+from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings
+from lora.adapters.peft_settings import refuse_dora
 from lora.export.merge import MergedTensor, write_merged_gguf
 from lora.export.modelfile import (
     OF_ADAPTER,

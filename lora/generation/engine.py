@@ -13,7 +13,8 @@ import numpy as np
 from lora.forward.decoder.decode_step import Step, allocate_caches, record_step, record_step_head
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
-from lora.forward.model.adapter import AdapterLayout
+from lora.forward.dora import Dora
+from lora.forward.model.adapter import AdapterLayout, Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.kv_cache import TextState
 from lora.generation.snapshots import allocate_snapshots, record_copies, states_of
@@ -39,6 +40,12 @@ class Adapter:
 
     layout: AdapterLayout
     flat: Tensor  # [layout.size]
+    dora: Dora | None = None  # measured, and up to date
+
+    @property
+    def factors(self) -> Factors:
+        """As programs take them."""
+        return self.layout.factors(self.flat) if self.dora is None else self.dora.factors
 
 
 def piece_rows(recording: Recording) -> int:
@@ -208,10 +215,7 @@ class DecodeEngine:
         """Layers and head for one adapter and size, recorded once."""
         rows = inputs.rows.maximum
         if (adapter, rows, opening) not in self._programs:
-            factors = {}
-            if adapter is not None:
-                loaded = self.adapters[adapter]
-                factors = loaded.layout.factors(loaded.flat)
+            factors = {} if adapter is None else self.adapters[adapter].factors
             layers, head = Program(self._recording), Program(self._recording)
             tensors = self._tensors
             act = tensors.activations[rows]

@@ -7,9 +7,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from lora.adapters.files import load_adapter, open_adapter
+from lora.forward.dora import Dora
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.frozen_model import load_model
+from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.text.tokenizer import Tokenizer
 from lora.generation.engine import Adapter, TextTensors, memory_figures
 from lora.generation.generator import TextGenerator
@@ -36,6 +37,16 @@ def upload_adapter(recording: Recording, architecture: Architecture, path: Path)
     flat = recording.memory.empty_flat(layout.size, purpose="adapter")
     recording.memory.write(flat, load_adapter(path, layout))
     return Adapter(layout, flat)
+
+
+def measured(recording: Recording, model: Model, adapter: Adapter) -> Adapter:
+    """The same adapter; of DoRA with the lengths of its rows on this model."""
+    if not adapter.layout.dora:
+        return adapter
+    dora = Dora.allocate(recording, model, adapter.layout.factors(adapter.flat))
+    dora.measure.run()
+    dora.update.run()
+    return replace(adapter, dora=dora)
 
 
 def check_half_products(facts: DeviceFacts) -> None:
@@ -106,7 +117,7 @@ def open_generator(
                 "--max-length."
             ) from error
         uploaded = {
-            name: upload_adapter(recording, architecture, path)
+            name: measured(recording, loaded, upload_adapter(recording, architecture, path))
             for name, path in (adapters or {}).items()
         }
         return TextGenerator(recording, loaded, text_tokens, uploaded, owner=owner)

@@ -5,11 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from lora.backward.lora import MAX_SLICES, MAX_SLICES_WITH_DROPOUT
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
+from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import chunk_size
+from lora.forward.dora import Dora
 from lora.forward.model.frozen_model import load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
@@ -27,11 +30,12 @@ from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
+from lora.training.noise import Noise
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
     Activations,
-    AdapterState,
     StepSettings,
     StepTensors,
     TrainingPrograms,
@@ -39,6 +43,9 @@ from lora.training.programs import (
 )
 from lora.training.recompute import layer_bytes, recomputed_layers
 from lora.training.workload import Workload
+
+if TYPE_CHECKING:
+    from lora.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -80,15 +87,25 @@ class SessionTensors:
             recording, workload.maximum_rows, targets, chunk, model.bounds, model.long_examples,
             model.host_table,
         )  # fmt: skip
-        adapter = AdapterState.allocate(recording, workload.layout)
+        probability = workload.config.adapter.dropout if workload.trains else 0.0
+        most_slices = MAX_SLICES_WITH_DROPOUT if probability else MAX_SLICES
+        config = workload.config
+        adapter = AdapterState.allocate(
+            recording, workload.layout, most_slices, config.train.optimizer,
+            config.adapter.loraplus_lr_ratio,
+        )  # fmt: skip
         recording.memory.write(adapter.parameters, workload.initial)
+        if workload.layout.dora:
+            factors = workload.layout.factors(adapter.parameters)
+            adapter = replace(adapter, dora=Dora.allocate(recording, model, factors))
         activations = Activations.allocate(
             recording, model, inputs, workload.layout, adapter.parameters
         )
         train_cache = None
         if workload.trains:
             train_cache = open_cache(recording, workload, workload.train_examples)
-        step = StepTensors(model, inputs, workload.layout, adapter, activations)
+        noise = Noise.allocate(recording, workload, inputs)
+        step = StepTensors(model, inputs, workload.layout, adapter, activations, noise)
         return cls(step, recomputed, train_cache)
 
 
@@ -113,8 +130,9 @@ class SessionPrograms:
         inner = replace(recording, memory=recording.memory.inner())
         step, train = tensors.step, workload.config.train
         prefix = record_prefix(
-            inner, step.model, step.inputs, step.activations, step.layout.lowest_layer
-        )
+            inner, step.model, step.inputs, step.activations, step.layout.lowest_layer,
+            step.noise.embedding,
+        )  # fmt: skip
         training = None
         if workload.trains:
             settings = StepSettings(
@@ -123,6 +141,7 @@ class SessionPrograms:
                 AdamWSettings((train.betas[0], train.betas[1]), train.epsilon, train.weight_decay),
                 train.max_grad_norm,
                 combined=seams.communicator.size > 1,
+                criterion=criterion_of(train, seams.loss),
             )
             training = TrainingPrograms(inner, step, settings)
         return cls(inner.memory, prefix, training)
@@ -240,6 +259,23 @@ def replanned(
     return replace(recording, plans=source_of(plans, others))
 
 
+def criterion_of(train: TrainConfig, loss: Loss) -> Criterion | None:
+    """What the config has minimized; None for the usual.
+
+    Raises:
+        InputError: a script's own loss is there, too.
+    """
+    if train.loss_type == "nll" and not train.label_smoothing:
+        return None
+    if not isinstance(loss, SupervisedLoss):
+        key = "label_smoothing" if train.label_smoothing else "loss_type"
+        raise InputError(
+            f"train.{key}: the session was given a loss of its own "
+            f"({type(loss).__qualname__}), which takes its place; leave train.{key} out."
+        )
+    return Criterion(train.label_smoothing, train.loss_type == "dft")
+
+
 def open_cache(
     recording: Recording, workload: Workload, examples: Sequence[Example]
 ) -> PrefixCache | None:
@@ -250,6 +286,13 @@ def open_cache(
     """
     setting = workload.config.train.reuse_frozen_prefix
     if not examples:  # none, or rows that are streamed
+        return None
+    if workload.config.train.neftune_noise_alpha:
+        if setting == "on":
+            raise InputError(
+                "train.reuse_frozen_prefix: on: with train.neftune_noise_alpha the embeddings "
+                "differ from step to step, and so does all above them; set it to auto."
+            )
         return None
     lowest, a = workload.layout.lowest_layer, workload.architecture
     if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):

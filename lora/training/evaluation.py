@@ -159,9 +159,9 @@ class Evaluator:
     def _program(self, adapted: bool) -> Program:
         if adapted not in self._programs:
             t = self._tensors
-            flat = t.adapter.parameters if adapted else None
+            adapter = t.adapter if adapted else None
             self._programs[adapted] = record_eval(
-                self._recording, t.model, t.inputs, t.activations, t.layout, flat
+                self._recording, t.model, t.inputs, t.activations, t.layout, adapter
             )
         return self._programs[adapted]
 
@@ -185,6 +185,8 @@ class Evaluator:
             if not examples:
                 raise InputError("data.eval is null: there is nothing to evaluate on.")
             cache = self._cache
+        if adapted and self._tensors.adapter.dora is not None:
+            self._tensors.adapter.dora.update.run()
         program, total = self._program(adapted), len(examples)
         if not sets:
             tally = self._tallied(examples, program, cache, lambda done: progress(done, total))

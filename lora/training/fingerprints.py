@@ -27,6 +27,12 @@ _FREE = (
     "steps",
 )
 
+# What decides numbers, too, and stands in few configs.
+_ADAPTER_OPTIONS = ("dropout", "rank_pattern", "alpha_pattern", "init", "loraplus_lr_ratio")
+_TRAIN_OPTIONS = (
+    "optimizer", "schedule_kwargs", "neftune_noise_alpha", "label_smoothing", "loss_type"
+)  # fmt: skip
+
 
 @dataclass(frozen=True)
 class Course:
@@ -70,8 +76,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[list[s
     refused = [*_base_differences(then["base"], now["base"])]
     refused += _data_differences(then["data"], now["data"])
     free: list[str] = []
-    for key, value in now["settings"].items():
-        before = then["settings"].get(key)
+    for key in {**now["settings"], **then["settings"]}:
+        value, before = now["settings"].get(key), then["settings"].get(key)
         if before is None and key == "train.comm_dtype":
             continue  # nothing travelled then
         if before != value:
@@ -114,7 +120,7 @@ def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
     """What decides numbers, beside data and base; what only the order follows from included."""
     config, layout = workload.config, workload.layout
     train, data, adapter = config.train, config.data, config.adapter
-    return {
+    return _of_options(workload) | {
         "adapter.rank": adapter.rank,
         "adapter.alpha": adapter.alpha,
         "adapter.variant": adapter.variant,
@@ -140,6 +146,23 @@ def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
         "warm-up steps": course.warmup_steps,
         "steps": course.total_steps,
     }
+
+
+def _of_options(workload: Workload) -> dict[str, Any]:
+    """Settings that are seldom given, where they are: checkpoints from before them go on, too."""
+    config, layout = workload.config, workload.layout
+    found: dict[str, Any] = {}
+    adapter = config.adapter
+    if adapter.exclude or layout.is_partial:
+        found["the adapted matrices"] = sorted(layout.low_ranks())
+    for name, section, keys in (
+        ("adapter", adapter, _ADAPTER_OPTIONS), ("train", config.train, _TRAIN_OPTIONS)
+    ):  # fmt: skip
+        for key in keys:
+            value = getattr(section, key)
+            if value != type(section).model_fields[key].default:
+                found[f"{name}.{key}"] = value
+    return found
 
 
 def _base_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
@@ -172,6 +195,8 @@ def _data_differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[s
 
 
 def _shown(value: Any) -> str:
+    if value is None:
+        return "not given"
     text = ", ".join(map(str, value)) if isinstance(value, list) else str(value)
     return text if len(text) < 80 else f"{text[:77]}…"
 

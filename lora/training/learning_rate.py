@@ -44,6 +44,7 @@ class LearningRate:
             peak=train.learning_rate,
             schedule=train.schedule,
             warmup_steps=self.warmup_steps,
+            options=train.schedule_kwargs,
         )
 
     @learning_rate.setter

@@ -139,9 +139,29 @@ class OpenSession(ABC):
         self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
         self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
         self._act = step.activations
+        self._begin_magnitudes()
         self.recomputed_layers = tensors.recomputed
         self._generator: TextGenerator | None = None
         self._evaluator: Evaluator | None = None
+
+    def _begin_magnitudes(self) -> None:
+        """Measures the base's rows for DoRA; a new adapter's magnitudes are their lengths."""
+        dora = self.adapter.dora
+        if dora is None:
+            return
+        dora.measure.run()
+        if any(m.any() for m in self.layout.magnitudes(self._initial).values()):
+            return  # of an adapter that is continued
+        flat = self._initial.copy()
+        for group in self.layout.groups:
+            tensors = dora.factors[group.layer, group.group].dora
+            assert group.m_start is not None and tensors is not None
+            lengths, at = np.sqrt(self.memory.read(tensors.squares)), group.m_start
+            for start, stop in group.ranges:
+                flat[at : at + stop - start] = lengths[start:stop]
+                at += stop - start
+        self._initial = flat
+        self.memory.write(self.adapter.parameters, flat)
 
     @classmethod
     def from_config(cls, path: str | Path, overrides: Sequence[str] = (), **others: Any) -> Self:
@@ -179,9 +199,9 @@ class OpenSession(ABC):
                 user.close()
         self._evaluator, self._generator = None, None
 
-    def _enter(self, batch: Batch, cache: PrefixCache | None) -> None:
+    def _enter(self, batch: Batch, cache: PrefixCache | None, step: int | None = None) -> None:
         """Puts what enters the lowest adapted layer into place: computed, or remembered."""
-        self.write_inputs(batch)
+        self.write_inputs(batch, step)
         if cache is None:
             self._programs.prefix.run()
         elif cache.holds(batch):
@@ -190,8 +210,13 @@ class OpenSession(ABC):
             self._programs.prefix.run()
             cache.keep(batch, self._act.boundary)
 
-    def write_inputs(self, batch: Batch) -> None:
-        """Puts the tokens of a micro-batch on the device."""
+    def write_inputs(self, batch: Batch, step: int | None = None) -> None:
+        """Puts the tokens of a micro-batch on the device.
+
+        Args:
+            step: of training, counted from 0, for what it draws anew; None for an evaluation.
+        """
+        self._tensors.step.noise.write(self.memory, batch, step)
         self.inputs.write(
             self.memory,
             batch.token_ids,
@@ -267,13 +292,15 @@ class OpenSession(ABC):
             InputError: the prompt leaves no room in data.max_length, or can't be written.
         """
         if self._generator is None:
-            adapter = Adapter(self.layout, self.adapter.parameters)
+            adapter = Adapter(self.layout, self.adapter.parameters, self.adapter.dora)
             self._generator = TextGenerator(
                 self._recording_of_text(),
                 self.model,
                 self.tokenizer,
                 {"adapter": adapter},
             )
+        if adapted and self.adapter.dora is not None:
+            self.adapter.dora.update.run()
         written = (self.config.data, self.tokenizer, self.started)
         template = None if is_tokens(prompt) else chat_template(*written)
         self._generator.forget()  # the adapter may have been trained or loaded since

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -11,62 +11,36 @@ from lora.backward.decoder import record_head_backward, record_layer_backward
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.recorder import BackwardPass
 from lora.backward.scratch import allocate_scratch
+from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import HeadActivations, record_evaluation
 from lora.forward.decoder.layers import (
     LayerActivations,
     low_rank_tensors,
+    product_tensors,
     record_embedding,
     record_layer,
 )
 from lora.forward.decoder.per_layer_block import per_layer_values, record_per_layer_inputs
 from lora.forward.decoder.recorder import Walk, WithinExamples
+from lora.forward.embedding_noise import EmbeddingNoise
 from lora.forward.model.adapter import AdapterLayout, Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.layer_spec import Attention
-from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw
+from lora.optim.adamw import AdamWSettings
 from lora.optim.clipping import gradient_norm, sum_slices
 from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weight, step_guard
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+from lora.training.adapter_state import AdapterState, factors_of
 from lora.training.exchange import Piece, stretches
+from lora.training.noise import Noise
 
 # What gradients of activations are multiplied by under f16, which would lose small ones: 2^-24 is
 # the least that it holds, and the mean over some hundred tokens makes them small. A power of two
 # changes no bit of an f32 (Micikevicius et al. 2018, "Mixed Precision Training").
 SCALING = Scaling(begin=1024.0)
-SLICED_SIZE = 24 << 20  # parameters of all slices of the gradients together
-
-
-@dataclass(frozen=True)
-class AdapterState:
-    """The trainable parameters and all that belongs to them, flat f32 tensors [layout.size]."""
-
-    parameters: Tensor
-    gradients: tuple[Tensor, ...]  # slices that are summed by the optimizer
-    first_moment: Tensor
-    second_moment: Tensor
-
-    @classmethod
-    def allocate(cls, recording: Recording, layout: AdapterLayout) -> AdapterState:
-        """Zeroed tensors. On a GPU slices: that many workgroups more for each gradient.
-
-        Large adapters make enough workgroups by themselves.
-        """
-        layout.check_bindings(recording.facts)
-
-        n_slices = 1 if recording.facts.is_cpu else max(1, min(4, SLICED_SIZE // layout.size))
-
-        def flat(purpose: str) -> Tensor:
-            return recording.memory.empty_flat(layout.size, purpose=purpose)
-
-        return cls(
-            parameters=flat("adapter"),
-            gradients=tuple(flat("gradients") for _ in range(n_slices)),
-            first_moment=flat("optimizer"),
-            second_moment=flat("optimizer"),
-        )
 
 
 def allocate_layer(
@@ -74,7 +48,8 @@ def allocate_layer(
 ) -> LayerActivations:
     """Activations of one layer, its low-rank ones included."""
     z = low_rank_tensors(recording, factors, layer, inputs.rows)
-    return LayerActivations.allocate(recording, model.layers[layer].spec, inputs.rows, z)
+    found = LayerActivations.allocate(recording, model.layers[layer].spec, inputs.rows, z)
+    return replace(found, products=product_tensors(recording, model, factors, layer, inputs.rows))
 
 
 Sizes = tuple[object, ...]  # of a LayerSpec
@@ -82,17 +57,35 @@ Sizes = tuple[object, ...]  # of a LayerSpec
 
 def allocate_layers(
     recording: Recording, model: Model, inputs: Inputs, factors: Factors
-) -> dict[Sizes, LayerActivations]:
+) -> dict[int, LayerActivations]:
     """Activations of the layer that is being computed: layers of the same sizes share them.
 
-    The same matrices are adapted in all adapted layers; the others leave their z alone.
+    The z of a group is shared by the layers whose ranks are the same, too.
     """
-    layers, adapted = model.architecture.layers, {layer for layer, _ in factors}
-    found: dict[Sizes, LayerActivations] = {}
-    for layer in sorted(range(len(layers)), key=lambda layer: layer not in adapted):
-        if layers[layer].sizes not in found:
-            sizes = layers[layer].sizes
-            found[sizes] = allocate_layer(recording, model, inputs, factors, layer)
+    by_sizes: dict[Sizes, LayerActivations] = {}
+    by_width: dict[tuple[str, int], Tensor] = {}
+    by_columns: dict[tuple[str, int], Tensor] = {}
+    found = {}
+    for layer, weights in enumerate(model.layers):
+        if weights.spec.sizes not in by_sizes:
+            by_sizes[weights.spec.sizes] = LayerActivations.allocate(
+                recording, weights.spec, inputs.rows, {}
+            )
+        z, products = {}, {}
+        for (of_layer, group), lora in factors.items():
+            if of_layer == layer:
+                width = lora.n_members * lora.rank
+                if (group, width) not in by_width:
+                    shape = (inputs.rows.maximum, width)
+                    by_width[group, width] = recording.memory.empty(shape, extent=inputs.rows)
+                z[group] = by_width[group, width]
+                if lora.magnitude is not None:
+                    n = weights.matrices[group].out_features
+                    if (group, n) not in by_columns:
+                        one = product_tensors(recording, model, factors, layer, inputs.rows)
+                        by_columns |= {(name, t.shape[1]): t for name, t in one.items()}
+                    products[group] = by_columns[group, n]
+        found[layer] = replace(by_sizes[weights.spec.sizes], z=z, products=products)
     return found
 
 
@@ -102,7 +95,7 @@ class Activations:
 
     boundary: Tensor  # [rows, hidden_size], what enters the lowest adapted layer
     final: Tensor  # [rows, hidden_size], the output of the last layer
-    shared: Mapping[Sizes, LayerActivations]  # of the layer that is being computed
+    shared: Mapping[int, LayerActivations]  # by layer, of the one that is being computed
     head: HeadActivations
     loss_sum: Tensor  # [64], the first of which is the sum of losses
     state: Tensor  # [64], of gradient_norm and step_guard; beside `loss_sum` in one buffer
@@ -148,12 +141,19 @@ def _kept_keys(recording: Recording, model: Model, inputs: Inputs) -> dict[int, 
 
 
 def record_prefix(
-    recording: Recording, model: Model, inputs: Inputs, act: Activations, lowest_layer: int
+    recording: Recording,
+    model: Model,
+    inputs: Inputs,
+    act: Activations,
+    lowest_layer: int,
+    noise: EmbeddingNoise | None = None,
 ) -> Program:
     """Embedding and the layers below the lowest adapted one: act.boundary from the tokens."""
     program = Program(recording)
     with program.scope("prefix"):
         record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary)
+        if noise is not None:
+            noise.record(program, act.boundary)
         record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
         walk = Walk(model, {}, act.context(inputs))
         for layer in range(lowest_layer):
@@ -161,7 +161,7 @@ def record_prefix(
                 program,
                 walk,
                 layer,
-                act.shared[model.layers[layer].spec.sizes],
+                act.shared[layer],
                 act.boundary,
                 act.boundary,
             )
@@ -174,19 +174,19 @@ def record_forward_only(
     inputs: Inputs,
     act: Activations,
     layout: AdapterLayout,
-    flat: Tensor | None,
+    adapter: Tensor | AdapterState | None,
 ) -> Program:
     """From act.boundary through the upper layers: `last_states`.
 
     Args:
-        flat: the adapter's parameters; None for the bare model.
+        adapter: or its parameters alone, where it has no magnitudes; None for the bare model.
     """
     program = Program(recording)
-    factors = {} if flat is None else layout.factors(flat)
+    factors = factors_of(layout, adapter)
     walk = Walk(model, factors, act.context(inputs))
     x = act.boundary
     for layer in range(layout.lowest_layer, model.architecture.n_layers):
-        record_layer(program, walk, layer, act.shared[model.layers[layer].spec.sizes], x, act.final)
+        record_layer(program, walk, layer, act.shared[layer], x, act.final)
         x = act.final
     return program
 
@@ -197,11 +197,11 @@ def record_eval(
     inputs: Inputs,
     act: Activations,
     layout: AdapterLayout,
-    flat: Tensor | None,
+    adapter: Tensor | AdapterState | None,
 ) -> Program:
     """From act.boundary to the losses and argmaxes of all targets, without gradients."""
-    program = record_forward_only(recording, model, inputs, act, layout, flat)
-    factors = {} if flat is None else layout.factors(flat)
+    program = record_forward_only(recording, model, inputs, act, layout, adapter)
+    factors = factors_of(layout, adapter)
     x = last_states(model, layout, act)
     record_evaluation(program, model, inputs, factors, act.head, x)
     return program
@@ -222,6 +222,7 @@ class StepTensors:
     layout: AdapterLayout
     adapter: AdapterState
     activations: Activations
+    noise: Noise
 
 
 @dataclass(frozen=True)
@@ -235,6 +236,7 @@ class StepSettings:
         adamw: of the optimizer.
         max_norm: of the gradient; None for no clipping.
         combined: whether the gradients of several processes are added up before their norm.
+        criterion: what is minimized; None for −log p of each label.
     """
 
     recomputed: int
@@ -242,6 +244,7 @@ class StepSettings:
     adamw: AdamWSettings
     max_norm: float | None
     combined: bool = False
+    criterion: Criterion | None = None
 
 
 class TrainingPrograms:
@@ -272,6 +275,8 @@ class TrainingPrograms:
         for gradient in adapter.gradients:
             self.begin.clear(gradient, label="clear gradients")
         self.begin.clear(act.loss_sum, label="clear loss sum")
+        if adapter.dora is not None:
+            adapter.dora.record_update(self.begin)
         loss = LossTensors.allocate(recording, tensors.inputs, act.head.losses)
         self.loss_weight = loss.scale
         if scaling is not None:
@@ -290,10 +295,8 @@ class TrainingPrograms:
             max_norm = settings.max_norm
             gradient_norm(self.finish, slices, act.state, max_norm=max_norm)
             step_guard(self.finish, act.metrics, scaling=scaling, max_norm=max_norm)
-            flat = AdamWTensors(
-                adapter.parameters, slices[0], adapter.first_moment, adapter.second_moment
-            )
-            adamw(self.finish, flat, act.state, self.step_words, settings.adamw)
+            flat = adapter.parameters, slices[0]
+            adapter.optimizer.record(self.finish, flat, act.state, self.step_words, settings.adamw)
 
     @property
     def all(self) -> tuple[Program, ...]:
@@ -314,13 +317,16 @@ def _record_micro_batch(
     program = Program(recording)
     model, inputs, layout = tensors.model, tensors.inputs, tensors.layout
     act, adapter = tensors.activations, tensors.adapter
-    factors = layout.factors(adapter.parameters)
+    factors = adapter.factors(layout)
     slices = [layout.factors(gradient) for gradient in adapter.gradients]
     gradients = {key: [s[key] for s in slices] for key in factors}
     layers = range(layout.lowest_layer, model.architecture.n_layers)
     scratch = allocate_scratch(recording, model, inputs, factors)
-    walk = Walk(model, factors, act.context(inputs))
-    shared = BackwardPass(model, inputs, factors, gradients, scratch, act.per_layer)
+    walk = Walk(model, factors, act.context(inputs), tensors.noise.dropout)
+    shared = BackwardPass(
+        model, inputs, factors, gradients, scratch, act.per_layer, tensors.noise.dropout,
+        settings.criterion,
+    )  # fmt: skip
     shape = act.boundary.shape
     kept = {
         layer: act.boundary
@@ -332,7 +338,7 @@ def _record_micro_batch(
         kept[layers.stop] = act.final
     first_kept = layout.lowest_layer + settings.recomputed
     computed = {
-        layer: act.shared[model.layers[layer].spec.sizes]
+        layer: act.shared[layer]
         if layer < first_kept or layer == layers[-1]
         else allocate_layer(recording, model, inputs, factors, layer)
         for layer in layers

@@ -62,12 +62,16 @@ def resume(session: TrainingSession, output: Path) -> Path:
             reading(path / OPTIMIZER, "a file of safetensors"),
             safetensors.safe_open(path / OPTIMIZER, framework="numpy") as file,
         ):
-            moments = [file.get_tensor(name) for name in ("first_moment", "second_moment")]
-        if not all(np.isfinite(moment).all() for moment in moments):
+            moments = {name: file.get_tensor(name) for name in session.adapter.optimizer.tensors}
+        if not all(np.isfinite(moment).all() for moment in moments.values()):
             raise InputError(f"{path / OPTIMIZER}: holds NaN or infinite numbers.")
     except InputError as error:
         raise InputError(f"{path}: not a checkpoint that can be read ({error}).") from None
-    if any(m.shape != (session.layout.size,) or m.dtype != np.float32 for m in moments):
+    wanted = session.adapter.optimizer.tensors
+    if any(
+        (m.shape, m.dtype) != (wanted[name].shape, wanted[name].numpy_dtype)
+        for name, m in moments.items()
+    ):
         raise InputError(f"{path}: its optimizer state does not fit this config's adapter.")
     session.stream.restore(dict(state["stream"]))
     _take_plans(session, state, kernels_too=not any(_IN_KERNELS.search(c) for c in changed))

@@ -189,7 +189,7 @@ class TrainingSession(LearningRate, OpenSession):
         begun, ranks = time.perf_counter(), None
         programs.begin.run()
         for batch in batches:
-            self._enter(batch, self._cache)
+            self._enter(batch, self._cache, self.steps_done)
             if batch is batches[-1] and self._exchange is not None and not self._speed.wanted:
                 ranks = self._exchange.run(programs.pieces, begun, backward=True)
             else:
@@ -340,7 +340,12 @@ class TrainingSession(LearningRate, OpenSession):
             step: counted from 1; it changed nothing, nor did those after it.
         """
         batches = self._beginning_of(step).batches
-        own = find_in_step(self._programs.prefix, self._training(), batches, self.write_inputs)
+        own = find_in_step(
+            self._programs.prefix,
+            self._training(),
+            batches,
+            lambda batch: self.write_inputs(batch, step - 1),
+        )
         everyone = self.communicator.gather(own)
         return next((culprit for culprit in everyone if culprit is not None), None)
 
@@ -368,18 +373,18 @@ class TrainingSession(LearningRate, OpenSession):
     # -- what checkpoints keep --------------------------------------------------------------------
 
     def moments(self) -> dict[str, np.ndarray]:
-        """AdamW's, f32 [layout.size] each, by name.
+        """What the optimizer keeps, by name: see `lora.optim.optimizers.OptimizerState`.
 
         Raises:
             LoraError: they hold what is no number.
         """
-        found = {
-            "first_moment": self.memory.read(self.adapter.first_moment),
-            "second_moment": self.memory.read(self.adapter.second_moment),
-        }
+        tensors = self.adapter.optimizer.tensors
+        found = {name: self.memory.read(tensor) for name, tensor in tensors.items()}
         for name, values in found.items():
             if not np.isfinite(values).all():
-                raise LoraError(f"AdamW's {name} holds what is no finite number; it is not saved.")
+                raise LoraError(
+                    f"The optimizer's {name} holds what is no finite number; it is not saved."
+                )
         return found
 
     def guard(self) -> GuardState:
@@ -392,21 +397,18 @@ class TrainingSession(LearningRate, OpenSession):
         guard.put_into(values)
         self.memory.write(self._act.metrics, values)
 
-    def restore(self, step: int, flat: np.ndarray, moments: Sequence[np.ndarray]) -> None:
+    def restore(self, step: int, flat: np.ndarray, moments: Mapping[str, np.ndarray]) -> None:
         """Puts the state of a checkpoint in place of the present one; `stream` is set by itself.
 
         Args:
             step: that were done.
             flat: the adapter, f32 [layout.size].
-            moments: AdamW's first and second, of the same size.
+            moments: as `moments` gives them.
         """
         self.steps_done = step
-        for tensor, array in (
-            (self.adapter.parameters, flat),
-            (self.adapter.first_moment, moments[0]),
-            (self.adapter.second_moment, moments[1]),
-        ):
-            self.memory.write(tensor, array)
+        self.memory.write(self.adapter.parameters, flat)
+        for name, tensor in self.adapter.optimizer.tensors.items():
+            self.memory.write(tensor, moments[name])
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""

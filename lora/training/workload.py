@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from lora.adapters.files import load_adapter, open_adapter
+from lora.adapters.files import SavedAdapter, load_adapter, open_adapter
 from lora.data.batches import Batch, check_batch
 from lora.data.examples import DataSummary, Example, id_range, lengths_of, trained_of
 from lora.data.given import are_tokens, given_rows, is_counted
@@ -22,10 +22,10 @@ from lora.data.order import BatchStream, DataStream, Share
 from lora.data.peers import Alone, Peers
 from lora.data.streams import StreamedBatches, StreamedExamples
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.text.tokenizer import Tokenizer
+from lora.optim.optimizers import BLOCKS
 from lora.shaders.errors import InputError
 from lora.shaders.stages import stage
 from lora.storage.stores import resolve_model
@@ -132,7 +132,9 @@ class Workload:
             Share(peers.rank, peers.size), processes or peers.size,
         )  # fmt: skip
         if train:
-            config.train.resolve_warmup(workload.stream().total_steps)  # refuses one that is longer
+            total_steps = workload.stream().total_steps
+            warmup_steps = config.train.resolve_warmup(total_steps)  # refuses one that is longer
+            config.train.check_schedule(total_steps, warmup_steps)
         return workload
 
     def check(self, batch: Batch, most_rows: int) -> None:
@@ -246,6 +248,9 @@ def layout_of(config: Config, architecture: Architecture) -> AdapterLayout:
         adapter.resolve_targets(architecture),
         adapter.rank,
         adapter.scale,
+        adapter.resolve_modules(architecture),
+        dora=adapter.variant == "dora",
+        **({"alignment": blocks} if (blocks := BLOCKS.get(config.train.optimizer)) else {}),
     )
     _check_rank(layout)
     return layout
@@ -254,15 +259,35 @@ def layout_of(config: Config, architecture: Architecture) -> AdapterLayout:
 def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:
     adapter, init_from = config.adapter, config.adapter.init_from
     if init_from is None:
-        return layout.initial(config.train.seed)
+        return layout.initial(config.train.seed, adapter.init)
     saved = open_adapter(Path(init_from), layout.architecture)
-    if saved.rank != adapter.rank or not math.isclose(saved.scale, adapter.scale, rel_tol=1e-6):
+    if adapter.rank_pattern or adapter.alpha_pattern:
+        _check_patterns(init_from, saved, layout)
+    elif saved.rank != adapter.rank or not math.isclose(saved.scale, adapter.scale, rel_tol=1e-6):
         raise InputError(
             f"adapter.init_from: {init_from} was made with {saved.made_with}, but adapter.rank "
             f"is {adapter.rank}, adapter.alpha {adapter.alpha:g} and adapter.variant "
             f"{adapter.variant}; set them to the same."
         )
     return load_adapter(Path(init_from), layout)
+
+
+def _check_patterns(init_from: str, saved: SavedAdapter, layout: AdapterLayout) -> None:
+    """Refuses an adapter whose matrices have other ranks or scales than the patterns give them.
+
+    Raises:
+        InputError: one has.
+    """
+    for path, low in layout.low_ranks().items():
+        own = saved.low.get(path)
+        if own is None:
+            continue  # it lacks the matrix: told where its numbers are read
+        if own.rank != low.rank or not math.isclose(own.scale, low.scale, rel_tol=1e-6):
+            raise InputError(
+                f"adapter.init_from: {init_from} has {path} with the rank {own.rank} and the scale "
+                f"{own.scale:g}, but adapter.rank, adapter.alpha and their patterns give it "
+                f"{low.rank} and {low.scale:g}; set them to the same."
+            )
 
 
 def _check_rank(layout: AdapterLayout) -> None:
@@ -272,21 +297,18 @@ def _check_rank(layout: AdapterLayout) -> None:
         InputError: it is above all sizes of the matrices that are adapted.
     """
     architecture = layout.architecture
-    adapted = [
-        (matrix, spec)
-        for spec in (architecture.layers[layer] for layer in layout.layers)
-        for group in spec.groups.values()
-        for matrix in group
-        if matrix.module in layout.targets
-    ]
-    sizes = [size(spec) for matrix, spec in adapted for size in (matrix.in_size, matrix.out_size)]
-    if HEAD.module in layout.targets:
-        sizes += [HEAD.in_size(architecture), HEAD.out_size(architecture)]
-    if layout.rank > max(sizes, default=layout.rank):
-        raise InputError(
-            f"adapter.rank: got {layout.rank:,}, but the largest of the adapted matrices has "
-            f"{max(sizes):,} rows or columns; 8 to 64 are common."
-        )
+    sizes: dict[int, int] = {}  # the largest by the rank that it has
+    for group in layout.groups:
+        holder = architecture.holder(group.layer)
+        for matrix, low in zip(group.members, group.low, strict=True):
+            most = max(matrix.in_size(holder), matrix.out_size(holder))
+            sizes[low.rank] = max(sizes.get(low.rank, 0), most)
+    for rank, most in sizes.items():
+        if rank > most:
+            raise InputError(
+                f"adapter.rank: got {rank:,}, but the largest of the adapted matrices has "
+                f"{most:,} rows or columns; 8 to 64 are common."
+            )
 
 
 def _streamed(config: Config, data: DataSets) -> StreamedExamples:

@@ -6,9 +6,9 @@
 // largest: no rate makes a parameter infinite. One lane four elements.
 //
 // Bindings: step (learning rate, 1 − β1ᵗ, 1 − β2ᵗ), state [4] of gradient_norm; parameters,
-// gradient, m, v [n].
+// gradient, m, v [n]{% if rates %}, rates [n / 64], what lr of each 64 elements is multiplied by{% endif %}.
 
-const LARGEST = 3.4028234e38;  // of an f32
+{% include "parts/within_f32.wgsl" %}
 
 struct Step { learning_rate: f32, correction_1: f32, correction_2: f32 }
 
@@ -18,6 +18,9 @@ struct Step { learning_rate: f32, correction_1: f32, correction_2: f32 }
 @group(0) @binding(3) var<storage, read> gradient: array<vec4<f32>>;
 @group(0) @binding(4) var<storage, read_write> first_moment: array<vec4<f32>>;
 @group(0) @binding(5) var<storage, read_write> second_moment: array<vec4<f32>>;
+{% if rates %}
+@group(0) @binding(6) var<storage, read> rates: array<f32>;
+{% endif %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -27,18 +30,14 @@ fn main(
 ) {
     let i = (group.x + group.y * groups.x) * {{ lanes }}u + lane;
     if (i >= {{ n // 4 }}u || state[2] == 0.0) { return; }
+    let learning_rate = {{ "min(step.learning_rate * rates[i / 16u], LARGEST)" if rates else "step.learning_rate" }};
     let g = gradient[i] * state[1];
     let m = {{ beta1 }} * first_moment[i] + {{ 1.0 - beta1 }} * g;
     let v = {{ beta2 }} * second_moment[i] + {{ 1.0 - beta2 }} * g * g;
     first_moment[i] = m;
     second_moment[i] = v;
-    let p = parameters[i] * max(1.0 - step.learning_rate * {{ weight_decay }}, -LARGEST);
+    let p = parameters[i] * max(1.0 - learning_rate * {{ weight_decay }}, -LARGEST);
     let denominator = sqrt(v / step.correction_2) + {{ epsilon }};
-    let rate = min(step.learning_rate / step.correction_1, LARGEST);
-    let next = p - rate * m / denominator;
-    // By the bits: a WGSL compiler may assume that no infinity occurs.
-    let bits = bitcast<vec4<u32>>(next);
-    let overflows = (bits & vec4<u32>(0x7f800000u)) == vec4<u32>(0x7f800000u);
-    let largest = (bits & vec4<u32>(0x80000000u)) | vec4<u32>(0x7f7fffffu);
-    parameters[i] = select(next, bitcast<vec4<f32>>(largest), overflows);
+    let rate = min(learning_rate / step.correction_1, LARGEST);
+    parameters[i] = within(p - rate * m / denominator);
 }

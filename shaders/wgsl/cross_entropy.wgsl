@@ -3,7 +3,15 @@
 //   logits[m, v] ← (softmax(logits[m])[v] − [v = label]) · weights[m],
 // and where the logits are capped, cap · tanh(raw / cap), times the cap's slope 1 − (logit / cap)².
 //
-// Bindings: sums [chunk, {{ n_stretches }}, 4] of cross_entropy_sums.wgsl, labels u32 [chunk], losses and
+{% if smoothing %}
+// Labels are smoothed: losses[m] = (1 − ε) · the above + ε · (logsumexp − mean_v logits[m, v]), ε = {{ smoothing }}, and
+// (1 − ε) · [v = label] + ε / {{ vocab_size }} comes off the softmax.
+{% endif %}
+{% if dft %}
+// With p of the label: losses[m] = p · the above, weights[m] · p for the weight.
+{% endif %}
+//
+// Bindings: sums [chunk, {{ n_stretches }}, {{ 8 if smoothing else 4 }}] of cross_entropy_sums.wgsl, labels u32 [chunk], losses and
 // correct [chunk]; with the gradient logits [chunk, {{ stride }}] (columns past {{ vocab_size }} stay) and weights
 // [chunk], what each loss counts. The stretches' sums are added in order.
 {% if with_gradient %}
@@ -41,28 +49,46 @@ fn main(
 {% endif %}
     if (row >= extent.rows) { return; }
     let label = labels[row];
-    let first = row * {{ n_stretches }}u;
+{% set step = 2 if smoothing else 1 %}
+    let first = row * {{ step * n_stretches }}u;
     var top = sums[first].x;
     var before = sums[first].z;
-    for (var s = 1u; s < {{ n_stretches }}u; s += 1u) {
+    for (var s = {{ step }}u; s < {{ step * n_stretches }}u; s += {{ step }}u) {
         top = max(top, sums[first + s].x);
         before = max(before, sums[first + s].z);
     }
     var total = 0.0;
-    for (var s = 0u; s < {{ n_stretches }}u; s += 1u) {
+{% if smoothing %}
+    var plain = 0.0;
+{% endif %}
+    for (var s = 0u; s < {{ step * n_stretches }}u; s += {{ step }}u) {
         total += sums[first + s].y * exp(sums[first + s].x - top);
+{% if smoothing %}
+        plain += sums[first + s + 1u].x;
+{% endif %}
     }
+    let own = sums[first + {{ "2u * " if smoothing }}(label / {{ columns }}u)].w;
+    // The difference first: top + log(total) would be rounded at the size of the logits.
+    let surprise = log(total) + (top - own);
+{% if dft %}
+    let share = exp(-surprise);
+{% endif %}
 {% if with_gradient %}
     if (stretch == 0u && lane == 0u)
 {% endif %}
     {
-        let own = sums[first + label / {{ columns }}u].w;
-        // The difference first: top + log(total) would be rounded at the size of the logits.
-        losses[row] = log(total) + (top - own);
+{% if smoothing %}
+        let spread = log(total) + (top - plain / {{ vocab_size }}.0);
+        losses[row] = {{ 1.0 - smoothing }} * surprise + {{ smoothing }} * spread;
+{% elif dft %}
+        losses[row] = share * surprise;
+{% else %}
+        losses[row] = surprise;
+{% endif %}
         correct[row] = select(0.0, 1.0, own == top && before < top);
     }
 {% if with_gradient %}
-    let weight = weights[row];
+    let weight = weights[row]{{ " * share" if dft }};
     let factor = weight / total;
     let base = row * {{ stride // 4 }}u;
     var quad = stretch * {{ columns // 4 }}u + lane;
@@ -79,7 +105,7 @@ fn main(
 {% for q in range(quads) %}
         if (inside_{{ q }}) {
             let place = 4u * (quad + {{ q * lanes }}u) + vec4(0u, 1u, 2u, 3u);
-            var d = exp(value_{{ q }} - top) * factor - select(vec4(0.0), vec4(weight), place == vec4(label));
+            var d = exp(value_{{ q }} - top) * factor - select(vec4(0.0), vec4(weight{{ " * %s" % (1.0 - smoothing) if smoothing }}), place == vec4(label)){{ " - weight * %s" % (smoothing / vocab_size) if smoothing }};
 {% if softcap %}
             let capped = value_{{ q }} / {{ softcap }};
             d *= 1.0 - capped * capped;

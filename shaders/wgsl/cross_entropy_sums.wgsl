@@ -2,9 +2,12 @@
 //   sums[m, p] = (top = max_v logits[m, v],   Σ_v exp(logits[m, v] − top),
 //                 the highest logit of the stretch in a column before the label's, the label's logit);
 // the last where the label lies in the stretch, and both the lowest number where there is none.
+{% if smoothing %}
+// A second vec4 behind it begins with Σ_v logits[m, v].
+{% endif %}
 //
 // Bindings: logits [chunk, {{ stride }}] of which {{ vocab_size }} columns count, labels u32 [chunk],
-// sums [chunk, {{ n_stretches }}, 4]. One workgroup a row and stretch. A lane takes {{ quads }} quads of columns at
+// sums [chunk, {{ n_stretches }}, {{ 8 if smoothing else 4 }}]. One workgroup a row and stretch. A lane takes {{ quads }} quads of columns at
 // once, {{ lanes }} apart, and keeps a maximum and the sum of exponentials relative to it; the lanes meet in
 // row_max and row_sum.
 
@@ -42,6 +45,9 @@ fn main(
     var highest = lowest;
     var before = lowest; // of quads before the label's
     var sum = vec4<f32>();
+{% if smoothing %}
+    var plain = vec4<f32>();
+{% endif %}
     var quad = stretch * {{ columns // 4 }}u + lane;
 {% if steps > 1 %}
     let last_quad = min((stretch + 1u) * {{ columns // 4 }}u, {{ n_quads }}u);
@@ -67,9 +73,18 @@ fn main(
 {% for q in range(quads) %}
         sum += exp(value_{{ q }} - highest);
 {% endfor %}
+{% if smoothing %}
+{% for q in range(quads) %}
+        plain += select(value_{{ q }}, vec4(0.0), value_{{ q }} == vec4(lowest)); // past the vocabulary
+{% endfor %}
+{% endif %}
     }
     let tops = row_max(vec2(highest, before), lane);
     let total = row_sum(dot(sum, vec4(1.0)) * exp(highest - tops.x), lane);
+{% if smoothing %}
+    let whole = row_sum(dot(plain, vec4(1.0)), lane);
+    if (lane == 0u) { sums[2u * index + 1u] = vec4(whole, 0.0, 0.0, 0.0); }
+{% endif %}
     if (lane == 0u) {
         var result = vec4(tops.x, total, tops.y, lowest);
         if (label / {{ columns }}u == stretch) {
@@ -78,6 +93,6 @@ fn main(
             let earlier = select(vec4(lowest), own, vec4(0u, 1u, 2u, 3u) < vec4(label % 4u));
             result.z = max(result.z, highest_of(earlier));
         }
-        sums[index] = result;
+        sums[{{ "2u * " if smoothing }}index] = result;
     }
 }

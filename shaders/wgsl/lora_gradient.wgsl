@@ -23,6 +23,14 @@ struct Extent { rows: u32 }
 @group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
 {% endfor %}
 
+{% if dropout %}
+// Of x counts what dropout leaves, for each member of A (parts/dropout.wgsl): keys of rows and of matrices.
+@group(0) @binding({{ 5 + n_slices }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ 6 + n_slices }}) var<uniform> matrix_keys: vec4<u32>;
+
+{% include "parts/dropout.wgsl" %}
+
+{% endif %}
 const blocks = {{ blocks }}u; // of one workgroup
 const splits = {{ splits }}u;
 {% if splits > 1 %}
@@ -52,8 +60,11 @@ fn set_gradient(slice: u32, at: u32, value: vec4<f32>) {
 {% for a in range(part.lane_left // 4) %}
             let l_{{ u }}_{{ a }} = vec4<f32>({{ part.left }}[(m + {{ u * splits }}u) * {{ part.left_stride // 4 }}u + left_quad + {{ a }}u]);
 {% endfor %}
+{% if part.masked %}
+            let row_key_{{ u }} = row_keys[m + {{ u * splits }}u];
+{% endif %}
 {% for b in range(quads) %}
-            let r_{{ u }}_{{ b }} = vec4<f32>({{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u]);
+            let r_{{ u }}_{{ b }} = vec4<f32>({{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u]){{ " * kept(row_key_%d, key_%d)" % (u, b) if part.masked }};
 {% endfor %}
 {% endfor %}
 {% for u in range(count) %}
@@ -97,6 +108,12 @@ fn main(
             right_quad = ({{ m.right_column }}u + j) / 4u;
         }
 {% endfor %}
+{% if part.masked %}
+        let matrix = matrix_keys[min(i / {{ rank }}u, 3u)];
+{% for b in range(quads) %}
+        let key_{{ b }} = quad_key(matrix, right_quad + {{ b }}u);
+{% endfor %}
+{% endif %}
         let last = select(0u, min(first + stretch, extent.rows), inside);
         let at = {{ part.start }}u + (i * {{ part.n_right }}u + j) / 4u;
 {% for a in range(part.lane_left) %}

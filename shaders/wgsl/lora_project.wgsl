@@ -5,7 +5,7 @@
 {% set block_rows = lane_rows * row_lanes %}
 {% set block_columns = lane_columns * column_lanes %}
 {% set n_sums = lane_sums * column_lanes * row_lanes %}
-// z[m, g · columns + j] = scale · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
+// z[m, g · columns + j] = scale_g · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
 {% if transposed %}
 // F_g[j, k] = factor[factor_row_g + k, j]
 {% else %}
@@ -13,6 +13,9 @@
 {% endif %}
 //
 // Bindings: x [rows, {{ x_stride }}] of {{ x_type }}, factor [.., {{ factor_stride }}], z [rows, members · columns].
+{% if dropout %}
+// Of x counts what dropout leaves, member by member (parts/dropout.wgsl): row_keys u32 [rows], matrix_keys.
+{% endif %}
 // Few outputs and a long sum: a workgroup owns {{ block_rows }} rows × {{ block_columns }} columns of one member, a lane {{ lane_rows }} × {{ lane_columns }}
 // of them, and {{ splits }} lanes share the contraction of the same ones. Neighbouring lanes differ in their columns
 // ({{ column_lanes }}), then in the contraction, then in their rows ({{ row_lanes }}): they read the same of x, and side by side of the
@@ -26,6 +29,12 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
+{% if dropout %}
+@group(0) @binding(4) var<storage, read> row_keys: array<u32>;
+@group(0) @binding(5) var<uniform> matrix_keys: vec4<u32>;
+
+{% include "parts/dropout.wgsl" %}
+{% endif %}
 
 const lanes = {{ lanes }}u;
 const member_blocks = {{ columns // block_columns }}u; // blocks of columns of a member
@@ -36,8 +45,11 @@ var<workgroup> sums: array<vec4<f32>, {{ lanes * lane_sums }}>; // [sums of a la
 {# Adds `count` steps of the contraction from k on; all are loaded before the first is used. #}
 {% macro add_steps(count) %}
 {% for u in range(count) %}
+{% if dropout %}
+        let key_{{ u }} = quad_key(matrix, k / 4u + {{ u * splits }}u);
+{% endif %}
 {% for i in range(lane_rows) %}
-        let v_{{ u }}_{{ i }} = vec4<f32>(x[x_{{ i }} + k / 4u + {{ u * splits }}u]);
+        let v_{{ u }}_{{ i }} = vec4<f32>(x[x_{{ i }} + k / 4u + {{ u * splits }}u]){{ " * kept(row_key_%d, key_%d)" % (i, u) if dropout }};
 {% endfor %}
 {% if transposed %}
         let at_{{ u }} = ((factor_row + k + {{ 4 * u * splits }}u) * {{ factor_stride }}u + column) / 4u;
@@ -85,14 +97,27 @@ fn main(
     var x_column = {{ members[0].x_column }}u;
     var factor_row = {{ members[0].factor_row }}u;
     var length = {{ members[0].length }}u;
+{% set scaled = members | map(attribute="scale") | unique | list | length > 1 %}
+{% if scaled %}
+    var scale = {{ members[0].scale }};
+{% endif %}
 {% for m in members[1:] %}
     if (member == {{ loop.index }}u) {
         x_column = {{ m.x_column }}u;
         factor_row = {{ m.factor_row }}u;
         length = {{ m.length }}u;
+{% if scaled %}
+        scale = {{ m.scale }};
+{% endif %}
     }
 {% endfor %}
+{% if dropout %}
+    let matrix = matrix_keys[member];
+{% endif %}
 {% for i in range(lane_rows) %}
+{% if dropout %}
+    let row_key_{{ i }} = row_keys[min(lane_row + {{ i }}u, extent.rows - 1u)];
+{% endif %}
     let x_{{ i }} = (min(lane_row + {{ i }}u, extent.rows - 1u) * {{ x_stride }}u + x_column) / 4u;
 {% for c in range(quads) %}
     var sum_{{ i }}_{{ c }} = vec4<f32>();
@@ -151,7 +176,7 @@ fn main(
         let row = first_row + n / {{ column_lanes }}u % {{ row_lanes }}u * {{ lane_rows }}u + vector / {{ quads }}u;
         if (row < extent.rows) {
             let at = (row * {{ members | length * columns }}u + member * {{ columns }}u + first_column) / 4u;
-            z[at + n % {{ column_lanes }}u * {{ quads }}u + vector % {{ quads }}u] = {{ scale }} * sum;
+            z[at + n % {{ column_lanes }}u * {{ quads }}u + vector % {{ quads }}u] = {{ "scale" if scaled else members[0].scale }} * sum;
         }
     }
 }

@@ -1,4 +1,4 @@
-// z[r] = Σ_k v[k] · A[r, k] for one row, v = x{{ " ∘ norm_weight" if norm }}.
+// z[r] = {{ "scale_g · " if scales }}Σ_k v[k] · A[r, k] for one row, v = x{{ " ∘ norm_weight" if norm }}.
 //
 // Bindings: x [width], A [members · rank, width], z [members · rank]{{ ", norm_weight [width]" if norm }}.
 // One workgroup a row of A: a lane takes the quads of columns lane, lane + {{ lanes }}, … in this order, {{ steps }} of them
@@ -32,5 +32,13 @@ fn main(@builtin(workgroup_id) group: vec3<u32>, @builtin(local_invocation_index
 {% endfor %}
     }
     let whole = row_sum(dot(sum, vec4(1.0)), lane);
+{% if scales %}
+    var scale = {{ scales[0] }};
+{% for s in scales[1:] %}
+    if (group.x >= {{ loop.index * rank }}u) { scale = {{ s }}; }
+{% endfor %}
+    if (lane == 0u) { z[group.x] = scale * whole; }
+{% else %}
     if (lane == 0u) { z[group.x] = whole; }
+{% endif %}
 }

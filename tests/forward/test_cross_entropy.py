@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from lora.checks.references.cross_entropy import gradient_reference, losses_reference
-from lora.forward.cross_entropy import cross_entropy
+from lora.forward.cross_entropy import Criterion, Objective, cross_entropy
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -199,3 +199,71 @@ def test_capped_logits_and_columns_past_the_vocabulary(recording: Recording) -> 
     # 1 − (logit / cap)² is a difference of numbers near 1 where the cap bites: 2^-22 at most.
     np.testing.assert_allclose(found[:, :30], expected, rtol=2e-5, atol=5e-7)
     assert (found[:, 30:] == 100.0).all()
+
+
+def criterion_reference(
+    logits: np.ndarray, labels: np.ndarray, criterion: Criterion, shares: np.ndarray | None = None
+) -> np.ndarray:
+    """Losses [rows] in float64; `shares` stand for the probabilities that DFT holds constant."""
+    plain = losses_reference(logits, labels)
+    if criterion.dft:
+        return (np.exp(-plain) if shares is None else shares) * plain
+    every = np.stack(
+        [losses_reference(logits, np.full(len(labels), v)) for v in range(logits.shape[1])]
+    )
+    return (1 - criterion.smoothing) * plain + criterion.smoothing * every.mean(0)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+@pytest.mark.parametrize(
+    ("criterion", "vocab_size"),
+    [(Criterion(0.1), 317), (Criterion(dft=True), 317), (Criterion(0.3), 9001)],
+)
+def test_criteria(
+    recording: Recording, criterion: Criterion, vocab_size: int, is_cpu: bool
+) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)
+    rows, in_use, cap = 5, 4, 30.0
+    rng = np.random.default_rng(vocab_size)
+    raw = 3 * rng.normal(size=(rows, vocab_size))
+    labels = rng.integers(0, vocab_size, rows)
+    weights = rng.uniform(0.5, 2.0, rows).astype(np.float32)
+
+    def capped(v: np.ndarray) -> np.ndarray:
+        return cap * np.tanh(v / cap)
+
+    extent = extent_in_use(recording, rows, in_use)
+    logits = capped(raw).astype(np.float32)
+    tensor = padded(recording, logits, extent)
+    losses, correct = marked(recording, extent), marked(recording, extent)
+    given = activation(recording, weights, extent)
+    program = Program(recording)
+    cross_entropy(
+        program, tensor, activation(recording, labels, extent), losses, correct,
+        Objective(given, criterion), vocab_size=vocab_size, softcap=cap,
+    )  # fmt: skip
+    program.run()
+    expected = criterion_reference(logits, labels, criterion)
+    found = recording.memory.read(losses)
+    np.testing.assert_allclose(found[:in_use], expected[:in_use], rtol=4e-6, atol=4e-6)
+    assert (found[in_use:] == MARKER).all()
+    d = recording.memory.read(tensor)[:in_use, :vocab_size].astype(np.float64)
+    # Along some directions it is the derivative by the raw logits.
+    shares = np.exp(-losses_reference(capped(raw), labels))
+    for seed in range(3):
+        direction = np.random.default_rng(seed).normal(size=raw.shape)
+        direction[in_use:] = 0.0
+        slope = central_difference(
+            lambda v: float(
+                (weights * criterion_reference(capped(v), labels, criterion, shares)).sum()
+            ),
+            raw,
+            direction,
+        )
+        size = np.abs(d * direction[:in_use]).sum()
+        assert (d * direction[:in_use]).sum() == pytest.approx(slope, abs=1e-5 * size)
+
+
+def test_smoothing_and_dft_are_not_both() -> None:
+    with pytest.raises(ValueError, match=r"smoothing 0\.1, dft True"):
+        Criterion(0.1, dft=True)

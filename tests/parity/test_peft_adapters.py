@@ -169,11 +169,12 @@ def test_dora_is_merged(name: str, options: dict[str, Any], tmp_path: Path) -> N
     assert (found != np.ascontiguousarray(before.tensors[name_of[0]].data).view(np.float32)).any()
 
 
-def test_dora_alone_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    made = Made(TINY_MODELS["llama"], tmp_path, use_dora=True)
+@pytest.mark.parametrize(("name", "options"), [("qwen2", PATTERNS), ("gemma2", {})])
+def test_dora_runs_beside_its_base(name: str, options: dict[str, Any], tmp_path: Path) -> None:
+    """As PEFT runs it; a GGUF adapter can't hold it, and that is said with the way out."""
+    made = Made(TINY_MODELS[name], tmp_path, use_dora=True, **options)
     assert json.loads((made.adapter / "adapter_config.json").read_text())["use_dora"] is True
-    way_out = "lora export .*adapter --to merged-gguf"
-    with pytest.raises(InputError, match=way_out):
+    with open_generator(str(made.base), {"own": made.adapter}, max_length=64) as ours:
+        made.check(ours, "PEFT directory", "own")
+    with pytest.raises(InputError, match="lora export .*adapter --to merged-gguf"):
         export(made.adapter, "gguf", base=str(made.base))
-    with pytest.raises(InputError, match=way_out):
-        open_generator(str(made.base), {"adapter": made.adapter}, max_length=16)

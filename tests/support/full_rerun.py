@@ -43,8 +43,8 @@ class FullRerun:
 
     def _record(self, adapted: bool) -> Program:
         s = self._session
-        flat = s.adapter.parameters if adapted else None
-        program = record_forward_only(s._recording, s.model, s.inputs, s._act, s.layout, flat)
+        adapter = s.adapter if adapted else None
+        program = record_forward_only(s._recording, s.model, s.inputs, s._act, s.layout, adapter)
         record_head_input(
             program, s.model, s.inputs, s._act.head, last_states(s.model, s.layout, s._act)
         )

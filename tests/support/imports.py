@@ -31,6 +31,7 @@ _FORWARD = {name for name in MAY_IMPORT if name.startswith("forward")} | {"shade
 _WINGS = ("storage", "config", "data", "adapters", "generation", "export", "training", "commands")
 for _place, _wing in enumerate(_WINGS):
     MAY_IMPORT[f"lora/{_wing}"] = _FORWARD | {f"lora/{below}" for below in _WINGS[:_place]}
+MAY_IMPORT["lora/config"] |= {"optim"}  # the words of its schedules
 MAY_IMPORT["lora/export"] -= {"lora/generation"}
 MAY_IMPORT["lora/training"] = MAY_IMPORT["lora/training"] - {"lora/export"} | {"backward", "optim"}
 MAY_IMPORT["lora/checks"] = _FORWARD | {"backward", "optim", "lora/storage"}

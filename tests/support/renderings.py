@@ -209,6 +209,19 @@ def _runs(folder: Path) -> Iterator[Run]:
         kind = (MATRIX_GPU, SMALL_MATRICES)[index // 2 % 2]
         if tile.workgroup_bytes <= kind.workgroup_memory:
             yield _record_tile(kind, tiled, tile, splits=(1, 3)[index % 2])
+    # Options of the adapter and of training.
+    path, model = folder / "options.gguf", TINY_MODELS["llama_head"]
+    model.write_gguf(path)
+    patterns = {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 5.0}}
+    adapter = {"targets": [*model.targets], "dropout": 0.1, "loraplus_lr_ratio": 16.0, **patterns}
+    noisy = {"neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "optimizer": "adamw_8bit"}
+    other = {"loss_type": "dft", "optimizer": "lion"}
+    yield _record(path, (LARGE_GPU, SMALL_GPU), ({**F32, **noisy}, {**F16, **other}), adapter)
+    yield _record(path, (CPU,), ({**F32, **noisy},), adapter)
+    yield _record(path, (LARGE_GPU, CPU), (F32,), patterns)
+    path, model = folder / "dora.gguf", TINY_MODELS["llama_bias"]
+    model.write_gguf(path)
+    yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), {"variant": "dora"})
     # Widths of no whole eights, and gradients that nothing clips.
     path = folder / "narrow.gguf"
     write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,
@@ -326,14 +339,18 @@ def _training(plan: SessionPlan) -> list[Program]:
     recording = _counting(plan, plan.workload.config.train.precision)
     evaluations = [
         record_eval(recording, step.model, step.inputs, step.activations, step.layout, flat)
-        for flat in (step.adapter.parameters, None)
+        for flat in (step.adapter, None)
     ]
-    return [training.begin, *plan.programs.step, *evaluations]
+    dora = step.adapter.dora
+    lengths = [] if dora is None else [dora.measure, dora.update]
+    return [training.begin, *plan.programs.step, *evaluations, *lengths]
 
 
 def _text(plan: SessionPlan) -> list[Program]:
     """Prompts and single rows, of the bare model and of the adapter."""
-    adapter = Adapter(plan.workload.layout, plan.tensors.step.adapter.parameters)
+    adapter = Adapter(
+        plan.workload.layout, plan.tensors.step.adapter.parameters, plan.tensors.step.adapter.dora
+    )
     products = "f16" if has_matrix_units(plan.facts) else None
     recording = replace(_counting(plan), products=products)
     engine = DecodeEngine(recording, plan.tensors.step.model, {"adapter": adapter})

@@ -43,8 +43,13 @@ def test_the_contracts_defaults(path: str) -> None:
             "alpha": 32.0,
             "dropout": 0.0,
             "targets": "all-linear",
+            "exclude": [],
             "layers": "all",
+            "rank_pattern": {},
+            "alpha_pattern": {},
             "variant": "lora",
+            "loraplus_lr_ratio": None,
+            "init": "default",
             "init_from": None,
             "peft_layers": "auto",
         },
@@ -74,6 +79,11 @@ def test_the_contracts_defaults(path: str) -> None:
             "gradient_accumulation": 1,
             "learning_rate": 2e-4,
             "schedule": "cosine",
+            "schedule_kwargs": {},
+            "optimizer": "adamw",
+            "neftune_noise_alpha": None,
+            "label_smoothing": 0.0,
+            "loss_type": "nll",
             "warmup_ratio": 0.03,
             "warmup_steps": None,
             "weight_decay": 0.0,
@@ -183,7 +193,7 @@ def test_overrides(path: str) -> None:
         ("data.chat_template=3", "got 3; allowed here: null, a file that holds a Jinja"),
         ("data.zzz=1", "unknown key; allowed here: train, eval, eval_share, format, columns, m"),
         ("model=5", "got 5; allowed here: a mapping with the keys path, tokenizer."),
-        ("train=[1]", "got [1]; allowed here: a mapping with the keys eval_every, eval_at_start"),
+        ("train=[1]", "got [1]; allowed here: a mapping with the keys "),
         ("model.path=", "got None; allowed here: the path of a GGUF file, ollama:N"),
         ("model.path=''", "got ''; allowed here: the path of a GGUF file, ollama:NAM"),
         ("model.tokenizer=3", "got 3; allowed here: null, a tokenizer.json, or a directory"),
@@ -193,18 +203,33 @@ def test_overrides(path: str) -> None:
         ("adapter.rank='8'", "got '8'; allowed here: a whole number of at least 1."),
         ("adapter.alpha=0", "got 0; allowed here: a number above 0."),
         ("adapter.alpha=.nan", "got nan; allowed here: a number above 0."),
-        ("adapter.targets=q_proj", "got 'q_proj'; allowed here: all-linear, or a list of q_proj"),
+        ("adapter.targets=q_prj", "got 'q_prj'; did you mean q_proj?"),
+        ("adapter.targets=[self_attn.q_prj]", "got 'self_attn.q_prj'; did you mean q_proj?"),
+        ("adapter.targets='.*(q_proj'", "got '.*(q_proj', which is no regular expression ("),
+        ("adapter.exclude=[q_prj]", "got 'q_prj'; did you mean q_proj?"),
+        ("adapter.exclude=[q_proj, q_proj]", "got 'q_proj' twice; name each matrix once."),
+        ("adapter.rank_pattern={q_proj: 0}", "got {'q_proj': 0}; allowed here: ranks of at least"),
+        ("adapter.rank_pattern={'(q': 8}", "got '(q', which is no regular expression ("),
+        ("adapter.alpha_pattern={q_proj: -1}", "got {'q_proj': -1}; allowed here: alphas above 0"),
+        ("adapter.dropout=1", "got 1; allowed here: a number from 0 to below 1."),
+        ("adapter.loraplus_lr_ratio=0", "got 0; allowed here: null, or a number above 0 that"),
+        ("adapter.init=xavier", "got 'xavier'; allowed here: default or gaussian."),
+        ("adapter.init=pissa_niter_16", "got 'pissa_niter_16'; it takes a part out of the base's"),
+        ("adapter.init=olora", "got 'olora'; it takes a part out of the base's weights"),
+        ("adapter.init=loftq", "got 'loftq'; it takes a part out of the base's weights"),
+        ("adapter.layers=7-4", "got '7-4'; a range begins with its lower number, as 4-7."),
+        ("adapter.layers=[1-3, 2]", "got the layer 2 twice; name each layer once."),
         ("adapter.targets=[q_prj]", "got 'q_prj'; did you mean q_proj?"),
         ("adapter.targets=[xyz]", "got 'xyz'; allowed here: all-linear, or a list of q_proj, k_"),
         ("adapter.targets=[]", "got an empty list, so nothing would be trained; allowed here"),
         ("adapter.targets=[q_proj, q_proj]", "got 'q_proj' twice; name each matrix once."),
-        ("adapter.layers=some", "got 'some'; allowed here: all, {last: N} with N at least 1, or"),
+        ("adapter.layers=some", "got 'some'; allowed here: all, {last: N} with N at least 1, a"),
         ("adapter.layers={last: 0}", "got {'last': 0}; allowed here: all, {last: N} with N at"),
         ("adapter.layers={first: 2}", "got {'first': 2}; allowed here: all, {last: N} with N"),
-        ("adapter.layers=[-1]", "got [-1]; allowed here: all, {last: N} with N at least 1, or"),
+        ("adapter.layers=[-1]", "got [-1]; allowed here: all, {last: N} with N at least 1, a"),
         ("adapter.layers=[]", "got an empty list, so nothing would be trained; try all."),
         ("adapter.layers=[3, 3]", "got the layer 3 twice; name each layer once."),
-        ("adapter.variant=lokr", "got 'lokr'; allowed here: lora or rslora."),
+        ("adapter.variant=lokr", "got 'lokr'; allowed here: lora, rslora or dora."),
         ("data.train=[]", "got []; allowed here: a file, a directory, the name of a Hugging Face"),
         ("data.eval=[3]", "got 3; allowed here: a file, a directory, the name of a Hugging"),
         ("data.format=chatt", "got 'chatt'; allowed here: auto, chat, completion, instruct or"),
@@ -219,7 +244,11 @@ def test_overrides(path: str) -> None:
         ("train.learning_rate=fast", "got 'fast'; allowed here: a number above 0."),
         ("train.learning_rate=-1e-5", "got '-1e-5'; allowed here: a number above 0."),
         ("train.learning_rate=.inf", "got inf; allowed here: a number above 0."),
-        ("train.schedule=cosin", "got 'cosin'; allowed here: constant, linear or cosine."),
+        ("train.schedule=cosin", "got 'cosin'; allowed here: constant, constant_with_warmup, li"),
+        ("train.optimizer=sgd", "got 'sgd'; allowed here: adamw, adamw_8bit, lion."),
+        ("train.neftune_noise_alpha=0", "got 0; allowed here: null, or a number above 0; 5 is"),
+        ("train.label_smoothing=1", "got 1; allowed here: a number from 0 to below 1; 0.1 is"),
+        ("train.loss_type=gspo", "got 'gspo'; allowed here: nll or dft."),
         ("train.warmup_ratio=1", "got 1; allowed here: a number from 0 to below 1, the share of"),
         ("train.warmup_steps=-1", "got -1; allowed here: null, or a whole number of at least 0."),
         ("train.weight_decay=-1", "got -1; allowed here: a number of at least 0."),
@@ -253,15 +282,25 @@ def test_refused_values(path: str, override: str, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("override", "words"),
+    ("overrides", "words"),
     [
-        ("adapter.dropout=0.1", "got 0.1; dropout is not supported yet; allowed here: 0 (try "),
-        ("adapter.variant=dora", "got 'dora'; it is not supported yet; allowed here: lora or r"),
+        (["train.schedule_kwargs={num_cycle: 1}"], "cosine has no 'num_cycle'; did you mean num_c"),
+        (["train.schedule=linear", "train.schedule_kwargs={min_lr: 1}"], "has no 'min_lr'; it t"),
+        (["train.schedule_kwargs={num_cycles: 0}"], "num_cycles is 0; allowed: a number above 0."),
+        (["train.schedule=cosine_with_min_lr"], "give one of min_lr (a rate) and min_lr_rate"),
+        (["train.schedule=cosine_with_restarts", "train.schedule_kwargs={num_cycles: 1.5}"],
+         "num_cycles is 1.5; allowed: a whole number above 0."),
+        (["train.schedule=warmup_stable_decay"], "give num_decay_steps in schedule_kwargs"),
+        (["train.schedule=warmup_stable_decay", "train.schedule_kwargs={num_decay_steps: 2, "
+          "decay_type: sqrt}"], "decay_type is 'sqrt'; allowed: linear, cosine, 1-sqrt."),
+        (["train.optimizer=lion", "train.epsilon=1e-6"], "epsilon (1e-06) has no place in it"),
+        (["train.label_smoothing=0.1", "train.loss_type=dft"], "keep one."),
+        (["adapter.variant=dora", "adapter.dropout=0.1"], "computed twice; that is not supported"),
+        (["adapter.init=gaussian", "adapter.init_from=x"], "begins with its own numbers"),
     ],
-)
-def test_what_is_not_supported_yet_is_refused(path: str, override: str, words: str) -> None:
-    key = override.partition("=")[0]
-    assert refusal(path, override).startswith(f"--set {override}: {key}: {words}")
+)  # fmt: skip
+def test_what_does_not_go_together(path: str, overrides: list[str], words: str) -> None:
+    assert words in refusal(path, *overrides)
 
 
 def test_errors_in_the_file_name_the_file(path: str) -> None:
@@ -413,6 +452,46 @@ def test_targets_of_a_model() -> None:
     assert adapter.resolve_targets(LLAMA) == ["q_proj", "v_proj", "lm_head"]
     with pytest.raises(InputError, match=r"got 'v_proj', but a model .* 'phi3' has qkv_proj, o_"):
         adapter.resolve_targets(PHI3)
+
+
+def test_modules_of_a_model() -> None:
+    """Names, suffixes, patterns, ranges and exclusions, as PEFT matches them."""
+
+    def paths(**values: object) -> list[str]:
+        return list(AdapterConfig.model_validate(values).resolve_modules(LLAMA))
+
+    n_layers = LLAMA.n_layers
+    assert len(paths()) == 7 * n_layers
+    assert paths(targets="q_proj", layers="1-2") == [
+        f"model.layers.{n}.self_attn.q_proj" for n in (1, 2)
+    ]
+    assert paths(targets=["layers.1.mlp.up_proj"]) == ["model.layers.1.mlp.up_proj"]
+    assert paths(targets=r".*layers\.0\..*(gate|up)_proj") == [
+        "model.layers.0.mlp.gate_proj", "model.layers.0.mlp.up_proj"
+    ]  # fmt: skip
+    assert paths(targets=r"lm_head|.*\.0\.mlp\.up_proj")[-1] == "lm_head"
+    every = paths(exclude=["v_proj", "layers.0.mlp.up_proj"])
+    assert len(every) == 6 * n_layers - 1 and not [p for p in every if p.endswith("v_proj")]
+    assert paths(exclude=r".*self_attn.*") == [p for p in paths() if "mlp" in p]
+    values = {
+        "rank": 8, "alpha": 16, "rank_pattern": {"mlp.up_proj": 4, "up_proj": 2},
+        "alpha_pattern": {r"layers\.0\..*": 4.0},
+    }  # fmt: skip
+    found = AdapterConfig.model_validate(values).resolve_modules(LLAMA)
+    up, down = found["model.layers.0.mlp.up_proj"], found["model.layers.1.mlp.down_proj"]
+    assert (up.rank, up.scale, down.rank, down.scale) == (4, 1.0, 8, 2.0)
+    for wrong, words in (
+        ({"targets": ".*q_prj"}, "'.*q_prj' fits none of the model's paths"),
+        ({"targets": ["layers.77.mlp.up_proj"]}, "which fits none of the model's paths"),
+        ({"targets": "q_proj", "exclude": ["v_proj"]}, "leave nothing of that name to exclude"),
+        ({"targets": "q_proj", "exclude": ["q_proj"]}, "leaves nothing to train"),
+        ({"exclude": ".*xyz"}, "'.*xyz' fits none of the paths"),
+        ({"variant": "dora", "targets": ["lm_head"]}, "dora is not supported for lm_head"),
+        ({"rank_pattern": {"lm_head": 4}}, "'lm_head' fits none of the adapted matrices"),
+    ):
+        with pytest.raises(InputError) as caught:
+            paths(**wrong)
+        assert words in str(caught.value)
 
 
 def test_scale() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from lora.config.schema import Config
+from lora.data.examples import Example
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
 from lora.generation.engine import Adapter
@@ -61,7 +62,7 @@ def session(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[],
 
 def generator_of(session: TrainingSession, *, is_cpu: bool) -> TextGenerator:
     """A generator on the session's model and adapter, by the kernels of a CPU device or a GPU."""
-    adapter = Adapter(session.layout, session.adapter.parameters)
+    adapter = Adapter(session.layout, session.adapter.parameters, session.adapter.dora)
     recording = with_facts(session._recording, is_cpu=is_cpu)
     return TextGenerator(recording, session.model, session.tokenizer, {"tuned": adapter})
 
@@ -102,6 +103,46 @@ def check_token_by_token(
         ours = generator.next_logits(ids, adapter=adapter)
         expected = judge.next_logits(ids, adapted=adapted)
         np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("is_cpu", [True, False])
+def test_token_by_token_under_dora(tmp_path: Path, is_cpu: bool) -> None:
+    """By the walk of many rows: what scales columns stands between products."""
+    model = TINY_MODELS["llama_bias"]
+    model.write_gguf(tmp_path / "model.gguf")
+    values = {
+        "model": {"path": str(tmp_path / "model.gguf")},
+        "adapter": {"rank": 4, "variant": "dora", "peft_layers": "model.layers"},
+        "data": {"train": "none", "max_length": 64},
+        "train": {"steps": 1, "tuning": "off"},
+        "output": "none",
+    }
+    rows = [np.array(row, np.int32) for row in model.token_rows()]
+    examples = [Example(row, np.arange(len(row)) > 0, i) for i, row in enumerate(rows)]
+    with TrainingSession(Config.model_validate(values), examples=examples) as opened:
+        flat = opened.parameters()
+        rng = np.random.default_rng(0)
+        begun = opened.layout.magnitudes(flat)
+        modules = opened.layout.to_modules(flat)
+        for _, b in modules.values():
+            b[:] = rng.normal(size=b.shape) * 0.2
+        flat = opened.layout.from_modules(modules)
+        turned = {path: m * rng.uniform(0.7, 1.4, m.shape) for path, m in begun.items()}
+        opened.layout.set_magnitudes(flat, {p: m.astype(np.float32) for p, m in turned.items()})
+        opened.memory.write(opened.adapter.parameters, flat)
+        losses = opened.evaluate(examples).loss, opened.evaluate(examples, adapted=False).loss
+        assert abs(losses[0] - losses[1]) > 0.05
+        check_token_by_token("llama_bias", opened, adapted=True, is_cpu=is_cpu)
+        # And from files, by those who only read them.
+        opened.save(tmp_path / "saved")
+        ids = model.token_rows()[0]
+        expected = FullRerun(opened).next_logits(ids, adapted=True)
+        with open_generator(
+            str(tmp_path / "model.gguf"), {"tuned": tmp_path / "saved"}, device=opened.device,
+            max_length=64,
+        ) as generator:  # fmt: skip
+            found = generator.next_logits(ids, adapter="tuned")
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
 ADAPTERS: dict[str, dict[str, Any]] = {

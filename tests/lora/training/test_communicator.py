@@ -116,6 +116,31 @@ def test_two_are_as_one(
     assert one.evaluated.n_tokens == alone.evaluated.n_tokens
 
 
+@pytest.mark.parametrize(
+    ("is_cpu", "adapter"),
+    [(False, {"dropout": 0.3, "loraplus_lr_ratio": 2.0}), (True, {"variant": "dora"})],
+    ids=["dropout, noise", "dora"],
+)
+def test_options_are_the_same_for_two(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    trained: Train,
+    is_cpu: bool,
+    adapter: dict[str, Any],
+) -> None:
+    """Masks and noise follow the example, whichever process has it; magnitudes are summed, too."""
+    monkeypatch.setattr(exchange, "LEAST_PIECE", 1024)
+    noise = {} if is_cpu else {"neftune_noise_alpha": 5.0, "label_smoothing": 0.1}
+    train = {"tuning": "off", "batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, **noise}
+    path = write_run(tmp_path, n_rows=14, train=train, adapter=adapter)
+    alone, (one, other) = trained(load_config(str(path)), is_cpu)
+    assert one.adapter.tobytes() == other.adapter.tobytes()
+    for mine, theirs in zip(one.metrics, alone.metrics, strict=True):
+        assert mine.loss == pytest.approx(theirs.loss, rel=1e-6)
+        assert mine.grad_norm == pytest.approx(theirs.grad_norm, rel=1e-5)
+    np.testing.assert_allclose(one.adapter, alone.adapter, rtol=0, atol=2e-5)
+
+
 def test_a_step_may_have_fewer_micro_batches_than_processes(tmp_path: Path, trained: Train) -> None:
     """An epoch of three: two in the first step, one in the second."""
     train = {"tuning": "off", "batch_size": 4, "epochs": 1}

@@ -78,7 +78,7 @@ def test_the_same_bits_in_another_process(
     adapter = session.adapter
     tensors = {
         "parameters": adapter.parameters, "gradients": adapter.gradients[0],
-        "moment": adapter.second_moment, "metrics": session._act.metrics,
+        "moment": adapter.optimizer.tensors["second_moment"], "metrics": session._act.metrics,
     }  # fmt: skip
     save_programs(path, programs, tensors)
     before = session.parameters()

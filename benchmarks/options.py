@@ -1,0 +1,141 @@
+"""What options of the adapter and of training cost: steps with each beside steps without, in turns.
+
+Models are synthetic ones (benchmarks/synthetic.py). Every option has a session of its own on one
+device, all are open at once, and rounds of steps alternate between them, so that a clock that
+changes meets all alike. Printed: the median time of a step, its ratio to that without options, and
+what the optimizer keeps.
+
+    python benchmarks/options.py --shapes SmolLM2-135M:1x512 Llama-1.2B:4x512 --precision f16
+    python benchmarks/options.py --shapes tiny:1x64 --steps 4 --rounds 2
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from benchmarks.sessions import Case, describe, markdown_table, shake_adapter
+from benchmarks.synthetic import write_models
+from benchmarks.vs_peft import parse_shapes
+from lora.config.schema import Config
+from lora.shaders.device import Device
+from lora.training.session import TrainingSession
+from tests.support.synthetic_runs import as_examples, run_config
+
+OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "none": {},
+    "dropout": {"adapter": {"dropout": 0.1}},
+    "loraplus": {"adapter": {"loraplus_lr_ratio": 16.0}},
+    "dora": {"adapter": {"variant": "dora"}},
+    "rank_pattern": {"adapter": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 8.0}}},
+    "neftune": {"train": {"neftune_noise_alpha": 5.0}},
+    "label_smoothing": {"train": {"label_smoothing": 0.1}},
+    "dft": {"train": {"loss_type": "dft"}},
+    "adamw_8bit": {"train": {"optimizer": "adamw_8bit"}},
+    "lion": {"train": {"optimizer": "lion"}},
+}
+
+
+def with_option(config: Config, name: str) -> Config:
+    """A config with one of OPTIONS."""
+    values = config.model_dump()
+    for section, changes in OPTIONS[name].items():
+        values[section] |= changes
+    return Config.model_validate(values)
+
+
+def timed(session: TrainingSession, batches: list[Any]) -> float:
+    """Seconds a step, the host running ahead as in training."""
+    begin = time.perf_counter()
+    for batch in batches:
+        session.step(batch)
+    session.finished_steps(wait=True)
+    return (time.perf_counter() - begin) / len(batches)
+
+
+def measure(model: Path, name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
+    """Times all options on one model and shape."""
+    config = run_config(
+        model, batch_size=case.batch_size, length=case.length, steps=case.warm_up + case.steps,
+        precision=options.precision, recompute=options.recompute,
+    )  # fmt: skip
+    examples = as_examples(case.data(name))
+    found: dict[str, Any] = {}
+    with Device() as device:
+        sessions = {}
+        for option in options.options:
+            before = device.allocated["optimizer"]
+            sessions[option] = TrainingSession(
+                with_option(config, option), examples=examples, device=device
+            )
+            shake_adapter(sessions[option])
+            moments = device.allocated["optimizer"] - before
+            found[option] = {"optimizer_bytes": moments, "seconds": []}
+        streams = {option: list(session.stream or ()) for option, session in sessions.items()}
+        for option, session in sessions.items():
+            timed(session, streams[option][: case.warm_up])
+        for _ in range(options.rounds):
+            for option, session in sessions.items():
+                batches = streams[option][case.warm_up :]
+                found[option]["seconds"].append(timed(session, batches))
+        for session in sessions.values():
+            session.close()
+        found["device"] = describe(device)
+    return found
+
+
+def report(title: str, found: dict[str, Any], precision: str) -> None:
+    """Prints a table: medians over rounds, and of the ratios round by round."""
+    usual, rows = found["none"], []
+    for option in OPTIONS:
+        if option not in found:
+            continue
+        one = found[option]
+        ratios = [a / b for a, b in zip(one["seconds"], usual["seconds"], strict=True)]
+        milliseconds = 1e3 * statistics.median(one["seconds"])
+        memory = one["optimizer_bytes"] / usual["optimizer_bytes"]
+        ratio = f"{100 * (statistics.median(ratios) - 1):+.1f}%"
+        rows.append([option, f"{milliseconds:.2f}", ratio, f"{100 * memory:.1f}%"])
+    header = ["option", "ms a step", "cost", "optimizer's memory"]
+    print(f"\n{title}, {precision}, {found['device']}\n", flush=True)
+    print("\n".join(markdown_table(header, rows)), flush=True)
+
+
+def main() -> None:
+    """Parses the command line and runs it."""
+    parser = argparse.ArgumentParser()
+    # fmt: off
+    parser.add_argument("--shapes", nargs="+", metavar="MODEL:BATCHxLENGTH,…",
+                        default=["SmolLM2-135M:1x512", "Llama-1.2B:4x512"])
+    parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=OPTIONS)
+    parser.add_argument("--precision", default="f32", choices=("f32", "f16"))
+    parser.add_argument("--recompute", default="off", choices=("on", "off"))
+    parser.add_argument("--steps", type=int, default=12, help="of a round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--output", type=Path, help="a JSON file for all that was measured")
+    # fmt: on
+    options = parser.parse_args()
+    options.options = list(dict.fromkeys(["none", *options.options]))
+    every = {}
+    cases = parse_shapes(options.shapes, options.steps)
+    with tempfile.TemporaryDirectory() as folder:
+        paths = write_models(Path(folder), cases)
+        for name, of_model in cases.items():
+            for case in of_model:
+                found = measure(paths[name], name, case, options)
+                every[f"{name} {case}"] = found
+                report(f"{name} {case}", found, options.precision)
+    if options.output is not None:
+        options.output.write_text(json.dumps(every, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
