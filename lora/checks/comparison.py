@@ -54,6 +54,10 @@ class Check:
         """The shape, and which variant it is where that is the CPU devices'."""
         return f"{self.shape}, CPU" if self.as_cpu else self.shape
 
+    def __str__(self) -> str:
+        """As tests are named: the same in every process, unlike addresses of functions."""
+        return f"{self.kernel} {self.case}"
+
 
 def compare(
     actual: np.ndarray,

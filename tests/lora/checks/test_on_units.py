@@ -13,7 +13,7 @@ from tests.support.half_tensors import needs_halves
 CHECKS = [c for c in (*attention.CHECKS, *adapters.CHECKS) if "_matrix" in c.kernel]
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda c: f"{c.kernel} {c.shape}")
+@pytest.mark.parametrize("check", CHECKS, ids=str)
 def test_kernels_that_are_right_pass_well(
     recording: Recording, monkeypatch: pytest.MonkeyPatch, check: Check
 ) -> None:

@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from lora import TrainingSession, run_training
-from lora.commands.progress import print_plan
+from lora.commands.plan import print_plan
 from lora.config.schema import Config
 from lora.shaders.device import Device
 from lora.training.device_state import SessionPlan
