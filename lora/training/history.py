@@ -27,7 +27,7 @@ class History:
         """Of a file; empty where there is none. Lines that are none of ours are passed over."""
         history = cls()
         try:
-            if path.stat().st_size > _MOST_BYTES:
+            if not path.is_file() or path.stat().st_size > _MOST_BYTES:  # a device has no end
                 return history
             lines = path.read_text(errors="replace").splitlines()
         except OSError:

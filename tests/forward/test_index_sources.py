@@ -24,7 +24,12 @@ _WEIGHTS = "quantized weights: bits that are decoded, no indices"
 _INT_ROW = "a row as whole numbers, written by kernels: bits that are decoded, no indices"
 _ARGMAX = "argmax.wgsl: the place of a maximum, below its length"
 _HALVES = "f16 activations: no indices"
+_KEYS = "keys of pseudo-random masks and noise: bits that are hashed, no indices"
 SOURCES = {
+    "adamw_8bit.wgsl": {
+        "first_moment": "bytes of moments, below 256: places in a table of as many",
+        "second_moment": "bytes of moments, below 256: places in a table of as many",
+    },
     "argmax.wgsl": {"token": _ARGMAX},
     "attention.wgsl": {"segments": f"{_INPUTS}, {_STEP}"},
     "attention_matrix.wgsl": {"segments": _INPUTS, "qkv": _HALVES, "out": _HALVES},
@@ -41,18 +46,31 @@ SOURCES = {
     "attention_decode.wgsl": {"positions": _STEP},
     "attention_decode_combine.wgsl": {"row": _STEP, "int_row": _INT_ROW},
     "attention_decode_row.wgsl": {"row": _STEP},
+    "causal_conv.wgsl": {"segments": f"{_INPUTS}, {_STEP}", "positions": f"{_INPUTS}, {_STEP}"},
+    "causal_conv_backward.wgsl": {"segments": _INPUTS},
+    "conv_state.wgsl": {"positions": _STEP},
     "cross_entropy.wgsl": {"labels": _INPUTS},
     "cross_entropy_sums.wgsl": {"labels": _INPUTS},
     "decode_weights.wgsl": {"weights": _WEIGHTS, "out": "f16 weights, decoded: no indices"},
+    "delta_chunk_backward.wgsl": {"segments": _INPUTS},
+    "delta_prepare.wgsl": {"segments": f"{_INPUTS}, {_STEP}"},
+    "delta_row.wgsl": {"positions": _STEP},
+    "delta_walk.wgsl": {"segments": f"{_INPUTS}, {_STEP}", "positions": f"{_INPUTS}, {_STEP}"},
+    "delta_walk_backward.wgsl": {"segments": _INPUTS},
+    "dropout_input_gradient.wgsl": {"row_keys": _KEYS},
     "embedding.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "weights": _WEIGHTS},
+    "embedding_noise.wgsl": {"row_keys": _KEYS},
     "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
     "int_row.wgsl": {"int_row": _INT_ROW},
+    "lora_gradient.wgsl": {"row_keys": _KEYS},
+    "lora_project.wgsl": {"row_keys": _KEYS},
     "kv_store.wgsl": {"positions": _STEP},
     "matmul_int_row.wgsl": {"row": _INT_ROW, "weights": _WEIGHTS, "int_row": _INT_ROW},
     "matmul_row.wgsl": {"weights": _WEIGHTS},
     "parts/head_bindings.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "parts/matmul_bindings.wgsl": {"weights": _WEIGHTS, "x": "f16 activations: no indices"},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
+    "row_squares.wgsl": {"weights": _WEIGHTS},
     "scale_rows.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
 }
 _WHOLE = r"array<(?:\{\{[^}]*[ui]32[^}]*\}\}|(?:vec\d<)?[ui]32>?)(?:, \d+)?>"
@@ -90,6 +108,7 @@ def test_nothing_else_writes_what_indexes() -> None:
         "shaders/memory.py", "shaders/tensor.py", "shaders/program_data.py",
         "shaders/activations.py",
         "forward/attention.py",  # tests that they are u32
+        "forward/dropout.py", "forward/embedding_noise.py",  # keys that are hashed
         "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
     }  # fmt: skip
     assert makers <= known | {name for name in makers if name.startswith("lora/checks/")}

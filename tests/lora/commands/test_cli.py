@@ -172,7 +172,7 @@ def test_no_adapter_found() -> None:
     [
         ("train.learning_rat=1", ["learning_rat", "did you mean learning_rate"]),
         ("train.batch_size=0", ["train.batch_size", "0"]),
-        ("adapter.dropout=0.1", ["adapter.dropout", "not supported yet"]),
+        ("adapter.dropout=1.5", ["adapter.dropout", "1.5"]),
         ("model.path=nowhere.gguf", ["nowhere.gguf"]),
         ("data.train=nowhere.jsonl", ["nowhere.jsonl"]),
         ("device=Voodoo", ["Voodoo", "llvmpipe"]),

@@ -14,7 +14,8 @@ SCRIPT = """
 import json, resource, sys
 import lora, datasets, tokenizers, wgpu
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-session = lora.TrainingSession.from_config("configs/quickstart.yaml", ["train.steps=1"])
+overrides = ["train.steps=1", "data.eval=null"]
+session = lora.TrainingSession.from_config("configs/quickstart.yaml", overrides)
 n_steps = len(list(session.train()))
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 print(json.dumps([before / 1024, after / 1024, n_steps]))
