@@ -20,7 +20,7 @@ from lora.training.workload import Workload
 KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: kept up to here where nothing tells the memory
 # Of a device's memory, what `memory_limit: auto` takes: screens, other programs and the driver
 # itself want some, and its blocks are not filled to the last byte.
-_SHARE = 0.85
+_SHARE, _SHARE_OF_FREE = 0.85, 0.95
 
 
 def memory_limit(facts: DeviceFacts, setting: str) -> int | None:
@@ -34,23 +34,32 @@ def memory_limit(facts: DeviceFacts, setting: str) -> int | None:
         return size_of(setting)
     if facts.is_cpu:
         return None
-    total = facts.device_memory or _of_nvidia(facts.name)
-    return None if total is None else int(_SHARE * total)
+    total, free = _of_nvidia(facts.name) or (facts.device_memory, facts.device_memory)
+    if total is None or free is None:
+        return None
+    return int(min(_SHARE * total, _SHARE_OF_FREE * free))
 
 
 @cache
-def _of_nvidia(name: str) -> int | None:
-    """Bytes of the GPU of that name by nvidia-smi; the least of several."""
+def _of_nvidia(name: str) -> tuple[int, int] | None:
+    """Bytes that the GPU of that name has, and has free when first asked; of several the least.
+
+    By nvidia-smi; None where there is none, or it knows no such GPU.
+    """
     if "NVIDIA" not in name.upper() and "GEFORCE" not in name.upper():
         return None
-    asked = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    figures = "--query-gpu=memory.total,memory.free,name"
+    asked = ["nvidia-smi", figures, "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(asked, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    rows = [line.rpartition(",") for line in done.stdout.splitlines()]
-    sizes = [int(size) for own, _, size in rows if own.strip() == name and size.strip().isdigit()]
-    return min(sizes) << 20 if sizes else None
+    found = []
+    for line in done.stdout.splitlines():
+        total, free, own = [*(part.strip() for part in line.split(",", 2)), "", ""][:3]
+        if own == name and total.isdigit() and free.isdigit():
+            found.append((int(total) << 20, int(free) << 20))
+    return (min(t for t, _ in found), min(f for _, f in found)) if found else None
 
 
 def layer_bytes(

@@ -80,7 +80,9 @@ def test_what_tells_the_memory(facts: DeviceFacts, monkeypatch: pytest.MonkeyPat
 
     def run(command: list[str], **_: Any) -> SimpleNamespace:
         asked.append(command)
-        return SimpleNamespace(stdout="NVIDIA A, 8192\nNVIDIA B, 24576\nNVIDIA A, 4096\n")
+        return SimpleNamespace(
+            stdout="8192, 8000, NVIDIA A\n24576, 1000, NVIDIA B\n4096, 4000, NVIDIA A\nx\n"
+        )
 
     monkeypatch.setattr(subprocess, "run", run)
     recompute._of_nvidia.cache_clear()
@@ -89,6 +91,8 @@ def test_what_tells_the_memory(facts: DeviceFacts, monkeypatch: pytest.MonkeyPat
         assert memory_limit(facts, "auto") is None and not asked  # nothing to ask of that card
         assert memory_limit(replace(facts, device_memory=10 * GIB), "auto") == int(8.5 * GIB)
         assert memory_limit(replace(facts, name="NVIDIA A"), "auto") == int(0.85 * 4 * GIB)
+        busy = replace(facts, name="NVIDIA B", device_memory=24 * GIB)  # others have most of it
+        assert memory_limit(busy, "auto") == int(0.95 * (1000 << 20))
         assert memory_limit(replace(facts, name="NVIDIA C"), "auto") is None
         assert memory_limit(replace(facts, is_cpu=True, device_memory=GIB), "auto") is None
     finally:
