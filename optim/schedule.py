@@ -84,6 +84,8 @@ def learning_rate(
         return peak * (step + 1) / warmup_steps
     given = {**SCHEDULES[schedule], **(options or {})}
     past, length = step - warmup_steps, max(1, total_steps - warmup_steps)
+    if schedule == "linear":  # 0 at the end, also of a run that is warm-up alone
+        return peak * max(0.0, (total_steps - step) / length)
     return peak * max(0.0, _decay(schedule, past, length, warmup_steps, given, peak))
 
 
@@ -98,8 +100,6 @@ def _decay(
     """The share of the peak `past` steps behind the warm-up, of `length` there."""
     if schedule in ("constant", "constant_with_warmup"):
         return 1.0
-    if schedule == "linear":
-        return (length - past) / length
     if schedule == "inverse_sqrt":
         timescale = _number(given["timescale"]) or warmup_steps or _USUAL_TIMESCALE
         return 1.0 / math.sqrt((past + timescale) / timescale)
