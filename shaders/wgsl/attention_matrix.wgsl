@@ -30,16 +30,7 @@ var<workgroup> moved: u32; // the last step's first key, + 1, at which a row's s
 
 const lowest = -3.0e38; // below every score, and its own difference is 0 where -inf's is NaN
 
-@compute @workgroup_size(lanes)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-{% if not emulated %}
-    @builtin(subgroup_id) team: u32,
-{% endif %}
-) {
-    let index = group.x + group.y * groups.x;
+{{ parts.entry() }}
     let head = index % {{ n_heads }}u;
     let blocks = (extent.rows + block - 1u) / block;
     if (index / {{ n_heads }}u >= blocks) { return; }
@@ -54,17 +45,8 @@ fn main(
     {{ parts.declare_teams(sources) }}
     {{ parts.declare_fetched() }}
 {% for q in range(parts.turns) %}
-    let item_{{ q }} = lane + {{ q * parts.lanes }}u;
-    let local_{{ q }} = item_{{ q }} % block;
-    let chunk_{{ q }} = item_{{ q }} / block;
-    let row_{{ q }} = first + local_{{ q }};
-    var from_{{ q }} = 0xffffffffu; // the first key that the row sees
-    if (row_{{ q }} >= own && row_{{ q }} < last) {
-        from_{{ q }} = segments[row_{{ q }}].x;
-{% if window %}
-        if (row_{{ q }} >= {{ window }}u) { from_{{ q }} = max(from_{{ q }}, row_{{ q }} - {{ window - 1 }}u); }
-{% endif %}
-    }
+    {{ parts.declare_item(q) }}
+    {{ parts.declare_from(q) }}
     var max_{{ q }} = lowest;
     var total_{{ q }} = 0.0;
 {% endfor %}
@@ -72,12 +54,7 @@ fn main(
     if (lane == 0u) { moved = 0u; } // kernels run without the zeros that WebGPU gives
     var part = own; // the rows before it are done
     while (part < last) {
-        let segment = segments[part];
-        let stop = clamp(segment.y, part + 1u, last);
-        var key = segment.x;
-{% if window %}
-        if (part + 1u > key + {{ window }}u) { key += (part + 1u - {{ window }}u - key) / walk * walk; }
-{% endif %}
+        {{ parts.begin_keys() }}
     {{ parts.fetch(pieces, "key", "stop") }}
         for (; key < stop; key += walk) {
             workgroupBarrier();
@@ -92,9 +69,7 @@ fn main(
 {% for x in range(parts.chunk // 4) %}
             var s_{{ q }}_{{ x }} = vec4<f32>();
 {% endfor %}
-{% if parts.items % parts.lanes %}
-            if (item_{{ q }} < {{ parts.items }}u)
-{% endif %}
+            {{ parts.has_item(q) }}
             {
                 let at = {{ parts.scores_at }}u + local_{{ q }} * {{ parts.score_step }}u;
                 for (var x = 0u; x < {{ walk // 4 }}u; x++) {
@@ -110,9 +85,7 @@ fn main(
 {% endfor %}
             workgroupBarrier();
 {% for q in range(parts.turns) %}
-{% if parts.items % parts.lanes %}
-            if (item_{{ q }} < {{ parts.items }}u)
-{% endif %}
+            {{ parts.has_item(q) }}
             {
                 var factor = 1.0;
                 if (highest_{{ q }} > lowest) { // sees one of the keys
@@ -163,9 +136,7 @@ fn main(
 
     workgroupBarrier();
 {% for q in range(parts.turns) %}
-{% if parts.items % parts.lanes %}
-    if (item_{{ q }} < {{ parts.items }}u)
-{% endif %}
+    {{ parts.has_item(q) }}
     { factors[chunk_{{ q }} * block + local_{{ q }}] = total_{{ q }}; }
 {% endfor %}
     workgroupBarrier();

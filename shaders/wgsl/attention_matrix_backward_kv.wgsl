@@ -32,16 +32,7 @@ struct Extent { rows: u32 }
 {{ parts.declare_tiles() }}
 var<workgroup> of_queries: array<vec2<f32>, walk>; // lse and dots
 
-@compute @workgroup_size(lanes)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-{% if not emulated %}
-    @builtin(subgroup_id) team: u32,
-{% endif %}
-) {
-    let index = group.x + group.y * groups.x;
+{{ parts.entry() }}
     let own = index / {{ n_heads }}u * block; // the first keys are seen by the most rows
     if (own >= extent.rows) { return; }
     let last = min(own + block, extent.rows);
@@ -56,10 +47,7 @@ fn main(
     {{ parts.declare_fetched() }}
     var fetched_stats = vec2<f32>();
 {% for q in range(parts.turns) %}
-    let item_{{ q }} = lane + {{ q * parts.lanes }}u;
-    let local_{{ q }} = item_{{ q }} % block;
-    let chunk_{{ q }} = item_{{ q }} / block;
-    let row_{{ q }} = first + local_{{ q }};
+    {{ parts.declare_item(q) }}
     var to_{{ q }} = 0u; // the end of the rows that see the key
     if (row_{{ q }} >= own && row_{{ q }} < last) {
         to_{{ q }} = min(segments[row_{{ q }}].y, extent.rows);
@@ -96,9 +84,7 @@ fn main(
     {{ parts.multiply_scores(sources) }}
             workgroupBarrier();
 {% for q in range(parts.turns) %}
-{% if parts.items % parts.lanes %}
-            if (item_{{ q }} < {{ parts.items }}u)
-{% endif %}
+            {{ parts.has_item(q) }}
             {
                 let to = min(to_{{ q }}, end);
                 let at = {{ parts.scores_at }}u + local_{{ q }} * {{ parts.score_step }}u + chunk_{{ q }} * {{ parts.chunk // 4 }}u;

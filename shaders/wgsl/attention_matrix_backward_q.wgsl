@@ -27,16 +27,7 @@ struct Extent { rows: u32 }
 {{ parts.declare_tiles() }}
 var<workgroup> own_dots: array<f32, block>;
 
-@compute @workgroup_size(lanes)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-{% if not emulated %}
-    @builtin(subgroup_id) team: u32,
-{% endif %}
-) {
-    let index = group.x + group.y * groups.x;
+{{ parts.entry() }}
     let head = index % {{ n_heads }}u;
     let blocks = (extent.rows + block - 1u) / block;
     if (index / {{ n_heads }}u >= blocks) { return; }
@@ -62,30 +53,16 @@ fn main(
     }
     workgroupBarrier();
 {% for q in range(parts.turns) %}
-    let item_{{ q }} = lane + {{ q * parts.lanes }}u;
-    let local_{{ q }} = item_{{ q }} % block;
-    let chunk_{{ q }} = item_{{ q }} / block;
-    let row_{{ q }} = first + local_{{ q }};
-    var from_{{ q }} = 0xffffffffu; // the first key that the row sees
-    var lse_{{ q }} = 0.0;
+    {{ parts.declare_item(q) }}
+    {{ parts.declare_from(q) }}
     let dots_{{ q }} = own_dots[local_{{ q }}];
-    if (row_{{ q }} >= own && row_{{ q }} < last) {
-        lse_{{ q }} = lse[row_{{ q }} * {{ n_heads }}u + head];
-        from_{{ q }} = segments[row_{{ q }}].x;
-{% if window %}
-        if (row_{{ q }} >= {{ window }}u) { from_{{ q }} = max(from_{{ q }}, row_{{ q }} - {{ window - 1 }}u); }
-{% endif %}
-    }
+    var lse_{{ q }} = 0.0;
+    if (row_{{ q }} >= own && row_{{ q }} < last) { lse_{{ q }} = lse[row_{{ q }} * {{ n_heads }}u + head]; }
 {% endfor %}
 
     var part = own; // the rows before it are done
     while (part < last) {
-        let segment = segments[part];
-        let stop = clamp(segment.y, part + 1u, last);
-        var key = segment.x;
-{% if window %}
-        if (part + 1u > key + {{ window }}u) { key += (part + 1u - {{ window }}u - key) / walk * walk; }
-{% endif %}
+        {{ parts.begin_keys() }}
     {{ parts.fetch(pieces, "key", "stop") }}
         for (; key < stop; key += walk) {
             workgroupBarrier();
@@ -95,9 +72,7 @@ fn main(
     {{ parts.multiply_scores(sources) }}
             workgroupBarrier();
 {% for q in range(parts.turns) %}
-{% if parts.items % parts.lanes %}
-            if (item_{{ q }} < {{ parts.items }}u)
-{% endif %}
+            {{ parts.has_item(q) }}
             {
                 let to = min(row_{{ q }}, stop - 1u);
                 let at = {{ parts.scores_at }}u + local_{{ q }} * {{ parts.score_step }}u + chunk_{{ q }} * {{ parts.chunk // 4 }}u;

@@ -60,6 +60,52 @@ fn unpacked(words: vec2<u32>) -> vec4<f32> {
 }
 {% endmacro %}
 
+{# The entry point, up to the index of the workgroup. #}
+{% macro entry() %}
+@compute @workgroup_size(lanes)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+{% if not emulated %}
+    @builtin(subgroup_id) team: u32,
+{% endif %}
+) {
+    let index = group.x + group.y * groups.x;
+{% endmacro %}
+
+{# What the lane has between the rounds in its q-th turn: `chunk` scores of a row of the block. #}
+{% macro declare_item(q) %}
+    let item_{{ q }} = lane + {{ q * lanes }}u;
+    let local_{{ q }} = item_{{ q }} % block;
+    let chunk_{{ q }} = item_{{ q }} / block;
+    let row_{{ q }} = first + local_{{ q }};
+{% endmacro %}
+
+{# The condition that there is such an item; empty where all lanes have one. #}
+{% macro has_item(q) %}{% if items % lanes %}if (item_{{ q }} < {{ items }}u) {% endif %}{% endmacro %}
+
+{# The first key that a query row sees: from_{q}; none where the row is not the workgroup's. #}
+{% macro declare_from(q) %}
+    var from_{{ q }} = 0xffffffffu;
+    if (row_{{ q }} >= own && row_{{ q }} < last) {
+        from_{{ q }} = segments[row_{{ q }}].x;
+{% if window %}
+        if (row_{{ q }} >= {{ window }}u) { from_{{ q }} = max(from_{{ q }}, row_{{ q }} - {{ window - 1 }}u); }
+{% endif %}
+    }
+{% endmacro %}
+
+{# Of the example of row `part`: the end of its rows in the block, `stop`, and the first `key` of the walk. #}
+{% macro begin_keys() %}
+        let segment = segments[part];
+        let stop = clamp(segment.y, part + 1u, last);
+        var key = segment.x;
+{% if window %}
+        if (part + 1u > key + {{ window }}u) { key += (part + 1u - {{ window }}u - key) / walk * walk; }
+{% endif %}
+{% endmacro %}
+
 {#
 Declares: `team`, the subgroup; `job`, which scores it computes, and whether of the second product
 (`second`); which sums it holds, out_row, out_column; zero sums; and the rows of side a of its job,
