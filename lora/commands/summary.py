@@ -108,8 +108,7 @@ def print_summary(
     console: Console, session: TrainingSession, given: Sequence[str], output: Path
 ) -> None:
     """Prints what the run came to, and the commands to go on with."""
-    config, summary = session.config, session.workload.train_summary
-    chats = summary is not None and "chat" in summary.data_format
+    config, chats = session.config, session.workload.trains_on_chats
     print_rows(console, summary_rows(config, output))
     console.print("Go on with:")
     for command in next_commands(config, given, output, chats=chats):
