@@ -30,6 +30,7 @@ _GONE = (OSError, SystemExit)  # a terminal that was closed; rich ends a process
 _SMOOTHING = 0.9  # of the loss's exponential moving average
 _LAST_STEPS = 20  # whose time and tokens count for rates and the time left
 _QUIET_SECONDS = 60  # without a terminal a line comes this often, however long a tenth takes
+_KINDS = ("loss", "perplexity", "accuracy", "exact_match")  # of a set's metrics
 _SHOWN_OF_A_SAMPLE = 300  # characters
 
 
@@ -108,7 +109,7 @@ class TrainingProgress(Listener):
         self._done, self._total, self._resumed_at = 0, 0, 0
         self._evaluating: tuple[int, int] | None = None
         self._eval_seconds = 0.0  # of the last one: the first compiles
-        self._is_best = False
+        self._best: str | None = None  # the metric whose best comes with the next evaluation
         self._stopping = False
         self._line_at = self._begun
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
@@ -181,18 +182,19 @@ class TrainingProgress(Listener):
         took = f" ({clock(result.seconds)})" if result.seconds >= 1 else ""
         for name, one in {"": result, **result.sets}.items():
             of_set = f" {name}:" if name else ""
-            best = ", best so far" if self._is_best and not name else ""
+            metrics = [f"eval_{name}_{kind}" if name else f"eval_{kind}" for kind in _KINDS]
+            best = ", best so far" if self._best in metrics else ""
             self._print(
                 f"step {step}:{of_set} eval loss {one.loss:.4f}, accuracy "
                 f"{one.token_accuracy:.1%}, exact match {one.n_exact}/{one.n_examples}{best}"
                 + ("" if name else took)
             )
-        self._is_best = False
+        self._best = None
         return False
 
     def improved(self, step: int, metric: str, value: float) -> None:
         """The evaluation that is told of next is the best."""
-        self._is_best = step > 0
+        self._best = metric if step > 0 else None
 
     def stopped_early(self, step: int, evaluations: int) -> None:
         """Says why the run ends."""

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -138,6 +139,19 @@ def test_plain_lines_without_a_terminal() -> None:
     assert any("'wake me' → 'a\\x1b[2Jb'" in line for line in lines)
     assert any("once more stops at once" in line for line in lines)
     assert lines[-1] == "step 50: saved run/checkpoints/step-000050"
+
+
+def test_the_best_is_said_of_the_set_that_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    one = EvalResult(0.5, 1.6, 0.25, 0.0, 3, 60, 100, 0)
+    both = replace(one, sets={"calls": one, "calls_old": one})
+    for metric, line in (
+        ("eval_loss", 0), ("eval_calls_exact_match", 1), ("eval_calls_old_loss", 2)
+    ):  # fmt: skip
+        progress = TrainingProgress(Console(width=4000))
+        progress.improved(5, metric, 0.5)
+        progress.evaluated(5, both)
+        lines = capsys.readouterr().out.splitlines()
+        assert [number for number, text in enumerate(lines) if "best so far" in text] == [line]
 
 
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
