@@ -111,7 +111,7 @@ class TrainingProgress(Listener):
         self._eval_seconds = 0.0  # of the last one: the first compiles
         self._best: str | None = None  # the metric whose best comes with the next evaluation
         self._stopping = False
-        self._line_at = self._begun
+        self._line_at = self._heard_at = self._begun
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -162,6 +162,7 @@ class TrainingProgress(Listener):
     def step(self, metrics: Metrics) -> bool:
         """Shows one step."""
         self._pace.add(metrics)
+        self._heard_at = time.monotonic()
         self._metrics, self._stage, self._done = metrics, None, metrics.step
         tenth = max(1, self._total // 10)
         first = metrics.step == self._resumed_at + 1
@@ -177,7 +178,7 @@ class TrainingProgress(Listener):
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""
-        self._evaluating = None
+        self._evaluating, self._heard_at = None, time.monotonic()
         self._eval_seconds = result.seconds
         took = f" ({clock(result.seconds)})" if result.seconds >= 1 else ""
         for name, one in {"": result, **result.sets}.items():
@@ -239,6 +240,9 @@ class TrainingProgress(Listener):
         if metrics is not None and metrics.ranks is not None and session is not None:
             found += _ranks(metrics.ranks, session.communicator.hosts)
         left = self._seconds_left()
+        if left is not None and self._is_live:  # counts on while a step or an evaluation goes on
+            expected = self._eval_seconds if self._evaluating else pace.seconds_a_step or 0.0
+            left -= min(left, expected, time.monotonic() - self._heard_at)
         time_left = "" if left is None else f", {clock(left)} left"
         found.append(f"{self._elapsed}{time_left}")
         if session is not None:
@@ -273,7 +277,9 @@ class TrainingProgress(Listener):
             row.add_row(Text(label), bar, Text(share))
             yield row
         figures = self._figures()
-        if self._stage is not None and not self._evaluating:
+        if self._evaluating:
+            figures = [f"after step {self._done}/{self._total}", *figures]
+        elif self._stage is not None:
             figures = [f"{self._stage} …", *figures]
         if self._stopping:
             figures = ["stopping …", *figures]

@@ -74,7 +74,8 @@ def test_the_bar_is_true_from_the_first_second(width: int) -> None:
     for words in ("loss 1.0000", "ema 1.04", "lr 0.0002", "50 tokens/s", "0:00:34 left"):
         assert words in text, words
     progress.evaluating(19, 12, 60)
-    assert shown(progress, width)[0].startswith("eval 12/60 ")
+    lines = shown(progress, width)
+    assert lines[0].startswith("eval 12/60 ") and lines[1].startswith("after step 19/36 · loss")
 
 
 def test_the_time_left_follows_the_last_steps() -> None:
@@ -88,6 +89,18 @@ def test_the_time_left_follows_the_last_steps() -> None:
     assert progress._seconds_left() == 98 * 25.0 + 9 * 30.0
     progress.step(metrics(100, seconds=25.0))
     assert progress._seconds_left() == 0
+
+
+def test_the_time_left_counts_on_within_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("lora.commands.progress.time.monotonic", lambda: now[0])
+    progress, _ = on_terminal()
+    progress.started(session(total=3))
+    for step in (1, 2):
+        progress.step(metrics(step, seconds=25.0))
+    for after, left in ((0, "0:00:25"), (10, "0:00:15"), (14, "0:00:01"), (60, "0:00:00")):
+        now[0] += after
+        assert f"{left} left" in " ".join(shown(progress, 80))
 
 
 def test_the_moving_average_begins_at_the_first_loss() -> None:
