@@ -13,6 +13,7 @@ from lora.commands.prompts import (
     check_can_chat,
     trained_templates,
 )
+from lora.commands.waiting import waiting
 from lora.forward.text.chat_template import ChatTemplate
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
@@ -312,13 +313,14 @@ def chat(
     read_line = open_terminal()
     named = named_adapters(adapters)
     check_can_chat(model, tokenizer, named.values())
-    generator = open_generator(
-        model,
-        named,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        device=device,
-    )
+    with waiting():
+        generator = open_generator(
+            model,
+            named,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            device=device,
+        )
 
     def write(piece: str) -> None:
         print(for_terminal(piece), end="", flush=True)

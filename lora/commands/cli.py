@@ -177,6 +177,7 @@ def generate(
 ) -> None:
     """Continue a text with the tuned model."""
     from lora.commands.prompts import check_can_chat, trained_templates
+    from lora.commands.waiting import waiting
     from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
     from lora.shaders.choice import Wanted
@@ -188,13 +189,14 @@ def generate(
     adapters = {} if adapter is None else {"adapter": adapter}
     if chat:
         check_can_chat(model, tokenizer, adapters.values())
-    generator = open_generator(
-        model,
-        adapters,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        device=Wanted(device, webgpu, precision.value),
-    )
+    with waiting():
+        generator = open_generator(
+            model,
+            adapters,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            device=Wanted(device, webgpu, precision.value),
+        )
     text: str | list[int] = prompt
     if chat:
         template = trained_templates(generator.tokenizer, adapters).get("adapter")

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -40,6 +41,7 @@ def eval_command(
     What the adapter's own files say of its rank and matrices counts, not the config.
     """
     from lora.adapters.files import with_adapter
+    from lora.commands.waiting import waiting
     from lora.config.schema import load_config
     from lora.shaders.errors import InputError
     from lora.training.session import TrainingSession
@@ -52,10 +54,13 @@ def eval_command(
         )
     if adapter is not None:
         loaded = with_adapter(loaded, adapter)
-    session = TrainingSession(loaded, train=False)
-    results = {"base": session.evaluate(adapted=False)}
-    if adapter is not None:
-        results["adapter"] = session.evaluate()
+    with waiting() as tell:
+        session = TrainingSession(loaded, train=False)
+        results = {}
+        for name in ("base", *(["adapter"] if adapter is not None else [])):
+            told = partial(_tell_progress, tell, name)
+            told(0, len(session.workload.eval_examples))  # the first batch waits for kernels
+            results[name] = session.evaluate(adapted=name == "adapter", progress=told)
     summary = session.workload.eval_summary
     assert summary is not None  # data.eval is set
     if as_json:
@@ -73,6 +78,10 @@ def eval_command(
     print(describe_examples(summary, results["base"]))
     table_console().print(_table(results))
     _print_answers(session, list(results), examples)
+
+
+def _tell_progress(tell: Callable[[str], None], name: str, done: int, total: int) -> None:
+    tell(f"Evaluating {name}, {done}/{total}")
 
 
 def describe_examples(summary: DataSummary, result: EvalResult) -> str:
@@ -122,6 +131,8 @@ def _print_answers(session: TrainingSession, names: list[str], n_examples: int) 
 
     With print: rich would break long lines and read `:smile:` and brackets as its own.
     """
+    from lora.commands.waiting import waiting
+
     decode = session.tokenizer.decode
     for example in session.workload.eval_examples[:n_examples]:
         prompt, wanted = first_answer(example)
@@ -129,7 +140,8 @@ def _print_answers(session: TrainingSession, names: list[str], n_examples: int) 
         print(f"\nprompt  {for_terminal(decode(prompt).strip())}")
         print(f"wanted  {decode(wanted)!r}{' (cut)' if example.cut and reaches_end else ''}")
         for name in names:
-            answer = session.generate(
-                prompt, max_tokens=len(wanted) + _MORE_TOKENS, adapted=name == "adapter"
-            )
+            with waiting(f"{name} answers"):
+                answer = session.generate(
+                    prompt, max_tokens=len(wanted) + _MORE_TOKENS, adapted=name == "adapter"
+                )
             print(f"{name:8}{answer!r}")

@@ -1,0 +1,56 @@
+"""What is under way, where a command has nothing to print for a while."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.text import Text
+
+from lora.commands.progress import clock
+from lora.shaders.errors import for_terminal
+from lora.shaders.stages import stages_told
+
+
+class _Line:
+    """What is under way and for how long, in one line however narrow the terminal is."""
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+        self._begun = time.monotonic()
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        """Made anew several times a second."""
+        shown = f"{for_terminal(self.what)} … · {clock(time.monotonic() - self._begun)}"
+        yield Text(shown, style="dim", no_wrap=True, overflow="ellipsis")
+
+
+@contextmanager
+def waiting(what: str = "Starting") -> Iterator[Callable[[str], None]]:
+    """Shows a line on stderr during the block, which prints nothing itself; then it is gone.
+
+    On stderr, since stdout may be a file or a pipe that somebody waits for all the same. Where
+    stderr is no terminal, or one that can't go back a line, nothing is shown.
+
+    Args:
+        what: is under way at first.
+
+    Yields:
+        What says something else; the stages of what is opened say it by themselves.
+    """
+    console, line = Console(stderr=True), _Line(what)
+
+    def tell(now: str) -> None:
+        line.what = now
+
+    with stages_told(tell):
+        if not console.is_terminal or console.is_dumb_terminal:
+            yield tell
+            return
+        with Live(
+            line, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
+        ):
+            yield tell

@@ -1,0 +1,48 @@
+"""The line that says what is under way where a command has nothing to print yet."""
+
+from __future__ import annotations
+
+import os
+import pty
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lora.commands.waiting import waiting
+from lora.shaders.stages import stage
+from tests.support.tiny_run import write_run
+
+
+def test_nothing_where_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+    with waiting() as tell:
+        tell("Evaluating")
+        stage("Loading the model")
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_an_evaluation_into_a_pipe_shows_how_far_it_is(tmp_path: Path) -> None:
+    """stdout has the result alone; the terminal on stderr what is under way, and then nothing."""
+    path = write_run(tmp_path)
+    leader, follower = pty.openpty()
+    command = [sys.executable, "-m", "lora", "eval", str(path), "--examples", "0"]
+    environment = {**os.environ, "TERM": "xterm", "COLUMNS": "40", "NO_COLOR": "1"}
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env=environment)
+    os.close(follower)
+    seen = b""
+    while True:
+        try:
+            part = os.read(leader, 65536)
+        except OSError:  # Linux says the end so
+            break
+        seen += part
+        if not part:
+            break
+    os.close(leader)
+    printed = process.communicate(timeout=300)[0]
+    assert process.returncode == 0
+    assert b"Evaluating base, 0/3" in seen
+    assert seen.rstrip().endswith(b"\x1b[2K")  # the line is gone
+    assert printed.startswith(b"3 examples\n") and b"\x1b" not in printed
