@@ -108,6 +108,7 @@ class TrainingProgress(Listener):
         self._metrics: Metrics | None = None
         self._done, self._total, self._resumed_at = 0, 0, 0
         self._evaluating: tuple[int, int] | None = None
+        self._answering = ""  # what is said while prompts are answered
         self._eval_seconds = 0.0  # of the last one: the first compiles
         self._best: str | None = None  # the metric whose best comes with the next evaluation
         self._stopping = False
@@ -202,8 +203,13 @@ class TrainingProgress(Listener):
         times = "evaluation" if evaluations == 1 else f"{evaluations} evaluations"
         self._print(f"step {step}: stops early, the last {times} brought no gain")
 
+    def sampling(self, step: int, done: int, total: int) -> None:
+        """Shows that the model is at it: an answer may take longer than a step."""
+        self._answering = f"answering prompt {done + 1}/{total}"
+
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Shows the answers, each on a line."""
+        self._answering = ""
         for sample in samples:
             prompt = sample.prompt
             asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
@@ -279,6 +285,8 @@ class TrainingProgress(Listener):
         figures = self._figures()
         if self._evaluating:
             figures = [f"after step {self._done}/{self._total}", *figures]
+        elif self._answering:
+            figures = [f"{self._answering} …", *figures]
         elif self._stage is not None:
             figures = [f"{self._stage} …", *figures]
         if self._stopping:

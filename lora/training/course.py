@@ -226,10 +226,11 @@ class Course:
         train = session.config.train
         if not train.sample_prompts or self._sampled_at == step:
             return
-        samples = []
+        samples: list[Sample] = []
         for prompt in train.sample_prompts:
             if self._interrupted() is not None:
                 return
+            self._audience.sampling(step, len(samples), len(train.sample_prompts))
             written: Any = prompt
             if isinstance(prompt, str) and session.workload.trains_on_chats:
                 written = [{"role": "user", "content": prompt}]

@@ -54,6 +54,15 @@ def on_terminal(width: int = 80) -> tuple[TrainingProgress, io.StringIO]:
     return TrainingProgress(console), file
 
 
+def test_prompts_that_are_answered_are_no_step() -> None:
+    progress, _ = on_terminal()
+    progress.started(session())
+    progress.sampling(0, 1, 3)
+    assert shown(progress, 80)[1].startswith("answering prompt 2/3 … · ")
+    progress.sampled(0, [])
+    assert shown(progress, 80)[1].startswith("First step … · ")
+
+
 @pytest.mark.parametrize("width", [80, 40])
 def test_the_bar_is_true_from_the_first_second(width: int) -> None:
     progress, _ = on_terminal(width)
