@@ -67,6 +67,7 @@ def _train(
     from lora.training.leading import open_together, quiet
     from lora.training.output import check_output, check_room
     from lora.training.reporters import check_reporters, open_reporters
+    from lora.training.resuming import check_can_resume
     from lora.training.run import Interrupted, run_training
 
     quiet(communicator)
@@ -74,6 +75,8 @@ def _train(
     console.quiet = not leads
     if leads:
         check_output(Path(loaded.output), resuming=resume)
+        if resume:
+            check_can_resume(Path(loaded.output))
         check_room(loaded, Path(loaded.output))
         check_reporters(loaded)
         if loaded.hub is not None:

@@ -220,6 +220,12 @@ def test_wrong_data(tmp_path: Path, text: str, words: list[str]) -> None:
     refused(lora("train", path, *overrides), *words)
 
 
+def test_nothing_is_loaded_for_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    done = lora("train", write_run(tmp_path), "--resume")
+    refused(done, "holds no checkpoint; run without --resume")
+    assert "Reading" not in done.stdout
+
+
 def test_wrong_models(tmp_path: Path) -> None:
     path = write_run(tmp_path)
     model = tmp_path / "model.gguf"

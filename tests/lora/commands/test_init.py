@@ -86,6 +86,8 @@ def test_a_file_that_is_there_stays() -> None:
         ([], "init needs the base model and the examples, such as: lora init --model"),
         (["--model", "model.gguf"], "init needs the base model and the examples"),
         (["--model", "nowhere.gguf", "--data", "my data.jsonl"], "nowhere.gguf: there is no such"),
+        (["--model", "org/base", "--data", "my data.jsonl"], "holds a GGUF is hf:org/base or hf:"),
+        (["--model", "my data.jsonl", "--data", "my data.jsonl"], "my data.jsonl is no GGUF file"),
         (["--model", "hf:nobody", "--data", "my data.jsonl"], "hf:ORG/REPO"),
         (["--model", "model.gguf", "--data", "nowhere.jsonl"], "nowhere.jsonl: there is no such"),
         (["--model", "model.gguf", "--data", "model.gguf"], "model.gguf"),
