@@ -272,7 +272,7 @@ def inspect(
         console.print_json(data=facts, ensure_ascii=True)
         return
     for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
-        console.print(part)
+        console.print(part, crop=False)
 
 
 app.command(name="report")(report_command)

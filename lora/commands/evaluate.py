@@ -9,10 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
-from lora.commands.tables import table_console
+from lora.commands.tables import Records, table_console
 from lora.shaders.errors import for_terminal
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
@@ -76,7 +75,7 @@ def eval_command(
         print(json.dumps(values, indent=2))
         return
     print(describe_examples(summary, results["base"]))
-    table_console().print(_table(results))
+    table_console().print(table_of(results))
     _print_answers(session, list(results), examples)
 
 
@@ -97,8 +96,8 @@ def describe_examples(summary: DataSummary, result: EvalResult) -> str:
     return text
 
 
-def _table(results: Mapping[str, EvalResult]) -> Table:
-    table = Table("", "loss", "perplexity", "token accuracy", "exact match")
+def table_of(results: Mapping[str, EvalResult]) -> Records:
+    """Each result with those of its sets."""
     rows = {
         label: one
         for name, result in results.items()
@@ -107,15 +106,19 @@ def _table(results: Mapping[str, EvalResult]) -> Table:
             *((f"{name}, {part}", each) for part, each in result.sets.items()),
         )
     }
-    for name, result in rows.items():
-        table.add_row(
-            name,
-            f"{result.loss:.4f}",
-            f"{result.perplexity:.3f}",
-            f"{result.token_accuracy:.1%}",
-            f"{result.n_exact}/{result.n_examples} ({result.exact_match:.1%})",
-        )
-    return table
+    return Records(
+        ("", "loss", "perplexity", "token accuracy", "exact match"),
+        [
+            (
+                name,
+                f"{result.loss:.4f}",
+                f"{result.perplexity:.3f}",
+                f"{result.token_accuracy:.1%}",
+                f"{result.n_exact}/{result.n_examples} ({result.exact_match:.1%})",
+            )
+            for name, result in rows.items()
+        ],
+    )
 
 
 def first_answer(example: Example) -> tuple[list[int], list[int]]:
