@@ -201,7 +201,9 @@ class TrainingProgress(Listener):
     def stopped_early(self, step: int, evaluations: int) -> None:
         """Says why the run ends."""
         times = "evaluation" if evaluations == 1 else f"{evaluations} evaluations"
-        self._print(f"step {step}: stops early, the last {times} brought no gain")
+        least = self._session.config.train.early_stopping_threshold if self._session else 0.0
+        gain = f"gain above {least:g}" if least else "gain"
+        self._print(f"step {step}: stops early, the last {times} brought no {gain}")
 
     def sampling(self, step: int, done: int, total: int) -> None:
         """Shows that the model is at it: an answer may take longer than a step."""

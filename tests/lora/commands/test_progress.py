@@ -20,9 +20,10 @@ from rich.console import Console
 from lora import TrainingSession, run_training
 from lora.commands.plan import seconds_shown
 from lora.commands.progress import Pace, TrainingProgress, binary_size, clock
-from lora.commands.summary import next_commands, summary_rows
+from lora.commands.summary import next_commands, summary_rows, summary_rows_of
 from lora.shaders.device import Device
 from lora.shaders.stages import stage, stages_told
+from lora.training.history import History
 from lora.training.metrics import EvalResult, Metrics, Sample
 from tests.support.tiny_run import write_run
 
@@ -31,8 +32,10 @@ def metrics(step: int, loss: float = 1.0, seconds: float = 2.0, **more: Any) -> 
     return Metrics(step, step / 10, loss, 1.0, 2e-4, 100, 50, 100 / seconds, seconds, **more)
 
 
-def session(done: int = 0, total: int = 36, every: int | None = None) -> Any:
-    train = SimpleNamespace(eval_every=every)
+def session(
+    done: int = 0, total: int = 36, every: int | None = None, threshold: float = 0.0
+) -> Any:
+    train = SimpleNamespace(eval_every=every, early_stopping_threshold=threshold)
     return SimpleNamespace(
         steps_done=done, total_steps=total, config=SimpleNamespace(train=train),
         workload=SimpleNamespace(eval_examples=[1] * 60),
@@ -176,6 +179,18 @@ def test_the_best_is_said_of_the_set_that_decides(capsys: pytest.CaptureFixture[
         assert [number for number, text in enumerate(lines) if "best so far" in text] == [line]
 
 
+@pytest.mark.parametrize(("threshold", "gain"), [(0.0, "no gain"), (0.01, "no gain above 0.01")])
+def test_why_a_run_stops_early(
+    threshold: float, gain: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a threshold the last evaluation may have been the best so far."""
+    progress = TrainingProgress(Console(width=4000))
+    progress.started(session(threshold=threshold))
+    progress.stopped_early(4, 2)
+    said = f"step 4: stops early, the last 2 evaluations brought {gain}"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     file = io.StringIO()
@@ -223,6 +238,19 @@ def test_the_summary(tmp_path: Path, device: Device) -> None:
     assert chat[1] == f"lora chat {tmp_path / 'model.gguf'} --adapter {output}"
     assert commands[0] == f"lora eval {path} --set 'a=b c' --adapter {output}"
     assert [c.split()[1] for c in commands] == ["eval", "generate", "export", "report"]
+
+
+def test_the_summary_has_a_row_for_each_named_set() -> None:
+    lines = [
+        {"step": step, **{f"eval_{name}{kind}": value / (1 + step) for name in ("", "a_", "b_c_")
+                          for kind, value in (("loss", 4.0), ("perplexity", 50.0),
+                                              ("accuracy", 0.5), ("exact_match", 0.0))}}
+        for step in (0, 1)
+    ]  # fmt: skip
+    rows = summary_rows_of(History([], lines))
+    assert list(rows) == ["evaluation", "  a", "  b_c"]
+    assert rows["  a"] == "loss 4.0000 → 2.0000, accuracy 50.0% → 25.0%, exact match 0.0% → 0.0%"
+    assert rows["evaluation"] == f"{rows['  a']} (after steps 0 and 1)"
 
 
 def test_ctrl_c_is_acknowledged_within_a_long_step(tmp_path: Path) -> None:
