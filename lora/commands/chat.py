@@ -29,7 +29,8 @@ HELP = """\
 /system TEXT       begin again with a system message; without TEXT, with none
 /reset             begin again
 /help              this list
-/exit              leave (or Ctrl-D); Ctrl-C stops an answer"""
+/exit              leave (or /quit, /bye, Ctrl-D); Ctrl-C stops an answer"""
+_LEAVE = ("/exit", "/quit", "/bye")  # the last two are llama.cpp's and Ollama's
 
 
 class Chat:
@@ -100,7 +101,7 @@ class Chat:
             except InputError as error:
                 self._write(f"{error}\n")
                 continue
-            if line == "/exit":
+            if line in _LEAVE:
                 return
             try:
                 if line.startswith("/"):
