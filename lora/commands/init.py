@@ -52,7 +52,7 @@ def init_command(
         )
     write_file(output, config_text(model, data, f"runs/{output.stem}"))
     print(f"Wrote {output}{found}. Next:")
-    for command in ("plan", "train"):
+    for command in ("data", "plan", "train"):
         print(f"  {shlex.join(['lora', command, str(output)])}")
 
 

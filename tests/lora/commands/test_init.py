@@ -46,6 +46,7 @@ def test_the_config_holds_every_key_with_its_default() -> None:
     first, *commands = written.splitlines()
     assert first == "Wrote my run.yaml for 3 rows of the format completion. Next:"
     assert [shlex.split(command) for command in commands] == [
+        ["lora", "data", "my run.yaml"],
         ["lora", "plan", "my run.yaml"],
         ["lora", "train", "my run.yaml"],
     ]
