@@ -62,8 +62,12 @@ class Pace:
             self._last.clear()
         self._last.append(metrics)
         if not metrics.skipped:
-            self._ema = _SMOOTHING * self._ema + (1 - _SMOOTHING) * metrics.loss
-            self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
+            self.smooth(metrics.loss)
+
+    def smooth(self, loss: float) -> None:
+        """Takes a loss into the moving average."""
+        self._ema = _SMOOTHING * self._ema + (1 - _SMOOTHING) * loss
+        self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
 
     @property
     def mean_loss(self) -> float | None:
@@ -158,6 +162,12 @@ class TrainingProgress(Listener):
         self._total = session.total_steps
         if self._done:
             self._print(f"Resumed: {self._done} of {self._total} steps were done before.")
+            from lora.training.history import History, numbers
+            from lora.training.output import METRICS  # which lora chat has no use for
+
+            past = History.read(Path(session.config.output) / METRICS)
+            for loss in numbers(past.steps, "loss"):  # the average goes on, too
+                self._pace.smooth(loss)
         self.stage("First step")
 
     def step(self, metrics: Metrics) -> bool:

@@ -33,11 +33,15 @@ def metrics(step: int, loss: float = 1.0, seconds: float = 2.0, **more: Any) -> 
 
 
 def session(
-    done: int = 0, total: int = 36, every: int | None = None, threshold: float = 0.0
+    done: int = 0,
+    total: int = 36,
+    every: int | None = None,
+    threshold: float = 0.0,
+    output: str = "nowhere",
 ) -> Any:
     train = SimpleNamespace(eval_every=every, early_stopping_threshold=threshold)
     return SimpleNamespace(
-        steps_done=done, total_steps=total, config=SimpleNamespace(train=train),
+        steps_done=done, total_steps=total, config=SimpleNamespace(train=train, output=output),
         workload=SimpleNamespace(eval_examples=[1] * 60),
         device=SimpleNamespace(allocated={"weights": 3 << 29}),
     )  # fmt: skip
@@ -177,6 +181,21 @@ def test_the_best_is_said_of_the_set_that_decides(capsys: pytest.CaptureFixture[
         progress.evaluated(5, both)
         lines = capsys.readouterr().out.splitlines()
         assert [number for number, text in enumerate(lines) if "best so far" in text] == [line]
+
+
+def test_a_resumed_runs_average_goes_on(tmp_path: Path) -> None:
+    """As that of a run that was never stopped."""
+    whole, losses = Pace(), [4.0, 3.0, 2.0, 1.0]
+    for step, loss in enumerate(losses, 1):
+        whole.add(metrics(step, loss=loss))
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step, past in ((1, 4.0), (2, 3.0), (3, None)):
+            file.write(json.dumps({"step": step, "loss": past}) + "\n")
+    progress, _ = on_terminal()
+    progress.started(session(done=3, output=str(tmp_path)))
+    for step, loss in ((4, 2.0), (5, 1.0)):
+        progress.step(metrics(step, loss=loss))
+    assert f"ema {whole.mean_loss:.4f}" in " ".join(shown(progress, 80))
 
 
 @pytest.mark.parametrize(("threshold", "gain"), [(0.0, "no gain"), (0.01, "no gain above 0.01")])
