@@ -1,4 +1,4 @@
-"""What a run shows: the bar at several widths, plain lines, Ctrl-C, and the summary at the end."""
+"""What a run shows: the bar at several widths, plain lines, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -17,13 +17,11 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora import TrainingSession, run_training
+from lora import TrainingSession
 from lora.commands.plan import seconds_shown
 from lora.commands.progress import Pace, TrainingProgress, binary_size, clock
-from lora.commands.summary import next_commands, summary_rows, summary_rows_of
 from lora.shaders.device import Device
 from lora.shaders.stages import stage, stages_told
-from lora.training.history import History
 from lora.training.metrics import EvalResult, Metrics, Sample
 from tests.support.tiny_run import write_run
 
@@ -242,34 +240,6 @@ def test_forms() -> None:
     assert [seconds_shown(s) for s in (0.0123, 1.42, 25, 110, 1500, 9000)] == [
         "12.3 ms", "1.4 s", "25 s", "110 s", "25 min", "2.5 h"
     ]  # fmt: skip
-
-
-def test_the_summary(tmp_path: Path, device: Device) -> None:
-    path = write_run(tmp_path, train={"steps": 4, "eval_at_start": True})
-    with TrainingSession.from_config(path, device=device) as opened:
-        output = run_training(opened)
-        rows = summary_rows(opened.config, output)
-        assert set(rows) == {"trained", "loss", "evaluation", "best", "adapter"}
-        assert rows["trained"].startswith("4 steps in 0:0")
-        assert " → " in rows["loss"] and "(after steps 0 and 4)" in rows["evaluation"]
-        commands = next_commands(opened.config, [str(path), "--set", "a=b c"], output)
-        chat = next_commands(opened.config, [str(path)], output, chats=True)
-    assert chat[1] == f"lora chat {tmp_path / 'model.gguf'} --adapter {output}"
-    assert commands[0] == f"lora eval {path} --set 'a=b c' --adapter {output}"
-    assert [c.split()[1] for c in commands] == ["eval", "generate", "export", "report"]
-
-
-def test_the_summary_has_a_row_for_each_named_set() -> None:
-    lines = [
-        {"step": step, **{f"eval_{name}{kind}": value / (1 + step) for name in ("", "a_", "b_c_")
-                          for kind, value in (("loss", 4.0), ("perplexity", 50.0),
-                                              ("accuracy", 0.5), ("exact_match", 0.0))}}
-        for step in (0, 1)
-    ]  # fmt: skip
-    rows = summary_rows_of(History([], lines))
-    assert list(rows) == ["evaluation", "  a", "  b_c"]
-    assert rows["  a"] == "loss 4.0000 → 2.0000, accuracy 50.0% → 25.0%, exact match 0.0% → 0.0%"
-    assert rows["evaluation"] == f"{rows['  a']} (after steps 0 and 1)"
 
 
 def test_ctrl_c_is_acknowledged_within_a_long_step(tmp_path: Path) -> None:
