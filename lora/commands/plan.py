@@ -113,7 +113,7 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
-        f"{_targets_shown(layout)} of {len(layout.layers)} layers",
+        f"{_targets_shown(layout)} of {len(layout.layers)} layer{'s' * (len(layout.layers) != 1)}",
         "data": str(workload.streamed or workload.train_summary),
         "steps": f"{total_steps}{_epochs(stream)}, micro-batches of at most "
         f"{workload.maximum_rows} tokens, recompute {_recompute(plan)}",
