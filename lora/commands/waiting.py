@@ -50,7 +50,6 @@ def waiting(what: str = "Starting") -> Iterator[Callable[[str], None]]:
         if not console.is_terminal or console.is_dumb_terminal:
             yield tell
             return
-        with Live(
-            line, console=console, transient=True, redirect_stdout=False, redirect_stderr=False
-        ):
+        # What else is said on stderr goes above the line; stdout is somewhere else.
+        with Live(line, console=console, transient=True, redirect_stdout=False):
             yield tell

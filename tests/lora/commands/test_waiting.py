@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pty
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -22,14 +23,13 @@ def test_nothing_where_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "")
 
 
-@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
-def test_an_evaluation_into_a_pipe_shows_how_far_it_is(tmp_path: Path) -> None:
-    """stdout has the result alone; the terminal on stderr what is under way, and then nothing."""
-    path = write_run(tmp_path)
+def on_terminal(*arguments: str) -> tuple[str, str]:
+    """What a process of Python writes to a pipe on stdout, and to a terminal on stderr."""
     leader, follower = pty.openpty()
-    command = [sys.executable, "-m", "lora", "eval", str(path), "--examples", "0"]
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "40", "NO_COLOR": "1"}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=follower, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, *arguments], stdout=subprocess.PIPE, stderr=follower, env=environment
+    )
     os.close(follower)
     seen = b""
     while True:
@@ -43,6 +43,25 @@ def test_an_evaluation_into_a_pipe_shows_how_far_it_is(tmp_path: Path) -> None:
     os.close(leader)
     printed = process.communicate(timeout=300)[0]
     assert process.returncode == 0
-    assert b"Evaluating base, 0/3" in seen
-    assert seen.rstrip().endswith(b"\x1b[2K")  # the line is gone
-    assert printed.startswith(b"3 examples\n") and b"\x1b" not in printed
+    return printed.decode(), seen.decode()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_an_evaluation_into_a_pipe_shows_how_far_it_is(tmp_path: Path) -> None:
+    """stdout has the result alone; the terminal on stderr what is under way, and then nothing."""
+    printed, seen = on_terminal("-m", "lora", "eval", str(write_run(tmp_path)), "--examples", "0")
+    assert "Evaluating base, 0/3" in seen
+    assert seen.rstrip().endswith("\x1b[2K")  # the line is gone
+    assert printed.startswith("3 examples\n") and "\x1b" not in printed
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_what_else_is_said_has_a_line_of_its_own() -> None:
+    code = """
+import sys
+from lora.commands.waiting import waiting
+with waiting("Loading"):
+    print("By the way.", file=sys.stderr)
+"""
+    _, seen = on_terminal("-c", code)
+    assert re.search(r"\x1b\[2KBy the way\.[^\n]*\n.*Loading", seen, re.DOTALL), seen
