@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+import socket
+import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
@@ -51,5 +55,36 @@ def waiting(what: str = "Starting") -> Iterator[Callable[[str], None]]:
             yield tell
             return
         # What else is said on stderr goes above the line; stdout is somewhere else.
-        with Live(line, console=console, transient=True, redirect_stdout=False):
+        live = Live(line, console=console, transient=True, redirect_stdout=False)
+        with live, _noticing_ctrl_c(partial(tell, "Stopping")):
             yield tell
+
+
+@contextmanager
+def _noticing_ctrl_c(notice: Callable[[], None]) -> Iterator[None]:
+    """Calls `notice` at once, on another thread; KeyboardInterrupt comes as ever.
+
+    That is when the main thread is back from the driver, which may have the work of seconds.
+    """
+    if threading.current_thread() is not threading.main_thread():  # none else may ask for signals
+        yield
+        return
+    told, woken = socket.socketpair()
+    woken.setblocking(False)
+
+    def listen() -> None:
+        with suppress(OSError):
+            for number in iter(lambda: told.recv(1), b""):
+                if number[0] == signal.SIGINT:
+                    notice()
+
+    listening = threading.Thread(target=listen, daemon=True)
+    previous = signal.set_wakeup_fd(woken.fileno(), warn_on_full_buffer=False)
+    listening.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        woken.close()
+        listening.join(timeout=1)
+        told.close()

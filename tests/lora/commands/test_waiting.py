@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -23,8 +24,12 @@ def test_nothing_where_stderr_is_no_terminal(capfd: pytest.CaptureFixture[str]) 
     assert capfd.readouterr() == ("", "")
 
 
-def on_terminal(*arguments: str) -> tuple[str, str]:
-    """What a process of Python writes to a pipe on stdout, and to a terminal on stderr."""
+def on_terminal(*arguments: str, interrupted_at: bytes | None = None) -> tuple[str, str]:
+    """What a process of Python writes to a pipe on stdout, and to a terminal on stderr.
+
+    Args:
+        interrupted_at: after this on stderr it gets a Ctrl-C.
+    """
     leader, follower = pty.openpty()
     environment = {**os.environ, "TERM": "xterm", "COLUMNS": "40", "NO_COLOR": "1"}
     process = subprocess.Popen(
@@ -38,6 +43,9 @@ def on_terminal(*arguments: str) -> tuple[str, str]:
         except OSError:  # Linux says the end so
             break
         seen += part
+        if interrupted_at is not None and interrupted_at in seen:
+            process.send_signal(signal.SIGINT)
+            interrupted_at = None
         if not part:
             break
     os.close(leader)
@@ -65,3 +73,18 @@ with waiting("Loading"):
 """
     _, seen = on_terminal("-c", code)
     assert re.search(r"\x1b\[2KBy the way\.[^\n]*\n.*Loading", seen, re.DOTALL), seen
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
+def test_ctrl_c_is_acknowledged_while_the_main_thread_is_elsewhere() -> None:
+    code = """
+import hashlib
+from lora.commands.waiting import waiting
+try:
+    with waiting("Computing"):
+        hashlib.pbkdf2_hmac("sha256", b"a", b"b", 4_000_000)  # some seconds; no Python runs
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    printed, seen = on_terminal("-c", code, interrupted_at=b"0:00:01")
+    assert printed == "interrupted\n" and "Stopping \N{HORIZONTAL ELLIPSIS}" in seen
