@@ -28,6 +28,7 @@ def plan_command(
 ) -> None:
     """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
     from lora.commands.fit import print_fit
+    from lora.commands.waiting import waiting
     from lora.config.schema import load_config
     from lora.shaders.device import Device
     from lora.storage.tile_cache import find_tiles
@@ -37,14 +38,21 @@ def plan_command(
     from lora.training.workload import Workload
 
     loaded = load_config(config, overrides(set_, webgpu))
-    workload = Workload.open(loaded, train=True)
-    with Device(loaded.device, webgpu=loaded.webgpu) as device:
-        plans = find_tiles(device, loaded.train.tuning)
-        planned = SessionPlan.of(device.facts, workload, plans)
-        seconds = None
-        if "timestamp-query" in device.facts.features:
-            seconds = expected_seconds(planned, measure_peaks(device))
-        largest = fits(device.facts, workload) if fit else None
+    with waiting() as tell:
+        workload = Workload.open(loaded, train=True)
+        tell("Opening the device")
+        with Device(loaded.device, webgpu=loaded.webgpu) as device:
+            tell("Planning the steps")
+            plans = find_tiles(device, loaded.train.tuning)
+            planned = SessionPlan.of(device.facts, workload, plans)
+            seconds = None
+            if "timestamp-query" in device.facts.features:
+                tell("Measuring the device's peaks")
+                seconds = expected_seconds(planned, measure_peaks(device))
+            largest = None
+            if fit:
+                tell("Looking for what fits")
+                largest = fits(device.facts, workload)
     if as_json:
         facts = plan_facts(planned, seconds)
         if largest is not None:
