@@ -19,6 +19,12 @@ if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.training.metrics import EvalResult
     from lora.training.session import TrainingSession
 
+# Nothing is chosen by these sets here, which --set may name otherwise than the config.
+_NOTHING_CHOSEN = (
+    "train.best=off",
+    "train.load_best_model_at_end=false",
+    "train.early_stopping_patience=null",
+)
 _MORE_TOKENS = 8  # that a written-out answer may have than the wanted one: it shows rambling
 
 
@@ -36,6 +42,7 @@ def eval_command(
 ) -> None:
     """Loss, perplexity and exact match on data.eval: the bare model, and with --adapter both.
 
+    All rows of it are taken, whatever train.eval_samples is.
     Exact are examples whose every answer is right to its end; never those cut at data.max_length.
     What the adapter's own files say of its rank and matrices counts, not the config.
     """
@@ -45,7 +52,7 @@ def eval_command(
     from lora.shaders.errors import InputError
     from lora.training.session import TrainingSession
 
-    loaded = load_config(config, overrides(set_, webgpu))
+    loaded = load_config(config, [*_NOTHING_CHOSEN, *overrides(set_, webgpu)])
     if not loaded.data.evaluates:  # said before the model is loaded for nothing
         raise InputError(
             "data.eval is null: there is nothing to evaluate on. Name a file of examples in the "
