@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.backward.attention import Attended, attention_backward
-from lora.backward.head_gate import head_gate_backward
+from lora.backward.before import Before
+from lora.backward.head_gate import HeadGateBefore
 from lora.backward.head_norm_rope import head_norm_rope_backward
-from lora.backward.recorder import BackwardRecorder, Before
+from lora.backward.recorder import BackwardRecorder
 from lora.backward.rope import rope_backward
 from lora.backward.span_norm import span_norm_backward
 from lora.forward.copy_columns import copy_columns
@@ -74,13 +75,12 @@ def record_attention_backward(
     """Appends the block's backward; see `BlockBackward`."""
     program, inputs, weights = layer.program, layer.shared.inputs, layer.weights
     scratch, heads = layer.scratch(spec), Heads.of(spec)
-    gated = act.gated or act.attended
-    if not layer.through("attn_output", gated, d_output, scratch.d_attended):
-        return False
+    gate = None
     if act.gated is not None and act.raw_qkv is not None:
-        head_gate_backward(
-            program, act.raw_qkv, act.attended, spec.head_size, scratch.d_attended, scratch.d_raw
-        )
+        gate = HeadGateBefore(act.raw_qkv, act.attended, spec.head_size, scratch.d_raw)
+    gated = act.gated or act.attended
+    if not layer.through("attn_output", gated, d_output, scratch.d_attended, gate):
+        return False
     attended = Attended(act.qkv, act.attended, act.lse)
     attention_backward(
         program, attended, scratch.d_attended, inputs.segments, heads, d_qkv=scratch.d_qkv,

@@ -38,18 +38,26 @@ class AttentionActivations:
     gated: Tensor | None = None  # [rows, query_size], with an output gate
 
 
-def allocate_attention(recording: Recording, spec: Attention, rows: Extent) -> AttentionActivations:
-    """Tensors for up to rows.maximum rows."""
+def allocate_attention(
+    recording: Recording,
+    spec: Attention,
+    rows: Extent,
+    shared: AttentionActivations | None = None,
+) -> AttentionActivations:
+    """Tensors for up to rows.maximum rows; `gated` may be shared."""
 
     def tensor(width: int, dtype: str = recording.precision) -> Tensor:
         return recording.memory.empty((rows.maximum, width), dtype, extent=rows)
 
+    gated = None if shared is None else shared.gated
+    if shared is None and spec.output_gate:
+        gated = tensor(spec.query_size)
     return AttentionActivations(
         raw_qkv=tensor(spec.projected_size) if spec.qk_norm != NO_NORM else None,
         qkv=tensor(spec.qkv_size),
         attended=tensor(spec.query_size),
         lse=tensor(spec.n_heads, "f32"),
-        gated=tensor(spec.query_size) if spec.output_gate else None,
+        gated=gated,
     )
 
 

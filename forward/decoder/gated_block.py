@@ -19,13 +19,19 @@ class GatedActivations:
     gated: Tensor  # [rows, intermediate_size]
 
 
-def allocate_gated(recording: Recording, spec: GatedFeedForward, rows: Extent) -> GatedActivations:
-    """Tensors for up to rows.maximum rows."""
+def allocate_gated(
+    recording: Recording,
+    spec: GatedFeedForward,
+    rows: Extent,
+    shared: GatedActivations | None = None,
+) -> GatedActivations:
+    """Tensors for up to rows.maximum rows; `gated` may be shared."""
 
     def tensor(width: int) -> Tensor:
         return recording.memory.empty((rows.maximum, width), recording.precision, extent=rows)
 
-    return GatedActivations(tensor(spec.gate_up_size), tensor(spec.intermediate_size))
+    gated = tensor(spec.intermediate_size) if shared is None else shared.gated
+    return GatedActivations(tensor(spec.gate_up_size), gated)
 
 
 def record_gated(

@@ -43,6 +43,8 @@ class LayerActivations:
         after_feed_forward: [rows, hidden_size], the residual stream before the layer's own input.
         per_layer: of that block.
         per_layer_output: [rows, hidden_size], before its norm.
+        shares: whether what the backward writes again (`normed`, `middle_normed`, what the blocks'
+            last products are given) lies where other layers' does.
     """
 
     normed: Tensor | None
@@ -57,32 +59,52 @@ class LayerActivations:
     per_layer: Any = None
     per_layer_output: Tensor | None = None
     products: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: bool = False
 
     @classmethod
     def allocate(
-        cls, recording: Recording, spec: LayerSpec, rows: Extent, z: Mapping[str, Tensor]
+        cls,
+        recording: Recording,
+        spec: LayerSpec,
+        rows: Extent,
+        z: Mapping[str, Tensor],
+        shared: LayerActivations | None = None,
     ) -> LayerActivations:
-        """Tensors for one layer; layers of the same sizes and adapted groups can share them."""
+        """Tensors for one layer; layers of the same sizes and adapted groups can share them.
+
+        Args:
+            recording: what they are allocated with.
+            spec: of the layer.
+            rows: of a micro-batch.
+            z: of the low-rank parts.
+            shared: of layers of the same sizes; what the backward writes again is theirs, too.
+        """
 
         def tensor(dtype: str = recording.precision) -> Tensor:
             shape = (rows.maximum, spec.hidden_size)
             return recording.memory.empty(shape, dtype, extent=rows)
 
-        def of_block(block: Any) -> Any:
-            return BLOCKS[type(block)].allocate(recording, block, rows)
+        def of_block(block: Any, theirs: Any) -> Any:
+            return BLOCKS[type(block)].allocate(recording, block, rows, theirs)
 
+        normed = middle_normed = None
+        if shared is not None:
+            normed, middle_normed = shared.normed, shared.middle_normed
+        elif spec.pre_norms:
+            normed, middle_normed = tensor(), tensor()
         return cls(
-            normed=tensor() if spec.pre_norms else None,
-            mixer=of_block(spec.mixer),
+            normed=normed,
+            mixer=of_block(spec.mixer, shared and shared.mixer),
             mixer_output=tensor() if spec.post_norms else None,
             middle=tensor("f32"),
-            middle_normed=tensor() if spec.pre_norms else None,
-            feed_forward=of_block(spec.feed_forward),
+            middle_normed=middle_normed,
+            feed_forward=of_block(spec.feed_forward, shared and shared.feed_forward),
             feed_forward_output=tensor() if spec.post_norms else None,
             z=z,
             after_feed_forward=None if spec.per_layer is None else tensor("f32"),
-            per_layer=None if spec.per_layer is None else of_block(spec.per_layer),
+            per_layer=spec.per_layer and of_block(spec.per_layer, shared and shared.per_layer),
             per_layer_output=None if spec.per_layer is None else tensor(),
+            shares=shared is not None,
         )
 
 

@@ -44,11 +44,17 @@ SCALING = Scaling(begin=1024.0)
 
 
 def allocate_layer(
-    recording: Recording, model: Model, inputs: Inputs, factors: Factors, layer: int
+    recording: Recording,
+    model: Model,
+    inputs: Inputs,
+    factors: Factors,
+    layer: int,
+    shared: LayerActivations | None = None,
 ) -> LayerActivations:
-    """Activations of one layer, its low-rank ones included."""
+    """Activations of one layer, its low-rank ones included; `shared` as of `LayerActivations`."""
     z = low_rank_tensors(recording, factors, layer, inputs.rows)
-    found = LayerActivations.allocate(recording, model.layers[layer].spec, inputs.rows, z)
+    spec = model.layers[layer].spec
+    found = LayerActivations.allocate(recording, spec, inputs.rows, z, shared)
     return replace(found, products=product_tensors(recording, model, factors, layer, inputs.rows))
 
 
@@ -340,7 +346,7 @@ def _record_micro_batch(
     computed = {
         layer: act.shared[layer]
         if layer < first_kept or layer == layers[-1]
-        else allocate_layer(recording, model, inputs, factors, layer)
+        else allocate_layer(recording, model, inputs, factors, layer, act.shared[layer])
         for layer in layers
     }
     for layer in layers:

@@ -1,6 +1,9 @@
 // d_gate = d_y · up · activation'(gate),  d_up = d_y · activation(gate); layouts as in swiglu.wgsl, d_y
 // of {{ d_y_type }}, gate_up of {{ x_type }}, d_gate_up of {{ out_type }}.
 // In place (d_gate_up is gate_up) both are read before they are overwritten. Lanes as in swiglu.wgsl.
+{% if gated_type %}
+// gated [rows, {{ width }}] of {{ gated_type }} is what swiglu.wgsl gave, to its bits.
+{% endif %}
 
 struct Extent { rows: u32 }
 
@@ -9,6 +12,9 @@ struct Extent { rows: u32 }
 @group(0) @binding(2) var<storage, read_write> d_gate_up: array<vec4<{{ out_type }}>>;
 {% if not in_place %}
 @group(0) @binding(3) var<storage, read> gate_up: array<vec4<{{ x_type }}>>;
+{% endif %}
+{% if gated_type %}
+@group(0) @binding({{ 3 if in_place else 4 }}) var<storage, read_write> gated: array<vec4<{{ gated_type }}>>;
 {% endif %}
 {% set source = "d_gate_up" if in_place else "gate_up" %}
 
@@ -40,6 +46,9 @@ fn main(
     {{ "if (inside_%d) " % q if q > 0 }}{
         d_gate_up[at_{{ q }}] = {{ stored("d_%d * up_%d * gate_slope(gate_%d)" % (q, q, q), out_type) }};
         d_gate_up[at_{{ q }} + row_quads] = {{ stored("d_%d * gate_value(gate_%d)" % (q, q), out_type) }};
+{% if gated_type %}
+        gated[index_{{ q }}] = {{ stored("gate_value(gate_%d) * up_%d" % (q, q), gated_type) }};
+{% endif %}
     }
 {% endfor %}
 }
