@@ -6,7 +6,7 @@ What a layer's blocks do stands in forward/decoder/blocks.py; whom rows attend t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -142,8 +142,48 @@ def record_embedding(
     embedding(program, tokens, model.embedding, rows, scale=scale, out=x)
 
 
+def record_layers(
+    program: Program,
+    walk: Walk,
+    acts: Mapping[int, LayerActivations],
+    states: Sequence[Tensor],
+) -> None:
+    """Appends decoder layers, one above the other.
+
+    What finishes a layer's last product norms it for the next one, where it can.
+
+    Args:
+        program: what is appended to.
+        walk: of the rows.
+        acts: where the intermediate results of each layer go, from the lowest up.
+        states: [rows, hidden_size] each: what enters each layer, and what leaves the last.
+    """
+    layers = list(acts)
+    for place, layer in enumerate(layers):
+        above = layers[place + 1] if place + 1 < len(layers) else None
+        record_layer(
+            program, walk, layer, acts[layer], states[place], states[place + 1],
+            normed=place > 0,
+            following=None if above is None else norm_before(walk, above, acts[above]),
+        )  # fmt: skip
+
+
+def norm_before(walk: Walk, layer: int, act: LayerActivations) -> NormAfter | None:
+    """The norm before a layer's mixer; None where it is given the stream itself."""
+    norm = walk.model.layers[layer].mixer_norm
+    return None if norm is None or act.normed is None else NormAfter(norm, act.normed)
+
+
 def record_layer(
-    program: Program, walk: Walk, layer: int, act: LayerActivations, x: Tensor, out: Tensor | None
+    program: Program,
+    walk: Walk,
+    layer: int,
+    act: LayerActivations,
+    x: Tensor,
+    out: Tensor | None,
+    *,
+    normed: bool = False,
+    following: NormAfter | None = None,
 ) -> None:
     """Appends one decoder layer: out = x + mixer + feed-forward.
 
@@ -152,37 +192,45 @@ def record_layer(
         x: [rows, hidden_size], kept for the backward.
         out: [rows, hidden_size]; None leaves out what only the output needs (recompute). It may be
             x itself, which is not read after the mixer.
+        normed: whether what is before has recorded the norm before the mixer.
+        following: the norm that takes out, recorded too.
     """
     weights = walk.model.layers[layer]
     spec = weights.spec
     recorder = LayerRecorder(program, walk, layer, act.z, act.products)
     with program.scope(f"layers.{layer}"):
-        if weights.mixer_norm is not None:
+        if weights.mixer_norm is not None and not normed:
             rmsnorm(program, x, weights.mixer_norm, out=act.normed)
-        following = None
+        of_middle = None
         if weights.feed_forward_norm is not None and act.middle_normed is not None:
-            following = NormAfter(weights.feed_forward_norm, act.middle_normed)
+            of_middle = NormAfter(weights.feed_forward_norm, act.middle_normed)
         end = BlockEnd(
             residual=x,
             out=act.middle,
             post_norm=weights.post_mixer_norm,
             output=act.mixer_output,
-            following=following,
+            following=of_middle,
         )
         BLOCKS[type(spec.mixer)].record(recorder, spec.mixer, act.mixer, act.normed or x, end)
+        # What is scaled, or added to, is normed after that.
+        scaled = None if weights.output_scale is None or out is None else weights.output_scale
+        at_once = following if scaled is None else None
         end = BlockEnd(
             residual=act.middle,
             out=act.after_feed_forward or out,
             post_norm=weights.post_feed_forward_norm,
             output=act.feed_forward_output,
+            following=at_once if spec.per_layer is None else None,
         )
         record = BLOCKS[type(spec.feed_forward)].record
         source = act.middle_normed or act.middle
         record(recorder, spec.feed_forward, act.feed_forward, source, end)
         if spec.per_layer is not None and act.after_feed_forward is not None:
             source = act.after_feed_forward
-            end = BlockEnd(source, out, weights.post_per_layer_norm, act.per_layer_output)
+            end = BlockEnd(source, out, weights.post_per_layer_norm, act.per_layer_output, at_once)
             record = BLOCKS[type(spec.per_layer)].record
             record(recorder, spec.per_layer, act.per_layer, source, end)
-        if weights.output_scale is not None and out is not None:
-            scale_rows(program, out, weights.output_scale, label="output_scale")
+        if scaled is not None and out is not None:
+            scale_rows(program, out, scaled, label="output_scale")
+            if following is not None:
+                following.record(program, out)
