@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from lora.forward.plans.stretches import Stretches
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -39,8 +40,12 @@ class SourceBefore(ABC):
         Args:
             program: what is appended to.
             product: [rows, width], the gradient to the source.
-            stretches: see `lora.forward.plans.stretches.ProductNorm`; of norms alone.
+            stretches: see `lora.forward.plans.stretches.Follower`.
         """
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `lora.forward.plans.stretches.Follower`."""
+        return False
 
     @abstractmethod
     def repeat(self, program: Program, out: Tensor) -> None:

@@ -11,7 +11,6 @@ from lora.backward.dora import dora_gradient
 from lora.backward.dropout import dropout_input_gradient
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.matmul import Accumulate, matmul_backward
-from lora.backward.rmsnorm import NormBefore
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.model.adapter import Factors, LoraFactors
@@ -96,19 +95,14 @@ class InputGradient:
         """Appends it; `out` and `before` as of `matmul_backward`."""
         lora, d_z = self.lora, self.d_z
         if self.dropout is None or lora is None or d_z is None:
-            of_product = before if isinstance(before, NormBefore | Accumulate) else None
             matmul_backward(
-                program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=of_product,
+                program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
                 label=label,
             )  # fmt: skip
-            if of_product is not None:
-                return
-        else:
-            add = isinstance(before, Accumulate)
-            dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=add)
-            matmul_backward(
-                program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label
-            )
+            return
+        accumulates = isinstance(before, Accumulate)
+        dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
+        matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
         if isinstance(before, SourceBefore):
             before.record(program, out)
 

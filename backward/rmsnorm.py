@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 from lora.backward.before import SourceBefore
 from lora.forward.model.norm import Norm
-from lora.forward.plans.stretches import Stretches
-from lora.forward.rmsnorm import check_stretches, rmsnorm, row_lanes
+from lora.forward.plans.stretches import Stretches, check_stretches
+from lora.forward.rmsnorm import adds_up, rmsnorm, row_lanes
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -23,11 +24,15 @@ class NormBefore(SourceBefore):
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """See `lora.forward.plans.stretches.ProductNorm`; a product in stretches is not written."""
+        """See `lora.forward.plans.stretches.Follower`; a product in stretches is not written."""
         rmsnorm_backward(
             program, self.x, self.norm, product, residual=self.residual,
             out=self.out, stretches=stretches, normed=self.again,
         )  # fmt: skip
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `lora.forward.plans.stretches.Follower`."""
+        return adds_up(recording, width, splits)
 
     def repeat(self, program: Program, out: Tensor) -> None:
         """See `SourceBefore`."""

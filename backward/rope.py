@@ -12,4 +12,4 @@ def rope_backward(
     program: Program, d_qkv: Tensor, rotation: Rotation, n_rotated_heads: int, head_size: int
 ) -> None:
     """Appends the inverse rotation of the first heads of `d_qkv`, in place; see `rope`."""
-    rope(program, d_qkv, rotation, n_rotated_heads, head_size, inverse=True, label="rope_backward")
+    rope(program, d_qkv, rotation, n_rotated_heads, head_size, inverse=True)

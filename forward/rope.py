@@ -2,12 +2,38 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora.forward.heads import Rotation
+from lora.forward.plans.stretches import Stretches, stretch_constants
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 GPU_LANES, CPU_LANES = 64, 64  # of a workgroup
+
+
+@dataclass(frozen=True)
+class RopeAfter:
+    """The rotation of a product; attributes as the arguments of `rope`."""
+
+    rotation: Rotation
+    n_rotated_heads: int
+    head_size: int
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """See `Follower`; the product is written in either case."""
+        rope(
+            program, product, self.rotation, self.n_rotated_heads, self.head_size,
+            stretches=stretches,
+        )  # fmt: skip
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `Follower`: where heads turn whole, by whole vectors, columns left over follow."""
+        return 2 * self.rotation.tables.shape[1] == self.head_size and width % 4 == 0 == (
+            self.head_size % 8
+        )
 
 
 def rope(
@@ -18,7 +44,7 @@ def rope(
     head_size: int,
     *,
     inverse: bool = False,
-    label: str = "rope",
+    stretches: Stretches | None = None,
 ) -> None:
     """Appends the rotation of the first heads of `qkv`, in place.
 
@@ -28,6 +54,7 @@ def rope(
         n_rotated_heads: q and k heads together; what follows them is left alone.
         head_size: columns of a head; only its first rope_dimensions turn.
         inverse: turn back (the backward pass).
+        stretches: where given, qkv is their sum before it is turned; as `RopeAfter.adds_up` says.
     """
     extent, positions, tables = extent_of(qkv), rotation.positions, rotation.tables
     check_shape("rope positions", positions, qkv.shape[0])
@@ -51,7 +78,15 @@ def rope(
         "stride": qkv.shape[1],
         "interleaved": rotation.interleaved,
         "inverse": inverse,
+        **stretch_constants("rope", stretches, extent.maximum, qkv.shape[1]),
     }
-    n_lanes = extent.maximum * half // unit * n_rotated_heads
     tensors = [extent.uniform, qkv, positions, tables]
-    program.dispatch("rope", constants, tensors, -(-n_lanes // lanes), label=label)
+    units, label = half // unit * n_rotated_heads, "rope_backward" if inverse else "rope"
+    if stretches is not None:
+        after = RopeAfter(rotation, n_rotated_heads, head_size)
+        if not after.adds_up(program.recording, qkv.shape[1], stretches.splits):
+            raise ValueError(f"rope: heads of {head_size} with {half} pairs take no stretches")
+        units += (qkv.shape[1] - n_rotated_heads * head_size) // 4
+        tensors, label = [*tensors, stretches.partial], f"reduce_{label}"
+    n_groups = -(-extent.maximum * units // lanes)
+    program.dispatch("rope", constants, tensors, n_groups, label=label)

@@ -19,7 +19,7 @@ from lora.forward.model.layer_spec import (
     Attention,
 )
 from lora.forward.model.norm import HeadNorms, Norm
-from lora.forward.rope import rope
+from lora.forward.rope import RopeAfter, rope
 from lora.forward.scale_rows import scale_rows
 from lora.forward.span_norm import Span, span_norm
 from lora.shaders.program import Program
@@ -155,9 +155,14 @@ def record_attention(
     """Appends the block, of `normed` [rows, hidden_size]."""
     program, context, weights = layer.program, layer.walk.context, layer.weights
     heads = Heads.of(spec)
-    layer.product(normed, "qkv", act.raw_qkv or act.qkv)
-    warm_queries(program, weights, spec, act.raw_qkv or act.qkv, context.positions)
-    ready_heads(program, weights, spec, act, context.positions)
+    turning = None
+    if act.raw_qkv is None and weights.temperature is None:  # nothing comes between
+        rotation = rotation_of(weights, spec, context.positions)
+        turning = RopeAfter(rotation, turned_heads(spec), spec.head_size)
+    layer.product(normed, "qkv", act.raw_qkv or act.qkv, then=turning)
+    if turning is None:
+        warm_queries(program, weights, spec, act.raw_qkv or act.qkv, context.positions)
+        ready_heads(program, weights, spec, act, context.positions)
     attending = Attending(act.qkv, act.attended, act.lse, spec.keys_of)
     context.attend(program, layer.layer, heads, attending)
     layer.end(gate_output(program, spec, act), "attn_output", end)

@@ -4,6 +4,11 @@
 // Bindings: qkv [rows, stride] of {{ qkv_type }}, positions u32 [rows], tables [n_positions, half, 2] (cos, sin).
 // Pairs are (2j, 2j + 1) where interleaved (GGUFs of the llama architecture, whose q and k rows are
 // permuted for it), else (j, j + half). One lane {{ unit }} pair{{ "s" if unit > 1 }} of a head.
+{% if splits > 1 %}
+// What is turned is Σ_s partial[s, m, i], in the order of matmul_reduce.wgsl, of the partial sums
+// [{{ splits }}, maximum rows, stride] that a product leaves, rounded as qkv would hold it. Columns that do not turn are
+// that sum: one lane a vector.
+{% endif %}
 
 struct Extent { rows: u32 }
 
@@ -16,9 +21,15 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read_write> qkv: array<{{ "vec4<%s>" % qkv_type if unit == 4 else qkv_type }}>;
 @group(0) @binding(2) var<storage, read> positions: array<u32>;
 @group(0) @binding(3) var<storage, read> tables: array<{{ "vec4<f32>" if unit == 4 else "vec2<f32>" }}>;
+{% if splits > 1 %}
+@group(0) @binding(4) var<storage, read> partial: array<vec4<f32>>;
+{% from "parts/row_parts.wgsl" import added %}
+{% macro total(at) %}{{ stored(added("partial", at, 0, splits, maximum_rows * stride // 4), qkv_type) }}{% endmacro %}
+{% endif %}
 
 const units = {{ half // unit }}u; // a head
 const row_units = {{ half // unit * n_rotated_heads }}u;
+{% set rest = (stride - n_rotated_heads * head_size) // 4 if splits > 1 else 0 %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -27,10 +38,22 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 ) {
     let index = (group.x + group.y * groups.x) * {{ lanes }}u + lane;
+{% if rest %}
+    let row = index / (row_units + {{ rest }}u);
+    if (row >= extent.rows) { return; }
+    let unit = index % (row_units + {{ rest }}u);
+    if (unit >= row_units) {
+        let at = row * {{ stride // 4 }}u + {{ n_rotated_heads * head_size // 4 }}u + unit - row_units;
+        qkv[at] = {{ total("at") }};
+        return;
+    }
+{% else %}
     let row = index / row_units;
     if (row >= extent.rows) { return; }
-    let head = index % row_units / units;
-    let j = index % units;
+    let unit = index % row_units;
+{% endif %}
+    let head = unit / units;
+    let j = unit % units;
     let base = row * {{ stride // unit }}u + head * {{ head_size // unit }}u;
 {% if interleaved %}
     let at_a = base + 2u * j;
@@ -39,8 +62,13 @@ fn main(
     let at_a = base + j;
     let at_b = at_a + units;
 {% endif %}
+{% if splits == 1 %}
     let first = {{ type }}(qkv[at_a]);
     let second = {{ type }}(qkv[at_b]);
+{% else %}
+    let first = {{ type }}({{ total("at_a") }});
+    let second = {{ type }}({{ total("at_b") }});
+{% endif %}
 {% if unit == 4 %}
     let table = 2u * (positions[row] * units + j);
     let angles_0 = tables[table];

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
-from lora.backward.swiglu import swiglu_backward
+from lora.backward.swiglu import SwigluBefore, swiglu_backward
 from lora.checks.references.swiglu import gate_reference, swiglu_backward_reference
+from lora.forward.plans.stretches import Stretches
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -22,6 +23,7 @@ from tests.support.kernels import (
     marked,
     run_twice,
 )
+from tests.support.stretches import STRETCHES, in_stretches
 from tests.support.swiglu_cases import ACTIVATIONS, SHAPES, make_inputs
 
 
@@ -86,6 +88,31 @@ def test_swiglu_backward_of_halves(
     # As in test_swiglu_backward, and the rounding of the result.
     assert_rounded_once(result[:66], expected[:66], rtol=4e-6, atol=2e-5)
     assert (result[66:] == (gate_up[66:] if in_place else MARKER)).all()
+
+
+@pytest.mark.parametrize("quads", [1, 4])
+@pytest.mark.parametrize(("splits", "dtype"), STRETCHES)
+def test_a_gradient_in_stretches(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, splits: int, dtype: str, quads: int
+) -> None:
+    """To the bits of the gradient that is finished first."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
+    monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
+    partial, d_y = in_stretches(splits, 19, 36, dtype)
+    extent, gate_up = extent_in_use(recording, 19, 17), rounded(make_inputs(19, 36)[0], dtype)
+    given, unread = (typed(recording, v, dtype, extent) for v in (d_y, np.full_like(d_y, np.nan)))
+    apart, at_once = (typed(recording, gate_up, dtype, extent) for _ in range(2))
+    again = typed_marked(recording, dtype, extent, 36)
+    stretches = Stretches(recording.memory.upload(partial), splits)
+    program = Program(recording)
+    swiglu_backward(program, apart, given, out=apart)
+    SwigluBefore(at_once, again=again).record(program, unread, stretches)
+    program.run()
+    found, expected, gated = (recording.memory.read(t) for t in (at_once, apart, again))
+    assert found.tobytes() == expected.tobytes() and (found[17:] == gate_up[17:]).all()
+    assert (gated[:17] != MARKER).all() and (gated[17:] == MARKER).all()
 
 
 @pytest.mark.parametrize("columns", [12, 9])
