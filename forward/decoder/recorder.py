@@ -21,11 +21,14 @@ from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.kv_cache import store_keys_values
 from lora.forward.model.norm import Norm
-from lora.forward.plans.stretches import Follower
 from lora.forward.product import Product
 from lora.forward.rmsnorm import NormAfter
+from lora.forward.rope import RopeAfter
+from lora.forward.swiglu import GateAfter
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
+
+After = NormAfter | GateAfter | RopeAfter  # what may follow a product
 
 
 @dataclass(frozen=True)
@@ -224,7 +227,7 @@ class LayerRecorder:
         to: Tensor | None,
         *,
         residual: Tensor | None = None,
-        then: Follower | None = None,
+        then: After | None = None,
     ) -> None:
         """Appends a group's product, its low-rank part included; `to` None wants z alone.
 
@@ -263,7 +266,7 @@ class LayerRecorder:
         )
         self._product(product, to, then, group)
 
-    def _product(self, product: Product, to: Tensor, then: Follower | None, label: str) -> None:
+    def _product(self, product: Product, to: Tensor, then: After | None, label: str) -> None:
         if self.walk.context.one_row:
             matmul_row(self.program, product, out=to, label=label)
             if then is not None:
