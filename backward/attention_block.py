@@ -49,6 +49,11 @@ def allocate_attention_gradients(
     return AttentionGradients(tensor(spec.query_size), d_qkv, d_raw, tensor(spec.n_heads, "f32"))
 
 
+def _shares_keys(layer: BackwardRecorder, spec: Attention) -> bool:
+    """Whether the layer's keys and values are another's, or another takes them."""
+    return spec.keys_of is not None or layer.layer in layer.shared.scratch.d_kept
+
+
 def _share_gradients(layer: BackwardRecorder, spec: Attention, d_qkv: Tensor) -> None:
     """Appends: gradients of keys and values go to the layer that they are of, which adds them.
 
@@ -82,18 +87,20 @@ def record_attention_backward(
     if not layer.through("attn_output", gated, d_output, scratch.d_attended, gate):
         return False
     attended = Attended(act.qkv, act.attended, act.lse)
+    rotation, norms = rotation_of(weights, spec, inputs.positions), head_norms(weights)
+    # Nothing comes between: no norm, no gradient of other layers.
+    at_once = act.raw_qkv is None and not _shares_keys(layer, spec)
     attention_backward(
         program, attended, scratch.d_attended, inputs.segments, heads, d_qkv=scratch.d_qkv,
-        dots=scratch.dots,
+        dots=scratch.dots, rotation=rotation if at_once else None,
     )  # fmt: skip
     _share_gradients(layer, spec, scratch.d_qkv)
-    rotation, norms = rotation_of(weights, spec, inputs.positions), head_norms(weights)
     if act.raw_qkv is not None and norms is not None:
         head_norm_rope_backward(program, act.raw_qkv, norms, rotation, heads, scratch.d_qkv)
     else:
         late = spec.qk_norm == LATE_NORM
         turning = turned_heads(spec)
-        if not late:
+        if not late and not at_once:
             rope_backward(program, scratch.d_qkv, rotation, turning, spec.head_size)
         if spec.norms_spans and act.raw_qkv is not None:
             # In place what isn't normed stays; where k is v, too, what comes by v is added to it.

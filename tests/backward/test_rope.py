@@ -7,11 +7,13 @@ from lora.backward.rope import rope_backward
 from lora.checks.references.rope import rope_backward_reference, rope_reference
 from lora.forward.heads import Rotation
 from lora.forward.model.rope_frequencies import Rope
-from lora.forward.rope import rope
+from lora.forward.rope import HeadSums, rope
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from tests.support.half_tensors import needs_halves, typed
 from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
 from tests.support.rope_cases import SHAPES
+from tests.support.stretches import in_stretches
 
 BASE = 10000.0
 
@@ -74,3 +76,53 @@ def test_there_and_back(recording: Recording, interleaved: bool) -> None:
         turn(program, tensor, Rotation(positions, tables, interleaved), 3, 20)
     # Twice the rounding of one rotation.
     np.testing.assert_allclose(run_twice(program, tensor), qkv, atol=4e-6)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(
+    ("shared", "n_kv_heads", "head_size", "dtype"),
+    [(2, 1, 8, "f32"), (3, 2, 16, "f16"), (1, 3, 24, "f32")],
+)
+def test_sums_of_heads(
+    recording: Recording, shared: int, n_kv_heads: int, head_size: int, dtype: str,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """To the bits of keys and values that are summed first; what they held before is not read."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    n_heads, rows, in_use = shared * n_kv_heads, 19, 17
+    of_kv = 2 * n_kv_heads * head_size
+    parts, of_heads = in_stretches(shared, rows, of_kv, dtype)
+    # [shared, rows, kv heads of k and v, head_size] → [rows, those, shared, head_size].
+    laid_out = parts.reshape(shared, rows, 2 * n_kv_heads, head_size).transpose(1, 2, 0, 3)
+    sums = recording.memory.upload(np.ascontiguousarray(laid_out.reshape(rows, -1)))
+    of_queries = in_stretches(1, rows, n_heads * head_size, dtype)[1]
+    extent, positions = extent_in_use(recording, rows, in_use), np.arange(rows, dtype=np.uint32)
+    tables = recording.memory.upload(Rope(BASE, head_size, interleaved).tables(32))
+    rotation = Rotation(activation(recording, positions, extent), tables, interleaved)
+    apart, at_once = (
+        typed(recording, np.concatenate([of_queries, of_kv_heads], axis=1), dtype, extent)
+        for of_kv_heads in (of_heads, np.full_like(of_heads, np.nan))
+    )
+    program = Program(recording)
+    n_turned = n_heads + n_kv_heads
+    rope_backward(program, apart, rotation, n_turned, head_size)
+    rope_backward(
+        program, at_once, rotation, n_turned, head_size, sums=HeadSums(sums, n_heads, n_kv_heads)
+    )
+    program.run()
+    found, expected = recording.memory.read(at_once), recording.memory.read(apart)
+    assert found[:in_use].tobytes() == expected[:in_use].tobytes()
+    assert np.isnan(found[in_use:, -of_kv:]).all()
+
+
+def test_sums_of_other_heads_are_refused(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    d_qkv, sums = (recording.memory.empty((2, n), extent=extent) for n in (64, 64))
+    positions = recording.memory.empty((2,), "u32", extent=extent)
+    rotation = Rotation(positions, recording.memory.empty((9, 4, 2)), interleaved=False)
+    for n_turned, n_heads, match in ((6, 4, "sums of 4 heads for 3"), (6, 3, "sums has shape")):
+        with pytest.raises(ValueError, match=match):
+            rope_backward(
+                Program(recording), d_qkv, rotation, n_turned, 8, sums=HeadSums(sums, n_heads, 3)
+            )

@@ -122,6 +122,6 @@ def test_heads_that_turn_in_part_take_no_stretches(recording: Recording) -> None
     positions = recording.memory.empty((2,), "u32", extent=extent)
     rotation = Rotation(positions, recording.memory.empty((9, 4, 2)), interleaved=False)
     assert not RopeAfter(rotation, 3, 16).adds_up(recording, 48, 2)
-    with pytest.raises(ValueError, match="heads of 16 with 4 pairs take no stretches"):
+    with pytest.raises(ValueError, match="heads of 16 with 4 pairs take no sums"):
         rope(Program(recording), qkv, rotation, 3, 16,
-             stretches=Stretches(recording.memory.empty((4, 48)), 2))  # fmt: skip
+             source=Stretches(recording.memory.empty((4, 48)), 2))  # fmt: skip
