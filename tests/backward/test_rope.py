@@ -13,7 +13,7 @@ from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves, typed
 from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
 from tests.support.rope_cases import SHAPES
-from tests.support.stretches import in_stretches
+from tests.support.stretches import same
 
 BASE = 10000.0
 
@@ -91,29 +91,34 @@ def test_sums_of_heads(
     if dtype == "f16":
         needs_halves(recording.facts)
     n_heads, rows, in_use = shared * n_kv_heads, 19, 17
-    of_kv = 2 * n_kv_heads * head_size
-    parts, of_heads = in_stretches(shared, rows, of_kv, dtype)
-    # [shared, rows, kv heads of k and v, head_size] → [rows, those, shared, head_size].
-    laid_out = parts.reshape(shared, rows, 2 * n_kv_heads, head_size).transpose(1, 2, 0, 3)
-    sums = recording.memory.upload(np.ascontiguousarray(laid_out.reshape(rows, -1)))
-    of_queries = in_stretches(1, rows, n_heads * head_size, dtype)[1]
+    rng, of_kv = np.random.default_rng(0), 2 * n_kv_heads * head_size
+    sums = recording.memory.upload(
+        rng.normal(size=(rows, 2 * n_heads * head_size)).astype(np.float32)
+    )
     extent, positions = extent_in_use(recording, rows, in_use), np.arange(rows, dtype=np.uint32)
     tables = recording.memory.upload(Rope(BASE, head_size, interleaved).tables(32))
     rotation = Rotation(activation(recording, positions, extent), tables, interleaved)
-    apart, at_once = (
-        typed(recording, np.concatenate([of_queries, of_kv_heads], axis=1), dtype, extent)
-        for of_kv_heads in (of_heads, np.full_like(of_heads, np.nan))
+    d_qkv = np.concatenate(
+        [rng.normal(size=(rows, n_heads * head_size)), np.full((rows, of_kv), np.nan)], axis=1
     )
-    program = Program(recording)
-    n_turned = n_heads + n_kv_heads
+    apart, at_once = (typed(recording, d_qkv, dtype, extent) for _ in range(2))
+    program, n_turned = Program(recording), n_heads + n_kv_heads
+    program.dispatch(
+        "attention_backward_kv_sum",
+        {
+            "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_size": head_size,
+            "stride": d_qkv.shape[1] // 4, "lanes": 64, "d_qkv_type": dtype,
+        },
+        [extent.uniform, sums, apart], -(-rows * of_kv // 256),
+    )  # fmt: skip
     rope_backward(program, apart, rotation, n_turned, head_size)
     rope_backward(
         program, at_once, rotation, n_turned, head_size, sums=HeadSums(sums, n_heads, n_kv_heads)
     )
     program.run()
     found, expected = recording.memory.read(at_once), recording.memory.read(apart)
-    assert found[:in_use].tobytes() == expected[:in_use].tobytes()
-    assert np.isnan(found[in_use:, -of_kv:]).all()
+    assert same(recording, [dtype], [found[:in_use]], [expected[:in_use]], roundings=2)
+    assert np.isfinite(found[:in_use]).all() and np.isnan(found[in_use:, -of_kv:]).all()
 
 
 def test_sums_of_other_heads_are_refused(recording: Recording) -> None:

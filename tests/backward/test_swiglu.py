@@ -5,7 +5,6 @@ import pytest
 
 from lora.backward.swiglu import SwigluBefore, swiglu_backward
 from lora.checks.references.swiglu import gate_reference, swiglu_backward_reference
-from lora.forward.plans.stretches import Stretches
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -23,7 +22,7 @@ from tests.support.kernels import (
     marked,
     run_twice,
 )
-from tests.support.stretches import STRETCHES, in_stretches
+from tests.support.stretches import STRETCHES, finish, in_stretches, same
 from tests.support.swiglu_cases import ACTIVATIONS, SHAPES, make_inputs
 
 
@@ -100,18 +99,18 @@ def test_a_gradient_in_stretches(
         needs_halves(recording.facts)
     monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
     monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
-    partial, d_y = in_stretches(splits, 19, 36, dtype)
-    extent, gate_up = extent_in_use(recording, 19, 17), rounded(make_inputs(19, 36)[0], dtype)
-    given, unread = (typed(recording, v, dtype, extent) for v in (d_y, np.full_like(d_y, np.nan)))
+    stretches, extent = in_stretches(recording, splits, 19, 36), extent_in_use(recording, 19, 17)
+    gate_up = rounded(make_inputs(19, 36)[0], dtype)
+    d_y, unread = (typed(recording, np.full((19, 36), np.nan), dtype, extent) for _ in range(2))
     apart, at_once = (typed(recording, gate_up, dtype, extent) for _ in range(2))
     again = typed_marked(recording, dtype, extent, 36)
-    stretches = Stretches(recording.memory.upload(partial), splits)
     program = Program(recording)
-    swiglu_backward(program, apart, given, out=apart)
+    finish(program, stretches, d_y)
+    swiglu_backward(program, apart, d_y, out=apart)
     SwigluBefore(at_once, again=again).record(program, unread, stretches)
     program.run()
     found, expected, gated = (recording.memory.read(t) for t in (at_once, apart, again))
-    assert found.tobytes() == expected.tobytes() and (found[17:] == gate_up[17:]).all()
+    assert same(recording, [dtype], [found], [expected]) and (found[17:] == gate_up[17:]).all()
     assert (gated[:17] != MARKER).all() and (gated[17:] == MARKER).all()
 
 

@@ -39,6 +39,7 @@ from lora.shaders.tensor import Tensor
 from tests.support.half_tensors import needs_halves, typed, typed_marked
 from tests.support.kernels import activation, extent_in_use, with_facts
 from tests.support.quantized_tensors import random_blocks, tensor_of
+from tests.support.stretches import same
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 
@@ -181,25 +182,6 @@ def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[np.nda
         assert (start[IN_USE:] == end[IN_USE:]).all()  # rows that are not in use
     kernels = [c.template for c in program.commands if isinstance(c, Dispatch)]
     return kernels, after
-
-
-def same(
-    recording: Recording, types: tuple[str, str], found: list[np.ndarray], wanted: list[np.ndarray],
-    *, roundings: int = 1,
-) -> bool:  # fmt: skip
-    """Bit for bit; on a GPU, whose compiler contracts sums differently, but for the rounding.
-
-    A value beside the edge between two f16 then comes out as the one or the other, and what f32
-    makes of it is as far off. Mesa from 25 on may keep more than f16 between the operations of one
-    kernel, so that two kernels with f16 in them agree but for that rounding on a CPU, too.
-    """
-    if recording.facts.info["adapter_type"] == "CPU" and "f16" not in types:
-        return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-    bound = roundings * (2.0**-10 if "f16" in types else 2.0**-18)
-    return all(
-        np.abs(a.astype(np.float64) - b).max() <= bound * np.abs(b).max()
-        for a, b in zip(found, wanted, strict=True)
-    )
 
 
 @pytest.mark.parametrize(("width", "splits", "past_of", "types"), FORWARD)

@@ -16,7 +16,7 @@ from tests.support.half_tensors import (
     typed_marked,
 )
 from tests.support.kernels import MARKER, activation, extent_in_use, marked, run_twice
-from tests.support.stretches import STRETCHES, in_stretches
+from tests.support.stretches import STRETCHES, finish, in_stretches, same
 from tests.support.swiglu_cases import ACTIVATIONS, SHAPES, make_inputs
 
 
@@ -69,21 +69,18 @@ def test_a_product_in_stretches(
         needs_halves(recording.facts)
     monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
     monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
-    partial, gate_up = in_stretches(splits, 19, 72, dtype)
-    extent = extent_in_use(recording, 19, 17)
-    given, written = (
-        typed(recording, gate_up, dtype, extent),
-        typed_marked(recording, dtype, extent, 72),
-    )
+    stretches, extent = in_stretches(recording, splits, 19, 72), extent_in_use(recording, 19, 17)
+    gate_up, written = (typed_marked(recording, dtype, extent, 72) for _ in range(2))
     apart, at_once = (typed_marked(recording, dtype, extent, 36) for _ in range(2))
-    stretches = Stretches(recording.memory.upload(partial), splits)
     program = Program(recording)
-    swiglu(program, given, out=apart)
+    finish(program, stretches, gate_up)
+    swiglu(program, gate_up, out=apart)
     GateAfter("silu", at_once).record(program, written, stretches)
     program.run()
-    found, expected, product = (recording.memory.read(t) for t in (at_once, apart, written))
-    assert found.tobytes() == expected.tobytes() and (found[17:] == MARKER).all()
-    assert (product[:17] == gate_up[:17]).all() and (product[17:] == MARKER).all()
+    for one, other in ((at_once, apart), (written, gate_up)):
+        found, expected = recording.memory.read(one), recording.memory.read(other)
+        assert same(recording, [dtype], [found], [expected])
+        assert (found[:17] != MARKER).all() and (found[17:] == MARKER).all()
 
 
 def test_stretches_that_do_not_fit_are_refused(recording: Recording) -> None:
