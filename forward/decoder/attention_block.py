@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora.forward.decoder.recorder import Attending, BlockEnd, LayerRecorder
+from lora.forward.decoder.recorder import After, Attending, BlockEnd, LayerRecorder
 from lora.forward.head_gate import head_gate
-from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.head_norm_rope import HeadNormRopeAfter, head_norm_rope
 from lora.forward.heads import Heads, Rotation
 from lora.forward.model.frozen_model import LayerWeights
 from lora.forward.model.layer_spec import (
@@ -120,6 +120,18 @@ def ready_heads(
         rope(program, act.qkv, rotation, n_turned, spec.head_size)
 
 
+def ready_after(
+    weights: LayerWeights, spec: Attention, act: AttentionActivations, positions: Tensor
+) -> After | None:
+    """What makes q, k and v ready with the end of their product; None where that takes more."""
+    rotation, norms = rotation_of(weights, spec, positions), head_norms(weights)
+    if weights.temperature is not None:
+        return None
+    if act.raw_qkv is None:
+        return RopeAfter(rotation, turned_heads(spec), spec.head_size)
+    return None if norms is None else HeadNormRopeAfter(norms, rotation, Heads.of(spec), act.qkv)
+
+
 def norm_spans(
     program: Program, weights: LayerWeights, spec: Attention, act: AttentionActivations
 ) -> None:
@@ -155,12 +167,9 @@ def record_attention(
     """Appends the block, of `normed` [rows, hidden_size]."""
     program, context, weights = layer.program, layer.walk.context, layer.weights
     heads = Heads.of(spec)
-    turning = None
-    if act.raw_qkv is None and weights.temperature is None:  # nothing comes between
-        rotation = rotation_of(weights, spec, context.positions)
-        turning = RopeAfter(rotation, turned_heads(spec), spec.head_size)
-    layer.product(normed, "qkv", act.raw_qkv or act.qkv, then=turning)
-    if turning is None:
+    ready = ready_after(weights, spec, act, context.positions)
+    layer.product(normed, "qkv", act.raw_qkv or act.qkv, then=ready)
+    if ready is None:
         warm_queries(program, weights, spec, act.raw_qkv or act.qkv, context.positions)
         ready_heads(program, weights, spec, act, context.positions)
     attending = Attending(act.qkv, act.attended, act.lse, spec.keys_of)

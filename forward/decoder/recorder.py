@@ -12,6 +12,7 @@ from lora.forward.copy_columns import copy_columns
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.dora import scale_columns
 from lora.forward.dropout import Dropout
+from lora.forward.head_norm_rope import HeadNormRopeAfter
 from lora.forward.heads import Heads
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
@@ -28,7 +29,7 @@ from lora.forward.swiglu import GateAfter
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
-After = NormAfter | GateAfter | RopeAfter  # what may follow a product
+After = NormAfter | GateAfter | RopeAfter | HeadNormRopeAfter  # what may follow a product
 
 
 @dataclass(frozen=True)
