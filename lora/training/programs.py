@@ -19,6 +19,7 @@ from lora.forward.decoder.layers import (
     product_tensors,
     record_embedding,
     record_layer,
+    record_layers,
 )
 from lora.forward.decoder.per_layer_block import per_layer_values, record_per_layer_inputs
 from lora.forward.decoder.recorder import Walk, WithinExamples
@@ -44,11 +45,17 @@ SCALING = Scaling(begin=1024.0)
 
 
 def allocate_layer(
-    recording: Recording, model: Model, inputs: Inputs, factors: Factors, layer: int
+    recording: Recording,
+    model: Model,
+    inputs: Inputs,
+    factors: Factors,
+    layer: int,
+    shared: LayerActivations | None = None,
 ) -> LayerActivations:
-    """Activations of one layer, its low-rank ones included."""
+    """Activations of one layer, its low-rank ones included; `shared` as of `LayerActivations`."""
     z = low_rank_tensors(recording, factors, layer, inputs.rows)
-    found = LayerActivations.allocate(recording, model.layers[layer].spec, inputs.rows, z)
+    spec = model.layers[layer].spec
+    found = LayerActivations.allocate(recording, spec, inputs.rows, z, shared)
     return replace(found, products=product_tensors(recording, model, factors, layer, inputs.rows))
 
 
@@ -155,16 +162,9 @@ def record_prefix(
         if noise is not None:
             noise.record(program, act.boundary)
         record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
+        below = {layer: act.shared[layer] for layer in range(lowest_layer)}
         walk = Walk(model, {}, act.context(inputs))
-        for layer in range(lowest_layer):
-            record_layer(
-                program,
-                walk,
-                layer,
-                act.shared[layer],
-                act.boundary,
-                act.boundary,
-            )
+        record_layers(program, walk, below, [act.boundary] * (lowest_layer + 1))
     return program
 
 
@@ -184,10 +184,9 @@ def record_forward_only(
     program = Program(recording)
     factors = factors_of(layout, adapter)
     walk = Walk(model, factors, act.context(inputs))
-    x = act.boundary
-    for layer in range(layout.lowest_layer, model.architecture.n_layers):
-        record_layer(program, walk, layer, act.shared[layer], x, act.final)
-        x = act.final
+    layers = range(layout.lowest_layer, model.architecture.n_layers)
+    acts = {layer: act.shared[layer] for layer in layers}
+    record_layers(program, walk, acts, [act.boundary, *[act.final] * len(acts)])
     return program
 
 
@@ -340,11 +339,10 @@ def _record_micro_batch(
     computed = {
         layer: act.shared[layer]
         if layer < first_kept or layer == layers[-1]
-        else allocate_layer(recording, model, inputs, factors, layer)
+        else allocate_layer(recording, model, inputs, factors, layer, act.shared[layer])
         for layer in layers
     }
-    for layer in layers:
-        record_layer(program, walk, layer, computed[layer], kept[layer], kept[layer + 1])
+    record_layers(program, walk, computed, list(kept.values()))
     with program.scope("backward"):
         record_head_backward(
             program, shared, act.head, last_states(model, layout, act), settings.loss, loss,
