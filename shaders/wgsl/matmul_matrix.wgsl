@@ -45,40 +45,12 @@ var<workgroup> x_tile: array<vec4<u32>, {{ tile_rows * x_step // 8 }}>;
 var<workgroup> w_tile: array<vec4<u32>, {{ (depth if transposed else tile_columns) * w_step // 8 }}>;
 var<workgroup> stage: array<vec4<f32>, {{ stage_quads }}>;
 
-{# -- fragments, on matrix units: sum_I_J, one variable each. In plain WGSL `sums` has all of a lane's
-   numbers, so that there is little to compile: the offsets are the same. #}
-{% set held = m * n // subgroup_lanes %}
-{% set left_type = "subgroup_matrix_left<f16, %d, %d>" % (k, m) %}
-{% set right_type = "subgroup_matrix_right<f16, %d, %d>" % (n, k) %}
-{% set right_order = "row_major" if transposed else "col_major" %}
-{# Eights of the tiles between fragments: down x_tile, along w_tile, and to the next step of either. #}
-{% set left_next = m * x_step // 8 %}
-{% set right_next = n // 8 if transposed else n * w_step // 8 %}
-{% set left_step = k // 8 %}
-{% set right_step = k * w_step // 8 if transposed else k // 8 %}
-
+{% import "parts/matmul_matrix_sums.wgsl" as parts with context %}
 // Four numbers as the tiles hold them.
 fn packed(numbers: vec4<f32>) -> vec2<u32> {
     return vec2(pack2x16float(numbers.xy), pack2x16float(numbers.zw));
 }
-{% if emulated %}
-
-// A row of the left fragment at `left` times a column of the right one at `right`.
-fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
-    var sum = 0.0;
-    for (var i = 0u; i < {{ k }}u; i++) {
-        let a = x_tile[left + row * {{ x_step // 8 }}u + i / 8u][i / 2u % 4u];
-{% if transposed %}
-        let b = w_tile[right + i * {{ w_step // 8 }}u + column / 8u][column / 2u % 4u];
-        sum += unpack2x16float(a)[i % 2u] * unpack2x16float(b)[column % 2u];
-{% else %}
-        let b = w_tile[right + column * {{ w_step // 8 }}u + i / 8u][i / 2u % 4u];
-        sum += unpack2x16float(a)[i % 2u] * unpack2x16float(b)[i % 2u];
-{% endif %}
-    }
-    return sum;
-}
-{% endif %}
+{{ parts.product_of_fragments() }}
 
 {# What a lane fetches lies in the same place of several lines of a tile, so many lines apart: the
    compiler keeps one address for all. #}
@@ -161,36 +133,6 @@ fn eight_of_w(row: u32, k: u32) -> vec4<u32> {
 {% endfor %}
 {% endmacro %}
 
-{# Multiplies the first `steps` of the tiles' depth into the fragments. #}
-{% macro multiply_tiles(steps) %}
-{% if emulated %}
-        for (var step = 0u; step < {{ steps // k }}u; step++) {
-            for (var at = 0u; at < {{ row_fragments * column_fragments * held }}u; at++) {
-                let i = at / {{ column_fragments * held }}u;
-                let j = at / {{ held }}u % {{ column_fragments }}u;
-                let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
-                let left = left_from + i * {{ left_next }}u + step * {{ left_step }}u;
-                let right = right_from + j * {{ right_next }}u + step * {{ right_step }}u;
-                sums[at] += product(left, right, place / {{ n }}u, place % {{ n }}u);
-            }
-        }
-{% else %}
-{% for step in range(steps // k) %}
-        {
-{% for i in range(row_fragments) %}
-            let left_{{ i }} = subgroupMatrixLoad<{{ left_type }}, row_major>(&x_tile, left_from + {{ i * left_next + step * left_step }}u, {{ x_step // 8 }}u);
-{% endfor %}
-{% for j in range(column_fragments) %}
-            let right_{{ j }} = subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{ j * right_next + step * right_step }}u, {{ w_step // 8 }}u);
-{% for i in range(row_fragments) %}
-            sum_{{ i }}_{{ j }} = subgroupMatrixMultiplyAccumulate(left_{{ i }}, right_{{ j }}, sum_{{ i }}_{{ j }});
-{% endfor %}
-{% endfor %}
-        }
-{% endfor %}
-{% endif %}
-{% endmacro %}
-
 // Writes out what is in the stage: of every subgroup the fragments from (row, column) on.
 fn store_stage(lane: u32, first: vec2<u32>, own: vec2<u32>, fragment: vec2<u32>, stretch: u32) {
     for (var at = lane; at < {{ stage_quads }}u; at += {{ lanes }}u) {
@@ -233,15 +175,7 @@ fn main(
     let team_x = team % {{ subgroups_x }}u;
     let left_from = team_y * {{ subgroup_rows * x_step // 8 }}u;
     let right_from = team_x * {{ (subgroup_columns if transposed else subgroup_columns * w_step) // 8 }}u;
-{% if emulated %}
-    var sums = array<f32, {{ row_fragments * column_fragments * held }}>();
-{% else %}
-{% for i in range(row_fragments) %}
-{% for j in range(column_fragments) %}
-    var sum_{{ i }}_{{ j }} = subgroup_matrix_result<f32, {{ n }}, {{ m }}>();
-{% endfor %}
-{% endfor %}
-{% endif %}
+{{ parts.declare_sums() }}
     let x_eight = lane % {{ depth // 8 }}u;
     let x_row = {{ line_of(depth // 8) }};
     let x_to = x_row * {{ x_step // 8 }}u + x_eight;
@@ -274,70 +208,7 @@ fn main(
 {% if splits > 1 %}
     if (group.z == 0u) {
 {% endif %}
-{% for member in members %}
-{% if not transposed %}
-    if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
-{% endif %}
-    for (var r = 0u; r < {{ rank }}u; r += {{ low_steps }}u) {
-        // All loads first: each would otherwise wait for the one before.
-{% for i in range(low_x_units) %}
-        let low_unit_{{ i }} = lane + {{ i * lanes }}u;
-        let low_eight_{{ i }} = low_unit_{{ i }} % {{ low_steps // 8 }}u;
-        let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 8 }}u;
-        let low_at_{{ i }} = (min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + r) / 4u + 2u * low_eight_{{ i }};
-        var low_a_{{ i }} = vec4<f32>();
-        var low_b_{{ i }} = vec4<f32>();
-        if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = low[low_at_{{ i }}]; }
-        if (r + 8u * low_eight_{{ i }} + 4u < {{ rank }}u) { low_b_{{ i }} = low[low_at_{{ i }} + 1u]; }
-{% endfor %}
-{% for i in range(low_w_units) %}
-        let factor_unit_{{ i }} = lane + {{ i * lanes }}u;
-        var factor_a_{{ i }} = vec4<f32>();
-        var factor_b_{{ i }} = vec4<f32>();
-{% if transposed %}
-        let factor_eight_{{ i }} = factor_unit_{{ i }} % {{ tile_columns // 8 }}u;
-        let factor_line_{{ i }} = factor_unit_{{ i }} / {{ tile_columns // 8 }}u;
-        let factor_column_{{ i }} = first_column + 8u * factor_eight_{{ i }};
-        let factor_at_{{ i }} = (({{ member.low_start }}u + r + factor_line_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u;
-        if (r + factor_line_{{ i }} < {{ rank }}u) {
-            if (factor_column_{{ i }} < n_columns) { factor_a_{{ i }} = factor[factor_at_{{ i }}]; }
-            if (factor_column_{{ i }} + 4u < n_columns) { factor_b_{{ i }} = factor[factor_at_{{ i }} + 1u]; }
-        }
-{% else %}
-        let factor_eight_{{ i }} = factor_unit_{{ i }} % {{ low_steps // 8 }}u;
-        let factor_line_{{ i }} = factor_unit_{{ i }} / {{ low_steps // 8 }}u;
-        let factor_column_{{ i }} = first_column + factor_line_{{ i }};
-        let factor_at_{{ i }} = ((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + r) / 4u + 2u * factor_eight_{{ i }};
-        if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u) {
-            if (r + 8u * factor_eight_{{ i }} < {{ rank }}u) { factor_a_{{ i }} = {{ scale }} * factor[factor_at_{{ i }}]; }
-            if (r + 8u * factor_eight_{{ i }} + 4u < {{ rank }}u) { factor_b_{{ i }} = {{ scale }} * factor[factor_at_{{ i }} + 1u]; }
-        }
-{% endif %}
-{% endfor %}
-        workgroupBarrier();
-{% for i in range(low_x_units) %}
-{% if (i + 1) * lanes > low_steps * tile_rows // 8 %}
-        if (low_unit_{{ i }} < {{ low_steps * tile_rows // 8 }}u)
-{%- endif %}
-        {
-            x_tile[low_row_{{ i }} * {{ x_step // 8 }}u + low_eight_{{ i }}] = vec4(packed(low_a_{{ i }}), packed(low_b_{{ i }}));
-        }
-{% endfor %}
-{% for i in range(low_w_units) %}
-{% if (i + 1) * lanes > low_steps * tile_columns // 8 %}
-        if (factor_unit_{{ i }} < {{ low_steps * tile_columns // 8 }}u)
-{%- endif %}
-        {
-            w_tile[factor_line_{{ i }} * {{ w_step // 8 }}u + factor_eight_{{ i }}] = vec4(packed(factor_a_{{ i }}), packed(factor_b_{{ i }}));
-        }
-{% endfor %}
-        workgroupBarrier();
-{{ multiply_tiles(low_steps) }}
-    }
-{% if not transposed %}
-    }
-{% endif %}
-{% endfor %}
+{% include "parts/matmul_matrix_low.wgsl" %}
 {% if splits > 1 %}
     }
 {% endif %}
@@ -348,33 +219,11 @@ fn main(
         workgroupBarrier();
         let ahead = select(at_k, at_k + depth, at_k + depth < last_k);
 {{ fetch("ahead") }}
-{{ multiply_tiles(depth) }}
+{{ parts.multiply_tiles(depth) }}
     }
 
     let first = vec2(first_column, first_row);
     let own = vec2(own_column, own_row);
     let stage_from = team_y * {{ m * stage_columns // 4 }}u + team_x * {{ n // 4 }}u;
-{% if emulated %}
-    for (var i = 0u; i < {{ row_fragments }}u; i++) {
-        for (var j = 0u; j < {{ column_fragments }}u; j++) {
-            workgroupBarrier();
-            for (var at = 0u; at < {{ held }}u; at++) {
-                let place = at * {{ subgroup_lanes }}u + team_lane;
-                let column = place % {{ n }}u;
-                stage[stage_from + place / {{ n }}u * {{ stage_columns // 4 }}u + column / 4u][column % 4u] = sums[(i * {{ column_fragments }}u + j) * {{ held }}u + at];
-            }
-            workgroupBarrier();
-            store_stage(lane, first, own, vec2(j * {{ n }}u, i * {{ m }}u), group.z);
-        }
-    }
-{% else %}
-{% for i in range(row_fragments) %}
-{% for j in range(column_fragments) %}
-    workgroupBarrier();
-    subgroupMatrixStore<row_major>(&stage, stage_from, sum_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
-    workgroupBarrier();
-    store_stage(lane, first, own, vec2({{ j * n }}u, {{ i * m }}u), group.z);
-{% endfor %}
-{% endfor %}
-{% endif %}
+{{ parts.write_sums() }}
 }
