@@ -1,6 +1,14 @@
 {#
-The low-rank part of matmul_matrix.wgsl: the sums of each adapted member, some ranks at a time.
+The low-rank part of matmul_matrix.wgsl: the sums of each adapted member, some ranks at a time. In
+stretches it goes with the first. Paired, it is plain f32: the tiles' memory holds x [tile_rows][x_step] and
+the factor [low_steps][factor_step].
 #}
+{% set factor_step = tile_columns + pad %}
+{% macro of_x(i) %}{% if (i + 1) * lanes > low_steps * tile_rows // 8 %}if (low_unit_{{ i }} < {{ low_steps * tile_rows // 8 }}u){% endif %}{% endmacro %}
+{% macro of_w(i) %}{% if (i + 1) * lanes > low_steps * tile_columns // 8 %}if (factor_unit_{{ i }} < {{ low_steps * tile_columns // 8 }}u){% endif %}{% endmacro %}
+{% if splits > 1 %}
+    if (group.z == 0u) {
+{% endif %}
 {% for member in members %}
 {% if not transposed %}
     if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
@@ -43,25 +51,43 @@ The low-rank part of matmul_matrix.wgsl: the sums of each adapted member, some r
 {% endfor %}
         workgroupBarrier();
 {% for i in range(low_x_units) %}
-{% if (i + 1) * lanes > low_steps * tile_rows // 8 %}
-        if (low_unit_{{ i }} < {{ low_steps * tile_rows // 8 }}u)
-{%- endif %}
-        {
-            x_tile[low_row_{{ i }} * {{ x_step // 8 }}u + low_eight_{{ i }}] = vec4(packed(low_a_{{ i }}), packed(low_b_{{ i }}));
+        {{ of_x(i) }} {
+            let to = low_row_{{ i }} * {{ x_step // 8 }}u + low_eight_{{ i }};
+{% if paired %}
+            x_tile[2u * to] = bitcast<vec4<u32>>(low_a_{{ i }});
+            x_tile[2u * to + 1u] = bitcast<vec4<u32>>(low_b_{{ i }});
+{% else %}
+            x_tile[to] = vec4(packed(low_a_{{ i }}), packed(low_b_{{ i }}));
+{% endif %}
         }
 {% endfor %}
 {% for i in range(low_w_units) %}
-{% if (i + 1) * lanes > low_steps * tile_columns // 8 %}
-        if (factor_unit_{{ i }} < {{ low_steps * tile_columns // 8 }}u)
-{%- endif %}
-        {
+        {{ of_w(i) }} {
+{% if not paired %}
             w_tile[factor_line_{{ i }} * {{ w_step // 8 }}u + factor_eight_{{ i }}] = vec4(packed(factor_a_{{ i }}), packed(factor_b_{{ i }}));
+{% elif transposed %}
+            let to = factor_line_{{ i }} * {{ factor_step // 4 }}u + 2u * factor_eight_{{ i }};
+            w_tile[to] = bitcast<vec4<u32>>(factor_a_{{ i }});
+            w_tile[to + 1u] = bitcast<vec4<u32>>(factor_b_{{ i }});
+{% else %}
+            let to = 8u * factor_eight_{{ i }} * {{ factor_step // 4 }}u + factor_line_{{ i }} / 4u;
+{% for c in range(8) %}
+            w_tile[to + {{ c * factor_step // 4 }}u][factor_line_{{ i }} % 4u] = bitcast<u32>(factor_{{ "ab"[c // 4] }}_{{ i }}[{{ c % 4 }}]);
+{% endfor %}
+{% endif %}
         }
 {% endfor %}
         workgroupBarrier();
+{% if paired %}
+{{ pairs.multiply_low() }}
+{% else %}
 {{ parts.multiply_tiles(low_steps) }}
+{% endif %}
     }
 {% if not transposed %}
     }
 {% endif %}
 {% endfor %}
+{% if splits > 1 %}
+    }
+{% endif %}
