@@ -269,6 +269,24 @@ def test_columns_that_are_no_eights(recording: Recording) -> None:
     assert (found[:8] == w.max(axis=1)).all() and (found[8:] == np.float32(1e20)).all()
 
 
+def test_what_is_counted_is_what_is_taken(recording: Recording) -> None:
+    """Of memory; the sizes of rows are one tensor of the outer memory for all products."""
+    allocated = []
+    for memory in (recording.memory.inner(), CountingMemory(recording.facts)):
+        own = with_tile(replace(recording, memory=memory), SMALLEST, on_software=True)
+        w = np.ones((36, 32), np.float32)
+        matrix = load_matrix(own, [tensor_of(F32, w.view(np.uint8), 32)])
+        extent, program = extent_in_use(own, 34, 34), Program(own)
+        x = own.memory.empty((34, 32), extent=extent)
+        for _ in range(2):
+            matmul(program, Product(x, matrix))
+        assert len({d.tensors[2].buffer for d in program.dispatches if "rows" in d.template}) == 1
+        allocated.append(memory.allocated)
+    ours, counted = allocated
+    assert ours["weights"] == counted["weights"] > w.nbytes
+    assert counted["activations"] - ours["activations"] == 256  # the outer memory's
+
+
 # -- where it is taken ---------------------------------------------------------------------------
 
 
