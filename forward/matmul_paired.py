@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lora.forward.matmul_matrix import fragments_on, in_one_load
+from lora.forward.matmul_matrix import EMULATED, fragments_on, in_one_load, shape_on
 from lora.forward.matmul_passes import record_passes
 from lora.forward.part_product import PartProduct, Place, place_uniforms
 from lora.forward.plans.matmul_plans import Request
@@ -27,7 +27,9 @@ CARRY = 256
 def fits_paired(recording: Recording, one: PartProduct) -> bool:
     """Where f32 is multiplied on a GPU with such units, with weights whose sizes are known."""
     known = one.part.largest is not None or one.part.quantization.name == "f16"
-    return recording.paired_products and known and one.x.dtype == "f32"
+    shape = shape_on(recording.facts) or EMULATED
+    one_column = shape.most_lanes % shape.n == 0  # of a lane's numbers in a fragment
+    return recording.paired_products and known and one_column and one.x.dtype == "f32"
 
 
 def largest_of_rows(
