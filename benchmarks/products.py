@@ -1,7 +1,11 @@
-"""Single products with frozen matrices in f16: TFLOP/s of every plan that the device has.
+"""Single products with frozen matrices: TFLOP/s of every plan that the device has.
 
     python benchmarks/products.py [--sizes 4096x4096x4096,…] [--types F16,Q4_K] [--seconds 60]
-        [--bodies matrix,tiled] [--output FILE]
+        [--precision f16] [--bodies matrix,paired,tiled] [--output FILE]
+
+In f32 the plain body stands beside numbers in pairs of f16 on matrix units:
+
+    python benchmarks/products.py --precision f32 --sizes 4096x4096x4096 --types F32,Q4_K
 
 A size is rows × columns × contraction, forward and to the input (where the last two change
 places). Plans are timed in turns on tensors of ordinary numbers, in passes of 5 ms after a second
@@ -43,18 +47,20 @@ SIZES = (
 )
 
 
-def request_of(facts: DeviceFacts, size: str, kind: str, transposed: bool) -> Request:
-    """The product of that size, recorded under f16."""
+def request_of(
+    facts: DeviceFacts, size: str, kind: str, precision: str, transposed: bool
+) -> Request:
+    """The product of that size, recorded under that precision."""
     rows, columns, contraction = map(int, size.split("x"))
     requests: list[Request] = []
     memory = CountingMemory(facts)
-    recording = Recording(facts, memory, "f16", plans=noting(requests))
+    recording = Recording(facts, memory, precision, plans=noting(requests))
     n_out, n_in = (contraction, columns) if transposed else (columns, contraction)
     nothing = np.zeros((0, 0), np.uint8)  # memory that only counts takes no weights
     tensor = GGUFTensor("w", GGMLQuantizationType[kind], (n_out, n_in), nothing)
     matrix, extent = load_matrix(recording, [tensor]), memory.extent(rows)
-    x = memory.empty((rows, contraction), "f16", extent=extent)
-    out = memory.empty((rows, columns), "f16", extent=extent)
+    x = memory.empty((rows, contraction), precision, extent=extent)
+    out = memory.empty((rows, columns), precision, extent=extent)
     program = Program(recording)
     if transposed:
         matmul_backward(program, x, matrix, out=out)
@@ -77,7 +83,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--types", default="F16,Q4_K")
-    parser.add_argument("--bodies", default="matrix,tiled")
+    parser.add_argument("--precision", choices=["f16", "f32"], default="f16")
+    parser.add_argument("--bodies", default="matrix,paired,tiled")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)
@@ -90,7 +97,7 @@ def main() -> None:
     jobs = [(s, k, t) for s in sizes for k in kinds for t in (False, True)]
     rows: list[dict[str, Any]] = []
     for size, kind, transposed in jobs:
-        request = request_of(facts, size, kind, transposed)
+        request = request_of(facts, size, kind, options.precision, transposed)
         plans = plans_of(facts, request, options.bodies.split(","))
         times = timings.time_plans(device, request, plans, options.seconds / len(jobs))
         medians = {plan: statistics.median(values) for plan, values in times.items()}
@@ -103,7 +110,8 @@ def main() -> None:
     if options.output:
         options.output.write_text(
             json.dumps({"adapter": facts.name, "driver": facts.info["description"],
-                        "software": facts.software, "rows": rows}, indent=1)
+                        "software": facts.software, "precision": options.precision,
+                        "rows": rows}, indent=1)
         )  # fmt: skip
 
 

@@ -10,12 +10,14 @@ from dataclasses import dataclass
 
 from lora.forward.matmul_decoded import fits_decoded, record_decoded
 from lora.forward.matmul_matrix import fits_matrix, record_matrix
+from lora.forward.matmul_paired import fits_paired, record_paired
 from lora.forward.matmul_tiled import record_tiled
 from lora.forward.matmul_wide import record_wide
 from lora.forward.part_product import PartProduct
 from lora.forward.plans.matmul_plans import Request, plan_of
 from lora.forward.plans.matmul_tiles import (
     DECODED_TILES,
+    PAIRED_TILES,
     Plan,
     Tile,
     matrix_tiles_of,
@@ -57,11 +59,17 @@ def _decoded_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
     return tuple(t for t in DECODED_TILES if t.workgroup_bytes <= room) if half else ()
 
 
+def _paired_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
+    room = facts.workgroup_memory
+    return () if half else tuple(t for t in PAIRED_TILES if t.workgroup_bytes <= room)
+
+
 # Of those that fit the first computes; where it has tiles, plans choose among those of all.
 BODIES: Mapping[str, Body] = {
     "wide": Body(lambda recording, _: recording.facts.is_cpu, lambda *_: (), record_wide),
     "matrix": Body(fits_matrix, _matrix_tiles, record_matrix),
     "decoded": Body(fits_decoded, _decoded_tiles, record_decoded),
+    "paired": Body(fits_paired, _paired_tiles, record_paired),
     "tiled": Body(lambda recording, _: not recording.facts.is_cpu, _tiles, record_tiled),
 }
 
@@ -101,6 +109,7 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         label=label,
         flops=2 * extent.maximum * one.n_columns * terms,
         then=then,
+        largest=one.part.largest,
     )
     record_request(program, request)
 

@@ -6,6 +6,8 @@ same tiling and indexing run in plain WGSL, for tests.
 
 from __future__ import annotations
 
+from typing import Any
+
 from lora.forward.matmul_passes import record_passes
 from lora.forward.part_product import PartProduct
 from lora.forward.plans.matmul_plans import Request
@@ -20,17 +22,13 @@ EMULATED = MatrixShape(16, 16, 16, "f16", "f32", 32, 32)
 
 
 def shape_on(facts: DeviceFacts) -> MatrixShape | None:
-    """The shape of fragments that the body takes on a device; None where there is none.
-
-    Lanes of a subgroup must be known, since a workgroup is made of whole ones.
-    """
-    fixed = [shape for shape in facts.matrix_shapes if shape.least_lanes == shape.most_lanes]
-    return max(fixed, key=lambda shape: shape.m * shape.n * shape.k, default=None)
+    """The shape of fragments that the body takes on a device; None where there is none."""
+    return facts.matrix_shape
 
 
 def has_matrix_units(facts: DeviceFacts) -> bool:
-    """Whether a device computes faster with them: software drivers have some, for tests."""
-    return not facts.is_cpu and shape_on(facts) is not None
+    """Whether a device computes faster with them."""
+    return facts.has_matrix_units
 
 
 def takes_units(recording: Recording) -> bool:
@@ -52,17 +50,26 @@ def fits_matrix(recording: Recording, _: PartProduct) -> bool:
 def record_matrix(program: Program, request: Request, plan: Plan | None) -> None:
     """Appends the product, and what follows it."""
     assert plan is not None  # tiles are chosen
-    shape = shape_on(program.recording.facts)
-    of = shape or EMULATED
     constants = {
         **in_one_load(request, plan.tile.depth),
+        **fragments_on(program.recording.facts),
+        "paired": False,
+        "w_exact": False,
+    }
+    record_passes(program, request, plan, "matmul_matrix", constants)
+
+
+def fragments_on(facts: DeviceFacts) -> dict[str, Any]:
+    """What the template must know of a device's units."""
+    shape = shape_on(facts)
+    of = shape or EMULATED
+    return {
         "emulated": shape is None,
         "m": of.m,
         "n": of.n,
         "k": of.k,
         "subgroup_lanes": of.most_lanes,
     }
-    record_passes(program, request, plan, "matmul_matrix", constants)
 
 
 def in_one_load(request: Request, depth: int) -> dict[str, bool]:

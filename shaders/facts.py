@@ -84,6 +84,20 @@ class DeviceFacts:
     memory_limit: int | None = None
 
     @property
+    def matrix_shape(self) -> MatrixShape | None:
+        """The shape of fragments that our kernels take; None where there is none.
+
+        Lanes of a subgroup must be known, since a workgroup is made of whole ones.
+        """
+        fixed = [shape for shape in self.matrix_shapes if shape.least_lanes == shape.most_lanes]
+        return max(fixed, key=lambda shape: shape.m * shape.n * shape.k, default=None)
+
+    @property
+    def has_matrix_units(self) -> bool:
+        """Whether it computes faster with them: software drivers have some, for tests."""
+        return not self.is_cpu and self.matrix_shape is not None
+
+    @property
     def software(self) -> str:
         """The implementation and the version of its package, as reports name them."""
         return f"{self.implementation} {self.version}"

@@ -47,6 +47,7 @@ class Memory(ABC):
         self._outer = outer
         self._scratch: list[Tensor] = []
         self._constants: dict[tuple[int, ...], Tensor] = {}
+        self._of_rows: dict[int, Tensor] = {}
 
     # -- what differs between owners --------------------------------------------------------------
 
@@ -142,6 +143,14 @@ class Memory(ABC):
             fitting = [self.empty(shape, purpose="scratch")]
             self._scratch += fitting
         return replace(min(fitting, key=lambda tensor: tensor.size), shape=shape)
+
+    def row_scratch(self, rows: int) -> Tensor:
+        """As that, a u32 a row, which may be in use beside it: all who ask for so many share it."""
+        if self._outer is not None:
+            return self._outer.row_scratch(rows)
+        if rows not in self._of_rows:
+            self._of_rows[rows] = self.empty((rows,), "u32")
+        return self._of_rows[rows]
 
     @property
     def largest_scratch(self) -> int:
@@ -306,6 +315,7 @@ class Arena(Memory):
         self._buffers.clear()
         self._scratch.clear()
         self._constants.clear()
+        self._of_rows.clear()
         self.allocated.clear()
         self._closed = True
 

@@ -40,7 +40,8 @@ class Recording:
         memory: who owns the tensors that recording asks for; one that only counts makes programs
             that cannot run, from which sizes, products and kernels are read.
         precision: of tiles and activations: f32, or f16 where the device has shader-f16.
-        products: f16: tiles of products are f16, whatever is between them; None: as the precision.
+        products: f16: tiles of products are f16, whatever is between them; f32: they are, and plain
+            ones, also where there are matrix units; None: as the precision.
         body: of products, a name of forward/matmul_bodies.py; None: by the device.
         plans: asked for the tile of each product that is recorded (forward/plans/matmul_plans.py);
             None, as an answer too, leaves it to the model of the time.
@@ -62,6 +63,15 @@ class Recording:
     def half_products(self) -> bool:
         """Whether both sides of products with frozen matrices are rounded to f16."""
         return (self.products or self.precision) == "f16"
+
+    @property
+    def paired_products(self) -> bool:
+        """Whether products in f32 may run on matrix units, their numbers as pairs of f16."""
+        if self.body is not None:
+            return self.body == "paired"
+        facts, whole = self.facts, self.precision == "f32" and self.products is None
+        real = facts.has_matrix_units and facts.info["adapter_type"] != "CPU"
+        return whole and real and "shader-f16" in facts.features
 
     def __post_init__(self) -> None:
         if self.half_products and "shader-f16" not in self.facts.features:

@@ -11,6 +11,7 @@ from lora.forward.gguf.file import GGUFTensor
 from lora.forward.gguf.quantization import QUANTIZATIONS, Quantization
 from lora.shaders.errors import InputError
 from lora.shaders.memory import UPLOAD_PIECE
+from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
@@ -18,6 +19,7 @@ from lora.shaders.tensor import Tensor
 # while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
 CPU_PART_BYTES = 2 << 20
 MAX_PART_BYTES = 1 << 30
+_BAND = 32  # rows of a workgroup that looks for the largest weights
 
 
 @dataclass(frozen=True)
@@ -28,11 +30,13 @@ class MatrixPart:
         quantization: how `words` are to be decoded.
         words: u32 [out_features, words a row].
         first_feature: the row of the whole matrix (column of the output) where it begins.
+        largest: u32 [out_features + in_features], see `largest_of`; None where no product asks.
     """
 
     quantization: Quantization
     words: Tensor
     first_feature: int
+    largest: Tensor | None = None
 
     @property
     def out_features(self) -> int:
@@ -102,9 +106,45 @@ def load_matrix(recording: Recording, tensors: Sequence[GGUFTensor]) -> FrozenMa
                 recording.memory.write_rows(words, filled, pending[:take])
                 pending = pending[take:]
                 filled += take
-            parts.append(MatrixPart(quantization, words, first_feature + start))
+            largest = largest_of(recording, words, quantization, in_features)
+            parts.append(MatrixPart(quantization, words, first_feature + start, largest))
         first_feature += padded_rows
     return FrozenMatrix(first_feature, in_features, tuple(parts))
+
+
+def largest_of(
+    recording: Recording, words: Tensor, quantization: Quantization, columns: int
+) -> Tensor | None:  # u32 [rows + columns]
+    """The largest weight's size in each row, then in each column, as f32's bits; found once.
+
+    None where no product asks: those whose numbers are pairs of f16 scale weights by them, but not
+    weights that are f16 themselves.
+    """
+    if not recording.paired_products or quantization.name == "f16":
+        return None
+    largest = recording.memory.empty((words.shape[0] + columns,), "u32", purpose="weights")
+    if recording.memory.holds_data:
+        program = Program(recording)
+        record_largest(program, words, quantization, largest)
+        program.run()
+    return largest
+
+
+def record_largest(
+    program: Program, words: Tensor, quantization: Quantization, largest: Tensor
+) -> None:
+    """Appends what `largest_of` finds.
+
+    Args:
+        words: u32 [rows, words a row].
+        largest: zeros [rows + columns].
+    """
+    rows, row_words = words.shape
+    constants = {
+        "quantization": quantization.name, "rows": rows, "columns": largest.size - rows,
+        "row_words": row_words, "band": _BAND,
+    }  # fmt: skip
+    program.dispatch("largest_weights", constants, [words, largest], -(-rows // _BAND))
 
 
 def _runs_of_one_type(tensors: Sequence[GGUFTensor]) -> list[list[GGUFTensor]]:

@@ -64,6 +64,7 @@ class Request:
         after: residual and bias, which the last pass takes.
         then: after a matrix of one part; it is the last pass where it can add stretches up.
         half: whether it is recorded under `precision: f16`.
+        largest: of the weights, see `MatrixPart`.
     """
 
     record: Callable[[Program, Request], None]
@@ -79,6 +80,7 @@ class Request:
     label: str
     flops: int
     then: Follower | None
+    largest: Tensor | None = None
 
     @property
     def product(self) -> ProductShape:

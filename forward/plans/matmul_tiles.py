@@ -125,6 +125,22 @@ class DecodedTile(MatrixTile):
         return f"decoded {super().name}"
 
 
+@dataclass(frozen=True)
+class PairedTile(MatrixTile):
+    """As MatrixTile, of f32 that are pairs of f16: a subgroup's outputs are three numbers each.
+
+    Its fragments hold two sums, its lanes a third: 64 × 32 outputs are 192 registers.
+    """
+
+    item_bytes: int = 4
+    body: ClassVar[str] = "paired"
+
+    @property
+    def name(self) -> str:
+        """Its sizes, as files and tables name it: paired matrix 128x64x32/64x32."""
+        return f"paired {super().name}"
+
+
 class Plan(NamedTuple):
     """How one product is computed: its tile, the number of stretches and their length."""
 
@@ -186,6 +202,17 @@ DECODED_TILES = (
     DecodedTile(256, 128, 32, 64, 64, 1.50, 1.04),
 )
 
+# f32 on them: by arithmetic alone, three products for one of f16, not measured yet.
+PAIRED_TILES = (
+    PairedTile(128, 128, 16, 64, 32, 1.20, 0.95),
+    PairedTile(128, 64, 16, 64, 32, 0.80, 0.50),
+    PairedTile(64, 128, 16, 64, 32, 0.80, 0.50),
+    PairedTile(128, 64, 32, 32, 32, 1.50, 1.15),
+    PairedTile(64, 64, 32, 32, 32, 0.90, 0.58),
+    PairedTile(64, 64, 16, 32, 32, 0.55, 0.32),
+    PairedTile(32, 64, 32, 32, 32, 0.70, 0.34),
+)
+
 
 def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]:
     """The tiles of one precision: f16 where `half`.
@@ -201,7 +228,8 @@ def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]
 
 def known_tiles(half: bool) -> tuple[Tile, ...]:
     """All tiles of one precision, of any body."""
-    return (*tiles_of(half), *MATRIX_TILES, *DECODED_TILES) if half else tiles_of(half)
+    on_units = (*MATRIX_TILES, *DECODED_TILES) if half else PAIRED_TILES
+    return (*tiles_of(half), *on_units)
 
 
 def matrix_tiles_of(workgroup_bytes: int) -> tuple[MatrixTile, ...]:

@@ -137,11 +137,16 @@ class Workbench:
                 out=stand_in(request.out),
                 tensors=[stand_in(tensor) for tensor in request.tensors],
                 after=[stand_in(tensor) for tensor in request.after],
+                largest=None if request.largest is None else self._ones(request.largest),
                 label=f"{request.label} {plan.name}",
                 then=_on(stand_in, request.then),
             ),
         )
         return program
+
+    def _ones(self, like: Tensor) -> Tensor:
+        """1, as f32's bits: about the largest weight of words that are random."""
+        return self._memory.upload(np.full(like.shape, 0x3F800000, np.uint32))
 
     def _filled(self, like: Tensor, extent: Extent) -> Tensor:
         extent_of_it = extent if like.extent else None

@@ -106,6 +106,8 @@ def open_generator(
         if not isinstance(wanted, Device) and wanted.products == "f16":
             check_half_products(opened.facts)
             recording = replace(recording, products="f16")
+        else:  # nothing here asked a child whether the matrix units can be trusted
+            recording = replace(recording, products="f32")
         try:
             loaded = load_model(recording, gguf_file, architecture, room)
         except DeviceMemoryError as error:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora.forward.plans.matmul_plans import PlanSource, ProductShape, Request
-from lora.forward.plans.matmul_tiles import MOST_PARTIAL_SUMS, TILES, MatrixTile, Plan, known_tiles
+from lora.forward.plans.matmul_tiles import MOST_PARTIAL_SUMS, MatrixTile, Plan, known_tiles
 from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
 from lora.shaders.device import Device
@@ -35,6 +35,7 @@ _KERNELS = Path(templates.__file__).parent / "wgsl"
 _TEMPLATES = (
     "matmul_*.wgsl",
     "decode_weights.wgsl",
+    "largest_of_rows.wgsl",
     "parts/matmul_*.wgsl",
     "parts/stored.wgsl",
     "decode/*.wgsl",
@@ -200,7 +201,8 @@ def _kernels_digest() -> str:
     for pattern in _TEMPLATES:
         for path in sorted(_KERNELS.glob(pattern)):
             digest.update(path.read_bytes())
-    digest.update(repr([tile.name for tile in (*TILES, *known_tiles(half=True))]).encode())
+    tiles = (*known_tiles(half=False), *known_tiles(half=True))
+    digest.update(repr([tile.name for tile in tiles]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -234,4 +236,11 @@ def find_tiles(
                 stacklevel=2,
             )
             cache.load()
-    return lambda request: cache.plan(request.product)
+
+    def source(request: Request) -> Plan | None:
+        plan = cache.plan(request.product)
+        # A text's products in f32 are plain ones, a training's of the same shape may not be.
+        offered = plan is not None and plan.tile.body in {tile.body for tile in request.tiles}
+        return plan if offered else None
+
+    return source

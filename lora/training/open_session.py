@@ -94,10 +94,8 @@ class OpenSession(ABC):
         Args:
             owned: whether it is closed with the session.
         """
-        config = self.config
         self.device, self._owns_device = device, owned
-        if config.train.precision == "f16":
-            trust_matrix_units(self.device, self._wanted)
+        trust_matrix_units(self.device, self._wanted)
         self.memory = self.device.arena()
         try:
             self._open()

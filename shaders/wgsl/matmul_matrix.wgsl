@@ -6,10 +6,18 @@
 //
 // Bindings in matmul_bindings.wgsl: x [rows, x_stride], weights (words of W), out
 // [rows, out_stride], low [rows, low_stride], factor (B [n, rank], transposed: A [rank, k]).
-// A workgroup computes {{ tile_rows }} × {{ tile_columns }} outputs, a subgroup {{ subgroup_rows }} × {{ subgroup_columns }} of them in fragments of f32. The
-// low-rank part comes first, then the weight, each in order of the contraction. Factors are rounded to
-// f16, products exact, sums f32. The next tile is fetched into registers while the present one is
-// multiplied. What comes out passes workgroup memory, a fragment of every subgroup at a time.
+// A workgroup computes {{ tile_rows }} × {{ tile_columns }} outputs, a subgroup {{ subgroup_rows }} × {{ subgroup_columns }} of them in fragments of f32.
+{% if paired %}
+// The weight comes first, then the low-rank part, each in order of the contraction. Factors are f32, as
+// pairs of f16 (parts/matmul_matrix_pairs.wgsl), their products exact, sums f32: every {{ carry }} steps they are
+// added to others, counted from the first. The low-rank part is plain f32. x_largest [rows], w_largest [rows
+// of W, then its columns]: bits of the largest numbers.
+{% else %}
+// The low-rank part comes first, then the weight, each in order of the contraction. Factors are rounded to
+// f16, products exact, sums f32.
+{% endif %}
+// The next tile is fetched into registers while the present one is multiplied. What comes out passes
+// workgroup memory, a fragment of every subgroup at a time.
 {% if emulated %}
 //
 // In plain WGSL: a lane holds every {{ subgroup_lanes }}th number of a fragment.
@@ -35,49 +43,34 @@
 {% set stage_columns = subgroups_x * n %}
 {% set stage_quads = stage_rows * stage_columns // 4 %}
 {% set whole = contraction % depth == 0 %}
+{# The tiles of upper halves are followed by those of lower ones. #}
+{% set x_lower = tile_rows * x_step // 8 %}
+{% set w_lower = (depth if transposed else tile_columns) * w_step // 8 %}
 const tile_rows = {{ tile_rows }}u;
 const tile_columns = {{ tile_columns }}u;
 const depth = {{ depth }}u;
 
 // x_tile [tile_rows][{{ x_step }}] and w_tile [{{ "depth" if transposed else "tile_columns" }}][{{ w_step }}], eight f16 an element; stage
 // [{{ stage_rows }}][{{ stage_columns }}]: a fragment of every subgroup.
-var<workgroup> x_tile: array<vec4<u32>, {{ tile_rows * x_step // 8 }}>;
-var<workgroup> w_tile: array<vec4<u32>, {{ (depth if transposed else tile_columns) * w_step // 8 }}>;
+{% if paired %}
+// Of both tiles there are two, upper halves and lower ones.
+{% endif %}
+var<workgroup> x_tile: array<vec4<u32>, {{ x_lower * (2 if paired else 1) }}>;
+var<workgroup> w_tile: array<vec4<u32>, {{ w_lower * (2 if paired and (members or not w_exact) else 1) }}>;
 var<workgroup> stage: array<vec4<f32>, {{ stage_quads }}>;
 
-{# -- fragments, on matrix units: sum_I_J, one variable each. In plain WGSL `sums` has all of a lane's
-   numbers, so that there is little to compile: the offsets are the same. #}
-{% set held = m * n // subgroup_lanes %}
-{% set left_type = "subgroup_matrix_left<f16, %d, %d>" % (k, m) %}
-{% set right_type = "subgroup_matrix_right<f16, %d, %d>" % (n, k) %}
-{% set right_order = "row_major" if transposed else "col_major" %}
-{# Eights of the tiles between fragments: down x_tile, along w_tile, and to the next step of either. #}
-{% set left_next = m * x_step // 8 %}
-{% set right_next = n // 8 if transposed else n * w_step // 8 %}
-{% set left_step = k // 8 %}
-{% set right_step = k * w_step // 8 if transposed else k // 8 %}
-
+{# Whether no tile reaches past the rows that there is memory for, past the columns of W. #}
+{% set rows_fit = maximum_rows >= tile_rows %}
+{% set columns_fit = n_columns >= tile_columns and (not transposed or n_columns % 8 == 0) %}
+{% import "parts/matmul_matrix_sums.wgsl" as parts with context %}
+{% import "parts/matmul_matrix_pairs.wgsl" as pairs with context %}
 // Four numbers as the tiles hold them.
 fn packed(numbers: vec4<f32>) -> vec2<u32> {
     return vec2(pack2x16float(numbers.xy), pack2x16float(numbers.zw));
 }
-{% if emulated %}
-
-// A row of the left fragment at `left` times a column of the right one at `right`.
-fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
-    var sum = 0.0;
-    for (var i = 0u; i < {{ k }}u; i++) {
-        let a = x_tile[left + row * {{ x_step // 8 }}u + i / 8u][i / 2u % 4u];
-{% if transposed %}
-        let b = w_tile[right + i * {{ w_step // 8 }}u + column / 8u][column / 2u % 4u];
-        sum += unpack2x16float(a)[i % 2u] * unpack2x16float(b)[column % 2u];
-{% else %}
-        let b = w_tile[right + column * {{ w_step // 8 }}u + i / 8u][i / 2u % 4u];
-        sum += unpack2x16float(a)[i % 2u] * unpack2x16float(b)[i % 2u];
-{% endif %}
-    }
-    return sum;
-}
+{{ parts.product_of_fragments() }}
+{% if paired %}
+{{ pairs.declare() }}
 {% endif %}
 
 {# What a lane fetches lies in the same place of several lines of a tile, so many lines apart: the
@@ -93,14 +86,17 @@ fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
 lane / {{ eights }}u
 {%- endif %}
 {% endmacro %}
-{# Whether no tile reaches past the rows that there is memory for, past the columns of W. #}
-{% set rows_fit = maximum_rows >= tile_rows %}
-{% set columns_fit = n_columns >= tile_columns and (not transposed or n_columns % 8 == 0) %}
+{# What is fetched: eight numbers as the tiles hold them, or as they are. #}
+{% set x_held = "Eight" if paired else "vec4<u32>" %}
+{% set w_pairs = paired and not w_exact %}
+{% set w_held = "Eight" if w_pairs else "vec4<u32>" %}
 
 {% if whole %}
 // Eight numbers of x from the quad `at` on.
-fn eight_of_x(at: u32) -> vec4<u32> {
-{% if x_by_eights %}
+fn eight_of_x(at: u32) -> {{ x_held }} {
+{% if paired %}
+    return Eight(vec4<f32>(x[at]), vec4<f32>(x[at + 1u]));
+{% elif x_by_eights %}
     return x[at / 2u];
 {% else %}
     return vec4(packed(vec4<f32>(x[at])), packed(vec4<f32>(x[at + 1u])));
@@ -108,23 +104,37 @@ fn eight_of_x(at: u32) -> vec4<u32> {
 }
 {% else %}
 // Eight numbers of x from the quad `at` on, column `column` of the contraction; beyond it zeros.
-fn eight_of_x(at: u32, column: u32, last: u32) -> vec4<u32> {
+fn eight_of_x(at: u32, column: u32, last: u32) -> {{ x_held }} {
+{% if paired %}
+    let a = vec4<f32>(x[min(at, last)]);
+    let b = vec4<f32>(x[min(at + 1u, last)]);
+    return Eight(select(vec4<f32>(), a, column < contraction), select(vec4<f32>(), b, column + 4u < contraction));
+{% else %}
     let a = packed(vec4<f32>(x[min(at, last)]));
     let b = packed(vec4<f32>(x[min(at + 1u, last)]));
     return vec4(select(vec2(0u), a, column < contraction), select(vec2(0u), b, column + 4u < contraction));
+{% endif %}
 }
 {% endif %}
 
 // Eight weights of a row from column k on; {{ "rows" if transposed else "columns" }} beyond the contraction are zeros.
-fn eight_of_w(row: u32, k: u32) -> vec4<u32> {
+fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% if not whole %}
-    if ({{ "row" if transposed else "k" }} >= contraction) { return vec4<u32>(); }
+    if ({{ "row" if transposed else "k" }} >= contraction) { return {{ w_held }}(); }
 {% endif %}
 {% if w_by_eights %}
     return weights[(row * row_words + k / 2u) / 4u];
 {% else %}
+{% if w_pairs and not transposed and contraction % 8 %}
+    var eight = decode8(row, k);
+    if (k + 4u >= contraction) { eight.b = vec4<f32>(); } // another row's, by this row's scale
+    return eight;
+{% elif w_pairs %}
+    return decode8(row, k);
+{% else %}
     let eight = decode8(row, k);
     return vec4(packed(eight.a), packed(eight.b));
+{% endif %}
 {% endif %}
 }
 
@@ -151,44 +161,37 @@ fn eight_of_w(row: u32, k: u32) -> vec4<u32> {
 {% endfor %}
 {% endmacro %}
 
-{# Stores what was fetched into the tiles. #}
-{% macro store_tiles() %}
+{# What was fetched, as pairs, which need not wait for the tiles to be free. #}
+{% macro make_pairs() %}
 {% for i in range(x_units) %}
-        x_tile[x_to + {{ i * x_lines * x_step // 8 }}u] = fetched_x_{{ i }};
+        let x_pair_{{ i }} = pair(fetched_x_{{ i }}.a * x_power_{{ i }}, fetched_x_{{ i }}.b * x_power_{{ i }});
 {% endfor %}
-{% for i in range(w_units) %}
-        w_tile[w_to + {{ i * w_lines * w_step // 8 }}u] = fetched_w_{{ i }};
+{% for i in range(w_units if w_pairs else 0) %}
+{% set of = "" if transposed else i %}
+        let w_pair_{{ i }} = pair(fetched_w_{{ i }}.a * w_power_a{{ of }}, fetched_w_{{ i }}.b * w_power_b{{ of }});
 {% endfor %}
 {% endmacro %}
 
-{# Multiplies the first `steps` of the tiles' depth into the fragments. #}
-{% macro multiply_tiles(steps) %}
-{% if emulated %}
-        for (var step = 0u; step < {{ steps // k }}u; step++) {
-            for (var at = 0u; at < {{ row_fragments * column_fragments * held }}u; at++) {
-                let i = at / {{ column_fragments * held }}u;
-                let j = at / {{ held }}u % {{ column_fragments }}u;
-                let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
-                let left = left_from + i * {{ left_next }}u + step * {{ left_step }}u;
-                let right = right_from + j * {{ right_next }}u + step * {{ right_step }}u;
-                sums[at] += product(left, right, place / {{ n }}u, place % {{ n }}u);
-            }
-        }
+{# Stores what was fetched into the tiles. #}
+{% macro store_tiles() %}
+{% for i in range(x_units) %}
+{% set to = "x_to + %du" % (i * x_lines * x_step // 8) %}
+{% if paired %}
+        x_tile[{{ to }}] = x_pair_{{ i }}.upper;
+        x_tile[{{ to }} + {{ x_lower }}u] = x_pair_{{ i }}.lower;
 {% else %}
-{% for step in range(steps // k) %}
-        {
-{% for i in range(row_fragments) %}
-            let left_{{ i }} = subgroupMatrixLoad<{{ left_type }}, row_major>(&x_tile, left_from + {{ i * left_next + step * left_step }}u, {{ x_step // 8 }}u);
-{% endfor %}
-{% for j in range(column_fragments) %}
-            let right_{{ j }} = subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{ j * right_next + step * right_step }}u, {{ w_step // 8 }}u);
-{% for i in range(row_fragments) %}
-            sum_{{ i }}_{{ j }} = subgroupMatrixMultiplyAccumulate(left_{{ i }}, right_{{ j }}, sum_{{ i }}_{{ j }});
-{% endfor %}
-{% endfor %}
-        }
-{% endfor %}
+        x_tile[{{ to }}] = fetched_x_{{ i }};
 {% endif %}
+{% endfor %}
+{% for i in range(w_units) %}
+{% set to = "w_to + %du" % (i * w_lines * w_step // 8) %}
+{% if w_pairs %}
+        w_tile[{{ to }}] = w_pair_{{ i }}.upper;
+        w_tile[{{ to }} + {{ w_lower }}u] = w_pair_{{ i }}.lower;
+{% else %}
+        w_tile[{{ to }}] = fetched_w_{{ i }};
+{% endif %}
+{% endfor %}
 {% endmacro %}
 
 // Writes out what is in the stage: of every subgroup the fragments from (row, column) on.
@@ -210,6 +213,9 @@ fn main(
     @builtin(local_invocation_index) lane: u32,
 {% if not emulated %}
     @builtin(subgroup_id) team: u32,
+{% if paired %}
+    @builtin(subgroup_invocation_id) team_lane: u32,
+{% endif %}
 {% endif %}
 ) {
     let own_row = group.y * tile_rows;
@@ -231,17 +237,14 @@ fn main(
 {% endif %}
     let team_y = team / {{ subgroups_x }}u;
     let team_x = team % {{ subgroups_x }}u;
+{% if paired %}
+    let left_row = team_y * {{ subgroup_rows }}u;
+    let right_column = team_x * {{ subgroup_columns }}u;
+{% endif %}
+    let stage_from = team_y * {{ m * stage_columns // 4 }}u + team_x * {{ n // 4 }}u;
     let left_from = team_y * {{ subgroup_rows * x_step // 8 }}u;
     let right_from = team_x * {{ (subgroup_columns if transposed else subgroup_columns * w_step) // 8 }}u;
-{% if emulated %}
-    var sums = array<f32, {{ row_fragments * column_fragments * held }}>();
-{% else %}
-{% for i in range(row_fragments) %}
-{% for j in range(column_fragments) %}
-    var sum_{{ i }}_{{ j }} = subgroup_matrix_result<f32, {{ n }}, {{ m }}>();
-{% endfor %}
-{% endfor %}
-{% endif %}
+{{ parts.declare_sums() }}
     let x_eight = lane % {{ depth // 8 }}u;
     let x_row = {{ line_of(depth // 8) }};
     let x_to = x_row * {{ x_step // 8 }}u + x_eight;
@@ -249,7 +252,11 @@ fn main(
     let x_from = ((first_row + x_row) * x_stride + x_column) / 4u + 2u * x_eight;
 {% endif %}
 {% for i in range(x_units) %}
-    var fetched_x_{{ i }} = vec4<u32>();
+    var fetched_x_{{ i }} = {{ x_held }}();
+{% if paired %}
+{% set row = "first_row + x_row + %du" % (i * x_lines) %}
+    let x_power_{{ i }} = power(row_exponent({{ row }}));
+{% endif %}
 {% endfor %}
 {% set w_eights = tile_columns // 8 if transposed else depth // 8 %}
     let w_eight = lane % {{ w_eights }}u;
@@ -259,8 +266,21 @@ fn main(
     let w_column = {{ "first_column + 8u * w_eight" if columns_fit else "min(first_column + 8u * w_eight, %du)" % ((n_columns - 1) // 8 * 8) }};
 {% endif %}
 {% for i in range(w_units) %}
-    var fetched_w_{{ i }} = vec4<u32>();
+    var fetched_w_{{ i }} = {{ w_held }}();
+{% if w_pairs and not transposed %}
+    let w_power_a{{ i }} = power(column_exponent(first_column + w_line + {{ i * w_lines }}u));
+    let w_power_b{{ i }} = w_power_a{{ i }};
+{% endif %}
 {% endfor %}
+{% if w_pairs and transposed %}
+{% for half in "ab" %}
+    let w_power_{{ half }} = vec4(
+{% for c in range(4) %}
+        power(column_exponent(w_column + {{ c + (0 if half == "a" else 4) }}u)){{ "," if c < 3 }}
+{% endfor %}
+    );
+{% endfor %}
+{% endif %}
 
 {% if splits > 1 %}
     // Workgroups with z = s sum the stretch s of the contraction; the low-rank part goes with the first.
@@ -271,110 +291,32 @@ fn main(
     let last_k = contraction;
 {% endif %}
 {{ fetch("first_k") }}
-{% if splits > 1 %}
-    if (group.z == 0u) {
-{% endif %}
-{% for member in members %}
-{% if not transposed %}
-    if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
-{% endif %}
-    for (var r = 0u; r < {{ rank }}u; r += {{ low_steps }}u) {
-        // All loads first: each would otherwise wait for the one before.
-{% for i in range(low_x_units) %}
-        let low_unit_{{ i }} = lane + {{ i * lanes }}u;
-        let low_eight_{{ i }} = low_unit_{{ i }} % {{ low_steps // 8 }}u;
-        let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 8 }}u;
-        let low_at_{{ i }} = (min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + r) / 4u + 2u * low_eight_{{ i }};
-        var low_a_{{ i }} = vec4<f32>();
-        var low_b_{{ i }} = vec4<f32>();
-        if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = low[low_at_{{ i }}]; }
-        if (r + 8u * low_eight_{{ i }} + 4u < {{ rank }}u) { low_b_{{ i }} = low[low_at_{{ i }} + 1u]; }
-{% endfor %}
-{% for i in range(low_w_units) %}
-        let factor_unit_{{ i }} = lane + {{ i * lanes }}u;
-        var factor_a_{{ i }} = vec4<f32>();
-        var factor_b_{{ i }} = vec4<f32>();
-{% if transposed %}
-        let factor_eight_{{ i }} = factor_unit_{{ i }} % {{ tile_columns // 8 }}u;
-        let factor_line_{{ i }} = factor_unit_{{ i }} / {{ tile_columns // 8 }}u;
-        let factor_column_{{ i }} = first_column + 8u * factor_eight_{{ i }};
-        let factor_at_{{ i }} = (({{ member.low_start }}u + r + factor_line_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u;
-        if (r + factor_line_{{ i }} < {{ rank }}u) {
-            if (factor_column_{{ i }} < n_columns) { factor_a_{{ i }} = factor[factor_at_{{ i }}]; }
-            if (factor_column_{{ i }} + 4u < n_columns) { factor_b_{{ i }} = factor[factor_at_{{ i }} + 1u]; }
-        }
-{% else %}
-        let factor_eight_{{ i }} = factor_unit_{{ i }} % {{ low_steps // 8 }}u;
-        let factor_line_{{ i }} = factor_unit_{{ i }} / {{ low_steps // 8 }}u;
-        let factor_column_{{ i }} = first_column + factor_line_{{ i }};
-        let factor_at_{{ i }} = ((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + r) / 4u + 2u * factor_eight_{{ i }};
-        if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u) {
-            if (r + 8u * factor_eight_{{ i }} < {{ rank }}u) { factor_a_{{ i }} = {{ scale }} * factor[factor_at_{{ i }}]; }
-            if (r + 8u * factor_eight_{{ i }} + 4u < {{ rank }}u) { factor_b_{{ i }} = {{ scale }} * factor[factor_at_{{ i }} + 1u]; }
-        }
-{% endif %}
-{% endfor %}
-        workgroupBarrier();
-{% for i in range(low_x_units) %}
-{% if (i + 1) * lanes > low_steps * tile_rows // 8 %}
-        if (low_unit_{{ i }} < {{ low_steps * tile_rows // 8 }}u)
-{%- endif %}
-        {
-            x_tile[low_row_{{ i }} * {{ x_step // 8 }}u + low_eight_{{ i }}] = vec4(packed(low_a_{{ i }}), packed(low_b_{{ i }}));
-        }
-{% endfor %}
-{% for i in range(low_w_units) %}
-{% if (i + 1) * lanes > low_steps * tile_columns // 8 %}
-        if (factor_unit_{{ i }} < {{ low_steps * tile_columns // 8 }}u)
-{%- endif %}
-        {
-            w_tile[factor_line_{{ i }} * {{ w_step // 8 }}u + factor_eight_{{ i }}] = vec4(packed(factor_a_{{ i }}), packed(factor_b_{{ i }}));
-        }
-{% endfor %}
-        workgroupBarrier();
-{{ multiply_tiles(low_steps) }}
-    }
-{% if not transposed %}
-    }
-{% endif %}
-{% endfor %}
-{% if splits > 1 %}
-    }
+{% if not paired %}
+{% include "parts/matmul_matrix_low.wgsl" %}
 {% endif %}
 
     for (var at_k = first_k; at_k < last_k; at_k += depth) {
+{% if paired %}
+{{ make_pairs() }}
+{% endif %}
         workgroupBarrier();
 {{ store_tiles() }}
         workgroupBarrier();
         let ahead = select(at_k, at_k + depth, at_k + depth < last_k);
 {{ fetch("ahead") }}
-{{ multiply_tiles(depth) }}
+{{ parts.multiply_tiles(depth, w_exact) }}
+{% if paired and (split_length if splits > 1 else contraction) > carry %}
+        if ((at_k - first_k) % {{ carry }}u == {{ carry - depth }}u) {
+{{ pairs.carry_sums() }}
+        }
+{% endif %}
     }
+{% if paired %}
+{{ pairs.finish_sums() }}
+{% include "parts/matmul_matrix_low.wgsl" %}
+{% endif %}
 
     let first = vec2(first_column, first_row);
     let own = vec2(own_column, own_row);
-    let stage_from = team_y * {{ m * stage_columns // 4 }}u + team_x * {{ n // 4 }}u;
-{% if emulated %}
-    for (var i = 0u; i < {{ row_fragments }}u; i++) {
-        for (var j = 0u; j < {{ column_fragments }}u; j++) {
-            workgroupBarrier();
-            for (var at = 0u; at < {{ held }}u; at++) {
-                let place = at * {{ subgroup_lanes }}u + team_lane;
-                let column = place % {{ n }}u;
-                stage[stage_from + place / {{ n }}u * {{ stage_columns // 4 }}u + column / 4u][column % 4u] = sums[(i * {{ column_fragments }}u + j) * {{ held }}u + at];
-            }
-            workgroupBarrier();
-            store_stage(lane, first, own, vec2(j * {{ n }}u, i * {{ m }}u), group.z);
-        }
-    }
-{% else %}
-{% for i in range(row_fragments) %}
-{% for j in range(column_fragments) %}
-    workgroupBarrier();
-    subgroupMatrixStore<row_major>(&stage, stage_from, sum_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
-    workgroupBarrier();
-    store_stage(lane, first, own, vec2({{ j * n }}u, {{ i * m }}u), group.z);
-{% endfor %}
-{% endfor %}
-{% endif %}
+{{ parts.write_sums() }}
 }

@@ -33,12 +33,15 @@ def a_matrix(recording: Recording, n_out: int = N_OUT, n_in: int = N_IN) -> Froz
 
 
 def planned_requests(
-    facts: DeviceFacts, shapes: Sequence[tuple[int, int, int]], precision: str = "f32"
+    facts: DeviceFacts,
+    shapes: Sequence[tuple[int, int, int]],
+    precision: str = "f32",
+    body: str | None = "tiled",
 ) -> list[Request]:
     """The requests of products [rows, out, in], each in both directions."""
     requests: list[Request] = []
     memory = CountingMemory(facts)
-    counting = Recording(facts, memory, precision, body="tiled", plans=noting(requests))
+    counting = Recording(facts, memory, precision, body=body, plans=noting(requests))
     for rows, n_out, n_in in shapes:
         matrix, extent = a_matrix(counting, n_out, n_in), memory.extent(rows)
         program = Program(counting)

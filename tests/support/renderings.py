@@ -22,10 +22,12 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_matrix import has_matrix_units
+from lora.forward.model.weights import record_largest
 from lora.forward.plans.matmul_tiles import (
     DECODED_TILES,
     HALF_TILES,
     MATRIX_TILES,
+    PAIRED_TILES,
     TILES,
     Plan,
     PlanSpace,
@@ -206,7 +208,7 @@ def _runs(folder: Path) -> Iterator[Run]:
     yield _record(tiled, (CPU,), (F16,))
     for index, tile in enumerate((*TILES, *HALF_TILES)):
         yield _record_tile(LARGE_GPU, tiled, tile, splits=(1, 3)[index % 2])
-    for index, tile in enumerate(MATRIX_TILES):
+    for index, tile in enumerate((*MATRIX_TILES, *PAIRED_TILES)):
         kind = (MATRIX_GPU, SMALL_MATRICES)[index // 2 % 2]
         if tile.workgroup_bytes <= kind.workgroup_memory:
             yield _record_tile(kind, tiled, tile, splits=(1, 3)[index % 2])
@@ -228,7 +230,7 @@ def _runs(folder: Path) -> Iterator[Run]:
     write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,
                      head_size=12)  # fmt: skip
     yield _record(path, (LARGE_GPU, CPU), (F32, {**F16, "max_grad_norm": None}))
-    yield _record(path, (MATRIX_GPU,), (F16,))
+    yield _record(path, (MATRIX_GPU,), (F16, F32))
     # Norms after quantized products of rows that are no few steps of a workgroup.
     post_norms, path = TINY_MODELS["gemma2_q8_0"], folder / "wide.gguf"
     replace(post_norms, config=post_norms.config | {"hidden_size": 512}).write_gguf(path)
@@ -248,6 +250,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         head_size=64, types={"weight": "Q4_0"}, tensors=_biases(gate=256, up=256),
     )  # fmt: skip
     yield _record(path, (LARGE_GPU, METAL), (F32,))
+    yield _record_largest
     for kind in QUANTIZATIONS:
         path = folder / f"{kind.name}.gguf"
         write_tiny_llama(
@@ -256,8 +259,20 @@ def _runs(folder: Path) -> Iterator[Run]:
         )  # fmt: skip
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
         yield _record(path, (MATRIX_GPU,), (F16,), lengths=_LONG)
+        yield _record_tile(MATRIX_GPU, path, PAIRED_TILES[1], splits=1)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
         yield _record_tile(MATRIX_GPU, path, DECODED_TILES[0], splits=1)
+
+
+def _record_largest(found: Found) -> None:
+    """What a model's loading runs for products in pairs."""
+    memory = CountingMemory(MATRIX_GPU.facts)
+    program = Program(Recording(MATRIX_GPU.facts, memory))
+    for quantization in QUANTIZATIONS.values():
+        if quantization.name != "f16":
+            words = memory.empty((70, quantization.row_words(256)), "u32")
+            record_largest(program, words, quantization, memory.empty((70 + 256,), "u32"))
+    keep(MATRIX_GPU, [program], found)
 
 
 def _biases(**sizes: int) -> dict[str, np.ndarray]:

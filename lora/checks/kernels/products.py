@@ -15,12 +15,14 @@ from lora.checks.comparison import (
     NotHereError,
     compare,
     needs_half,
+    same,
     spare_software,
     untouched,
     worst,
 )
 from lora.checks.references.matmul import error_bound, matmul_reference
 from lora.checks.tensors import (
+    MARKER,
     activation,
     extent_in_use,
     frozen,
@@ -31,13 +33,18 @@ from lora.checks.tensors import (
 )
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import shape_on
+from lora.forward.matmul_paired import largest_of_rows
 from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.weights import record_largest
+from lora.forward.part_product import Place
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
     MATRIX_TILES,
+    PAIRED_TILES,
     TILES,
     MatrixTile,
+    PairedTile,
     Plan,
     Tile,
     cut,
@@ -80,7 +87,9 @@ def check_matmul(
         contraction = request.constants["contraction"]
         return None if tile is None else Plan(tile, *cut(contraction, splits, tile.depth))
 
-    recording = replace(recording, precision=dtype, plans=plan)
+    # Named, since matrix units would be offered the plain body's products, too.
+    products = None if isinstance(tile, PairedTile) else dtype
+    recording = replace(recording, precision=dtype, products=products, plans=plan)
     matrix, w = frozen(recording, kind, OUT_FEATURES, columns)
     x, d_y = (rounded(normal(s, ROWS, n), dtype) for s, n in ((1, columns), (2, OUT_FEATURES)))
     z, d_z = normal(3, ROWS, 2 * RANK), normal(4, ROWS, 2 * RANK)
@@ -131,6 +140,31 @@ def check_matmul(
     return worst(*found)
 
 
+def check_largest_of_rows(recording: Recording) -> Comparison:
+    """The exact bits, of some columns."""
+    x = normal(1, ROWS, 100)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    out = recording.memory.upload(np.full(ROWS, MARKER, np.float32).view(np.uint32))
+    place = Place(x_column=8, out_column=0)
+    largest_of_rows(program, activation(recording, x, extent), 64, place, out=out, label="checked")
+    program.run()
+    found = recording.memory.read(out).view(np.float32)
+    wanted = np.abs(x[:, 8:72]).max(axis=1)
+    return worst(same(found[:IN_USE], wanted[:IN_USE]), untouched(found[IN_USE:]))
+
+
+def check_largest_weights(recording: Recording, kind: GGMLQuantizationType) -> Comparison:
+    """Decoded, so rounded twice at most."""
+    matrix, w = frozen(recording, kind, OUT_FEATURES, 256)
+    part, program = matrix.parts[0], Program(recording)
+    largest = recording.memory.empty((OUT_FEATURES + 256,), "u32")
+    record_largest(program, part.words, part.quantization, largest)
+    program.run()
+    found = recording.memory.read(largest).view(np.float32)
+    wanted = np.concatenate([np.abs(w).max(axis=1), np.abs(w).max(axis=0)])
+    return compare(found, wanted, rtol=2.0**-23)
+
+
 Q4_0, Q4_K, Q6_K, F16 = (GGMLQuantizationType[name] for name in ("Q4_0", "Q4_K", "Q6_K", "F16"))
 CHECKS = [
     *(
@@ -154,4 +188,13 @@ CHECKS = [
               partial(check_matmul, kind=Q4_K, columns=256, tile=tile, splits=splits))
         for tile, splits in zip(MATRIX_TILES, (2, 1) * len(MATRIX_TILES), strict=False)
     ),
+    *(
+        Check("matmul_matrix", f"{tile.name} in {splits}",
+              partial(check_matmul, kind=Q4_K, columns=768, tile=tile, splits=splits))
+        for tile, splits in zip(PAIRED_TILES, (2, 1) * len(PAIRED_TILES), strict=False)
+    ),
+    Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
+    Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),
+    Check("matmul_matrix", f"{PAIRED_TILES[-1].name} F16",
+          partial(check_matmul, kind=F16, columns=100, tile=PAIRED_TILES[-1])),
 ]  # fmt: skip

@@ -13,6 +13,14 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 @group(0) @binding(5) var<storage, read> factor: array<vec4<f32>>;
 {% endif %}
 {% set after_low = 6 if members else 4 %}
+{% if paired | default(false) %}
+@group(0) @binding({{ after_low }}) var<storage, read> x_largest: array<u32>;
+{% set after_low = after_low + 1 %}
+{% if not w_exact %}
+@group(0) @binding({{ after_low }}) var<storage, read> w_largest: array<u32>;
+{% set after_low = after_low + 1 %}
+{% endif %}
+{% endif %}
 {% if epilogue == "residual" %}
 @group(0) @binding({{ after_low }}) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}

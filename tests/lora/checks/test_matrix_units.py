@@ -7,11 +7,16 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from lora.checks.matrix_units import ask_child, trust_matrix_units
+from lora.config.schema import Config
+from lora.data.examples import Example
 from lora.shaders.device import Device
 from lora.shaders.webgpu import MatrixShape
+from lora.training.session import TrainingSession
+from tests.support.tiny_gguf import write_tiny_llama
 
 SHAPE = MatrixShape(16, 16, 16, "f16", "f32", 32, 32)
 
@@ -70,6 +75,30 @@ def test_devices_without_them_are_not_asked(
 
     monkeypatch.setattr(device, "facts", replace(device.facts, matrix_shapes=()))
     trust_matrix_units(device, 0, ask)
+
+
+@pytest.mark.parametrize("precision", ["f32", "f16"])
+def test_every_training_asks(
+    card: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str
+) -> None:
+    """Products take them in either precision."""
+
+    class Asked(Exception):
+        pass
+
+    def ask(device: Device, wanted: str | int) -> None:
+        assert device is card
+        raise Asked
+
+    monkeypatch.setattr("lora.training.open_session.trust_matrix_units", ask)
+    write_tiny_llama(tmp_path / "model.gguf")
+    config = Config.model_validate(
+        {"model": {"path": str(tmp_path / "model.gguf")}, "data": {"train": "none"},
+         "train": {"steps": 1, "precision": precision}, "output": "none"}
+    )  # fmt: skip
+    examples = [Example(np.arange(3, 9, dtype=np.int32), np.arange(6) > 0, 0)]
+    with pytest.raises(Asked):
+        TrainingSession(config, examples=examples, device=card)
 
 
 def test_a_child_that_fails_is_a_reason(device: Device) -> None:

@@ -45,7 +45,7 @@ def templates_of(engine: DecodeEngine, one_row: bool) -> set[str]:
     ("kind", "products", "rows", "body"),
     [
         (MATRIX_GPU, "f16", 2048, "matmul_matrix"),
-        (MATRIX_GPU, None, 512, "matmul_tiled"),
+        (MATRIX_GPU, "f32", 512, "matmul_tiled"),
         (LARGE_GPU, "f16", 2048, "matmul_tiled"),
     ],
     ids=["on units", "in f32", "without units"],

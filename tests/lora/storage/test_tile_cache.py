@@ -13,17 +13,25 @@ from typing import Any
 import pytest
 
 import lora.storage.tile_cache
+from lora.forward.matmul_matrix import EMULATED
 from lora.forward.plans.matmul_plans import (
     PlanSource,
     ProductShape,
     Request,
     plan_of,
 )
-from lora.forward.plans.matmul_tiles import Plan, candidates, choose_plan
+from lora.forward.plans.matmul_tiles import PAIRED_TILES, Plan, candidates, choose_plan
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
-from lora.storage.tile_cache import TileCache, cache_folder, circumstances, find_tiles
+from lora.storage.tile_cache import (
+    TileCache,
+    cache_folder,
+    circumstances,
+    entry_of,
+    find_tiles,
+    plan_of_entry,
+)
 from tests.support.plans import gpu as gpu  # a fixture
 from tests.support.plans import planned_requests, refuse, second_choices, use_tuner
 
@@ -216,6 +224,32 @@ def test_find_tiles(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu, "facts", with_info(gpu, adapter_type="CPU"))
     assert find_tiles(gpu, "auto", requests) is None
     assert len(calls) == 1
+
+
+def test_plans_of_products_in_pairs(gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those of matrix units in f32 go to products that are offered them, and nowhere else."""
+    features = gpu.facts.features | {"shader-f16"}
+    without = replace(gpu.facts, features=features)
+    monkeypatch.setattr(gpu, "facts", replace(without, matrix_shapes=(EMULATED,)))
+
+    def tuner(
+        device: Device, requests: Sequence[Request], *, seconds: float
+    ) -> dict[ProductShape, Plan]:
+        return {r.product: Plan(PAIRED_TILES[-1], 1, r.constants["contraction"]) for r in requests}
+
+    use_tuner(monkeypatch, tuner)
+    requests = planned_requests(gpu.facts, [(256, 512, 1024)], body=None)
+    assert any(tile.body == "paired" for tile in requests[0].tiles)
+    found = find_tiles(gpu, "auto", requests)
+    assert found is not None
+    plans = [found(request) for request in requests]
+    assert [plan and plan.tile for plan in plans] == [PAIRED_TILES[-1]] * len(requests)
+    plain = [t for t in requests[0].tiles if t.body == "tiled"]
+    assert found(replace(requests[0], tiles=tuple(plain))) is None
+    entry = entry_of(Plan(PAIRED_TILES[-1], 1, 1024))
+    product = requests[0].product
+    assert plan_of_entry(gpu.facts, product, entry) == Plan(PAIRED_TILES[-1], 1, 1024)
+    assert plan_of_entry(without, product, entry) is None
 
 
 def test_without_a_place_to_keep_them_the_model_chooses(

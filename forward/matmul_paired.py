@@ -1,0 +1,74 @@
+"""Products in f32 on matrix units, each number a pair of f16: the kernel of matmul_matrix.py.
+
+Ootomo and Yokota 2022, "Recovering single precision accuracy from Tensor Cores while surpassing the
+FP32 theoretical peak performance". parts/matmul_matrix_pairs.wgsl says how numbers are split.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from lora.forward.matmul_matrix import EMULATED, fragments_on, in_one_load, shape_on
+from lora.forward.matmul_passes import record_passes
+from lora.forward.part_product import PartProduct, Place, place_uniforms
+from lora.forward.plans.matmul_plans import Request
+from lora.forward.plans.matmul_tiles import Plan
+from lora.shaders.activations import extent_of
+from lora.shaders.program import Program
+from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
+
+# Steps of the contraction after which the sums of the units are added to others: units truncate,
+# which would make errors over a long contraction several times those of plain sums
+# (tests/forward/test_matmul_paired.py has the arithmetic).
+CARRY = 256
+
+
+def fits_paired(recording: Recording, one: PartProduct) -> bool:
+    """Where f32 is multiplied on a GPU with such units, with weights whose sizes are known."""
+    known = one.part.largest is not None or one.part.quantization.name == "f16"
+    shape = shape_on(recording.facts) or EMULATED
+    one_column = shape.most_lanes % shape.n == 0  # of a lane's numbers in a fragment
+    return recording.paired_products and known and one_column and one.x.dtype == "f32"
+
+
+def largest_of_rows(
+    program: Program, x: Tensor, columns: int, place: Place | None, *, out: Tensor, label: str
+) -> None:
+    """Appends out[m] = the bits of max |x[m, k]| over so many columns.
+
+    Args:
+        x: f32 [rows, …], an activation.
+        place: where the columns begin; None for the first.
+        out: u32 [rows].
+    """
+    constants = {"x_stride": x.shape[1], "columns": columns, "placed": place is not None}
+    extent = extent_of(x)
+    program.dispatch(
+        "largest_of_rows",
+        constants,
+        [extent.uniform, x, out, *place_uniforms(program, place)],
+        extent.maximum,
+        label=f"{label}.largest",
+    )
+
+
+def record_paired(program: Program, request: Request, plan: Plan | None) -> None:
+    """Appends the sizes of x's rows, the product, and the norm after it."""
+    assert plan is not None  # tiles are chosen
+    c, rows = request.constants, request.extent.maximum
+    x, exact = request.tensors[1], c["quantization"] == "f16"
+    if c["x_type"] != "f32" or (request.largest is None and not exact):
+        raise ValueError(f"{request.label}: pairs are of f32, and of weights whose sizes are known")
+    largest = program.recording.memory.row_scratch(rows)
+    largest_of_rows(program, x, c["contraction"], request.place, out=largest, label=request.label)
+    scales = [largest] if exact or request.largest is None else [largest, request.largest]
+    more = {
+        **in_one_load(request, plan.tile.depth),
+        **fragments_on(program.recording.facts),
+        "paired": True,
+        "w_exact": exact,
+        "carry": CARRY,
+    }
+    scaled = replace(request, tensors=[*request.tensors, *scales])
+    record_passes(program, scaled, plan, "matmul_matrix", more)

@@ -1,0 +1,169 @@
+{#
+matmul_matrix.wgsl with factors of f32, each a pair of f16: the number rounded to f16, and what that
+leaves, 2048 times as large, lest it be below f16's numbers (Ootomo and Yokota 2022, "Recovering single
+precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance"). A product is
+three of theirs; lower times lower would be below 2^-22 of it. Rows of x and columns of W are scaled by
+powers of two that bring their largest number to 2^14 … 2^15: f16 holds 65,504, and few bits below 2^-14.
+#}
+{% macro declare() %}
+struct Pair { upper: vec4<u32>, lower: vec4<u32> }
+
+// The power of two for what has these bits as its largest number's: zeros and numbers below 2^-112
+// take the largest, infinite ones and NaN what is right for the numbers beside them.
+fn exponent_for(largest: u32) -> i32 { return clamp(141 - i32(largest >> 23u), -126, 126); }
+
+fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(exponent + 127) << 23u); }
+
+// number · 2^exponent, for exponents up to 252 either way.
+fn scaled(number: f32, exponent: i32) -> f32 {
+    let half = exponent / 2;
+    return number * power(half) * power(exponent - half);
+}
+
+// What f16 leaves of four numbers; nothing of those that are not finite.
+fn lower(numbers: vec4<f32>, upper: vec2<u32>) -> vec2<u32> {
+    let rest = 2048.0 * (numbers - vec4(unpack2x16float(upper.x), unpack2x16float(upper.y)));
+    return packed(select(vec4<f32>(), rest, abs(rest) < vec4(65504.0)));
+}
+
+fn pair(a: vec4<f32>, b: vec4<f32>) -> Pair {
+    let first = packed(a);
+    let second = packed(b);
+    return Pair(vec4(first, second), vec4(lower(a, first), lower(b, second)));
+}
+
+// A whole sum. What is infinite or NaN is so by the upper halves: products of inf and a lower half of 0 are NaN.
+fn joined(sum: f32, rest: f32) -> f32 {
+    return select(sum, sum + rest / 2048.0, abs(sum) <= 3.4028234e38);
+}
+
+// The power of two of a row of x, of a column of the output.
+fn row_exponent(row: u32) -> i32 { return exponent_for(x_largest[{{ "row" if rows_fit else "min(row, extent.rows - 1u)" }}]); }
+{% if not w_exact %}
+fn column_exponent(column: u32) -> i32 {
+    return exponent_for(w_largest[{{ "contraction + " if transposed }}min(column, n_columns - 1u)]);
+}
+{% endif %}
+{% if members %}
+
+// Four numbers of a row of the low-rank part's tiles, four of a column.
+fn low_numbers(row: u32, step: u32) -> vec4<f32> {
+    return bitcast<vec4<f32>>(x_tile[row * {{ x_step // 4 }}u + step / 4u]);
+}
+fn factor_numbers(step: u32, column: u32) -> vec4<f32> {
+    let at = step * {{ (tile_columns + pad) // 4 }}u + column / 4u;
+    let word = column % 4u;
+    return bitcast<vec4<f32>>(vec4(
+        w_tile[at][word],
+{% for c in range(1, 4) %}
+        w_tile[at + {{ c * (tile_columns + pad) // 4 }}u][word],
+{% endfor %}
+    ));
+}
+{% endif %}
+{% if not emulated %}
+
+// A subgroup's fragment in the stage, number by number.
+fn stage_place(place: u32) -> u32 { return place / {{ n }}u * {{ stage_columns }}u + place % {{ n }}u; }
+fn staged(stage_from: u32, place: u32) -> f32 {
+    let at = 4u * stage_from + stage_place(place);
+    return stage[at / 4u][at % 4u];
+}
+fn stage_number(stage_from: u32, place: u32, number: f32) {
+    let at = 4u * stage_from + stage_place(place);
+    stage[at / 4u][at % 4u] = number;
+}
+{% endif %}
+
+{% endmacro %}
+
+{# total += sum, and sum begins anew. #}
+{% macro carry_sums() %}
+{% if emulated %}
+            for (var at = 0u; at < {{ parts.fragments * parts.held }}u; at++) {
+                totals[at] += sums[at];
+                sums[at] = 0.0;
+            }
+{% else %}
+{% for i in range(row_fragments) %}
+{% for j in range(column_fragments) %}
+            subgroupMatrixStore<row_major>(&stage, stage_from, sum_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
+            workgroupBarrier();
+            sum_{{ i }}_{{ j }} = {{ parts.result_type }}();
+{% for h in range(parts.held) %}
+            total_{{ i }}_{{ j }}_{{ h }} += staged(stage_from, {{ h * subgroup_lanes }}u + team_lane);
+{% endfor %}
+            workgroupBarrier();
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+
+{# What all sums make of a number, out of its scale. #}
+{% macro whole_number(i, j, place, sum, rest, total) -%}
+{% set row = "first_row + left_row + %s + (%s) / %du" % (i, place, n) %}
+{% set column = "first_column + right_column + %s + (%s) %% %du" % (j, place, n) %}
+scaled(joined({{ total }} + {{ sum }}, {{ rest }}), -row_exponent({{ row }}){{ "" if w_exact else " - column_exponent(%s)" % column }})
+{%- endmacro %}
+
+{# total becomes whole and unscaled. #}
+{% macro finish_sums() %}
+{% if emulated %}
+    for (var at = 0u; at < {{ parts.fragments * parts.held }}u; at++) {
+        let place = at % {{ parts.held }}u * {{ subgroup_lanes }}u + team_lane;
+        let i = at / {{ column_fragments * parts.held }}u * {{ m }}u;
+        let j = at / {{ parts.held }}u % {{ column_fragments }}u * {{ n }}u;
+        totals[at] = {{ whole_number("i", "j", "place", "sums[at]", "rests[at]", "totals[at]") }};
+    }
+{% else %}
+{% for i in range(row_fragments) %}
+{% for j in range(column_fragments) %}
+    {
+{% for kind in ["sum", "rest"] %}
+        subgroupMatrixStore<row_major>(&stage, stage_from, {{ kind }}_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
+        workgroupBarrier();
+{% for h in range(parts.held) %}
+        let {{ kind }}_{{ h }} = staged(stage_from, {{ h * subgroup_lanes }}u + team_lane);
+{% endfor %}
+        workgroupBarrier();
+{% endfor %}
+{% for h in range(parts.held) %}
+        total_{{ i }}_{{ j }}_{{ h }} = {{ whole_number("%du" % (i * m), "%du" % (j * n), "%du + team_lane" % (h * subgroup_lanes), "sum_%d" % h, "rest_%d" % h, "total_%d_%d_%d" % (i, j, h)) }};
+{% endfor %}
+    }
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+
+{# Adds the products of the low-rank part's tiles to the totals. A lane's numbers of a fragment are of one column. #}
+{% macro multiply_low() %}
+{% if emulated %}
+        for (var at = 0u; at < {{ parts.fragments * parts.held }}u; at++) {
+            let i = at / {{ column_fragments * parts.held }}u;
+            let j = at / {{ parts.held }}u % {{ column_fragments }}u;
+            let place = at % {{ parts.held }}u * {{ subgroup_lanes }}u + team_lane;
+            let row = left_row + i * {{ m }}u + place / {{ n }}u;
+            let column = right_column + j * {{ n }}u + place % {{ n }}u;
+            for (var step = 0u; step < {{ low_steps }}u; step += 4u) {
+                totals[at] += dot(low_numbers(row, step), factor_numbers(step, column));
+            }
+        }
+{% else %}
+        for (var step = 0u; step < {{ low_steps }}u; step += 4u) {
+{% for j in range(column_fragments) %}
+            let factor_{{ j }} = factor_numbers(step, right_column + {{ j * n }}u + team_lane % {{ n }}u);
+{% endfor %}
+{% for i in range(row_fragments) %}
+{% for h in range(parts.held) %}
+            {
+                let numbers = low_numbers(left_row + {{ i * m }}u + ({{ h * subgroup_lanes }}u + team_lane) / {{ n }}u, step);
+{% for j in range(column_fragments) %}
+                total_{{ i }}_{{ j }}_{{ h }} += dot(numbers, factor_{{ j }});
+{% endfor %}
+            }
+{% endfor %}
+{% endfor %}
+        }
+{% endif %}
+{% endmacro %}
