@@ -13,7 +13,7 @@ from lora.backward.matmul import Accumulate, matmul_backward
 from lora.backward.rmsnorm import NormBefore
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
-from lora.forward.model.adapter import Factors, LoraFactors
+from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.recorder import Scratch
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.layer_spec import Attention

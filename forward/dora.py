@@ -13,7 +13,7 @@ from typing import Any
 
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
-from lora.forward.model.adapter import DoraTensors, Factors, LoraFactors
+from lora.forward.model.factors import DoraTensors, Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product

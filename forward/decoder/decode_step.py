@@ -16,7 +16,7 @@ from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.gather import gather_rows
 from lora.forward.int_row import to_int_row
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm

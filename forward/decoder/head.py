@@ -11,7 +11,7 @@ from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import has_matrix_units
 from lora.forward.model.adaptable import HEAD_GROUP
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
 from lora.forward.product import Product

@@ -13,7 +13,7 @@ from typing import Any
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.recorder import BlockEnd, LayerRecorder, Walk
 from lora.forward.embedding import embedding
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.rmsnorm import NormAfter, rmsnorm

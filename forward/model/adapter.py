@@ -1,4 +1,4 @@
-"""The low-rank factors: how they lie in flat buffers, and as the kernels see them.
+"""The low-rank factors: how they lie in flat buffers.
 
 All A and B lie in one flat f32 array, their gradients and the two moments of AdamW in others of the
 same layout: clipping and AdamW are one dispatch each over it, and a checkpoint is a few arrays.
@@ -7,12 +7,13 @@ same layout: clipping and AdamW are one dispatch each over it, and a checkpoint 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
 from lora.forward.model.adaptable import HEAD, AdaptableMatrix
+from lora.forward.model.adapted_group import AdaptedGroup, whole_quads
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.low_rank import LowRank
 from lora.forward.model.row_order import to_gguf, to_hf
 from lora.shaders.errors import InputError
@@ -22,99 +23,7 @@ from lora.shaders.tensor import Tensor
 _ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 
 
-@dataclass(frozen=True)
-class DoraTensors:
-    """What DoRA knows of a group's columns of y, f32 [out_features] each; see forward/dora.py.
-
-    Attributes:
-        squares: ‖W‖² of each row of W.
-        scales: m / ‖W + s · B · A‖; 1 where nothing is adapted.
-        inverses: 1 / ‖W + s · B · A‖; 0 there.
-    """
-
-    squares: Tensor
-    scales: Tensor
-    inverses: Tensor
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """The A and B of matrices that share an input ("members": q k v; gate up; or one alone).
-
-    y[:, start:stop] = x · W[start:stop]ᵀ + scale · z_g · B_gᵀ with z = x · Aᵀ, for each member g
-    and its range (start, stop) of output columns. Ranges are in order; a matrix of the group that
-    is not adapted has none.
-
-    Attributes:
-        a: [members · rank, in_features], the members' A stacked.
-        b: [sum of the members' out_features, rank], the members' B stacked.
-        rank: a multiple of 4. A rank that is none is padded with rows of A and columns of B that
-            are zero: their gradients are zero then, so that AdamW leaves them zero.
-        scale: alpha / rank (rsLoRA: alpha / sqrt(rank)), with the rank that the user asked for.
-        ranges: output columns [start, stop) of each member.
-        member_scales: where members differ in alpha or in the rank that it is divided by: what z of
-            each is multiplied by, with a `scale` of 1; empty where they don't.
-        magnitude: DoRA's m, [rows of b]; None without DoRA.
-        dora: what goes with it, where it is used; those of gradients have none.
-    """
-
-    a: Tensor
-    b: Tensor
-    rank: int
-    scale: float
-    ranges: tuple[tuple[int, int], ...]
-    member_scales: tuple[float, ...] = ()
-    magnitude: Tensor | None = None
-    dora: DoraTensors | None = None
-
-    @property
-    def n_members(self) -> int:
-        """How many matrices it adapts."""
-        return len(self.ranges)
-
-    def first_feature(self, member: int) -> int:
-        """The row of the stacked B where a member's begins."""
-        return sum(stop - start for start, stop in self.ranges[:member])
-
-    def projection_scale(self, member: int) -> float:
-        """What z of a member is multiplied by beside `scale`."""
-        return self.member_scales[member] if self.member_scales else 1.0
-
-
 Orders = tuple[np.ndarray | None, np.ndarray | None]
-Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group); the head's layer is n_layers
-
-
-@dataclass(frozen=True)
-class AdaptedGroup:
-    """Where the factors of one group of one layer lie in the flat arrays."""
-
-    layer: int  # n_layers for the head
-    group: str  # of LayerSpec.groups, or "head"
-    members: tuple[AdaptableMatrix, ...]  # the adapted ones
-    ranges: tuple[tuple[int, int], ...]
-    in_features: int
-    a_start: int
-    b_start: int
-    low: tuple[LowRank, ...]  # of the members
-    m_start: int | None = None  # of DoRA's magnitudes
-
-    @property
-    def padded_rank(self) -> int:
-        """Rows of A, columns of B, that each member has on the device."""
-        return _whole_quads(max(one.rank for one in self.low))
-
-    @property
-    def scale(self) -> float:
-        """What all members' products are multiplied by; 1 where they differ."""
-        scales = {one.scale for one in self.low}
-        return scales.pop() if len(scales) == 1 else 1.0
-
-    @property
-    def member_scales(self) -> tuple[float, ...]:
-        """See `LoraFactors`."""
-        scales = tuple(one.scale for one in self.low)
-        return scales if len(set(scales)) > 1 else ()
 
 
 class AdapterLayout:
@@ -155,7 +64,7 @@ class AdapterLayout:
         self.dora = dora
         self.layers = [layer for layer in sorted(layers) if self._adapts(layer)]
         self.rank = rank
-        self.padded_rank = _whole_quads(rank)
+        self.padded_rank = whole_quads(rank)
         self.scale = scale
         self.groups: list[AdaptedGroup] = []
         self.n_trainable = 0  # parameters, padding not counted
@@ -190,7 +99,7 @@ class AdapterLayout:
         column = 0
         holder = self.architecture.holder(layer)
         for matrix in matrices:
-            rows = _whole_quads(matrix.out_size(holder))
+            rows = whole_quads(matrix.out_size(holder))
             low = self._low(layer, matrix)
             if low is not None:
                 members.append(matrix)
@@ -201,7 +110,7 @@ class AdapterLayout:
         if not members:
             return
         in_features = members[0].in_size(holder)
-        rank = _whole_quads(max(low.rank for low in lows))
+        rank = whole_quads(max(low.rank for low in lows))
         a_start = self._end
         b_start = _aligned(a_start + len(members) * rank * in_features, self._alignment)
         n_rows = sum(stop - start for start, stop in ranges)
@@ -388,8 +297,3 @@ class AdapterLayout:
 
 def _aligned(n: int, alignment: int) -> int:
     return -(-n // alignment) * alignment
-
-
-def _whole_quads(n: int) -> int:
-    """Rows of B that are stored: kernels take four columns of the output at once."""
-    return -(-n // 4) * 4

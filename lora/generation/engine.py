@@ -14,7 +14,8 @@ from lora.forward.decoder.decode_step import Step, allocate_caches, record_step,
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.dora import Dora
-from lora.forward.model.adapter import AdapterLayout, Factors
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.kv_cache import TextState
 from lora.generation.snapshots import allocate_snapshots, record_copies, states_of

@@ -8,7 +8,8 @@ import numpy as np
 
 from lora.backward.lora import MAX_SLICES
 from lora.forward.dora import Dora
-from lora.forward.model.adapter import AdapterLayout, Factors
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.factors import Factors
 from lora.optim.optimizers import OptimizerState
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor

@@ -30,12 +30,12 @@ from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from lora.training.activations import Activations
 from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.noise import Noise
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
-    Activations,
     StepSettings,
     StepTensors,
     TrainingPrograms,

@@ -27,7 +27,7 @@ from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
-from lora.training.programs import allocate_layer
+from lora.training.activations import allocate_layer
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
 F32 = GGMLQuantizationType.F32

@@ -31,7 +31,7 @@ from lora.checks.tensors import (
 )
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import shape_on
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
