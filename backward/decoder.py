@@ -13,10 +13,12 @@ from lora.backward.recorder import (
     InputGradient,
 )
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
+from lora.backward.token_rows import logits_gradient, logits_input_gradient, take_logits
 from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
     head_dropout,
+    own_logits,
     record_chunk_loss,
     record_head_input,
     record_logits,
@@ -77,6 +79,11 @@ def record_head_backward(
                 program, model, inputs, act, index, logits, tensors.weights, shared.criterion
             )
             d_logits, d_z, dropout = logits, None, None
+            tokens, own = shared.factors.tokens, own_logits(act, inputs, index)
+            if tokens is not None and own is not None and shared.d_tokens is not None:
+                take_logits(program, d_logits, tokens, own)
+                normed = chunk_of(act.normed, inputs, index)
+                logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if lora is not None and scratch.d_head_z is not None and act.z is not None:
                 d_z = chunk_of(scratch.d_head_z, inputs, index)
                 normed, z = (chunk_of(t, inputs, index) for t in (act.normed, act.z))
@@ -89,6 +96,8 @@ def record_head_backward(
                 out = chunk_of(scratch.d_head_normed, inputs, index)
                 gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
                 gradient.record(program, out, None, "head_backward")
+                if tokens is not None and own is not None:
+                    logits_input_gradient(program, own, tokens, out)
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return

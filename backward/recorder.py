@@ -74,6 +74,8 @@ class BackwardPass:
         per_layer: what tokens have for the layers; None in models without.
         dropout: as in the forward.
         criterion: what is minimized; None for −log p of each label.
+        d_tokens: f32 [tokens in whole quads, hidden_size], what the gradient to trained tokens'
+            rows is added to; None where none are.
     """
 
     model: Model
@@ -84,6 +86,7 @@ class BackwardPass:
     per_layer: Tensor | None = None
     dropout: Dropout | None = None
     criterion: Criterion | None = None
+    d_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

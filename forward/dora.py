@@ -146,7 +146,8 @@ class Dora:
         for one in groups.values():
             assert one.lora.dora is not None
             row_squares(measure, one.matrix, one.lora.dora.squares)
-        dora = cls(found, groups, measure, Program(recording))
+        of_adapter = Factors(found, factors.tokens)
+        dora = cls(of_adapter, groups, measure, Program(recording))
         dora.record_update(dora.update)
         return dora
 

@@ -16,8 +16,10 @@ from lora.forward.embedding import embedding
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
+from lora.forward.model.trained_tokens import TokenRows
 from lora.forward.rmsnorm import NormAfter, rmsnorm
 from lora.forward.scale_rows import scale_rows
+from lora.forward.token_rows import replace_rows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -113,11 +115,22 @@ def product_tensors(
 
 
 def record_embedding(
-    program: Program, model: Model, tokens: Tensor, rows: Extent, x: Tensor
+    program: Program,
+    model: Model,
+    tokens: Tensor,
+    rows: Extent,
+    x: Tensor,
+    trained: TokenRows | None = None,
 ) -> None:
-    """Appends x = the tokens' embeddings, [rows, hidden_size]."""
+    """Appends x = the tokens' embeddings, [rows, hidden_size].
+
+    Args:
+        trained: rows in place of the base's; None for these alone.
+    """
     scale = model.architecture.embedding_scale
     embedding(program, tokens, model.embedding, rows, scale=scale, out=x)
+    if trained is not None:
+        replace_rows(program, tokens, trained, rows, x, scale=scale)
 
 
 def record_layer(

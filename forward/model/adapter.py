@@ -13,14 +13,16 @@ import numpy as np
 from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.adapted_group import AdaptedGroup, whole_quads
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.factors import LoraFactors
-from lora.forward.model.low_rank import LowRank
+from lora.forward.model.factors import Factors, LoraFactors
+from lora.forward.model.low_rank import NOTHING_BESIDE, Beside, LowRank
 from lora.forward.model.row_order import to_gguf, to_hf
+from lora.forward.model.trained_tokens import TokenIndex, TokenRows
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-_ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
+ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 
 
 Orders = tuple[np.ndarray | None, np.ndarray | None]
@@ -39,10 +41,11 @@ class AdapterLayout:
         modules: what single matrices are adapted with, by PEFT's path; those that are not there
             are left alone. None: all that layers and targets say, with `rank` and `scale`.
         alignment: each group's stacked A, and B, begins on a multiple of it, 64 or more of them.
-        dora: whether each row of an adapted matrix has a magnitude, behind the group's B.
+        beside: what is trained beside A and B.
 
     Raises:
-        InputError: the layers have none of the matrices.
+        InputError: the layers have none of the matrices, or rows of this model's embedding can't
+            be trained beside them.
     """
 
     def __init__(
@@ -53,22 +56,23 @@ class AdapterLayout:
         rank: int,
         scale: float,
         modules: Mapping[str, LowRank] | None = None,
-        alignment: int = _ALIGNMENT,
-        dora: bool = False,
+        alignment: int = ALIGNMENT,
+        beside: Beside = NOTHING_BESIDE,
     ) -> None:
         self.architecture = architecture
         self.targets = frozenset(targets)
         self._modules = modules
         self._every = LowRank(rank, scale)
         self._alignment = alignment
-        self.dora = dora
+        self.dora, self.tokens = beside.dora, beside.tokens
         self.layers = [layer for layer in sorted(layers) if self._adapts(layer)]
         self.rank = rank
         self.padded_rank = whole_quads(rank)
         self.scale = scale
         self.groups: list[AdaptedGroup] = []
         self.n_trainable = 0  # parameters, padding not counted
-        self._end = 0
+        self.n_trainable += len(self.tokens) * architecture.hidden_size
+        self._end = _aligned(whole_quads(len(self.tokens)) * architecture.hidden_size, alignment)
         for layer in self.layers:
             for name, matrices in architecture.layers[layer].groups.items():
                 self._place(layer, name, matrices)
@@ -78,7 +82,23 @@ class AdapterLayout:
                 f"adapter.targets: none of the layers {', '.join(map(str, sorted(layers)))} has "
                 f"{' or '.join(sorted(self.targets))} of its own; lora inspect says how many do."
             )
-        self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
+        self._check_tokens()
+        self.size = max(self._end, ALIGNMENT)  # elements of a flat array
+
+    def _check_tokens(self) -> None:
+        """Refuses rows of the embedding where their gradient would not be whole."""
+        a = self.architecture
+        if self.tokens and a.per_layer_size:
+            raise InputError(
+                "adapter.trainable_tokens: in a model of the architecture "
+                f"{a.name!r} tokens have inputs of their own for every layer, which come of the "
+                "embedding, too; gradients through these are not supported. Leave it out."
+            )
+        if self.tokens and a.tied_head and any(group.layer == a.n_layers for group in self.groups):
+            raise InputError(
+                f"adapter.trainable_tokens: {HEAD.module} is adapted, too, and is this model's "
+                "embedding: its rows of these tokens are trained already. Leave one of them out."
+            )
 
     def _adapts(self, layer: int) -> bool:
         """Whether a layer has one of the matrices."""
@@ -130,12 +150,18 @@ class AdapterLayout:
     def lowest_layer(self) -> int:
         """The lowest adapted layer: the backward ends there, and all below it is a fixed prefix.
 
-        n_layers where only the head is adapted.
+        n_layers where only the head is adapted; 0 where tokens are trained, below all layers.
         """
+        if self.tokens:
+            return 0
         return self.layers[0] if self.layers else self.architecture.n_layers
 
-    def factors(self, flat: Tensor) -> dict[tuple[int, str], LoraFactors]:
-        """The factors inside a flat tensor [size], by (layer, group)."""
+    def factors(self, flat: Tensor, index: TokenIndex | None = None) -> Factors:
+        """The factors inside a flat tensor [size], by (layer, group).
+
+        Args:
+            index: of its tokens, where these are to be among them.
+        """
         found = {}
         for group in self.groups:
             rank = group.padded_rank
@@ -149,7 +175,26 @@ class AdapterLayout:
                 None if group.m_start is None
                 else flat.slice(group.m_start, group.m_start + b_shape[0]),
             )  # fmt: skip
-        return found
+        tokens = None
+        if index is not None:
+            tokens = TokenRows(index, self.token_rows(flat), self.architecture.tied_head)
+        return Factors(found, tokens)
+
+    def token_rows(self, flat: Tensor) -> Tensor:
+        """The rows of its tokens [n in whole quads, hidden_size] in a flat tensor [size]."""
+        n, width = whole_quads(len(self.tokens)), self.architecture.hidden_size
+        return flat.slice(0, n * width).reshape(n, width)
+
+    def token_index(self, recording: Recording) -> TokenIndex | None:
+        """A new index of its tokens; None where it has none."""
+        if not self.tokens:
+            return None
+        return TokenIndex.allocate(recording, self.tokens, self.architecture.vocab_size)
+
+    def trained_tokens(self, flat: np.ndarray) -> np.ndarray:
+        """The rows of its tokens [n, hidden_size], a view of a flat array."""
+        width = self.architecture.hidden_size
+        return flat[: len(self.tokens) * width].reshape(-1, width)
 
     def check_bindings(self, facts: DeviceFacts) -> None:
         """Checks that the device can bind the factors of every group.
@@ -157,12 +202,18 @@ class AdapterLayout:
         Raises:
             InputError: one is too large; the message has the highest rank that works.
         """
+        most = facts.max_binding // (4 * self.architecture.hidden_size) // 4 * 4
+        if len(self.tokens) > most:
+            raise InputError(
+                f"adapter.trainable_tokens: got {len(self.tokens):,} tokens; {facts.name} can bind "
+                f"the rows of {most:,} of this model's."
+            )
         for group in self.groups:
             rows = sum(stop - start for start, stop in group.ranges)
             width = rows + len(group.members) * group.in_features
-            if 4 * width * group.padded_rank + 4 * _ALIGNMENT > facts.max_binding:
+            if 4 * width * group.padded_rank + 4 * ALIGNMENT > facts.max_binding:
                 names = ", ".join(matrix.module for matrix in group.members)
-                highest = (facts.max_binding - 4 * _ALIGNMENT) // (4 * width) // 4 * 4
+                highest = (facts.max_binding - 4 * ALIGNMENT) // (4 * width) // 4 * 4
                 rank = max(low.rank for low in group.low)
                 raise InputError(
                     f"adapter.rank: got {rank}; the factors of {names} would take "
@@ -274,10 +325,10 @@ class AdapterLayout:
 
     def b_blocks(self) -> np.ndarray:
         """Which 64 neighbouring elements of a flat array are of B, bool [⌈size / 64⌉]."""
-        found = np.zeros(-(-self.size // _ALIGNMENT), bool)
+        found = np.zeros(-(-self.size // ALIGNMENT), bool)
         ends = [*(group.a_start for group in self.groups[1:]), self.size]
         for group, end in zip(self.groups, ends, strict=False):
-            found[group.b_start // _ALIGNMENT : -(-end // _ALIGNMENT)] = True
+            found[group.b_start // ALIGNMENT : -(-end // ALIGNMENT)] = True
         return found
 
     @property

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+from lora.forward.model.trained_tokens import TokenRows
 from lora.shaders.tensor import Tensor
 
 
@@ -67,4 +68,26 @@ class LoraFactors:
         return self.member_scales[member] if self.member_scales else 1.0
 
 
-Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group); the head's layer is n_layers
+@dataclass(frozen=True)
+class Factors(Mapping[tuple[int, str], LoraFactors]):
+    """An adapter as programs take it: its factors by (layer, group); the head's layer is n_layers.
+
+    Attributes:
+        groups: the factors.
+        tokens: rows of the embedding that are trained themselves; None where there are none.
+    """
+
+    groups: Mapping[tuple[int, str], LoraFactors] = field(default_factory=dict)
+    tokens: TokenRows | None = None
+
+    def __getitem__(self, key: tuple[int, str]) -> LoraFactors:
+        """Those of a group of a layer."""
+        return self.groups[key]
+
+    def __iter__(self) -> Iterator[tuple[int, str]]:
+        """Layers and groups that are adapted."""
+        return iter(self.groups)
+
+    def __len__(self) -> int:
+        """How many groups are adapted."""
+        return len(self.groups)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from lora.adapters.fused_names import as_named_in
-from lora.adapters.peft_files import WEIGHTS, read_peft_factors
+from lora.adapters.peft_files import WEIGHTS, read_peft_factors, read_trained_tokens
 from lora.forward.model.adaptable import HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import LayerSpec
@@ -62,6 +62,53 @@ class AdaptedTensor:
         whole, magnitude = base + change, self.magnitude[rows, None]
         lengths = np.linalg.norm(whole, axis=1, keepdims=True)
         return np.where(np.isnan(magnitude), change, magnitude / lengths * whole - base)
+
+
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Rows of a tensor of the base that an adapter has others for.
+
+    Attributes:
+        name: of the tensor in the base GGUF.
+        tokens: which rows.
+        rows: f32 [tokens, columns], what stands there instead.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    rows: np.ndarray
+
+    def change(self, base: np.ndarray, start: int) -> np.ndarray:
+        """As `AdaptedTensor.change`."""
+        found = np.zeros_like(base)
+        for token, row in zip(self.tokens, self.rows, strict=True):
+            if start <= token < start + len(base):
+                found[token - start] = row - base[token - start]
+        return found
+
+
+def read_replaced_rows(
+    directory: Path, settings: Mapping[str, Any], architecture: Architecture
+) -> ReplacedRows | None:
+    """The rows of the embedding that an adapter brings; None where it has none.
+
+    Args:
+        settings: of `read_peft_settings`.
+        architecture: of the base.
+
+    Raises:
+        InputError: they do not fit the base.
+    """
+    saved = read_trained_tokens(directory, settings)
+    if saved is None:
+        return None
+    n_rows, width = architecture.vocab_size, architecture.hidden_size
+    if max(saved.ids) >= n_rows or saved.rows.shape[1] != width:
+        raise InputError(
+            f"{directory}: has rows of tokens up to {max(saved.ids)}, of {saved.rows.shape[1]} "
+            f"columns; this base's embedding is {(n_rows, width)}. Name the right base with --base."
+        )
+    return ReplacedRows("token_embd.weight", saved.ids, saved.rows)
 
 
 def read_adapted_tensors(

@@ -15,12 +15,15 @@ import safetensors.numpy
 
 from lora.adapters.fused_names import as_named_in
 from lora.adapters.peft_settings import (
+    EMBEDDING,
     SETTINGS,
+    TOKENS,
     WEIGHTS,
     match_patterns,
     read_peft_settings,
 )
 from lora.adapters.saved_factors import SavedFactors, pack
+from lora.adapters.saved_tokens import SavedTokens, put_tokens
 from lora.forward.model.adaptable import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
 from lora.forward.model.adapter import AdapterLayout
 from lora.shaders.errors import InputError
@@ -35,6 +38,7 @@ _PEFT_VERSION = "0.21.0"  # the version whose file layout this follows
 _NUMBERS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # as numpy reads them
 _MAGNITUDE = ".lora_magnitude_vector"
 _BASE_LAYER = ".base_layer"
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _MODULE = re.compile(r"(?!.*\.layers\.(?!\d{1,6}\.))[\w-]+(\.[\w-]+)*")
 
 
@@ -59,6 +63,9 @@ def save_peft_adapter(
     for path, magnitude in layout.magnitudes(flat).items():
         name = f"{_PREFIX}{path.replace(TEXT_LAYERS, layers, 1)}{_MAGNITUDE}"
         tensors[name] = np.ascontiguousarray(magnitude)
+    if layout.tokens:
+        where = f"{_PREFIX}{layers.removesuffix('layers')}{EMBEDDING}{_TOKEN_ROWS}"
+        tensors[where] = layout.trained_tokens(flat).copy()
     some_layers = 0 < len(layout.layers) < layout.architecture.n_layers
     # PEFT's layers_to_transform leaves out the head, and in a class for images, too, other parts
     # have modules of these names: then every module is named in full.
@@ -95,6 +102,7 @@ def save_peft_adapter(
             for path, alpha in alphas.items()
             if not math.isclose(alpha, adapter.alpha, rel_tol=1e-9)
         },
+        TOKENS: list(layout.tokens) or None,
         "layers_to_transform": layout.layers if some_layers and not by_path else None,
         "layers_pattern": "layers" if some_layers and not by_path else None,
         "peft_version": _PEFT_VERSION,
@@ -125,6 +133,8 @@ def read_peft_factors(
     )
     factors = {}
     for module, parts in parts_of.items():
+        if "tokens" in parts:
+            continue
         if not {"A", "B"} <= parts.keys():
             raise InputError(f"{path}: {module} has only one of its A and B.")
         if ("magnitude" in parts) != settings["use_dora"]:
@@ -162,6 +172,34 @@ def read_peft_factors(
     return factors
 
 
+def read_trained_tokens(directory: Path, settings: Mapping[str, Any]) -> SavedTokens | None:
+    """The rows of the embedding that an adapter brings; None where it has none.
+
+    Args:
+        settings: of `read_peft_settings`.
+
+    Raises:
+        InputError: the files don't say the same.
+    """
+    path, ids = directory / WEIGHTS, settings[TOKENS]
+    found = {m: parts["tokens"] for m, parts in _read_parts(path).items() if "tokens" in parts}
+    if any(module.rpartition(".")[2] != EMBEDDING for module in found) or len(found) > 1:
+        raise InputError(
+            f"{path}: has rows of tokens of {', '.join(sorted(found))[:200]}; those of {EMBEDDING} "
+            "alone are supported."
+        )
+    rows = next(iter(found.values()), None)
+    if rows is None and not ids:
+        return None
+    if rows is None or rows.ndim != 2 or len(rows) != len(ids):
+        there = "none" if rows is None else f"{rows.shape}"
+        raise InputError(
+            f"{path}: {SETTINGS} names {len(ids)} tokens ({TOKENS}), but the rows of {EMBEDDING} "
+            f"there are {there}."
+        )
+    return SavedTokens(tuple(ids), rows)
+
+
 def _by_module(path: Path, pattern: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """The value that PEFT takes for each module: of the first pattern that its path ends with."""
     found: dict[str, Any] = {}
@@ -173,7 +211,7 @@ def _by_module(path: Path, pattern: Mapping[str, Any], modules: Sequence[str]) -
 
 
 def _read_parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """All tensors in f32 by module path, then by "A", "B", "magnitude" or "base".
+    """All tensors in f32 by module path, then by "A", "B", "magnitude", "tokens" or "base".
 
     In the order of their names: the library gives them in that of its hashes, which changes.
     """
@@ -193,6 +231,14 @@ def _read_parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
         module, dot, part = plain.rpartition(".lora_")
         if dot and part == "magnitude_vector":
             part = "magnitude"
+        elif plain.endswith(_TOKEN_ROWS):
+            module, part = plain.removesuffix(_TOKEN_ROWS), "tokens"
+        elif part.startswith("embedding_"):
+            raise InputError(
+                f"{path}: {name[:200]}: an adapter of the embedding by A and B is not supported; "
+                "merge it with PEFT's merge_and_unload(), and convert the model with llama.cpp's "
+                "convert_hf_to_gguf.py."
+            )
         elif not dot and plain.endswith(_BASE_LAYER):
             # PEFT saves the base's own matrix, too, where it adapts the head or the embedding.
             module, part = plain.removesuffix(_BASE_LAYER), "base"
@@ -225,4 +271,6 @@ def load_peft_adapter(directory: Path, layout: AdapterLayout) -> np.ndarray:
     """
     settings = read_peft_settings(directory)
     modules = read_peft_factors(directory, settings)
-    return pack(directory, as_named_in(layout.architecture, directory, modules), layout)
+    flat = pack(directory, as_named_in(layout.architecture, directory, modules), layout)
+    put_tokens(directory, read_trained_tokens(directory, settings), layout, flat)
+    return flat

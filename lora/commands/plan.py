@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
-from lora.commands.tables import print_rows, table_console
+from lora.commands.tables import print_rows, table_console, tokens_shown
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.forward.model.adapter import AdapterLayout
@@ -75,6 +75,7 @@ def plan_facts(plan: SessionPlan, seconds_a_step: float | None) -> dict[str, Any
             "rank": layout.rank,
             "targets": sorted(layout.targets),
             "layers": list(layout.layers),
+            "trainable_tokens": list(layout.tokens),
         },
         "data": None
         if summary is None
@@ -112,7 +113,8 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
-        f"{_targets_shown(layout)} of {len(layout.layers)} layers",
+        f"{_targets_shown(layout)} of {len(layout.layers)} layers"
+        + (f", and {tokens_shown(layout.tokens)}" if layout.tokens else ""),
         "data": str(workload.streamed or workload.train_summary),
         "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
         f"recompute {_recompute(plan)}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from rich.console import Console
 from rich.table import Table
@@ -30,3 +30,10 @@ def print_rows(console: Console, rows: Mapping[str, str]) -> None:
     for name, value in rows.items():
         table.add_row(Text(name, style="dim"), Text(plain(value)))
     console.print(table)
+
+
+def tokens_shown(tokens: Sequence[int]) -> str:
+    """Whose rows of the embedding are trained: the first few ids, and how many there are."""
+    named = ", ".join(map(str, tokens[:8])) + (", …" if len(tokens) > 8 else "")
+    rows = "row" if len(tokens) == 1 else "rows"
+    return f"{len(tokens):,} {rows} of the embedding (token {named})"

@@ -67,6 +67,11 @@ def _check_pattern(pattern: str) -> None:
 
 def _check_name(name: str, allowed: str) -> None:
     """Refuses a name whose last part no model has."""
+    if name.rpartition(".")[2] == "embed_tokens":
+        raise ValueError(
+            f"got {name!r}, which is a table of rows and no product that A and B could be added "
+            "to; adapter.trainable_tokens trains the rows of single tokens."
+        )
     if _NAME.fullmatch(name) is None or name.rpartition(".")[2] not in MODULE_NAMES:
         suggestion = did_you_mean(name.rpartition(".")[2], list(MODULE_NAMES))
         raise ValueError(f"got {name!r}{suggestion or '; ' + allowed}")
@@ -102,6 +107,9 @@ class AdapterConfig(Section):
     alpha_pattern: dict[str, _ALPHA] = Field(
         default={},
         description="alphas above 0 by name or regular expression, {down_proj: 64}",
+    )
+    trainable_tokens: list[Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]] = (
+        Field(default=[], description="a list of token ids and texts of one token each")
     )
     variant: Literal["lora", "rslora", "dora"] = Field(
         default="lora", description="lora, rslora or dora"
@@ -197,6 +205,12 @@ class AdapterConfig(Section):
                 "begins with its own numbers. Leave one of them out."
             )
         return self
+
+    @property
+    def gguf_form(self) -> Literal["gguf", "merged-gguf"]:
+        """As what `lora export` can write it: an adapter alone is products of A and B."""
+        merges = self.variant == "dora" or self.trainable_tokens
+        return "merged-gguf" if merges else "gguf"
 
     @property
     def scale(self) -> float:

@@ -11,12 +11,16 @@ from typing import Any
 
 from gguf import GGMLQuantizationType
 
-from lora.adapters.adapted_tensor import AdaptedTensor, read_adapted_tensors
+from lora.adapters.adapted_tensor import (
+    AdaptedTensor,
+    read_adapted_tensors,
+    read_replaced_rows,
+)
 from lora.adapters.gguf_files import ADAPTER_TYPES, write_gguf_adapter
 from lora.adapters.origin import CONFIG, Origin, PromptForm, origin_of
 from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings
-from lora.adapters.peft_settings import refuse_dora
-from lora.export.merge import MergedTensor, write_merged_gguf
+from lora.adapters.peft_settings import refuse_dora, refuse_tokens
+from lora.export.merge import Change, MergedTensor, write_merged_gguf
 from lora.export.modelfile import (
     OF_ADAPTER,
     may_replace,
@@ -102,6 +106,7 @@ def export(
     settings = read_peft_settings(directory)
     if target == ADAPTER:
         refuse_dora(directory, settings)
+        refuse_tokens(directory, settings)
     path = directory / _DEFAULT_NAMES[target] if output is None else output
     modelfile = path.with_name(OF_ADAPTER if target == ADAPTER else name_of_merged(path))
     name = base or str(settings.get("base_model_name_or_path") or "")
@@ -112,8 +117,15 @@ def export(
     template = None if origin is None or prompts is not None else origin.template_file
     architecture = Architecture.from_gguf(file)
     adapted = read_adapted_tensors(directory, settings, architecture)
+    replaced = read_replaced_rows(directory, settings, architecture)
     merged: list[MergedTensor] = []
     if "output.weight" in adapted and architecture.tied_head:
+        if replaced is not None:
+            raise InputError(
+                f"{directory} adapts lm_head and has rows of tokens, and the base's head is its "
+                "embedding: both would have to be one tensor. Merge it with PEFT's "
+                "merge_and_unload()."
+            )
         _check_tied_head(directory, architecture.name, target)
     # The texts before the GGUFs: what can't be said in them leaves no file behind.
     if target == ADAPTER:
@@ -128,15 +140,19 @@ def export(
             settings_of_base = replace(settings_of_base, template=None)
         text = modelfile_of_merged(path, prompts, settings_of_base)
         source = None if template is None else read_template(template)
-        changes = {name: _below_scale(file, change) for name, change in adapted.items()}
-        merged = write_merged_gguf(path, file, changes, stored, on_tensor, source)
+        whole: dict[str, Change] = {}
+        whole |= {name: _below_scale(file, change) for name, change in adapted.items()}
+        if replaced is not None:
+            whole[replaced.name] = replaced
+        merged = write_merged_gguf(path, file, whole, stored, on_tensor, source)
     try:
         write_file(modelfile, text)
     except OSError as error:
         reason = error.strerror or error
         raise LoraError(f"{modelfile} could not be written: {reason}. {path} is whole.") from error
+    n_tensors = len(adapted) + (replaced is not None)
     return Export(
-        path, modelfile, file.path, len(adapted), merged, prompts, template,
+        path, modelfile, file.path, n_tensors, merged, prompts, template,
         {} if origin is None or prompts is not None else origin.config.data.chat_template_kwargs,
     )  # fmt: skip
 

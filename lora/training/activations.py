@@ -13,7 +13,6 @@ from lora.forward.decoder.layers import (
 )
 from lora.forward.decoder.per_layer_block import per_layer_values
 from lora.forward.decoder.recorder import WithinExamples
-from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
@@ -85,12 +84,11 @@ class Activations:
 
     @classmethod
     def allocate(
-        cls, recording: Recording, model: Model, inputs: Inputs, layout: AdapterLayout, flat: Tensor
+        cls, recording: Recording, model: Model, inputs: Inputs, factors: Factors
     ) -> Activations:
         """Tensors for micro-batches of up to inputs.rows.maximum tokens."""
         shape = (inputs.rows.maximum, model.architecture.hidden_size)
         metrics = recording.memory.empty((METRICS,))
-        factors = layout.factors(flat)
         return cls(
             boundary=recording.memory.empty(shape, extent=inputs.rows),
             final=recording.memory.empty(shape, extent=inputs.rows),

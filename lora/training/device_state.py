@@ -96,11 +96,10 @@ class SessionTensors:
         )  # fmt: skip
         recording.memory.write(adapter.parameters, workload.initial)
         if workload.layout.dora:
-            factors = workload.layout.factors(adapter.parameters)
+            factors = adapter.factors(workload.layout)
             adapter = replace(adapter, dora=Dora.allocate(recording, model, factors))
-        activations = Activations.allocate(
-            recording, model, inputs, workload.layout, adapter.parameters
-        )
+        factors = adapter.factors(workload.layout)
+        activations = Activations.allocate(recording, model, inputs, factors)
         train_cache = None
         if workload.trains:
             train_cache = open_cache(recording, workload, workload.train_examples)
@@ -115,11 +114,14 @@ class SessionPrograms:
 
     Attributes:
         memory: of what only these programs need.
+        prefix: up to what enters the lowest adapted layer.
+        bare_prefix: the same without trained tokens.
         training: None in a session without training.
     """
 
     memory: Memory
     prefix: Program
+    bare_prefix: Program
     training: TrainingPrograms | None
 
     @classmethod
@@ -129,10 +131,15 @@ class SessionPrograms:
         """Records them with memory of their own, inside the recording's."""
         inner = replace(recording, memory=recording.memory.inner())
         step, train = tensors.step, workload.config.train
-        prefix = record_prefix(
+        bare_prefix = prefix = record_prefix(
             inner, step.model, step.inputs, step.activations, step.layout.lowest_layer,
             step.noise.embedding,
         )  # fmt: skip
+        tokens = step.adapter.factors(step.layout).tokens
+        if tokens is not None:
+            prefix = record_prefix(
+                inner, step.model, step.inputs, step.activations, 0, step.noise.embedding, tokens
+            )
         training = None
         if workload.trains:
             settings = StepSettings(
@@ -144,7 +151,7 @@ class SessionPrograms:
                 criterion=criterion_of(train, seams.loss),
             )
             training = TrainingPrograms(inner, step, settings)
-        return cls(inner.memory, prefix, training)
+        return cls(inner.memory, prefix, bare_prefix, training)
 
     @property
     def step(self) -> tuple[Program, ...]:

@@ -11,6 +11,7 @@ from lora.backward.decoder import record_head_backward, record_layer_backward
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.recorder import BackwardPass
 from lora.backward.scratch import allocate_scratch
+from lora.backward.token_rows import embedding_gradient
 from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import record_evaluation
 from lora.forward.decoder.layers import (
@@ -21,8 +22,10 @@ from lora.forward.decoder.per_layer_block import record_per_layer_inputs
 from lora.forward.decoder.recorder import Walk
 from lora.forward.embedding_noise import EmbeddingNoise
 from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
+from lora.forward.model.trained_tokens import TokenRows
 from lora.optim.adamw import AdamWSettings
 from lora.optim.clipping import gradient_norm, sum_slices
 from lora.optim.guard import METRICS, GuardState, Scaling, scaled_weight, step_guard
@@ -47,15 +50,20 @@ def record_prefix(
     act: Activations,
     lowest_layer: int,
     noise: EmbeddingNoise | None = None,
+    tokens: TokenRows | None = None,
 ) -> Program:
-    """Embedding and the layers below the lowest adapted one: act.boundary from the tokens."""
+    """Embedding and the layers below the lowest adapted one: act.boundary from the tokens.
+
+    Args:
+        tokens: that are trained; None for the base's rows alone.
+    """
     program = Program(recording)
     with program.scope("prefix"):
-        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary)
+        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary, tokens)
         if noise is not None:
             noise.record(program, act.boundary)
         record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
-        walk = Walk(model, {}, act.context(inputs))
+        walk = Walk(model, Factors(), act.context(inputs))
         for layer in range(lowest_layer):
             record_layer(
                 program,
@@ -79,7 +87,8 @@ def record_forward_only(
     """From act.boundary through the upper layers: `last_states`.
 
     Args:
-        adapter: or its parameters alone, where it has no magnitudes; None for the bare model.
+        adapter: or its parameters alone, where it has neither magnitudes nor tokens; None for the
+            bare model.
     """
     program = Program(recording)
     factors = factors_of(layout, adapter)
@@ -220,12 +229,13 @@ def _record_micro_batch(
     factors = adapter.factors(layout)
     slices = [layout.factors(gradient) for gradient in adapter.gradients]
     gradients = {key: [s[key] for s in slices] for key in factors}
+    d_tokens = layout.token_rows(adapter.gradients[0]) if layout.tokens else None
     layers = range(layout.lowest_layer, model.architecture.n_layers)
     scratch = allocate_scratch(recording, model, inputs, factors)
     walk = Walk(model, factors, act.context(inputs), tensors.noise.dropout)
     shared = BackwardPass(
         model, inputs, factors, gradients, scratch, act.per_layer, tensors.noise.dropout,
-        settings.criterion,
+        settings.criterion, d_tokens,
     )  # fmt: skip
     shape = act.boundary.shape
     kept = {
@@ -258,9 +268,14 @@ def _record_micro_batch(
                     record_layer(program, walk, layer, computed[layer], kept[layer], None)
             record_layer_backward(
                 program, shared, layer, computed[layer], kept[layer],
-                lowest=layer == layout.lowest_layer,
+                lowest=layer == layout.lowest_layer and d_tokens is None,
             )  # fmt: skip
             reached[layer] = len(program.commands)
+        if factors.tokens is not None and d_tokens is not None:
+            embedding_gradient(
+                program, inputs.tokens, factors.tokens, scratch.d_x, d_tokens,
+                scale=model.architecture.embedding_scale,
+            )  # fmt: skip
     return program, reached
 
 

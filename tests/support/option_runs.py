@@ -80,6 +80,9 @@ def named(session: TrainingSession, flat: np.ndarray) -> dict[str, np.ndarray]:
         tensors[f"base_model.model.{path}.lora_B.weight"] = b
     for path, magnitude in session.layout.magnitudes(flat).items():
         tensors[f"base_model.model.{path}.lora_magnitude_vector.weight"] = magnitude
+    if session.layout.tokens:
+        where = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        tensors[where] = session.layout.trained_tokens(flat)
     return tensors
 
 
