@@ -69,8 +69,8 @@ def _check_name(name: str, allowed: str) -> None:
     """Refuses a name whose last part no model has."""
     if name.rpartition(".")[2] == "embed_tokens":
         raise ValueError(
-            f"got {name!r}, which is a table of rows and no product that A and B could be added "
-            "to; adapter.trainable_tokens trains the rows of single tokens."
+            f"got {name!r}, whose rows are looked up; an A that is looked up, too, is not "
+            "supported. adapter.trainable_tokens trains the rows of single tokens."
         )
     if _NAME.fullmatch(name) is None or name.rpartition(".")[2] not in MODULE_NAMES:
         suggestion = did_you_mean(name.rpartition(".")[2], list(MODULE_NAMES))

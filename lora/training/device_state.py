@@ -301,6 +301,11 @@ def open_cache(
                 "differ from step to step, and so does all above them; set it to auto."
             )
         return None
+    if workload.layout.tokens and setting == "on":
+        raise InputError(
+            "train.reuse_frozen_prefix: on: with adapter.trainable_tokens the embeddings change "
+            "from step to step, and so does all above them; set it to auto."
+        )
     lowest, a = workload.layout.lowest_layer, workload.architecture
     if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):
         if setting == "on":

@@ -11,7 +11,9 @@ import pytest
 from lora.config.schema import Config
 from lora.data.batches import make_batch
 from lora.data.examples import Example
+from lora.forward.decoder import head
 from lora.shaders.device import Device
+from lora.shaders.errors import InputError
 from lora.training.session import TrainingSession
 from tests.support.tiny_gguf import write_tiny_llama
 
@@ -19,7 +21,9 @@ TOKENS = [7, 319, 12]
 ROWS = [[7, 40, 12, 7, 8, 90], [33, 12, 12, 61]]
 
 
-def opened(folder: Path, device: Device, **train: Any) -> tuple[TrainingSession, list[Example]]:
+def opened(
+    folder: Path, device: Device, examples: list[Example] | None = None, **train: Any
+) -> tuple[TrainingSession, list[Example]]:
     """A session whose embedding is its head."""
     path = folder / "base.gguf"
     if not path.exists():
@@ -30,13 +34,13 @@ def opened(folder: Path, device: Device, **train: Any) -> tuple[TrainingSession,
             "adapter": {
                 "rank": 2, "layers": [1], "targets": ["down_proj"], "trainable_tokens": TOKENS,
             },
-            "data": {"train": "none", "max_length": 8},
+            "data": {"train": "none", "max_length": 8, "shuffle": False},
             "train": {"steps": 8, "batch_size": 2, "learning_rate": 0.01, "tuning": "off",
                       "schedule": "constant", "max_grad_norm": None, **train},
             "output": "none",
         }
     )  # fmt: skip
-    examples = [
+    examples = examples or [
         Example(np.array(row, np.int32), np.arange(len(row)) > 0, i) for i, row in enumerate(ROWS)
     ]
     return TrainingSession(config, examples=examples, device=device), examples
@@ -75,6 +79,32 @@ def test_only_named_rows_move_and_the_bare_model_stays(tmp_path: Path, device: D
         assert (np.abs(moved).max(axis=1) > 0.02).all()
         assert session.evaluate(examples).loss < bare - 0.1
         assert session.evaluate(examples, adapted=False).loss == bare
+
+
+def test_chunks_of_logits_add_up(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 64 rows each, the last one with few in use: the gradient is that of all at once."""
+    rng, found = np.random.default_rng(0), []
+    rows = [np.array([*TOKENS, *rng.integers(3, 300, 5)], np.int32) for _ in range(10)]
+    examples = [Example(row, np.arange(8) > 0, i) for i, row in enumerate(rows)]
+    for most in (128, 64):
+        monkeypatch.setattr(head, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(head, "CHUNK_ROWS", most)
+        with opened(tmp_path, device, examples, batch_size=10)[0] as session:
+            assert len(session.inputs.chunks) == 128 // most
+            session.step([make_batch(examples)])
+            found.append(session.memory.read(session.adapter.gradients[0]))
+    whole, apart = found
+    assert np.abs(whole - apart).max() < 1e-5 * np.abs(whole).max()
+
+
+def test_a_prefix_with_trained_rows_is_not_kept(tmp_path: Path, device: Device) -> None:
+    session, _ = opened(tmp_path, device)
+    with session:
+        assert session._cache is None
+    with pytest.raises(InputError, match="trainable_tokens the embeddings change"):
+        opened(tmp_path, device, reuse_frozen_prefix="on")
 
 
 def test_f16_trains_them_alike(tmp_path: Path, device: Device) -> None:
