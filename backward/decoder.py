@@ -79,11 +79,6 @@ def record_head_backward(
                 program, model, inputs, act, index, logits, tensors.weights, shared.criterion
             )
             d_logits, d_z, dropout = logits, None, None
-            tokens, own = shared.factors.tokens, own_logits(act, inputs, index)
-            if tokens is not None and own is not None and shared.d_tokens is not None:
-                take_logits(program, d_logits, tokens, own)
-                normed = chunk_of(act.normed, inputs, index)
-                logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if lora is not None and scratch.d_head_z is not None and act.z is not None:
                 d_z = chunk_of(scratch.d_head_z, inputs, index)
                 normed, z = (chunk_of(t, inputs, index) for t in (act.normed, act.z))
@@ -92,6 +87,12 @@ def record_head_backward(
                     dropout = head_dropout(shared.dropout, model, inputs, index)
                 slices = shared.gradients[key]
                 lora_gradients(program, normed, z, d_logits, d_z, lora, slices, dropout=dropout)
+            # Behind the gradients of the head's factors, which add to all columns.
+            tokens, own = shared.factors.tokens, own_logits(act, inputs, index)
+            if tokens is not None and own is not None and shared.d_tokens is not None:
+                take_logits(program, d_logits, tokens, own)
+                normed = chunk_of(act.normed, inputs, index)
+                logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if not lowest:
                 out = chunk_of(scratch.d_head_normed, inputs, index)
                 gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)

@@ -6,6 +6,9 @@ the head is the embedding its logits are x · W'ᵀ.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lora.forward.gather import gather_rows
 from lora.forward.matmul import matmul
 from lora.forward.model.trained_tokens import TokenRows
 from lora.forward.product import Product
@@ -46,23 +49,27 @@ def replace_rows(
 
 
 def replace_logits(
-    program: Program,
-    x: Tensor,
-    trained: TokenRows,
-    own: Tensor,
-    logits: Tensor,
-    *,
-    softcap: float | None = None,
+    program: Program, head: Product, trained: TokenRows, own: Tensor, logits: Tensor
 ) -> None:
     """Appends the (capped) logits of trained tokens over those of the base's rows.
 
     Args:
-        x: [rows, hidden_size], what the head is given.
+        head: the product that gave the logits; what its factors add is added here, too.
         own: f32 [rows, tokens in whole quads], written: their logits.
         logits: f32 [rows, vocab_size or more], columns of which are written.
     """
-    matmul(program, Product(x, trained.matrix, softcap=softcap), out=own, label="head.tokens")
+    matmul(program, of_tokens(program, head, trained), out=own, label="head.tokens")
     token_columns(program, trained, own, logits, take=False)
+
+
+def of_tokens(program: Program, head: Product, trained: TokenRows) -> Product:
+    """The product of a head with the trained rows alone; appends what gathers B's rows of them."""
+    lora = head.lora
+    if lora is not None:
+        index = trained.index
+        b = gather_rows(program, lora.b, index.ids, index.extent, label="head.tokens.b")
+        lora = replace(lora, b=replace(b, extent=None), ranges=((0, b.shape[0]),))
+    return replace(head, matrix=trained.matrix, lora=lora)
 
 
 def token_columns(

@@ -16,12 +16,11 @@ from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.gather import gather_rows
 from lora.forward.int_row import to_int_row
-from lora.forward.matmul_row import matmul_row
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm
-from lora.forward.token_rows import token_columns
+from lora.forward.token_rows import of_tokens, token_columns
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -119,7 +118,9 @@ def record_step_head(program: Program, step: Step, head: StepHead) -> None:
         row_product(program, row, logits, head.logits, label="logits")
         tokens = step.factors.tokens
         if tokens is not None and tokens.in_head:
-            product = Product(row.values, tokens.matrix, softcap=a.logit_softcap, norm=row.norm)
-            own = matmul_row(program, product, label="logits.tokens")
+            plain = replace(row, ints=None)  # trained rows are f32
+            own = head.own(program.recording, tokens)
+            product = of_tokens(program, logits, tokens)
+            row_product(program, plain, product, own, label="logits.tokens")
             token_columns(program, tokens, own, head.logits, take=False)
         argmax(program, head.logits, head.token, length=a.vocab_size)

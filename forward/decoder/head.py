@@ -129,15 +129,11 @@ def record_logits(
         own = None if dropout is None else head_dropout(dropout, model, inputs, index)
         lora_project(program, normed, lora, out=z, dropout=own, label="head.z")
     softcap = model.architecture.logit_softcap
-    matmul(
-        program,
-        Product(normed, model.head, lora=lora, z=z, softcap=softcap),
-        out=logits,
-        label="head",
-    )
+    product = Product(normed, model.head, lora=lora, z=z, softcap=softcap)
+    matmul(program, product, out=logits, label="head")
     of_tokens = own_logits(act, inputs, index)
     if factors.tokens is not None and of_tokens is not None:
-        replace_logits(program, normed, factors.tokens, of_tokens, logits, softcap=softcap)
+        replace_logits(program, product, factors.tokens, of_tokens, logits)
     return logits
 
 

@@ -94,11 +94,6 @@ class AdapterLayout:
                 f"{a.name!r} tokens have inputs of their own for every layer, which come of the "
                 "embedding, too; gradients through these are not supported. Leave it out."
             )
-        if self.tokens and a.tied_head and any(group.layer == a.n_layers for group in self.groups):
-            raise InputError(
-                f"adapter.trainable_tokens: {HEAD.module} is adapted, too, and is this model's "
-                "embedding: its rows of these tokens are trained already. Leave one of them out."
-            )
 
     def _adapts(self, layer: int) -> bool:
         """Whether a layer has one of the matrices."""

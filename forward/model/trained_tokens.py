@@ -13,7 +13,7 @@ from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapted_group import whole_quads
 from lora.forward.model.weights import FrozenMatrix, MatrixPart
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import Tensor
+from lora.shaders.tensor import Extent, Tensor
 
 NO_SLOT = 0xFFFFFFFF  # of a token that is not trained, and the id where there is no token
 
@@ -26,11 +26,13 @@ class TokenIndex:
         n_tokens: how many there are.
         ids: u32 [n_tokens, padded to whole quads], NO_SLOT behind them.
         slots: u32 [vocab_size], the place of each token's row among the trained ones; or NO_SLOT.
+        extent: of all of `ids`.
     """
 
     n_tokens: int
     ids: Tensor
     slots: Tensor
+    extent: Extent
 
     @classmethod
     def allocate(cls, recording: Recording, tokens: Sequence[int], vocab_size: int) -> TokenIndex:
@@ -40,8 +42,12 @@ class TokenIndex:
         slots = np.full(vocab_size, NO_SLOT, np.uint32)
         slots[list(tokens)] = np.arange(len(tokens))
         memory = recording.memory
-        on_device = (memory.upload(values, purpose="adapter") for values in (ids, slots))
-        return cls(len(tokens), *on_device)
+        return cls(
+            len(tokens),
+            memory.upload(ids, purpose="adapter"),
+            memory.upload(slots, purpose="adapter"),
+            memory.extent(len(ids)),
+        )
 
 
 def embedding_rows(gguf_file: GGUFFile, tokens: Sequence[int]) -> np.ndarray:

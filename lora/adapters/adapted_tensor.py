@@ -87,6 +87,23 @@ class ReplacedRows:
         return found
 
 
+@dataclass(frozen=True)
+class SumOfChanges:
+    """Several changes of one tensor: each of the base as it is, added up."""
+
+    parts: tuple[AdaptedTensor | ReplacedRows, ...]
+
+    def change(self, base: np.ndarray, start: int) -> np.ndarray:
+        """As `AdaptedTensor.change`."""
+        found = np.zeros_like(base)
+        for part in self.parts:
+            found += part.change(base, start)
+        return found
+
+
+TensorChange = AdaptedTensor | ReplacedRows | SumOfChanges
+
+
 def read_replaced_rows(
     directory: Path, settings: Mapping[str, Any], architecture: Architecture
 ) -> ReplacedRows | None:

@@ -18,13 +18,12 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from lora.adapters.adapted_tensor import AdaptedTensor, ReplacedRows
+from lora.adapters.adapted_tensor import TensorChange
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import quantize
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.gguf_output import TensorPlace, new_file, padding, write_header
 
-Change = AdaptedTensor | ReplacedRows
 _MERGED_AT_ONCE = 1 << 20  # weights, by one thread
 _COPIED_AT_ONCE = 4 << 20  # bytes
 _HEAD, _EMBEDDING = "output.weight", "token_embd.weight"
@@ -54,7 +53,7 @@ class MergedTensor:
 def write_merged_gguf(
     path: Path,
     base: GGUFFile,
-    adapted: Mapping[str, Change],
+    adapted: Mapping[str, TensorChange],
     kind: GGMLQuantizationType | None = None,
     on_tensor: Callable[[MergedTensor], None] = lambda tensor: None,
     chat_template: str | None = None,
@@ -133,7 +132,7 @@ def _write_merged(
     pool: ThreadPoolExecutor,
     n_threads: int,
     source: GGUFTensor,
-    adapted: Change,
+    adapted: TensorChange,
     place: TensorPlace,
 ) -> MergedTensor:
     """Merges the pieces of a tensor, as many at a time as there are threads."""
@@ -160,7 +159,7 @@ def _write_merged(
 
 def _merged_rows(
     source: GGUFTensor,
-    adapted: Change,
+    adapted: TensorChange,
     kind: GGMLQuantizationType,
     start: int,
     stop: int,

@@ -13,6 +13,8 @@ from gguf import GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import (
     AdaptedTensor,
+    SumOfChanges,
+    TensorChange,
     read_adapted_tensors,
     read_replaced_rows,
 )
@@ -20,7 +22,7 @@ from lora.adapters.gguf_files import ADAPTER_TYPES, write_gguf_adapter
 from lora.adapters.origin import CONFIG, Origin, PromptForm, origin_of
 from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings
 from lora.adapters.peft_settings import refuse_dora, refuse_tokens
-from lora.export.merge import Change, MergedTensor, write_merged_gguf
+from lora.export.merge import MergedTensor, write_merged_gguf
 from lora.export.modelfile import (
     OF_ADAPTER,
     may_replace,
@@ -120,12 +122,6 @@ def export(
     replaced = read_replaced_rows(directory, settings, architecture)
     merged: list[MergedTensor] = []
     if "output.weight" in adapted and architecture.tied_head:
-        if replaced is not None:
-            raise InputError(
-                f"{directory} adapts lm_head and has rows of tokens, and the base's head is its "
-                "embedding: both would have to be one tensor. Merge it with PEFT's "
-                "merge_and_unload()."
-            )
         _check_tied_head(directory, architecture.name, target)
     # The texts before the GGUFs: what can't be said in them leaves no file behind.
     if target == ADAPTER:
@@ -140,10 +136,13 @@ def export(
             settings_of_base = replace(settings_of_base, template=None)
         text = modelfile_of_merged(path, prompts, settings_of_base)
         source = None if template is None else read_template(template)
-        whole: dict[str, Change] = {}
+        whole: dict[str, TensorChange] = {}
         whole |= {name: _below_scale(file, change) for name, change in adapted.items()}
         if replaced is not None:
             whole[replaced.name] = replaced
+            head = whole.get("output.weight")
+            if architecture.tied_head and isinstance(head, AdaptedTensor):
+                whole["output.weight"] = SumOfChanges((replaced, head))
         merged = write_merged_gguf(path, file, whole, stored, on_tensor, source)
     try:
         write_file(modelfile, text)

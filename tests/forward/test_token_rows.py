@@ -52,8 +52,9 @@ def test_the_head_multiplies_by_trained_rows(
     logits = marked(recording, extent, case.matrix.out_features)
     own, program = marked(recording, extent, case.n_columns), Program(recording)
     source = activation(recording, x, extent)
-    matmul(program, Product(source, case.matrix, softcap=softcap), out=logits)
-    replace_logits(program, source, case.trained, own, logits, softcap=softcap)
+    head = Product(source, case.matrix, softcap=softcap)
+    matmul(program, head, out=logits)
+    replace_logits(program, head, case.trained, own, logits)
     result = run_twice(program, logits)
     expected = token_logits_reference(x, case.w, case.rows, case.ids, softcap)
     # Sums of `width` products of size 1, each within 2^-24 of it.

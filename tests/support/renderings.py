@@ -229,6 +229,7 @@ def _runs(folder: Path) -> Iterator[Run]:
     yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), tokens)
     yield _record(path, (MATRIX_GPU,), (F16,), tokens)
     yield _record(path, (CPU,), (F32,), tokens)
+    yield _record(path, (LARGE_GPU,), (F32,), {**tokens, "targets": ["q_proj", "lm_head"]})
     # Widths of no whole eights, and gradients that nothing clips.
     path = folder / "narrow.gguf"
     write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,

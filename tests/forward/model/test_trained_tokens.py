@@ -20,11 +20,9 @@ from tests.support.export_case import decoded
 from tests.support.kernels import with_facts
 from tests.support.tiny_gguf import write_tiny_llama
 
-TIED, APART = (replace(LLAMA, tied_head=tied) for tied in (True, False))
-
 
 def layout_of(*tokens: int, targets: tuple[str, ...] = ("v_proj",)) -> AdapterLayout:
-    return AdapterLayout(APART, [1], targets, 3, 2.0, beside=Beside(tokens=tokens))
+    return AdapterLayout(LLAMA, [1], targets, 3, 2.0, beside=Beside(tokens=tokens))
 
 
 def test_rows_lie_before_all_groups(recording: Recording) -> None:
@@ -54,10 +52,7 @@ def test_an_index_goes_both_ways(recording: Recording) -> None:
 
 
 def test_what_can_not_be_trained_is_refused() -> None:
-    AdapterLayout(APART, [1], ("lm_head",), 4, 1.0, beside=Beside(tokens=(3,)))
-    with pytest.raises(InputError, match=r"trainable_tokens: lm_head is adapted, too"):
-        AdapterLayout(TIED, [1], ("v_proj", "lm_head"), 4, 1.0, beside=Beside(tokens=(3,)))
-    own_inputs = replace(TIED, per_layer_size=8)
+    own_inputs = replace(LLAMA, per_layer_size=8)
     with pytest.raises(InputError, match=r"trainable_tokens: .* inputs of their own for every"):
         AdapterLayout(own_inputs, [1], ("v_proj",), 4, 1.0, beside=Beside(tokens=(3,)))
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.numpy
 
 from lora.adapters.peft_files import save_peft_adapter
 from lora.config.schema import Config
@@ -56,6 +57,22 @@ def test_other_rows_stay_to_the_byte(tmp_path: Path) -> None:
     found = decoded(GGUFFile(exact.path), EMBEDDING)
     np.testing.assert_allclose(found[TOKENS], rows, atol=2e-7)
     np.testing.assert_array_equal(found[others], decoded(base, EMBEDDING)[others])
+
+
+def test_a_head_of_its_own_has_both(tmp_path: Path) -> None:
+    """An adapted head that was the embedding: the embedding's new rows, and B · A."""
+    adapter, rows = saved(tmp_path, "lm_head")
+    path = adapter / "adapter_model.safetensors"
+    tensors, rng = safetensors.numpy.load_file(path), np.random.default_rng(1)
+    a, b = (f"base_model.model.lm_head.lora_{half}.weight" for half in "AB")
+    tensors[b] = rng.normal(0, 0.3, tensors[b].shape).astype(np.float32)
+    safetensors.numpy.save_file(tensors, path)
+    merged = GGUFFile(export(adapter, "merged-gguf", kind="F32").path)
+    exact = decoded(GGUFFile(tmp_path / "base.gguf"), EMBEDDING)
+    exact[TOKENS] = rows
+    np.testing.assert_allclose(decoded(merged, EMBEDDING), exact, atol=2e-7)
+    exact += 16.0 * tensors[b] @ tensors[a]  # alpha 32, rank 2
+    np.testing.assert_allclose(decoded(merged, "output.weight"), exact, atol=1e-5)
 
 
 def test_no_gguf_adapter_holds_them(tmp_path: Path) -> None:

@@ -150,13 +150,18 @@ def test_token_by_token_under_dora(tmp_path: Path, is_cpu: bool) -> None:
     ("name", "is_cpu"), [("llama_head", False), ("gemma2_q8_0", False), ("gemma2", True)]
 )
 def test_token_by_token_with_trained_rows(tmp_path: Path, name: str, is_cpu: bool) -> None:
-    """Of the embedding alone; of a head that is the embedding, too, capped."""
+    """Of the embedding alone; of a head that is the embedding, too, capped, and adapted."""
     model = TINY_MODELS[name]
     model.write_gguf(tmp_path / "model.gguf")
     ids = model.token_rows()[0]
     values = {
         "model": {"path": str(tmp_path / "model.gguf")},
-        "adapter": {"rank": 4, "layers": [1], "trainable_tokens": [ids[0], 319, ids[9]]},
+        "adapter": {
+            "rank": 4,
+            "layers": [1],
+            "targets": ["q_proj", "lm_head"],
+            "trainable_tokens": [ids[0], 319, ids[9]],
+        },
         "data": {"train": "none", "max_length": 64},
         "train": {"steps": 1, "tuning": "off"},
         "output": "none",
@@ -168,7 +173,13 @@ def test_token_by_token_with_trained_rows(tmp_path: Path, name: str, is_cpu: boo
         bare = opened.evaluate(examples, adapted=False).loss
         flat = opened.parameters()
         assert opened.evaluate(examples).loss == pytest.approx(bare, rel=1e-6)  # as it begins
+        modules = opened.layout.to_modules(flat)
+        own = opened.layout.trained_tokens(flat)
+        for _, b in modules.values():
+            b[:] = np.random.default_rng(1).normal(size=b.shape) * 0.2
+        flat = opened.layout.from_modules(modules)
         rows = opened.layout.trained_tokens(flat)
+        rows[:] = own
         rows += 3 * np.random.default_rng(0).normal(size=rows.shape) * rows.std()
         opened.set_parameters(flat)
         assert abs(opened.evaluate(examples).loss - bare) > 0.01
