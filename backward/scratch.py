@@ -33,7 +33,7 @@ def allocate_scratch(
     }
     blocks = {b.sizes: b for spec in a.layers for b in spec.blocks}
     lowest = min((layer for layer, _ in factors), default=a.n_layers)
-    if factors.tokens is not None:
+    if factors.below_layers:
         lowest = 0
     # Below the lowest adapted layer nobody asks for the gradients of keys and values.
     kept = {donor: a.layers[donor].mixer for donor in a.donors if donor >= lowest}

@@ -34,7 +34,8 @@ def embedding_gradient(
     """
     check_shape("token_gradient tokens", tokens, d_x.shape[0])
     constants = {"of_head": False, "scale": scale}
-    _record(program, constants, [tokens, trained.index.ids], trained, d_x, out)
+    check_shape("token_gradient output", out, *trained.rows.shape)
+    _record(program, constants, [tokens, trained.index.ids], d_x, out)
 
 
 def take_logits(program: Program, d_logits: Tensor, trained: TokenRows, own: Tensor) -> None:
@@ -59,9 +60,22 @@ def logits_gradient(
         own: f32 [rows, tokens in whole quads], of `take_logits`.
         out: f32, as the trained rows, added to.
     """
-    check_f32("token_gradient", own=own)
     check_shape("token_gradient logits", own, x.shape[0], trained.rows.shape[0])
-    _record(program, {"of_head": True, "scale": 1.0}, [own], trained, x, out)
+    check_shape("token_gradient output", out, *trained.rows.shape)
+    add_outer_product(program, own, x, out)
+
+
+def add_outer_product(program: Program, left: Tensor, right: Tensor, out: Tensor) -> None:
+    """Appends out += leftᵀ · right.
+
+    Args:
+        left: f32 [rows, few columns].
+        right: f32 [rows, columns].
+        out: f32 [few columns, columns].
+    """
+    check_f32("token_gradient", own=left)
+    check_shape("token_gradient left", left, right.shape[0], out.shape[0])
+    _record(program, {"of_head": True, "scale": 1.0}, [left], right, out)
 
 
 def logits_input_gradient(program: Program, own: Tensor, trained: TokenRows, out: Tensor) -> None:
@@ -75,16 +89,14 @@ def _record(
     program: Program,
     constants: dict[str, Any],
     weights: list[Tensor],
-    trained: TokenRows,
     v: Tensor,
     out: Tensor,
 ) -> None:
-    n_columns, width = trained.rows.shape
+    n_columns, width = out.shape
     check_f32("token_gradient", v=v, out=out)
     check_shape("token_gradient", v, None, width)
-    check_shape("token_gradient output", out, n_columns, width)
     if width % 4 or n_columns % 4:
-        raise ValueError(f"token_gradient: {trained.rows.shape} are no multiples of 4")
+        raise ValueError(f"token_gradient: {out.shape} are no multiples of 4")
     is_cpu = program.recording.facts.is_cpu
     quads, splits = (CPU_QUADS, CPU_SPLITS) if is_cpu else (GPU_QUADS, GPU_SPLITS)
     column_groups = -(-(width // 4) // quads)

@@ -146,7 +146,7 @@ class Dora:
         for one in groups.values():
             assert one.lora.dora is not None
             row_squares(measure, one.matrix, one.lora.dora.squares)
-        of_adapter = Factors(found, factors.tokens)
+        of_adapter = replace(factors, groups=found)
         dora = cls(of_adapter, groups, measure, Program(recording))
         dora.record_update(dora.update)
         return dora

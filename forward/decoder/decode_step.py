@@ -62,8 +62,7 @@ def record_step(program: Program, step: Step) -> None:
     in as few dispatches as there can be (`record_row_layer`).
     """
     model, inputs, act = step.model, step.inputs, step.act
-    tokens = step.factors.tokens
-    record_embedding(program, model, inputs.tokens, inputs.rows, act.x, tokens)
+    record_embedding(program, model, inputs.tokens, inputs.rows, act.x, step.factors)
     record_per_layer_inputs(program, model, act.x, inputs.table_rows, act.per_layer)
     layers = range(model.architecture.n_layers)
     if _fused(program, step):

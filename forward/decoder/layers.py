@@ -13,10 +13,10 @@ from typing import Any
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.recorder import BlockEnd, LayerRecorder, Walk
 from lora.forward.embedding import embedding
+from lora.forward.embedding_lora import add_embedding
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
-from lora.forward.model.trained_tokens import TokenRows
 from lora.forward.rmsnorm import NormAfter, rmsnorm
 from lora.forward.scale_rows import scale_rows
 from lora.forward.token_rows import replace_rows
@@ -120,17 +120,19 @@ def record_embedding(
     tokens: Tensor,
     rows: Extent,
     x: Tensor,
-    trained: TokenRows | None = None,
+    factors: Factors,
 ) -> None:
     """Appends x = the tokens' embeddings, [rows, hidden_size].
 
     Args:
-        trained: rows in place of the base's; None for these alone.
+        factors: what is trained of the embedding is in place of the base's, or beside it.
     """
     scale = model.architecture.embedding_scale
     embedding(program, tokens, model.embedding, rows, scale=scale, out=x)
-    if trained is not None:
-        replace_rows(program, tokens, trained, rows, x, scale=scale)
+    if factors.tokens is not None:
+        replace_rows(program, tokens, factors.tokens, rows, x, scale=scale)
+    if factors.embedding is not None:
+        add_embedding(program, tokens, factors.embedding, rows, x, scale=scale)
 
 
 def record_layer(

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from lora.forward.model.adaptable import HEAD, AdaptableMatrix
+from lora.forward.model.adaptable import EMBEDDING, EMBEDDING_PATH, HEAD, AdaptableMatrix
 from lora.forward.model.adapted_group import AdaptedGroup, whole_quads
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.embedding_place import EmbeddingPlace
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.low_rank import NOTHING_BESIDE, Beside, LowRank
 from lora.forward.model.row_order import to_gguf, to_hf
@@ -35,7 +36,7 @@ class AdapterLayout:
         architecture: of the base model.
         layers: numbers of the adapted layers.
         targets: PEFT names of the adapted matrices, each one that the architecture has; lm_head
-            is adapted whatever the layers are.
+            and embed_tokens are adapted whatever the layers are.
         rank: of every matrix, as the user asked for it.
         scale: what B · A is multiplied by.
         modules: what single matrices are adapted with, by PEFT's path; those that are not there
@@ -73,11 +74,16 @@ class AdapterLayout:
         self.n_trainable = 0  # parameters, padding not counted
         self.n_trainable += len(self.tokens) * architecture.hidden_size
         self._end = _aligned(whole_quads(len(self.tokens)) * architecture.hidden_size, alignment)
+        self.embedding: EmbeddingPlace | None = None
+        if (low := self._low(-1, EMBEDDING)) is not None:
+            self.embedding = EmbeddingPlace(architecture, self._end, alignment, low)
+            self._end = self.embedding.end
+            self.n_trainable += self.embedding.n_trainable
         for layer in self.layers:
             for name, matrices in architecture.layers[layer].groups.items():
                 self._place(layer, name, matrices)
         self._place(architecture.n_layers, HEAD.group, (HEAD,))
-        if self.targets and layers and not self.groups:
+        if self.targets and layers and not self.groups and self.embedding is None:
             raise InputError(
                 f"adapter.targets: none of the layers {', '.join(map(str, sorted(layers)))} has "
                 f"{' or '.join(sorted(self.targets))} of its own; lora inspect says how many do."
@@ -85,12 +91,18 @@ class AdapterLayout:
         self._check_tokens()
         self.size = max(self._end, ALIGNMENT)  # elements of a flat array
 
+    @property
+    def below_layers(self) -> bool:
+        """Whether it changes what enters the lowest layer."""
+        return bool(self.tokens) or self.embedding is not None
+
     def _check_tokens(self) -> None:
         """Refuses rows of the embedding where their gradient would not be whole."""
         a = self.architecture
-        if self.tokens and a.per_layer_size:
+        if self.below_layers and a.per_layer_size:
+            key = "trainable_tokens" if self.tokens else "targets: embed_tokens"
             raise InputError(
-                "adapter.trainable_tokens: in a model of the architecture "
+                f"adapter.{key}: in a model of the architecture "
                 f"{a.name!r} tokens have inputs of their own for every layer, which come of the "
                 "embedding, too; gradients through these are not supported. Leave it out."
             )
@@ -145,9 +157,9 @@ class AdapterLayout:
     def lowest_layer(self) -> int:
         """The lowest adapted layer: the backward ends there, and all below it is a fixed prefix.
 
-        n_layers where only the head is adapted; 0 where tokens are trained, below all layers.
+        n_layers where only the head is adapted; 0 where the embedding is, below all layers.
         """
-        if self.tokens:
+        if self.below_layers:
             return 0
         return self.layers[0] if self.layers else self.architecture.n_layers
 
@@ -173,7 +185,8 @@ class AdapterLayout:
         tokens = None
         if index is not None:
             tokens = TokenRows(index, self.token_rows(flat), self.architecture.tied_head)
-        return Factors(found, tokens)
+        embedding = None if self.embedding is None else self.embedding.factors(flat)
+        return Factors(found, tokens, embedding)
 
     def token_rows(self, flat: Tensor) -> Tensor:
         """The rows of its tokens [n in whole quads, hidden_size] in a flat tensor [size]."""
@@ -203,6 +216,8 @@ class AdapterLayout:
                 f"adapter.trainable_tokens: got {len(self.tokens):,} tokens; {facts.name} can bind "
                 f"the rows of {most:,} of this model's."
             )
+        if self.embedding is not None:
+            self.embedding.check_bindings(facts)
         for group in self.groups:
             rows = sum(stop - start for start, stop in group.ranges)
             width = rows + len(group.members) * group.in_features
@@ -222,6 +237,8 @@ class AdapterLayout:
 
         The orders are those of B's rows and of A's columns, see `AdaptableMatrix.row_order`.
         """
+        if self.embedding is not None:
+            yield EMBEDDING_PATH, (None, None), *self.embedding.views(flat)
         for group in self.groups:
             holder = self.architecture.holder(group.layer)
             a_row = group.a_start
@@ -302,6 +319,8 @@ class AdapterLayout:
     def initial(self, seed: int, init: str = "default") -> np.ndarray:
         """A new adapter, f32 [size], B zero; DoRA's magnitudes, too, which the base decides.
 
+        Of an embedding A is zero, and B normal.
+
         Args:
             init: as PEFT's init_lora_weights: "default", A uniform in ±1/sqrt(in); "gaussian", A
                 normal with the standard deviation 1/rank.
@@ -310,8 +329,10 @@ class AdapterLayout:
             raise ValueError(f"init {init!r} is neither default nor gaussian")
         rng = np.random.default_rng(seed)
         flat = np.zeros(self.size, np.float32)
-        for _, _, a, _ in self._views(flat):
-            if init == "gaussian":
+        for path, _, a, b in self._views(flat):
+            if path == EMBEDDING_PATH:  # of which PEFT begins A with zeros
+                b[:] = rng.normal(0.0, 1.0, b.shape)
+            elif init == "gaussian":
                 a[:] = rng.normal(0.0, 1.0 / a.shape[0], a.shape)
             else:
                 bound = 1.0 / np.sqrt(a.shape[1])
@@ -334,7 +355,8 @@ class AdapterLayout:
 
     def low_ranks(self) -> dict[str, LowRank]:
         """What each matrix is adapted with, by PEFT's path."""
-        return {
+        own = {} if self.embedding is None else {EMBEDDING_PATH: self.embedding.low}
+        return own | {
             matrix.peft_path(group.layer): low
             for group in self.groups
             for matrix, low in zip(group.members, group.low, strict=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
-from lora.forward.model.trained_tokens import TokenRows
+from lora.forward.model.trained_tokens import EmbeddingFactors, TokenRows
 from lora.shaders.tensor import Tensor
 
 
@@ -75,10 +75,17 @@ class Factors(Mapping[tuple[int, str], LoraFactors]):
     Attributes:
         groups: the factors.
         tokens: rows of the embedding that are trained themselves; None where there are none.
+        embedding: A and B of the embedding; None where it is not adapted.
     """
 
     groups: Mapping[tuple[int, str], LoraFactors] = field(default_factory=dict)
     tokens: TokenRows | None = None
+    embedding: EmbeddingFactors | None = None
+
+    @property
+    def below_layers(self) -> bool:
+        """Whether what enters the lowest layer is not the base's."""
+        return self.tokens is not None or self.embedding is not None
 
     def __getitem__(self, key: tuple[int, str]) -> LoraFactors:
         """Those of a group of a layer."""

@@ -60,6 +60,34 @@ def embedding_rows(gguf_file: GGUFFile, tokens: Sequence[int]) -> np.ndarray:
     return found
 
 
+def as_matrix(values: Tensor) -> FrozenMatrix:
+    """f32 rows [n, columns], n a multiple of 4, as products take a matrix."""
+    n, width = values.shape
+    words = replace(values, dtype="u32")
+    part = MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], words, 0)
+    return FrozenMatrix(n, width, (part,))
+
+
+@dataclass(frozen=True)
+class EmbeddingFactors:
+    """The A and B of an embedding: rows of A are looked up as those of the base.
+
+    Attributes:
+        a: f32 [vocab_size in whole quads, rank in whole quads].
+        b: f32 [rank in whole quads, hidden_size].
+        scale: what A · B is multiplied by.
+    """
+
+    a: Tensor
+    b: Tensor
+    scale: float
+
+    @property
+    def matrix(self) -> FrozenMatrix:
+        """B as products take a matrix."""
+        return as_matrix(self.b)
+
+
 @dataclass(frozen=True)
 class TokenRows:
     """The rows that stand in place of the base's.
@@ -77,7 +105,4 @@ class TokenRows:
     @property
     def matrix(self) -> FrozenMatrix:
         """The rows as products take a matrix: [n_tokens in whole quads, hidden_size]."""
-        n, width = self.rows.shape
-        words = replace(self.rows, dtype="u32")
-        part = MatrixPart(QUANTIZATIONS[GGMLQuantizationType.F32], words, 0)
-        return FrozenMatrix(n, width, (part,))
+        return as_matrix(self.rows)

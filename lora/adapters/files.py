@@ -19,7 +19,7 @@ from lora.adapters.peft_files import (
 from lora.adapters.peft_settings import TOKENS
 from lora.adapters.saved_factors import common_scale
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.adaptable import MODULE_NAMES
+from lora.forward.model.adaptable import EMBEDDING, MODULE_NAMES
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.low_rank import Beside, LowRank
@@ -98,7 +98,8 @@ class SavedAdapter:
             raise InputError(
                 f"{self.path}: adapts {', '.join(unknown) or 'nothing'}; not supported."
             )
-        missing = [name for name in self.targets if name not in architecture.matrices]
+        known = {*architecture.matrices, EMBEDDING.module}
+        missing = [name for name in self.targets if name not in known]
         if missing:
             raise InputError(
                 f"{self.path}: adapts {', '.join(missing)}, which a model of the architecture "

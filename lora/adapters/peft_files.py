@@ -24,7 +24,7 @@ from lora.adapters.peft_settings import (
 )
 from lora.adapters.saved_factors import SavedFactors, pack
 from lora.adapters.saved_tokens import SavedTokens, put_tokens
-from lora.forward.model.adaptable import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
+from lora.forward.model.adaptable import EMBEDDING_PATH, HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
 from lora.forward.model.adapter import AdapterLayout
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import as_f32, reading
@@ -52,16 +52,21 @@ def save_peft_adapter(
     """
     own = config.adapter.peft_layers
     layers = layout.architecture.peft_layers if own == "auto" else own
-    modules = {
-        path.replace(TEXT_LAYERS, layers, 1): factors
-        for path, factors in layout.to_modules(flat).items()
-    }
+
+    def in_class(path: str) -> str:
+        """As PEFT finds a module in the class that the adapter is for."""
+        if path == EMBEDDING_PATH:
+            return f"{layers.removesuffix('layers')}{EMBEDDING}"
+        return path.replace(TEXT_LAYERS, layers, 1)
+
+    modules = {in_class(path): factors for path, factors in layout.to_modules(flat).items()}
     tensors = {}
     for path, (a, b) in modules.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b)
+        kind, weight = ("", ".weight") if path != in_class(EMBEDDING_PATH) else ("embedding_", "")
+        tensors[f"{_PREFIX}{path}.lora_{kind}A{weight}"] = np.ascontiguousarray(a)
+        tensors[f"{_PREFIX}{path}.lora_{kind}B{weight}"] = np.ascontiguousarray(b)
     for path, magnitude in layout.magnitudes(flat).items():
-        name = f"{_PREFIX}{path.replace(TEXT_LAYERS, layers, 1)}{_MAGNITUDE}"
+        name = f"{_PREFIX}{in_class(path)}{_MAGNITUDE}"
         tensors[name] = np.ascontiguousarray(magnitude)
     if layout.tokens:
         where = f"{_PREFIX}{layers.removesuffix('layers')}{EMBEDDING}{_TOKEN_ROWS}"
@@ -70,11 +75,11 @@ def save_peft_adapter(
     # PEFT's layers_to_transform leaves out the head, and in a class for images, too, other parts
     # have modules of these names: then every module is named in full.
     by_path = (
-        (some_layers and HEAD.module in layout.targets)
+        (some_layers and {HEAD.module, EMBEDDING} & layout.targets)
         or layers == LANGUAGE_LAYERS
         or layout.is_partial
     )
-    low = {path.replace(TEXT_LAYERS, layers, 1): one for path, one in layout.low_ranks().items()}
+    low = {in_class(path): one for path, one in layout.low_ranks().items()}
     adapter = config.adapter
     alphas = {
         path: one.scale * (math.sqrt(one.rank) if adapter.variant == "rslora" else one.rank)
@@ -153,10 +158,12 @@ def read_peft_factors(
             )
         if not a.size or not b.size:
             raise InputError(f"{path}: {module} has A {a.shape} and B {b.shape}, of no numbers.")
-        if "base" in parts and parts["base"].shape != (len(b), a.shape[1]):
+        own = (len(b), a.shape[1])
+        own = own[::-1] if module.rpartition(".")[2] == EMBEDDING else own  # a row for each token
+        if "base" in parts and parts["base"].shape != own:
             raise InputError(
                 f"{path}: {module}.base_layer.weight is {parts['base'].shape}, but its A and B are "
-                f"for {(len(b), a.shape[1])}."
+                f"for {own}."
             )
         scale = as_f32(alpha / (math.sqrt(rank) if settings["use_rslora"] else rank))
         if scale is None:
@@ -233,12 +240,8 @@ def _read_parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
             part = "magnitude"
         elif plain.endswith(_TOKEN_ROWS):
             module, part = plain.removesuffix(_TOKEN_ROWS), "tokens"
-        elif part.startswith("embedding_"):
-            raise InputError(
-                f"{path}: {name[:200]}: an adapter of the embedding by A and B is not supported; "
-                "merge it with PEFT's merge_and_unload(), and convert the model with llama.cpp's "
-                "convert_hf_to_gguf.py."
-            )
+        elif module.endswith(f".{EMBEDDING}") and part in ("embedding_A", "embedding_B"):
+            part = part[-1]
         elif not dot and plain.endswith(_BASE_LAYER):
             # PEFT saves the base's own matrix, too, where it adapts the head or the embedding.
             module, part = plain.removesuffix(_BASE_LAYER), "base"

@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lora.config.errors import did_you_mean
 from lora.config.fields import Count, Number, PathText, Section
-from lora.forward.model.adaptable import HEAD, MODULE_NAMES
+from lora.forward.model.adaptable import EMBEDDING, EMBEDDING_PATH, HEAD, MODULE_NAMES
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.low_rank import LowRank
 from lora.shaders.errors import InputError
@@ -67,11 +67,6 @@ def _check_pattern(pattern: str) -> None:
 
 def _check_name(name: str, allowed: str) -> None:
     """Refuses a name whose last part no model has."""
-    if name.rpartition(".")[2] == "embed_tokens":
-        raise ValueError(
-            f"got {name!r}, whose rows are looked up; an A that is looked up, too, is not "
-            "supported. adapter.trainable_tokens trains the rows of single tokens."
-        )
     if _NAME.fullmatch(name) is None or name.rpartition(".")[2] not in MODULE_NAMES:
         suggestion = did_you_mean(name.rpartition(".")[2], list(MODULE_NAMES))
         raise ValueError(f"got {name!r}{suggestion or '; ' + allowed}")
@@ -228,7 +223,7 @@ class AdapterConfig(Section):
             InputError: one is asked for that the model doesn't have.
         """
         found = {path.rpartition(".")[2] for path in self._targeted(architecture, range(1 << 20))}
-        return [name for name in architecture.matrices if name in found]
+        return [name for name in (*architecture.matrices, EMBEDDING.module) if name in found]
 
     def resolve_modules(self, architecture: Architecture) -> dict[str, LowRank]:
         """Rank and scale of each adapted matrix by PEFT's path (`model.layers.0.mlp.up_proj`).
@@ -260,6 +255,7 @@ class AdapterConfig(Section):
                 f"adapter.variant: dora is not supported for {HEAD.module}, whose rows are scaled "
                 "nowhere else; leave it out of adapter.targets, or take variant: lora."
             )
+        self._check_embedding(left)
         ranks, alphas = (
             _by_pattern(name, values, left)
             for name, values in (
@@ -271,6 +267,21 @@ class AdapterConfig(Section):
             rank = int(ranks.get(path, self.rank))
             found[path] = LowRank(rank, self.scale_of(rank, alphas.get(path, self.alpha)))
         return found
+
+    def _check_embedding(self, paths: Sequence[str]) -> None:
+        """Refuses what does not go with an embedding that is adapted."""
+        if EMBEDDING_PATH not in paths:
+            return
+        for key, there, why in (
+            ("variant: dora", self.variant == "dora", "rows that are looked up have no magnitudes"),
+            ("loraplus_lr_ratio", self.loraplus_lr_ratio, "LoRA+ gives it a rate of its own"),
+            ("trainable_tokens", self.trainable_tokens, "they are rows of it"),
+        ):
+            if there:
+                raise InputError(
+                    f"adapter.{key} is not supported beside the target {EMBEDDING.module}: {why}. "
+                    "Leave one of them out."
+                )
 
     def _targeted(self, architecture: Architecture, layers: Sequence[int]) -> list[str]:
         """Paths of the matrices that are targets, in the model's order."""
@@ -284,7 +295,7 @@ class AdapterConfig(Section):
         ]
         if self.targets == "all-linear":
             return every
-        every.append(HEAD.peft_path(architecture.n_layers))
+        every += [HEAD.peft_path(architecture.n_layers), EMBEDDING_PATH]
         if isinstance(self.targets, str) and _NAME.fullmatch(self.targets) is None:
             found = _matched(self.targets, every)
             if not found:
@@ -296,7 +307,7 @@ class AdapterConfig(Section):
         names = [self.targets] if isinstance(self.targets, str) else self.targets
         for name in names:
             last = name.rpartition(".")[2]
-            if last not in architecture.matrices:
+            if last not in architecture.matrices and last != EMBEDDING.module:
                 raise InputError(
                     f"adapter.targets: got {name!r}, but a model of the architecture "
                     f"{architecture.name!r} has {', '.join(architecture.matrices)}."

@@ -9,10 +9,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import (
+    EMBEDDING_TENSOR,
     AdaptedTensor,
+    ReplacedRows,
     SumOfChanges,
     TensorChange,
     read_adapted_tensors,
@@ -123,6 +126,8 @@ def export(
     merged: list[MergedTensor] = []
     if "output.weight" in adapted and architecture.tied_head:
         _check_tied_head(directory, architecture.name, target)
+    if EMBEDDING_TENSOR in adapted:
+        _check_embedding(directory, architecture, target)
     # The texts before the GGUFs: what can't be said in them leaves no file behind.
     if target == ADAPTER:
         text = modelfile_of_adapter(path, name, file.path, prompts)
@@ -138,6 +143,8 @@ def export(
         source = None if template is None else read_template(template)
         whole: dict[str, TensorChange] = {}
         whole |= {name: _below_scale(file, change) for name, change in adapted.items()}
+        if EMBEDDING_TENSOR in adapted and architecture.tied_head:  # the head stays as it was
+            whole.setdefault("output.weight", ReplacedRows("output.weight", (), np.zeros((0, 0))))
         if replaced is not None:
             whole[replaced.name] = replaced
             head = whole.get("output.weight")
@@ -216,6 +223,24 @@ def _check_tied_head(directory: Path, architecture: str, target: str) -> None:
     if target == ADAPTER:
         raise InputError(
             f"{what}: llama.cpp has no place for such an adapter. Take --to merged-gguf."
+        )
+
+
+def _check_embedding(directory: Path, architecture: Architecture, target: str) -> None:
+    """Refuses an adapted embedding where llama.cpp could not load it.
+
+    PEFT adapts what is looked up alone: a head that was the embedding becomes one of its own.
+    """
+    what = f"{directory} adapts embed_tokens"
+    if target == ADAPTER:
+        raise InputError(
+            f"{what}: exporting that as a GGUF adapter is not supported, since llama.cpp would add "
+            "it to a head that is the embedding, too. Take --to merged-gguf."
+        )
+    if architecture.tied_head and architecture.name in _NEVER_OWN_HEAD:
+        raise InputError(
+            f"{what} and not the head, which is the embedding, and llama.cpp gives "
+            f"{architecture.name} no head of its own. PEFT and `lora generate` run this one."
         )
 
 

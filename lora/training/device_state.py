@@ -115,7 +115,7 @@ class SessionPrograms:
     Attributes:
         memory: of what only these programs need.
         prefix: up to what enters the lowest adapted layer.
-        bare_prefix: the same without trained tokens.
+        bare_prefix: the same with the base's embedding.
         training: None in a session without training.
     """
 
@@ -135,10 +135,10 @@ class SessionPrograms:
             inner, step.model, step.inputs, step.activations, step.layout.lowest_layer,
             step.noise.embedding,
         )  # fmt: skip
-        tokens = step.adapter.factors(step.layout).tokens
-        if tokens is not None:
+        factors = step.adapter.factors(step.layout)
+        if factors.below_layers:
             prefix = record_prefix(
-                inner, step.model, step.inputs, step.activations, 0, step.noise.embedding, tokens
+                inner, step.model, step.inputs, step.activations, 0, step.noise.embedding, factors
             )
         training = None
         if workload.trains:
@@ -301,10 +301,10 @@ def open_cache(
                 "differ from step to step, and so does all above them; set it to auto."
             )
         return None
-    if workload.layout.tokens and setting == "on":
+    if workload.layout.below_layers and setting == "on":
         raise InputError(
-            "train.reuse_frozen_prefix: on: with adapter.trainable_tokens the embeddings change "
-            "from step to step, and so does all above them; set it to auto."
+            "train.reuse_frozen_prefix: on: the embeddings are trained (adapter.trainable_tokens, "
+            "or embed_tokens as a target), and so all above them changes; set it to auto."
         )
     lowest, a = workload.layout.lowest_layer, workload.architecture
     if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.backward.decoder import record_head_backward, record_layer_backward
+from lora.backward.embedding_lora import embedding_lora_gradients
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.recorder import BackwardPass
 from lora.backward.scratch import allocate_scratch
@@ -25,7 +26,6 @@ from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
-from lora.forward.model.trained_tokens import TokenRows
 from lora.optim.adamw import AdamWSettings
 from lora.optim.clipping import gradient_norm, sum_slices
 from lora.optim.guard import METRICS, GuardState, Scaling, scaled_weight, step_guard
@@ -50,16 +50,17 @@ def record_prefix(
     act: Activations,
     lowest_layer: int,
     noise: EmbeddingNoise | None = None,
-    tokens: TokenRows | None = None,
+    factors: Factors | None = None,
 ) -> Program:
     """Embedding and the layers below the lowest adapted one: act.boundary from the tokens.
 
     Args:
-        tokens: that are trained; None for the base's rows alone.
+        factors: of the adapter, for what it changes of the embedding; None for the bare model.
     """
     program = Program(recording)
     with program.scope("prefix"):
-        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary, tokens)
+        of_embedding = Factors() if factors is None else factors
+        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary, of_embedding)
         if noise is not None:
             noise.record(program, act.boundary)
         record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
@@ -268,12 +269,17 @@ def _record_micro_batch(
                     record_layer(program, walk, layer, computed[layer], kept[layer], None)
             record_layer_backward(
                 program, shared, layer, computed[layer], kept[layer],
-                lowest=layer == layout.lowest_layer and d_tokens is None,
+                lowest=layer == layout.lowest_layer and not layout.below_layers,
             )  # fmt: skip
             reached[layer] = len(program.commands)
         if factors.tokens is not None and d_tokens is not None:
             embedding_gradient(
                 program, inputs.tokens, factors.tokens, scratch.d_x, d_tokens,
+                scale=model.architecture.embedding_scale,
+            )  # fmt: skip
+        if factors.embedding is not None and slices[0].embedding is not None:
+            embedding_lora_gradients(
+                program, inputs.tokens, factors.embedding, scratch.d_x, slices[0].embedding,
                 scale=model.architecture.embedding_scale,
             )  # fmt: skip
     return program, reached

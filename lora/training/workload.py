@@ -320,6 +320,9 @@ def _check_rank(layout: AdapterLayout) -> None:
         for matrix, low in zip(group.members, group.low, strict=True):
             most = max(matrix.in_size(holder), matrix.out_size(holder))
             sizes[low.rank] = max(sizes.get(low.rank, 0), most)
+    if layout.embedding is not None:
+        most = max(architecture.vocab_size, architecture.hidden_size)
+        sizes[layout.embedding.low.rank] = max(sizes.get(layout.embedding.low.rank, 0), most)
     for rank, most in sizes.items():
         if rank > most:
             raise InputError(

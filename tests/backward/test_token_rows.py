@@ -127,4 +127,4 @@ def test_what_does_not_fit_is_refused(recording: Recording) -> None:
         embedding_gradient(program, tokens, case.trained, d_x, out)
     half = recording.memory.empty((2, 4), "f16", extent=extent)
     with pytest.raises(ValueError, match="own is f16"):
-        logits_gradient(program, d_x, half, case.trained, out)
+        logits_gradient(program, d_x, half, case.trained, recording.memory.empty((4, 8)))

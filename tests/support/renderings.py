@@ -230,6 +230,11 @@ def _runs(folder: Path) -> Iterator[Run]:
     yield _record(path, (MATRIX_GPU,), (F16,), tokens)
     yield _record(path, (CPU,), (F32,), tokens)
     yield _record(path, (LARGE_GPU,), (F32,), {**tokens, "targets": ["q_proj", "lm_head"]})
+    # A and B of the embedding.
+    adapter = {"targets": ["embed_tokens", "q_proj"]}
+    yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), adapter)
+    yield _record(path, (MATRIX_GPU,), (F16,), adapter)
+    yield _record(path, (CPU,), (F32,), adapter)
     # Widths of no whole eights, and gradients that nothing clips.
     path = folder / "narrow.gguf"
     write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,

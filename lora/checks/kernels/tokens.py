@@ -1,4 +1,4 @@
-"""Kernels of rows of the embedding that are trained themselves."""
+"""Kernels of an embedding that is trained: some rows themselves, or by A and B."""
 
 from __future__ import annotations
 
@@ -8,8 +8,13 @@ from functools import partial
 import numpy as np
 from gguf import GGMLQuantizationType
 
+from lora.backward.embedding_lora import embedding_lora_gradients
 from lora.backward.token_rows import embedding_gradient, logits_gradient, take_logits
 from lora.checks.comparison import Check, Comparison, compare, same, untouched, worst
+from lora.checks.references.embedding_lora import (
+    embedding_lora_gradients_reference,
+    embedding_lora_reference,
+)
 from lora.checks.references.token_rows import (
     embedding_gradient_reference,
     replaced,
@@ -17,8 +22,9 @@ from lora.checks.references.token_rows import (
 )
 from lora.checks.tensors import activation, extent_in_use, frozen, marked, normal
 from lora.forward.embedding import embedding
+from lora.forward.embedding_lora import add_embedding
 from lora.forward.matmul import matmul
-from lora.forward.model.trained_tokens import TokenIndex, TokenRows
+from lora.forward.model.trained_tokens import EmbeddingFactors, TokenIndex, TokenRows
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product
 from lora.forward.token_rows import replace_logits, replace_rows
@@ -118,7 +124,34 @@ def check_gradient(recording: Recording, of_head: bool) -> Comparison:
     return compare(recording.memory.read(out), padded, rtol=1e-5, atol=IN_USE * 2.0**-22)
 
 
+def check_embedding_lora(recording: Recording) -> Comparison:
+    """What A and B add, and their gradients: sums of up to 66 products of size 2."""
+    rank, memory = 8, recording.memory
+    a, b, d_x = normal(5, VOCAB, rank), normal(6, rank, WIDTH), normal(7, ROWS, WIDTH)
+    tokens = np.arange(ROWS) % 7 * 3
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    lora = EmbeddingFactors(memory.upload(a), memory.upload(b), 2.0)
+    zeros = (memory.upload(np.zeros_like(values)) for values in (a, b))
+    gradient = EmbeddingFactors(next(zeros), next(zeros), lora.scale)
+    ids, x = activation(recording, tokens, extent), activation(recording, 0 * d_x, extent)
+    add_embedding(program, ids, lora, extent, x, scale=1.0)
+    embedding_lora_gradients(
+        program, ids, lora, activation(recording, d_x, extent), gradient, scale=1.0
+    )
+    program.run()
+    wanted = embedding_lora_gradients_reference(tokens[:IN_USE], a, b, d_x[:IN_USE], 2.0)
+    added = embedding_lora_reference(tokens, a, b, 2.0)
+    return worst(
+        compare(memory.read(x)[:IN_USE], added[:IN_USE], rtol=1e-5, atol=rank * 2.0**-21),
+        *(
+            compare(memory.read(tensor), values, rtol=1e-5, atol=WIDTH * 8 * 2.0**-22)
+            for tensor, values in zip((gradient.a, gradient.b), wanted, strict=True)
+        ),
+    )
+
+
 CHECKS = [
+    Check("embedding_scatter", f"{ROWS}x{WIDTH}, rank 8", check_embedding_lora),
     Check("token_rows", f"{ROWS}x{WIDTH}", check_rows),
     Check("token_columns", f"{ROWS}x{VOCAB}, {TOKENS} tokens", check_columns),
     *(

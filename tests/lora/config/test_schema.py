@@ -202,7 +202,6 @@ def test_overrides(path: str) -> None:
         ("adapter.layers=7-4", "got '7-4'; a range begins with its lower number, as 4-7."),
         ("adapter.layers=[1-3, 2]", "got the layer 2 twice; name each layer once."),
         ("adapter.targets=[q_prj]", "got 'q_prj'; did you mean q_proj?"),
-        ("adapter.targets=[embed_tokens]", "got 'embed_tokens', whose rows are looked up; an A"),
         ("adapter.targets=[xyz]", "got 'xyz'; allowed here: all-linear, or a list of q_proj, k_"),
         ("adapter.targets=[]", "got an empty list, so nothing would be trained; allowed here"),
         ("adapter.targets=[q_proj, q_proj]", "got 'q_proj' twice; name each matrix once."),
@@ -470,6 +469,9 @@ def test_modules_of_a_model() -> None:
         ({"targets": "q_proj", "exclude": ["q_proj"]}, "leaves nothing to train"),
         ({"exclude": ".*xyz"}, "'.*xyz' fits none of the paths"),
         ({"variant": "dora", "targets": ["lm_head"]}, "dora is not supported for lm_head"),
+        ({"variant": "dora", "targets": ["q_proj", "embed_tokens"]}, "variant: dora is not supp"),
+        ({"loraplus_lr_ratio": 2.0, "targets": "embed_tokens"}, "loraplus_lr_ratio is not supp"),
+        ({"trainable_tokens": [3], "targets": "embed_tokens"}, "trainable_tokens is not supported"),
         ({"rank_pattern": {"lm_head": 4}}, "'lm_head' fits none of the adapted matrices"),
     ):
         with pytest.raises(InputError) as caught:

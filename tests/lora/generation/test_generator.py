@@ -146,6 +146,32 @@ def test_token_by_token_under_dora(tmp_path: Path, is_cpu: bool) -> None:
         np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
 
 
+@pytest.mark.parametrize(("name", "is_cpu"), [("llama_odd", True), ("gemma2_q8_0", False)])
+def test_token_by_token_with_an_adapted_embedding(tmp_path: Path, name: str, is_cpu: bool) -> None:
+    """What is looked up alone: a head that is the embedding stays the base's."""
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    ids = model.token_rows()[0]
+    values = {
+        "model": {"path": str(tmp_path / "model.gguf")},
+        "adapter": {"rank": 3, "targets": ["embed_tokens"]},
+        "data": {"train": "none", "max_length": 64},
+        "train": {"steps": 1, "tuning": "off"},
+        "output": "none",
+    }
+    examples = [Example(np.array(ids, np.int32), np.arange(len(ids)) > 0, 0)]
+    with TrainingSession(Config.model_validate(values), examples=examples) as opened:
+        bare = opened.evaluate(examples, adapted=False).loss
+        assert opened.evaluate(examples).loss == pytest.approx(bare, rel=1e-6)  # as it begins
+        modules = opened.layout.to_modules(opened.parameters())
+        ((a, _),) = modules.values()
+        a[:] = np.random.default_rng(0).normal(size=a.shape) * 0.3
+        opened.set_parameters(opened.layout.from_modules(modules))
+        assert abs(opened.evaluate(examples).loss - bare) > 0.01
+        assert opened.evaluate(examples, adapted=False).loss == bare
+        check_token_by_token(name, opened, adapted=True, is_cpu=is_cpu)
+
+
 @pytest.mark.parametrize(
     ("name", "is_cpu"), [("llama_head", False), ("gemma2_q8_0", False), ("gemma2", True)]
 )

@@ -37,6 +37,10 @@ OPTIONS = {
         },
         "train": {"learning_rate": 1e-3, "weight_decay": 0.01},
     },
+    "the embedding": {
+        "adapter": {"targets": ["embed_tokens", "down_proj"], "dropout": 0.1, "layers": [2]},
+        "train": {"weight_decay": 0.01, "learning_rate": 1e-3},
+    },
     "lion, dft, patterns": {
         "adapter": {
             "rank_pattern": {"q_proj": 6},

@@ -103,7 +103,7 @@ def test_a_prefix_with_trained_rows_is_not_kept(tmp_path: Path, device: Device) 
     session, _ = opened(tmp_path, device)
     with session:
         assert session._cache is None
-    with pytest.raises(InputError, match="trainable_tokens the embeddings change"):
+    with pytest.raises(InputError, match="the embeddings are trained"):
         opened(tmp_path, device, reuse_frozen_prefix="on")
 
 
