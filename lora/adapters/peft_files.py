@@ -142,6 +142,8 @@ def read_peft_factors(
             continue
         if not {"A", "B"} <= parts.keys():
             raise InputError(f"{path}: {module} has only one of its A and B.")
+        if module.rpartition(".")[2] == EMBEDDING:
+            _check_embedding(path, module, settings)
         if ("magnitude" in parts) != settings["use_dora"]:
             has = "a" if "magnitude" in parts else "no"
             raise InputError(
@@ -177,6 +179,22 @@ def read_peft_factors(
             raise InputError(f"{path}: {plain} stands there twice.")
         factors[plain] = SavedFactors(a, b, scale, parts.get("magnitude"))
     return factors
+
+
+def _check_embedding(path: Path, module: str, settings: Mapping[str, Any]) -> None:
+    """Refuses what an embedding's A and B can't be put beside here."""
+    why = {
+        "use_dora": "its rows have magnitudes, too",
+        "ensure_weight_tying": "a head that is the embedding has its A and B, too",
+        TOKENS: "some of its rows are trained themselves, too",
+    }
+    for key, reason in why.items():
+        if settings.get(key):
+            raise InputError(
+                f"{path}: {module} is adapted under {key}: {reason}, which is not supported here; "
+                "merge it with PEFT's merge_and_unload(), and convert the model with llama.cpp's "
+                "convert_hf_to_gguf.py."
+            )
 
 
 def read_trained_tokens(directory: Path, settings: Mapping[str, Any]) -> SavedTokens | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -59,6 +60,19 @@ def test_gemma2_has_no_head_of_its_own(tmp_path: Path) -> None:
     adapter, _ = saved(tmp_path, tmp_path / "base.gguf")
     with pytest.raises(InputError, match="llama.cpp gives gemma2 no head of its own"):
         export(adapter, "merged-gguf")
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [("use_dora", True), ("ensure_weight_tying", True), ("trainable_token_indices", [3])],
+)
+def test_what_goes_beside_none_is_refused(tmp_path: Path, key: str, value: object) -> None:
+    write_tiny_llama(tmp_path / "base.gguf", n_layers=1)
+    adapter, _ = saved(tmp_path, tmp_path / "base.gguf")
+    path = adapter / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(InputError, match=f"embed_tokens is adapted under {key}"):
+        open_adapter(adapter, Architecture.from_gguf(GGUFFile(tmp_path / "base.gguf")))
 
 
 def test_it_is_read_as_it_is_written(tmp_path: Path) -> None:
