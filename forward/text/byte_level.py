@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 import tokenizers
@@ -13,6 +14,9 @@ from lora.forward.text.pre_tokenizers import PreTokenizer
 from lora.forward.text.vocabulary import Vocabulary, merges
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import is_panic, reason_of, shown
+
+_BETWEEN_WORDS = re.compile("[A-Za-z] [A-Za-z]")
+_MOST_SPACES = 8  # looked at before a cut is given up
 
 
 class LibraryCodec:
@@ -63,6 +67,10 @@ class LibraryCodec:
             return [ids[place] for place in kept], [offsets[place] for place in kept]
         return ids, offsets
 
+    def cut_before(self, text: str, border: int) -> int:
+        """A place before a border at which the text can be cut without other tokens; else 0."""
+        return 0
+
     def ids_of(self, texts: Sequence[str]) -> dict[str, int]:
         """The ids of those texts that are tokens."""
         found = {}
@@ -77,9 +85,30 @@ class LibraryCodec:
         return str(self._tokenizer.decode(known, skip_special_tokens=skip_special))
 
 
+class ByteLevelCodec(LibraryCodec):
+    """A byte-level tokenizer that cuts text by an expression of forward/text/pre_tokenizers.py."""
+
+    def cut_before(self, text: str, border: int) -> int:
+        """A place before a border at which the text can be cut without other tokens; else 0.
+
+        It is a space between two ASCII letters. None of the expressions matches a letter and a
+        space behind it, none looks back, and what looks ahead (white space, at what ends it) is
+        past the letter. So each side has the words that it has in the whole, wherever the text
+        ends behind the border; NFC composes neither letter with the space.
+        """
+        end = max(border - 1, 0)  # the letter behind the space stands before the border
+        for _ in range(_MOST_SPACES):
+            end = text.rfind(" ", 1, end)
+            if end < 0:
+                return 0
+            if _BETWEEN_WORDS.match(text, end - 1):
+                return end
+        return 0
+
+
 def byte_level(
     gguf_file: GGUFFile, vocabulary: Vocabulary, pre_tokenizer: PreTokenizer
-) -> LibraryCodec:
+) -> ByteLevelCodec:
     """The tokenizer of a GGUF whose kind is gpt2.
 
     Args:
@@ -120,4 +149,4 @@ def byte_level(
         if special or kind == TokenType.USER_DEFINED:
             added.append(AddedToken(text, special=special, normalized=False))
     tokenizer.add_tokens(added)
-    return LibraryCodec(tokenizer, n_tokens)
+    return ByteLevelCodec(tokenizer, n_tokens)

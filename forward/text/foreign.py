@@ -88,6 +88,10 @@ class ForeignCodec:
         ids, starts, ends = self._ask(foreign_encode, len(text.encode()), text, continues)
         return ids, list(zip(starts, ends, strict=True))
 
+    def cut_before(self, text: str, border: int) -> int:
+        """As LibraryCodec.cut_before: none is known."""
+        return 0
+
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """As LibraryCodec.decode."""
         known = [int(token) for token in ids]

@@ -99,6 +99,10 @@ class SentencePiece:
         self._encode_fragment(text, done, len(text), ids, offsets, continues=continues and not done)
         return ids, offsets
 
+    def cut_before(self, text: str, border: int) -> int:
+        """As LibraryCodec.cut_before: none is known."""
+        return 0
+
     def decode(self, ids: Sequence[int], skip_special: bool) -> str:
         """The text of the tokens; the space that `encode` puts first is taken off again."""
         data = bytearray()

@@ -33,6 +33,7 @@ from lora.shaders.untrusted import read_json_object, read_text, reading, shown
 
 _ADD_BOS = "tokenizer.ggml.add_bos_token"
 _MOST_CONFIG_BYTES = 1 << 24  # of a tokenizer_config.json: 1 MB for 6,000 added tokens
+_MOST_ENDINGS, _LONGEST_ENDING = 4096, 64  # kept; in characters
 _MOST_TEMPLATE_BYTES = 1 << 20  # the longest known chat template has 20 KB
 
 
@@ -60,6 +61,8 @@ class _Codec(Protocol):
     def encode(
         self, text: str, *, continues: bool = False
     ) -> tuple[list[int], list[tuple[int, int]]]: ...
+
+    def cut_before(self, text: str, border: int) -> int: ...
 
     def decode(self, ids: Sequence[int], skip_special: bool) -> str: ...
 
@@ -93,6 +96,7 @@ class Tokenizer:
         self._tool_use_template = tool_use_template
         self.add_bos = add_bos and bos_id is not None
         self.origin = origin
+        self._endings: dict[str, list[int]] = {}
 
     @classmethod
     def open(cls, gguf_file: GGUFFile, file: str | None = None) -> Tokenizer:
@@ -271,6 +275,40 @@ class Tokenizer:
         if ids[:1] == [self._bos_id]:
             return TokenizedText(ids, offsets)
         return TokenizedText([self._bos_id, *ids], [(0, 0), *offsets])
+
+    def cut_before(self, text: str, border: int) -> int:
+        """A place before a border at which a text can be cut without other tokens.
+
+        The tokens of `text[:place]` and those of `text[place:border]` are then together those of
+        `text[:border]`, and the first are also the first of `text`'s, if none of these reaches
+        across the place.
+
+        Args:
+            text: any text.
+            border: in characters of it.
+
+        Returns:
+            The place in characters; 0 where none is known.
+        """
+        return self._codec.cut_before(text, border)
+
+    def ending_ids(self, text: str) -> list[int]:
+        """Ids of what ends a text, without BOS; short ones come again and again, and are kept.
+
+        Args:
+            text: the end of another, cut off where tokens don't change by it.
+
+        Raises:
+            InputError: the text holds half a surrogate pair.
+        """
+        found = self._endings.get(text)
+        if found is None:
+            found = self.encode(text, add_bos=False).ids
+            if len(text) <= _LONGEST_ENDING:
+                if len(self._endings) == _MOST_ENDINGS:
+                    self._endings.clear()
+                self._endings[text] = found
+        return list(found)
 
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         """Returns the text of the tokens; bytes that are no UTF-8 become U+FFFD.

@@ -13,6 +13,7 @@ from lora.commands.prompts import (
     check_can_chat,
     trained_templates,
 )
+from lora.commands.waiting import waiting
 from lora.forward.text.chat_template import ChatTemplate
 from lora.generation.generator import TextGenerator
 from lora.generation.opening import open_generator
@@ -28,7 +29,8 @@ HELP = """\
 /system TEXT       begin again with a system message; without TEXT, with none
 /reset             begin again
 /help              this list
-/exit              leave (or Ctrl-D); Ctrl-C stops an answer"""
+/exit              leave (or /quit, /bye, Ctrl-D); Ctrl-C stops an answer"""
+_LEAVE = ("/exit", "/quit", "/bye")  # the last two are llama.cpp's and Ollama's
 
 
 class Chat:
@@ -99,7 +101,7 @@ class Chat:
             except InputError as error:
                 self._write(f"{error}\n")
                 continue
-            if line == "/exit":
+            if line in _LEAVE:
                 return
             try:
                 if line.startswith("/"):
@@ -312,13 +314,14 @@ def chat(
     read_line = open_terminal()
     named = named_adapters(adapters)
     check_can_chat(model, tokenizer, named.values())
-    generator = open_generator(
-        model,
-        named,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        device=device,
-    )
+    with waiting():
+        generator = open_generator(
+            model,
+            named,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            device=device,
+        )
 
     def write(piece: str) -> None:
         print(for_terminal(piece), end="", flush=True)

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import inspect as inspect_module
 import os
+import shutil
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -22,6 +25,7 @@ from lora.commands.options import (
     PromptPrecision,
     TextPrecision,
     WebGPUName,
+    key_of_option,
 )
 from lora.commands.plan import plan_command
 from lora.commands.report import report_command
@@ -45,13 +49,27 @@ class _Commands(typer.core.TyperGroup):
             raise typer.Exit(130) from None
 
 
+# Rich's boxes cut the options' names where a terminal is narrow: there help is plain text.
+_COLUMNS = shutil.get_terminal_size().columns
+_IS_NARROW = _COLUMNS < 60
 app = typer.Typer(
     cls=_Commands,
+    rich_markup_mode=None if _IS_NARROW else "rich",
     help="Fine-tune the GGUF model you already run, on whatever GPU you have.",
     no_args_is_help=True,
-    context_settings={"help_option_names": ["-h", "--help"]},
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        **({"terminal_width": max(_COLUMNS, 20)} if _IS_NARROW else {}),
+    },
     pretty_exceptions_enable=False,
 )
+
+
+def _add(name: str, command: Callable[..., None]) -> None:
+    """Adds a command; its help flows, where typer would break lines as the docstring does."""
+    paragraphs = inspect_module.cleandoc(command.__doc__ or "").split("\n\n")
+    flowing = "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
+    app.command(name=name, help=flowing)(command)
 
 
 def _print_version(asked: bool) -> None:
@@ -75,15 +93,13 @@ def options(
     """Options of all commands; `main` reads --debug itself, before any command runs."""
 
 
-app.command(name="init")(init_command)
-app.command(name="convert-config")(convert_command)
-
-
-app.command(name="train")(train_command)
-app.command(name="plan")(plan_command)
-app.command(name="bench")(bench_command)
-app.command(name="data")(data_command)
-app.command(name="eval")(eval_command)
+_add("init", init_command)
+_add("convert-config", convert_command)
+_add("train", train_command)
+_add("plan", plan_command)
+_add("bench", bench_command)
+_add("data", data_command)
+_add("eval", eval_command)
 
 
 Temperature = Annotated[float, typer.Option(min=0.0, help="0: always the most likely token.")]
@@ -177,6 +193,7 @@ def generate(
 ) -> None:
     """Continue a text with the tuned model."""
     from lora.commands.prompts import check_can_chat, trained_templates
+    from lora.commands.waiting import waiting
     from lora.generation.opening import open_generator
     from lora.generation.sampling import GREEDY, Sampling
     from lora.shaders.choice import Wanted
@@ -188,13 +205,14 @@ def generate(
     adapters = {} if adapter is None else {"adapter": adapter}
     if chat:
         check_can_chat(model, tokenizer, adapters.values())
-    generator = open_generator(
-        model,
-        adapters,
-        tokenizer=tokenizer,
-        max_length=max_length,
-        device=Wanted(device, webgpu, precision.value),
-    )
+    with waiting():
+        generator = open_generator(
+            model,
+            adapters,
+            tokenizer=tokenizer,
+            max_length=max_length,
+            device=Wanted(device, webgpu, precision.value),
+        )
     text: str | list[int] = prompt
     if chat:
         template = trained_templates(generator.tokenizer, adapters).get("adapter")
@@ -270,14 +288,14 @@ def inspect(
         console.print_json(data=facts, ensure_ascii=True)
         return
     for part in describe_adapter(Path(model)) if is_adapter else describe_gguf(model):
-        console.print(part)
+        console.print(part, crop=False)
 
 
-app.command(name="report")(report_command)
-app.command(name="export")(export_command)
-app.command(name="tune")(tune_command)
-app.command(name="devices")(devices_command)
-app.command(name="debug-nan")(debug_nan_command)
+_add("report", report_command)
+_add("export", export_command)
+_add("tune", tune_command)
+_add("devices", devices_command)
+_add("debug-nan", debug_nan_command)
 
 
 @app.command()
@@ -314,5 +332,7 @@ def main() -> None:
             print(f"lora: {type(error).__name__}: {text} (see --debug)", file=sys.stderr)
             sys.exit(1)
         getattr(error, "show", lambda: None)()
+        if hint := key_of_option(error):
+            print(hint, file=sys.stderr)
         sys.exit(click_exit)
     sys.exit(status if isinstance(status, int) else 0)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
-from lora.commands.tables import table_console
+from lora.commands.tables import Records, table_console
 from lora.shaders.errors import for_terminal
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
@@ -19,6 +19,12 @@ if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.training.metrics import EvalResult
     from lora.training.session import TrainingSession
 
+# Nothing is chosen by these sets here, which --set may name otherwise than the config.
+_NOTHING_CHOSEN = (
+    "train.best=off",
+    "train.load_best_model_at_end=false",
+    "train.early_stopping_patience=null",
+)
 _MORE_TOKENS = 8  # that a written-out answer may have than the wanted one: it shows rambling
 
 
@@ -36,15 +42,17 @@ def eval_command(
 ) -> None:
     """Loss, perplexity and exact match on data.eval: the bare model, and with --adapter both.
 
+    All rows of it are taken, whatever train.eval_samples is.
     Exact are examples whose every answer is right to its end; never those cut at data.max_length.
     What the adapter's own files say of its rank and matrices counts, not the config.
     """
     from lora.adapters.files import with_adapter
+    from lora.commands.waiting import waiting
     from lora.config.schema import load_config
     from lora.shaders.errors import InputError
     from lora.training.session import TrainingSession
 
-    loaded = load_config(config, overrides(set_, webgpu))
+    loaded = load_config(config, [*_NOTHING_CHOSEN, *overrides(set_, webgpu)])
     if not loaded.data.evaluates:  # said before the model is loaded for nothing
         raise InputError(
             "data.eval is null: there is nothing to evaluate on. Name a file of examples in the "
@@ -52,10 +60,13 @@ def eval_command(
         )
     if adapter is not None:
         loaded = with_adapter(loaded, adapter)
-    session = TrainingSession(loaded, train=False)
-    results = {"base": session.evaluate(adapted=False)}
-    if adapter is not None:
-        results["adapter"] = session.evaluate()
+    with waiting() as tell:
+        session = TrainingSession(loaded, train=False)
+        results = {}
+        for name in ("base", *(["adapter"] if adapter is not None else [])):
+            told = partial(_tell_progress, tell, name)
+            told(0, len(session.workload.eval_examples))  # the first batch waits for kernels
+            results[name] = session.evaluate(adapted=name == "adapter", progress=told)
     summary = session.workload.eval_summary
     assert summary is not None  # data.eval is set
     if as_json:
@@ -71,8 +82,12 @@ def eval_command(
         print(json.dumps(values, indent=2))
         return
     print(describe_examples(summary, results["base"]))
-    table_console().print(_table(results))
+    table_console().print(table_of(results))
     _print_answers(session, list(results), examples)
+
+
+def _tell_progress(tell: Callable[[str], None], name: str, done: int, total: int) -> None:
+    tell(f"Evaluating {name}, {done}/{total}")
 
 
 def describe_examples(summary: DataSummary, result: EvalResult) -> str:
@@ -88,8 +103,8 @@ def describe_examples(summary: DataSummary, result: EvalResult) -> str:
     return text
 
 
-def _table(results: Mapping[str, EvalResult]) -> Table:
-    table = Table("", "loss", "perplexity", "token accuracy", "exact match")
+def table_of(results: Mapping[str, EvalResult]) -> Records:
+    """Each result with those of its sets."""
     rows = {
         label: one
         for name, result in results.items()
@@ -98,15 +113,19 @@ def _table(results: Mapping[str, EvalResult]) -> Table:
             *((f"{name}, {part}", each) for part, each in result.sets.items()),
         )
     }
-    for name, result in rows.items():
-        table.add_row(
-            name,
-            f"{result.loss:.4f}",
-            f"{result.perplexity:.3f}",
-            f"{result.token_accuracy:.1%}",
-            f"{result.n_exact}/{result.n_examples} ({result.exact_match:.1%})",
-        )
-    return table
+    return Records(
+        ("", "loss", "perplexity", "token accuracy", "exact match"),
+        [
+            (
+                name,
+                f"{result.loss:.4f}",
+                f"{result.perplexity:.3f}",
+                f"{result.token_accuracy:.1%}",
+                f"{result.n_exact}/{result.n_examples} ({result.exact_match:.1%})",
+            )
+            for name, result in rows.items()
+        ],
+    )
 
 
 def first_answer(example: Example) -> tuple[list[int], list[int]]:
@@ -122,6 +141,8 @@ def _print_answers(session: TrainingSession, names: list[str], n_examples: int) 
 
     With print: rich would break long lines and read `:smile:` and brackets as its own.
     """
+    from lora.commands.waiting import waiting
+
     decode = session.tokenizer.decode
     for example in session.workload.eval_examples[:n_examples]:
         prompt, wanted = first_answer(example)
@@ -129,7 +150,8 @@ def _print_answers(session: TrainingSession, names: list[str], n_examples: int) 
         print(f"\nprompt  {for_terminal(decode(prompt).strip())}")
         print(f"wanted  {decode(wanted)!r}{' (cut)' if example.cut and reaches_end else ''}")
         for name in names:
-            answer = session.generate(
-                prompt, max_tokens=len(wanted) + _MORE_TOKENS, adapted=name == "adapter"
-            )
+            with waiting(f"{name} answers"):
+                answer = session.generate(
+                    prompt, max_tokens=len(wanted) + _MORE_TOKENS, adapted=name == "adapter"
+                )
             print(f"{name:8}{answer!r}")

@@ -14,6 +14,7 @@ from lora.shaders.errors import InputError
 
 # Shows every key with its default (tests/lora/data/test_commands_data.py holds it to that).
 _EXAMPLE = Path(__file__).parents[1] / "configs" / "smollm2-chat.yaml"
+_MAGIC = b"GGUF"  # with which a model's file begins
 _HEADING = """\
 # Written by `lora init`: every key there is, with its default.
 # Paths are relative to the folder where `lora` runs.
@@ -51,7 +52,7 @@ def init_command(
         )
     write_file(output, config_text(model, data, f"runs/{output.stem}"))
     print(f"Wrote {output}{found}. Next:")
-    for command in ("plan", "train"):
+    for command in ("data", "plan", "train"):
         print(f"  {shlex.join(['lora', command, str(output)])}")
 
 
@@ -98,13 +99,18 @@ def _check_model(model: str) -> None:
     Raises:
         InputError: it is one of these.
     """
-    from lora.storage.stores import check_model_name, is_path
+    from lora.storage.stores import check_model_name, hub_hint, is_path, resolve_model
 
     check_model_name(model)
-    if is_path(model) and not Path(model).is_file():
-        raise InputError(
-            f"--model: {model}: there is no such file; `lora pull` fetches known small models."
-        )
+    if not is_path(model):
+        return
+    path = resolve_model(model)  # refuses safetensors
+    if not path.is_file():
+        found = hub_hint(model) or "; `lora pull` fetches known small models"
+        raise InputError(f"--model: {model}: there is no such file{found}.")
+    with path.open("rb") as file:
+        if file.read(len(_MAGIC)) != _MAGIC:
+            raise InputError(f"--model: {model} is no GGUF file.")
 
 
 def _describe_rows(data: str) -> str:

@@ -8,9 +8,6 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rich.table import Table
-from rich.text import Text
-
 from lora.adapters.gguf_files import read_adapter_settings
 from lora.adapters.peft_files import (
     read_peft_factors,
@@ -18,7 +15,7 @@ from lora.adapters.peft_files import (
     read_trained_tokens,
 )
 from lora.adapters.saved_factors import SavedFactors
-from lora.commands.tables import tokens_shown
+from lora.commands.tables import Records, Rows, tokens_shown
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
@@ -183,7 +180,7 @@ def _refusal(gguf_file: GGUFFile, made_of: type[Architecture] | type[Tokenizer])
     return None
 
 
-def describe_gguf(model: str | Path) -> list[Table | str]:
+def describe_gguf(model: str | Path) -> list[Rows | Records]:
     """`gguf_facts` as tables.
 
     Raises:
@@ -219,7 +216,8 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
     rows["chat template"] = (
         "no"
         if template is None
-        else f"yes, {template['characters']:,} characters: {template['first_line'][:60]}"
+        else f"yes, {template['characters']:,} characters: "
+        f"{template['first_line'][:60]}{'…' * (template['characters'] > 60)}"
     )
     if facts["adapter"] is not None:
         adapter = facts["adapter"]
@@ -245,15 +243,12 @@ def describe_gguf(model: str | Path) -> list[Table | str]:
         rows["left alone"] = ", ".join(
             f"{what} ({n} tensors)" for what, n in facts["left_alone"].items()
         )
-    grid = Table.grid(padding=(0, 2))
-    for label, value in rows.items():
-        if value not in (None, "", []):
-            grid.add_row(label, Text(_shown(value)))
-    types = Table("type", "tensors", "parameters", "MiB")
-    for row in facts["tensor_types"]:
-        mebibytes = f"{row['bytes'] / 2**20:.1f}"
-        types.add_row(row["type"], str(row["tensors"]), f"{row['parameters']:,}", mebibytes)
-    return [grid, types]
+    known = {label: _shown(value) for label, value in rows.items() if value not in (None, "", [])}
+    types = [
+        (row["type"], str(row["tensors"]), f"{row['parameters']:,}", f"{row['bytes'] / 2**20:.1f}")
+        for row in facts["tensor_types"]
+    ]
+    return [Rows(known), Records(("type", "tensors", "parameters", "MiB"), types)]
 
 
 def _shown(value: Any) -> str:
@@ -327,7 +322,7 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     }
 
 
-def describe_adapter(directory: Path) -> list[Table | str]:
+def describe_adapter(directory: Path) -> list[Rows | Records]:
     """`adapter_facts` as tables.
 
     Raises:
@@ -346,12 +341,8 @@ def describe_adapter(directory: Path) -> list[Table | str]:
     }
     if facts["trainable_tokens"]:
         rows["tokens"] = tokens_shown(facts["trainable_tokens"])
-    grid = Table.grid(padding=(0, 2))
-    for label, value in rows.items():
-        grid.add_row(label, Text(_shown(value)))
-    matrices = Table("matrix", "modules", "rank", "scale", "in", "out", "mean |A|", "mean |B|")
-    for row in facts["matrices"]:
-        matrices.add_row(
+    matrices = [
+        (
             row["name"],
             str(row["modules"]),
             ", ".join(map(str, row["ranks"])),
@@ -361,4 +352,8 @@ def describe_adapter(directory: Path) -> list[Table | str]:
             f"{row['mean_a']:.4g}",
             f"{row['mean_b']:.4g}",
         )
-    return [grid, matrices]
+        for row in facts["matrices"]
+    ]
+    headings = ("matrix", "modules", "rank", "scale", "in", "out", "mean |A|", "mean |B|")
+    known = {label: _shown(value) for label, value in rows.items()}
+    return [Rows(known), Records(headings, matrices)]

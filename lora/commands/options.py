@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from enum import StrEnum
 from typing import Annotated
 
@@ -10,7 +11,7 @@ import typer
 ConfigArgument = Annotated[str, typer.Argument(help="A YAML config.")]
 Overrides = Annotated[
     list[str] | None,
-    typer.Option("--set", metavar="KEY=VALUE", help="Override one key of the config."),
+    typer.Option("--set", metavar="KEY=VALUE", help="Override a key of the config; once for each."),
 ]
 WebGPUOverride = Annotated[
     str | None,
@@ -36,6 +37,23 @@ PromptPrecision = Annotated[
 WebGPUName = Annotated[
     str, typer.Option("--webgpu", metavar="NAME", help="The implementation: auto, wgpu or dawn.")
 ]
+
+
+def key_of_option(error: BaseException) -> str:
+    """Of an option that a command lacks, how the config's key of its name is set; or ""."""
+    name, context = getattr(error, "option_name", None), getattr(error, "ctx", None)
+    parameters = [] if context is None else context.command.params
+    if not name or not any("--set" in parameter.opts for parameter in parameters):
+        return ""
+    from lora.config.errors import dotted_keys  # pydantic, which --help has no use for
+    from lora.config.other_names import OTHER_NAMES
+    from lora.config.schema import Config
+
+    word = name.lstrip("-").replace("-", "_").lower()
+    known = {key.rpartition(".")[2]: key for key in dotted_keys(Config)}
+    key, _, value = (known.get(word) or OTHER_NAMES.get(word, "")).partition(": ")
+    setting = shlex.quote(f"{key}={value or 'VALUE'}")
+    return f"What a config has is set so: --set {setting}" if key else ""
 
 
 def overrides(set_: list[str] | None, webgpu: str | None) -> list[str]:

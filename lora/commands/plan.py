@@ -14,6 +14,7 @@ from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, ove
 from lora.commands.tables import print_rows, table_console, tokens_shown
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
+    from lora.data.order import BatchStream
     from lora.forward.model.adapter import AdapterLayout
     from lora.training.device_state import SessionPlan
 
@@ -27,6 +28,7 @@ def plan_command(
 ) -> None:
     """What `lora train` would do: device, adapter, steps, memory by purpose, time a step."""
     from lora.commands.fit import print_fit
+    from lora.commands.waiting import waiting
     from lora.config.schema import load_config
     from lora.shaders.device import Device
     from lora.storage.tile_cache import find_tiles
@@ -36,14 +38,21 @@ def plan_command(
     from lora.training.workload import Workload
 
     loaded = load_config(config, overrides(set_, webgpu))
-    workload = Workload.open(loaded, train=True)
-    with Device(loaded.device, webgpu=loaded.webgpu) as device:
-        plans = find_tiles(device, loaded.train.tuning)
-        planned = SessionPlan.of(device.facts, workload, plans)
-        seconds = None
-        if "timestamp-query" in device.facts.features:
-            seconds = expected_seconds(planned, measure_peaks(device))
-        largest = fits(device.facts, workload) if fit else None
+    with waiting() as tell:
+        workload = Workload.open(loaded, train=True)
+        tell("Opening the device")
+        with Device(loaded.device, webgpu=loaded.webgpu) as device:
+            tell("Planning the steps")
+            plans = find_tiles(device, loaded.train.tuning)
+            planned = SessionPlan.of(device.facts, workload, plans)
+            seconds = None
+            if "timestamp-query" in device.facts.features:
+                tell("Measuring the device's peaks")
+                seconds = expected_seconds(planned, measure_peaks(device))
+            largest = None
+            if fit:
+                tell("Looking for what fits")
+                largest = fits(device.facts, workload)
     if as_json:
         facts = plan_facts(planned, seconds)
         if largest is not None:
@@ -113,13 +122,15 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
-        f"{_targets_shown(layout)} of {len(layout.layers)} layers"
+        f"{_targets_shown(layout)} of {len(layout.layers)} layer{'s' * (len(layout.layers) != 1)}"
         + (f", and {tokens_shown(layout.tokens)}" if layout.tokens else ""),
         "data": str(workload.streamed or workload.train_summary),
-        "steps": f"{total_steps}, micro-batches of at most {workload.maximum_rows} tokens, "
-        f"recompute {_recompute(plan)}",
+        "steps": f"{total_steps}{_epochs(stream)}, micro-batches of at most "
+        f"{workload.maximum_rows} tokens, recompute {_recompute(plan)}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}" + (memory and f": {memory}"),
     }
+    if (above := _above_limit(plan)) is not None:
+        rows["above limit"] = above
     if workload.eval_examples:
         sets = ", ".join(f"{name} {len(part)}" for name, part in workload.eval_sets.items())
         rows["evaluation"] = f"{len(workload.eval_examples)} examples" + (
@@ -142,8 +153,33 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         rows["time"] = (
             f"about {seconds_shown(seconds_a_step)} a step, "
             f"{seconds_shown(seconds_a_step * total_steps)} in all"
+            f"{', evaluations not counted' if workload.eval_examples else ''}"
         )
     print_rows(console, rows)
+
+
+def _epochs(stream: BatchStream) -> str:
+    """How often the steps pass over the data; "" where rows are not counted."""
+    steps_per_epoch = getattr(stream, "steps_per_epoch", None)
+    if steps_per_epoch is None:
+        return ""
+    epochs = f"{stream.total_steps / steps_per_epoch():.3g}"
+    return f" ({epochs} epoch{'' if epochs == '1' else 's'})"
+
+
+def _above_limit(plan: SessionPlan) -> str | None:
+    """What to do where a run takes more than train.memory_limit; None where it takes no more."""
+    from lora.training.recompute import memory_limit
+
+    train = plan.workload.config.train
+    limit = memory_limit(plan.facts, train.memory_limit)
+    if limit is None or sum(plan.allocated.values()) <= limit:
+        return None
+    return (
+        f"train.memory_limit ({train.memory_limit}) is {limit / 2**20:.0f} MiB; lower "
+        "train.batch_size or data.max_length, or take a smaller quantization (lora plan --fit says "
+        "what fits)"
+    )
 
 
 def _recompute(plan: SessionPlan) -> str:

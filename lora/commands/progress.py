@@ -30,6 +30,7 @@ _GONE = (OSError, SystemExit)  # a terminal that was closed; rich ends a process
 _SMOOTHING = 0.9  # of the loss's exponential moving average
 _LAST_STEPS = 20  # whose time and tokens count for rates and the time left
 _QUIET_SECONDS = 60  # without a terminal a line comes this often, however long a tenth takes
+_KINDS = ("loss", "perplexity", "accuracy", "exact_match")  # of a set's metrics
 _SHOWN_OF_A_SAMPLE = 300  # characters
 
 
@@ -61,8 +62,12 @@ class Pace:
             self._last.clear()
         self._last.append(metrics)
         if not metrics.skipped:
-            self._ema = _SMOOTHING * self._ema + (1 - _SMOOTHING) * metrics.loss
-            self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
+            self.smooth(metrics.loss)
+
+    def smooth(self, loss: float) -> None:
+        """Takes a loss into the moving average."""
+        self._ema = _SMOOTHING * self._ema + (1 - _SMOOTHING) * loss
+        self._weight = _SMOOTHING * self._weight + 1 - _SMOOTHING
 
     @property
     def mean_loss(self) -> float | None:
@@ -107,10 +112,11 @@ class TrainingProgress(Listener):
         self._metrics: Metrics | None = None
         self._done, self._total, self._resumed_at = 0, 0, 0
         self._evaluating: tuple[int, int] | None = None
+        self._answering = ""  # what is said while prompts are answered
         self._eval_seconds = 0.0  # of the last one: the first compiles
-        self._is_best = False
+        self._best: str | None = None  # the metric whose best comes with the next evaluation
         self._stopping = False
-        self._line_at = self._begun
+        self._line_at = self._heard_at = self._begun
         self._live = Live(self, console=console, refresh_per_second=4, transient=True)
 
     def __enter__(self) -> Self:
@@ -156,11 +162,18 @@ class TrainingProgress(Listener):
         self._total = session.total_steps
         if self._done:
             self._print(f"Resumed: {self._done} of {self._total} steps were done before.")
+            from lora.training.history import History, numbers
+            from lora.training.output import METRICS  # which lora chat has no use for
+
+            past = History.read(Path(session.config.output) / METRICS)
+            for loss in numbers(past.steps, "loss"):  # the average goes on, too
+                self._pace.smooth(loss)
         self.stage("First step")
 
     def step(self, metrics: Metrics) -> bool:
         """Shows one step."""
         self._pace.add(metrics)
+        self._heard_at = time.monotonic()
         self._metrics, self._stage, self._done = metrics, None, metrics.step
         tenth = max(1, self._total // 10)
         first = metrics.step == self._resumed_at + 1
@@ -176,31 +189,39 @@ class TrainingProgress(Listener):
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Shows one evaluation."""
-        self._evaluating = None
+        self._evaluating, self._heard_at = None, time.monotonic()
         self._eval_seconds = result.seconds
         took = f" ({clock(result.seconds)})" if result.seconds >= 1 else ""
         for name, one in {"": result, **result.sets}.items():
             of_set = f" {name}:" if name else ""
-            best = ", best so far" if self._is_best and not name else ""
+            metrics = [f"eval_{name}_{kind}" if name else f"eval_{kind}" for kind in _KINDS]
+            best = ", best so far" if self._best in metrics else ""
             self._print(
                 f"step {step}:{of_set} eval loss {one.loss:.4f}, accuracy "
                 f"{one.token_accuracy:.1%}, exact match {one.n_exact}/{one.n_examples}{best}"
                 + ("" if name else took)
             )
-        self._is_best = False
+        self._best = None
         return False
 
     def improved(self, step: int, metric: str, value: float) -> None:
         """The evaluation that is told of next is the best."""
-        self._is_best = step > 0
+        self._best = metric if step > 0 else None
 
     def stopped_early(self, step: int, evaluations: int) -> None:
         """Says why the run ends."""
         times = "evaluation" if evaluations == 1 else f"{evaluations} evaluations"
-        self._print(f"step {step}: stops early, the last {times} brought no gain")
+        least = self._session.config.train.early_stopping_threshold if self._session else 0.0
+        gain = f"gain above {least:g}" if least else "gain"
+        self._print(f"step {step}: stops early, the last {times} brought no {gain}")
+
+    def sampling(self, step: int, done: int, total: int) -> None:
+        """Shows that the model is at it: an answer may take longer than a step."""
+        self._answering = f"answering prompt {done + 1}/{total}"
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Shows the answers, each on a line."""
+        self._answering = ""
         for sample in samples:
             prompt = sample.prompt
             asked = prompt if isinstance(prompt, str) else str(prompt[-1].get("content"))
@@ -237,6 +258,9 @@ class TrainingProgress(Listener):
         if metrics is not None and metrics.ranks is not None and session is not None:
             found += _ranks(metrics.ranks, session.communicator.hosts)
         left = self._seconds_left()
+        if left is not None and self._is_live:  # counts on while a step or an evaluation goes on
+            expected = self._eval_seconds if self._evaluating else pace.seconds_a_step or 0.0
+            left -= min(left, expected, time.monotonic() - self._heard_at)
         time_left = "" if left is None else f", {clock(left)} left"
         found.append(f"{self._elapsed}{time_left}")
         if session is not None:
@@ -271,7 +295,11 @@ class TrainingProgress(Listener):
             row.add_row(Text(label), bar, Text(share))
             yield row
         figures = self._figures()
-        if self._stage is not None and not self._evaluating:
+        if self._evaluating:
+            figures = [f"after step {self._done}/{self._total}", *figures]
+        elif self._answering:
+            figures = [f"{self._answering} …", *figures]
+        elif self._stage is not None:
             figures = [f"{self._stage} …", *figures]
         if self._stopping:
             figures = ["stopping …", *figures]

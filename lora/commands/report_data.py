@@ -25,6 +25,8 @@ MOST_POINTS = 800  # of a curve: more are one line to the eye
 SMOOTHING = 0.9  # of the loss's exponential moving average
 _MOST_SAMPLES = 20_000  # lines that are read
 _MOST_BYTES = 1 << 22
+_MARGIN = 0.05  # above and below the curves, of their span
+_KINDS = ("loss", "accuracy", "exact_match")  # of what is evaluated
 
 
 @dataclass(frozen=True)
@@ -179,7 +181,7 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         ]
         found.append(Chart(title, curves, form))
     keys = {key for run in runs for line in run.history.evaluations for key in line}
-    for key in sorted(keys - {"step", "eval_loss", "eval_seconds"}):
+    for key in sorted(keys - {"step", "eval_loss", "eval_seconds"}, key=_place):
         if not key.startswith("eval_") or key.endswith("perplexity"):
             continue  # the loss again
         curves = [
@@ -190,6 +192,21 @@ def charts(runs: Sequence[Run]) -> list[Chart]:
         found.append(Chart(key.replace("_", " "), curves, form))
     kept = [Chart(c.title, [one for one in c.curves if len(one.xs)], c.form) for c in found]
     return [chart for chart in kept if chart.curves]
+
+
+def _place(key: str) -> tuple[int, str]:
+    """Of a metric among the charts: those of one kind together, of all sets before one set's."""
+    for place, kind in enumerate(_KINDS):
+        if key.endswith(kind):
+            return place, "" if key == f"eval_{kind}" else key
+    return len(_KINDS), key
+
+
+def value_range(chart: Chart, low: float, high: float) -> tuple[float, float]:
+    """What a chart shows of its values, from the least to the most; of shares none that is none."""
+    margin = (high - low or abs(high) or 1.0) * _MARGIN
+    low, high = low - margin, high + margin
+    return (max(low, 0.0), min(high, 1.0)) if chart.form.endswith("%") else (low, high)
 
 
 def points(lines: Sequence[dict[str, Any]], key: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any
 import jinja2
 import numpy as np
 
-from lora.commands.report_data import Chart, Curve, Run, flat, ticks
+from lora.commands.report_data import Chart, Curve, Run, flat, ticks, value_range
 from lora.commands.summary import summary_rows_of
 from lora.shaders.errors import InputError
 from lora.storage.files import write_file
@@ -19,7 +19,6 @@ FIRST_LINE = "<!doctype html><!-- written by lora report -->"
 _TEMPLATE = Path(__file__).with_name("report.html.jinja")
 _COLOURS = 8  # that the page's style has; further runs begin again
 _SHOWN_STEPS = 12  # of the answers to a prompt
-_MARGIN = 0.05  # above and below the curves, of their span
 
 
 def write_page(path: Path, runs: Sequence[Run], shown: Sequence[Chart]) -> None:
@@ -140,9 +139,7 @@ def drawn(chart: Chart, n_runs: int) -> dict[str, Any]:
     xs = np.concatenate([curve.xs for curve in chart.curves])
     ys = np.concatenate([_central(curve) for curve in chart.curves])
     left, right = float(xs.min()), float(xs.max())
-    low, high = float(ys.min()), float(ys.max())
-    margin = (high - low or abs(high) or 1.0) * _MARGIN
-    low, high = low - margin, high + margin
+    low, high = value_range(chart, float(ys.min()), float(ys.max()))
     width = right - left or 1.0
 
     def across(x: float) -> float:

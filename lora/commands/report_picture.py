@@ -8,7 +8,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lora.commands.report_data import Chart, Run
+import numpy as np
+
+from lora.commands.report_data import Chart, Run, value_range
 from lora.shaders.errors import InputError
 from lora.storage.files import write_file
 
@@ -40,6 +42,7 @@ def write_picture(path: Path, runs: Sequence[Run], shown: Sequence[Chart]) -> No
     if not can_draw():
         raise InputError("--png: matplotlib draws it: pip install 'webgpu-lora[report]'.")
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator, PercentFormatter
 
     n_rows = (len(shown) + 1) // 2
     figure = Figure(figsize=(11, 3.2 * max(n_rows, 1)), layout="constrained", dpi=120)
@@ -53,6 +56,11 @@ def write_picture(path: Path, runs: Sequence[Run], shown: Sequence[Chart]) -> No
             axes.plot(curve.xs, curve.ys, color=f"C{curve.run % 10}", label=label, **style)
         axes.set_title(chart.title)
         axes.set_xlabel("step")
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True, steps=[1, 2, 5, 10]))
+        if chart.form.endswith("%"):
+            ys = np.concatenate([curve.ys for curve in chart.curves])
+            axes.set_ylim(*value_range(chart, float(ys.min()), float(ys.max())))
+            axes.yaxis.set_major_formatter(PercentFormatter(1.0))
         axes.grid(alpha=0.3)
         if place == 0:
             axes.legend(fontsize="small")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,19 +64,33 @@ def summary_rows_of(history: History, best: Mapping[str, Any] | None = None) -> 
             rows["skipped"] = f"{skipped} steps, whose loss or gradient was not finite"
     if evals:
         rows["evaluation"] = _evaluation(evals)
+        rows |= {f"  {name}": _evaluation(evals, f"{name}_") for name in _sets(evals[-1])}
     if best:
         rows["best"] = f"{best.get('metric')} {best.get('value'):.4g} after step {best.get('step')}"
     return rows
 
 
-def _evaluation(evals: Sequence[dict[str, Any]]) -> str:
+def _sets(line: Mapping[str, Any]) -> list[str]:
+    """The named sets of an evaluation."""
+    found = (re.fullmatch(r"eval_(.+)_perplexity", key) for key in line)
+    return [match[1] for match in found if match]
+
+
+def _evaluation(evals: Sequence[dict[str, Any]], of_set: str = "") -> str:
+    """The first and the last one.
+
+    Args:
+        of_set: a named set's name and an underscore; "" for all together.
+    """
     first, last = evals[0], evals[-1]
     shown = []
     for name, form in (("loss", "{:.4f}"), ("accuracy", "{:.1%}"), ("exact_match", "{:.1%}")):
-        values = numbers([first, last], f"eval_{name}")
+        values = numbers([first, last], f"eval_{of_set}{name}")
         if len(values) == 2:
             before = "" if first is last else f"{form.format(values[0])} → "
             shown.append(f"{name.replace('_', ' ')} {before}{form.format(values[1])}")
+    if of_set:
+        return ", ".join(shown)
     steps = f"step {last['step']}" if first is last else f"steps {first['step']} and {last['step']}"
     return f"{', '.join(shown)} (after {steps})"
 
@@ -108,8 +123,7 @@ def print_summary(
     console: Console, session: TrainingSession, given: Sequence[str], output: Path
 ) -> None:
     """Prints what the run came to, and the commands to go on with."""
-    config, summary = session.config, session.workload.train_summary
-    chats = summary is not None and "chat" in summary.data_format
+    config, chats = session.config, session.workload.trains_on_chats
     print_rows(console, summary_rows(config, output))
     console.print("Go on with:")
     for command in next_commands(config, given, output, chats=chats):

@@ -67,6 +67,7 @@ def _train(
     from lora.training.leading import open_together, quiet
     from lora.training.output import check_output, check_room
     from lora.training.reporters import check_reporters, open_reporters
+    from lora.training.resuming import check_can_resume
     from lora.training.run import Interrupted, run_training
 
     quiet(communicator)
@@ -74,6 +75,8 @@ def _train(
     console.quiet = not leads
     if leads:
         check_output(Path(loaded.output), resuming=resume)
+        if resume:
+            check_can_resume(Path(loaded.output))
         check_room(loaded, Path(loaded.output))
         check_reporters(loaded)
         if loaded.hub is not None:
@@ -91,13 +94,23 @@ def _train(
         together = ["mpiexec", "-n", str(communicator.size)] if communicator.size > 1 else []
         command = shlex.join([*together, "lora", "train", *words, "--resume"])
         if leads:
-            with suppress(OSError):  # the terminal may be what is gone
-                typer.echo(f"Stopped; saved {stop.checkpoint}.")
-                typer.echo(f"Go on with: {command}")  # as it is: no markup, no wrapping
+            say_last([f"Stopped; saved {stop.checkpoint}.", f"Go on with: {command}"])
         raise typer.Exit(128 + stop.signum) from None
     if leads:
         print_summary(console, session, words, written)
         typer.echo(f"Saved the adapter to {plain(str(written))}.")
+
+
+def say_last(lines: Sequence[str]) -> None:
+    """Prints lines as they are, without markup and wrapping, wherever there still is a reader.
+
+    Ctrl-C ends the `tee` behind a pipe, too: then stderr has them. Nobody may be left at all.
+    """
+    for to_stderr in (False, True):
+        with suppress(OSError):
+            for line in lines:
+                typer.echo(line, err=to_stderr)
+            return
 
 
 def _settings(

@@ -28,6 +28,7 @@ def tune_command(
 
     Products whose tiles were found with as much time before are left as they are.
     """
+    from lora.commands.waiting import waiting
     from lora.config.schema import load_config
     from lora.forward.plans.matmul_tiles import choose_plan
     from lora.forward.plans.tuning import tune
@@ -46,7 +47,8 @@ def tune_command(
             f"{device.facts.name} runs on the CPU, whose products have no tiles to choose. Name a "
             "GPU in `device` (see `lora devices`)."
         )
-    requests = SessionPlan.of(device.facts, Workload.open(loaded, train=True)).requests
+    with waiting():
+        requests = SessionPlan.of(device.facts, Workload.open(loaded, train=True)).requests
     cache = TileCache(device)
     if again:
         cache.forget()
@@ -58,7 +60,8 @@ def tune_command(
         looked_for.extend(missing)
         return tune(device, missing, seconds=seconds)
 
-    cache.find(requests, tuner, seconds)
+    with waiting("Timing tiles"):
+        cache.find(requests, tuner, seconds)
     console = table_console()
     if not looked_for:
         console.print(

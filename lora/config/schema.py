@@ -7,7 +7,9 @@ that no option is accepted and then dropped.
 from __future__ import annotations
 
 import math
+import shlex
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 import yaml
@@ -173,6 +175,10 @@ class Config(Section):
         return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
 
 
+_OF_MODELS = {".gguf", ".safetensors"}
+_OF_DATA = {".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".arrow", ".txt", ".gz", ".zst"}
+
+
 def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = True) -> Config:
     """Reads and checks a config file.
 
@@ -190,7 +196,28 @@ def load_config(path: str, overrides: Sequence[str] = (), *, needs_data: bool = 
         >>> load_config("lora.yaml", ["train.steps=10"]).train.steps
         10
     """
+    _check_is_no_other_file(path)
     return checked_config(read_yaml_mapping(path), path, overrides, needs_data=needs_data)
+
+
+def _check_is_no_other_file(path: str) -> None:
+    """Refuses a model or data where a config is wanted, with what to do.
+
+    Raises:
+        InputError: the name is one of these.
+    """
+    suffixes = {suffix.lower() for suffix in Path(path).suffixes}
+    if suffixes & _OF_MODELS or path.startswith(("hf:", "ollama:")):
+        given = f"--model {shlex.quote(path)} --data DATA"
+    elif suffixes & _OF_DATA:
+        given = f"--model MODEL --data {shlex.quote(path)}"
+    else:
+        return
+    what = "a model" if "DATA" in given.split() else "data"
+    raise InputError(
+        f"{path} is {what}, and a config is a YAML file: lora init {given} writes one, and "
+        f"lora train {given} needs none."
+    )
 
 
 def checked_config(

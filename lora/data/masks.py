@@ -7,7 +7,7 @@ tokenized by itself, as it is when the model runs, and the answer after it.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Protocol
@@ -37,6 +37,8 @@ class TextTokenizer(Protocol):
     def encode(
         self, text: str, *, add_bos: bool | None = None, continues: bool = False
     ) -> TokenizedText: ...
+    def cut_before(self, text: str, border: int) -> int: ...
+    def ending_ids(self, text: str) -> list[int]: ...
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str: ...
 
 
@@ -288,13 +290,16 @@ def _prompt_stands(tokenizer: TextTokenizer, text: str, whole: TokenizedText, bo
     first = bisect_right(offsets, border, key=lambda span: span[1])
     if first < len(ids) and offsets[first][0] < border:
         return False
-    # Special tokens cut a text: what stands before the last one needn't be tokenized again.
+    # What stands before a cut needn't be tokenized again. Special tokens cut a text, too.
+    cut = tokenizer.cut_before(text, border)
+    start = bisect_left(offsets, cut, key=lambda span: span[0])
     ends = tokenizer.end_of_turn_ids
-    last = next((place for place in range(first - 1, -1, -1) if ids[place] in ends), None)
+    last = next((place for place in range(first - 1, start - 1, -1) if ids[place] in ends), None)
     if last is not None:
-        rest = tokenizer.encode(text[offsets[last][1] : border], add_bos=False)
-        if rest.ids == ids[last + 1 : first]:
-            return True
+        cut, start = offsets[last][1], last + 1
+    known = last is not None or (cut and start < first and offsets[start][0] == cut)
+    if known and tokenizer.ending_ids(text[cut:border]) == ids[start:first]:
+        return True
     return tokenizer.encode(text[:border]).ids == ids[:first]
 
 

@@ -20,6 +20,7 @@ from lora.shaders.errors import DeviceMemoryError, InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import Arena, CountingMemory
 from lora.shaders.recording import Recording
+from lora.shaders.stages import stage
 from lora.storage.stores import resolve_model
 from lora.storage.tile_cache import find_tiles
 
@@ -81,6 +82,7 @@ def open_generator(
         InputError: the model or an adapter can't be read, they do not fit together, max_length is
             beyond the model's context, or the device has no room or no products in f16.
     """
+    stage(f"Reading {Path(model).name}")
     gguf_file = GGUFFile(resolve_model(model))
     architecture = Architecture.from_gguf(gguf_file)
     text_tokens = Tokenizer.open(gguf_file, tokenizer)
@@ -91,6 +93,7 @@ def open_generator(
             f"{architecture.context_length} tokens and writes nonsense beyond them. Set "
             f"--max-length to {architecture.context_length} or less."
         )
+    stage("Loading the model")
     wanted = Wanted(device) if isinstance(device, str) else device
     if isinstance(wanted, Device):
         opened, memory = wanted, wanted.arena()

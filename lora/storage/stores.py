@@ -8,6 +8,7 @@ HF_ENDPOINT and HF_HUB_OFFLINE hold as everywhere).
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from lora.shaders.errors import InputError
@@ -18,6 +19,9 @@ from lora.storage.ollama import OLLAMA, OllamaModel, OllamaSettings
 MODEL_NAME_FORMS = (
     "the path of a GGUF file, ollama:NAME[:TAG], hf:ORG/REPO[:QUANTIZATION], or hf:ORG/REPO/FILE"
 )
+
+
+_REPOSITORY = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 
 def check_model_name(name: str) -> None:
@@ -40,7 +44,7 @@ def resolve_model(name: str | Path) -> Path:
     Args:
         name: a path, `ollama:NAME[:TAG]`, `hf:ORG/REPO[:QUANTIZATION]`, or
             `hf:ORG/REPO[@REVISION]/FILE`. A path is returned as it is, whether there is a file or
-            not, but for safetensors.
+            not, but for safetensors and for what looks like a repository's name.
 
     Returns:
         The file; of a split model the first part, with the others beside it.
@@ -53,7 +57,20 @@ def resolve_model(name: str | Path) -> Path:
     if not isinstance(source, Path):
         return source.locate()
     _check_is_no_safetensors(source)
+    hint = hub_hint(str(name))
+    if hint and not source.exists():
+        raise InputError(f"{name}: there is no such file{hint}.")
     return source
+
+
+def hub_hint(name: str) -> str:
+    """Of a name as transformers takes it, ORG/REPO: how it is written here; "" for others."""
+    is_repository = _REPOSITORY.fullmatch(name) and not Path(name).parent.exists()
+    if not is_repository or name.lower().endswith(".gguf"):
+        return ""
+    return (
+        f"; a repository of the Hugging Face hub that holds a GGUF is hf:{name} or hf:{name}:Q4_K_M"
+    )
 
 
 def ollama_settings(name: str) -> OllamaSettings | None:

@@ -37,13 +37,16 @@ def base_repository(config: Config, gguf_file: GGUFFile) -> str | None:
     return repository_of(config.model.path)
 
 
-def model_card(config: Config, gguf_file: GGUFFile, history: History | None = None) -> str:
+def model_card(
+    config: Config, gguf_file: GGUFFile, history: History | None = None, *, chats: bool = False
+) -> str:
     """The card's text.
 
     Args:
         config: of the run. Of paths only the last part is told.
         gguf_file: the base model's.
         history: of the run; None for what was not trained as one.
+        chats: whether the rows were chats: then a bare text is nothing that it was trained on.
     """
     history = history or History()
     name = Path(config.output).name
@@ -53,20 +56,25 @@ def model_card(config: Config, gguf_file: GGUFFile, history: History | None = No
         _introduction(config, gguf_file),
         _results(history),
         _training(config, history),
-        _use(config, gguf_file, name),
+        _use(config, gguf_file, name, chats),
     ]
     return "\n\n".join(section for section in sections if section) + "\n"
 
 
 def write_card(
-    directory: Path, config: Config, gguf_file: GGUFFile, history: History | None = None
+    directory: Path,
+    config: Config,
+    gguf_file: GGUFFile,
+    history: History | None = None,
+    *,
+    chats: bool = False,
 ) -> None:
-    """Writes the card into an adapter's directory, but over none that someone else has written."""
+    """Writes `model_card` into a directory, but over none that someone else has written."""
     path = directory / CARD
     try:
         if path.exists() and _MARK not in path.read_text(errors="replace"):
             return
-        write_file(path, model_card(config, gguf_file, history))
+        write_file(path, model_card(config, gguf_file, history, chats=chats))
     except OSError as error:  # the adapter is worth more
         say_once(f"{path} cannot be written ({error.strerror}): the adapter has no model card.")
 
@@ -130,7 +138,7 @@ def _training(config: Config, history: History) -> str:
         **({"rows of the embedding": ", ".join(map(str, tokens))} if tokens else {}),
         "learning rate": f"{train.learning_rate:g}, {train.schedule}",
         "micro-batch × accumulation": f"{train.batch_size} × {train.gradient_accumulation}",
-        "longest row": f"{config.data.max_length} tokens",
+        "data.max_length": f"{config.data.max_length} tokens",
         "precision": train.precision,
         "seed": str(train.seed),
     }
@@ -144,9 +152,10 @@ def _training(config: Config, history: History) -> str:
     return f"## Training\n\n| | |\n| --- | --- |\n{body}"
 
 
-def _use(config: Config, gguf_file: GGUFFile, name: str) -> str:
+def _use(config: Config, gguf_file: GGUFFile, name: str, chats: bool) -> str:
     repository = base_repository(config, gguf_file)
     adapter = config.hub or name
+    command, prompt = ("chat", "") if chats else ("generate", ' --prompt "…"')
     with_peft = ""
     if repository is not None:
         with_peft = f"""
@@ -161,7 +170,7 @@ model = PeftModel.from_pretrained(base, "{_plain(adapter)}")
     return f"""## Use
 {with_peft}
 ```sh
-lora generate {_plain(Path(config.model.path).name)} --adapter {_plain(name)} --prompt "…"
+lora {command} {_plain(Path(config.model.path).name)} --adapter {_plain(name)}{prompt}
 lora export {_plain(name)} --to {config.adapter.gguf_form}   # for llama.cpp and Ollama
 ```"""
 

@@ -226,23 +226,19 @@ class Course:
         train = session.config.train
         if not train.sample_prompts or self._sampled_at == step:
             return
-        samples = []
+        samples: list[Sample] = []
         for prompt in train.sample_prompts:
             if self._interrupted() is not None:
                 return
+            self._audience.sampling(step, len(samples), len(train.sample_prompts))
             written: Any = prompt
-            if isinstance(prompt, str) and self._trains_on_chats:
+            if isinstance(prompt, str) and session.workload.trains_on_chats:
                 written = [{"role": "user", "content": prompt}]
             samples.append(
                 Sample(prompt, session.generate(written, max_tokens=train.sample_tokens))
             )
         self._sampled_at = step
         self._audience.sampled(step, samples)
-
-    @property
-    def _trains_on_chats(self) -> bool:
-        summary = self._session.workload.train_summary
-        return summary is not None and "chat" in summary.data_format
 
     def load_best(self, folder: Path | None = None) -> bool:
         """Puts the best adapter in place of the last one, where that is asked for.

@@ -51,6 +51,9 @@ class Listener:
     def stopped_early(self, step: int, evaluations: int) -> None:
         """After an evaluation that ends the run: so many in a row brought no gain."""
 
+    def sampling(self, step: int, done: int, total: int) -> None:
+        """While the model answers `train.sample_prompts`: how many are answered."""
+
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """After the model, as `step` left it, answered `train.sample_prompts`."""
 
@@ -224,6 +227,11 @@ class Audience(Listener):
         """Tells all."""
         for listener in self._listeners:
             listener.stopped_early(step, evaluations)
+
+    def sampling(self, step: int, done: int, total: int) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.sampling(step, done, total)
 
     def sampled(self, step: int, samples: Sequence[Sample]) -> None:
         """Tells all."""

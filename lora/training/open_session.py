@@ -368,7 +368,8 @@ class OpenSession(ABC):
             >>> session.save("runs/mine")
         """
         save_peft_adapter(Path(directory), self.layout, self.checked_parameters(), self.config)
-        write_card(Path(directory), self.config, self.workload.gguf_file)
+        work = self.workload
+        write_card(Path(directory), self.config, work.gguf_file, chats=work.trains_on_chats)
 
     def checked_parameters(self) -> np.ndarray:
         """As `parameters`, of an adapter that is to be kept; one that grew large is said.

@@ -33,6 +33,16 @@ _PROCESSES = re.compile(r"^processes ")
 _IN_KERNELS = re.compile(r"^train\.(weight_decay|max_grad_norm) ")  # constants of theirs
 
 
+def check_can_resume(output: Path) -> None:
+    """Refuses a directory without checkpoints, which can be told before anything is loaded.
+
+    Raises:
+        InputError: it is one.
+    """
+    if not checkpoints(output):
+        raise InputError(f"--resume: {output / FOLDER} holds no checkpoint; run without --resume.")
+
+
 def resume(session: TrainingSession, output: Path) -> Path:
     """Puts a session where the last whole checkpoint of `output` stands; returns its directory.
 
@@ -95,8 +105,7 @@ def _chosen(output: Path) -> tuple[Path, dict[str, Any]]:
             raise InputError(f"{path}: not a checkpoint that can be read; remove it.")
         return path, state
     there = checkpoints(output)
-    if not there:
-        raise InputError(f"--resume: {output / FOLDER} holds no checkpoint; run without --resume.")
+    check_can_resume(output)
     which = there[0] if len(there) == 1 else f"{output / FOLDER}: none of {len(there)}"
     raise InputError(f"{which}: not a checkpoint that can be read; run without --resume.")
 

@@ -192,7 +192,8 @@ def _train(
         say_once(f"The last checkpoint could not be saved ({error.strerror or error}).")
     if course.load_best(output / BEST):  # behind the checkpoint, which is of the last step
         session.save(output)
-    write_card(output, session.config, session.workload.gguf_file, History.read(output / METRICS))
+    history, work = History.read(output / METRICS), session.workload
+    write_card(output, session.config, work.gguf_file, history, chats=work.trains_on_chats)
     audience.saved(session.steps_done, output)
 
 

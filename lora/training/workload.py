@@ -21,6 +21,7 @@ from lora.data.given import are_tokens, given_rows, is_counted
 from lora.data.loading import DataSets
 from lora.data.order import BatchStream, DataStream, Share
 from lora.data.peers import Alone, Peers
+from lora.data.rows import chat_template
 from lora.data.streams import StreamedBatches, StreamedExamples
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.adapter import ALIGNMENT, AdapterLayout
@@ -165,6 +166,15 @@ class Workload:
                 digest.update(examples[place].ids.astype("<i4").tobytes())
             found.append(digest.hexdigest())
         return found
+
+    @cached_property
+    def trains_on_chats(self) -> bool:
+        """Whether rows of data.train become chats: messages do, and instructions by a template."""
+        found = self.streamed or self.train_summary
+        formats = "" if found is None else found.data_format  # several: "chat and text"
+        if "chat" in formats:
+            return True
+        return "instruct" in formats and chat_template(self.config.data, self.tokenizer) is not None
 
     @cached_property
     def longest(self) -> int:

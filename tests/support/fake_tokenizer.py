@@ -63,6 +63,12 @@ class FakeTokenizer:
             offsets.append(match.span())
         return TokenizedText(ids, offsets)
 
+    def cut_before(self, text: str, border: int) -> int:
+        return 0
+
+    def ending_ids(self, text: str) -> list[int]:
+        return self.encode(text, add_bos=False).ids
+
     def decode(self, ids: Sequence[int], skip_special: bool = True) -> str:
         names = {number: name for name, number in (SPECIAL | self.special).items()}
         names |= {5000 + index: name for index, name in enumerate(self.merged)}

@@ -165,7 +165,8 @@ def test_commands(generator: TextGenerator) -> None:
     for command in ("/adapter", "/system", "/reset", "/help", "/exit", "Ctrl-D", "Ctrl-C"):
         assert command in help_text
     assert "no command /what; /help" in conversation.say("/what is this")
-    assert conversation.say("/exit", "hello") == ""
+    for leave in ("/exit", "/quit", "/bye"):
+        assert conversation.say(leave, "hello") == ""
     assert conversation.chat.messages == []
 
 

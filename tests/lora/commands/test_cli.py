@@ -7,9 +7,11 @@ import sys
 from pathlib import Path
 
 import pytest
+import typer
 
 from lora import __version__
-from lora.commands.cli import main
+from lora.commands.cli import app, main
+from lora.commands.options import key_of_option
 from lora.shaders.choice import Wanted
 from lora.shaders.errors import InputError
 from tests.support.tiny_gguf import write_tiny_llama
@@ -147,6 +149,37 @@ def test_version_and_help() -> None:
         assert "Usage: " in lora(*arguments).stdout
 
 
+def test_help_on_a_narrow_terminal() -> None:
+    shown = lora("chat", "-h", COLUMNS="44").stdout
+    for option in ("--max-tokens", "--max-length", "--repetition-penalty"):
+        assert option in shown
+    assert all(len(line) <= 44 for line in shown.splitlines())
+
+
+def test_help_flows() -> None:
+    """A docstring's line breaks are none of the help's."""
+    for command in typer.main.get_group(app).commands.values():
+        assert command.help and not any("\n" in part for part in command.help.split("\n\n"))
+
+
+@pytest.mark.parametrize(
+    ("option", "setting"),
+    [
+        ("--learning-rate", "train.learning_rate=VALUE"),
+        ("--lr", "train.learning_rate=VALUE"),
+        ("--lora_r", "adapter.rank=VALUE"),
+        ("--num-layers", "'adapter.layers={last: N}'"),
+    ],
+)
+def test_an_option_that_is_a_key_of_the_config(option: str, setting: str) -> None:
+    with pytest.raises(Exception, match="No such option") as caught:
+        app(["train", "lora.yaml", option, "1"], standalone_mode=False)
+    assert key_of_option(caught.value).endswith(f" --set {setting}")
+    with pytest.raises(Exception, match="No such option") as caught:
+        app(["pull", option], standalone_mode=False)
+    assert key_of_option(caught.value) == ""
+
+
 def test_shell_completion() -> None:
     """The script for a shell, and what it then asks the command for."""
     script = lora(_LORA_COMPLETE="source_bash").stdout
@@ -218,6 +251,12 @@ def test_wrong_data(tmp_path: Path, text: str, words: list[str]) -> None:
     (tmp_path / "train.jsonl").write_text(text)
     overrides = ["--set", "data.append_eos=off"]
     refused(lora("train", path, *overrides), *words)
+
+
+def test_nothing_is_loaded_for_a_run_without_a_checkpoint(tmp_path: Path) -> None:
+    done = lora("train", write_run(tmp_path), "--resume")
+    refused(done, "holds no checkpoint; run without --resume")
+    assert "Reading" not in done.stdout
 
 
 def test_wrong_models(tmp_path: Path) -> None:

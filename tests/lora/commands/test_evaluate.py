@@ -148,3 +148,14 @@ def test_nothing_to_evaluate_on_is_said_before_the_model_is_opened(tmp_path: Pat
         "data.eval is null: there is nothing to evaluate on. Name a file of examples in the "
         "config, or with --set data.eval=FILE."
     )
+
+
+def test_other_examples_than_those_that_choose_the_best(tmp_path: Path) -> None:
+    """data.eval is what --set says, whatever set of the config's own train.best names."""
+    config_with(tmp_path, ROWS)
+    kept = {"eval": {"kept": str(tmp_path / "train.jsonl")}}
+    (tmp_path / "kept").mkdir()
+    path = write_run(tmp_path / "kept", data=kept, train={"best": "eval_kept_loss"})
+    shown = evaluated(path, "--json", "--set", f"data.eval={tmp_path / 'eval.jsonl'}")
+    assert shown.exit_code == 0, shown.stderr
+    assert json.loads(shown.stdout)["base"]["n_examples"] == 3

@@ -46,6 +46,7 @@ def test_the_config_holds_every_key_with_its_default() -> None:
     first, *commands = written.splitlines()
     assert first == "Wrote my run.yaml for 3 rows of the format completion. Next:"
     assert [shlex.split(command) for command in commands] == [
+        ["lora", "data", "my run.yaml"],
         ["lora", "plan", "my run.yaml"],
         ["lora", "train", "my run.yaml"],
     ]
@@ -86,6 +87,8 @@ def test_a_file_that_is_there_stays() -> None:
         ([], "init needs the base model and the examples, such as: lora init --model"),
         (["--model", "model.gguf"], "init needs the base model and the examples"),
         (["--model", "nowhere.gguf", "--data", "my data.jsonl"], "nowhere.gguf: there is no such"),
+        (["--model", "org/base", "--data", "my data.jsonl"], "holds a GGUF is hf:org/base or hf:"),
+        (["--model", "my data.jsonl", "--data", "my data.jsonl"], "my data.jsonl is no GGUF file"),
         (["--model", "hf:nobody", "--data", "my data.jsonl"], "hf:ORG/REPO"),
         (["--model", "model.gguf", "--data", "nowhere.jsonl"], "nowhere.jsonl: there is no such"),
         (["--model", "model.gguf", "--data", "model.gguf"], "model.gguf"),

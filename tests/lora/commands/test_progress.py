@@ -1,4 +1,4 @@
-"""What a run shows: the bar at several widths, plain lines, Ctrl-C, and the summary at the end."""
+"""What a run shows: the bar at several widths, plain lines, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,10 +17,9 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from lora import TrainingSession, run_training
+from lora import TrainingSession
 from lora.commands.plan import seconds_shown
 from lora.commands.progress import Pace, TrainingProgress, binary_size, clock
-from lora.commands.summary import next_commands, summary_rows
 from lora.shaders.device import Device
 from lora.shaders.stages import stage, stages_told
 from lora.training.metrics import EvalResult, Metrics, Sample
@@ -30,10 +30,16 @@ def metrics(step: int, loss: float = 1.0, seconds: float = 2.0, **more: Any) -> 
     return Metrics(step, step / 10, loss, 1.0, 2e-4, 100, 50, 100 / seconds, seconds, **more)
 
 
-def session(done: int = 0, total: int = 36, every: int | None = None) -> Any:
-    train = SimpleNamespace(eval_every=every)
+def session(
+    done: int = 0,
+    total: int = 36,
+    every: int | None = None,
+    threshold: float = 0.0,
+    output: str = "nowhere",
+) -> Any:
+    train = SimpleNamespace(eval_every=every, early_stopping_threshold=threshold)
     return SimpleNamespace(
-        steps_done=done, total_steps=total, config=SimpleNamespace(train=train),
+        steps_done=done, total_steps=total, config=SimpleNamespace(train=train, output=output),
         workload=SimpleNamespace(eval_examples=[1] * 60),
         device=SimpleNamespace(allocated={"weights": 3 << 29}),
     )  # fmt: skip
@@ -51,6 +57,15 @@ def on_terminal(width: int = 80) -> tuple[TrainingProgress, io.StringIO]:
     file = io.StringIO()
     console = Console(width=width, file=file, force_terminal=True, color_system=None)
     return TrainingProgress(console), file
+
+
+def test_prompts_that_are_answered_are_no_step() -> None:
+    progress, _ = on_terminal()
+    progress.started(session())
+    progress.sampling(0, 1, 3)
+    assert shown(progress, 80)[1].startswith("answering prompt 2/3 … · ")
+    progress.sampled(0, [])
+    assert shown(progress, 80)[1].startswith("First step … · ")
 
 
 @pytest.mark.parametrize("width", [80, 40])
@@ -73,7 +88,8 @@ def test_the_bar_is_true_from_the_first_second(width: int) -> None:
     for words in ("loss 1.0000", "ema 1.04", "lr 0.0002", "50 tokens/s", "0:00:34 left"):
         assert words in text, words
     progress.evaluating(19, 12, 60)
-    assert shown(progress, width)[0].startswith("eval 12/60 ")
+    lines = shown(progress, width)
+    assert lines[0].startswith("eval 12/60 ") and lines[1].startswith("after step 19/36 · loss")
 
 
 def test_the_time_left_follows_the_last_steps() -> None:
@@ -87,6 +103,18 @@ def test_the_time_left_follows_the_last_steps() -> None:
     assert progress._seconds_left() == 98 * 25.0 + 9 * 30.0
     progress.step(metrics(100, seconds=25.0))
     assert progress._seconds_left() == 0
+
+
+def test_the_time_left_counts_on_within_a_long_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [1000.0]
+    monkeypatch.setattr("lora.commands.progress.time.monotonic", lambda: now[0])
+    progress, _ = on_terminal()
+    progress.started(session(total=3))
+    for step in (1, 2):
+        progress.step(metrics(step, seconds=25.0))
+    for after, left in ((0, "0:00:25"), (10, "0:00:15"), (14, "0:00:01"), (60, "0:00:00")):
+        now[0] += after
+        assert f"{left} left" in " ".join(shown(progress, 80))
 
 
 def test_the_moving_average_begins_at_the_first_loss() -> None:
@@ -140,6 +168,46 @@ def test_plain_lines_without_a_terminal() -> None:
     assert lines[-1] == "step 50: saved run/checkpoints/step-000050"
 
 
+def test_the_best_is_said_of_the_set_that_decides(capsys: pytest.CaptureFixture[str]) -> None:
+    one = EvalResult(0.5, 1.6, 0.25, 0.0, 3, 60, 100, 0)
+    both = replace(one, sets={"calls": one, "calls_old": one})
+    for metric, line in (
+        ("eval_loss", 0), ("eval_calls_exact_match", 1), ("eval_calls_old_loss", 2)
+    ):  # fmt: skip
+        progress = TrainingProgress(Console(width=4000))
+        progress.improved(5, metric, 0.5)
+        progress.evaluated(5, both)
+        lines = capsys.readouterr().out.splitlines()
+        assert [number for number, text in enumerate(lines) if "best so far" in text] == [line]
+
+
+def test_a_resumed_runs_average_goes_on(tmp_path: Path) -> None:
+    """As that of a run that was never stopped."""
+    whole, losses = Pace(), [4.0, 3.0, 2.0, 1.0]
+    for step, loss in enumerate(losses, 1):
+        whole.add(metrics(step, loss=loss))
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step, past in ((1, 4.0), (2, 3.0), (3, None)):
+            file.write(json.dumps({"step": step, "loss": past}) + "\n")
+    progress, _ = on_terminal()
+    progress.started(session(done=3, output=str(tmp_path)))
+    for step, loss in ((4, 2.0), (5, 1.0)):
+        progress.step(metrics(step, loss=loss))
+    assert f"ema {whole.mean_loss:.4f}" in " ".join(shown(progress, 80))
+
+
+@pytest.mark.parametrize(("threshold", "gain"), [(0.0, "no gain"), (0.01, "no gain above 0.01")])
+def test_why_a_run_stops_early(
+    threshold: float, gain: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With a threshold the last evaluation may have been the best so far."""
+    progress = TrainingProgress(Console(width=4000))
+    progress.started(session(threshold=threshold))
+    progress.stopped_early(4, 2)
+    said = f"step 4: stops early, the last 2 evaluations brought {gain}"
+    assert said in capsys.readouterr().out.splitlines()
+
+
 def test_a_dumb_terminal_gets_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     file = io.StringIO()
@@ -172,21 +240,6 @@ def test_forms() -> None:
     assert [seconds_shown(s) for s in (0.0123, 1.42, 25, 110, 1500, 9000)] == [
         "12.3 ms", "1.4 s", "25 s", "110 s", "25 min", "2.5 h"
     ]  # fmt: skip
-
-
-def test_the_summary(tmp_path: Path, device: Device) -> None:
-    path = write_run(tmp_path, train={"steps": 4, "eval_at_start": True})
-    with TrainingSession.from_config(path, device=device) as opened:
-        output = run_training(opened)
-        rows = summary_rows(opened.config, output)
-        assert set(rows) == {"trained", "loss", "evaluation", "best", "adapter"}
-        assert rows["trained"].startswith("4 steps in 0:0")
-        assert " → " in rows["loss"] and "(after steps 0 and 4)" in rows["evaluation"]
-        commands = next_commands(opened.config, [str(path), "--set", "a=b c"], output)
-        chat = next_commands(opened.config, [str(path)], output, chats=True)
-    assert chat[1] == f"lora chat {tmp_path / 'model.gguf'} --adapter {output}"
-    assert commands[0] == f"lora eval {path} --set 'a=b c' --adapter {output}"
-    assert [c.split()[1] for c in commands] == ["eval", "generate", "export", "report"]
 
 
 def test_ctrl_c_is_acknowledged_within_a_long_step(tmp_path: Path) -> None:

@@ -183,6 +183,31 @@ def test_charts_stay_in_their_frames(tmp_path: Path) -> None:
         assert all(0 <= place <= 100 for place in places) and made["y"]
 
 
+def test_charts_of_several_sets(tmp_path: Path) -> None:
+    """Kind by kind, all sets before each; and no axis with shares below none or above all."""
+    run = write_history(tmp_path / "run")
+    sets = {
+        f"eval_{name}{kind}": value
+        for name in ("", "b_", "a_")
+        for kind, value in (("exact_match", 0.0), ("accuracy", 1.0), ("loss", 0.5))
+    }
+    with open(run / "metrics.jsonl", "w") as file:
+        for step in (0, 5):
+            file.write(json.dumps({"step": step, **sets}) + "\n")
+    found = charts(read_runs([run]))
+    assert [chart.title for chart in found] == [
+        "loss", "eval a loss", "eval b loss",
+        "eval accuracy", "eval a accuracy", "eval b accuracy",
+        "eval exact match", "eval a exact match", "eval b exact match",
+    ]  # fmt: skip
+    for chart in found[3:]:
+        labels = [int(label.removesuffix("%")) for _, label in drawn(chart, 1)["y"]]
+        assert labels and all(0 <= label <= 100 for label in labels)
+    (run / "samples.jsonl").write_text(json.dumps({"step": 5, "prompt": "hi", "text": " "}))
+    assert report(run).exit_code == 0
+    assert "nothing" in Page((run / "report.html").read_text()).texts
+
+
 def test_the_report_of_a_run_that_ran(tmp_path: Path) -> None:
     path = write_run(tmp_path, train={"steps": 2})
     assert CliRunner().invoke(app, ["train", str(path)]).exit_code == 0

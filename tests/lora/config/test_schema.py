@@ -387,9 +387,26 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     absent = str(tmp_path / "absent.yaml")
     assert refusal(absent) == f"{absent}: there is no such file."
     assert refusal(str(tmp_path)).startswith(f"{tmp_path}: cannot be read (")
-    binary = tmp_path / "model.gguf"
+    binary = tmp_path / "binary.yaml"
     binary.write_bytes(b"GGUF\xff\xfe")
     assert refusal(str(binary)) == f"{binary}: not a text file in UTF-8."
+
+
+@pytest.mark.parametrize(
+    ("name", "again"),
+    [
+        (
+            "m/a b.Q4_1.gguf",
+            "is a model, .* lora init --model 'm/a b.Q4_1.gguf' --data DATA writes",
+        ),
+        ("hf:org/repo", "is a model, .* lora train --model hf:org/repo --data DATA needs none"),
+        ("rows.jsonl", "is data, .* lora init --model MODEL --data rows.jsonl writes one"),
+        ("rows.json.gz", "is data, .* lora train --model MODEL --data rows.json.gz needs none"),
+    ],
+)
+def test_a_model_or_data_in_place_of_a_config(name: str, again: str) -> None:
+    with pytest.raises(InputError, match=again):
+        load_config(name)
 
 
 def test_other_tools_names_lead_to_keys_that_are_there() -> None:

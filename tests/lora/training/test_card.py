@@ -52,6 +52,8 @@ def test_what_the_card_knows(tmp_path: Path) -> None:
     assert card.data.datasets == ["org/rows"]
     assert card.data.tags == ["base_model:adapter:org/base-Instruct", "lora", "webgpu-lora"]
     assert 'from_pretrained("org/base-Instruct")' in card.text
+    assert "\nlora generate model.gguf --adapter run --prompt" in card.text
+    assert "\nlora chat model.gguf --adapter run\n" in model_card(config, model, chats=True)
     strange = Named(
         tmp_path / "model.gguf", general_license="a\nb: c", general_source_url="https://x.org/a/b"
     )

@@ -361,7 +361,14 @@ def test_a_run_off_the_main_thread(tmp_path: Path, device: Device) -> None:
 def test_answers_to_prompts(tmp_path: Path, device: Device) -> None:
     prompts = ["say ab ", "say abab "]
     session = opened(tmp_path, device, sample_prompts=prompts, sample_every=4, sample_tokens=3)
-    output = run_training(session)
+    asked: list[tuple[int, int, int]] = []
+
+    class Asked(Listener):
+        def sampling(self, step: int, done: int, total: int) -> None:
+            asked.append((step, done, total))
+
+    output = run_training(session, listeners=[Asked()])
+    assert asked == [(step, done, 2) for step in (0, 4, 8) for done in (0, 1)]
     lines = [json.loads(line) for line in (output / "samples.jsonl").read_text().splitlines()]
     assert [(line["step"], line["prompt"]) for line in lines] == [
         (step, prompt) for step in (0, 4, 8) for prompt in prompts

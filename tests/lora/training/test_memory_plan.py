@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import StringIO
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rich.console import Console
 
+from lora.commands.plan import print_plan
 from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.shaders.device import Device
@@ -15,6 +18,7 @@ from lora.shaders.errors import DeviceMemoryError, GPUError, InputError
 from lora.shaders.webgpu import Use
 from lora.training.device_state import SessionPlan
 from lora.training.session import TrainingSession
+from lora.training.workload import Workload
 from tests.support.tiny_gguf import write_tiny_llama
 
 
@@ -69,3 +73,17 @@ def test_a_refusal_of_the_device(config: Config, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(device.handle, "create_buffer", refuse)
     with pytest.raises(DeviceMemoryError, match=r"refused a buffer of .* \(Not enough memory left"):
         device.memory.empty((100,))
+
+
+@pytest.mark.parametrize(("limit", "said"), [("0.1MiB", True), ("7GiB", False)])
+def test_a_plan_above_the_limit_says_so(
+    config: Config, device: Device, limit: str, said: bool
+) -> None:
+    """With all layers run again, too."""
+    train = config.train.model_copy(update={"memory_limit": limit, "steps": 3})
+    config = config.model_copy(update={"train": train})
+    workload = Workload.open(config, train=True, examples=EXAMPLES)
+    out = StringIO()
+    print_plan(Console(file=out, width=400), SessionPlan.of(device.facts, workload))
+    assert (f"train.memory_limit ({limit}) is 0 MiB; lower" in out.getvalue()) == said
+    assert "\nsteps         3 (1.5 epochs), micro-batches" in out.getvalue()

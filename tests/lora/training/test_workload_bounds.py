@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -38,3 +39,25 @@ def test_micro_batches_that_cannot_be_counted(tmp_path: Path) -> None:
     workload = Workload.open(load_config(str(write_run(tmp_path, **sections))), train=True)
     with pytest.raises(InputError, match="train.batch_size: micro-batches of up to 10,000,000,000"):
         _ = workload.maximum_rows
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+@pytest.mark.parametrize(
+    ("row", "settings", "chats"),
+    [
+        ({"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
+         {}, True),
+        ({"instruction": "say", "input": "a", "output": "b"}, {}, True),
+        ({"question": "say a", "answer": "b"}, {}, True),
+        ({"question": "say a", "answer": "b"}, {"format": "completion"}, False),
+        ({"prompt": "say a", "completion": "b"}, {}, False),
+    ],
+)  # fmt: skip
+def test_which_rows_are_chats(
+    tmp_path: Path, row: dict[str, Any], settings: dict[str, str], chats: bool, streaming: bool
+) -> None:
+    """Prompts to be answered, and the commands at the end, go by what the rows became."""
+    path = write_run(tmp_path, data=settings | {"streaming": streaming}, train={"steps": 2})
+    (tmp_path / "train.jsonl").write_text(f"{json.dumps(row)}\n" * 4)
+    workload = Workload.open(load_config(str(path)), train=True)
+    assert workload.trains_on_chats == chats
