@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
+from lora.backward.rope import rope_backward
 from lora.forward import attention as forward_attention
 from lora.forward.attention import activation_like, attention_constants, visible_pairs
 from lora.forward.attention_matrix import MatrixCut, cut_constants
-from lora.forward.heads import Heads
+from lora.forward.heads import Heads, Rotation
+from lora.forward.rope import HeadSums, turns_whole
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -37,8 +39,9 @@ def attention_backward(
     *,
     d_qkv: Tensor | None = None,
     dots: Tensor | None = None,
+    rotation: Rotation | None = None,
 ) -> Tensor:  # [rows, (n_heads + 2 n_kv_heads) · head_size]
-    """Appends the gradient of `attention` to its qkv: two or three dispatches, no atomics.
+    """Appends the gradient of `attention` to its qkv: two to four dispatches, no atomics.
 
     Bit for bit, an example's result does not depend on where it lies or on what lies beside it.
 
@@ -50,6 +53,7 @@ def attention_backward(
         heads: as the forward had them.
         d_qkv: where to write; a new tensor by default. qkv, out, d_out and d_qkv may be f16.
         dots: [rows, n_heads], for each row's d_out · out; a new tensor by default.
+        rotation: of q and k before attention; where given, their gradients are turned back, too.
     """
     qkv, out, lse = attended.qkv, attended.out, attended.lse
     n_heads, n_kv_heads, head_size = heads.n_heads, heads.n_kv_heads, heads.head_size
@@ -122,7 +126,10 @@ def attention_backward(
             tile.workgroups(rows, owners),
             flops=kv_flops,
         )
-    if split:
+    n_turned, sums_of_heads = n_heads + n_kv_heads, None
+    if split and rotation is not None and turns_whole(rotation, head_size, d_x.shape[1]):
+        sums_of_heads = HeadSums(sums, n_heads, n_kv_heads)
+    elif split:
         shapes = ("n_heads", "n_kv_heads", "head_size", "stride")
         program.dispatch(
             "attention_backward_kv_sum",
@@ -131,6 +138,8 @@ def attention_backward(
             [extent.uniform, sums, d_x],
             -(-rows * n_kv_heads * head_size // (2 * _SUM_LANES)),
         )
+    if rotation is not None:
+        rope_backward(program, d_x, rotation, n_turned, head_size, sums=sums_of_heads)
     return d_x
 
 

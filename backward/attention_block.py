@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.backward.attention import Attended, attention_backward
-from lora.backward.head_gate import head_gate_backward
+from lora.backward.before import Before
+from lora.backward.head_gate import HeadGateBefore
 from lora.backward.head_norm_rope import head_norm_rope_backward
-from lora.backward.recorder import BackwardRecorder, Before
+from lora.backward.recorder import BackwardRecorder
 from lora.backward.rope import rope_backward
 from lora.backward.span_norm import span_norm_backward
 from lora.forward.copy_columns import copy_columns
@@ -48,6 +49,11 @@ def allocate_attention_gradients(
     return AttentionGradients(tensor(spec.query_size), d_qkv, d_raw, tensor(spec.n_heads, "f32"))
 
 
+def _shares_keys(layer: BackwardRecorder, spec: Attention) -> bool:
+    """Whether the layer's keys and values are another's, or another takes them."""
+    return spec.keys_of is not None or layer.layer in layer.shared.scratch.d_kept
+
+
 def _share_gradients(layer: BackwardRecorder, spec: Attention, d_qkv: Tensor) -> None:
     """Appends: gradients of keys and values go to the layer that they are of, which adds them.
 
@@ -74,26 +80,27 @@ def record_attention_backward(
     """Appends the block's backward; see `BlockBackward`."""
     program, inputs, weights = layer.program, layer.shared.inputs, layer.weights
     scratch, heads = layer.scratch(spec), Heads.of(spec)
-    gated = act.gated or act.attended
-    if not layer.through("attn_output", gated, d_output, scratch.d_attended):
-        return False
+    gate = None
     if act.gated is not None and act.raw_qkv is not None:
-        head_gate_backward(
-            program, act.raw_qkv, act.attended, spec.head_size, scratch.d_attended, scratch.d_raw
-        )
+        gate = HeadGateBefore(act.raw_qkv, act.attended, spec.head_size, scratch.d_raw)
+    gated = act.gated or act.attended
+    if not layer.through("attn_output", gated, d_output, scratch.d_attended, gate):
+        return False
     attended = Attended(act.qkv, act.attended, act.lse)
+    rotation, norms = rotation_of(weights, spec, inputs.positions), head_norms(weights)
+    # Nothing comes between: no norm, no gradient of other layers.
+    at_once = act.raw_qkv is None and not _shares_keys(layer, spec)
     attention_backward(
         program, attended, scratch.d_attended, inputs.segments, heads, d_qkv=scratch.d_qkv,
-        dots=scratch.dots,
+        dots=scratch.dots, rotation=rotation if at_once else None,
     )  # fmt: skip
     _share_gradients(layer, spec, scratch.d_qkv)
-    rotation, norms = rotation_of(weights, spec, inputs.positions), head_norms(weights)
     if act.raw_qkv is not None and norms is not None:
         head_norm_rope_backward(program, act.raw_qkv, norms, rotation, heads, scratch.d_qkv)
     else:
         late = spec.qk_norm == LATE_NORM
         turning = turned_heads(spec)
-        if not late:
+        if not late and not at_once:
             rope_backward(program, scratch.d_qkv, rotation, turning, spec.head_size)
         if spec.norms_spans and act.raw_qkv is not None:
             # In place what isn't normed stays; where k is v, too, what comes by v is added to it.

@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
+from lora.backward.before import AddBefore, Before
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
-from lora.backward.recorder import (
-    AddBefore,
-    BackwardPass,
-    BackwardRecorder,
-    Before,
-    InputGradient,
-)
+from lora.backward.recorder import BackwardPass, BackwardRecorder, InputGradient
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.backward.token_rows import logits_gradient, logits_input_gradient, take_logits
 from lora.forward.decoder.head import (
@@ -146,7 +141,7 @@ def record_layer_backward(
     # Where this is the lowest adapted layer, what lies below its lowest adapted group is not run.
     adapted = [group for group in spec.groups if (layer, group) in shared.factors]
     recorder = BackwardRecorder(
-        program, shared, layer, act.z, adapted[0] if lowest else "", act.products
+        program, shared, layer, act.z, adapted[0] if lowest else "", act.products, act.shares
     )
     d_x = scratch.d_x
     with program.scope(f"layers.{layer}"):

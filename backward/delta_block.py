@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.backward.before import Before
 from lora.backward.causal_conv import causal_conv_backward
 from lora.backward.gated_delta import (
     KEY,
@@ -13,9 +14,9 @@ from lora.backward.gated_delta import (
     delta_gates_backward,
     gated_delta_backward,
 )
-from lora.backward.recorder import BackwardRecorder, Before
+from lora.backward.recorder import BackwardRecorder
 from lora.backward.span_norm import span_norm_backward
-from lora.backward.swiglu import swiglu_backward
+from lora.backward.swiglu import SwigluBefore
 from lora.forward.copy_columns import copy_columns
 from lora.forward.decoder.delta_block import (
     DeltaActivations,
@@ -86,9 +87,10 @@ def record_delta_backward(
     """Appends the block's backward; see `BlockBackward`. act.gated is overwritten."""
     program, weights, segments = layer.program, layer.weights, layer.shared.inputs.segments
     scratch: DeltaBlockGradients = layer.scratch(spec)
-    if not layer.through("delta_out", act.mixed, d_output, scratch.d_mixed):
+    gate = SwigluBefore(act.gated)
+    if not layer.through("delta_out", act.mixed, d_output, scratch.d_mixed, gate):
         return False
-    d_gated = swiglu_backward(program, act.gated, scratch.d_mixed, out=act.gated)
+    d_gated = act.gated
     copy_columns(
         program, d_gated, 0, scratch.d_projected, spec.conv_size, spec.value_size, label="d_z"
     )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lora.backward.recorder import BackwardRecorder, Before
-from lora.backward.swiglu import swiglu_backward
+from lora.backward.before import Before
+from lora.backward.recorder import BackwardRecorder
+from lora.backward.swiglu import SwigluBefore
 from lora.forward.decoder.gated_block import GatedActivations
 from lora.forward.model.layer_spec import GatedFeedForward
 from lora.shaders.recording import Recording
@@ -21,10 +22,7 @@ def record_gated_backward(
     d_output: Tensor, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gate_up is overwritten."""
-    d_gated = layer.scratch(spec)
-    if not layer.through("down", act.gated, d_output, d_gated):
+    gate = SwigluBefore(act.gate_up, spec.activation)
+    if not layer.through("down", act.gated, d_output, layer.scratch(spec), gate):
         return False
-    d_gate_up = swiglu_backward(
-        layer.program, act.gate_up, d_gated, activation_name=spec.activation, out=act.gate_up
-    )
-    return layer.through("gate_up", normed, d_gate_up, layer.shared.scratch.d_normed, before)
+    return layer.through("gate_up", normed, act.gate_up, layer.shared.scratch.d_normed, before)

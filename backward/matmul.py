@@ -8,7 +8,7 @@ from lora.forward.matmul_bodies import record_product
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.part_product import PartProduct, Place
-from lora.forward.plans.stretches import ProductNorm
+from lora.forward.plans.stretches import Follower
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -27,7 +27,7 @@ def matmul_backward(
     lora: LoraFactors | None = None,
     d_z: Tensor | None = None,
     out: Tensor | None = None,
-    before: ProductNorm | Accumulate | None = None,
+    before: Follower | Accumulate | None = None,
     label: str = "matmul_backward",
 ) -> Tensor:  # [rows, in_features]
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
@@ -38,10 +38,10 @@ def matmul_backward(
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
         out: where to write; a new tensor by default.
-        before: what gave x: the backward of a norm is appended too, and d_x may then stay
-            unwritten; to `Accumulate` d_x is added.
+        before: what gave x: its backward is appended too, and d_x may then stay unwritten; to
+            `Accumulate` d_x is added.
     """
-    norm = None if isinstance(before, Accumulate) else before
+    then = None if isinstance(before, Accumulate) else before
     extent = extent_of(d_y)
     check_shape("matmul_backward input", d_y, None, matrix.out_features)
     d_x = out if out is not None else activation(program, extent, matrix.in_features)
@@ -63,7 +63,7 @@ def matmul_backward(
             rank=lora.rank if lora else 0,
             epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
         )
-        record_product(program, one, norm if whole else None, label)
-    if norm is not None and not whole:
-        norm.record(program, d_x)
+        record_product(program, one, then if whole else None, label)
+    if then is not None and not whole:
+        then.record(program, d_x)
     return d_x

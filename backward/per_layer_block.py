@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from lora.backward.per_layer import per_layer_gate_backward
-from lora.backward.recorder import BackwardRecorder, Before
+from lora.backward.before import Before
+from lora.backward.per_layer import PerLayerGateBefore
+from lora.backward.recorder import BackwardRecorder
 from lora.forward.decoder.per_layer_block import PerLayerActivations
 from lora.forward.model.layer_spec import PerLayerInput
 from lora.shaders.recording import Recording
@@ -20,10 +21,9 @@ def record_per_layer_backward(
     d_output: Tensor, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gate is overwritten."""
-    d_gated, inputs = layer.scratch(spec), layer.shared.per_layer
+    inputs = layer.shared.per_layer
     assert inputs is not None  # as the model has such
-    if not layer.through("proj", act.gated, d_output, d_gated):
+    gate = PerLayerGateBefore(act.gate, inputs, spec.layer * spec.size, spec.activation)
+    if not layer.through("proj", act.gated, d_output, layer.scratch(spec), gate):
         return False
-    first = spec.layer * spec.size
-    per_layer_gate_backward(layer.program, act.gate, inputs, first, spec.activation, d_gated)
     return layer.through("inp_gate", source, act.gate, layer.shared.scratch.d_normed, before)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+from lora.backward.before import AddBefore, Before, SourceBefore
 from lora.backward.dora import dora_gradient
 from lora.backward.dropout import dropout_input_gradient
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.matmul import Accumulate, matmul_backward
-from lora.backward.rmsnorm import NormBefore
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.model.factors import Factors, LoraFactors
@@ -19,20 +19,6 @@ from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
-
-
-@dataclass(frozen=True)
-class AddBefore:
-    """A block that is given the residual stream: its input's gradient is added to the stream's.
-
-    Attributes:
-        out: f32 [rows, hidden_size].
-    """
-
-    out: Tensor
-
-
-Before = NormBefore | AddBefore
 
 Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
 
@@ -107,7 +93,7 @@ class InputGradient:
     dropout: GroupDropout | None
 
     def record(
-        self, program: Program, out: Tensor, before: NormBefore | Accumulate | None, label: str
+        self, program: Program, out: Tensor, before: SourceBefore | Accumulate | None, label: str
     ) -> None:
         """Appends it; `out` and `before` as of `matmul_backward`."""
         lora, d_z = self.lora, self.d_z
@@ -120,7 +106,7 @@ class InputGradient:
         accumulates = isinstance(before, Accumulate)
         dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
         matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
-        if isinstance(before, NormBefore):
+        if isinstance(before, SourceBefore):
             before.record(program, out)
 
 
@@ -132,6 +118,8 @@ class BackwardRecorder:
         z: [rows, members · rank], by adapted group.
         products: of the forward, by group whose columns DoRA scales.
         last: the group below which nothing is wanted; "" where all is.
+        shares: whether other layers' forwards have overwritten what products were given by a
+            `SourceBefore`, which then writes it again before the factors' gradients read it.
     """
 
     program: Program
@@ -140,6 +128,7 @@ class BackwardRecorder:
     z: Mapping[str, Tensor]
     last: str
     products: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: bool = False
 
     @property
     def weights(self) -> LayerWeights:
@@ -158,11 +147,13 @@ class BackwardRecorder:
         Args:
             source: [rows, in_features], what the product was given.
             d_y: [rows, out_features].
-            out: [rows, in_features], the gradient to source, where nothing lies before.
-            before: what does, before a block.
+            out: [rows, in_features], the gradient to source; or unwritten, or overwritten, where
+                something lies before.
+            before: what gave source, or the residual stream; None for what is recorded elsewhere.
 
         Returns:
-            Whether anything below the group is wanted; if not, `out` is not written.
+            Whether anything below the group is wanted; if not, `out` is not written, nor is
+            anything of what lies before.
         """
         lora = self.shared.factors.get((self.layer, group))
         z, d_z, wanted = self.z.get(group), None, group != self.last
@@ -173,19 +164,22 @@ class BackwardRecorder:
             assert d_magnitudes is not None  # one layout has both
             dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
             d_y = scaled
-        if lora is not None and z is not None:
+        if lora is not None:
             d_z = self.shared.scratch.d_z[lora.n_members * lora.rank]
             lora_project_gradient(self.program, d_y, lora, out=d_z)
-            slices = self.shared.gradients[self.layer, group]
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
-            lora_gradients(self.program, source, z, d_y, d_z, lora, slices, dropout=dropout)
+            if self.shares and isinstance(before, SourceBefore):
+                before = replace(before, again=source)
         if wanted:
-            stream = before.out if isinstance(before, AddBefore) else None
             product = InputGradient(d_y, self.weights.matrices[group], lora, d_z, dropout)
-            product.record(
-                self.program, stream or out,
-                Accumulate() if isinstance(before, AddBefore) else before,
-                f"{group}_backward",
-            )  # fmt: skip
+            if isinstance(before, AddBefore):
+                product.record(self.program, before.out, Accumulate(), f"{group}_backward")
+            else:
+                product.record(self.program, out, before, f"{group}_backward")
+        elif isinstance(before, SourceBefore) and before.again is not None:
+            before.repeat(self.program, source)
+        if lora is not None and z is not None and d_z is not None:
+            slices = self.shared.gradients[self.layer, group]
+            lora_gradients(self.program, source, z, d_y, d_z, lora, slices, dropout=dropout)
         return wanted

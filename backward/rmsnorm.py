@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.backward.before import SourceBefore
 from lora.forward.model.norm import Norm
-from lora.forward.plans.stretches import Stretches
-from lora.forward.rmsnorm import check_stretches, row_lanes
+from lora.forward.plans.stretches import Stretches, check_stretches
+from lora.forward.rmsnorm import adds_up, rmsnorm, row_lanes
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)
-class NormBefore:
+class NormBefore(SourceBefore):
     """RMSNorm's backward of a product's gradient; attributes as arguments of `rmsnorm_backward`."""
 
     x: Tensor
@@ -22,11 +24,19 @@ class NormBefore:
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """See `lora.forward.plans.stretches.ProductNorm`; a product in stretches is not written."""
+        """See `lora.forward.plans.stretches.Follower`; a product in stretches is not written."""
         rmsnorm_backward(
             program, self.x, self.norm, product, residual=self.residual,
-            out=self.out, stretches=stretches,
+            out=self.out, stretches=stretches, normed=self.again,
         )  # fmt: skip
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `lora.forward.plans.stretches.Follower`."""
+        return adds_up(recording, width, splits)
+
+    def repeat(self, program: Program, out: Tensor) -> None:
+        """See `SourceBefore`."""
+        rmsnorm(program, self.x, self.norm, out=out)
 
 
 def rmsnorm_backward(
@@ -38,6 +48,7 @@ def rmsnorm_backward(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     stretches: Stretches | None = None,
+    normed: Tensor | None = None,
 ) -> Tensor:  # [rows, width]
     """Appends d_x = (gradient through the norm) + residual.
 
@@ -49,6 +60,8 @@ def rmsnorm_backward(
         out: where to write, f32 or f16; a new f32 tensor by default.
         stretches: where given, d_y is their sum, rounded as d_y would hold it, and d_y itself is
             neither read nor written.
+        normed: [rows, width], f32 or f16; where given, what the norm gave is written there again,
+            to the bits of `rmsnorm`.
     """
     width = x.shape[1]
     check_shape("rmsnorm_backward weight", norm.weight, width)
@@ -71,6 +84,9 @@ def rmsnorm_backward(
         check_stretches("rmsnorm_backward", stretches, extent.maximum, width)
         if stretches.residual is not None:
             raise ValueError("rmsnorm_backward: a gradient in stretches has no residual of its own")
+    if normed is not None:
+        check_shape("rmsnorm_backward normed", normed, x.shape[0], width)
+        tensors.append(normed)
     constants = {
         "width": width,
         "x_type": x.dtype,
@@ -79,6 +95,7 @@ def rmsnorm_backward(
         "lanes": row_lanes(program.recording, width),
         "epsilon": norm.epsilon,
         "residual": kind,
+        "normed_type": None if normed is None else normed.dtype,
         "splits": stretches.splits if stretches else 1,
         "maximum_rows": extent.maximum if stretches else 0,
     }

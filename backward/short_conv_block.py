@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora.backward.causal_conv import causal_conv_backward
-from lora.backward.recorder import BackwardRecorder, Before
+from lora.backward.before import Before
+from lora.backward.causal_conv import ConvolutionBefore
+from lora.backward.recorder import BackwardRecorder
 from lora.forward.decoder.short_conv_block import ShortConvActivations, convolution_of
 from lora.forward.model.recurrent_spec import ShortConvolution
 from lora.shaders.recording import Recording
@@ -36,11 +37,10 @@ def record_short_conv_backward(
     d_output: Tensor, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`."""
-    scratch = layer.scratch(spec)
-    if not layer.through("conv_out", act.mixed, d_output, scratch.d_mixed):
+    scratch, segments = layer.scratch(spec), layer.shared.inputs.segments
+    convolution = ConvolutionBefore(
+        act.gates, convolution_of(layer.weights), segments, scratch.d_gates
+    )
+    if not layer.through("conv_out", act.mixed, d_output, scratch.d_mixed, convolution):
         return False
-    causal_conv_backward(
-        layer.program, act.gates, convolution_of(layer.weights), layer.shared.inputs.segments,
-        scratch.d_mixed, scratch.d_gates,
-    )  # fmt: skip
     return layer.through("conv_in", normed, scratch.d_gates, layer.shared.scratch.d_normed, before)

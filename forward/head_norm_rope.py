@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 from lora.forward.heads import Heads, Rotation
 from lora.forward.model.norm import HeadNorms
+from lora.forward.plans.stretches import Stretches, stretch_constants
+from lora.forward.rmsnorm import MOST_PARTIAL_QUADS
 from lora.forward.rope import rope
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -17,6 +20,30 @@ GPU_LANES, GPU_QUADS = 64, 4
 CPU_LANES, CPU_QUADS = 8, 8  # one vector: no lane waits for another
 
 
+@dataclass(frozen=True)
+class HeadNormRopeAfter:
+    """The norms and the rotation of a product; attributes as the arguments of `head_norm_rope`."""
+
+    norms: HeadNorms
+    rotation: Rotation
+    heads: Heads
+    out: Tensor
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """See `Follower`; the product is written in either case."""
+        head_norm_rope(
+            program, product, self.norms, self.rotation, self.heads, out=self.out,
+            stretches=stretches,
+        )  # fmt: skip
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `Follower`: a lane holds all stretches of its columns of a head."""
+        c = head_constants(recording, self.norms, self.rotation, self.heads)
+        turned = [c["half"] // 2] if c["interleaved"] else [c["half"] // 4] * 2
+        parts = [*turned, c["head_size"] // 4 - c["half"] // 2]
+        return splits * sum(-(-part // c["sum_lanes"]) for part in parts) <= MOST_PARTIAL_QUADS
+
+
 def head_norm_rope(
     program: Program,
     qkv: Tensor,
@@ -25,6 +52,7 @@ def head_norm_rope(
     heads: Heads,
     *,
     out: Tensor | None = None,
+    stretches: Stretches | None = None,
 ) -> Tensor:  # [rows, (n_heads + 2 n_kv_heads) · head_size]
     """Appends qkv with each head of q and of k normed on its own, then rotated; v is copied.
 
@@ -36,6 +64,7 @@ def head_norm_rope(
         heads: how they lie.
         out: where to write, f32 or f16; a new f32 tensor by default. Not `qkv`, which the backward
             reads.
+        stretches: where given, qkv is first written as their sum.
     """
     check_head_shapes(qkv, norms, rotation, heads)
     extent = extent_of(qkv)
@@ -43,12 +72,20 @@ def head_norm_rope(
     check_shape("head_norm_rope output", y, *qkv.shape)
     together = turns_whole_quads(rotation)
     constants = head_constants(program.recording, norms, rotation, heads)
-    turned = [rotation.positions, rotation.tables] if together else []
+    tensors = [extent.uniform, qkv, norms.q.weight, norms.k.weight, y]
+    if together:
+        tensors += [rotation.positions, rotation.tables]
+    if stretches is not None:
+        tensors[1] = stretches.partial
+        tensors.append(qkv)
     program.dispatch(
         "head_norm_rope",
-        constants | {"x_type": qkv.dtype, "out_type": y.dtype},
-        [extent.uniform, qkv, norms.q.weight, norms.k.weight, y, *turned],
+        constants
+        | {"x_type": qkv.dtype, "out_type": y.dtype}
+        | stretch_constants("head_norm_rope", stretches, extent.maximum, qkv.shape[1]),
+        tensors,
         -(-extent.maximum * (heads.n_heads + 2 * heads.n_kv_heads) // heads_a_workgroup(constants)),
+        label="head_norm_rope" if stretches is None else "reduce_head_norm_rope",
     )
     if not together:
         rope(program, y, rotation, heads.n_heads + heads.n_kv_heads, heads.head_size)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora.forward.matmul_bodies import record_product
 from lora.forward.part_product import PartProduct, Place, adapted_members
-from lora.forward.plans.stretches import ProductNorm
+from lora.forward.plans.stretches import Follower
 from lora.forward.product import Product
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -16,7 +16,7 @@ def matmul(
     product: Product,
     *,
     out: Tensor | None = None,
-    norm: ProductNorm | None = None,
+    then: Follower | None = None,
     label: str = "matmul",
 ) -> Tensor:  # [rows, out_features]
     """Appends a product, decoding W in the kernel's tiles.
@@ -24,8 +24,8 @@ def matmul(
     Args:
         product: of rows of f32 or f16, without a gate or a norm before it.
         out: where to write; a new tensor by default.
-        norm: a norm of y, appended too: with what finishes the product, where that is a second
-            pass of its own.
+        then: what follows y (a norm, a gate), appended too: as what finishes the product, where
+            that is a second pass of its own.
     """
     x, matrix, lora = product.x, product.matrix, product.lora
     if not isinstance(x, Tensor) or product.gate is not None or product.norm is not None:
@@ -54,7 +54,7 @@ def matmul(
             softcap=product.softcap,
             epilogue=product.epilogue,
         )
-        record_product(program, one, norm if whole else None, label)
-    if norm is not None and not whole:
-        norm.record(program, y)
+        record_product(program, one, then if whole else None, label)
+    if then is not None and not whole:
+        then.record(program, y)
     return y

@@ -21,7 +21,7 @@ from lora.forward.plans.matmul_tiles import (
     matrix_tiles_of,
     tiles_of,
 )
-from lora.forward.plans.stretches import ProductNorm
+from lora.forward.plans.stretches import Follower
 from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
@@ -66,13 +66,11 @@ BODIES: Mapping[str, Body] = {
 }
 
 
-def record_product(
-    program: Program, one: PartProduct, norm: ProductNorm | None, label: str
-) -> None:
+def record_product(program: Program, one: PartProduct, then: Follower | None, label: str) -> None:
     """Appends a product with one part, by the body that the recording names or those that fit.
 
     Args:
-        norm: see `lora.forward.matmul.matmul`; of a matrix of one part.
+        then: see `lora.forward.matmul.matmul`; after a matrix of one part.
     """
     recording, extent = program.recording, extent_of(one.x)
     constants = one.constants(label)
@@ -102,7 +100,7 @@ def record_product(
         place=one.place,
         label=label,
         flops=2 * extent.maximum * one.n_columns * terms,
-        norm=norm,
+        then=then,
     )
     record_request(program, request)
 

@@ -50,7 +50,7 @@ def fits_matrix(recording: Recording, _: PartProduct) -> bool:
 
 
 def record_matrix(program: Program, request: Request, plan: Plan | None) -> None:
-    """Appends the product, and the norm after it."""
+    """Appends the product, and what follows it."""
     assert plan is not None  # tiles are chosen
     shape = shape_on(program.recording.facts)
     of = shape or EMULATED

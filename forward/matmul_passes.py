@@ -9,20 +9,19 @@ from lora.forward.part_product import Place, place_uniforms
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
 from lora.forward.plans.stretches import Stretches
-from lora.forward.rmsnorm import adds_up
 from lora.shaders.program import Program
 
 
 def record_passes(
     program: Program, request: Request, plan: Plan, template: str, more: Mapping[str, Any]
 ) -> None:
-    """Appends a product by a template that computes one tile a workgroup, and the norm after it.
+    """Appends a product by a template that computes one tile a workgroup, and what follows it.
 
     Args:
         more: constants of the template beside the request's, the tile's and the stretches'.
     """
     extent, out, label, flops = request.extent, request.out, request.label, request.flops
-    after, norm, recording = request.after, request.norm, program.recording
+    after, then, recording = request.after, request.then, program.recording
     tensors, place = list(request.tensors), request.place
     tile, splits, length = plan
     constants = {
@@ -35,8 +34,8 @@ def record_passes(
     if splits == 1:
         tensors = [*tensors, *after, *placed]
         program.dispatch(template, constants, tensors, grid, label=label, flops=flops)
-        if norm is not None:
-            norm.record(program, out)
+        if then is not None:
+            then.record(program, out)
         return
     partial = recording.memory.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
@@ -48,8 +47,8 @@ def record_passes(
         product += place_uniforms(program, Place(place.x_column, 0))
     program.dispatch(template, first_pass, product, grid, label=label, flops=flops)
     plain = not constants["bias"] and constants["softcap"] is None
-    if norm is not None and plain and adds_up(recording, n_columns, splits):
-        norm.record(program, out, Stretches(partial, splits, after[0] if after else None))
+    if then is not None and plain and then.adds_up(recording, n_columns, splits):
+        then.record(program, out, Stretches(partial, splits, after[0] if after else None))
         return
     keys = (
         "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
@@ -62,5 +61,5 @@ def record_passes(
         -(-extent.maximum * n_columns // 256),
         label=f"{label}.reduce",
     )
-    if norm is not None:
-        norm.record(program, out)
+    if then is not None:
+        then.record(program, out)

@@ -13,7 +13,7 @@ HALF_CARRY = 32
 
 
 def record_tiled(program: Program, request: Request, plan: Plan | None) -> None:
-    """Appends the product, and the norm after it."""
+    """Appends the product, and what follows it."""
     assert plan is not None  # tiles are chosen
     depth, half = plan.tile.depth, request.half
     # Drivers unroll no loop with a barrier near it; llvmpipe compiles long code slowly, also where

@@ -13,7 +13,7 @@ WIDE_LANES = 32
 
 
 def record_wide(program: Program, request: Request, _: Plan | None) -> None:
-    """Appends matmul_wide, and the norm after it."""
+    """Appends matmul_wide, and what follows it."""
     constants = {**request.constants, "lane_rows": WIDE_ROWS, "lanes": WIDE_LANES}
     row_blocks = -(-request.extent.maximum // WIDE_ROWS)
     workgroups = -(-(-(-constants["n_columns"] // 8) * row_blocks) // WIDE_LANES)
@@ -21,5 +21,5 @@ def record_wide(program: Program, request: Request, _: Plan | None) -> None:
     program.dispatch(
         "matmul_wide", constants, tensors, workgroups, label=request.label, flops=request.flops
     )
-    if request.norm is not None:
-        request.norm.record(program, request.out)
+    if request.then is not None:
+        request.then.record(program, request.out)

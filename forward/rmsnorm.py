@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.forward.model.norm import Norm
-from lora.forward.plans.stretches import Stretches
+from lora.forward.plans.stretches import Stretches, check_stretches
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -37,11 +37,6 @@ def adds_up(recording: Recording, width: int, splits: int) -> bool:
     return steps * splits <= MOST_PARTIAL_QUADS
 
 
-def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> None:
-    """Refuses partial sums of another shape."""
-    check_shape(f"{name} stretches", stretches.partial, stretches.splits * rows, width)
-
-
 @dataclass(frozen=True)
 class NormAfter:
     """RMSNorm of a product; attributes as the arguments of `rmsnorm`."""
@@ -51,11 +46,15 @@ class NormAfter:
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """See `ProductNorm`; the product is written in either case."""
+        """See `Follower`; the product is written in either case."""
         rmsnorm(
             program, product, self.norm, residual=self.residual, out=self.out,
             stretches=stretches,
         )  # fmt: skip
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `Follower`."""
+        return adds_up(recording, width, splits)
 
 
 def rmsnorm(

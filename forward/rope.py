@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from lora.forward.heads import Rotation
+from lora.forward.plans.stretches import Stretches, stretch_constants
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 GPU_LANES, CPU_LANES = 64, 64  # of a workgroup
+
+
+@dataclass(frozen=True)
+class RopeAfter:
+    """The rotation of a product; attributes as the arguments of `rope`."""
+
+    rotation: Rotation
+    n_rotated_heads: int
+    head_size: int
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """See `Follower`; the product is written in either case."""
+        rope(
+            program, product, self.rotation, self.n_rotated_heads, self.head_size, source=stretches
+        )
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `Follower`."""
+        return turns_whole(self.rotation, self.head_size, width)
+
+
+@dataclass(frozen=True)
+class HeadSums:
+    """Columns of k and v as a gradient leaves them: sums over query heads that share a key head.
+
+    Attributes:
+        partial: f32 [rows, 2 · n_heads · head_size], one for each query head, of k and then of v.
+    """
+
+    partial: Tensor
+    n_heads: int
+    n_kv_heads: int
+
+
+def turns_whole(rotation: Rotation, head_size: int, width: int) -> bool:
+    """Whether heads turn as a whole, by whole vectors: what is left of a row lies behind them."""
+    return 2 * rotation.tables.shape[1] == head_size and width % 4 == head_size % 8 == 0
 
 
 def rope(
@@ -18,7 +59,7 @@ def rope(
     head_size: int,
     *,
     inverse: bool = False,
-    label: str = "rope",
+    source: Stretches | HeadSums | None = None,
 ) -> None:
     """Appends the rotation of the first heads of `qkv`, in place.
 
@@ -28,6 +69,8 @@ def rope(
         n_rotated_heads: q and k heads together; what follows them is left alone.
         head_size: columns of a head; only its first rope_dimensions turn.
         inverse: turn back (the backward pass).
+        source: where given, qkv is first their sum, or its columns of k and v are; of heads as
+            `turns_whole` says.
     """
     extent, positions, tables = extent_of(qkv), rotation.positions, rotation.tables
     check_shape("rope positions", positions, qkv.shape[0])
@@ -51,7 +94,29 @@ def rope(
         "stride": qkv.shape[1],
         "interleaved": rotation.interleaved,
         "inverse": inverse,
+        **_source_constants(source, qkv, n_rotated_heads, head_size),
     }
-    n_lanes = extent.maximum * half // unit * n_rotated_heads
     tensors = [extent.uniform, qkv, positions, tables]
-    program.dispatch("rope", constants, tensors, -(-n_lanes // lanes), label=label)
+    units, label = half // unit * n_rotated_heads, "rope_backward" if inverse else "rope"
+    if source is not None:
+        if not turns_whole(rotation, head_size, qkv.shape[1]):
+            raise ValueError(f"rope: heads of {head_size} with {half} pairs take no sums")
+        units += (qkv.shape[1] - n_rotated_heads * head_size) // 4
+        tensors, label = [*tensors, source.partial], f"reduce_{label}"
+    n_groups = -(-extent.maximum * units // lanes)
+    program.dispatch("rope", constants, tensors, n_groups, label=label)
+
+
+def _source_constants(
+    source: Stretches | HeadSums | None, qkv: Tensor, n_rotated_heads: int, head_size: int
+) -> dict[str, int]:
+    """The template constants of what is turned: qkv itself, its stretches, or sums of heads."""
+    rows, width = qkv.shape
+    if not isinstance(source, HeadSums):
+        return {**stretch_constants("rope", source, rows, width), "n_heads": 0, "n_kv_heads": 0}
+    n_heads, n_kv_heads = source.n_heads, source.n_kv_heads
+    check_shape("rope sums", source.partial, rows, 2 * n_heads * head_size)
+    fits = n_rotated_heads == n_heads + n_kv_heads and n_heads % n_kv_heads == 0
+    if not fits or width != (n_heads + 2 * n_kv_heads) * head_size:
+        raise ValueError(f"rope: sums of {n_heads} heads for {n_kv_heads} do not fit {qkv.shape}")
+    return {"splits": 1, "maximum_rows": 0, "n_heads": n_heads, "n_kv_heads": n_kv_heads}

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+from lora.forward.plans.stretches import Stretches, stretch_constants
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -34,8 +37,32 @@ def lane_constants(recording: Recording) -> dict[str, int]:
     return {"lanes": lanes, "quads": quads}
 
 
+@dataclass(frozen=True)
+class GateAfter:
+    """The gated activation of a product; attributes as the arguments of `swiglu`."""
+
+    activation_name: str
+    out: Tensor
+
+    def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
+        """See `Follower`; the product is written in either case."""
+        swiglu(
+            program, product, activation_name=self.activation_name, out=self.out,
+            stretches=stretches,
+        )  # fmt: skip
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """See `Follower`: a lane has a few columns, however many stretches there are."""
+        return True
+
+
 def swiglu(
-    program: Program, gate_up: Tensor, *, activation_name: str = "silu", out: Tensor | None = None
+    program: Program,
+    gate_up: Tensor,
+    *,
+    activation_name: str = "silu",
+    out: Tensor | None = None,
+    stretches: Stretches | None = None,
 ) -> Tensor:  # [rows, intermediate_size]
     """Appends y = activation(gate) · up.
 
@@ -43,6 +70,7 @@ def swiglu(
         gate_up: [rows, 2 · intermediate_size], f32 or f16, the gate's columns first.
         activation_name: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
         out: where to write, f32 or f16; a new f32 tensor by default.
+        stretches: where given, gate_up is first written as their sum.
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
@@ -55,11 +83,14 @@ def swiglu(
         "activation": activation_name,
         "x_type": gate_up.dtype,
         "out_type": y.dtype,
+        **stretch_constants("swiglu", stretches, extent.maximum, 2 * width),
     }
+    tensors = [gate_up, y] if stretches is None else [stretches.partial, y, gate_up]
     program.dispatch(
         "swiglu",
         constants | lanes,
-        [extent.uniform, gate_up, y],
+        [extent.uniform, *tensors],
         -(-extent.maximum * width // (4 * lanes["lanes"] * lanes["quads"])),
+        label="swiglu" if stretches is None else "reduce_swiglu",
     )
     return y

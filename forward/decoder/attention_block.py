@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lora.forward.decoder.recorder import Attending, BlockEnd, LayerRecorder
+from lora.forward.decoder.recorder import After, Attending, BlockEnd, LayerRecorder
 from lora.forward.head_gate import head_gate
-from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.head_norm_rope import HeadNormRopeAfter, head_norm_rope
 from lora.forward.heads import Heads, Rotation
 from lora.forward.model.frozen_model import LayerWeights
 from lora.forward.model.layer_spec import (
@@ -19,7 +19,7 @@ from lora.forward.model.layer_spec import (
     Attention,
 )
 from lora.forward.model.norm import HeadNorms, Norm
-from lora.forward.rope import rope
+from lora.forward.rope import RopeAfter, rope
 from lora.forward.scale_rows import scale_rows
 from lora.forward.span_norm import Span, span_norm
 from lora.shaders.program import Program
@@ -38,18 +38,26 @@ class AttentionActivations:
     gated: Tensor | None = None  # [rows, query_size], with an output gate
 
 
-def allocate_attention(recording: Recording, spec: Attention, rows: Extent) -> AttentionActivations:
-    """Tensors for up to rows.maximum rows."""
+def allocate_attention(
+    recording: Recording,
+    spec: Attention,
+    rows: Extent,
+    shared: AttentionActivations | None = None,
+) -> AttentionActivations:
+    """Tensors for up to rows.maximum rows; `gated` may be shared."""
 
     def tensor(width: int, dtype: str = recording.precision) -> Tensor:
         return recording.memory.empty((rows.maximum, width), dtype, extent=rows)
 
+    gated = None if shared is None else shared.gated
+    if shared is None and spec.output_gate:
+        gated = tensor(spec.query_size)
     return AttentionActivations(
         raw_qkv=tensor(spec.projected_size) if spec.qk_norm != NO_NORM else None,
         qkv=tensor(spec.qkv_size),
         attended=tensor(spec.query_size),
         lse=tensor(spec.n_heads, "f32"),
-        gated=tensor(spec.query_size) if spec.output_gate else None,
+        gated=gated,
     )
 
 
@@ -112,6 +120,18 @@ def ready_heads(
         rope(program, act.qkv, rotation, n_turned, spec.head_size)
 
 
+def ready_after(
+    weights: LayerWeights, spec: Attention, act: AttentionActivations, positions: Tensor
+) -> After | None:
+    """What makes q, k and v ready with the end of their product; None where that takes more."""
+    rotation, norms = rotation_of(weights, spec, positions), head_norms(weights)
+    if weights.temperature is not None:
+        return None
+    if act.raw_qkv is None:
+        return RopeAfter(rotation, turned_heads(spec), spec.head_size)
+    return None if norms is None else HeadNormRopeAfter(norms, rotation, Heads.of(spec), act.qkv)
+
+
 def norm_spans(
     program: Program, weights: LayerWeights, spec: Attention, act: AttentionActivations
 ) -> None:
@@ -147,9 +167,11 @@ def record_attention(
     """Appends the block, of `normed` [rows, hidden_size]."""
     program, context, weights = layer.program, layer.walk.context, layer.weights
     heads = Heads.of(spec)
-    layer.product(normed, "qkv", act.raw_qkv or act.qkv)
-    warm_queries(program, weights, spec, act.raw_qkv or act.qkv, context.positions)
-    ready_heads(program, weights, spec, act, context.positions)
+    ready = ready_after(weights, spec, act, context.positions)
+    layer.product(normed, "qkv", act.raw_qkv or act.qkv, then=ready)
+    if ready is None:
+        warm_queries(program, weights, spec, act.raw_qkv or act.qkv, context.positions)
+        ready_heads(program, weights, spec, act, context.positions)
     attending = Attending(act.qkv, act.attended, act.lse, spec.keys_of)
     context.attend(program, layer.layer, heads, attending)
     layer.end(gate_output(program, spec, act), "attn_output", end)

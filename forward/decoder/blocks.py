@@ -41,7 +41,9 @@ class Block:
     """One kind of mixer or feed-forward block. `spec` is what the layer's LayerSpec has of it.
 
     Attributes:
-        allocate: (recording, spec, rows) → its activations.
+        allocate: (recording, spec, rows, shared) → its activations. `shared` are those of other
+            layers' blocks of the same sizes, or None: what a `SourceBefore` of the backward writes
+            again is taken from them.
         record: (LayerRecorder, spec, activations, normed, BlockEnd): appends it for rows of
             training, evaluation, recompute and a prompt's pieces.
         record_row: (RowRecorder, spec, activations, Row, RowEnd): appends it for one new token on

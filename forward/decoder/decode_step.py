@@ -8,7 +8,7 @@ from typing import Any
 from lora.forward.argmax import argmax
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.decode_row import fuses, record_first_row, record_row_layer, row_into
-from lora.forward.decoder.layers import record_embedding, record_layer
+from lora.forward.decoder.layers import record_embedding, record_layers
 from lora.forward.decoder.per_layer_block import record_per_layer_inputs
 from lora.forward.decoder.recorder import AfterCache, Walk
 from lora.forward.decoder.row_recorder import Row, RowRecorder, row_product
@@ -77,6 +77,7 @@ def record_step(program: Program, step: Step) -> None:
         return
     context = AfterCache(inputs, step.caches, act.per_layer, step.opening)
     walk = Walk(model, step.factors, context)
+    acts = {}
     for layer in layers:
         z = {
             group: act.memory.z(program.recording, lora)
@@ -88,8 +89,8 @@ def record_step(program: Program, step: Step) -> None:
             for (of_layer, group), lora in step.factors.items()
             if of_layer == layer and lora.dora is not None
         }
-        tensors = replace(act.of(model.layers[layer].spec), z=z, products=products)
-        record_layer(program, walk, layer, tensors, act.x, act.x)
+        acts[layer] = replace(act.of(model.layers[layer].spec), z=z, products=products)
+    record_layers(program, walk, acts, [act.x] * (len(acts) + 1))
 
 
 def _fused(program: Program, step: Step) -> bool:

@@ -62,8 +62,13 @@ def sizes_of(spec: GatedDeltaNet) -> DeltaSizes:
     return DeltaSizes(spec.key_heads, spec.value_heads, spec.head_size)
 
 
-def allocate_delta(recording: Recording, spec: GatedDeltaNet, rows: Extent) -> DeltaActivations:
-    """Tensors for up to rows.maximum rows."""
+def allocate_delta(
+    recording: Recording,
+    spec: GatedDeltaNet,
+    rows: Extent,
+    shared: DeltaActivations | None = None,
+) -> DeltaActivations:
+    """Tensors for up to rows.maximum rows; `mixed` may be shared."""
 
     def tensor(width: int) -> Tensor:
         return recording.memory.empty((rows.maximum, width), recording.precision, extent=rows)
@@ -73,7 +78,7 @@ def allocate_delta(recording: Recording, spec: GatedDeltaNet, rows: Extent) -> D
         convolved=tensor(spec.conv_size),
         rule=DeltaTensors.allocate(recording, sizes_of(spec), rows),
         gated=tensor(2 * spec.value_size),
-        mixed=tensor(spec.value_size),
+        mixed=tensor(spec.value_size) if shared is None else shared.mixed,
     )
 
 

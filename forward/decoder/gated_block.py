@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lora.forward.decoder.recorder import BlockEnd, LayerRecorder
 from lora.forward.model.layer_spec import GatedFeedForward
-from lora.forward.swiglu import swiglu
+from lora.forward.swiglu import GateAfter
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -19,13 +19,19 @@ class GatedActivations:
     gated: Tensor  # [rows, intermediate_size]
 
 
-def allocate_gated(recording: Recording, spec: GatedFeedForward, rows: Extent) -> GatedActivations:
-    """Tensors for up to rows.maximum rows."""
+def allocate_gated(
+    recording: Recording,
+    spec: GatedFeedForward,
+    rows: Extent,
+    shared: GatedActivations | None = None,
+) -> GatedActivations:
+    """Tensors for up to rows.maximum rows; `gated` may be shared."""
 
     def tensor(width: int) -> Tensor:
         return recording.memory.empty((rows.maximum, width), recording.precision, extent=rows)
 
-    return GatedActivations(tensor(spec.gate_up_size), tensor(spec.intermediate_size))
+    gated = tensor(spec.intermediate_size) if shared is None else shared.gated
+    return GatedActivations(tensor(spec.gate_up_size), gated)
 
 
 def record_gated(
@@ -33,6 +39,6 @@ def record_gated(
     end: BlockEnd,
 ) -> None:  # fmt: skip
     """Appends the block, of `normed` [rows, hidden_size]."""
-    layer.product(normed, "gate_up", act.gate_up)
-    swiglu(layer.program, act.gate_up, activation_name=spec.activation, out=act.gated)
+    gate = GateAfter(spec.activation, act.gated)
+    layer.product(normed, "gate_up", act.gate_up, then=gate)
     layer.end(act.gated, "down", end)

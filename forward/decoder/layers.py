@@ -6,7 +6,7 @@ What a layer's blocks do stands in forward/decoder/blocks.py; whom rows attend t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -45,6 +45,8 @@ class LayerActivations:
         after_feed_forward: [rows, hidden_size], the residual stream before the layer's own input.
         per_layer: of that block.
         per_layer_output: [rows, hidden_size], before its norm.
+        shares: whether what the backward writes again (`normed`, `middle_normed`, what the blocks'
+            last products are given) lies where other layers' does.
     """
 
     normed: Tensor | None
@@ -59,32 +61,52 @@ class LayerActivations:
     per_layer: Any = None
     per_layer_output: Tensor | None = None
     products: Mapping[str, Tensor] = field(default_factory=dict)
+    shares: bool = False
 
     @classmethod
     def allocate(
-        cls, recording: Recording, spec: LayerSpec, rows: Extent, z: Mapping[str, Tensor]
+        cls,
+        recording: Recording,
+        spec: LayerSpec,
+        rows: Extent,
+        z: Mapping[str, Tensor],
+        shared: LayerActivations | None = None,
     ) -> LayerActivations:
-        """Tensors for one layer; layers of the same sizes and adapted groups can share them."""
+        """Tensors for one layer; layers of the same sizes and adapted groups can share them.
+
+        Args:
+            recording: what they are allocated with.
+            spec: of the layer.
+            rows: of a micro-batch.
+            z: of the low-rank parts.
+            shared: of layers of the same sizes; what the backward writes again is theirs, too.
+        """
 
         def tensor(dtype: str = recording.precision) -> Tensor:
             shape = (rows.maximum, spec.hidden_size)
             return recording.memory.empty(shape, dtype, extent=rows)
 
-        def of_block(block: Any) -> Any:
-            return BLOCKS[type(block)].allocate(recording, block, rows)
+        def of_block(block: Any, theirs: Any) -> Any:
+            return BLOCKS[type(block)].allocate(recording, block, rows, theirs)
 
+        normed = middle_normed = None
+        if shared is not None:
+            normed, middle_normed = shared.normed, shared.middle_normed
+        elif spec.pre_norms:
+            normed, middle_normed = tensor(), tensor()
         return cls(
-            normed=tensor() if spec.pre_norms else None,
-            mixer=of_block(spec.mixer),
+            normed=normed,
+            mixer=of_block(spec.mixer, shared and shared.mixer),
             mixer_output=tensor() if spec.post_norms else None,
             middle=tensor("f32"),
-            middle_normed=tensor() if spec.pre_norms else None,
-            feed_forward=of_block(spec.feed_forward),
+            middle_normed=middle_normed,
+            feed_forward=of_block(spec.feed_forward, shared and shared.feed_forward),
             feed_forward_output=tensor() if spec.post_norms else None,
             z=z,
             after_feed_forward=None if spec.per_layer is None else tensor("f32"),
-            per_layer=None if spec.per_layer is None else of_block(spec.per_layer),
+            per_layer=spec.per_layer and of_block(spec.per_layer, shared and shared.per_layer),
             per_layer_output=None if spec.per_layer is None else tensor(),
+            shares=shared is not None,
         )
 
 
@@ -135,8 +157,48 @@ def record_embedding(
         add_embedding(program, tokens, factors.embedding, rows, x, scale=scale)
 
 
+def record_layers(
+    program: Program,
+    walk: Walk,
+    acts: Mapping[int, LayerActivations],
+    states: Sequence[Tensor],
+) -> None:
+    """Appends decoder layers, one above the other.
+
+    What finishes a layer's last product norms it for the next one, where it can.
+
+    Args:
+        program: what is appended to.
+        walk: of the rows.
+        acts: where the intermediate results of each layer go, from the lowest up.
+        states: [rows, hidden_size] each: what enters each layer, and what leaves the last.
+    """
+    layers = list(acts)
+    for place, layer in enumerate(layers):
+        above = layers[place + 1] if place + 1 < len(layers) else None
+        record_layer(
+            program, walk, layer, acts[layer], states[place], states[place + 1],
+            normed=place > 0,
+            following=None if above is None else norm_before(walk, above, acts[above]),
+        )  # fmt: skip
+
+
+def norm_before(walk: Walk, layer: int, act: LayerActivations) -> NormAfter | None:
+    """The norm before a layer's mixer; None where it is given the stream itself."""
+    norm = walk.model.layers[layer].mixer_norm
+    return None if norm is None or act.normed is None else NormAfter(norm, act.normed)
+
+
 def record_layer(
-    program: Program, walk: Walk, layer: int, act: LayerActivations, x: Tensor, out: Tensor | None
+    program: Program,
+    walk: Walk,
+    layer: int,
+    act: LayerActivations,
+    x: Tensor,
+    out: Tensor | None,
+    *,
+    normed: bool = False,
+    following: NormAfter | None = None,
 ) -> None:
     """Appends one decoder layer: out = x + mixer + feed-forward.
 
@@ -145,37 +207,45 @@ def record_layer(
         x: [rows, hidden_size], kept for the backward.
         out: [rows, hidden_size]; None leaves out what only the output needs (recompute). It may be
             x itself, which is not read after the mixer.
+        normed: whether what is before has recorded the norm before the mixer.
+        following: the norm that takes out, recorded too.
     """
     weights = walk.model.layers[layer]
     spec = weights.spec
     recorder = LayerRecorder(program, walk, layer, act.z, act.products)
     with program.scope(f"layers.{layer}"):
-        if weights.mixer_norm is not None:
+        if weights.mixer_norm is not None and not normed:
             rmsnorm(program, x, weights.mixer_norm, out=act.normed)
-        following = None
+        of_middle = None
         if weights.feed_forward_norm is not None and act.middle_normed is not None:
-            following = NormAfter(weights.feed_forward_norm, act.middle_normed)
+            of_middle = NormAfter(weights.feed_forward_norm, act.middle_normed)
         end = BlockEnd(
             residual=x,
             out=act.middle,
             post_norm=weights.post_mixer_norm,
             output=act.mixer_output,
-            following=following,
+            following=of_middle,
         )
         BLOCKS[type(spec.mixer)].record(recorder, spec.mixer, act.mixer, act.normed or x, end)
+        # What is scaled, or added to, is normed after that.
+        scaled = None if weights.output_scale is None or out is None else weights.output_scale
+        at_once = following if scaled is None else None
         end = BlockEnd(
             residual=act.middle,
             out=act.after_feed_forward or out,
             post_norm=weights.post_feed_forward_norm,
             output=act.feed_forward_output,
+            following=at_once if spec.per_layer is None else None,
         )
         record = BLOCKS[type(spec.feed_forward)].record
         source = act.middle_normed or act.middle
         record(recorder, spec.feed_forward, act.feed_forward, source, end)
         if spec.per_layer is not None and act.after_feed_forward is not None:
             source = act.after_feed_forward
-            end = BlockEnd(source, out, weights.post_per_layer_norm, act.per_layer_output)
+            end = BlockEnd(source, out, weights.post_per_layer_norm, act.per_layer_output, at_once)
             record = BLOCKS[type(spec.per_layer)].record
             record(recorder, spec.per_layer, act.per_layer, source, end)
-        if weights.output_scale is not None and out is not None:
-            scale_rows(program, out, weights.output_scale, label="output_scale")
+        if scaled is not None and out is not None:
+            scale_rows(program, out, scaled, label="output_scale")
+            if following is not None:
+                following.record(program, out)

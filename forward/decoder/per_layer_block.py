@@ -30,15 +30,18 @@ class PerLayerActivations:
 
 
 def allocate_per_layer(
-    recording: Recording, spec: PerLayerInput, rows: Extent
+    recording: Recording,
+    spec: PerLayerInput,
+    rows: Extent,
+    shared: PerLayerActivations | None = None,
 ) -> PerLayerActivations:
-    """Tensors for up to rows.maximum rows."""
+    """Tensors for up to rows.maximum rows; `gated` may be shared."""
 
     def tensor() -> Tensor:
         shape = (rows.maximum, spec.size)
         return recording.memory.empty(shape, recording.precision, extent=rows)
 
-    return PerLayerActivations(tensor(), tensor())
+    return PerLayerActivations(tensor(), tensor() if shared is None else shared.gated)
 
 
 def per_layer_values(recording: Recording, model: Model, rows: Extent) -> Tensor | None:

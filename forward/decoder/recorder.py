@@ -12,6 +12,7 @@ from lora.forward.copy_columns import copy_columns
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.dora import scale_columns
 from lora.forward.dropout import Dropout
+from lora.forward.head_norm_rope import HeadNormRopeAfter
 from lora.forward.heads import Heads
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
@@ -23,8 +24,12 @@ from lora.forward.model.kv_cache import store_keys_values
 from lora.forward.model.norm import Norm
 from lora.forward.product import Product
 from lora.forward.rmsnorm import NormAfter
+from lora.forward.rope import RopeAfter
+from lora.forward.swiglu import GateAfter
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
+
+After = NormAfter | GateAfter | RopeAfter | HeadNormRopeAfter  # what may follow a product
 
 
 @dataclass(frozen=True)
@@ -223,9 +228,12 @@ class LayerRecorder:
         to: Tensor | None,
         *,
         residual: Tensor | None = None,
-        norm: NormAfter | None = None,
+        then: After | None = None,
     ) -> None:
-        """Appends a group's product, its low-rank part included; `to` None wants z alone."""
+        """Appends a group's product, its low-rank part included; `to` None wants z alone.
+
+        `then` is what follows the product.
+        """
         lora, z = self.walk.factors.get((self.layer, group)), self.z.get(group)
         if lora is not None:
             dropout = self.walk.dropout
@@ -244,8 +252,8 @@ class LayerRecorder:
                     self.program, raw, lora.dora.scales, to, bias=weights.biases.get(group),
                     residual=residual, label=f"{group}.scaled",
                 )  # fmt: skip
-                if norm is not None:
-                    norm.record(self.program, to)
+                if then is not None:
+                    then.record(self.program, to)
             return
         if to is None:
             return
@@ -257,25 +265,25 @@ class LayerRecorder:
             bias=weights.biases.get(group),
             residual=residual,
         )
-        self._product(product, to, norm, group)
+        self._product(product, to, then, group)
 
-    def _product(self, product: Product, to: Tensor, norm: NormAfter | None, label: str) -> None:
+    def _product(self, product: Product, to: Tensor, then: After | None, label: str) -> None:
         if self.walk.context.one_row:
             matmul_row(self.program, product, out=to, label=label)
-            if norm is not None:
-                norm.record(self.program, to)
+            if then is not None:
+                then.record(self.program, to)
         else:
-            matmul(self.program, product, out=to, norm=norm, label=label)
+            matmul(self.program, product, out=to, then=then, label=label)
 
     def end(self, source: Tensor, group: str, end: BlockEnd) -> None:
         """Appends the last product of a block."""
         if end.post_norm is None:
-            self.product(source, group, end.out, residual=end.residual, norm=end.following)
+            self.product(source, group, end.out, residual=end.residual, then=end.following)
             return
         # The norm's backward reads what it was given: recompute needs the product too.
         norm = None
         if end.out is not None:
             norm = NormAfter(end.post_norm, end.out, residual=end.residual)
-        self.product(source, group, end.output, norm=norm)
+        self.product(source, group, end.output, then=norm)
         if end.following is not None and end.out is not None:
             end.following.record(self.program, end.out)

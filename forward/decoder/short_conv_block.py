@@ -24,14 +24,18 @@ class ShortConvActivations:
 
 
 def allocate_short_conv(
-    recording: Recording, spec: ShortConvolution, rows: Extent
+    recording: Recording,
+    spec: ShortConvolution,
+    rows: Extent,
+    shared: ShortConvActivations | None = None,
 ) -> ShortConvActivations:
-    """Tensors for up to rows.maximum rows."""
+    """Tensors for up to rows.maximum rows; `mixed` may be shared."""
 
     def tensor(width: int) -> Tensor:
         return recording.memory.empty((rows.maximum, width), recording.precision, extent=rows)
 
-    return ShortConvActivations(tensor(spec.in_size), tensor(spec.width))
+    mixed = tensor(spec.width) if shared is None else shared.mixed
+    return ShortConvActivations(tensor(spec.in_size), mixed)
 
 
 def allocate_short_conv_state(recording: Recording, spec: ShortConvolution, room: int) -> TextState:

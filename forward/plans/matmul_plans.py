@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from lora.forward.plans.matmul_tiles import Plan, PlanSpace, Tile, choose_plan
-from lora.forward.plans.stretches import ProductNorm
+from lora.forward.plans.stretches import Follower
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -29,7 +29,7 @@ class ProductShape:
         rows: the most that the output can have, rounded up to whole smallest tiles.
         members: adapted ranges of the part.
         half: whether the tiles are of f16.
-        normed: whether a norm follows, which may add stretches up.
+        normed: whether a norm or a gate follows, which may add stretches up.
     """
 
     rows: int
@@ -62,7 +62,7 @@ class Request:
         tiles: of all bodies that fit.
         tensors: the extent, x, the weights, out, and the low-rank part's.
         after: residual and bias, which the last pass takes.
-        norm: of a matrix of one part; it is the last pass where it can add stretches up.
+        then: after a matrix of one part; it is the last pass where it can add stretches up.
         half: whether it is recorded under `precision: f16`.
     """
 
@@ -78,7 +78,7 @@ class Request:
     place: Any
     label: str
     flops: int
-    norm: ProductNorm | None
+    then: Follower | None
 
     @property
     def product(self) -> ProductShape:
@@ -97,7 +97,7 @@ class Request:
             x_type=c["x_type"],
             out_type=c["out_type"],
             half=self.half,
-            normed=self.norm is not None,
+            normed=self.then is not None,
         )
 
     def space(self, facts: DeviceFacts) -> PlanSpace:

@@ -1,17 +1,19 @@
-"""A product in stretches, and the norm that adds them up in the same dispatch."""
+"""A product in stretches, and the kernel that adds them up in the dispatch that follows."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
+from lora.shaders.activations import check_shape
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)
 class Stretches:
-    """A product in stretches, which the norm that comes after it adds up.
+    """A product in stretches, which the kernel that comes after it adds up.
 
     Attributes:
         partial: f32 [splits · maximum rows, width], stretch by stretch.
@@ -24,8 +26,28 @@ class Stretches:
     residual: Tensor | None = None
 
 
-class ProductNorm(Protocol):
-    """A norm that is recorded together with the product that it is given: see `matmul`."""
+def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> None:
+    """Refuses partial sums of another shape."""
+    check_shape(f"{name} stretches", stretches.partial, stretches.splits * rows, width)
+
+
+def stretch_constants(
+    name: str, stretches: Stretches | None, rows: int, width: int
+) -> dict[str, int]:
+    """The template constants of a product in stretches, or of one that is finished."""
+    if stretches is None:
+        return {"splits": 1, "maximum_rows": 0}
+    check_stretches(name, stretches, rows, width)
+    if stretches.residual is not None:
+        raise ValueError(f"{name}: a product in stretches has no residual of its own")
+    return {"splits": stretches.splits, "maximum_rows": rows}
+
+
+class Follower(Protocol):
+    """A kernel that is recorded together with the product that it is given: see `matmul`."""
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
-        """Appends the norm of a finished product or, in one dispatch, of one in stretches."""
+        """Appends it for a finished product or, in one dispatch, for one in stretches."""
+
+    def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
+        """Whether it can take a product of that width in so many stretches."""

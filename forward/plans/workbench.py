@@ -138,7 +138,7 @@ class Workbench:
                 tensors=[stand_in(tensor) for tensor in request.tensors],
                 after=[stand_in(tensor) for tensor in request.after],
                 label=f"{request.label} {plan.name}",
-                norm=_on(stand_in, request.norm),
+                then=_on(stand_in, request.then),
             ),
         )
         return program

@@ -23,11 +23,17 @@ from lora.shaders.tensor import Tensor
 
 
 def allocate_layer(
-    recording: Recording, model: Model, inputs: Inputs, factors: Factors, layer: int
+    recording: Recording,
+    model: Model,
+    inputs: Inputs,
+    factors: Factors,
+    layer: int,
+    shared: LayerActivations | None = None,
 ) -> LayerActivations:
-    """Activations of one layer, its low-rank ones included."""
+    """Activations of one layer, its low-rank ones included; `shared` as of `LayerActivations`."""
     z = low_rank_tensors(recording, factors, layer, inputs.rows)
-    found = LayerActivations.allocate(recording, model.layers[layer].spec, inputs.rows, z)
+    spec = model.layers[layer].spec
+    found = LayerActivations.allocate(recording, spec, inputs.rows, z, shared)
     return replace(found, products=product_tensors(recording, model, factors, layer, inputs.rows))
 
 

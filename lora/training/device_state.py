@@ -229,7 +229,7 @@ class SessionPlan:
         return recomputed_layers(
             self.workload,
             self.facts,
-            layer_bytes(recording, self.workload, step.model, step.inputs),
+            layer_bytes(recording, self.workload, step.model, step.inputs, step.activations.shared),
             sum(self.allocated.values()),
             step.inputs.rows.maximum,
         )

@@ -103,11 +103,9 @@ def open_together(
 def share_state(session: TrainingSession) -> None:
     """Brings the others to where a checkpoint has put rank 0."""
     if session.orders.leading and session.stream is not None:
-        moments = session.moments()
-        state = session.parameters(), (moments["first_moment"], moments["second_moment"])
         session.orders.give(
-            "adopt", session.steps_done, session.stream.state(), dict(session.plans), state,
-            session.guard(),
+            "adopt", session.steps_done, session.stream.state(), dict(session.plans),
+            (session.parameters(), session.moments()), session.guard(),
         )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from lora.forward.decoder.head import record_evaluation
 from lora.forward.decoder.layers import (
     record_embedding,
     record_layer,
+    record_layers,
 )
 from lora.forward.decoder.per_layer_block import record_per_layer_inputs
 from lora.forward.decoder.recorder import Walk
@@ -64,16 +65,9 @@ def record_prefix(
         if noise is not None:
             noise.record(program, act.boundary)
         record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
+        below = {layer: act.shared[layer] for layer in range(lowest_layer)}
         walk = Walk(model, Factors(), act.context(inputs))
-        for layer in range(lowest_layer):
-            record_layer(
-                program,
-                walk,
-                layer,
-                act.shared[layer],
-                act.boundary,
-                act.boundary,
-            )
+        record_layers(program, walk, below, [act.boundary] * (lowest_layer + 1))
     return program
 
 
@@ -94,10 +88,9 @@ def record_forward_only(
     program = Program(recording)
     factors = factors_of(layout, adapter)
     walk = Walk(model, factors, act.context(inputs))
-    x = act.boundary
-    for layer in range(layout.lowest_layer, model.architecture.n_layers):
-        record_layer(program, walk, layer, act.shared[layer], x, act.final)
-        x = act.final
+    layers = range(layout.lowest_layer, model.architecture.n_layers)
+    acts = {layer: act.shared[layer] for layer in layers}
+    record_layers(program, walk, acts, [act.boundary, *[act.final] * len(acts)])
     return program
 
 
@@ -251,11 +244,10 @@ def _record_micro_batch(
     computed = {
         layer: act.shared[layer]
         if layer < first_kept or layer == layers[-1]
-        else allocate_layer(recording, model, inputs, factors, layer)
+        else allocate_layer(recording, model, inputs, factors, layer, act.shared[layer])
         for layer in layers
     }
-    for layer in layers:
-        record_layer(program, walk, layer, computed[layer], kept[layer], kept[layer + 1])
+    record_layers(program, walk, computed, list(kept.values()))
     with program.scope("backward"):
         record_head_backward(
             program, shared, act.head, last_states(model, layout, act), settings.loss, loss,

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
 from lora.config.sizes import size_of
+from lora.forward.decoder.layers import LayerActivations
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.shaders.facts import DeviceFacts
@@ -63,11 +64,22 @@ def _of_nvidia(name: str) -> tuple[int, int] | None:
 
 
 def layer_bytes(
-    recording: Recording, workload: Workload, model: Model, inputs: Inputs
+    recording: Recording,
+    workload: Workload,
+    model: Model,
+    inputs: Inputs,
+    shared: Mapping[int, LayerActivations],
 ) -> list[int]:
     """What keeping the activations of each layer takes that is not run again, the lowest first.
 
     Nothing for the last: its activations lie where those of layers that are run again do.
+
+    Args:
+        recording: of the run.
+        workload: the run.
+        model: its model.
+        inputs: of a micro-batch.
+        shared: activations of the layer that is being computed, by layer.
     """
     counted = CountingMemory(recording.facts)
     counting = replace(recording, memory=counted)
@@ -75,7 +87,7 @@ def layer_bytes(
     layers = range(workload.layout.lowest_layer, model.architecture.n_layers)
     sizes, before = [], 0
     for layer in layers:
-        allocate_layer(counting, model, inputs, factors, layer)
+        allocate_layer(counting, model, inputs, factors, layer, shared[layer])
         sizes.append(counted.allocated["activations"] - before)
         before = counted.allocated["activations"]
     return [*sizes[:-1], 0] if sizes else []

@@ -5,7 +5,7 @@
 {% else %}
 //   d_c = d_y · σ(c) · (1 + c · (1 − σ(c)))
 {% endif %}
-// c is computed again.
+// c is computed again{{ ", and with it y [rows, " ~ width ~ "] of " ~ y_type ~ ", to the bits of causal_conv.wgsl" if y_type }}.
 //
 // Bindings: x [rows, {{ stride }}] of {{ x_type }}, weight [{{ taps }}, {{ width }}], segments [rows, 2], d_y [rows, {{ width }}] of {{ d_y_type }},
 // d_x [rows, {{ stride }}] of {{ d_x_type }}{{ "" if gated else ", of which the first " ~ width ~ " columns are written" }}. One lane a row and four columns.
@@ -18,6 +18,9 @@ struct Extent { rows: u32 }
 @group(0) @binding(3) var<storage, read> segments: array<vec2<u32>>;
 @group(0) @binding(4) var<storage, read> d_y: array<vec4<{{ d_y_type }}>>;
 @group(0) @binding(5) var<storage, read_write> d_x: array<vec4<{{ d_x_type }}>>;
+{% if y_type %}
+@group(0) @binding(6) var<storage, read_write> y: array<vec4<{{ y_type }}>>;
+{% endif %}
 
 {% from "parts/stored.wgsl" import stored %}
 {% include "parts/causal_conv.wgsl" %}
@@ -65,11 +68,16 @@ fn main(
     let at = row * stride + column;
 {% if gated %}
     let d_b = d_s * vec4<f32>(x[at + 2u * width]);
-    let d_c = vec4<f32>(d_y[index]) * convolved(row, first, column);
+    let c = convolved(row, first, column);
+    let d_c = vec4<f32>(d_y[index]) * c;
     let d_third = d_s * vec4<f32>(x[at]);
     d_x[at] = {{ stored("d_b", d_x_type) }};
     d_x[at + width] = {{ stored("d_c", d_x_type) }};
     d_x[at + 2u * width] = {{ stored("d_third", d_x_type) }};
+{% if y_type %}
+    let value = vec4<f32>(x[at + width]) * c;
+    y[index] = {{ stored("value", y_type) }};
+{% endif %}
 {% else %}
     d_x[at] = {{ stored("d_s", d_x_type) }};
 {% endif %}

@@ -4,6 +4,9 @@
 // Bindings: x of {{ x_type }}, d_y of {{ d_y_type }}, d_x of {{ out_type }}, residual [rows, width], weight [width]. In place
 // (d_x is the residual) the residual is read from d_x. One workgroup a row; columns and sums as in rmsnorm.wgsl, the two sums
 // at once.
+{% if normed_type %}
+// normed [rows, width] of {{ normed_type }} is what rmsnorm.wgsl gave, to its bits: x · rstd · weight.
+{% endif %}
 {% if splits > 1 %}
 // d_y is in no array: it is Σ_s partial[s, m, i], in the order of matmul_reduce.wgsl, of the partial sums
 // [{{ splits }}, maximum rows, width] that a product leaves.
@@ -22,6 +25,9 @@ struct Extent { rows: u32 }
 @group(0) @binding(4) var<storage, read_write> d_x: array<vec4<{{ out_type }}>>;
 {% if residual == "separate" %}
 @group(0) @binding(5) var<storage, read> residual: array<vec4<f32>>;
+{% endif %}
+{% if normed_type %}
+@group(0) @binding({{ 6 if residual == "separate" else 5 }}) var<storage, read_write> normed: array<vec4<{{ normed_type }}>>;
 {% endif %}
 
 {% set quads = width // 4 %}
@@ -68,5 +74,10 @@ fn main(
 {% call store_row(s, quads, lanes) %}
 d_x[base + {{ s * lanes }}u] = {{ stored(("past_%d + " % s if residual != "none" else "") ~ "rstd * (g_%d - value_%d * slope)" % (s, s), out_type) }};
 {% endcall %}
+{% if normed_type %}
+{% call store_row(s, quads, lanes) %}
+normed[base + {{ s * lanes }}u] = {{ stored("value_%d * rstd * w_%d" % (s, s), normed_type) }};
+{% endcall %}
+{% endif %}
 {% endfor %}
 }

@@ -9,6 +9,7 @@ import pytest
 
 from lora.backward import attention as backward_attention
 from lora.backward.attention import Attended, attention_backward
+from lora.backward.rope import rope_backward
 from lora.checks.references.attention import (
     Shape,
     attention_backward_reference,
@@ -16,7 +17,8 @@ from lora.checks.references.attention import (
     segments_of,
 )
 from lora.forward.attention import Tile, attention
-from lora.forward.heads import Heads
+from lora.forward.heads import Heads, Rotation
+from lora.forward.model.rope_frequencies import Rope
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.attention_cases import (
@@ -25,11 +27,14 @@ from tests.support.attention_cases import (
     ON_CPU,
     TILES,
     WINDOWED,
+    activation_of,
     normal,
+    segments_on,
     use_tile,
 )
 from tests.support.attention_runs import run_backward
 from tests.support.half_tensors import needs_halves
+from tests.support.kernels import activation
 
 
 def within(tile: Tile, head_size: int, recording: Recording) -> Tile:
@@ -168,3 +173,35 @@ def test_a_d_out_of_another_shape_is_refused(recording: Recording) -> None:
     out, lse = attention(program, qkv, segments, heads)
     with pytest.raises(ValueError, match="d_out has shape"):
         attention_backward(program, Attended(qkv, out, lse), qkv, segments, heads)
+
+
+@pytest.mark.parametrize(
+    ("split", "dimensions", "last"),
+    [
+        (True, 8, ["reduce_rope_backward"]),
+        (True, 4, ["attention_backward_kv_sum", "rope_backward"]),
+        (False, 8, ["attention_backward_kv", "rope_backward"]),
+    ],
+)
+def test_gradients_are_turned_back(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, split: bool, dimensions: int,
+    last: list[str],
+) -> None:  # fmt: skip
+    """As by rope's gradient after it, bit for bit; heads that turn whole take their sums along."""
+    monkeypatch.setattr(backward_attention, "choose_split", lambda *_: split)
+    shape, heads, rows = Shape(4, 2, 8, 0.5), Heads(4, 2, 8, scale=0.5), 9
+    extent = recording.memory.extent(rows)
+    qkv, d_out = normal(1, rows, shape.width), normal(2, rows, 32)
+    x, d_y = (activation_of(recording, extent, values) for values in (qkv, d_out))
+    segments = segments_on(recording, extent, segments_of([5, 1, 3]))
+    tables = recording.memory.upload(Rope(1e4, dimensions, interleaved=False).tables(16))
+    positions = activation(recording, np.arange(rows, dtype=np.uint32), extent)
+    rotation, program = Rotation(positions, tables, interleaved=False), Program(recording)
+    attended = Attended(x, *attention(program, x, segments, heads))
+    apart = attention_backward(program, attended, d_y, segments, heads)
+    rope_backward(program, apart, rotation, 6, 8)
+    at_once = attention_backward(program, attended, d_y, segments, heads, rotation=rotation)
+    program.run()
+    found, expected = recording.memory.read(at_once), recording.memory.read(apart)
+    assert found.tobytes() == expected.tobytes() and found.any()
+    assert [d.label for d in program.dispatches][-len(last) :] == last

@@ -7,11 +7,13 @@ from lora.backward.rope import rope_backward
 from lora.checks.references.rope import rope_backward_reference, rope_reference
 from lora.forward.heads import Rotation
 from lora.forward.model.rope_frequencies import Rope
-from lora.forward.rope import rope
+from lora.forward.rope import HeadSums, rope
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from tests.support.half_tensors import needs_halves, typed
 from tests.support.kernels import activation, central_difference, extent_in_use, run_twice
 from tests.support.rope_cases import SHAPES
+from tests.support.stretches import same
 
 BASE = 10000.0
 
@@ -74,3 +76,58 @@ def test_there_and_back(recording: Recording, interleaved: bool) -> None:
         turn(program, tensor, Rotation(positions, tables, interleaved), 3, 20)
     # Twice the rounding of one rotation.
     np.testing.assert_allclose(run_twice(program, tensor), qkv, atol=4e-6)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(
+    ("shared", "n_kv_heads", "head_size", "dtype"),
+    [(2, 1, 8, "f32"), (3, 2, 16, "f16"), (1, 3, 24, "f32")],
+)
+def test_sums_of_heads(
+    recording: Recording, shared: int, n_kv_heads: int, head_size: int, dtype: str,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """To the bits of keys and values that are summed first; what they held before is not read."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    n_heads, rows, in_use = shared * n_kv_heads, 19, 17
+    rng, of_kv = np.random.default_rng(0), 2 * n_kv_heads * head_size
+    sums = recording.memory.upload(
+        rng.normal(size=(rows, 2 * n_heads * head_size)).astype(np.float32)
+    )
+    extent, positions = extent_in_use(recording, rows, in_use), np.arange(rows, dtype=np.uint32)
+    tables = recording.memory.upload(Rope(BASE, head_size, interleaved).tables(32))
+    rotation = Rotation(activation(recording, positions, extent), tables, interleaved)
+    d_qkv = np.concatenate(
+        [rng.normal(size=(rows, n_heads * head_size)), np.full((rows, of_kv), np.nan)], axis=1
+    )
+    apart, at_once = (typed(recording, d_qkv, dtype, extent) for _ in range(2))
+    program, n_turned = Program(recording), n_heads + n_kv_heads
+    program.dispatch(
+        "attention_backward_kv_sum",
+        {
+            "n_heads": n_heads, "n_kv_heads": n_kv_heads, "head_size": head_size,
+            "stride": d_qkv.shape[1] // 4, "lanes": 64, "d_qkv_type": dtype,
+        },
+        [extent.uniform, sums, apart], -(-rows * of_kv // 256),
+    )  # fmt: skip
+    rope_backward(program, apart, rotation, n_turned, head_size)
+    rope_backward(
+        program, at_once, rotation, n_turned, head_size, sums=HeadSums(sums, n_heads, n_kv_heads)
+    )
+    program.run()
+    found, expected = recording.memory.read(at_once), recording.memory.read(apart)
+    assert same(recording, [dtype], [found[:in_use]], [expected[:in_use]], roundings=2)
+    assert np.isfinite(found[:in_use]).all() and np.isnan(found[in_use:, -of_kv:]).all()
+
+
+def test_sums_of_other_heads_are_refused(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    d_qkv, sums = (recording.memory.empty((2, n), extent=extent) for n in (64, 64))
+    positions = recording.memory.empty((2,), "u32", extent=extent)
+    rotation = Rotation(positions, recording.memory.empty((9, 4, 2)), interleaved=False)
+    for n_turned, n_heads, match in ((6, 4, "sums of 4 heads for 3"), (6, 3, "sums has shape")):
+        with pytest.raises(ValueError, match=match):
+            rope_backward(
+                Program(recording), d_qkv, rotation, n_turned, 8, sums=HeadSums(sums, n_heads, 3)
+            )

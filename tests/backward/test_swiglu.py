@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from lora.backward.swiglu import swiglu_backward
+from lora.backward.swiglu import SwigluBefore, swiglu_backward
 from lora.checks.references.swiglu import gate_reference, swiglu_backward_reference
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -22,6 +22,7 @@ from tests.support.kernels import (
     marked,
     run_twice,
 )
+from tests.support.stretches import STRETCHES, finish, in_stretches, same
 from tests.support.swiglu_cases import ACTIVATIONS, SHAPES, make_inputs
 
 
@@ -86,6 +87,31 @@ def test_swiglu_backward_of_halves(
     # As in test_swiglu_backward, and the rounding of the result.
     assert_rounded_once(result[:66], expected[:66], rtol=4e-6, atol=2e-5)
     assert (result[66:] == (gate_up[66:] if in_place else MARKER)).all()
+
+
+@pytest.mark.parametrize("quads", [1, 4])
+@pytest.mark.parametrize(("splits", "dtype"), STRETCHES)
+def test_a_gradient_in_stretches(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch, splits: int, dtype: str, quads: int
+) -> None:
+    """To the bits of the gradient that is finished first."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    monkeypatch.setattr("lora.forward.swiglu.CPU_QUADS", quads)
+    monkeypatch.setattr("lora.forward.swiglu.GPU_QUADS", quads)
+    stretches, extent = in_stretches(recording, splits, 19, 36), extent_in_use(recording, 19, 17)
+    gate_up = rounded(make_inputs(19, 36)[0], dtype)
+    d_y, unread = (typed(recording, np.full((19, 36), np.nan), dtype, extent) for _ in range(2))
+    apart, at_once = (typed(recording, gate_up, dtype, extent) for _ in range(2))
+    again = typed_marked(recording, dtype, extent, 36)
+    program = Program(recording)
+    finish(program, stretches, d_y)
+    swiglu_backward(program, apart, d_y, out=apart)
+    SwigluBefore(at_once, again=again).record(program, unread, stretches)
+    program.run()
+    found, expected, gated = (recording.memory.read(t) for t in (at_once, apart, again))
+    assert same(recording, [dtype], [found], [expected]) and (found[17:] == gate_up[17:]).all()
+    assert (gated[:17] != MARKER).all() and (gated[17:] == MARKER).all()
 
 
 @pytest.mark.parametrize("columns", [12, 9])

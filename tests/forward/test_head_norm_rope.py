@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 
 from lora.checks.references.head_norm_rope import head_norm_rope_reference
-from lora.forward.head_norm_rope import head_norm_rope
+from lora.forward.head_norm_rope import HeadNormRopeAfter, head_norm_rope
 from lora.forward.heads import Heads, Rotation
 from lora.forward.model.norm import HeadNorms, Norm
+from lora.forward.rmsnorm import MOST_PARTIAL_QUADS
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -19,7 +20,8 @@ from tests.support.half_tensors import (
     typed_marked,
 )
 from tests.support.kernels import MARKER, extent_in_use, run_twice, with_facts
-from tests.support.rope_cases import CASES_AND_LANES, EPSILON, HALF_CASES, Case
+from tests.support.rope_cases import CASES, CASES_AND_LANES, EPSILON, HALF_CASES, Case
+from tests.support.stretches import finish, in_stretches, same
 
 
 def check(recording: Recording, case: Case, x_type: str, out_type: str) -> None:
@@ -64,6 +66,39 @@ def test_head_norm_rope_of_halves(
 ) -> None:
     needs_halves(recording.facts)
     check(recording, case, x_type, out_type)
+
+
+@pytest.mark.parametrize(
+    ("case", "splits", "dtype"),
+    [(CASES[1], 2, "f32"), (CASES[3], 7, "f32"), (CASES[4], 3, "f16"), (CASES[8], 2, "f16")],
+    ids=str,
+)
+def test_a_product_in_stretches(recording: Recording, case: Case, splits: int, dtype: str) -> None:
+    """To the bits of the product that is finished first, which is written, too."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    stretches = in_stretches(recording, splits, case.rows, case.width)
+    weights = np.random.default_rng(1).normal(size=(2, case.head_size)).astype(np.float32)
+    extent = extent_in_use(recording, case.rows, case.in_use)
+    _, positions, tables = case.tensors(recording, extent)
+    norms = HeadNorms(*(Norm(recording.memory.upload(weight), EPSILON) for weight in weights))
+    rotation = Rotation(positions, tables, case.interleaved)
+    given, written, apart, at_once = (
+        typed_marked(recording, dtype, extent, case.width) for _ in range(4)
+    )
+    program = Program(recording)
+    after = HeadNormRopeAfter(norms, rotation, case.heads, at_once)
+    assert after.adds_up(recording, case.width, splits)
+    assert not after.adds_up(recording, case.width, MOST_PARTIAL_QUADS + 1)
+    finish(program, stretches, given)
+    head_norm_rope(program, given, norms, rotation, case.heads, out=apart)
+    after.record(program, written, stretches)
+    program.run()
+    for one, other in ((at_once, apart), (written, given)):
+        found, expected = recording.memory.read(one), recording.memory.read(other)
+        assert same(recording, [dtype], [found], [expected], roundings=2)
+        assert (found[case.in_use :] == MARKER).all()
+        assert (found[: case.in_use] != MARKER).all()
 
 
 def test_weights_of_another_size_are_refused(recording: Recording) -> None:

@@ -12,6 +12,7 @@ from gguf import GGMLQuantizationType
 
 from lora.backward.matmul import matmul_backward
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
+from lora.backward.swiglu import SwigluBefore
 from lora.forward import rmsnorm as forward_rmsnorm
 from lora.forward.matmul import matmul
 from lora.forward.model.factors import LoraFactors
@@ -29,6 +30,8 @@ from lora.forward.rmsnorm import (
     adds_up,
     rmsnorm,
 )
+from lora.forward.rope import RopeAfter
+from lora.forward.swiglu import GateAfter
 from lora.shaders.device import Device
 from lora.shaders.program import Dispatch, Program
 from lora.shaders.recording import Recording
@@ -36,6 +39,7 @@ from lora.shaders.tensor import Tensor
 from tests.support.half_tensors import needs_halves, typed, typed_marked
 from tests.support.kernels import activation, extent_in_use, with_facts
 from tests.support.quantized_tensors import random_blocks, tensor_of
+from tests.support.stretches import same
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 
@@ -136,7 +140,7 @@ class Case:
                 residual=self.past if past_of == "product" else None,
             ),
             out=product,
-            norm=None if apart else norm,
+            then=None if apart else norm,
         )
         if apart:
             rmsnorm(program, product, Norm(self.weight, EPSILON), residual=past, out=normed)
@@ -178,25 +182,6 @@ def run(program: Program, outputs: list[Tensor]) -> tuple[list[str], list[np.nda
         assert (start[IN_USE:] == end[IN_USE:]).all()  # rows that are not in use
     kernels = [c.template for c in program.commands if isinstance(c, Dispatch)]
     return kernels, after
-
-
-def same(
-    recording: Recording, types: tuple[str, str], found: list[np.ndarray], wanted: list[np.ndarray],
-    *, roundings: int = 1,
-) -> bool:  # fmt: skip
-    """Bit for bit; on a GPU, whose compiler contracts sums differently, but for the rounding.
-
-    A value beside the edge between two f16 then comes out as the one or the other, and what f32
-    makes of it is as far off. Mesa from 25 on may keep more than f16 between the operations of one
-    kernel, so that two kernels with f16 in them agree but for that rounding on a CPU, too.
-    """
-    if recording.facts.info["adapter_type"] == "CPU" and "f16" not in types:
-        return all(np.array_equal(a, b) for a, b in zip(found, wanted, strict=True))
-    bound = roundings * (2.0**-10 if "f16" in types else 2.0**-18)
-    return all(
-        np.abs(a.astype(np.float64) - b).max() <= bound * np.abs(b).max()
-        for a, b in zip(found, wanted, strict=True)
-    )
 
 
 @pytest.mark.parametrize(("width", "splits", "past_of", "types"), FORWARD)
@@ -295,7 +280,7 @@ def test_stretches_that_do_not_fit_are_refused(recording: Recording) -> None:
 def test_a_step_is_the_same(
     name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Loss and gradients do not tell whether norms add stretches up."""
+    """Loss and gradients do not tell whether what follows a product adds its stretches up."""
 
     def opened(wanted: str | int, webgpu: str) -> Device:
         device = Device(wanted, webgpu=webgpu)
@@ -316,6 +301,8 @@ def test_a_step_is_the_same(
     found, labels = [], []
     for most in (0, MOST_PARTIAL_QUADS):
         monkeypatch.setattr(forward_rmsnorm, "MOST_PARTIAL_QUADS", most)
+        for kind in (GateAfter, RopeAfter, SwigluBefore):
+            monkeypatch.setattr(kind, "adds_up", lambda *_, adds=most > 0: adds)
         session = open_session(
             model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision, tuning="off"
         )  # plans that were found on a GPU would come before choose_plan's
@@ -325,11 +312,9 @@ def test_a_step_is_the_same(
         labels.append(Counter(c.label.rsplit(".", 1)[1] for c in commands))
     # After attention and, with post norms, after the feed-forward; backward below both.
     forwards = 2 if name == "gemma2" else 1
-    wanted = Counter(reduce_rmsnorm=forwards, reduce_rmsnorm_backward=2)
-    assert labels[1] - labels[0] == wanted
-    assert labels[0] - labels[1] == Counter(
-        reduce=forwards + 2, rmsnorm=forwards, rmsnorm_backward=2
-    )
+    once = Counter(rmsnorm=forwards, rmsnorm_backward=2, swiglu=1, swiglu_backward=1, rope=1)
+    assert labels[1] - labels[0] == Counter({f"reduce_{name}": n for name, n in once.items()})
+    assert labels[0] - labels[1] == once + Counter(reduce=once.total())
     recording, types = session._recording, (precision, "f32")
     losses = [[np.array([f.loss], np.float32)] for f in found]
     assert same(recording, types, *losses)

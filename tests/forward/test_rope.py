@@ -6,12 +6,20 @@ import pytest
 from lora.checks.references.rope import rope_reference
 from lora.forward.heads import Rotation
 from lora.forward.model.rope_frequencies import Rope
-from lora.forward.rope import rope
+from lora.forward.plans.stretches import Stretches
+from lora.forward.rope import RopeAfter, rope
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from tests.support.half_tensors import assert_rounded_once, needs_halves, rounded, typed
-from tests.support.kernels import activation, extent_in_use, run_twice
+from tests.support.half_tensors import (
+    assert_rounded_once,
+    needs_halves,
+    rounded,
+    typed,
+    typed_marked,
+)
+from tests.support.kernels import MARKER, activation, extent_in_use, run_twice
 from tests.support.rope_cases import SHAPES
+from tests.support.stretches import finish, in_stretches, same
 
 
 @pytest.mark.parametrize("interleaved", [True, False])
@@ -75,3 +83,42 @@ def test_heads_that_do_not_fit_are_refused(recording: Recording) -> None:
     tables = recording.memory.upload(Rope(10.0, 8, interleaved=True).tables(4))
     with pytest.raises(ValueError, match="do not fit"):
         rope(Program(recording), qkv, Rotation(positions, tables, interleaved=True), 3, 8)
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize(
+    ("n_heads", "head_size", "width", "splits", "dtype"),
+    [(1, 8, 8, 2, "f32"), (3, 16, 64, 3, "f16"), (6, 64, 576, 7, "f32")],
+)
+def test_a_product_in_stretches(
+    recording: Recording, n_heads: int, head_size: int, width: int, splits: int, dtype: str,
+    interleaved: bool,
+) -> None:  # fmt: skip
+    """To the bits of the product that is finished first; what doesn't turn is written, too."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    stretches = in_stretches(recording, splits, 19, width)
+    extent, positions = extent_in_use(recording, 19, 17), np.arange(19, dtype=np.uint32) * 61
+    tables = recording.memory.upload(Rope(10000.0, head_size, interleaved).tables(2000))
+    rotation = Rotation(activation(recording, positions, extent), tables, interleaved)
+    apart, at_once = (typed_marked(recording, dtype, extent, width) for _ in range(2))
+    after, program = RopeAfter(rotation, n_heads, head_size), Program(recording)
+    assert after.adds_up(recording, width, splits)
+    finish(program, stretches, apart)
+    rope(program, apart, rotation, n_heads, head_size)
+    after.record(program, at_once, stretches)
+    program.run()
+    found, expected = recording.memory.read(at_once), recording.memory.read(apart)
+    assert same(recording, [dtype], [found], [expected], roundings=2)  # with a sum of two products
+    assert (found[:17] != MARKER).all() and (found[17:] == MARKER).all()
+
+
+def test_heads_that_turn_in_part_take_no_stretches(recording: Recording) -> None:
+    extent = recording.memory.extent(2)
+    qkv = recording.memory.empty((2, 48), extent=extent)
+    positions = recording.memory.empty((2,), "u32", extent=extent)
+    rotation = Rotation(positions, recording.memory.empty((9, 4, 2)), interleaved=False)
+    assert not RopeAfter(rotation, 3, 16).adds_up(recording, 48, 2)
+    with pytest.raises(ValueError, match="heads of 16 with 4 pairs take no sums"):
+        rope(Program(recording), qkv, rotation, 3, 16,
+             source=Stretches(recording.memory.empty((4, 48)), 2))  # fmt: skip

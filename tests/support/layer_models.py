@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
 
 import numpy as np
 from gguf import GGMLQuantizationType
@@ -105,7 +106,12 @@ def own_inputs(recording: Recording, spec: LayerSpec, rows: Extent) -> Tensor | 
 
 @dataclass(frozen=True)
 class Pass:
-    """A layer's forward and backward, recorded, and the tensors around them."""
+    """A layer's forward and backward, recorded, and the tensors around them.
+
+    Attributes:
+        own: what the tokens have for the layer, where it has inputs of its own.
+        shared: what the forwards of other layers would overwrite, where it shares.
+    """
 
     model: Model
     inputs: Inputs
@@ -117,19 +123,35 @@ class Pass:
     d_x: Tensor
     forward: Program
     backward: Program
+    own: Tensor | None
+    shared: tuple[Tensor, ...]
 
     @classmethod
-    def record(cls, recording: Recording, spec: LayerSpec, rows: int = 12) -> Pass:
-        """All matrices of the layer are adapted."""
+    def record(
+        cls,
+        recording: Recording,
+        spec: LayerSpec,
+        rows: int = 12,
+        *,
+        targets: Sequence[str] = (),
+        shares: bool = False,
+        lowest: bool = False,
+    ) -> Pass:
+        """All matrices of the layer are adapted, or `targets`; it may share what layers may."""
         model = model_of(recording, spec)
         inputs = Inputs.allocate(recording, rows, rows, 64, model.bounds)
-        targets = [name for name in model.architecture.matrices if name != HEAD.module]
+        every = [name for name in model.architecture.matrices if name != HEAD.module]
+        targets = targets or every
         layout = AdapterLayout(model.architecture, [0], targets, RANK, SCALE)
         parameters, gradients = (
             recording.memory.empty_flat(layout.size, purpose="adapter") for _ in range(2)
         )
         factors, slices = layout.factors(parameters), layout.factors(gradients)
         act = allocate_layer(recording, model, inputs, factors, 0)
+        theirs: set[int] = set()
+        if shares:
+            theirs = {id(tensor) for tensor in _tensors_of(act)}
+            act = allocate_layer(recording, model, inputs, factors, 0, act)
         x, out = (
             recording.memory.empty((rows, spec.hidden_size), extent=inputs.rows) for _ in range(2)
         )
@@ -141,10 +163,21 @@ class Pass:
         shared = BackwardPass(
             model, inputs, factors, {key: [one] for key, one in slices.items()}, scratch, own
         )
-        record_layer_backward(backward, shared, 0, act, x, lowest=False)
+        record_layer_backward(backward, shared, 0, act, x, lowest=lowest)
         return cls(
-            model, inputs, layout, parameters, gradients, x, out, scratch.d_x, forward, backward
-        )
+            model, inputs, layout, parameters, gradients, x, out, scratch.d_x, forward, backward,
+            own, tuple(tensor for tensor in _tensors_of(act) if id(tensor) in theirs),
+        )  # fmt: skip
+
+
+def _tensors_of(value: Any) -> list[Tensor]:
+    """All tensors of a layer's activations."""
+    if isinstance(value, Tensor):
+        return [value]
+    if is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in fields(value)}
+    parts = value.values() if isinstance(value, Mapping) else ()
+    return [tensor for part in parts for tensor in _tensors_of(part)]
 
 
 def record_text(recording: Recording, model: Model, rows: int) -> tuple[Program, StepInputs, Step]:

@@ -43,7 +43,7 @@ def fits(recording: Recording, one: PartProduct) -> bool:
 
 
 def record(program: Program, request: Request, _: Plan | None) -> None:
-    """Appends the product, and the norm after it."""
+    """Appends the product, and what follows it."""
     c = request.constants
     names = [
         *(["residual"] if c["epilogue"] == "residual" else []),
@@ -65,8 +65,8 @@ def record(program: Program, request: Request, _: Plan | None) -> None:
     tensors = [*request.tensors, *request.after, *place_uniforms(program, request.place)]
     n_lanes = request.extent.maximum * c["n_columns"]
     program.dispatch_wgsl(f"plain {request.label}", code, tensors, -(-n_lanes // 64))
-    if request.norm is not None:
-        request.norm.record(program, request.out)
+    if request.then is not None:
+        request.then.record(program, request.out)
 
 
 PLAIN = Body(fits, lambda *_: (), record)

@@ -98,6 +98,7 @@ SMALL_MATRICES = replace(
 METAL = Kind("Metal", backend="Metal", workgroup_memory=32768, most_lanes=1024)
 CPU = Kind("CPU", adapter_type="CPU", workgroup_memory=32768, most_lanes=1024)
 F32, F16 = {"precision": "f32", "recompute": "on"}, {"precision": "f16", "recompute": "off"}
+KEPT = {**F32, "recompute": "off"}
 # Between them they have all that an architecture may have: biases, norms of heads, post norms,
 # caps, windows, layers without rope, heads of their own that are adapted, one tensor for q, k, v.
 _MODELS = (
@@ -199,7 +200,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         model.write_gguf(path)
         adapter = {"layers": model.layers or "all", "targets": model.targets}
         yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), adapter)
-        yield _record(path, (CPU,), (F32,), adapter)
+        yield _record(path, (CPU,), (F32, KEPT), adapter)
     tiled = folder / f"{_TILED}.gguf"
     yield _record(tiled, (METAL,), (F32,))
     yield _record(tiled, (CPU,), (F16,))

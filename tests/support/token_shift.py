@@ -57,7 +57,9 @@ class TokenShift(BlockSpec):
         program.dispatch_wgsl("shift", code, [rows.uniform, *tensors], -(-self.width // 64))
 
 
-def allocate(recording: Recording, spec: TokenShift, rows: Extent) -> Tensor:
+def allocate(
+    recording: Recording, spec: TokenShift, rows: Extent, shared: Tensor | None = None
+) -> Tensor:  # nothing writes it again, so that each layer that is kept has its own
     return recording.memory.empty((rows.maximum, spec.width), extent=rows)
 
 

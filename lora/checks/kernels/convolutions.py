@@ -41,7 +41,10 @@ def _segments(starts: tuple[int, ...], rows: int) -> tuple[np.ndarray, np.ndarra
 def check_causal_conv(
     recording: Recording, gated: bool, taps: int, dtype: str, backward: bool = False
 ) -> Comparison:
-    """Sums of a few products of numbers up to 20; the other columns of a row are left alone."""
+    """Sums of a few products of numbers up to 20; the other columns of a row are left alone.
+
+    Backward, what a gated one gave is written again.
+    """
     if dtype == "f16":
         needs_half(recording)
     stride = 3 * WIDTH if gated else WIDTH + 8
@@ -51,21 +54,27 @@ def check_causal_conv(
     extent, program = extent_in_use(recording, ROWS, in_use), Program(recording)
     source, segments = typed(recording, x, dtype, extent), activation(recording, bounds, extent)
     convolution = Convolution(recording.memory.upload(weight), gated)
-    width = stride if backward else WIDTH
-    out = typed_marked(recording, dtype, extent, width)
-    expected = np.full((ROWS, width), MARKER, np.float64)
+    y, expected = typed_marked(recording, dtype, extent, WIDTH), np.full((ROWS, WIDTH), MARKER)
+    expected[:in_use] = causal_conv_reference(x[:in_use], weight, starts, gated)
+    found = [(y, expected)] if gated or not backward else []
     if backward:
         given = typed(recording, d_y, dtype, extent)
-        causal_conv_backward(program, source, convolution, segments, given, out)
-        found = causal_conv_backward_reference(x[:in_use], weight, starts, gated, d_y[:in_use])
+        d_x = typed_marked(recording, dtype, extent, stride)
+        again = y if gated else None
+        causal_conv_backward(program, source, convolution, segments, given, d_x, y=again)
+        expected = np.full((ROWS, stride), MARKER)
+        gradient = causal_conv_backward_reference(x[:in_use], weight, starts, gated, d_y[:in_use])
         written = stride if gated else WIDTH
-        expected[:in_use, :written] = found[:, :written]
+        expected[:in_use, :written] = gradient[:, :written]
+        found.append((d_x, expected))
     else:
-        causal_conv(program, source, convolution, segments, out)
-        expected[:in_use] = causal_conv_reference(x[:in_use], weight, starts, gated)
+        causal_conv(program, source, convolution, segments, y)
     program.run()
-    result = recording.memory.read(out)
-    return worst(compare(result, expected, rtol=4e-6, atol=1e-5), untouched(result[in_use:]))
+    results = [(recording.memory.read(tensor), expected) for tensor, expected in found]
+    return worst(
+        *(compare(result, expected, rtol=4e-6, atol=1e-5) for result, expected in results),
+        *(untouched(result[in_use:]) for result, _ in results),
+    )
 
 
 def check_causal_conv_text(

@@ -61,22 +61,29 @@ def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
 
 
 def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comparison:
-    """Two sums of `width` terms, then a difference of numbers of about |d_y| rstd."""
+    """Two sums of `width` terms, then a difference of numbers of about |d_y| rstd.
+
+    What the norm gave is written again, as good as in the forward.
+    """
     if dtype == "f16":
         needs_half(recording)
     x, d_y, past = (rounded(normal(seed, ROWS, width), dtype) for seed in (4, 5, 6))
     weight, extent = normal(7, width), extent_in_use(recording, ROWS, IN_USE)
     out, program = typed(recording, past, dtype, extent), Program(recording)  # in place
+    again = typed_marked(recording, dtype, extent, width)
     rmsnorm_backward(
         program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
-        typed(recording, d_y, dtype, extent), residual=out, out=out,
+        typed(recording, d_y, dtype, extent), residual=out, out=out, normed=again,
     )  # fmt: skip
     program.run()
-    result = recording.memory.read(out)
+    result, normed = (recording.memory.read(tensor) for tensor in (out, again))
     expected = rmsnorm_backward_reference(x, weight, d_y, EPSILON) + past
+    given = rmsnorm_reference(x, weight, EPSILON)
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], rtol=1e-5, atol=3e-6),
         same(result[IN_USE:], past[IN_USE:]),
+        compare(normed[:IN_USE], given[:IN_USE], rtol=2e-6, atol=2e-6),
+        untouched(normed[IN_USE:]),
     )
 
 

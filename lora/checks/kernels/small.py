@@ -135,28 +135,32 @@ def check_rope(recording: Recording, backward: bool, interleaved: bool, dtype: s
 
 
 def check_swiglu(recording: Recording, backward: bool, name: str, dtype: str) -> Comparison:
-    """exp and tanh are good to some ulp; the slope is a sum of terms of up to 300."""
+    """exp and tanh are good to some ulp; the slope is a sum of terms of up to 300.
+
+    Backward, what the forward gave is written again.
+    """
     if dtype == "f16":
         needs_half(recording)
     gate_up, d_y = rounded(3 * normal(5, ROWS, 200), dtype), rounded(normal(6, ROWS, 100), dtype)
     gate_up[0, 0], gate_up[1, 1] = -80.0, 80.0  # far into both tails
     extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
     source = typed(recording, gate_up, dtype, extent)
-    out = typed_marked(recording, dtype, extent, 200 if backward else 100)
+    gated, gate = typed_marked(recording, dtype, extent, 100), gate_up[:, :100].astype(np.float64)
+    found = [(gated, gate_reference(gate, name) * gate_up[:, 100:], 1e-5)]
     if backward:
-        d_y_tensor = typed(recording, d_y, dtype, extent)
-        swiglu_backward(program, source, d_y_tensor, activation_name=name, out=out)
-        expected, atol = swiglu_backward_reference(gate_up, d_y, name), 2e-5
+        out = typed_marked(recording, dtype, extent, 200)
+        given = typed(recording, d_y, dtype, extent)
+        swiglu_backward(program, source, given, activation_name=name, out=out, gated=gated)
+        found.append((out, swiglu_backward_reference(gate_up, d_y, name), 2e-5))
     else:
-        swiglu(program, source, activation_name=name, out=out)
-        gate = gate_up[:, :100].astype(np.float64)
-        expected, atol = gate_reference(gate, name) * gate_up[:, 100:], 1e-5
+        swiglu(program, source, activation_name=name, out=gated)
     program.run()
-    result = recording.memory.read(out)
+    results = [(recording.memory.read(tensor), *expected) for tensor, *expected in found]
     return worst(
-        compare(result[:IN_USE], expected[:IN_USE], rtol=4e-6, atol=atol),
-        untouched(result[IN_USE:]),
-    )
+        *(compare(result[:IN_USE], expected[:IN_USE], rtol=4e-6, atol=atol)
+          for result, expected, atol in results),
+        *(untouched(result[IN_USE:]) for result, *_ in results),
+    )  # fmt: skip
 
 
 CHECKS = [

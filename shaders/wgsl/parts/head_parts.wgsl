@@ -28,9 +28,9 @@
     let lane = invocation % {{ sum_lanes }}u;
 {%- endmacro %}
 
-{% macro load_head(name, source, from) %}
+{% macro load_head(name, source, from, splits=1, stride=0) %}
 {% for stretch, first, count in stretches %}
-{{ load_row(name ~ "_" ~ stretch, source, "%s + %du" % (from, first), count, sum_lanes) -}}
+{{ load_row(name ~ "_" ~ stretch, source, "%s + %du" % (from, first), count, sum_lanes, splits, stride) -}}
 {% endfor %}
 {% endmacro %}
 

@@ -5,13 +5,14 @@
 {% for s in range((quads + lanes - 1) // lanes) %}
     var {{ name }}_{{ s }} = vec4<f32>();
 {% if (s + 1) * lanes <= quads %}
-    {{ name }}_{{ s }} = {{ _sum(source, from, s * lanes, splits, stride) }};
+    {{ name }}_{{ s }} = {{ added(source, from, s * lanes, splits, stride) }};
 {% else %}
-    if (lane < {{ quads - s * lanes }}u) { {{ name }}_{{ s }} = {{ _sum(source, from, s * lanes, splits, stride) }}; }
+    if (lane < {{ quads - s * lanes }}u) { {{ name }}_{{ s }} = {{ added(source, from, s * lanes, splits, stride) }}; }
 {% endif %}
 {% endfor %}
 {% endmacro %}
-{% macro _sum(source, from, first, splits, stride) -%}
+{# Σ of so many vec4s `stride` quads apart, in their order. #}
+{% macro added(source, from, first, splits, stride) -%}
 {% for i in range(splits) %}{{ " + " if i }}vec4<f32>({{ source }}[{{ from }} + {{ first + i * stride }}u]){% endfor %}
 {%- endmacro %}
 

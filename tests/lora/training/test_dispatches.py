@@ -16,9 +16,11 @@ from tests.support.synthetic_runs import as_examples, random_sequences, run_conf
 
 
 @pytest.mark.parametrize("precision", ["f32", "f16"])
-@pytest.mark.parametrize("name", ["SmolLM2-135M", "Gemma-3-270M"])
-def test_dispatches_of_a_layer(name: str, precision: str, device: Device, tmp_path: Path) -> None:
-    """At most 20 forward and 35 backward, with the tiles that the model chooses for 512 rows."""
+@pytest.mark.parametrize(("name", "most"), [("SmolLM2-135M", (13, 19)), ("Gemma-3-270M", (16, 22))])
+def test_dispatches_of_a_layer(
+    name: str, most: tuple[int, int], precision: str, device: Device, tmp_path: Path
+) -> None:
+    """Forward and backward, with the tiles that the model chooses for 512 rows."""
     path = tmp_path / "model.gguf"
     write_model(path, SHAPES[name])
     facts = replace(
@@ -34,4 +36,4 @@ def test_dispatches_of_a_layer(name: str, precision: str, device: Device, tmp_pa
         before, found, _ = dispatch.label.partition("layers.5")
         if found:
             counts["backward" if "backward" in before else "forward"] += 1
-    assert 10 < counts["forward"] <= 20 and 15 < counts["backward"] <= 35, counts
+    assert 10 < counts["forward"] <= most[0] and 15 < counts["backward"] <= most[1], counts

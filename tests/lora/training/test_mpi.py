@@ -6,6 +6,7 @@ import importlib.util
 import json
 import logging
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -69,7 +70,12 @@ def test_two_ranks_train_what_one_process_trains(
     train = {"steps": 20, "eval_every": 10, "batch_size": 2, "save_every": 10}
     path = write_run(tmp_path, n_rows=14, train=train)
     first = trained(path, tmp_path / "first")
-    assert trained(path, tmp_path / "second") == first
+    second = tmp_path / "second"
+    assert trained(path, second) == first
+    # From the checkpoint before the last: two ranks go on as if they had never stopped.
+    shutil.rmtree(second / "checkpoints" / "step-000020")
+    (second / ADAPTER).unlink()
+    assert trained(path, second, "--resume") == first
     one = ["train.gradient_accumulation=2"]
     alone = TrainingSession.from_config(path, [*one, f"output={tmp_path / 'alone'}"])
     run_training(alone)

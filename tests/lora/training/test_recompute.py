@@ -15,9 +15,11 @@ from lora.config.sizes import size_of
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
+from lora.shaders.memory import CountingMemory, padded_bytes
+from lora.shaders.recording import Recording
 from lora.training import recompute
 from lora.training.device_state import SessionPlan
-from lora.training.recompute import memory_limit
+from lora.training.recompute import layer_bytes, memory_limit
 from lora.training.session import TrainingSession
 from lora.training.workload import Workload
 from tests.support.tiny_run import write_run
@@ -73,6 +75,22 @@ def test_some_layers_again_give_the_same_bits_and_take_what_is_planned(
                 session.step(batches)
             found.append(session.parameters().tobytes())
     assert found[0] == found[1]
+
+
+def test_what_is_kept_of_a_layer(tmp_path: Path, facts: DeviceFacts) -> None:
+    """Nothing that the backward writes again: what norms and the gate give is in one place."""
+    plan = plan_of(write_run(tmp_path), facts, "train.recompute=off")
+    step = plan.tensors.step
+    rows, spec = step.inputs.rows.maximum, step.model.layers[0].spec
+    mixer, gate_up = spec.mixer, 2 * spec.feed_forward.intermediate_size
+    z = [members * step.layout.padded_rank for members in (3, 1, 2, 1)]
+    widths = [mixer.qkv_size, mixer.query_size, mixer.n_heads, spec.hidden_size, gate_up, *z]
+    kept = sum(padded_bytes((rows, width)) for width in widths)
+    counting = Recording(facts, CountingMemory(facts))
+    shared = step.activations.shared
+    assert layer_bytes(counting, plan.workload, step.model, step.inputs, shared) == [kept, kept, 0]
+    again = plan_of(tmp_path / "config.yaml", facts, "train.recompute=on")
+    assert total(plan) - total(again) == 2 * kept
 
 
 def test_what_tells_the_memory(facts: DeviceFacts, monkeypatch: pytest.MonkeyPatch) -> None:
