@@ -8,10 +8,12 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.recorder import BackwardPass, BackwardRecorder, InputGradient
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
+from lora.backward.token_rows import logits_gradient, logits_input_gradient, take_logits
 from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
     head_dropout,
+    own_logits,
     record_chunk_loss,
     record_head_input,
     record_logits,
@@ -80,10 +82,18 @@ def record_head_backward(
                     dropout = head_dropout(shared.dropout, model, inputs, index)
                 slices = shared.gradients[key]
                 lora_gradients(program, normed, z, d_logits, d_z, lora, slices, dropout=dropout)
+            # Behind the gradients of the head's factors, which add to all columns.
+            tokens, own = shared.factors.tokens, own_logits(act, inputs, index)
+            if tokens is not None and own is not None and shared.d_tokens is not None:
+                take_logits(program, d_logits, tokens, own)
+                normed = chunk_of(act.normed, inputs, index)
+                logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if not lowest:
                 out = chunk_of(scratch.d_head_normed, inputs, index)
                 gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
                 gradient.record(program, out, None, "head_backward")
+                if tokens is not None and own is not None:
+                    logits_input_gradient(program, own, tokens, out)
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lora.forward.dora import member_constants
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

@@ -13,7 +13,7 @@ from typing import Any
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora import Operands, Projection, record_projection
 from lora.forward.lora_matrix import gradient_cut
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.forward.matmul_bodies import record_product
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.part_product import PartProduct, Place
 from lora.forward.plans.stretches import Follower

@@ -13,7 +13,7 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.matmul import Accumulate, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
-from lora.forward.model.adapter import Factors, LoraFactors
+from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
@@ -60,6 +60,8 @@ class BackwardPass:
         per_layer: what tokens have for the layers; None in models without.
         dropout: as in the forward.
         criterion: what is minimized; None for −log p of each label.
+        d_tokens: f32 [tokens in whole quads, hidden_size], what the gradient to trained tokens'
+            rows is added to; None where none are.
     """
 
     model: Model
@@ -70,6 +72,7 @@ class BackwardPass:
     per_layer: Tensor | None = None
     dropout: Dropout | None = None
     criterion: Criterion | None = None
+    d_tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

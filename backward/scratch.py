@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.recorder import Scratch
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.layer_spec import Attention
@@ -33,6 +33,8 @@ def allocate_scratch(
     }
     blocks = {b.sizes: b for spec in a.layers for b in spec.blocks}
     lowest = min((layer for layer, _ in factors), default=a.n_layers)
+    if factors.below_layers:
+        lowest = 0
     # Below the lowest adapted layer nobody asks for the gradients of keys and values.
     kept = {donor: a.layers[donor].mixer for donor in a.donors if donor >= lowest}
     return Scratch(

@@ -30,7 +30,7 @@ from lora.backward import lora as backward_lora
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.forward import lora as forward_lora
 from lora.forward.lora import lora_project
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.plans.workbench import Stopwatch
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts

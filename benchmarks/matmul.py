@@ -38,7 +38,7 @@ from lora.backward.matmul import matmul_backward
 from lora.forward.decoder.head import chunk_size
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.plans.matmul_plans import Request, noting
 from lora.forward.plans.matmul_tiles import (

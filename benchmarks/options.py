@@ -36,6 +36,7 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
     "loraplus": {"adapter": {"loraplus_lr_ratio": 16.0}},
     "dora": {"adapter": {"variant": "dora"}},
     "rank_pattern": {"adapter": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"v_proj": 8.0}}},
+    "trainable_tokens": {"adapter": {"trainable_tokens": [5, 6, 7, 8, 9, 10, 11, 12]}},
     "neftune": {"train": {"neftune_noise_alpha": 5.0}},
     "label_smoothing": {"train": {"label_smoothing": 0.1}},
     "dft": {"train": {"loss_type": "dft"}},

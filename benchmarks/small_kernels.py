@@ -42,7 +42,7 @@ from lora.forward.decoder.head import chunk_size
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.heads import Heads, Rotation
 from lora.forward.lora import lora_project
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.rope_frequencies import Rope
 from lora.forward.rmsnorm import rmsnorm
 from lora.forward.rope import rope

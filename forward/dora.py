@@ -13,7 +13,7 @@ from typing import Any
 
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
-from lora.forward.model.adapter import DoraTensors, Factors, LoraFactors
+from lora.forward.model.factors import DoraTensors, Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product
@@ -146,7 +146,8 @@ class Dora:
         for one in groups.values():
             assert one.lora.dora is not None
             row_squares(measure, one.matrix, one.lora.dora.squares)
-        dora = cls(found, groups, measure, Program(recording))
+        of_adapter = replace(factors, groups=found)
+        dora = cls(of_adapter, groups, measure, Program(recording))
         dora.record_update(dora.update)
         return dora
 

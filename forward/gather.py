@@ -14,9 +14,10 @@ def gather_rows(
     extent: Extent,
     *,
     out: Tensor | None = None,
+    scale: float = 1.0,
     label: str = "gather",
 ) -> Tensor:  # [extent.maximum, width]
-    """Appends y[s] = x[indices[s]], or zeros where indices[s] is NO_ROW.
+    """Appends y[s] = scale · x[indices[s]], or zeros where indices[s] is NO_ROW.
 
     Its own gradient too: with the inverse index (for each row its place, or NO_ROW) it carries
     the gradient of the picked rows back, since no row is picked twice.
@@ -35,7 +36,7 @@ def gather_rows(
     check_shape("gather output", y, extent.maximum, width)
     program.dispatch(
         "gather",
-        {"width": width},
+        {"width": width, "scale": scale},
         [extent.uniform, x, indices, y],
         -(-extent.maximum * width // 256),
         label=label,

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora_matrix import projection_cut
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording

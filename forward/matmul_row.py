@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from lora.forward.matmul import adapted_members
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.product import Product
 from lora.shaders.activations import activation, check_shape, extent_of

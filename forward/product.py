@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.forward.int_row import IntRow
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.swiglu import check_activation

@@ -16,10 +16,11 @@ from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.gather import gather_rows
 from lora.forward.int_row import to_int_row
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm
+from lora.forward.token_rows import of_tokens, token_columns
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -61,7 +62,7 @@ def record_step(program: Program, step: Step) -> None:
     in as few dispatches as there can be (`record_row_layer`).
     """
     model, inputs, act = step.model, step.inputs, step.act
-    record_embedding(program, model, inputs.tokens, inputs.rows, act.x)
+    record_embedding(program, model, inputs.tokens, inputs.rows, act.x, step.factors)
     record_per_layer_inputs(program, model, act.x, inputs.table_rows, act.per_layer)
     layers = range(model.architecture.n_layers)
     if _fused(program, step):
@@ -115,4 +116,11 @@ def record_step_head(program: Program, step: Step, head: StepHead) -> None:
         lora = step.factors.get((a.n_layers, "head"))
         logits = Product(row.values, model.head, lora=lora, softcap=a.logit_softcap)
         row_product(program, row, logits, head.logits, label="logits")
+        tokens = step.factors.tokens
+        if tokens is not None and tokens.in_head:
+            plain = replace(row, ints=None)  # trained rows are f32
+            own = head.own(program.recording, tokens)
+            product = of_tokens(program, logits, tokens)
+            row_product(program, plain, product, own, label="logits.tokens")
+            token_columns(program, tokens, own, head.logits, take=False)
         argmax(program, head.logits, head.token, length=a.vocab_size)

@@ -11,11 +11,12 @@ from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import has_matrix_units
 from lora.forward.model.adaptable import HEAD_GROUP
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import CHUNK_ALIGNMENT, Inputs
 from lora.forward.product import Product
 from lora.forward.rmsnorm import rmsnorm
+from lora.forward.token_rows import replace_logits
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -48,6 +49,7 @@ class HeadActivations:
     logits: Tensor  # [chunk, logits_size]; turned into their gradient in place
     losses: Tensor  # [targets], −log-probability of each label
     correct: Tensor  # [targets]: 1 where the label is the argmax
+    own: Tensor | None = None  # [chunk, tokens in whole quads], where rows of the head are trained
 
     @classmethod
     def allocate(
@@ -61,6 +63,10 @@ class HeadActivations:
             return recording.memory.empty((targets.maximum, *shape), extent=targets)
 
         start, stop, extent = inputs.chunks[0]
+        own, tokens = None, factors.tokens
+        if tokens is not None and tokens.in_head:
+            shape = stop - start, tokens.rows.shape[0]
+            own = recording.memory.empty(shape, extent=extent, purpose="logits")
         return cls(
             picked=tensor(a.hidden_size),
             normed=tensor(a.hidden_size),
@@ -70,6 +76,7 @@ class HeadActivations:
             ),
             losses=tensor(),
             correct=tensor(),
+            own=own,
         )
 
 
@@ -85,6 +92,14 @@ def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
     """The rows of a tensor over targets that belong to one chunk, with the chunk's extent."""
     start, stop, extent = inputs.chunks[index]
     return replace(tensor.slice(start, stop), extent=extent)
+
+
+def own_logits(act: HeadActivations, inputs: Inputs, index: int) -> Tensor | None:
+    """Where the logits of trained tokens go, of one chunk; None where the head has none."""
+    if act.own is None:
+        return None
+    start, stop, extent = inputs.chunks[index]
+    return replace(act.own, shape=(stop - start, act.own.shape[1]), extent=extent)
 
 
 def head_dropout(dropout: Dropout, model: Model, inputs: Inputs, index: int) -> GroupDropout:
@@ -114,12 +129,11 @@ def record_logits(
         own = None if dropout is None else head_dropout(dropout, model, inputs, index)
         lora_project(program, normed, lora, out=z, dropout=own, label="head.z")
     softcap = model.architecture.logit_softcap
-    matmul(
-        program,
-        Product(normed, model.head, lora=lora, z=z, softcap=softcap),
-        out=logits,
-        label="head",
-    )
+    product = Product(normed, model.head, lora=lora, z=z, softcap=softcap)
+    matmul(program, product, out=logits, label="head")
+    of_tokens = own_logits(act, inputs, index)
+    if factors.tokens is not None and of_tokens is not None:
+        replace_logits(program, product, factors.tokens, of_tokens, logits)
     return logits
 
 

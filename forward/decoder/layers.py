@@ -13,11 +13,13 @@ from typing import Any
 from lora.forward.decoder.blocks import BLOCKS
 from lora.forward.decoder.recorder import BlockEnd, LayerRecorder, Walk
 from lora.forward.embedding import embedding
-from lora.forward.model.adapter import Factors
+from lora.forward.embedding_lora import add_embedding
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.rmsnorm import NormAfter, rmsnorm
 from lora.forward.scale_rows import scale_rows
+from lora.forward.token_rows import replace_rows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -135,11 +137,24 @@ def product_tensors(
 
 
 def record_embedding(
-    program: Program, model: Model, tokens: Tensor, rows: Extent, x: Tensor
+    program: Program,
+    model: Model,
+    tokens: Tensor,
+    rows: Extent,
+    x: Tensor,
+    factors: Factors,
 ) -> None:
-    """Appends x = the tokens' embeddings, [rows, hidden_size]."""
+    """Appends x = the tokens' embeddings, [rows, hidden_size].
+
+    Args:
+        factors: what is trained of the embedding is in place of the base's, or beside it.
+    """
     scale = model.architecture.embedding_scale
     embedding(program, tokens, model.embedding, rows, scale=scale, out=x)
+    if factors.tokens is not None:
+        replace_rows(program, tokens, factors.tokens, rows, x, scale=scale)
+    if factors.embedding is not None:
+        add_embedding(program, tokens, factors.embedding, rows, x, scale=scale)
 
 
 def record_layers(

@@ -17,7 +17,7 @@ from lora.forward.heads import Heads
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
 from lora.forward.matmul_row import matmul_row
-from lora.forward.model.adapter import Factors
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.kv_cache import store_keys_values

@@ -9,7 +9,7 @@ from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.int_row import IntRow, RowNorm, takes_int_row, to_int_row
 from lora.forward.matmul_int_row import matmul_int_row
 from lora.forward.matmul_row import matmul_row, project_row
-from lora.forward.model.adapter import Factors, LoraFactors
+from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix

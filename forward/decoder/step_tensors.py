@@ -10,6 +10,7 @@ from lora.forward.decoder.per_layer_block import per_layer_values
 from lora.forward.decoder.row_recorder import RowMemory
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
+from lora.forward.model.trained_tokens import TokenRows
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -71,3 +72,8 @@ class StepHead:
             logits=recording.memory.empty((1, a.logits_size), purpose="logits", extent=row),
             token=recording.memory.empty((1,), "u32", extent=row),
         )
+
+    def own(self, recording: Recording, tokens: TokenRows) -> Tensor:
+        """A new tensor for the logits of trained tokens, [1, tokens in whole quads]."""
+        shape = 1, tokens.rows.shape[0]
+        return recording.memory.empty(shape, purpose="logits", extent=self.row)

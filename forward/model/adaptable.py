@@ -48,6 +48,8 @@ class AdaptableMatrix:
         """Its module in the Hugging Face model, e.g. `model.layers.3.self_attn.q_proj`."""
         if self.group == HEAD_GROUP:
             return self.module
+        if self.group == EMBEDDING_GROUP:
+            return f"model.{self.module}"
         parent = f"{self.peft_parent}." if self.peft_parent else ""
         return f"{TEXT_LAYERS}.{layer}.{parent}{self.module}"
 
@@ -152,8 +154,11 @@ DELTA_NET = (
 )
 HEAD_GROUP = "head"
 HEAD = _matrix("lm_head", "output", HEAD_GROUP, "hidden_size", "vocab_size")
+EMBEDDING_GROUP = "embedding"
+EMBEDDING = _matrix("embed_tokens", "token_embd", EMBEDDING_GROUP, "vocab_size", "hidden_size")
+EMBEDDING_PATH = EMBEDDING.peft_path(-1)
 _ALL = (
     *(*ATTENTION, *GATED, *FUSED_ATTENTION, *FUSED_GATED, *PER_LAYER),
-    *(*SHORT_CONVOLUTION, *LFM2_GATED, *DELTA_NET, HEAD),
+    *(*SHORT_CONVOLUTION, *LFM2_GATED, *DELTA_NET, HEAD, EMBEDDING),
 )
 MODULE_NAMES = tuple(dict.fromkeys(matrix.module for matrix in _ALL))

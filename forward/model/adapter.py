@@ -1,4 +1,4 @@
-"""The low-rank factors: how they lie in flat buffers, and as the kernels see them.
+"""The low-rank factors: how they lie in flat buffers.
 
 All A and B lie in one flat f32 array, their gradients and the two moments of AdamW in others of the
 same layout: clipping and AdamW are one dispatch each over it, and a checkpoint is a few arrays.
@@ -7,114 +7,26 @@ same layout: clipping and AdamW are one dispatch each over it, and a checkpoint 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 
-from lora.forward.model.adaptable import HEAD, AdaptableMatrix
+from lora.forward.model.adaptable import EMBEDDING, EMBEDDING_PATH, HEAD, AdaptableMatrix
+from lora.forward.model.adapted_group import AdaptedGroup, whole_quads
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.low_rank import LowRank
+from lora.forward.model.embedding_place import EmbeddingPlace
+from lora.forward.model.factors import Factors, LoraFactors
+from lora.forward.model.low_rank import NOTHING_BESIDE, Beside, LowRank
 from lora.forward.model.row_order import to_gguf, to_hf
+from lora.forward.model.trained_tokens import TokenIndex, TokenRows
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-_ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
-
-
-@dataclass(frozen=True)
-class DoraTensors:
-    """What DoRA knows of a group's columns of y, f32 [out_features] each; see forward/dora.py.
-
-    Attributes:
-        squares: ‖W‖² of each row of W.
-        scales: m / ‖W + s · B · A‖; 1 where nothing is adapted.
-        inverses: 1 / ‖W + s · B · A‖; 0 there.
-    """
-
-    squares: Tensor
-    scales: Tensor
-    inverses: Tensor
-
-
-@dataclass(frozen=True)
-class LoraFactors:
-    """The A and B of matrices that share an input ("members": q k v; gate up; or one alone).
-
-    y[:, start:stop] = x · W[start:stop]ᵀ + scale · z_g · B_gᵀ with z = x · Aᵀ, for each member g
-    and its range (start, stop) of output columns. Ranges are in order; a matrix of the group that
-    is not adapted has none.
-
-    Attributes:
-        a: [members · rank, in_features], the members' A stacked.
-        b: [sum of the members' out_features, rank], the members' B stacked.
-        rank: a multiple of 4. A rank that is none is padded with rows of A and columns of B that
-            are zero: their gradients are zero then, so that AdamW leaves them zero.
-        scale: alpha / rank (rsLoRA: alpha / sqrt(rank)), with the rank that the user asked for.
-        ranges: output columns [start, stop) of each member.
-        member_scales: where members differ in alpha or in the rank that it is divided by: what z of
-            each is multiplied by, with a `scale` of 1; empty where they don't.
-        magnitude: DoRA's m, [rows of b]; None without DoRA.
-        dora: what goes with it, where it is used; those of gradients have none.
-    """
-
-    a: Tensor
-    b: Tensor
-    rank: int
-    scale: float
-    ranges: tuple[tuple[int, int], ...]
-    member_scales: tuple[float, ...] = ()
-    magnitude: Tensor | None = None
-    dora: DoraTensors | None = None
-
-    @property
-    def n_members(self) -> int:
-        """How many matrices it adapts."""
-        return len(self.ranges)
-
-    def first_feature(self, member: int) -> int:
-        """The row of the stacked B where a member's begins."""
-        return sum(stop - start for start, stop in self.ranges[:member])
-
-    def projection_scale(self, member: int) -> float:
-        """What z of a member is multiplied by beside `scale`."""
-        return self.member_scales[member] if self.member_scales else 1.0
+ALIGNMENT = 64  # elements: 256 bytes, the strictest alignment of a binding
 
 
 Orders = tuple[np.ndarray | None, np.ndarray | None]
-Factors = Mapping[tuple[int, str], LoraFactors]  # by (layer, group); the head's layer is n_layers
-
-
-@dataclass(frozen=True)
-class AdaptedGroup:
-    """Where the factors of one group of one layer lie in the flat arrays."""
-
-    layer: int  # n_layers for the head
-    group: str  # of LayerSpec.groups, or "head"
-    members: tuple[AdaptableMatrix, ...]  # the adapted ones
-    ranges: tuple[tuple[int, int], ...]
-    in_features: int
-    a_start: int
-    b_start: int
-    low: tuple[LowRank, ...]  # of the members
-    m_start: int | None = None  # of DoRA's magnitudes
-
-    @property
-    def padded_rank(self) -> int:
-        """Rows of A, columns of B, that each member has on the device."""
-        return _whole_quads(max(one.rank for one in self.low))
-
-    @property
-    def scale(self) -> float:
-        """What all members' products are multiplied by; 1 where they differ."""
-        scales = {one.scale for one in self.low}
-        return scales.pop() if len(scales) == 1 else 1.0
-
-    @property
-    def member_scales(self) -> tuple[float, ...]:
-        """See `LoraFactors`."""
-        scales = tuple(one.scale for one in self.low)
-        return scales if len(set(scales)) > 1 else ()
 
 
 class AdapterLayout:
@@ -124,16 +36,17 @@ class AdapterLayout:
         architecture: of the base model.
         layers: numbers of the adapted layers.
         targets: PEFT names of the adapted matrices, each one that the architecture has; lm_head
-            is adapted whatever the layers are.
+            and embed_tokens are adapted whatever the layers are.
         rank: of every matrix, as the user asked for it.
         scale: what B · A is multiplied by.
         modules: what single matrices are adapted with, by PEFT's path; those that are not there
             are left alone. None: all that layers and targets say, with `rank` and `scale`.
         alignment: each group's stacked A, and B, begins on a multiple of it, 64 or more of them.
-        dora: whether each row of an adapted matrix has a magnitude, behind the group's B.
+        beside: what is trained beside A and B.
 
     Raises:
-        InputError: the layers have none of the matrices.
+        InputError: the layers have none of the matrices, or rows of this model's embedding can't
+            be trained beside them.
     """
 
     def __init__(
@@ -144,32 +57,55 @@ class AdapterLayout:
         rank: int,
         scale: float,
         modules: Mapping[str, LowRank] | None = None,
-        alignment: int = _ALIGNMENT,
-        dora: bool = False,
+        alignment: int = ALIGNMENT,
+        beside: Beside = NOTHING_BESIDE,
     ) -> None:
         self.architecture = architecture
         self.targets = frozenset(targets)
         self._modules = modules
         self._every = LowRank(rank, scale)
         self._alignment = alignment
-        self.dora = dora
+        self.dora, self.tokens = beside.dora, beside.tokens
         self.layers = [layer for layer in sorted(layers) if self._adapts(layer)]
         self.rank = rank
-        self.padded_rank = _whole_quads(rank)
+        self.padded_rank = whole_quads(rank)
         self.scale = scale
         self.groups: list[AdaptedGroup] = []
         self.n_trainable = 0  # parameters, padding not counted
-        self._end = 0
+        self.n_trainable += len(self.tokens) * architecture.hidden_size
+        self._end = _aligned(whole_quads(len(self.tokens)) * architecture.hidden_size, alignment)
+        self.embedding: EmbeddingPlace | None = None
+        if (low := self._low(-1, EMBEDDING)) is not None:
+            self.embedding = EmbeddingPlace(architecture, self._end, alignment, low)
+            self._end = self.embedding.end
+            self.n_trainable += self.embedding.n_trainable
         for layer in self.layers:
             for name, matrices in architecture.layers[layer].groups.items():
                 self._place(layer, name, matrices)
         self._place(architecture.n_layers, HEAD.group, (HEAD,))
-        if self.targets and layers and not self.groups:
+        if self.targets and layers and not self.groups and self.embedding is None:
             raise InputError(
                 f"adapter.targets: none of the layers {', '.join(map(str, sorted(layers)))} has "
                 f"{' or '.join(sorted(self.targets))} of its own; lora inspect says how many do."
             )
-        self.size = max(self._end, _ALIGNMENT)  # elements of a flat array
+        self._check_tokens()
+        self.size = max(self._end, ALIGNMENT)  # elements of a flat array
+
+    @property
+    def below_layers(self) -> bool:
+        """Whether it changes what enters the lowest layer."""
+        return bool(self.tokens) or self.embedding is not None
+
+    def _check_tokens(self) -> None:
+        """Refuses rows of the embedding where their gradient would not be whole."""
+        a = self.architecture
+        if self.below_layers and a.per_layer_size:
+            key = "trainable_tokens" if self.tokens else "targets: embed_tokens"
+            raise InputError(
+                f"adapter.{key}: in a model of the architecture "
+                f"{a.name!r} tokens have inputs of their own for every layer, which come of the "
+                "embedding, too; gradients through these are not supported. Leave it out."
+            )
 
     def _adapts(self, layer: int) -> bool:
         """Whether a layer has one of the matrices."""
@@ -190,7 +126,7 @@ class AdapterLayout:
         column = 0
         holder = self.architecture.holder(layer)
         for matrix in matrices:
-            rows = _whole_quads(matrix.out_size(holder))
+            rows = whole_quads(matrix.out_size(holder))
             low = self._low(layer, matrix)
             if low is not None:
                 members.append(matrix)
@@ -201,7 +137,7 @@ class AdapterLayout:
         if not members:
             return
         in_features = members[0].in_size(holder)
-        rank = _whole_quads(max(low.rank for low in lows))
+        rank = whole_quads(max(low.rank for low in lows))
         a_start = self._end
         b_start = _aligned(a_start + len(members) * rank * in_features, self._alignment)
         n_rows = sum(stop - start for start, stop in ranges)
@@ -221,12 +157,18 @@ class AdapterLayout:
     def lowest_layer(self) -> int:
         """The lowest adapted layer: the backward ends there, and all below it is a fixed prefix.
 
-        n_layers where only the head is adapted.
+        n_layers where only the head is adapted; 0 where the embedding is, below all layers.
         """
+        if self.below_layers:
+            return 0
         return self.layers[0] if self.layers else self.architecture.n_layers
 
-    def factors(self, flat: Tensor) -> dict[tuple[int, str], LoraFactors]:
-        """The factors inside a flat tensor [size], by (layer, group)."""
+    def factors(self, flat: Tensor, index: TokenIndex | None = None) -> Factors:
+        """The factors inside a flat tensor [size], by (layer, group).
+
+        Args:
+            index: of its tokens, where these are to be among them.
+        """
         found = {}
         for group in self.groups:
             rank = group.padded_rank
@@ -240,7 +182,27 @@ class AdapterLayout:
                 None if group.m_start is None
                 else flat.slice(group.m_start, group.m_start + b_shape[0]),
             )  # fmt: skip
-        return found
+        tokens = None
+        if index is not None:
+            tokens = TokenRows(index, self.token_rows(flat), self.architecture.tied_head)
+        embedding = None if self.embedding is None else self.embedding.factors(flat)
+        return Factors(found, tokens, embedding)
+
+    def token_rows(self, flat: Tensor) -> Tensor:
+        """The rows of its tokens [n in whole quads, hidden_size] in a flat tensor [size]."""
+        n, width = whole_quads(len(self.tokens)), self.architecture.hidden_size
+        return flat.slice(0, n * width).reshape(n, width)
+
+    def token_index(self, recording: Recording) -> TokenIndex | None:
+        """A new index of its tokens; None where it has none."""
+        if not self.tokens:
+            return None
+        return TokenIndex.allocate(recording, self.tokens, self.architecture.vocab_size)
+
+    def trained_tokens(self, flat: np.ndarray) -> np.ndarray:
+        """The rows of its tokens [n, hidden_size], a view of a flat array."""
+        width = self.architecture.hidden_size
+        return flat[: len(self.tokens) * width].reshape(-1, width)
 
     def check_bindings(self, facts: DeviceFacts) -> None:
         """Checks that the device can bind the factors of every group.
@@ -248,12 +210,20 @@ class AdapterLayout:
         Raises:
             InputError: one is too large; the message has the highest rank that works.
         """
+        most = facts.max_binding // (4 * self.architecture.hidden_size) // 4 * 4
+        if len(self.tokens) > most:
+            raise InputError(
+                f"adapter.trainable_tokens: got {len(self.tokens):,} tokens; {facts.name} can bind "
+                f"the rows of {most:,} of this model's."
+            )
+        if self.embedding is not None:
+            self.embedding.check_bindings(facts)
         for group in self.groups:
             rows = sum(stop - start for start, stop in group.ranges)
             width = rows + len(group.members) * group.in_features
-            if 4 * width * group.padded_rank + 4 * _ALIGNMENT > facts.max_binding:
+            if 4 * width * group.padded_rank + 4 * ALIGNMENT > facts.max_binding:
                 names = ", ".join(matrix.module for matrix in group.members)
-                highest = (facts.max_binding - 4 * _ALIGNMENT) // (4 * width) // 4 * 4
+                highest = (facts.max_binding - 4 * ALIGNMENT) // (4 * width) // 4 * 4
                 rank = max(low.rank for low in group.low)
                 raise InputError(
                     f"adapter.rank: got {rank}; the factors of {names} would take "
@@ -267,6 +237,8 @@ class AdapterLayout:
 
         The orders are those of B's rows and of A's columns, see `AdaptableMatrix.row_order`.
         """
+        if self.embedding is not None:
+            yield EMBEDDING_PATH, (None, None), *self.embedding.views(flat)
         for group in self.groups:
             holder = self.architecture.holder(group.layer)
             a_row = group.a_start
@@ -347,6 +319,8 @@ class AdapterLayout:
     def initial(self, seed: int, init: str = "default") -> np.ndarray:
         """A new adapter, f32 [size], B zero; DoRA's magnitudes, too, which the base decides.
 
+        Of an embedding A is zero, and B normal.
+
         Args:
             init: as PEFT's init_lora_weights: "default", A uniform in ±1/sqrt(in); "gaussian", A
                 normal with the standard deviation 1/rank.
@@ -355,8 +329,10 @@ class AdapterLayout:
             raise ValueError(f"init {init!r} is neither default nor gaussian")
         rng = np.random.default_rng(seed)
         flat = np.zeros(self.size, np.float32)
-        for _, _, a, _ in self._views(flat):
-            if init == "gaussian":
+        for path, _, a, b in self._views(flat):
+            if path == EMBEDDING_PATH:  # of which PEFT begins A with zeros
+                b[:] = rng.normal(0.0, 1.0, b.shape)
+            elif init == "gaussian":
                 a[:] = rng.normal(0.0, 1.0 / a.shape[0], a.shape)
             else:
                 bound = 1.0 / np.sqrt(a.shape[1])
@@ -365,10 +341,10 @@ class AdapterLayout:
 
     def b_blocks(self) -> np.ndarray:
         """Which 64 neighbouring elements of a flat array are of B, bool [⌈size / 64⌉]."""
-        found = np.zeros(-(-self.size // _ALIGNMENT), bool)
+        found = np.zeros(-(-self.size // ALIGNMENT), bool)
         ends = [*(group.a_start for group in self.groups[1:]), self.size]
         for group, end in zip(self.groups, ends, strict=False):
-            found[group.b_start // _ALIGNMENT : -(-end // _ALIGNMENT)] = True
+            found[group.b_start // ALIGNMENT : -(-end // ALIGNMENT)] = True
         return found
 
     @property
@@ -379,7 +355,8 @@ class AdapterLayout:
 
     def low_ranks(self) -> dict[str, LowRank]:
         """What each matrix is adapted with, by PEFT's path."""
-        return {
+        own = {} if self.embedding is None else {EMBEDDING_PATH: self.embedding.low}
+        return own | {
             matrix.peft_path(group.layer): low
             for group in self.groups
             for matrix, low in zip(group.members, group.low, strict=True)
@@ -388,8 +365,3 @@ class AdapterLayout:
 
 def _aligned(n: int, alignment: int) -> int:
     return -(-n // alignment) * alignment
-
-
-def _whole_quads(n: int) -> int:
-    """Rows of B that are stored: kernels take four columns of the output at once."""
-    return -(-n // 4) * 4

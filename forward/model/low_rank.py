@@ -16,3 +16,20 @@ class LowRank:
 
     rank: int
     scale: float
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is trained beside A and B.
+
+    Attributes:
+        dora: whether each row of an adapted matrix has a magnitude, behind its group's B.
+        tokens: ids whose rows of the embedding are trained themselves. They lie before all groups:
+            their gradient is whole last.
+    """
+
+    dora: bool = False
+    tokens: tuple[int, ...] = ()
+
+
+NOTHING_BESIDE = Beside()

@@ -10,13 +10,15 @@ from typing import Any
 import numpy as np
 
 from lora.adapters.fused_names import as_named_in
-from lora.adapters.peft_files import WEIGHTS, read_peft_factors
-from lora.forward.model.adaptable import HEAD, AdaptableMatrix
+from lora.adapters.peft_files import WEIGHTS, read_peft_factors, read_trained_tokens
+from lora.adapters.saved_factors import SavedFactors
+from lora.forward.model.adaptable import EMBEDDING_PATH, HEAD, AdaptableMatrix
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.layer_spec import LayerSpec
 from lora.forward.model.row_order import to_gguf
 from lora.shaders.errors import InputError
 
+EMBEDDING_TENSOR = "token_embd.weight"
 # Of Gemma 4: what its embedding gives all layers. PEFT's all-linear takes it; llama.cpp ignores it.
 _PROJECTION_OF_ALL = "per_layer_model_projection"
 
@@ -64,6 +66,70 @@ class AdaptedTensor:
         return np.where(np.isnan(magnitude), change, magnitude / lengths * whole - base)
 
 
+@dataclass(frozen=True)
+class ReplacedRows:
+    """Rows of a tensor of the base that an adapter has others for.
+
+    Attributes:
+        name: of the tensor in the base GGUF.
+        tokens: which rows.
+        rows: f32 [tokens, columns], what stands there instead.
+    """
+
+    name: str
+    tokens: tuple[int, ...]
+    rows: np.ndarray
+
+    def change(self, base: np.ndarray, start: int) -> np.ndarray:
+        """As `AdaptedTensor.change`."""
+        found = np.zeros_like(base)
+        for token, row in zip(self.tokens, self.rows, strict=True):
+            if start <= token < start + len(base):
+                found[token - start] = row - base[token - start]
+        return found
+
+
+@dataclass(frozen=True)
+class SumOfChanges:
+    """Several changes of one tensor: each of the base as it is, added up."""
+
+    parts: tuple[AdaptedTensor | ReplacedRows, ...]
+
+    def change(self, base: np.ndarray, start: int) -> np.ndarray:
+        """As `AdaptedTensor.change`."""
+        found = np.zeros_like(base)
+        for part in self.parts:
+            found += part.change(base, start)
+        return found
+
+
+TensorChange = AdaptedTensor | ReplacedRows | SumOfChanges
+
+
+def read_replaced_rows(
+    directory: Path, settings: Mapping[str, Any], architecture: Architecture
+) -> ReplacedRows | None:
+    """The rows of the embedding that an adapter brings; None where it has none.
+
+    Args:
+        settings: of `read_peft_settings`.
+        architecture: of the base.
+
+    Raises:
+        InputError: they do not fit the base.
+    """
+    saved = read_trained_tokens(directory, settings)
+    if saved is None:
+        return None
+    n_rows, width = architecture.vocab_size, architecture.hidden_size
+    if max(saved.ids) >= n_rows or saved.rows.shape[1] != width:
+        raise InputError(
+            f"{directory}: has rows of tokens up to {max(saved.ids)}, of {saved.rows.shape[1]} "
+            f"columns; this base's embedding is {(n_rows, width)}. Name the right base with --base."
+        )
+    return ReplacedRows(EMBEDDING_TENSOR, saved.ids, saved.rows)
+
+
 def read_adapted_tensors(
     directory: Path, settings: Mapping[str, Any], architecture: Architecture
 ) -> dict[str, AdaptedTensor]:
@@ -88,6 +154,9 @@ def read_adapted_tensors(
                 "and give something else. Train without it (adapter.targets: all-linear leaves it "
                 "out)."
             )
+        if path == EMBEDDING_PATH:
+            parts[EMBEDDING_TENSOR] = [(0, _of_embedding(directory, factors, architecture))]
+            continue
         if path not in places:
             raise InputError(
                 f"{directory} adapts {path}, which the base (architecture {architecture.name!r}, "
@@ -119,6 +188,21 @@ def read_adapted_tensors(
         name: _as_one(found, fused[name]) if name in fused else found[0][1]
         for name, found in parts.items()
     }
+
+
+def _of_embedding(
+    directory: Path, factors: SavedFactors, architecture: Architecture
+) -> AdaptedTensor:
+    """A change of the embedding, whose rows are the columns of PEFT's A."""
+    n_rows, width = architecture.vocab_size, architecture.hidden_size
+    expected = (factors.rank, n_rows), (width, factors.rank)
+    if (factors.a.shape, factors.b.shape) != expected:
+        raise InputError(
+            f"{directory}: {EMBEDDING_PATH} has A {factors.a.shape} and B {factors.b.shape}; this "
+            f"base wants {expected[0]} and {expected[1]}. Name the right base with --base."
+        )
+    a, b = (np.ascontiguousarray(one.T) for one in (factors.b, factors.a))
+    return AdaptedTensor(EMBEDDING_TENSOR, a, b, factors.scale)
 
 
 def _as_one(parts: Sequence[tuple[int, AdaptedTensor]], n_rows: int) -> AdaptedTensor:

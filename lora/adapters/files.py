@@ -16,12 +16,13 @@ from lora.adapters.peft_files import (
     read_peft_factors,
     read_peft_settings,
 )
+from lora.adapters.peft_settings import TOKENS
 from lora.adapters.saved_factors import common_scale
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.adaptable import MODULE_NAMES
+from lora.forward.model.adaptable import EMBEDDING, MODULE_NAMES
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
-from lora.forward.model.low_rank import LowRank
+from lora.forward.model.low_rank import Beside, LowRank
 from lora.shaders.errors import InputError
 from lora.storage.stores import resolve_model
 
@@ -41,6 +42,7 @@ class SavedAdapter:
         stabilized: whether its scales are meant as alpha / sqrt(rank).
         low: what each of its matrices is adapted with, by PEFT's path.
         dora: whether it has DoRA's magnitudes.
+        tokens: ids whose rows of the embedding it has.
     """
 
     path: Path
@@ -49,6 +51,7 @@ class SavedAdapter:
     stabilized: bool
     low: Mapping[str, LowRank]
     dora: bool = False
+    tokens: tuple[int, ...] = ()
 
     @property
     def modules(self) -> tuple[str, ...]:
@@ -95,7 +98,8 @@ class SavedAdapter:
             raise InputError(
                 f"{self.path}: adapts {', '.join(unknown) or 'nothing'}; not supported."
             )
-        missing = [name for name in self.targets if name not in architecture.matrices]
+        known = {*architecture.matrices, EMBEDDING.module}
+        missing = [name for name in self.targets if name not in known]
         if missing:
             raise InputError(
                 f"{self.path}: adapts {', '.join(missing)}, which a model of the architecture "
@@ -106,14 +110,20 @@ class SavedAdapter:
                 f"{self.path}: adapts layer {self.layers[-1]}, but the model has "
                 f"{architecture.n_layers} layers; the adapter was made for another model."
             )
+        if max(self.tokens, default=0) >= architecture.vocab_size:
+            raise InputError(
+                f"{self.path}: has a row of the token {max(self.tokens)}, but the model's "
+                f"embedding has {architecture.vocab_size}; the adapter was made for another model."
+            )
         # Just its own matrices: not each layer need have all that another has.
         low = LowRank(self.rank, self.scale)
+        beside = Beside(self.dora, self.tokens)
         given = (architecture, self.layers, self.targets, self.rank, self.scale)
-        every = AdapterLayout(*given, dora=self.dora)
+        every = AdapterLayout(*given, beside=beside)
         modules = {path: low for path in every.low_ranks() if path in set(self.modules)}
         if len(modules) == len(every.low_ranks()):
             return every
-        return AdapterLayout(*given, modules, dora=self.dora)
+        return AdapterLayout(*given, modules, beside=beside)
 
     def settings(self, architecture: Architecture) -> AdapterConfig:
         """The config's section with which a session takes it over as it is.
@@ -130,6 +140,7 @@ class SavedAdapter:
             variant=self.variant,
             targets=sorted(layout.low_ranks()) if layout.is_partial else self.targets,
             layers=layout.layers or "all",  # lm_head alone is in no layer
+            trainable_tokens=list(self.tokens),
             init_from=str(self.path),
         )
 
@@ -162,6 +173,7 @@ def open_adapter(path: Path, architecture: Architecture) -> SavedAdapter:
         bool(settings.get("use_rslora")),
         {module: LowRank(factors.rank, factors.scale) for module, factors in modules.items()},
         settings["use_dora"],
+        tuple(settings[TOKENS]),
     )
 
 

@@ -18,6 +18,7 @@ from gguf import GGMLQuantizationType
 
 from lora.adapters.adapted_tensor import AdaptedTensor, adaptable
 from lora.adapters.saved_factors import SavedFactors, most_common, pack
+from lora.adapters.saved_tokens import put_tokens
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapter import AdapterLayout
@@ -160,7 +161,9 @@ def load_gguf_adapter(path: Path, layout: AdapterLayout) -> np.ndarray:
             a = to_hf(a.T, place.matrix.column_order(place.holder)).T
         scale = settings.scale(name) * dict(architecture.scaled).get(name, 1.0)
         modules[module] = SavedFactors(a, b, scale)
-    return pack(path, modules, layout)
+    flat = pack(path, modules, layout)
+    put_tokens(path, None, layout, flat)
+    return flat
 
 
 def _settings(file: GGUFFile) -> AdapterSettings:

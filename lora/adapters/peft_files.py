@@ -15,13 +15,16 @@ import safetensors.numpy
 
 from lora.adapters.fused_names import as_named_in
 from lora.adapters.peft_settings import (
+    EMBEDDING,
     SETTINGS,
+    TOKENS,
     WEIGHTS,
     match_patterns,
     read_peft_settings,
 )
 from lora.adapters.saved_factors import SavedFactors, pack
-from lora.forward.model.adaptable import HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
+from lora.adapters.saved_tokens import SavedTokens, put_tokens
+from lora.forward.model.adaptable import EMBEDDING_PATH, HEAD, LANGUAGE_LAYERS, TEXT_LAYERS
 from lora.forward.model.adapter import AdapterLayout
 from lora.shaders.errors import InputError
 from lora.shaders.untrusted import as_f32, reading
@@ -35,6 +38,7 @@ _PEFT_VERSION = "0.21.0"  # the version whose file layout this follows
 _NUMBERS = {"F32": "<f4", "F16": "<f2", "BF16": "<u2", "F64": "<f8"}  # as numpy reads them
 _MAGNITUDE = ".lora_magnitude_vector"
 _BASE_LAYER = ".base_layer"
+_TOKEN_ROWS = ".token_adapter.trainable_tokens_delta"
 _MODULE = re.compile(r"(?!.*\.layers\.(?!\d{1,6}\.))[\w-]+(\.[\w-]+)*")
 
 
@@ -48,26 +52,34 @@ def save_peft_adapter(
     """
     own = config.adapter.peft_layers
     layers = layout.architecture.peft_layers if own == "auto" else own
-    modules = {
-        path.replace(TEXT_LAYERS, layers, 1): factors
-        for path, factors in layout.to_modules(flat).items()
-    }
+
+    def in_class(path: str) -> str:
+        """As PEFT finds a module in the class that the adapter is for."""
+        if path == EMBEDDING_PATH:
+            return f"{layers.removesuffix('layers')}{EMBEDDING}"
+        return path.replace(TEXT_LAYERS, layers, 1)
+
+    modules = {in_class(path): factors for path, factors in layout.to_modules(flat).items()}
     tensors = {}
     for path, (a, b) in modules.items():
-        tensors[f"{_PREFIX}{path}.lora_A.weight"] = np.ascontiguousarray(a)
-        tensors[f"{_PREFIX}{path}.lora_B.weight"] = np.ascontiguousarray(b)
+        kind, weight = ("", ".weight") if path != in_class(EMBEDDING_PATH) else ("embedding_", "")
+        tensors[f"{_PREFIX}{path}.lora_{kind}A{weight}"] = np.ascontiguousarray(a)
+        tensors[f"{_PREFIX}{path}.lora_{kind}B{weight}"] = np.ascontiguousarray(b)
     for path, magnitude in layout.magnitudes(flat).items():
-        name = f"{_PREFIX}{path.replace(TEXT_LAYERS, layers, 1)}{_MAGNITUDE}"
+        name = f"{_PREFIX}{in_class(path)}{_MAGNITUDE}"
         tensors[name] = np.ascontiguousarray(magnitude)
+    if layout.tokens:
+        where = f"{_PREFIX}{layers.removesuffix('layers')}{EMBEDDING}{_TOKEN_ROWS}"
+        tensors[where] = layout.trained_tokens(flat).copy()
     some_layers = 0 < len(layout.layers) < layout.architecture.n_layers
     # PEFT's layers_to_transform leaves out the head, and in a class for images, too, other parts
     # have modules of these names: then every module is named in full.
     by_path = (
-        (some_layers and HEAD.module in layout.targets)
+        (some_layers and {HEAD.module, EMBEDDING} & layout.targets)
         or layers == LANGUAGE_LAYERS
         or layout.is_partial
     )
-    low = {path.replace(TEXT_LAYERS, layers, 1): one for path, one in layout.low_ranks().items()}
+    low = {in_class(path): one for path, one in layout.low_ranks().items()}
     adapter = config.adapter
     alphas = {
         path: one.scale * (math.sqrt(one.rank) if adapter.variant == "rslora" else one.rank)
@@ -95,6 +107,7 @@ def save_peft_adapter(
             for path, alpha in alphas.items()
             if not math.isclose(alpha, adapter.alpha, rel_tol=1e-9)
         },
+        TOKENS: list(layout.tokens) or None,
         "layers_to_transform": layout.layers if some_layers and not by_path else None,
         "layers_pattern": "layers" if some_layers and not by_path else None,
         "peft_version": _PEFT_VERSION,
@@ -125,8 +138,12 @@ def read_peft_factors(
     )
     factors = {}
     for module, parts in parts_of.items():
+        if "tokens" in parts:
+            continue
         if not {"A", "B"} <= parts.keys():
             raise InputError(f"{path}: {module} has only one of its A and B.")
+        if module.rpartition(".")[2] == EMBEDDING:
+            _check_embedding(path, module, settings)
         if ("magnitude" in parts) != settings["use_dora"]:
             has = "a" if "magnitude" in parts else "no"
             raise InputError(
@@ -143,10 +160,12 @@ def read_peft_factors(
             )
         if not a.size or not b.size:
             raise InputError(f"{path}: {module} has A {a.shape} and B {b.shape}, of no numbers.")
-        if "base" in parts and parts["base"].shape != (len(b), a.shape[1]):
+        own = (len(b), a.shape[1])
+        own = own[::-1] if module.rpartition(".")[2] == EMBEDDING else own  # a row for each token
+        if "base" in parts and parts["base"].shape != own:
             raise InputError(
                 f"{path}: {module}.base_layer.weight is {parts['base'].shape}, but its A and B are "
-                f"for {(len(b), a.shape[1])}."
+                f"for {own}."
             )
         scale = as_f32(alpha / (math.sqrt(rank) if settings["use_rslora"] else rank))
         if scale is None:
@@ -162,6 +181,50 @@ def read_peft_factors(
     return factors
 
 
+def _check_embedding(path: Path, module: str, settings: Mapping[str, Any]) -> None:
+    """Refuses what an embedding's A and B can't be put beside here."""
+    why = {
+        "use_dora": "its rows have magnitudes, too",
+        "ensure_weight_tying": "a head that is the embedding has its A and B, too",
+        TOKENS: "some of its rows are trained themselves, too",
+    }
+    for key, reason in why.items():
+        if settings.get(key):
+            raise InputError(
+                f"{path}: {module} is adapted under {key}: {reason}, which is not supported here; "
+                "merge it with PEFT's merge_and_unload(), and convert the model with llama.cpp's "
+                "convert_hf_to_gguf.py."
+            )
+
+
+def read_trained_tokens(directory: Path, settings: Mapping[str, Any]) -> SavedTokens | None:
+    """The rows of the embedding that an adapter brings; None where it has none.
+
+    Args:
+        settings: of `read_peft_settings`.
+
+    Raises:
+        InputError: the files don't say the same.
+    """
+    path, ids = directory / WEIGHTS, settings[TOKENS]
+    found = {m: parts["tokens"] for m, parts in _read_parts(path).items() if "tokens" in parts}
+    if any(module.rpartition(".")[2] != EMBEDDING for module in found) or len(found) > 1:
+        raise InputError(
+            f"{path}: has rows of tokens of {', '.join(sorted(found))[:200]}; those of {EMBEDDING} "
+            "alone are supported."
+        )
+    rows = next(iter(found.values()), None)
+    if rows is None and not ids:
+        return None
+    if rows is None or rows.ndim != 2 or len(rows) != len(ids):
+        there = "none" if rows is None else f"{rows.shape}"
+        raise InputError(
+            f"{path}: {SETTINGS} names {len(ids)} tokens ({TOKENS}), but the rows of {EMBEDDING} "
+            f"there are {there}."
+        )
+    return SavedTokens(tuple(ids), rows)
+
+
 def _by_module(path: Path, pattern: Mapping[str, Any], modules: Sequence[str]) -> dict[str, Any]:
     """The value that PEFT takes for each module: of the first pattern that its path ends with."""
     found: dict[str, Any] = {}
@@ -173,7 +236,7 @@ def _by_module(path: Path, pattern: Mapping[str, Any], modules: Sequence[str]) -
 
 
 def _read_parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
-    """All tensors in f32 by module path, then by "A", "B", "magnitude" or "base".
+    """All tensors in f32 by module path, then by "A", "B", "magnitude", "tokens" or "base".
 
     In the order of their names: the library gives them in that of its hashes, which changes.
     """
@@ -193,6 +256,10 @@ def _read_parts(path: Path) -> dict[str, dict[str, np.ndarray]]:
         module, dot, part = plain.rpartition(".lora_")
         if dot and part == "magnitude_vector":
             part = "magnitude"
+        elif plain.endswith(_TOKEN_ROWS):
+            module, part = plain.removesuffix(_TOKEN_ROWS), "tokens"
+        elif module.endswith(f".{EMBEDDING}") and part in ("embedding_A", "embedding_B"):
+            part = part[-1]
         elif not dot and plain.endswith(_BASE_LAYER):
             # PEFT saves the base's own matrix, too, where it adapts the head or the embedding.
             module, part = plain.removesuffix(_BASE_LAYER), "base"
@@ -225,4 +292,6 @@ def load_peft_adapter(directory: Path, layout: AdapterLayout) -> np.ndarray:
     """
     settings = read_peft_settings(directory)
     modules = read_peft_factors(directory, settings)
-    return pack(directory, as_named_in(layout.architecture, directory, modules), layout)
+    flat = pack(directory, as_named_in(layout.architecture, directory, modules), layout)
+    put_tokens(directory, read_trained_tokens(directory, settings), layout, flat)
+    return flat

@@ -20,6 +20,8 @@ from lora.shaders.untrusted import (
 
 WEIGHTS = "adapter_model.safetensors"
 SETTINGS = "adapter_config.json"
+TOKENS = "trainable_token_indices"
+EMBEDDING = "embed_tokens"
 _NOT_ONE = "not the config of a LoRA adapter"
 # Settings under which an adapter is no sum of W and scale · B · A, and what it is then.
 _UNSUPPORTED = {
@@ -43,7 +45,8 @@ def read_peft_settings(directory: Path) -> dict[str, Any]:
 
     Returns:
         what it says, with r (int), lora_alpha (float), rank_pattern and alpha_pattern (mappings of
-        those), use_rslora and use_dora (bool) and base_model_name_or_path (str or None) checked.
+        those), use_rslora and use_dora (bool), trainable_token_indices (a list of ids, empty where
+        there are none) and base_model_name_or_path (str or None) checked.
 
     Raises:
         InputError: there is none, it is not the config of an adapter of these kinds, or the
@@ -83,6 +86,7 @@ def read_peft_settings(directory: Path) -> dict[str, Any]:
         if not isinstance(value, bool):
             raise InputError(f"{path}: {key} is {shown(value)}; it must be true or false.")
         settings[key] = value
+    settings[TOKENS] = _tokens(path, settings.get(TOKENS))
     base = settings.get("base_model_name_or_path")
     if base is not None and not isinstance(base, str):
         raise InputError(f"{path}: base_model_name_or_path is {shown(base)}; it must be a name.")
@@ -119,6 +123,41 @@ def _alpha(path: Path, value: Any) -> float:
             f"{path}: has the alpha {shown(value)}; it must be a number, and one that 32 bits hold."
         )
     return alpha
+
+
+def _tokens(path: Path, value: Any) -> list[int]:
+    """Ids whose rows of the embedding are trained: a list, or one by the embedding's name."""
+    if isinstance(value, dict):
+        others = [str(name) for name in value if str(name).rpartition(".")[2] != EMBEDDING]
+        if others or len(value) > 1:
+            named = others[0] if others else ", ".join(value)
+            raise InputError(
+                f"{path}: {TOKENS} names {shown(named)}; rows of {EMBEDDING} alone are supported "
+                "here, which are the head's, too, where that is the embedding."
+            )
+        value = next(iter(value.values()), None)
+    ids = [] if value is None else value
+    whole = isinstance(ids, list) and all(type(one) is int and one >= 0 for one in ids)
+    if not whole or len(set(ids)) != len(ids):
+        raise InputError(
+            f"{path}: {TOKENS} is {shown(value)}; it must be a list of token ids, each once."
+        )
+    return list(ids)
+
+
+def refuse_tokens(directory: Path, settings: Mapping[str, Any]) -> None:
+    """Refuses an adapter with rows of the embedding, which no GGUF adapter can hold.
+
+    Raises:
+        InputError: it has some.
+    """
+    if settings.get(TOKENS):
+        raise InputError(
+            f"{directory / SETTINGS}: {TOKENS}: the adapter has rows of the embedding in place of "
+            "the base's, and a GGUF adapter holds products of A and B alone, none of them for an "
+            f"embedding that is the head, too. Fold it into its base with lora export {directory} "
+            "--to merged-gguf, and use the model that this writes."
+        )
 
 
 def _check_initialization(path: Path, value: Any) -> None:

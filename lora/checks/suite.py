@@ -21,6 +21,7 @@ from lora.checks.kernels import (
     recurrent,
     small,
     spans,
+    tokens,
 )
 from lora.shaders.device import Device
 from lora.shaders.memory import Arena
@@ -37,6 +38,7 @@ ALL_CHECKS: tuple[Check, ...] = tuple(
         adapters,
         options,
         dora,
+        tokens,
         attention,
         convolutions,
         recurrent,

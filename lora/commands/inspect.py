@@ -9,9 +9,13 @@ from statistics import fmean
 from typing import Any
 
 from lora.adapters.gguf_files import read_adapter_settings
-from lora.adapters.peft_files import read_peft_factors, read_peft_settings
+from lora.adapters.peft_files import (
+    read_peft_factors,
+    read_peft_settings,
+    read_trained_tokens,
+)
 from lora.adapters.saved_factors import SavedFactors
-from lora.commands.tables import Records, Rows
+from lora.commands.tables import Records, Rows, tokens_shown
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
@@ -276,14 +280,16 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
     Returns:
         adapter: as given; base: what it names as such; rank and alpha: what its config says;
         ranks, all that occur; variant: lora, rslora, dora or dora-rslora; layers, their numbers;
-        parameters; matrices, a list of name, modules (how many), ranks and scales that occur,
-        in_features, out_features, and mean_a and mean_b, the mean sizes of the numbers in A and B.
+        parameters; trainable_tokens, ids whose rows of the embedding it has; matrices, a list of
+        name, modules (how many), ranks and scales that occur, in_features, out_features, and mean_a
+        and mean_b, the mean sizes of the numbers in A and B.
 
     Raises:
         InputError: there is no LoRA adapter in it.
     """
     settings = read_peft_settings(directory)
     modules = read_peft_factors(directory, settings)
+    tokens = read_trained_tokens(directory, settings)
     layered = (path.split(".layers.")[1] for path in modules if ".layers." in path)
     by_name: dict[str, list[SavedFactors]] = defaultdict(list)
     for path, factors in modules.items():
@@ -297,7 +303,9 @@ def adapter_facts(directory: Path) -> dict[str, Any]:
         "alpha": settings["lora_alpha"],
         "variant": "-".join(kinds) or "lora",
         "layers": sorted({int(rest.split(".")[0]) for rest in layered}),
-        "parameters": sum(factors.n_parameters for factors in modules.values()),
+        "parameters": sum(factors.n_parameters for factors in modules.values())
+        + (0 if tokens is None else tokens.rows.size),
+        "trainable_tokens": [] if tokens is None else list(tokens.ids),
         "matrices": [
             {
                 "name": name,
@@ -331,6 +339,8 @@ def describe_adapter(directory: Path) -> list[Rows | Records]:
         "layers": f"{len(layers)}: {layers[0]} to {layers[-1]}" if layers else "none",
         "parameters": f"{facts['parameters']:,}",
     }
+    if facts["trainable_tokens"]:
+        rows["tokens"] = tokens_shown(facts["trainable_tokens"])
     matrices = [
         (
             row["name"],

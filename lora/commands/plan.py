@@ -11,7 +11,7 @@ import typer
 from rich.console import Console
 
 from lora.commands.options import ConfigArgument, Overrides, WebGPUOverride, overrides
-from lora.commands.tables import print_rows, table_console
+from lora.commands.tables import print_rows, table_console, tokens_shown
 
 if TYPE_CHECKING:  # imported in the command: `lora --help` has no use for them
     from lora.data.order import BatchStream
@@ -84,6 +84,7 @@ def plan_facts(plan: SessionPlan, seconds_a_step: float | None) -> dict[str, Any
             "rank": layout.rank,
             "targets": sorted(layout.targets),
             "layers": list(layout.layers),
+            "trainable_tokens": list(layout.tokens),
         },
         "data": None
         if summary is None
@@ -121,7 +122,8 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         "model": f"{config.model.path} ({layout.architecture.name}, "
         f"{layout.architecture.n_layers} layers)",
         "adapter": f"{layout.n_trainable:,} parameters: rank {layout.rank} on "
-        f"{_targets_shown(layout)} of {len(layout.layers)} layer{'s' * (len(layout.layers) != 1)}",
+        f"{_targets_shown(layout)} of {len(layout.layers)} layer{'s' * (len(layout.layers) != 1)}"
+        + (f", and {tokens_shown(layout.tokens)}" if layout.tokens else ""),
         "data": str(workload.streamed or workload.train_summary),
         "steps": f"{total_steps}{_epochs(stream)}, micro-batches of at most "
         f"{workload.maximum_rows} tokens, recompute {_recompute(plan)}",

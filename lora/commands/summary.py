@@ -113,7 +113,7 @@ def next_commands(
     if config.data.evaluates:
         commands.insert(0, ["lora", "eval", *given, "--adapter", str(output)])
     commands += [
-        ["lora", "export", str(output), "--to", "gguf"],
+        ["lora", "export", str(output), "--to", config.adapter.gguf_form],
         ["lora", "report", str(output)],
     ]
     return [shlex.join(words) for words in commands]

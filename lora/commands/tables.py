@@ -73,3 +73,10 @@ class Records:
 def print_rows(console: Console, rows: Mapping[str, str]) -> None:
     """Prints `Rows`."""
     console.print(Rows(rows), crop=False)
+
+
+def tokens_shown(tokens: Sequence[int]) -> str:
+    """Whose rows of the embedding are trained: the first few ids, and how many there are."""
+    named = ", ".join(map(str, tokens[:8])) + (", …" if len(tokens) > 8 else "")
+    rows = "row" if len(tokens) == 1 else "rows"
+    return f"{len(tokens):,} {rows} of the embedding (token {named})"

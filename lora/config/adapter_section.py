@@ -11,7 +11,7 @@ from pydantic import BeforeValidator, Field, field_validator, model_validator
 
 from lora.config.errors import did_you_mean
 from lora.config.fields import Count, Number, PathText, Section
-from lora.forward.model.adaptable import HEAD, MODULE_NAMES
+from lora.forward.model.adaptable import EMBEDDING, EMBEDDING_PATH, HEAD, MODULE_NAMES
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.low_rank import LowRank
 from lora.shaders.errors import InputError
@@ -102,6 +102,9 @@ class AdapterConfig(Section):
     alpha_pattern: dict[str, _ALPHA] = Field(
         default={},
         description="alphas above 0 by name or regular expression, {down_proj: 64}",
+    )
+    trainable_tokens: list[Annotated[int, Field(ge=0)] | Annotated[str, Field(min_length=1)]] = (
+        Field(default=[], description="a list of token ids and texts of one token each")
     )
     variant: Literal["lora", "rslora", "dora"] = Field(
         default="lora", description="lora, rslora or dora"
@@ -199,6 +202,12 @@ class AdapterConfig(Section):
         return self
 
     @property
+    def gguf_form(self) -> Literal["gguf", "merged-gguf"]:
+        """As what `lora export` can write it: an adapter alone is products of A and B."""
+        merges = self.variant == "dora" or self.trainable_tokens
+        return "merged-gguf" if merges else "gguf"
+
+    @property
     def scale(self) -> float:
         """What the product B·A is multiplied by: alpha / rank, in rslora alpha / √rank."""
         return self.scale_of(self.rank, self.alpha)
@@ -214,7 +223,7 @@ class AdapterConfig(Section):
             InputError: one is asked for that the model doesn't have.
         """
         found = {path.rpartition(".")[2] for path in self._targeted(architecture, range(1 << 20))}
-        return [name for name in architecture.matrices if name in found]
+        return [name for name in (*architecture.matrices, EMBEDDING.module) if name in found]
 
     def resolve_modules(self, architecture: Architecture) -> dict[str, LowRank]:
         """Rank and scale of each adapted matrix by PEFT's path (`model.layers.0.mlp.up_proj`).
@@ -246,6 +255,7 @@ class AdapterConfig(Section):
                 f"adapter.variant: dora is not supported for {HEAD.module}, whose rows are scaled "
                 "nowhere else; leave it out of adapter.targets, or take variant: lora."
             )
+        self._check_embedding(left)
         ranks, alphas = (
             _by_pattern(name, values, left)
             for name, values in (
@@ -257,6 +267,21 @@ class AdapterConfig(Section):
             rank = int(ranks.get(path, self.rank))
             found[path] = LowRank(rank, self.scale_of(rank, alphas.get(path, self.alpha)))
         return found
+
+    def _check_embedding(self, paths: Sequence[str]) -> None:
+        """Refuses what does not go with an embedding that is adapted."""
+        if EMBEDDING_PATH not in paths:
+            return
+        for key, there, why in (
+            ("variant: dora", self.variant == "dora", "rows that are looked up have no magnitudes"),
+            ("loraplus_lr_ratio", self.loraplus_lr_ratio, "LoRA+ gives it a rate of its own"),
+            ("trainable_tokens", self.trainable_tokens, "they are rows of it"),
+        ):
+            if there:
+                raise InputError(
+                    f"adapter.{key} is not supported beside the target {EMBEDDING.module}: {why}. "
+                    "Leave one of them out."
+                )
 
     def _targeted(self, architecture: Architecture, layers: Sequence[int]) -> list[str]:
         """Paths of the matrices that are targets, in the model's order."""
@@ -270,7 +295,7 @@ class AdapterConfig(Section):
         ]
         if self.targets == "all-linear":
             return every
-        every.append(HEAD.peft_path(architecture.n_layers))
+        every += [HEAD.peft_path(architecture.n_layers), EMBEDDING_PATH]
         if isinstance(self.targets, str) and _NAME.fullmatch(self.targets) is None:
             found = _matched(self.targets, every)
             if not found:
@@ -282,7 +307,7 @@ class AdapterConfig(Section):
         names = [self.targets] if isinstance(self.targets, str) else self.targets
         for name in names:
             last = name.rpartition(".")[2]
-            if last not in architecture.matrices:
+            if last not in architecture.matrices and last != EMBEDDING.module:
                 raise InputError(
                     f"adapter.targets: got {name!r}, but a model of the architecture "
                     f"{architecture.name!r} has {', '.join(architecture.matrices)}."

@@ -25,6 +25,8 @@ OTHER_NAMES = {
     "init_lora_weights": "adapter.init",
     "lora_init": "adapter.init",
     "layers_to_transform": "adapter.layers",
+    "trainable_token_indices": "adapter.trainable_tokens",
+    "peft_trainable_token_indices": "adapter.trainable_tokens",
     "num_layers": "adapter.layers: {last: N}",
     "use_rslora": "adapter.variant: rslora",
     "lora_model_dir": "adapter.init_from",

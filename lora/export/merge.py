@@ -18,7 +18,7 @@ import gguf
 import numpy as np
 from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-from lora.adapters.adapted_tensor import AdaptedTensor
+from lora.adapters.adapted_tensor import TensorChange
 from lora.forward.gguf.file import GGUFFile, GGUFTensor
 from lora.forward.gguf.quantization import quantize
 from lora.shaders.errors import InputError, LoraError
@@ -53,14 +53,15 @@ class MergedTensor:
 def write_merged_gguf(
     path: Path,
     base: GGUFFile,
-    adapted: Mapping[str, AdaptedTensor],
+    adapted: Mapping[str, TensorChange],
     kind: GGMLQuantizationType | None = None,
     on_tensor: Callable[[MergedTensor], None] = lambda tensor: None,
     chat_template: str | None = None,
 ) -> list[MergedTensor]:
     """Writes base plus adapter; what the adapter doesn't touch is copied byte for byte.
 
-    A head that is the embedding itself, and is adapted, becomes a tensor of its own.
+    So are rows of a tensor that it leaves as they are, where the type stays. A head that is the
+    embedding itself, and is adapted, becomes a tensor of its own.
 
     Args:
         adapted: changes by the tensors' names in the base.
@@ -131,7 +132,7 @@ def _write_merged(
     pool: ThreadPoolExecutor,
     n_threads: int,
     source: GGUFTensor,
-    adapted: AdaptedTensor,
+    adapted: TensorChange,
     place: TensorPlace,
 ) -> MergedTensor:
     """Merges the pieces of a tensor, as many at a time as there are threads."""
@@ -158,7 +159,7 @@ def _write_merged(
 
 def _merged_rows(
     source: GGUFTensor,
-    adapted: AdaptedTensor,
+    adapted: TensorChange,
     kind: GGMLQuantizationType,
     start: int,
     stop: int,
@@ -174,6 +175,9 @@ def _merged_rows(
         change = adapted.change(base, start)
         exact = base + change
         stored = quantize(exact, kind)
+        if kind == source.type:
+            untouched = ~change.any(axis=1)
+            stored[untouched] = data.reshape(stored.shape)[untouched]
         decoded = gguf.quants.dequantize(stored, kind).reshape(exact.shape)
         error = decoded - exact
         pairs = ((error, error), (change, change), (exact, exact), (decoded - base, change))

@@ -9,13 +9,22 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from gguf import GGMLQuantizationType
 
-from lora.adapters.adapted_tensor import AdaptedTensor, read_adapted_tensors
+from lora.adapters.adapted_tensor import (
+    EMBEDDING_TENSOR,
+    AdaptedTensor,
+    ReplacedRows,
+    SumOfChanges,
+    TensorChange,
+    read_adapted_tensors,
+    read_replaced_rows,
+)
 from lora.adapters.gguf_files import ADAPTER_TYPES, write_gguf_adapter
 from lora.adapters.origin import CONFIG, Origin, PromptForm, origin_of
 from lora.adapters.peft_files import SETTINGS, WEIGHTS, read_peft_settings
-from lora.adapters.peft_settings import refuse_dora
+from lora.adapters.peft_settings import refuse_dora, refuse_tokens
 from lora.export.merge import MergedTensor, write_merged_gguf
 from lora.export.modelfile import (
     OF_ADAPTER,
@@ -102,6 +111,7 @@ def export(
     settings = read_peft_settings(directory)
     if target == ADAPTER:
         refuse_dora(directory, settings)
+        refuse_tokens(directory, settings)
     path = directory / _DEFAULT_NAMES[target] if output is None else output
     modelfile = path.with_name(OF_ADAPTER if target == ADAPTER else name_of_merged(path))
     name = base or str(settings.get("base_model_name_or_path") or "")
@@ -112,9 +122,12 @@ def export(
     template = None if origin is None or prompts is not None else origin.template_file
     architecture = Architecture.from_gguf(file)
     adapted = read_adapted_tensors(directory, settings, architecture)
+    replaced = read_replaced_rows(directory, settings, architecture)
     merged: list[MergedTensor] = []
     if "output.weight" in adapted and architecture.tied_head:
         _check_tied_head(directory, architecture.name, target)
+    if EMBEDDING_TENSOR in adapted:
+        _check_embedding(directory, architecture, target)
     # The texts before the GGUFs: what can't be said in them leaves no file behind.
     if target == ADAPTER:
         text = modelfile_of_adapter(path, name, file.path, prompts)
@@ -128,15 +141,24 @@ def export(
             settings_of_base = replace(settings_of_base, template=None)
         text = modelfile_of_merged(path, prompts, settings_of_base)
         source = None if template is None else read_template(template)
-        changes = {name: _below_scale(file, change) for name, change in adapted.items()}
-        merged = write_merged_gguf(path, file, changes, stored, on_tensor, source)
+        whole: dict[str, TensorChange] = {}
+        whole |= {name: _below_scale(file, change) for name, change in adapted.items()}
+        if EMBEDDING_TENSOR in adapted and architecture.tied_head:  # the head stays as it was
+            whole.setdefault("output.weight", ReplacedRows("output.weight", (), np.zeros((0, 0))))
+        if replaced is not None:
+            whole[replaced.name] = replaced
+            head = whole.get("output.weight")
+            if architecture.tied_head and isinstance(head, AdaptedTensor):
+                whole["output.weight"] = SumOfChanges((replaced, head))
+        merged = write_merged_gguf(path, file, whole, stored, on_tensor, source)
     try:
         write_file(modelfile, text)
     except OSError as error:
         reason = error.strerror or error
         raise LoraError(f"{modelfile} could not be written: {reason}. {path} is whole.") from error
+    n_tensors = len(adapted) + (replaced is not None)
     return Export(
-        path, modelfile, file.path, len(adapted), merged, prompts, template,
+        path, modelfile, file.path, n_tensors, merged, prompts, template,
         {} if origin is None or prompts is not None else origin.config.data.chat_template_kwargs,
     )  # fmt: skip
 
@@ -201,6 +223,24 @@ def _check_tied_head(directory: Path, architecture: str, target: str) -> None:
     if target == ADAPTER:
         raise InputError(
             f"{what}: llama.cpp has no place for such an adapter. Take --to merged-gguf."
+        )
+
+
+def _check_embedding(directory: Path, architecture: Architecture, target: str) -> None:
+    """Refuses an adapted embedding where llama.cpp could not load it.
+
+    PEFT adapts what is looked up alone: a head that was the embedding becomes one of its own.
+    """
+    what = f"{directory} adapts embed_tokens"
+    if target == ADAPTER:
+        raise InputError(
+            f"{what}: exporting that as a GGUF adapter is not supported, since llama.cpp would add "
+            "it to a head that is the embedding, too. Take --to merged-gguf."
+        )
+    if architecture.tied_head and architecture.name in _NEVER_OWN_HEAD:
+        raise InputError(
+            f"{what} and not the head, which is the embedding, and llama.cpp gives "
+            f"{architecture.name} no head of its own. PEFT and `lora generate` run this one."
         )
 
 

@@ -14,9 +14,11 @@ from lora.forward.decoder.decode_step import Step, allocate_caches, record_step,
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
 from lora.forward.dora import Dora
-from lora.forward.model.adapter import AdapterLayout, Factors
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.kv_cache import TextState
+from lora.forward.model.trained_tokens import TokenIndex
 from lora.generation.snapshots import allocate_snapshots, record_copies, states_of
 from lora.shaders.errors import DeviceMemoryError, InputError
 from lora.shaders.memory import Arena, CountingMemory
@@ -41,11 +43,14 @@ class Adapter:
     layout: AdapterLayout
     flat: Tensor  # [layout.size]
     dora: Dora | None = None  # measured, and up to date
+    tokens: TokenIndex | None = None  # of the layout's, where it has some
 
     @property
     def factors(self) -> Factors:
         """As programs take them."""
-        return self.layout.factors(self.flat) if self.dora is None else self.dora.factors
+        if self.dora is not None:
+            return self.dora.factors
+        return self.layout.factors(self.flat, self.tokens)
 
 
 def piece_rows(recording: Recording) -> int:
@@ -215,7 +220,7 @@ class DecodeEngine:
         """Layers and head for one adapter and size, recorded once."""
         rows = inputs.rows.maximum
         if (adapter, rows, opening) not in self._programs:
-            factors = {} if adapter is None else self.adapters[adapter].factors
+            factors = Factors() if adapter is None else self.adapters[adapter].factors
             layers, head = Program(self._recording), Program(self._recording)
             tensors = self._tensors
             act = tensors.activations[rows]

@@ -37,14 +37,14 @@ def upload_adapter(recording: Recording, architecture: Architecture, path: Path)
     layout.check_bindings(recording.facts)
     flat = recording.memory.empty_flat(layout.size, purpose="adapter")
     recording.memory.write(flat, load_adapter(path, layout))
-    return Adapter(layout, flat)
+    return Adapter(layout, flat, tokens=layout.token_index(recording))
 
 
 def measured(recording: Recording, model: Model, adapter: Adapter) -> Adapter:
     """The same adapter; of DoRA with the lengths of its rows on this model."""
     if not adapter.layout.dora:
         return adapter
-    dora = Dora.allocate(recording, model, adapter.layout.factors(adapter.flat))
+    dora = Dora.allocate(recording, model, adapter.factors)
     dora.measure.run()
     dora.update.run()
     return replace(adapter, dora=dora)

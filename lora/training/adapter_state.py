@@ -8,7 +8,9 @@ import numpy as np
 
 from lora.backward.lora import MAX_SLICES
 from lora.forward.dora import Dora
-from lora.forward.model.adapter import AdapterLayout, Factors
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.factors import Factors
+from lora.forward.model.trained_tokens import TokenIndex
 from lora.optim.optimizers import OptimizerState
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
@@ -24,10 +26,13 @@ class AdapterState:
     gradients: tuple[Tensor, ...]  # slices that are summed by the optimizer
     optimizer: OptimizerState
     dora: Dora | None = None
+    tokens: TokenIndex | None = None  # where some are trained
 
     def factors(self, layout: AdapterLayout) -> Factors:
         """The factors of the adapter as programs take them."""
-        return layout.factors(self.parameters) if self.dora is None else self.dora.factors
+        if self.dora is not None:
+            return self.dora.factors
+        return layout.factors(self.parameters, self.tokens)
 
     @classmethod
     def allocate(
@@ -63,11 +68,18 @@ class AdapterState:
             parameters=flat("adapter"),
             gradients=tuple(flat("gradients") for _ in range(n_slices)),
             optimizer=OptimizerState.allocate(recording, optimizer, layout.size, rates),
+            tokens=layout.token_index(recording),
         )
 
 
 def factors_of(layout: AdapterLayout, adapter: Tensor | AdapterState | None) -> Factors:
-    """The factors of an adapter, or of its parameters alone; none of None."""
+    """The factors of an adapter, or of its parameters alone; none of None.
+
+    Raises:
+        ValueError: the parameters alone are not all of it.
+    """
     if isinstance(adapter, AdapterState):
         return adapter.factors(layout)
-    return {} if adapter is None else layout.factors(adapter)
+    if adapter is not None and layout.tokens:
+        raise ValueError("an adapter with trained tokens is more than its parameters")
+    return Factors() if adapter is None else layout.factors(adapter)

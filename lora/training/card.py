@@ -130,10 +130,12 @@ def _results(history: History) -> str:
 
 def _training(config: Config, history: History) -> str:
     train, adapter = config.train, config.adapter
+    tokens = adapter.trainable_tokens
     targets = adapter.targets if isinstance(adapter.targets, str) else ", ".join(adapter.targets)
     rows = {
         "rank, alpha": f"{adapter.rank}, {adapter.alpha:g}",
         "matrices": targets,
+        **({"rows of the embedding": ", ".join(map(str, tokens))} if tokens else {}),
         "learning rate": f"{train.learning_rate:g}, {train.schedule}",
         "micro-batch × accumulation": f"{train.batch_size} × {train.gradient_accumulation}",
         "data.max_length": f"{config.data.max_length} tokens",
@@ -169,7 +171,7 @@ model = PeftModel.from_pretrained(base, "{_plain(adapter)}")
 {with_peft}
 ```sh
 lora {command} {_plain(Path(config.model.path).name)} --adapter {_plain(name)}{prompt}
-lora export {_plain(name)} --to gguf   # for llama.cpp and Ollama
+lora export {_plain(name)} --to {config.adapter.gguf_form}   # for llama.cpp and Ollama
 ```"""
 
 

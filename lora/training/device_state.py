@@ -30,12 +30,12 @@ from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from lora.training.activations import Activations
 from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.noise import Noise
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
-    Activations,
     StepSettings,
     StepTensors,
     TrainingPrograms,
@@ -96,11 +96,10 @@ class SessionTensors:
         )  # fmt: skip
         recording.memory.write(adapter.parameters, workload.initial)
         if workload.layout.dora:
-            factors = workload.layout.factors(adapter.parameters)
+            factors = adapter.factors(workload.layout)
             adapter = replace(adapter, dora=Dora.allocate(recording, model, factors))
-        activations = Activations.allocate(
-            recording, model, inputs, workload.layout, adapter.parameters
-        )
+        factors = adapter.factors(workload.layout)
+        activations = Activations.allocate(recording, model, inputs, factors)
         train_cache = None
         if workload.trains:
             train_cache = open_cache(recording, workload, workload.train_examples)
@@ -115,11 +114,14 @@ class SessionPrograms:
 
     Attributes:
         memory: of what only these programs need.
+        prefix: up to what enters the lowest adapted layer.
+        bare_prefix: the same with the base's embedding.
         training: None in a session without training.
     """
 
     memory: Memory
     prefix: Program
+    bare_prefix: Program
     training: TrainingPrograms | None
 
     @classmethod
@@ -129,10 +131,15 @@ class SessionPrograms:
         """Records them with memory of their own, inside the recording's."""
         inner = replace(recording, memory=recording.memory.inner())
         step, train = tensors.step, workload.config.train
-        prefix = record_prefix(
+        bare_prefix = prefix = record_prefix(
             inner, step.model, step.inputs, step.activations, step.layout.lowest_layer,
             step.noise.embedding,
         )  # fmt: skip
+        factors = step.adapter.factors(step.layout)
+        if factors.below_layers:
+            prefix = record_prefix(
+                inner, step.model, step.inputs, step.activations, 0, step.noise.embedding, factors
+            )
         training = None
         if workload.trains:
             settings = StepSettings(
@@ -144,7 +151,7 @@ class SessionPrograms:
                 criterion=criterion_of(train, seams.loss),
             )
             training = TrainingPrograms(inner, step, settings)
-        return cls(inner.memory, prefix, training)
+        return cls(inner.memory, prefix, bare_prefix, training)
 
     @property
     def step(self) -> tuple[Program, ...]:
@@ -294,6 +301,11 @@ def open_cache(
                 "differ from step to step, and so does all above them; set it to auto."
             )
         return None
+    if workload.layout.below_layers and setting == "on":
+        raise InputError(
+            "train.reuse_frozen_prefix: on: the embeddings are trained (adapter.trainable_tokens, "
+            "or embed_tokens as a target), and so all above them changes; set it to auto."
+        )
     lowest, a = workload.layout.lowest_layer, workload.architecture
     if lowest < a.n_layers and (a.per_layer_size or any(donor < lowest for donor in a.donors)):
         if setting == "on":

@@ -125,7 +125,8 @@ class Evaluator:
 
     Args:
         recording: of the session, whose memory is an arena.
-        enter: puts a micro-batch on the device up to the lowest adapted layer.
+        enter: (batch, cache, adapted=…) puts a micro-batch on the device up to the lowest adapted
+            layer.
         communicator: of the processes that evaluate together, each every so many micro-batches.
     """
 
@@ -134,7 +135,7 @@ class Evaluator:
         recording: Recording,
         workload: Workload,
         tensors: StepTensors,
-        enter: Callable[[Batch, PrefixCache | None], None],
+        enter: Callable[..., None],
         communicator: Communicator,
     ) -> None:
         # Of its own: dropped with it when programs are recorded again.
@@ -188,8 +189,9 @@ class Evaluator:
         if adapted and self._tensors.adapter.dora is not None:
             self._tensors.adapter.dora.update.run()
         program, total = self._program(adapted), len(examples)
+        enter = partial(self._enter, cache=cache, adapted=adapted)
         if not sets:
-            tally = self._tallied(examples, program, cache, lambda done: progress(done, total))
+            tally = self._tallied(examples, program, enter, lambda done: progress(done, total))
             return replace(tally.result(), seconds=time.perf_counter() - started)
         tallies: dict[str, Tally] = {}
         for name, part in sets.items():
@@ -197,7 +199,7 @@ class Evaluator:
             tallies[name] = self._tallied(
                 examples[part.start : part.stop],
                 program,
-                cache,
+                enter,
                 partial(_behind, progress, before, total),
             )
         return replace(
@@ -210,7 +212,7 @@ class Evaluator:
         self,
         examples: Sequence[Example],
         program: Program,
-        cache: PrefixCache | None,
+        enter: Callable[[Batch], None],
         progress: Callable[[int], None],
     ) -> Tally:
         """Runs examples in their order. The host prepares a batch while the device computes."""
@@ -233,7 +235,7 @@ class Evaluator:
         batches = full_batches(examples, most_rows, workload.maximum_targets)
         for batch in islice(batches, *ours):
             workload.check(batch, most_rows)
-            self._enter(batch, cache)
+            enter(batch)
             program.run()
             for tensor in (head.losses, head.correct):
                 ring.push(tensor, lambda values: values)

@@ -155,6 +155,8 @@ def _of_options(workload: Workload) -> dict[str, Any]:
     adapter = config.adapter
     if adapter.exclude or layout.is_partial:
         found["the adapted matrices"] = sorted(layout.low_ranks())
+    if layout.tokens:
+        found["adapter.trainable_tokens"] = list(layout.tokens)
     for name, section, keys in (
         ("adapter", adapter, _ADAPTER_OPTIONS), ("train", config.train, _TRAIN_OPTIONS)
     ):  # fmt: skip

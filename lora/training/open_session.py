@@ -197,11 +197,18 @@ class OpenSession(ABC):
                 user.close()
         self._evaluator, self._generator = None, None
 
-    def _enter(self, batch: Batch, cache: PrefixCache | None, step: int | None = None) -> None:
+    def _enter(
+        self,
+        batch: Batch,
+        cache: PrefixCache | None,
+        step: int | None = None,
+        *,
+        adapted: bool = True,
+    ) -> None:
         """Puts what enters the lowest adapted layer into place: computed, or remembered."""
         self.write_inputs(batch, step)
         if cache is None:
-            self._programs.prefix.run()
+            (self._programs.prefix if adapted else self._programs.bare_prefix).run()
         elif cache.holds(batch):
             cache.fill(batch, self._act.boundary)
         else:
@@ -290,7 +297,9 @@ class OpenSession(ABC):
             InputError: the prompt leaves no room in data.max_length, or can't be written.
         """
         if self._generator is None:
-            adapter = Adapter(self.layout, self.adapter.parameters, self.adapter.dora)
+            adapter = Adapter(
+                self.layout, self.adapter.parameters, self.adapter.dora, self.adapter.tokens
+            )
             self._generator = TextGenerator(
                 self._recording_of_text(),
                 self.model,

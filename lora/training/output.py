@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
+from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.choice import say_once
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.files import (
@@ -71,7 +72,10 @@ def check_room(config: Config, output: Path) -> None:
         InputError: there is less; or the model is none that can be trained.
     """
     there = next(p for p in (output, *output.absolute().parents) if p.exists())
-    layout = layout_of(config, Architecture.from_gguf(GGUFFile(resolve_model(config.model.path))))
+    file = GGUFFile(resolve_model(config.model.path))
+    layout = layout_of(
+        config, Architecture.from_gguf(file), lambda: Tokenizer.open(file, config.model.tokenizer)
+    )
     kept = config.train.keep_checkpoints
     # A new checkpoint is whole before the oldest goes; each has the adapter and two moments.
     checkpoint = FLOAT_BYTES * 3 * layout.size + _SMALL_FILES

@@ -3,37 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
 from lora.backward.decoder import record_head_backward, record_layer_backward
+from lora.backward.embedding_lora import embedding_lora_gradients
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.recorder import BackwardPass
 from lora.backward.scratch import allocate_scratch
+from lora.backward.token_rows import embedding_gradient
 from lora.forward.cross_entropy import Criterion
-from lora.forward.decoder.head import HeadActivations, record_evaluation
+from lora.forward.decoder.head import record_evaluation
 from lora.forward.decoder.layers import (
-    LayerActivations,
-    low_rank_tensors,
-    product_tensors,
     record_embedding,
     record_layer,
     record_layers,
 )
-from lora.forward.decoder.per_layer_block import per_layer_values, record_per_layer_inputs
-from lora.forward.decoder.recorder import Walk, WithinExamples
+from lora.forward.decoder.per_layer_block import record_per_layer_inputs
+from lora.forward.decoder.recorder import Walk
 from lora.forward.embedding_noise import EmbeddingNoise
-from lora.forward.model.adapter import AdapterLayout, Factors
+from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
-from lora.forward.model.layer_spec import Attention
 from lora.optim.adamw import AdamWSettings
 from lora.optim.clipping import gradient_norm, sum_slices
-from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weight, step_guard
+from lora.optim.guard import METRICS, GuardState, Scaling, scaled_weight, step_guard
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+from lora.training.activations import Activations, allocate_layer
 from lora.training.adapter_state import AdapterState, factors_of
 from lora.training.exchange import Piece, stretches
 from lora.training.noise import Noise
@@ -44,109 +44,6 @@ from lora.training.noise import Noise
 SCALING = Scaling(begin=1024.0)
 
 
-def allocate_layer(
-    recording: Recording,
-    model: Model,
-    inputs: Inputs,
-    factors: Factors,
-    layer: int,
-    shared: LayerActivations | None = None,
-) -> LayerActivations:
-    """Activations of one layer, its low-rank ones included; `shared` as of `LayerActivations`."""
-    z = low_rank_tensors(recording, factors, layer, inputs.rows)
-    spec = model.layers[layer].spec
-    found = LayerActivations.allocate(recording, spec, inputs.rows, z, shared)
-    return replace(found, products=product_tensors(recording, model, factors, layer, inputs.rows))
-
-
-Sizes = tuple[object, ...]  # of a LayerSpec
-
-
-def allocate_layers(
-    recording: Recording, model: Model, inputs: Inputs, factors: Factors
-) -> dict[int, LayerActivations]:
-    """Activations of the layer that is being computed: layers of the same sizes share them.
-
-    The z of a group is shared by the layers whose ranks are the same, too.
-    """
-    by_sizes: dict[Sizes, LayerActivations] = {}
-    by_width: dict[tuple[str, int], Tensor] = {}
-    by_columns: dict[tuple[str, int], Tensor] = {}
-    found = {}
-    for layer, weights in enumerate(model.layers):
-        if weights.spec.sizes not in by_sizes:
-            by_sizes[weights.spec.sizes] = LayerActivations.allocate(
-                recording, weights.spec, inputs.rows, {}
-            )
-        z, products = {}, {}
-        for (of_layer, group), lora in factors.items():
-            if of_layer == layer:
-                width = lora.n_members * lora.rank
-                if (group, width) not in by_width:
-                    shape = (inputs.rows.maximum, width)
-                    by_width[group, width] = recording.memory.empty(shape, extent=inputs.rows)
-                z[group] = by_width[group, width]
-                if lora.magnitude is not None:
-                    n = weights.matrices[group].out_features
-                    if (group, n) not in by_columns:
-                        one = product_tensors(recording, model, factors, layer, inputs.rows)
-                        by_columns |= {(name, t.shape[1]): t for name, t in one.items()}
-                    products[group] = by_columns[group, n]
-        found[layer] = replace(by_sizes[weights.spec.sizes], z=z, products=products)
-    return found
-
-
-@dataclass(frozen=True)
-class Activations:
-    """Tensors between the layers, shared by training and evaluation."""
-
-    boundary: Tensor  # [rows, hidden_size], what enters the lowest adapted layer
-    final: Tensor  # [rows, hidden_size], the output of the last layer
-    shared: Mapping[int, LayerActivations]  # by layer, of the one that is being computed
-    head: HeadActivations
-    loss_sum: Tensor  # [64], the first of which is the sum of losses
-    state: Tensor  # [64], of gradient_norm and step_guard; beside `loss_sum` in one buffer
-    metrics: Tensor  # [128], both
-    kept: Mapping[int, Tensor]  # [rows, 2 · kv_size], keys and values that other layers take
-    per_layer: Tensor | None  # [rows, layers · size], what tokens have for the layers
-
-    @classmethod
-    def allocate(
-        cls, recording: Recording, model: Model, inputs: Inputs, layout: AdapterLayout, flat: Tensor
-    ) -> Activations:
-        """Tensors for micro-batches of up to inputs.rows.maximum tokens."""
-        shape = (inputs.rows.maximum, model.architecture.hidden_size)
-        metrics = recording.memory.empty((METRICS,))
-        factors = layout.factors(flat)
-        return cls(
-            boundary=recording.memory.empty(shape, extent=inputs.rows),
-            final=recording.memory.empty(shape, extent=inputs.rows),
-            shared=allocate_layers(recording, model, inputs, factors),
-            head=HeadActivations.allocate(recording, model, inputs, factors),
-            loss_sum=metrics.slice(0, STATE_AT),
-            state=metrics.slice(STATE_AT, METRICS),
-            metrics=metrics,
-            kept=_kept_keys(recording, model, inputs),
-            per_layer=per_layer_values(recording, model, inputs.rows),
-        )
-
-    def context(self, inputs: Inputs) -> WithinExamples:
-        """What the layers walk through examples with."""
-        return WithinExamples(inputs, self.kept, self.per_layer)
-
-
-def _kept_keys(recording: Recording, model: Model, inputs: Inputs) -> dict[int, Tensor]:
-    """Room for the keys and values that layers take from others, by the others."""
-    mixers = {donor: model.layers[donor].spec.mixer for donor in model.architecture.donors}
-    return {
-        donor: recording.memory.empty(
-            (inputs.rows.maximum, 2 * mixer.kv_size), recording.precision, extent=inputs.rows
-        )
-        for donor, mixer in mixers.items()
-        if isinstance(mixer, Attention)
-    }
-
-
 def record_prefix(
     recording: Recording,
     model: Model,
@@ -154,16 +51,22 @@ def record_prefix(
     act: Activations,
     lowest_layer: int,
     noise: EmbeddingNoise | None = None,
+    factors: Factors | None = None,
 ) -> Program:
-    """Embedding and the layers below the lowest adapted one: act.boundary from the tokens."""
+    """Embedding and the layers below the lowest adapted one: act.boundary from the tokens.
+
+    Args:
+        factors: of the adapter, for what it changes of the embedding; None for the bare model.
+    """
     program = Program(recording)
     with program.scope("prefix"):
-        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary)
+        of_embedding = Factors() if factors is None else factors
+        record_embedding(program, model, inputs.tokens, inputs.rows, act.boundary, of_embedding)
         if noise is not None:
             noise.record(program, act.boundary)
         record_per_layer_inputs(program, model, act.boundary, inputs.table_rows, act.per_layer)
         below = {layer: act.shared[layer] for layer in range(lowest_layer)}
-        walk = Walk(model, {}, act.context(inputs))
+        walk = Walk(model, Factors(), act.context(inputs))
         record_layers(program, walk, below, [act.boundary] * (lowest_layer + 1))
     return program
 
@@ -179,7 +82,8 @@ def record_forward_only(
     """From act.boundary through the upper layers: `last_states`.
 
     Args:
-        adapter: or its parameters alone, where it has no magnitudes; None for the bare model.
+        adapter: or its parameters alone, where it has neither magnitudes nor tokens; None for the
+            bare model.
     """
     program = Program(recording)
     factors = factors_of(layout, adapter)
@@ -319,12 +223,13 @@ def _record_micro_batch(
     factors = adapter.factors(layout)
     slices = [layout.factors(gradient) for gradient in adapter.gradients]
     gradients = {key: [s[key] for s in slices] for key in factors}
+    d_tokens = layout.token_rows(adapter.gradients[0]) if layout.tokens else None
     layers = range(layout.lowest_layer, model.architecture.n_layers)
     scratch = allocate_scratch(recording, model, inputs, factors)
     walk = Walk(model, factors, act.context(inputs), tensors.noise.dropout)
     shared = BackwardPass(
         model, inputs, factors, gradients, scratch, act.per_layer, tensors.noise.dropout,
-        settings.criterion,
+        settings.criterion, d_tokens,
     )  # fmt: skip
     shape = act.boundary.shape
     kept = {
@@ -356,9 +261,19 @@ def _record_micro_batch(
                     record_layer(program, walk, layer, computed[layer], kept[layer], None)
             record_layer_backward(
                 program, shared, layer, computed[layer], kept[layer],
-                lowest=layer == layout.lowest_layer,
+                lowest=layer == layout.lowest_layer and not layout.below_layers,
             )  # fmt: skip
             reached[layer] = len(program.commands)
+        if factors.tokens is not None and d_tokens is not None:
+            embedding_gradient(
+                program, inputs.tokens, factors.tokens, scratch.d_x, d_tokens,
+                scale=model.architecture.embedding_scale,
+            )  # fmt: skip
+        if factors.embedding is not None and slices[0].embedding is not None:
+            embedding_lora_gradients(
+                program, inputs.tokens, factors.embedding, scratch.d_x, slices[0].embedding,
+                scale=model.architecture.embedding_scale,
+            )  # fmt: skip
     return program, reached
 
 

@@ -15,7 +15,7 @@ from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import item_bytes
-from lora.training.programs import allocate_layer
+from lora.training.activations import allocate_layer
 from lora.training.workload import Workload
 
 KEPT_ACTIVATIONS_LIMIT = 256 << 20  # bytes: kept up to here where nothing tells the memory

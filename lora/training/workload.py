@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import cached_property
@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lora.adapters.files import SavedAdapter, load_adapter, open_adapter
+from lora.config.trained_tokens import token_ids
 from lora.data.batches import Batch, check_batch
 from lora.data.examples import DataSummary, Example, id_range, lengths_of, trained_of
 from lora.data.given import are_tokens, given_rows, is_counted
@@ -23,8 +24,10 @@ from lora.data.peers import Alone, Peers
 from lora.data.rows import chat_template
 from lora.data.streams import StreamedBatches, StreamedExamples
 from lora.forward.gguf.file import GGUFFile
-from lora.forward.model.adapter import AdapterLayout
+from lora.forward.model.adapter import ALIGNMENT, AdapterLayout
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.low_rank import Beside
+from lora.forward.model.trained_tokens import embedding_rows
 from lora.forward.text.tokenizer import Tokenizer
 from lora.optim.optimizers import BLOCKS
 from lora.shaders.errors import InputError
@@ -102,7 +105,7 @@ class Workload:
         gguf_file = GGUFFile(resolve_model(config.model.path))
         architecture = Architecture.from_gguf(gguf_file)
         tokenizer = Tokenizer.open(gguf_file, config.model.tokenizer)
-        layout = layout_of(config, architecture)
+        layout = layout_of(config, architecture, lambda: tokenizer)
         stage("Reading the data")
         tokens = examples is not None and is_counted(examples) and are_tokens(examples)
         given = None if examples is None or tokens else given_rows(examples)
@@ -124,7 +127,7 @@ class Workload:
         if config.data.evaluates:
             most = config.train.eval_samples if train else None
             eval_examples, eval_summary, eval_sets = data.evaluated(most)
-        initial = _initial_parameters(config, layout)
+        initial = _initial_parameters(config, layout, gguf_file)
         for found in (train_examples, eval_examples):
             _check_tokens(found, architecture.vocab_size)
         workload = cls(
@@ -245,13 +248,22 @@ class Workload:
         )
 
 
-def layout_of(config: Config, architecture: Architecture) -> AdapterLayout:
+def layout_of(
+    config: Config, architecture: Architecture, tokenizer: Callable[[], Tokenizer]
+) -> AdapterLayout:
     """The adapter that a config asks for, on a model.
+
+    Args:
+        tokenizer: gives the model's, where texts of adapter.trainable_tokens ask for it.
 
     Raises:
         InputError: the model lacks what is to be adapted, or has nothing of such a rank.
     """
     adapter = config.adapter
+
+    def encode(text: str) -> Sequence[int]:
+        return tokenizer().encode(text, continues=True).ids
+
     layout = AdapterLayout(
         architecture,
         adapter.resolve_layers(architecture.n_layers),
@@ -259,17 +271,22 @@ def layout_of(config: Config, architecture: Architecture) -> AdapterLayout:
         adapter.rank,
         adapter.scale,
         adapter.resolve_modules(architecture),
-        dora=adapter.variant == "dora",
-        **({"alignment": blocks} if (blocks := BLOCKS.get(config.train.optimizer)) else {}),
+        alignment=BLOCKS.get(config.train.optimizer, ALIGNMENT),
+        beside=Beside(
+            dora=adapter.variant == "dora",
+            tokens=token_ids(adapter.trainable_tokens, architecture.vocab_size, encode),
+        ),
     )
     _check_rank(layout)
     return layout
 
 
-def _initial_parameters(config: Config, layout: AdapterLayout) -> np.ndarray:
+def _initial_parameters(config: Config, layout: AdapterLayout, gguf_file: GGUFFile) -> np.ndarray:
     adapter, init_from = config.adapter, config.adapter.init_from
     if init_from is None:
-        return layout.initial(config.train.seed, adapter.init)
+        flat = layout.initial(config.train.seed, adapter.init)
+        layout.trained_tokens(flat)[:] = embedding_rows(gguf_file, layout.tokens)
+        return flat
     saved = open_adapter(Path(init_from), layout.architecture)
     if adapter.rank_pattern or adapter.alpha_pattern:
         _check_patterns(init_from, saved, layout)
@@ -313,6 +330,9 @@ def _check_rank(layout: AdapterLayout) -> None:
         for matrix, low in zip(group.members, group.low, strict=True):
             most = max(matrix.in_size(holder), matrix.out_size(holder))
             sizes[low.rank] = max(sizes.get(low.rank, 0), most)
+    if layout.embedding is not None:
+        most = max(architecture.vocab_size, architecture.hidden_size)
+        sizes[layout.embedding.low.rank] = max(sizes.get(layout.embedding.low.rank, 0), most)
     for rank, most in sizes.items():
         if rank > most:
             raise InputError(

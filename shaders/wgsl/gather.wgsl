@@ -1,4 +1,4 @@
-// y[s] = x[indices[s]]; where indices[s] is 0xffffffff, y[s] = 0.
+// y[s] = x[indices[s]]{% if scale != 1 %} · {{ scale }}{% endif %}; where indices[s] is 0xffffffff, y[s] = 0.
 // Bindings: x [rows, width], indices u32 [out_rows], y [out_rows, width]. One lane four columns.
 
 struct Extent { rows: u32 }
@@ -22,7 +22,7 @@ fn main(
     let index = indices[row];
     var value = vec4<f32>();
     if (index != 0xffffffffu) {
-        value = x[index * quads + at % quads];
+        value = x[index * quads + at % quads]{% if scale != 1 %} * {{ scale }}{% endif %};
     }
     y[at] = value;
 }

@@ -10,7 +10,7 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.checks.tensors import extent_in_use, normal, typed, typed_marked
 from lora.forward.dropout import GroupDropout, hashed_columns, mask, matrix_key, row_keys, scale_of
 from lora.forward.lora import lora_project
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves

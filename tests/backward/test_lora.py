@@ -9,7 +9,7 @@ from lora.backward import lora as backward_lora
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.checks.references.lora import gradients_reference, low_rank_reference
 from lora.forward.lora import GPU_TUNINGS, Tuning, lora_project
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves

@@ -9,7 +9,7 @@ from lora.backward.dora import dora_gradient
 from lora.checks.kernels.dora import CHECKS
 from lora.checks.suite import Check
 from lora.forward.dora import scale_columns
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import central_difference, with_facts

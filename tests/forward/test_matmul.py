@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType, quants
 from lora.backward.matmul import matmul_backward
 from lora.checks.references.matmul import matmul_reference
 from lora.forward.matmul import matmul
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.product import Product
 from lora.shaders.program import Program

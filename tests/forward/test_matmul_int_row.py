@@ -13,7 +13,7 @@ from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import IntRow, to_int_row
 from lora.forward.matmul_int_row import IntRowTiling, choose_int_tiling, matmul_int_row
 from lora.forward.matmul_row import project_row
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.product import Product

@@ -15,7 +15,7 @@ from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.backward.swiglu import SwigluBefore
 from lora.forward import rmsnorm as forward_rmsnorm
 from lora.forward.matmul import matmul
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request

@@ -14,7 +14,7 @@ from gguf import GGMLQuantizationType
 from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import matmul
 from lora.forward.matmul_paired import CARRY
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request, noting
 from lora.forward.plans.matmul_tiles import PAIRED_TILES, TILES, PairedTile, Plan, Tile, cut

@@ -11,7 +11,7 @@ from lora.checks.references.matmul_row import gated_reference, normed_row
 from lora.checks.references.swiglu import gate_reference
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_row import RowTiling, choose_tiling, matmul_row, project_row
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.product import Product

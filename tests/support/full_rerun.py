@@ -8,6 +8,7 @@ import numpy as np
 
 from lora.forward.decoder.head import record_head_input, record_logits
 from lora.shaders.program import Program
+from lora.training.adapter_state import factors_of
 from lora.training.programs import last_states, record_forward_only
 from lora.training.session import TrainingSession
 
@@ -36,7 +37,8 @@ class FullRerun:
         )
         if adapted not in self._programs:
             self._programs[adapted] = self._record(adapted)
-        session._programs.prefix.run()
+        programs = session._programs
+        (programs.prefix if adapted else programs.bare_prefix).run()
         self._programs[adapted].run()
         vocab_size = session.model.architecture.vocab_size
         return session.device.memory.read(self._row)[0, :vocab_size]
@@ -48,6 +50,6 @@ class FullRerun:
         record_head_input(
             program, s.model, s.inputs, s._act.head, last_states(s.model, s.layout, s._act)
         )
-        factors = s.layout.factors(s.adapter.parameters) if adapted else {}
+        factors = factors_of(s.layout, adapter)
         record_logits(program, s.model, s.inputs, factors, s._act.head, 0)
         return program

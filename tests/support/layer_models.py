@@ -20,6 +20,7 @@ from lora.forward.decoder.step_tensors import StepActivations
 from lora.forward.model.adaptable import HEAD
 from lora.forward.model.adapter import AdapterLayout
 from lora.forward.model.architecture import Architecture
+from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.layer_spec import LayerSpec
@@ -28,7 +29,7 @@ from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
-from lora.training.programs import allocate_layer
+from lora.training.activations import allocate_layer
 from tests.support.quantized_tensors import random_blocks, tensor_of
 
 F32 = GGMLQuantizationType.F32
@@ -184,7 +185,7 @@ def record_text(recording: Recording, model: Model, rows: int) -> tuple[Program,
     inputs = StepInputs.allocate(recording, rows, model.bounds, ROOM)
     act = StepActivations.allocate(recording, model, inputs.rows)
     act = replace(act, per_layer=own_inputs(recording, model.layers[0].spec, inputs.rows))
-    step = Step(model, inputs, {}, act, allocate_caches(recording, model, ROOM))
+    step = Step(model, inputs, Factors(), act, allocate_caches(recording, model, ROOM))
     program = Program(recording)
     record_step(program, step)
     return program, inputs, step

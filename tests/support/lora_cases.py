@@ -9,7 +9,7 @@ import numpy as np
 
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.forward.lora import lora_project
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor

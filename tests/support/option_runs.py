@@ -76,10 +76,14 @@ def named(session: TrainingSession, flat: np.ndarray) -> dict[str, np.ndarray]:
     """A flat array by PEFT's tensor names."""
     tensors = {}
     for path, (a, b) in session.layout.to_modules(flat).items():
-        tensors[f"base_model.model.{path}.lora_A.weight"] = a
-        tensors[f"base_model.model.{path}.lora_B.weight"] = b
+        of, weight = ("embedding_", "") if path == "model.embed_tokens" else ("", ".weight")
+        tensors[f"base_model.model.{path}.lora_{of}A{weight}"] = a
+        tensors[f"base_model.model.{path}.lora_{of}B{weight}"] = b
     for path, magnitude in session.layout.magnitudes(flat).items():
         tensors[f"base_model.model.{path}.lora_magnitude_vector.weight"] = magnitude
+    if session.layout.tokens:
+        where = "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta"
+        tensors[where] = session.layout.trained_tokens(flat)
     return tensors
 
 

@@ -225,6 +225,19 @@ def _runs(folder: Path) -> Iterator[Run]:
     path, model = folder / "dora.gguf", TINY_MODELS["llama_bias"]
     model.write_gguf(path)
     yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), {"variant": "dora"})
+    # Rows of the embedding, here the head's, too, and capped.
+    path, model = folder / "tokens.gguf", TINY_MODELS["gemma2"]
+    model.write_gguf(path)
+    tokens = {"trainable_tokens": [5, 9, 12, 13, 20]}
+    yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), tokens)
+    yield _record(path, (MATRIX_GPU,), (F16,), tokens)
+    yield _record(path, (CPU,), (F32,), tokens)
+    yield _record(path, (LARGE_GPU,), (F32,), {**tokens, "targets": ["q_proj", "lm_head"]})
+    # A and B of the embedding.
+    adapter = {"targets": ["embed_tokens", "q_proj"]}
+    yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), adapter)
+    yield _record(path, (MATRIX_GPU,), (F16,), adapter)
+    yield _record(path, (CPU,), (F32,), adapter)
     # Widths of no whole eights, and gradients that nothing clips.
     path = folder / "narrow.gguf"
     write_tiny_llama(path, hidden_size=36, intermediate_size=60, n_heads=3, n_kv_heads=1,
@@ -364,9 +377,8 @@ def _training(plan: SessionPlan) -> list[Program]:
 
 def _text(plan: SessionPlan) -> list[Program]:
     """Prompts and single rows, of the bare model and of the adapter."""
-    adapter = Adapter(
-        plan.workload.layout, plan.tensors.step.adapter.parameters, plan.tensors.step.adapter.dora
-    )
+    state = plan.tensors.step.adapter
+    adapter = Adapter(plan.workload.layout, state.parameters, state.dora, state.tokens)
     products = "f16" if has_matrix_units(plan.facts) else None
     recording = replace(_counting(plan), products=products)
     engine = DecodeEngine(recording, plan.tensors.step.model, {"adapter": adapter})

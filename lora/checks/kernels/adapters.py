@@ -32,7 +32,7 @@ from lora.checks.tensors import MARKER, extent_in_use, normal, rounded, typed, t
 from lora.forward.lora import lora_project
 from lora.forward.lora_matrix import gradient_cut
 from lora.forward.matmul_matrix import shape_on
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weight, step_guard

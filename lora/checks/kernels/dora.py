@@ -19,7 +19,7 @@ from lora.checks.tensors import (
     typed_marked,
 )
 from lora.forward.dora import DoraGroup, record_scales, row_squares, scale_columns
-from lora.forward.model.adapter import DoraTensors, LoraFactors
+from lora.forward.model.factors import DoraTensors, LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 

@@ -17,7 +17,7 @@ from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.int_row import BLOCK, IntRow, takes_int_row, to_int_row
 from lora.forward.matmul_int_row import matmul_int_row
 from lora.forward.matmul_row import matmul_row, project_row
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.product import Product
 from lora.shaders.program import Program

@@ -34,7 +34,7 @@ from lora.checks.tensors import (
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import shape_on
 from lora.forward.matmul_paired import largest_of_rows
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import record_largest
 from lora.forward.part_product import Place
 from lora.forward.plans.matmul_plans import Request

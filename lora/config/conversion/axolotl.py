@@ -66,6 +66,13 @@ def convert(draft: Draft) -> None:
     if draft.take("lora_target_linear"):
         draft.take("lora_target_modules")
         draft.set("adapter.targets", "all-linear", "lora_target_linear")
+    tokens = draft.take("peft_trainable_token_indices")
+    if isinstance(tokens, dict) and set(tokens) == {"embed_tokens"}:
+        tokens = tokens["embed_tokens"]
+    if isinstance(tokens, dict):
+        draft.lacking["peft_trainable_token_indices"] = "rows of the embedding alone are trained"
+    elif tokens:
+        draft.set("adapter.trainable_tokens", tokens, "peft_trainable_token_indices")
     _data(draft)
     schedule(draft, draft.take("lr_scheduler"), "lr_scheduler")
     optimizer(draft, draft.take("optimizer"), "optimizer")

@@ -23,6 +23,7 @@ ALL = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
         (LLAMA, ("up_proj",)),
         (LLAMA, ("lm_head",)),
         (LLAMA, (*ALL, "lm_head")),
+        (LLAMA, ("up_proj", "embed_tokens")),
         (PHI3, ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")),
     ],
 )
@@ -33,7 +34,7 @@ def test_round_trip(rank: int, architecture: Architecture, targets: tuple[str, .
         path: (rng.normal(size=a.shape).astype(np.float32), rng.normal(size=b.shape).astype("f4"))
         for path, (a, b) in layout.to_modules(np.zeros(layout.size, np.float32)).items()
     }
-    head = "lm_head" in targets
+    head = bool({"lm_head", "embed_tokens"} & set(targets))  # in no layer
     assert len(modules) == 2 * (len(targets) - head) + head
     flat = layout.from_modules(modules)
     back = layout.to_modules(flat)
@@ -86,6 +87,24 @@ def test_the_head() -> None:
     ((path, (a, b)),) = layout.to_modules(np.zeros(layout.size, np.float32)).items()
     assert (path, a.shape, b.shape) == ("lm_head", (4, 32), (322, 4))
     assert layout.n_trainable == 4 * (32 + 322)
+
+
+def test_the_embedding(recording: Recording) -> None:
+    """Before all groups, rows of A padded to whole quads (322 → 324)."""
+    layout = AdapterLayout(LLAMA, [1], ("q_proj", "embed_tokens"), 3, 2.0)
+    path = "model.embed_tokens"
+    modules = layout.to_modules(layout.initial(0))
+    a, b = modules[path]
+    assert (a.shape, b.shape) == ((3, 322), (32, 3)) and not a.any() and b.all()
+    assert layout.lowest_layer == 0 and layout.low_ranks()[path].scale == 2.0
+    assert layout.groups[0].a_start > 0 and not layout.b_blocks()[0]
+    found = layout.factors(recording.memory.empty_flat(layout.size, purpose="adapter")).embedding
+    assert found is not None and (found.a.shape, found.b.shape) == ((324, 4), (4, 32))
+    small = with_facts(recording, max_binding=4 * 324 * 4)
+    layout.check_bindings(small.facts)
+    wide = AdapterLayout(LLAMA, [1], ("embed_tokens",), 5, 2.0)
+    with pytest.raises(InputError, match=r"A of embed_tokens would .* rank for it here is 4\."):
+        wide.check_bindings(small.facts)
 
 
 def test_factors_of_another_shape_are_refused() -> None:

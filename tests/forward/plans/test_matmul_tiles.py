@@ -12,7 +12,7 @@ from gguf import GGMLQuantizationType, quants
 from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import matmul
 from lora.forward.matmul_tiled import HALF_CARRY
-from lora.forward.model.adapter import LoraFactors
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (

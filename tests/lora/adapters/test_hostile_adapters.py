@@ -114,6 +114,13 @@ TENSORS = {
     "too large for f32": _factors("self_attn.q_proj", _A.astype(np.float64) * 1e300, _B),
     "no columns": _factors("self_attn.q_proj", np.zeros((4, 0), np.float32), _B),
     "one dimension": _factors("self_attn.q_proj", np.zeros(4, np.float32), _B),
+    "rows that nobody names": _factors("self_attn.q_proj", _A, _B)
+    | {
+        "base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta": np.zeros(
+            (2, 8), np.float32
+        )
+    },
+    "factors of the embedding": {"base_model.model.model.embed_tokens.lora_embedding_A": _A},
     "a base of another size": _factors("self_attn.q_proj", _A, _B)
     | {f"{_LAYER}self_attn.q_proj.base_layer.weight": np.zeros((5, 8), np.float32)},
     "a base without factors": {

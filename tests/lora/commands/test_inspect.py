@@ -309,6 +309,7 @@ def test_facts_of_an_adapter_directory(adapter: Path) -> None:
     assert facts == {
         "adapter": str(adapter),
         "base": "some/base",
+        "trainable_tokens": [],
         "rank": 4,
         "ranks": [4, 6],
         "alpha": 8.0,

@@ -37,6 +37,7 @@ lora_r: 16
 lora_alpha: 32
 lora_target_linear: true
 peft_use_rslora: true
+peft_trainable_token_indices: {embed_tokens: [128002, 128003]}
 wandb_project: mine
 gradient_accumulation_steps: 2
 micro_batch_size: 2
@@ -118,7 +119,7 @@ def test_axolotl(tmp_path: Path) -> None:
     assert config.model.path == "hf:NousResearch/Llama-3.2-1B-GGUF:Q4_K_M"
     adapter, data, train = config.adapter, config.data, config.train
     assert (adapter.rank, adapter.alpha, adapter.targets) == (16, 32.0, "all-linear")
-    assert adapter.variant == "rslora"
+    assert adapter.variant == "rslora" and adapter.trainable_tokens == [128002, 128003]
     first, second = data.sources("train")
     assert (first.name, first.format) == ("teknium/GPT4-LLM-Cleaned", "instruct")
     assert (second.path, second.format) == ("data/mine.jsonl", "chat")

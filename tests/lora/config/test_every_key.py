@@ -34,6 +34,7 @@ CHANGES: dict[str, tuple[str, ...]] = {
     "adapter.layers": ("adapter.layers=1-2",),
     "adapter.rank_pattern": ("adapter.rank_pattern={q_proj: 2}",),
     "adapter.alpha_pattern": ("adapter.alpha_pattern={q_proj: 2}",),
+    "adapter.trainable_tokens": ("adapter.trainable_tokens=[5]",),
     "adapter.variant": ("adapter.variant=rslora",),
     "adapter.loraplus_lr_ratio": ("adapter.loraplus_lr_ratio=16",),
     "adapter.init": ("adapter.init=gaussian",),

@@ -28,6 +28,7 @@ def test_the_contracts_defaults(path: str) -> None:
             "layers": "all",
             "rank_pattern": {},
             "alpha_pattern": {},
+            "trainable_tokens": [],
             "variant": "lora",
             "loraplus_lr_ratio": None,
             "init": "default",
@@ -485,6 +486,9 @@ def test_modules_of_a_model() -> None:
         ({"targets": "q_proj", "exclude": ["q_proj"]}, "leaves nothing to train"),
         ({"exclude": ".*xyz"}, "'.*xyz' fits none of the paths"),
         ({"variant": "dora", "targets": ["lm_head"]}, "dora is not supported for lm_head"),
+        ({"variant": "dora", "targets": ["q_proj", "embed_tokens"]}, "variant: dora is not supp"),
+        ({"loraplus_lr_ratio": 2.0, "targets": "embed_tokens"}, "loraplus_lr_ratio is not supp"),
+        ({"trainable_tokens": [3], "targets": "embed_tokens"}, "trainable_tokens is not supported"),
         ({"rank_pattern": {"lm_head": 4}}, "'lm_head' fits none of the adapted matrices"),
     ):
         with pytest.raises(InputError) as caught:

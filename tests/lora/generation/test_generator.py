@@ -62,7 +62,8 @@ def session(name: str, tmp_path_factory: pytest.TempPathFactory) -> Callable[[],
 
 def generator_of(session: TrainingSession, *, is_cpu: bool) -> TextGenerator:
     """A generator on the session's model and adapter, by the kernels of a CPU device or a GPU."""
-    adapter = Adapter(session.layout, session.adapter.parameters, session.adapter.dora)
+    state = session.adapter
+    adapter = Adapter(session.layout, state.parameters, state.dora, state.tokens)
     recording = with_facts(session._recording, is_cpu=is_cpu)
     return TextGenerator(recording, session.model, session.tokenizer, {"tuned": adapter})
 
@@ -136,6 +137,82 @@ def test_token_by_token_under_dora(tmp_path: Path, is_cpu: bool) -> None:
         # And from files, by those who only read them.
         opened.save(tmp_path / "saved")
         ids = model.token_rows()[0]
+        expected = FullRerun(opened).next_logits(ids, adapted=True)
+        with open_generator(
+            str(tmp_path / "model.gguf"), {"tuned": tmp_path / "saved"}, device=opened.device,
+            max_length=64,
+        ) as generator:  # fmt: skip
+            found = generator.next_logits(ids, adapter="tuned")
+        np.testing.assert_allclose(found, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(("name", "is_cpu"), [("llama_odd", True), ("gemma2_q8_0", False)])
+def test_token_by_token_with_an_adapted_embedding(tmp_path: Path, name: str, is_cpu: bool) -> None:
+    """What is looked up alone: a head that is the embedding stays the base's."""
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    ids = model.token_rows()[0]
+    values = {
+        "model": {"path": str(tmp_path / "model.gguf")},
+        "adapter": {"rank": 3, "targets": ["embed_tokens"]},
+        "data": {"train": "none", "max_length": 64},
+        "train": {"steps": 1, "tuning": "off"},
+        "output": "none",
+    }
+    examples = [Example(np.array(ids, np.int32), np.arange(len(ids)) > 0, 0)]
+    with TrainingSession(Config.model_validate(values), examples=examples) as opened:
+        bare = opened.evaluate(examples, adapted=False).loss
+        assert opened.evaluate(examples).loss == pytest.approx(bare, rel=1e-6)  # as it begins
+        modules = opened.layout.to_modules(opened.parameters())
+        ((a, _),) = modules.values()
+        a[:] = np.random.default_rng(0).normal(size=a.shape) * 0.3
+        opened.set_parameters(opened.layout.from_modules(modules))
+        assert abs(opened.evaluate(examples).loss - bare) > 0.01
+        assert opened.evaluate(examples, adapted=False).loss == bare
+        check_token_by_token(name, opened, adapted=True, is_cpu=is_cpu)
+
+
+@pytest.mark.parametrize(
+    ("name", "is_cpu"), [("llama_head", False), ("gemma2_q8_0", False), ("gemma2", True)]
+)
+def test_token_by_token_with_trained_rows(tmp_path: Path, name: str, is_cpu: bool) -> None:
+    """Of the embedding alone; of a head that is the embedding, too, capped, and adapted."""
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    ids = model.token_rows()[0]
+    values = {
+        "model": {"path": str(tmp_path / "model.gguf")},
+        "adapter": {
+            "rank": 4,
+            "layers": [1],
+            "targets": ["q_proj", "lm_head"],
+            "trainable_tokens": [ids[0], 319, ids[9]],
+        },
+        "data": {"train": "none", "max_length": 64},
+        "train": {"steps": 1, "tuning": "off"},
+        "output": "none",
+    }
+    examples = [Example(np.array(ids, np.int32), np.arange(len(ids)) > 0, 0)]
+    if name == "llama_head":  # whose vocabulary is odd
+        values["adapter"]["trainable_tokens"][1] = 316
+    with TrainingSession(Config.model_validate(values), examples=examples) as opened:
+        bare = opened.evaluate(examples, adapted=False).loss
+        flat = opened.parameters()
+        assert opened.evaluate(examples).loss == pytest.approx(bare, rel=1e-6)  # as it begins
+        modules = opened.layout.to_modules(flat)
+        own = opened.layout.trained_tokens(flat)
+        for _, b in modules.values():
+            b[:] = np.random.default_rng(1).normal(size=b.shape) * 0.2
+        flat = opened.layout.from_modules(modules)
+        rows = opened.layout.trained_tokens(flat)
+        rows[:] = own
+        rows += 3 * np.random.default_rng(0).normal(size=rows.shape) * rows.std()
+        opened.set_parameters(flat)
+        assert abs(opened.evaluate(examples).loss - bare) > 0.01
+        assert opened.evaluate(examples, adapted=False).loss == bare
+        check_token_by_token(name, opened, adapted=True, is_cpu=is_cpu)
+        check_token_by_token(name, opened, adapted=False, is_cpu=is_cpu)
+        opened.save(tmp_path / "saved")
         expected = FullRerun(opened).next_logits(ids, adapted=True)
         with open_generator(
             str(tmp_path / "model.gguf"), {"tuned": tmp_path / "saved"}, device=opened.device,

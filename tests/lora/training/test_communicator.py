@@ -118,8 +118,12 @@ def test_two_are_as_one(
 
 @pytest.mark.parametrize(
     ("is_cpu", "adapter"),
-    [(False, {"dropout": 0.3, "loraplus_lr_ratio": 2.0}), (True, {"variant": "dora"})],
-    ids=["dropout, noise", "dora"],
+    [
+        (False, {"dropout": 0.3, "loraplus_lr_ratio": 2.0, "trainable_tokens": [4, 9, 30]}),
+        (True, {"variant": "dora"}),
+        (True, {"targets": ["embed_tokens", "v_proj"]}),
+    ],
+    ids=["dropout, noise, tokens", "dora", "embedding"],
 )
 def test_options_are_the_same_for_two(
     tmp_path: Path,

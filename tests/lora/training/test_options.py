@@ -20,12 +20,26 @@ from tests.support.tiny_run import write_run
 
 OPTIONS = {
     "noisy, 8 bits": {
-        "adapter": {"dropout": 0.2, "loraplus_lr_ratio": 4.0, "init": "gaussian"},
+        "adapter": {
+            "dropout": 0.2,
+            "loraplus_lr_ratio": 4.0,
+            "init": "gaussian",
+            "trainable_tokens": [9, 4],
+        },
         "train": {"neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "optimizer": "adamw_8bit"},
     },
     "dora": {
-        "adapter": {"variant": "dora", "layers": [1, 2], "loraplus_lr_ratio": 2.0},
+        "adapter": {
+            "variant": "dora",
+            "layers": [1, 2],
+            "loraplus_lr_ratio": 2.0,
+            "trainable_tokens": [5, 6, 7, 300, 8],
+        },
         "train": {"learning_rate": 1e-3, "weight_decay": 0.01},
+    },
+    "the embedding": {
+        "adapter": {"targets": ["embed_tokens", "down_proj"], "dropout": 0.1, "layers": [2]},
+        "train": {"weight_decay": 0.01, "learning_rate": 1e-3},
     },
     "lion, dft, patterns": {
         "adapter": {
