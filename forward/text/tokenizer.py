@@ -10,13 +10,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from gguf import TokenType
 
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text import sentencepiece
 from lora.forward.text.byte_level import byte_level
+from lora.forward.text.configured import (
+    configured_id,
+    configured_templates,
+    configured_text,
+    read_config,
+)
 from lora.forward.text.foreign import ForeignCodec
 from lora.forward.text.origin import TokenizerOrigin
 from lora.forward.text.pre_tokenizers import named_pre_tokenizer
@@ -29,12 +35,10 @@ from lora.forward.text.vocabulary import (
     special_id,
 )
 from lora.shaders.errors import InputError
-from lora.shaders.untrusted import read_json_object, read_text, reading, shown
+from lora.shaders.untrusted import reading, shown
 
 _ADD_BOS = "tokenizer.ggml.add_bos_token"
-_MOST_CONFIG_BYTES = 1 << 24  # of a tokenizer_config.json: 1 MB for 6,000 added tokens
 _MOST_ENDINGS, _LONGEST_ENDING = 4096, 64  # kept; in characters
-_MOST_TEMPLATE_BYTES = 1 << 20  # the longest known chat template has 20 KB
 
 
 @dataclass(frozen=True)
@@ -174,13 +178,13 @@ class Tokenizer:
         file = Path(path) / "tokenizer.json" if Path(path).is_dir() else Path(path)
         if not file.is_file():
             raise InputError(f"There is no tokenizer {file}.")
-        config = _read_config(file.parent / "tokenizer_config.json")
-        template, for_tools = _configured_templates(file.parent, config)
+        config = read_config(file.parent / "tokenizer_config.json")
+        template, for_tools = configured_templates(file.parent, config)
         codec = ForeignCodec(file)
-        named = {key: _configured_text(config, key) for key in ("bos_token", "eos_token")}
+        named = {key: configured_text(config, key) for key in ("bos_token", "eos_token")}
         facts = codec.facts([*END_TEXTS, *filter(None, named.values())])
         first_id = facts.first_id
-        bos_id, eos_id = (_configured_id(facts.ids, key, text) for key, text in named.items())
+        bos_id, eos_id = (configured_id(facts.ids, key, text) for key, text in named.items())
         end_ids = {facts.ids[text] for text in end_texts(facts.ids)}
         add_bos = first_id is not None
         if gguf_file is not None:
@@ -388,50 +392,3 @@ def _right_stripped(gguf_file: GGUFFile, vocabulary: Vocabulary) -> set[int]:
     special = (TokenType.CONTROL, TokenType.UNKNOWN, TokenType.USER_DEFINED)
     found = {token for token, kind in enumerate(vocabulary.kinds) if kind in special}
     return found - {vocabulary.ids.get(text) for text in ("<unk>", "<s>", "<|endoftext|>")}
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    return read_json_object(file, _MOST_CONFIG_BYTES) if file.is_file() else {}
-
-
-def _configured_text(config: dict[str, Any], key: str) -> str | None:
-    value = config.get(key)
-    text = value.get("content") if isinstance(value, dict) else value
-    return text if isinstance(text, str) else None
-
-
-def _configured_id(ids: dict[str, int], key: str, text: str | None) -> int | None:
-    if text is None:
-        return None
-    if text not in ids:
-        raise InputError(f"tokenizer_config.json names the {key} {shown(text)}, no token of it.")
-    return ids[text]
-
-
-def _configured_templates(folder: Path, config: dict[str, Any]) -> tuple[str | None, str | None]:
-    """The chat template, and that for chats with tools where there is another one."""
-    file = folder / "chat_template.jinja"
-    if file.is_file():
-        beside = folder / "additional_chat_templates" / "tool_use.jinja"
-        return read_template(file), read_template(beside) if beside.is_file() else None
-    template = config.get("chat_template")
-    if isinstance(template, list):  # several named templates; transformers takes these two
-        named = {
-            e["name"]: e.get("template")
-            for e in template
-            if isinstance(e, dict) and isinstance(e.get("name"), str)
-        }
-        found = named.get("default"), named.get("tool_use")
-    else:
-        found = template, None
-    first, second = (one if isinstance(one, str) else None for one in found)
-    return first, second
-
-
-def read_template(file: Path) -> str:
-    """The text of a file that holds a chat template.
-
-    Raises:
-        InputError: it can't be read, or is no text.
-    """
-    return read_text(file, _MOST_TEMPLATE_BYTES, "not text in UTF-8; a chat template is")

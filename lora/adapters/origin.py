@@ -12,7 +12,8 @@ from lora.data.records import check_record
 from lora.data.sources import open_source
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.text.chat_template import ChatTemplate
-from lora.forward.text.tokenizer import Tokenizer, read_template
+from lora.forward.text.configured import read_template
+from lora.forward.text.tokenizer import Tokenizer
 from lora.shaders.errors import InputError
 
 CONFIG = "config.yaml"

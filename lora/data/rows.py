@@ -142,7 +142,7 @@ def template_source(value: str) -> str:
     """
     if "{{" in value or "{%" in value:
         return value
-    from lora.forward.text.tokenizer import read_template
+    from lora.forward.text.configured import read_template
 
     if not Path(value).is_file():
         raise InputError(f"data.chat_template: {value}: there is no such file.")

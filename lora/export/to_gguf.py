@@ -37,7 +37,7 @@ from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.model_tensors import read_scale, scales_adapters
-from lora.forward.text.tokenizer import read_template
+from lora.forward.text.configured import read_template
 from lora.shaders.errors import InputError, LoraError
 from lora.storage.files import write_file
 from lora.storage.stores import ollama_settings, resolve_model

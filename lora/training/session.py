@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
-
 from lora.data.batches import Batch
 from lora.forward.plans.matmul_plans import ProductShape
 from lora.forward.plans.matmul_tiles import Plan
@@ -26,6 +24,7 @@ from lora.training.device_state import SessionPrograms, replanned
 from lora.training.endings import Culprit, NotFiniteError, StepWatch, device_ended
 from lora.training.exchange import GradientExchange
 from lora.training.fingerprints import Course, fingerprints
+from lora.training.kept_state import KeptState
 from lora.training.learning_rate import LearningRate
 from lora.training.listeners import Listener
 from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock
@@ -48,7 +47,7 @@ class _StepBegun:
     batches: Sequence[Batch]
 
 
-class TrainingSession(LearningRate, OpenSession):
+class TrainingSession(LearningRate, KeptState, OpenSession):
     """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
 
     `session.step(batches)` runs forward, backward, clipping and AdamW on the device and returns
@@ -369,46 +368,6 @@ class TrainingSession(LearningRate, OpenSession):
             alone = self.communicator.size == 1
             name = self.device.facts.name
             raise device_ended(error, self.steps_done, name, alone=alone) from error
-
-    # -- what checkpoints keep --------------------------------------------------------------------
-
-    def moments(self) -> dict[str, np.ndarray]:
-        """What the optimizer keeps, by name: see `lora.optim.optimizers.OptimizerState`.
-
-        Raises:
-            LoraError: they hold what is no number.
-        """
-        tensors = self.adapter.optimizer.tensors
-        found = {name: self.memory.read(tensor) for name, tensor in tensors.items()}
-        for name, values in found.items():
-            if not np.isfinite(values).all():
-                raise LoraError(
-                    f"The optimizer's {name} holds what is no finite number; it is not saved."
-                )
-        return found
-
-    def guard(self) -> GuardState:
-        """The loss scale and the counts of skipped steps, after all steps so far."""
-        return GuardState.of_metrics(self.memory.read(self._act.metrics))
-
-    def set_guard(self, guard: GuardState) -> None:
-        """Puts them in place of the present ones."""
-        values = self.memory.read(self._act.metrics)
-        guard.put_into(values)
-        self.memory.write(self._act.metrics, values)
-
-    def restore(self, step: int, flat: np.ndarray, moments: Mapping[str, np.ndarray]) -> None:
-        """Puts the state of a checkpoint in place of the present one; `stream` is set by itself.
-
-        Args:
-            step: that were done.
-            flat: the adapter, f32 [layout.size].
-            moments: as `moments` gives them.
-        """
-        self.steps_done = step
-        self.memory.write(self.adapter.parameters, flat)
-        for name, tensor in self.adapter.optimizer.tensors.items():
-            self.memory.write(tensor, moments[name])
 
     def step_programs(self) -> tuple[Program, ...]:
         """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
