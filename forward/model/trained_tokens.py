@@ -11,6 +11,7 @@ from gguf import GGMLQuantizationType, quants
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.model.adapted_group import whole_quads
+from lora.forward.model.inputs import indices
 from lora.forward.model.weights import FrozenMatrix, MatrixPart
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -36,9 +37,13 @@ class TokenIndex:
 
     @classmethod
     def allocate(cls, recording: Recording, tokens: Sequence[int], vocab_size: int) -> TokenIndex:
-        """For tokens that differ, each below the vocabulary's size."""
+        """For tokens that differ.
+
+        Raises:
+            InputError: one is not below the vocabulary's size.
+        """
         ids = np.full(whole_quads(len(tokens)), NO_SLOT, np.uint32)
-        ids[: len(tokens)] = tokens
+        ids[: len(tokens)] = indices("the trained token", np.array(tokens, np.int64), vocab_size)
         slots = np.full(vocab_size, NO_SLOT, np.uint32)
         slots[list(tokens)] = np.arange(len(tokens))
         memory = recording.memory

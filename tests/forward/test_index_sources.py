@@ -24,6 +24,8 @@ _WEIGHTS = "quantized weights: bits that are decoded, no indices"
 _INT_ROW = "a row as whole numbers, written by kernels: bits that are decoded, no indices"
 _ARGMAX = "argmax.wgsl: the place of a maximum, below its length"
 _HALVES = "f16 activations: no indices"
+_TRAINED = "TokenIndex.allocate"
+_LARGEST = "largest numbers as their bits: no indices"
 _KEYS = "keys of pseudo-random masks and noise: bits that are hashed, no indices"
 SOURCES = {
     "adamw_8bit.wgsl": {
@@ -59,19 +61,30 @@ SOURCES = {
     "delta_walk_backward.wgsl": {"segments": _INPUTS},
     "dropout_input_gradient.wgsl": {"row_keys": _KEYS},
     "embedding.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "weights": _WEIGHTS},
+    "embedding_scatter.wgsl": {"tokens": _INPUTS},
     "embedding_noise.wgsl": {"row_keys": _KEYS},
     "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
     "int_row.wgsl": {"int_row": _INT_ROW},
+    "largest_of_rows.wgsl": {"largest": _LARGEST},
+    "largest_weights.wgsl": {"weights": _WEIGHTS},
     "lora_gradient.wgsl": {"row_keys": _KEYS},
     "lora_project.wgsl": {"row_keys": _KEYS},
     "kv_store.wgsl": {"positions": _STEP},
     "matmul_int_row.wgsl": {"row": _INT_ROW, "weights": _WEIGHTS, "int_row": _INT_ROW},
     "matmul_row.wgsl": {"weights": _WEIGHTS},
     "parts/head_bindings.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
-    "parts/matmul_bindings.wgsl": {"weights": _WEIGHTS, "x": "f16 activations: no indices"},
+    "parts/matmul_bindings.wgsl": {
+        "weights": _WEIGHTS,
+        "x": _HALVES,
+        "w_largest": _LARGEST,
+        "x_largest": _LARGEST,
+    },
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "row_squares.wgsl": {"weights": _WEIGHTS},
     "scale_rows.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
+    "token_columns.wgsl": {"ids": _TRAINED},
+    "token_gradient.wgsl": {"tokens": _INPUTS, "ids": _TRAINED},
+    "token_rows.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "slots": _TRAINED},
 }
 _WHOLE = r"array<(?:\{\{[^}]*[ui]32[^}]*\}\}|(?:vec\d<)?[ui]32>?)(?:, \d+)?>"
 _PLAIN = re.compile(rf"var<storage, \w+> (\w+): {_WHOLE};")
@@ -101,6 +114,7 @@ def test_nothing_else_writes_what_indexes() -> None:
         "forward/decoder/step_inputs.py",  # StepInputs
         "forward/decoder/step_tensors.py",  # argmax's token
         "forward/model/weights.py",  # bits
+        "forward/model/trained_tokens.py",  # TokenIndex, and bits
         "forward/model/host_table.py",  # places of the rows that it has just sent
         "lora/training/non_finite.py",  # tells them from numbers
         "forward/int_row.py", "forward/argmax.py", "forward/embedding.py", "forward/gather.py",

@@ -160,7 +160,7 @@ def test_a_long_program_is_submitted_in_pieces(recording: Recording) -> None:
     program = Program(recording)
     for _ in range(3):
         program.dispatch(
-            "gather", {"width": 4},
+            "gather", {"width": 4, "scale": 1},
             [extent.uniform, x, recording.memory.upload(np.arange(64, dtype=np.uint32)), doubled],
             4,
             flops=10,

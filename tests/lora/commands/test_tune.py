@@ -74,15 +74,16 @@ def calls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, di
 def test_tune(tmp_path: Path, calls: list[tuple[int, dict[str, Any]]]) -> None:
     config = str(write_run(tmp_path))
     text = run(config, "--seconds", "7")
-    # q k v, output, gate up, down, each in both directions, and the head's two.
-    assert calls == [(10, {"seconds": 7.0})]
-    assert text.count("q4_1") == 8 and text.count("q8_0") == 2
+    # q k v, output, gate up, down, each in both directions, the head's two, and down of the layer
+    # that no other layer's norm follows.
+    assert calls == [(11, {"seconds": 7.0})]
+    assert text.count("q4_1") == 9 and text.count("q8_0") == 2
     assert str(tmp_path / "caches").replace("\n", "") in text.replace("\n", "")
     again = run(config, "--seconds", "7")
     assert again.startswith("All of these were found with as much time before; --again looks")
     assert again.endswith(text) and len(calls) == 1
     assert run(config, "--seconds", "7", "--again") == text and len(calls) == 2
-    assert run(config) == text and calls[2] == (10, {"seconds": 30.0})
+    assert run(config) == text and calls[2] == (11, {"seconds": 30.0})
 
 
 def test_what_training_found_in_two_seconds_is_looked_for_again(
@@ -95,6 +96,6 @@ def test_what_training_found_in_two_seconds_is_looked_for_again(
     requests = SessionPlan.of(device.facts, workload).requests
     find_tiles(device, "auto", requests)
     run(str(config))
-    assert calls == [(10, {"seconds": TUNING_SECONDS}), (10, {"seconds": 30.0})]
+    assert calls == [(11, {"seconds": TUNING_SECONDS}), (11, {"seconds": 30.0})]
     find_tiles(device, "auto", requests)
     assert len(calls) == 2

@@ -121,10 +121,10 @@ def test_an_interrupted_evaluation_leaves_nothing_for_the_next(
         examples = session.workload.train_examples
         wanted = session.evaluate(examples)
 
-        def interrupted(batch: Batch, cache: object) -> None:
+        def interrupted(batch: Batch, cache: object, *, adapted: bool) -> None:
             if batch.examples == [examples[-3].index]:  # the third
                 raise KeyboardInterrupt
-            enter(batch, None)
+            enter(batch, None, adapted=adapted)
 
         enter = session._enter
         with monkeypatch.context() as patch:
