@@ -17,7 +17,6 @@ from tests.support.option_runs import (
     run_ours,
     run_theirs,
 )
-from tests.support.tiny_judge import logits
 from tests.support.tiny_model import TinyModel
 from tests.support.tiny_models import TINY_MODELS
 
@@ -66,6 +65,7 @@ def test_files_go_both_ways(name: str, tmp_path: Path) -> None:
     """PEFT saves the base's embedding, too; what it saves is what we saved, and gives the same."""
     from lora.export.to_gguf import export
     from lora.generation.opening import open_generator
+    from tests.support.tiny_judge import logits
 
     model = TINY_MODELS[name]
     gguf, saved = begun(model, tmp_path, targets=["embed_tokens", "down_proj"])

@@ -17,7 +17,6 @@ from tests.support.option_runs import (
     run_ours,
     run_theirs,
 )
-from tests.support.tiny_judge import logits
 from tests.support.tiny_model import TinyModel
 from tests.support.tiny_models import TINY_MODELS
 
@@ -107,6 +106,7 @@ def test_files_go_both_ways(name: str, targets: list[str], tmp_path: Path) -> No
 
     from lora.export.to_gguf import export
     from lora.generation.opening import open_generator
+    from tests.support.tiny_judge import logits
 
     model = TINY_MODELS[name]
     options = {"trainable_tokens": tokens_of(model), "targets": targets}
