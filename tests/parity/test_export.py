@@ -394,6 +394,14 @@ class RealCase:
         return float(np.max(differences)), float(np.mean(differences))
 
 
+# Each of these takes Gemma a minute; what breaks them breaks its test in the Vulkan build, too.
+gemma_takes_long = pytest.mark.parametrize(
+    "case",
+    [pytest.param(n, marks=[pytest.mark.long] if n == "gemma3" else []) for n in REAL_MODELS],
+    indirect=True,
+)
+
+
 @pytest.fixture(scope="module", params=REAL_MODELS)
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: Device
@@ -422,6 +430,7 @@ def check_f32(case: RealCase, worst: float, mean: float) -> None:
     assert worst < max(5e-3, 1.5 * worst_bare)
 
 
+@gemma_takes_long
 def test_adapter_on_the_f32_base(case: RealCase) -> None:
     bare, adapted = case.ours
     worst, mean = case.errors(LlamaCpp(case.f32_base, case.gguf_adapter), adapted)
@@ -493,6 +502,7 @@ def test_greedy_continuation(case: RealCase) -> None:
     print(f"{N_PROMPTS * N_TOKENS} tokens, {n_near} of them another choice between near equals")
 
 
+@gemma_takes_long
 def test_everyone_gives_the_same_eval_loss(case: RealCase) -> None:
     """PEFT with the directory, llama.cpp with the GGUF adapter, and our session with either."""
     rows = token_ids(case.base)["eval"]
