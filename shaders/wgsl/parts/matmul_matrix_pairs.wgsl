@@ -20,9 +20,19 @@ fn scaled(number: f32, exponent: i32) -> f32 {
     return number * power(half) * power(exponent - half);
 }
 
+// Four f16 as f32, by their bits: drivers take unpacking what was packed (Mesa 25.0) for the number before.
+fn unpacked(words: vec2<u32>) -> vec4<f32> {
+    let halves = vec4(words.x & 0xffffu, words.x >> 16u, words.y & 0xffffu, words.y >> 16u);
+    let size = (halves & vec4(0x7fffu)) << vec4(13u);
+    let normal = bitcast<vec4<f32>>(size + vec4(112u << 23u));
+    let small = bitcast<vec4<f32>>(size + vec4(113u << 23u)) - vec4(0.00006103515625);
+    let number = select(normal, small, size < vec4(1u << 23u));
+    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(number) | ((halves & vec4(0x8000u)) << vec4(16u)));
+}
+
 // What f16 leaves of four numbers; nothing of those that are not finite.
 fn lower(numbers: vec4<f32>, upper: vec2<u32>) -> vec2<u32> {
-    let rest = 2048.0 * (numbers - vec4(unpack2x16float(upper.x), unpack2x16float(upper.y)));
+    let rest = 2048.0 * (numbers - unpacked(upper));
     return packed(select(vec4<f32>(), rest, abs(rest) < vec4(65504.0)));
 }
 
