@@ -23,8 +23,8 @@ _BREAKING = """
 import sys
 from lora.training.session import TrainingSession
 enter = TrainingSession._enter
-def breaking(session, *batch):
-    enter(session, *batch)
+def breaking(session, *batch, **options):
+    enter(session, *batch, **options)
     if session.communicator.rank == {rank} and session.steps_done == {at}:
         {what}
 TrainingSession._enter = breaking
