@@ -203,9 +203,16 @@ class AdapterConfig(Section):
 
     @property
     def gguf_form(self) -> Literal["gguf", "merged-gguf"]:
-        """As what `lora export` can write it: an adapter alone is products of A and B."""
-        merges = self.variant == "dora" or self.trainable_tokens
+        """As what `lora export` can write it: an adapter alone is products of A and B of layers."""
+        merges = self.variant == "dora" or self.trainable_tokens or self._names_embedding
         return "merged-gguf" if merges else "gguf"
+
+    @property
+    def _names_embedding(self) -> bool:
+        """Whether the embedding is a target, in a model that lets it be one."""
+        path = [EMBEDDING_PATH]
+        named = self.targets != "all-linear" and _matched(self.targets, path)
+        return bool(named) and not _matched(self.exclude, path)
 
     @property
     def scale(self) -> float:

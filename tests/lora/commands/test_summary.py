@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
+
+import pytest
 
 from lora import TrainingSession, run_training
 from lora.commands.summary import next_commands, summary_rows, summary_rows_of
+from lora.config.adapter_section import AdapterConfig
 from lora.shaders.device import Device
 from lora.training.history import History
 from tests.support.tiny_run import write_run
@@ -37,3 +41,21 @@ def test_the_summary_has_a_row_for_each_named_set() -> None:
     assert list(rows) == ["evaluation", "  a", "  b_c"]
     assert rows["  a"] == "loss 4.0000 → 2.0000, accuracy 50.0% → 25.0%, exact match 0.0% → 0.0%"
     assert rows["evaluation"] == f"{rows['  a']} (after steps 0 and 1)"
+
+
+@pytest.mark.parametrize(
+    ("adapter", "form"),
+    [
+        ({}, "gguf"),
+        ({"targets": "all-linear"}, "gguf"),
+        ({"targets": ["q_proj", "lm_head"]}, "gguf"),
+        ({"targets": ["embed_tokens", "q_proj"]}, "merged-gguf"),
+        ({"targets": ".*(q_proj|embed_tokens)"}, "merged-gguf"),
+        ({"targets": ".*(q_proj|embed_tokens)", "exclude": ["embed_tokens"]}, "gguf"),
+        ({"trainable_tokens": [5]}, "merged-gguf"),
+        ({"variant": "dora"}, "merged-gguf"),
+    ],
+)
+def test_it_names_the_export_that_can_hold_the_adapter(adapter: dict[str, Any], form: str) -> None:
+    """A GGUF adapter is refused for the others; tests/lora/export has that."""
+    assert AdapterConfig(**adapter).gguf_form == form
