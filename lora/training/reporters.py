@@ -91,7 +91,12 @@ class TensorBoard(Listener):
 
         self._summary, self._value = Summary, Summary.Value
         purge = {"purge_step": steps_done + 1} if steps_done else {}
-        self._writer = SummaryWriter(str(self._folder), flush_secs=10, **purge)
+        # A file's name has the second it was opened in; a run that goes on within the same one
+        # would write over what was there. Readers take files in the order of their names.
+        suffix = f".{len(list(self._folder.glob('events.out.tfevents.*'))):04d}"
+        self._writer = SummaryWriter(
+            str(self._folder), flush_secs=10, filename_suffix=suffix, **purge
+        )
         if not steps_done:
             self._writer.add_text("config", f"```yaml\n{self._session.config.dump_yaml()}```", 0)
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -89,8 +90,13 @@ def test_csv(tmp_path: Path, device: Device) -> None:
 
 
 @pytest.mark.filterwarnings("ignore")  # tensorboard's own
-def test_tensorboard_reads_it(tmp_path: Path, device: Device) -> None:
+def test_tensorboard_reads_it(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where a run is resumed within the second it began in: files are named by it."""
     pytest.importorskip("tensorboardX")
+    now = SimpleNamespace(time=lambda: 1_700_000_000.5)
+    monkeypatch.setattr("tensorboardX.event_file_writer.time", now)
     accumulators = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     setting = ["train.report_to=tensorboard", "train.save_every=2"]
     output = run(tmp_path, device, *setting, stop_at=4)
