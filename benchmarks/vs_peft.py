@@ -34,6 +34,7 @@ from benchmarks.vs_peft_report import write_curves, write_report
 from lora.shaders.device import Device
 from lora.training.profiling import kernel_table
 from lora.training.session import TrainingSession
+from lora.training.step_time import expected_seconds
 from tests.support.synthetic_models import SHAPES
 from tests.support.synthetic_runs import as_examples, loss_curves, run_config
 
@@ -86,8 +87,10 @@ def ours(model: Path, name: str, case: Case, precision: str, recompute: str,
             pipelined = (time.perf_counter() - begin) / n
             timed = "timestamp-query" in device.facts.features
             kernels = kernel_table(session, repeats=5 if median < 0.5 else 1) if timed else []
+            expected = expected_seconds(session.plan, device) if timed else None
             return {
                 "ms": 1e3 * median,
+                "planned_ms": None if expected is None else 1e3 * expected,
                 "ms_pipelined": 1e3 * pipelined,
                 "encode_ms": 1e3 * statistics.median(encode[case.warm_up :]),
                 "set_up_s": set_up,

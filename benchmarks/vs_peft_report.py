@@ -117,7 +117,13 @@ def memory_lines(results: dict[str, dict[str, Any]]) -> list[str]:
         "after the last timed step; where it is absent, the plan is compared with 12 GiB. It moves "
         "in large steps, since wgpu takes memory from the driver in blocks."
     )
-    return [*table, "", note]
+    times = [
+        f"{label} {planned:.1f} ms of {result['ms']:.1f} ({_beyond(planned, result['ms'])})"
+        for label, result in results.items()
+        if (planned := result.get("planned_ms")) is not None
+    ]
+    told = ["", f"`lora plan` puts a step at: {'; '.join(times)}."] if times else []
+    return [*table, "", note, *told]
 
 
 def _beyond(seen: float, planned: float) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields, is_dataclass, replace
@@ -16,13 +17,14 @@ from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
-from lora.shaders.program import Program
+from lora.shaders.program import Dispatch, Program
 from lora.shaders.recording import MAX_SUBMISSION_FLOPS, Recording
 from lora.shaders.tensor import Extent, Tensor
 from lora.shaders.webgpu import Launch
 
 _MOST_REPEATS = 16  # of a program in one pass
 _MOST_LONG_REPEATS = 500
+_UNIFORM = re.compile(r"@binding\((\d+)\) var<uniform>")
 _PATTERN_BYTES = 4 << 20  # of ordinary numbers, copied into every stand-in
 
 Kernels = list[tuple[str, dict[str, Any]]]  # templates and their constants
@@ -142,6 +144,28 @@ class Workbench:
                 then=_on(stand_in, request.then),
             ),
         )
+        return program
+
+    def again(self, dispatch: Dispatch, rows: int) -> Program:
+        """A dispatch of a product, recorded anywhere, on tensors like its own.
+
+        Args:
+            rows: in use of those that it was recorded for.
+        """
+        uniforms = {int(number) for number in _UNIFORM.findall(dispatch.code)}
+        extent = Extent(rows, self._memory.uniform())
+        self._memory.set_rows(extent, rows)
+        tensors = [
+            (extent.uniform if number == 0 else self._memory.uniform())
+            if number in uniforms
+            else self._filled(like, extent)
+            for number, like in enumerate(dispatch.tensors)
+        ]
+        program = Program(Recording(self._device.facts, self._memory))
+        program.dispatch(
+            dispatch.template, dict(dispatch.constants), tensors, dispatch.workgroups,
+            flops=dispatch.flops,
+        )  # fmt: skip
         return program
 
     def _ones(self, like: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from rich.console import Console
-from rich.table import Table
 
+from lora.commands.tables import Records
 from lora.training.fitting import Fits
 from lora.training.workload import Workload
 
@@ -24,13 +24,13 @@ def print_fit(console: Console, workload: Workload, found: Fits) -> None:
     console.print(
         f"\nWithin {found.limit / 2**30:.2f} GiB (train.memory_limit) this config {again}."
     )
-    table = Table(box=None, pad_edge=False)
-    table.add_column("recompute")
-    table.add_column(f"tokens at batch_size {config.train.batch_size}", justify="right")
-    table.add_column(f"batch_size at {config.data.max_length:,} tokens", justify="right")
-    for name, fit in (("off", found.off), ("on", found.on)):
-        sizes = [
-            f"{size:,}" if size is not None else "none" for size in (fit.length, fit.batch_size)
-        ]
-        table.add_row(name, *sizes)
-    console.print(table)
+    headings = (
+        "recompute",
+        f"tokens at batch_size {config.train.batch_size}",
+        f"batch_size at {config.data.max_length:,} tokens",
+    )
+    rows = [
+        (name, *("none" if size is None else f"{size:,}" for size in (fit.length, fit.batch_size)))
+        for name, fit in (("off", found.off), ("on", found.on))
+    ]
+    console.print(Records(headings, rows))

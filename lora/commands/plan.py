@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from contextlib import suppress
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -31,10 +32,11 @@ def plan_command(
     from lora.commands.waiting import waiting
     from lora.config.schema import load_config
     from lora.shaders.device import Device
+    from lora.shaders.errors import DeviceMemoryError
     from lora.storage.tile_cache import find_tiles
     from lora.training.device_state import SessionPlan
     from lora.training.fitting import fits
-    from lora.training.profiling import expected_seconds, measure_peaks
+    from lora.training.step_time import expected_seconds
     from lora.training.workload import Workload
 
     loaded = load_config(config, overrides(set_, webgpu))
@@ -47,8 +49,9 @@ def plan_command(
             planned = SessionPlan.of(device.facts, workload, plans)
             seconds = None
             if "timestamp-query" in device.facts.features:
-                tell("Measuring the device's peaks")
-                seconds = expected_seconds(planned, measure_peaks(device))
+                tell("Timing the products of a step")
+                with suppress(DeviceMemoryError):  # the plan says that there is no room
+                    seconds = expected_seconds(planned, device)
             largest = None
             if fit:
                 tell("Looking for what fits")

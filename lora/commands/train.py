@@ -76,7 +76,7 @@ def _train(
     if leads:
         check_output(Path(loaded.output), resuming=resume)
         if resume:
-            check_can_resume(Path(loaded.output))
+            check_can_resume(loaded)
         check_room(loaded, Path(loaded.output))
         check_reporters(loaded)
         if loaded.hub is not None:

@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from lora.data.batches import Batch, make_batch
-from lora.data.examples import Example, Examples, lengths_of
+from lora.data.examples import Example, Examples, lengths_of, trained_of
 from lora.data.packing import best_fit_decreasing
 from lora.data.table import starts_of
 from lora.shaders.errors import InputError
@@ -77,6 +77,22 @@ class BatchStream(Protocol):
 
     def restore(self, state: dict[str, Any]) -> None:
         """Goes on from where `state` was taken."""
+
+
+@dataclass(frozen=True)
+class UsualMicroBatch:
+    """What a run's micro-batches hold on average, over its first epoch.
+
+    Attributes:
+        tokens, trained: of one.
+        squared_lengths: the sum over its examples, which is what attention goes by.
+        a_step: how many micro-batches a step has, of all processes together.
+    """
+
+    tokens: float
+    trained: float
+    squared_lengths: float
+    a_step: float
 
 
 @dataclass(frozen=True)
@@ -175,6 +191,19 @@ class DataStream:
     def steps_per_epoch(self, epoch: int = 0) -> int:
         """Optimizer steps in one epoch; epochs differ only when packing, or by weights."""
         return math.ceil(len(self._plan(epoch)) / self._accumulation)
+
+    def usual_micro_batch(self) -> UsualMicroBatch:
+        """The average one of the first epoch."""
+        plan = self._plan(0)
+        n = len(plan)
+        lengths = self._lengths[plan.examples].astype(np.float64)
+        trained = trained_of(self._examples)[plan.examples]
+        return UsualMicroBatch(
+            tokens=float(lengths.sum()) / n,
+            trained=float(trained.sum(dtype=np.int64)) / n,
+            squared_lengths=float((lengths**2).sum()) / n,
+            a_step=n / self.steps_per_epoch(),
+        )
 
     def __iter__(self) -> DataStream:
         return self

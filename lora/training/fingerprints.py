@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lora.data.examples import Example
 from lora.forward.gguf.file import GGUFFile
 from lora.training.workload import Workload
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 _SAMPLE = 256  # bytes at both ends of each tensor: other weights under the same names are noticed
 _NAMED = 4  # differences that one sentence names
@@ -116,27 +119,44 @@ def _of_examples(examples: Sequence[Example]) -> dict[str, Any]:
     }
 
 
-def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
-    """What decides numbers, beside data and base; what only the order follows from included."""
-    config, layout = workload.config, workload.layout
+def settings_differences(then: Mapping[str, Any], config: Config) -> list[str]:
+    """Which settings a run can't go on with, of those that need neither model nor data to tell.
+
+    Args:
+        then: the fingerprints that a checkpoint holds.
+    """
+    now = json.loads(json.dumps(_of_config(config)))
+    settings = {key: value for key, value in then["settings"].items() if key in now}
+    return differences({**then, "settings": settings}, {**then, "settings": now})[0]
+
+
+def _of_config(config: Config) -> dict[str, Any]:
+    """Settings that are what the config says, whatever the model and the data are."""
     train, data, adapter = config.train, config.data, config.adapter
-    return _of_options(workload) | {
+    return {
         "adapter.rank": adapter.rank,
         "adapter.alpha": adapter.alpha,
         "adapter.variant": adapter.variant,
-        "adapter.targets": sorted(layout.targets),
-        "adapter.layers": list(layout.layers),
         "data.packing": data.packing,
         "data.shuffle": data.shuffle,
         "data.max_length": data.max_length if data.packing else "any",
         "train.batch_size": train.batch_size,
-        # Of all processes that the run was begun with: so it stays where others go on with it.
-        "train.gradient_accumulation": workload.micro_batches,
         "train.seed": train.seed,
-        "train.precision": train.precision,
         "train.betas": list(train.betas),
         "train.epsilon": train.epsilon,
         "train.schedule": train.schedule,
+    }
+
+
+def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
+    """What decides numbers, beside data and base; what only the order follows from included."""
+    layout, train = workload.layout, workload.config.train
+    return (_of_options(workload) | _of_config(workload.config)) | {
+        "adapter.targets": sorted(layout.targets),
+        "adapter.layers": list(layout.layers),
+        # Of all processes that the run was begun with: so it stays where others go on with it.
+        "train.gradient_accumulation": workload.micro_batches,
+        "train.precision": train.precision,
         "the loss": course.loss,
         "processes": course.processes,
         **({"train.comm_dtype": train.comm_dtype} if course.processes > 1 else {}),

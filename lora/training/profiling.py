@@ -21,11 +21,7 @@ from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.training.device_state import SessionPlan
 from lora.training.session import TrainingSession
-
-# What a dispatch takes on a GPU beside its products: its start, and waiting for memory.
-GPU_DISPATCH_SECONDS = 9e-6
 
 
 @dataclass(frozen=True)
@@ -165,17 +161,3 @@ def print_kernels(console: Console, rows: list[KernelRow], peaks: Peaks) -> None
         f"Measured peaks: {peaks.flops / 1e9:,.0f} GFLOP/s in a large product, "
         f"{peaks.bytes_per_second / 1e9:,.0f} GB/s in a copy. Bytes count all that is bound, once."
     )
-
-
-def expected_seconds(plan: SessionPlan, peaks: Peaks) -> float:
-    """About how long a step of the largest micro-batches takes: its products at the peak rate.
-
-    On a GPU every dispatch has its price, too. Within a quarter of nine measured runs on an H200
-    (benchmarks/results); on CPU devices, where the peak is that of an f32 matrix, twice too long
-    for quantized ones.
-    """
-    dispatches = [dispatch for program in plan.programs.step for dispatch in program.dispatches]
-    seconds = sum(dispatch.flops for dispatch in dispatches) / peaks.flops
-    if not plan.facts.is_cpu:
-        seconds += GPU_DISPATCH_SECONDS * len(dispatches)
-    return seconds * plan.workload.config.train.gradient_accumulation

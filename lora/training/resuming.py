@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import safetensors
@@ -26,21 +27,41 @@ from lora.training.checkpoint import (
     set_aside,
     started_at,
 )
-from lora.training.fingerprints import differences
+from lora.training.fingerprints import differences, settings_differences
 from lora.training.session import TrainingSession
+
+if TYPE_CHECKING:
+    from lora.config.schema import Config
 
 _PROCESSES = re.compile(r"^processes ")
 _IN_KERNELS = re.compile(r"^train\.(weight_decay|max_grad_norm) ")  # constants of theirs
 
 
-def check_can_resume(output: Path) -> None:
-    """Refuses a directory without checkpoints, which can be told before anything is loaded.
+def check_can_resume(config: Config) -> None:
+    """Refuses before anything is loaded what can be told by then.
 
     Raises:
-        InputError: it is one.
+        InputError: the output has no checkpoints, or the newest whole one was made with other
+            settings, as far as neither model nor data are needed to see it.
     """
+    _check_there(Path(config.output))
+    found = newest_whole(Path(config.output))
+    then = None if found is None else found[1].get("fingerprints")
+    if found is not None and then is not None:
+        _refuse(found[0], settings_differences(then, config))
+
+
+def _check_there(output: Path) -> None:
     if not checkpoints(output):
         raise InputError(f"--resume: {output / FOLDER} holds no checkpoint; run without --resume.")
+
+
+def _refuse(path: Path, differences: Sequence[str]) -> None:
+    if differences:
+        raise InputError(
+            f"{path} was made with {'; with '.join(differences)}. Resume with what it was made "
+            "with, or start anew without --resume."
+        )
 
 
 def resume(session: TrainingSession, output: Path) -> Path:
@@ -105,7 +126,7 @@ def _chosen(output: Path) -> tuple[Path, dict[str, Any]]:
             raise InputError(f"{path}: not a checkpoint that can be read; remove it.")
         return path, state
     there = checkpoints(output)
-    check_can_resume(output)
+    _check_there(output)
     which = there[0] if len(there) == 1 else f"{output / FOLDER}: none of {len(there)}"
     raise InputError(f"{which}: not a checkpoint that can be read; run without --resume.")
 
@@ -133,11 +154,7 @@ def _check_fingerprints(session: TrainingSession, path: Path, state: dict[str, A
         say_once(f"{path} does not say what data and base it was made with: these are as you say.")
         return []
     refused, free = differences(then, session.fingerprints())
-    if refused:
-        raise InputError(
-            f"{path} was made with {'; with '.join(refused)}. Resume with what it was made with, "
-            "or start anew without --resume."
-        )
+    _refuse(path, refused)
     if free:
         say_once(f"{path} was made with {'; with '.join(free)}: the run goes on so.")
     if any(_PROCESSES.search(piece) for piece in free):

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 
 from lora import InputError, TrainingSession, run_training
+from lora.config.schema import load_config
 from lora.training import output as output_module
 from lora.training.checkpoint import checkpoints
 from lora.training.listeners import Listener
 from lora.training.metrics import Metrics
-from lora.training.resuming import resume
+from lora.training.resuming import check_can_resume, resume
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_run import TYPES, write_run
 
@@ -53,6 +54,24 @@ def test_what_cannot_be_right_is_refused(finished: Path, setting: str, said: str
     session = TrainingSession.from_config(finished, [setting])
     with session, pytest.raises(InputError, match=said):
         resume(session, output_of(finished))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("adapter.rank=5", r"adapter\.rank 3, and now it is 5"),
+        ("train.schedule=linear", r"train\.schedule cosine, and now it is linear"),
+        ("data.packing=true", r"data\.packing False, and now it is True"),
+    ],
+)
+def test_settings_are_refused_before_anything_is_loaded(
+    finished: Path, setting: str, said: str
+) -> None:
+    """A model that isn't there is not what is complained of."""
+    config = load_config(str(finished), [setting, "model.path=/nowhere/model.gguf"])
+    with pytest.raises(InputError, match=rf"step-000004 was made with .*{said}[;.]"):
+        check_can_resume(config)
+    check_can_resume(load_config(str(finished), ["model.path=/nowhere/model.gguf"]))
 
 
 def test_data_in_another_order_is_refused(finished: Path, tmp_path: Path) -> None:
