@@ -84,6 +84,7 @@ class InputGradient:
         lora, d_z: the factors and the gradient to their z; None where it is not adapted.
         dropout: before the factors: what comes through them then has masks of its own, member by
             member, so that it is no part of the product's contraction.
+        scaled: see `matmul_backward`.
     """
 
     d_y: Tensor
@@ -91,6 +92,7 @@ class InputGradient:
     lora: LoraFactors | None
     d_z: Tensor | None
     dropout: GroupDropout | None
+    scaled: bool = True
 
     def record(
         self, program: Program, out: Tensor, before: SourceBefore | Accumulate | None, label: str
@@ -100,12 +102,15 @@ class InputGradient:
         if self.dropout is None or lora is None or d_z is None:
             matmul_backward(
                 program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
-                label=label,
+                scaled=self.scaled, label=label,
             )  # fmt: skip
             return
         accumulates = isinstance(before, Accumulate)
         dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
-        matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
+        matmul_backward(
+            program, self.d_y, self.matrix, out=out, before=Accumulate(), scaled=self.scaled,
+            label=label,
+        )  # fmt: skip
         if isinstance(before, SourceBefore):
             before.record(program, out)
 

@@ -58,6 +58,7 @@ class PartProduct:
         place: where the part's columns begin in x and out, where there are several parts.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         bias, softcap: see `Product`; the bias's columns are those of out.
+        x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
     """
 
@@ -76,6 +77,7 @@ class PartProduct:
     bias: Tensor | None = None
     softcap: float | None = None
     epilogue: str = "write"
+    x_largest: Tensor | None = None
 
     @property
     def n_columns(self) -> int:
@@ -108,4 +110,6 @@ class PartProduct:
             "epilogue": self.epilogue,
             "bias": self.bias is not None,
             "softcap": self.softcap,
+            "x_scaled": self.x_largest is not None,
+            "powered": self.part.powers is not None,
         }

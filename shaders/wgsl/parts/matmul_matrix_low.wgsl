@@ -20,10 +20,11 @@ the factor [low_steps][factor_step].
         let low_eight_{{ i }} = low_unit_{{ i }} % {{ low_steps // 8 }}u;
         let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 8 }}u;
         let low_at_{{ i }} = (min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + r) / 4u + 2u * low_eight_{{ i }};
+{% set low_scale = "low_power(first_row + low_row_%d) * " % i if x_scaled or powered else "" %}
         var low_a_{{ i }} = vec4<f32>();
         var low_b_{{ i }} = vec4<f32>();
-        if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = low[low_at_{{ i }}]; }
-        if (r + 8u * low_eight_{{ i }} + 4u < {{ rank }}u) { low_b_{{ i }} = low[low_at_{{ i }} + 1u]; }
+        if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = {{ low_scale }}low[low_at_{{ i }}]; }
+        if (r + 8u * low_eight_{{ i }} + 4u < {{ rank }}u) { low_b_{{ i }} = {{ low_scale }}low[low_at_{{ i }} + 1u]; }
 {% endfor %}
 {% for i in range(low_w_units) %}
         let factor_unit_{{ i }} = lane + {{ i * lanes }}u;
