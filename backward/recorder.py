@@ -160,7 +160,7 @@ class BackwardRecorder:
             Whether anything below the group is wanted; if not, `out` is not written, nor is
             anything of what lies before.
         """
-        lora = self.shared.factors.get((self.layer, group))
+        lora = self.weights.powers.factors(group, self.shared.factors.get((self.layer, group)))
         z, d_z, wanted = self.z.get(group), None, group != self.last
         dropout: GroupDropout | None = None
         if lora is not None and lora.dora is not None:

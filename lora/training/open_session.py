@@ -135,7 +135,7 @@ class OpenSession(ABC):
                 "smaller quantization."
             ) from error
         self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
-        self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
+        self.model, self.inputs, self.adapter = tensors.plain, step.inputs, step.adapter
         self._act = step.activations
         self._begin_magnitudes()
         self.recomputed_layers = tensors.recomputed
