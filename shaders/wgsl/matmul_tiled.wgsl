@@ -249,7 +249,7 @@ fn main(
         let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 4 }}u;
         var low_{{ i }} = vec4<f32>();
         if (k + 4u * low_quad_{{ i }} < {{ rank }}u) {
-            low_{{ i }} = {{ "low_power(first_row + low_row_%d) * " % i if x_scaled or powered }}low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
+            low_{{ i }} = {{ "x_power(first_row + low_row_%d) * " % i if x_scaled }}low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
         }
 {% endfor %}
 {% for i in range(low_w_units) %}
@@ -259,14 +259,14 @@ fn main(
         let factor_step_{{ i }} = (lane + {{ i * lanes }}u) / {{ tile_columns // 4 }}u;
         let factor_column_{{ i }} = first_column + 4u * factor_quad_{{ i }};
         if (k + factor_step_{{ i }} < {{ rank }}u && factor_column_{{ i }} < n_columns) {
-            factor_{{ i }} = factor[(({{ member.low_start }}u + k + factor_step_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u];
+            factor_{{ i }} = {{ "powers[factor_power_at] * " if powered }}factor[(({{ member.low_start }}u + k + factor_step_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u];
         }
 {% else %}
         let factor_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ low_steps // 4 }}u;
         let factor_line_{{ i }} = (lane + {{ i * lanes }}u) / {{ low_steps // 4 }}u;
         let factor_column_{{ i }} = first_column + factor_line_{{ i }};
         if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u && k + 4u * factor_quad_{{ i }} < {{ rank }}u) {
-            factor_{{ i }} = {{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
+            factor_{{ i }} = {{ "powers[factor_power_at] * " if powered }}{{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
         }
 {% endif %}
 {% endfor %}

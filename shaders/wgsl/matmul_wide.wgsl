@@ -32,7 +32,7 @@ fn main(
     // + d_z · A
     for (var k = 0u; k < {{ rank }}u; k += 4u) {
 {% for i in range(lane_rows) %}
-        let v_{{ i }} = {{ "low_power(row_%d) * " % i if powered }}low[(row_{{ i }} * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u];
+        let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[(row_{{ i }} * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u];
 {% endfor %}
 {% for q in range(4) %}
         {
@@ -56,7 +56,7 @@ fn main(
             let w_{{ j }} = {{ scale }} * factor[at + {{ j * rank // 4 }}u + k];
 {% endfor %}
 {% for i in range(lane_rows) %}
-            let v_{{ i }} = {{ "low_power(row_%d) * " % i if powered }}low[row_{{ i }} * {{ low_stride // 4 }}u + {{ member.low_start // 4 }}u + k];
+            let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[row_{{ i }} * {{ low_stride // 4 }}u + {{ member.low_start // 4 }}u + k];
             {{ name }}_{{ i }} += vec4(dot(v_{{ i }}, w_0), dot(v_{{ i }}, w_1), dot(v_{{ i }}, w_2), dot(v_{{ i }}, w_3));
 {% endfor %}
         }

@@ -3,8 +3,8 @@
 //
 // x_scaled: x [rows] are f32 in tiles of f16, each row multiplied by the power of two that brings its largest
 // number, whose bits x_largest [rows] has, to 2^4 … 2^5; what comes out is divided by it again.
-// powered: powers [rows of W + 2]. Row n of W is multiplied by powers[n], the low-rank part by the one behind
-// them, what comes out by the last.
+// powered: powers [rows of W + 2]. Row n of W is multiplied by powers[n], the factor of the low-rank part by
+// the one behind them, what comes out by the last.
 
 struct Extent { rows: u32 }
 struct Eight { a: vec4<f32>, b: vec4<f32> }
@@ -71,7 +71,9 @@ fn x_exponent(row: u32) -> i32 {
 }
 fn x_power(row: u32) -> f32 { return bitcast<f32>(u32(127 + x_exponent(row)) << 23u); }
 {% endif %}
-fn low_power(row: u32) -> f32 { return {{ "x_power(row)" if x_scaled else "1.0" }}{{ " * powers[%du]" % w_rows if powered }}; }
+{% if powered %}
+const factor_power_at = {{ w_rows }}u;
+{% endif %}
 fn out_power(row: u32) -> f32 {
     return {{ "bitcast<f32>(u32(127 - x_exponent(row)) << 23u)" if x_scaled else "1.0" }}{{ " * powers[%du]" % (w_rows + 1) if powered }};
 }

@@ -54,7 +54,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     ) -> Recording:
         if precision == "f32":
             return Recording(facts, memory, precision, **more)
-        own = Recording(facts, memory, precision, request.param, **more)
+        own = Recording(facts, memory, precision, body=request.param, **more)
         return own if request.param == "tiled" else replace(own, plans=tile)
 
     def on_device(device: Device, *, memory: Memory, precision: str, plans: Any) -> Recording:
