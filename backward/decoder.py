@@ -90,8 +90,7 @@ def record_head_backward(
                 logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if not lowest:
                 out = chunk_of(scratch.d_head_normed, inputs, index)
-                # No more than the loss scale: a pass to find their sizes would find little.
-                gradient = InputGradient(d_logits, model.head, lora, d_z, dropout, scaled=False)
+                gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
                 gradient.record(program, out, None, "head_backward")
                 if tokens is not None and own is not None:
                     logits_input_gradient(program, own, tokens, out)

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from lora.forward.matmul_bodies import record_product
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
-from lora.forward.matmul_paired import row_scales
 from lora.forward.part_product import PartProduct, Place
 from lora.forward.plans.stretches import Follower
 from lora.shaders.activations import activation, check_shape, extent_of
@@ -29,7 +28,7 @@ def matmul_backward(
     d_z: Tensor | None = None,
     out: Tensor | None = None,
     before: Follower | Accumulate | None = None,
-    scaled: bool = True,
+    largest: Tensor | None = None,
     label: str = "matmul_backward",
 ) -> Tensor:  # [rows, in_features]
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
@@ -42,7 +41,7 @@ def matmul_backward(
         out: where to write; a new tensor by default.
         before: what gave x: its backward is appended too, and d_x may then stay unwritten; to
             `Accumulate` d_x is added.
-        scaled: whether rows of f32 may be scaled for tiles of f16; not where they are in its range.
+        largest: u32 [rows], what `row_scales` finds of d_y; None where rows are taken as they are.
     """
     then = None if isinstance(before, Accumulate) else before
     extent = extent_of(d_y)
@@ -52,7 +51,6 @@ def matmul_backward(
     n_members = lora.n_members if lora else 0
     low_rank = tuple({"low_start": i * lora.rank} for i in range(n_members)) if lora else ()
     whole = len(matrix.parts) == 1
-    x_largest = row_scales(program, d_y, 6, label) if scaled else None
     for index, part in enumerate(matrix.parts):
         one = PartProduct(
             d_y,
@@ -66,7 +64,7 @@ def matmul_backward(
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
             epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
-            x_largest=x_largest,
+            x_largest=largest,
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

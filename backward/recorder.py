@@ -16,6 +16,7 @@ from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
+from lora.forward.matmul_paired import row_scales
 from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -84,7 +85,7 @@ class InputGradient:
         lora, d_z: the factors and the gradient to their z; None where it is not adapted.
         dropout: before the factors: what comes through them then has masks of its own, member by
             member, so that it is no part of the product's contraction.
-        scaled: see `matmul_backward`.
+        largest: see `matmul_backward`.
     """
 
     d_y: Tensor
@@ -92,7 +93,7 @@ class InputGradient:
     lora: LoraFactors | None
     d_z: Tensor | None
     dropout: GroupDropout | None
-    scaled: bool = True
+    largest: Tensor | None = None
 
     def record(
         self, program: Program, out: Tensor, before: SourceBefore | Accumulate | None, label: str
@@ -102,13 +103,13 @@ class InputGradient:
         if self.dropout is None or lora is None or d_z is None:
             matmul_backward(
                 program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
-                scaled=self.scaled, label=label,
+                largest=self.largest, label=label,
             )  # fmt: skip
             return
         accumulates = isinstance(before, Accumulate)
         dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
         matmul_backward(
-            program, self.d_y, self.matrix, out=out, before=Accumulate(), scaled=self.scaled,
+            program, self.d_y, self.matrix, out=out, before=Accumulate(), largest=self.largest,
             label=label,
         )  # fmt: skip
         if isinstance(before, SourceBefore):
@@ -169,15 +170,19 @@ class BackwardRecorder:
             assert d_magnitudes is not None  # one layout has both
             dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
             d_y = scaled
+        # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
+        largest = row_scales(self.program, d_y, 6, f"{group}_backward")
         if lora is not None:
             d_z = self.shared.scratch.d_z[lora.n_members * lora.rank]
-            lora_project_gradient(self.program, d_y, lora, out=d_z)
+            lora_project_gradient(self.program, d_y, lora, out=d_z, largest=largest)
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
             if self.shares and isinstance(before, SourceBefore):
                 before = replace(before, again=source)
         if wanted:
-            product = InputGradient(d_y, self.weights.matrices[group], lora, d_z, dropout)
+            product = InputGradient(
+                d_y, self.weights.matrices[group], lora, d_z, dropout, largest
+            )
             if isinstance(before, AddBefore):
                 product.record(self.program, before.out, Accumulate(), f"{group}_backward")
             else:

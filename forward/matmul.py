@@ -58,6 +58,7 @@ def matmul(
             softcap=product.softcap,
             epilogue=product.epilogue,
             x_largest=x_largest,
+            carried=lora is not None and bool(lora.member_scales),
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

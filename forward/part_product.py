@@ -59,6 +59,7 @@ class PartProduct:
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         bias, softcap: see `Product`; the bias's columns are those of out.
         x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are.
+        carried: whether low has the members' scales in it, and so the powers of their rows.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
     """
 
@@ -78,6 +79,7 @@ class PartProduct:
     softcap: float | None = None
     epilogue: str = "write"
     x_largest: Tensor | None = None
+    carried: bool = False
 
     @property
     def n_columns(self) -> int:
@@ -112,4 +114,5 @@ class PartProduct:
             "softcap": self.softcap,
             "x_scaled": self.x_largest is not None,
             "powered": self.part.powers is not None,
+            "low_carries": self.part.powers is not None and self.carried,
         }

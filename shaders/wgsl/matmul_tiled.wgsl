@@ -242,6 +242,8 @@ fn main(
     if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
 {% endif %}
     for (var k = 0u; k < {{ rank }}u; k += {{ low_steps }}u) {
+{# The power of a member's rows goes from low, where it is too large for f16, to the factor. #}
+{% set low_back = "powers[factor_power_at] / powers[%du] * " % member.start if low_carries else "" %}
         // All loads first: each would otherwise wait for the one before.
 {% for i in range(low_x_units) %}
         let low_unit_{{ i }} = lane + {{ i * lanes }}u;
@@ -249,7 +251,7 @@ fn main(
         let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 4 }}u;
         var low_{{ i }} = vec4<f32>();
         if (k + 4u * low_quad_{{ i }} < {{ rank }}u) {
-            low_{{ i }} = {{ "x_power(first_row + low_row_%d) * " % i if x_scaled }}low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
+            low_{{ i }} = {{ "x_power(first_row + low_row_%d) * " % i if x_scaled }}{{ low_back }}low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
         }
 {% endfor %}
 {% for i in range(low_w_units) %}
@@ -266,7 +268,7 @@ fn main(
         let factor_line_{{ i }} = (lane + {{ i * lanes }}u) / {{ low_steps // 4 }}u;
         let factor_column_{{ i }} = first_column + factor_line_{{ i }};
         if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u && k + 4u * factor_quad_{{ i }} < {{ rank }}u) {
-            factor_{{ i }} = {{ "powers[factor_power_at] * " if powered }}{{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
+            factor_{{ i }} = {{ "powers[%s] * " % ("factor_column_%d" % i if low_carries else "factor_power_at") if powered }}{{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
         }
 {% endif %}
 {% endfor %}

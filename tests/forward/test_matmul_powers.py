@@ -10,6 +10,7 @@ from gguf import GGMLQuantizationType
 
 from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import matmul
+from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.forward.plans.matmul_plans import Request
@@ -118,7 +119,8 @@ def test_both_directions(recording: Recording, case: Case, x_type: str) -> None:
     out, d_x = (memory.empty((case.rows, n), "f32", extent=extent) for n in (n_out, case.n_in))
     forward, backward = Program(recording), Program(recording)
     matmul(forward, Product(x_t, matrix, lora=lora, z=z_t), out=out)
-    matmul_backward(backward, d_y_t, matrix, lora=lora, d_z=d_z_t, out=d_x)
+    largest = row_scales(backward, d_y_t, 6, "d_y")
+    matmul_backward(backward, d_y_t, matrix, lora=lora, d_z=d_z_t, out=d_x, largest=largest)
     a, b = (memory.read(tensor).astype(np.float64) for tensor in (lora.a, lora.b))
     effective, low = powers[:, None] * w, BEHIND[0] * BEHIND[1]
     wanted = BEHIND[1] * x @ effective.T

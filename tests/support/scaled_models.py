@@ -42,10 +42,13 @@ def factor_of(path: str, factors: Mapping[str, float]) -> float:
     return next((factors.get(t, 1.0) for m, t in _TENSORS.items() if f".{m}" in path), 1.0)
 
 
-def scale_adapter(session: TrainingSession, factors: Mapping[str, float]) -> None:
-    """Multiplies each B as its matrix is, so that B · A changes as much of it as before."""
+def scale_adapter(session: TrainingSession, factors: Mapping[str, float], own: float) -> None:
+    """Multiplies each B as its matrix is, so that B · A changes as much of it as before.
+
+    And all by `own`: one above 64 is infinite in the kernels for matrix units.
+    """
     modules = session.layout.to_modules(session.parameters())
-    scaled = {path: (a, b * np.float32(factor_of(path, factors))) for path, (a, b) in modules.items()}
+    scaled = {path: (a, b * np.float32(own * factor_of(path, factors))) for path, (a, b) in modules.items()}
     session.set_parameters(session.layout.from_modules(scaled))
 
 

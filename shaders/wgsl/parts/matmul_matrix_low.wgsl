@@ -21,7 +21,9 @@ the factor [low_steps][factor_step].
         let low_eight_{{ i }} = low_unit_{{ i }} % {{ low_steps // 8 }}u;
         let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 8 }}u;
         let low_at_{{ i }} = (min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + r) / 4u + 2u * low_eight_{{ i }};
-{% set low_scale = "x_power(first_row + low_row_%d) * " % i if x_scaled else "" %}
+{# The power of a member's rows goes from low, where it is too large for f16, to the factor. #}
+{% set low_back = "powers[factor_power_at] / powers[%du] * " % member.start if low_carries else "" %}
+{% set low_scale = ("x_power(first_row + low_row_%d) * " % i if x_scaled else "") ~ low_back %}
         var low_a_{{ i }} = vec4<f32>();
         var low_b_{{ i }} = vec4<f32>();
         if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = {{ low_scale }}low[low_at_{{ i }}]; }
@@ -46,8 +48,8 @@ the factor [low_steps][factor_step].
         let factor_column_{{ i }} = first_column + factor_line_{{ i }};
         let factor_at_{{ i }} = ((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + r) / 4u + 2u * factor_eight_{{ i }};
         if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u) {
-            if (r + 8u * factor_eight_{{ i }} < {{ rank }}u) { factor_a_{{ i }} = {{ factor_scale }}{{ scale }} * factor[factor_at_{{ i }}]; }
-            if (r + 8u * factor_eight_{{ i }} + 4u < {{ rank }}u) { factor_b_{{ i }} = {{ factor_scale }}{{ scale }} * factor[factor_at_{{ i }} + 1u]; }
+            if (r + 8u * factor_eight_{{ i }} < {{ rank }}u) { factor_a_{{ i }} = {{ "powers[factor_column_%d] * " % i if low_carries else factor_scale }}{{ scale }} * factor[factor_at_{{ i }}]; }
+            if (r + 8u * factor_eight_{{ i }} + 4u < {{ rank }}u) { factor_b_{{ i }} = {{ "powers[factor_column_%d] * " % i if low_carries else factor_scale }}{{ scale }} * factor[factor_at_{{ i }} + 1u]; }
         }
 {% endif %}
 {% endfor %}
