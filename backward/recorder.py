@@ -13,11 +13,12 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.matmul import Accumulate, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
+from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
-from lora.forward.matmul_paired import row_scales
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
@@ -81,19 +82,17 @@ class InputGradient:
     """The gradient to what an adapted matrix was given.
 
     Attributes:
-        d_y: [rows, out_features].
+        d_y: [rows, out_features], see `matmul_backward`.
         lora, d_z: the factors and the gradient to their z; None where it is not adapted.
         dropout: before the factors: what comes through them then has masks of its own, member by
             member, so that it is no part of the product's contraction.
-        largest: see `matmul_backward`.
     """
 
-    d_y: Tensor
+    d_y: Tensor | SizedRows
     matrix: FrozenMatrix
     lora: LoraFactors | None
     d_z: Tensor | None
     dropout: GroupDropout | None
-    largest: Tensor | None = None
 
     def record(
         self, program: Program, out: Tensor, before: SourceBefore | Accumulate | None, label: str
@@ -103,15 +102,12 @@ class InputGradient:
         if self.dropout is None or lora is None or d_z is None:
             matmul_backward(
                 program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
-                largest=self.largest, label=label,
+                label=label,
             )  # fmt: skip
             return
         accumulates = isinstance(before, Accumulate)
         dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
-        matmul_backward(
-            program, self.d_y, self.matrix, out=out, before=Accumulate(), largest=self.largest,
-            label=label,
-        )  # fmt: skip
+        matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
         if isinstance(before, SourceBefore):
             before.record(program, out)
 
@@ -180,9 +176,8 @@ class BackwardRecorder:
             if self.shares and isinstance(before, SourceBefore):
                 before = replace(before, again=source)
         if wanted:
-            product = InputGradient(
-                d_y, self.weights.matrices[group], lora, d_z, dropout, largest
-            )
+            sized = SizedRows(d_y, largest)
+            product = InputGradient(sized, self.weights.matrices[group], lora, d_z, dropout)
             if isinstance(before, AddBefore):
                 product.record(self.program, before.out, Accumulate(), f"{group}_backward")
             else:

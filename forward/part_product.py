@@ -47,6 +47,19 @@ def adapted_members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str
 
 
 @dataclass(frozen=True)
+class SizedRows:
+    """Rows whose sizes are known.
+
+    Attributes:
+        rows: f32 [rows, columns].
+        largest: u32 [rows], what `row_scales` finds; None where rows are taken as they are.
+    """
+
+    rows: Tensor
+    largest: Tensor | None
+
+
+@dataclass(frozen=True)
 class PartProduct:
     """The product with one part: what `matmul` and its backward share.
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 
@@ -267,7 +268,8 @@ def _applied(layer: _Layer, norms: Mapping[str, Norm | None]) -> LayerWeights:
             biases[group] = memory.upload(bias)
     powers = LayerPowers(rows, 2.0**layer.gate, 2.0**-layer.gated)
     same = all(matrices[group] is matrix for group, matrix in weights.matrices.items())
-    if same and powers == AS_THEY_ARE and not any(norms[name] is not getattr(weights, name) for name in norms):
+    as_before = all(norm is getattr(weights, name) for name, norm in norms.items())
+    if same and as_before and powers == AS_THEY_ARE:
         return weights
     if layer.heads and isinstance(spec.mixer, Attention):
         if spec.mixer.qk_norm == NO_NORM:
@@ -275,9 +277,8 @@ def _applied(layer: _Layer, norms: Mapping[str, Norm | None]) -> LayerWeights:
             spec = replace(spec, mixer=replace(spec.mixer, scale=scale))
         else:
             spec = replace(spec, norm_epsilon=spec.norm_epsilon * 0.5**layer.heads)
-    return replace(
-        weights, spec=spec, matrices=matrices, biases=biases, powers=powers, **norms
-    )
+    changes: dict[str, Any] = {**norms, "powers": powers}
+    return replace(weights, spec=spec, matrices=matrices, biases=biases, **changes)
 
 
 def _powered(

@@ -35,6 +35,7 @@ from lora.training.activations import Activations
 from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.noise import Noise
+from lora.training.precision import precision_on
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
     StepSettings,
@@ -218,12 +219,17 @@ class SessionPlan:
             return None if plans is None else plans(request)
 
         memory = CountingMemory(facts)
-        recording = Recording(facts, memory, workload.config.train.precision, plans=source)
+        recording = Recording(facts, memory, precision_on(facts, workload), plans=source)
         tensors = SessionTensors.allocate(recording, workload, recomputed)
         programs = SessionPrograms.record(recording, workload, tensors, seams or Seams())
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
         )
+
+    @property
+    def precision(self) -> str:
+        """f32 or f16, as it was recorded."""
+        return precision_on(self.facts, self.workload)
 
     def wanted_recompute(self) -> int:
         """How many layers this session, which keeps all activations, is to run again after all."""
@@ -231,7 +237,7 @@ class SessionPlan:
             return 0
         step = self.tensors.step
         recording = Recording(
-            self.facts, CountingMemory(self.facts), self.workload.config.train.precision
+            self.facts, CountingMemory(self.facts), precision_on(self.facts, self.workload)
         )
         return recomputed_layers(
             self.workload,

@@ -42,12 +42,14 @@ class Course:
         loss: its name.
         processes: that train together.
         total_steps, warmup_steps: as they follow from the data.
+        precision: as it follows from the device, where the config leaves it to that.
     """
 
     loss: str
     processes: int
     total_steps: int
     warmup_steps: int
+    precision: str
 
 
 def fingerprints(workload: Workload, course: Course) -> dict[str, Any]:
@@ -133,7 +135,7 @@ def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
         # Of all processes that the run was begun with: so it stays where others go on with it.
         "train.gradient_accumulation": workload.micro_batches,
         "train.seed": train.seed,
-        "train.precision": train.precision,
+        "train.precision": course.precision,
         "train.betas": list(train.betas),
         "train.epsilon": train.epsilon,
         "train.schedule": train.schedule,

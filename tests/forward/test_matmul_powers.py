@@ -13,6 +13,7 @@ from lora.forward.matmul import matmul
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix, load_matrix
+from lora.forward.part_product import SizedRows
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import MatrixTile, Plan, cut
 from lora.forward.product import Product
@@ -120,7 +121,7 @@ def test_both_directions(recording: Recording, case: Case, x_type: str) -> None:
     forward, backward = Program(recording), Program(recording)
     matmul(forward, Product(x_t, matrix, lora=lora, z=z_t), out=out)
     largest = row_scales(backward, d_y_t, 6, "d_y")
-    matmul_backward(backward, d_y_t, matrix, lora=lora, d_z=d_z_t, out=d_x, largest=largest)
+    matmul_backward(backward, SizedRows(d_y_t, largest), matrix, lora=lora, d_z=d_z_t, out=d_x)
     a, b = (memory.read(tensor).astype(np.float64) for tensor in (lora.a, lora.b))
     effective, low = powers[:, None] * w, BEHIND[0] * BEHIND[1]
     wanted = BEHIND[1] * x @ effective.T
@@ -129,7 +130,10 @@ def test_both_directions(recording: Recording, case: Case, x_type: str) -> None:
     d_wanted = BEHIND[1] * d_y @ effective + low * d_z @ a
     d_size = BEHIND[1] * np.abs(d_y) @ np.abs(effective) + low * np.abs(d_z) @ np.abs(a)
     size[:, 4 : n_out - 8] += low * SCALE * np.abs(z) @ np.abs(b).T
-    for program, tensor, right, most in ((forward, out, wanted, size), (backward, d_x, d_wanted, d_size)):
+    for program, tensor, right, most in (
+        (forward, out, wanted, size),
+        (backward, d_x, d_wanted, d_size),
+    ):
         program.run()
         found = memory.read(tensor)[: case.in_use]
         # Both factors are rounded to 2^-12 of themselves; the tiled body adds 32 products in f16.

@@ -365,7 +365,7 @@ def _training(plan: SessionPlan) -> list[Program]:
     """Its programs, and those of evaluations with and without the adapter."""
     training, step = plan.programs.training, plan.tensors.step
     assert training is not None
-    recording = _counting(plan, plan.workload.config.train.precision)
+    recording = _counting(plan, plan.precision)
     evaluations = [
         record_eval(recording, step.model, step.inputs, step.activations, step.layout, flat)
         for flat in (step.adapter, None)

@@ -48,7 +48,10 @@ def scale_adapter(session: TrainingSession, factors: Mapping[str, float], own: f
     And all by `own`: one above 64 is infinite in the kernels for matrix units.
     """
     modules = session.layout.to_modules(session.parameters())
-    scaled = {path: (a, b * np.float32(own * factor_of(path, factors))) for path, (a, b) in modules.items()}
+    scaled = {
+        path: (a, b * np.float32(own * factor_of(path, factors)))
+        for path, (a, b) in modules.items()
+    }
     session.set_parameters(session.layout.from_modules(scaled))
 
 
