@@ -254,7 +254,7 @@ def test_overrides(path: str) -> None:
             "device=true",
             "got True; allowed here: auto, shared, a device's index, or part of its name.",
         ),
-        ("train.comm_dtype=bf16", "got 'bf16'; allowed here: auto, f32 or f16."),
+        ("train.comm_dtype=bf16", "got 'bf16'; allowed here: f32 or f16."),
         ("output=", "got None; allowed here: the directory that the run writes to."),
     ],
 )

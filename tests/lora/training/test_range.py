@@ -46,7 +46,7 @@ def half(device: Device) -> None:
 
 @pytest.fixture(params=["tiled"])
 def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Sessions opened in the test record this body; on matrix units, in plain WGSL, a small tile."""
+    """Sessions opened in the test record this body; of units in plain WGSL a small tile."""
 
     def tile(product: Request) -> Plan:
         return Plan(SMALLEST, *cut(product.constants["contraction"], 1, SMALLEST.depth))
