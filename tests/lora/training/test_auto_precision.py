@@ -100,8 +100,8 @@ def test_with_powers_a_resumed_run_has_the_same_bytes(tmp_path: Path, device: De
     reader.data.flush()
     session = TrainingSession.from_config(path)
     step = session._tensors.step
-    assert all(part.powers for part in step.model.layers[0].matrices["gate_up"].parts)
-    assert not any(part.powers for part in session.model.layers[0].matrices["gate_up"].parts)
+    assert all(part.powers for part in step.model.layers[0].matrices["down"].parts)
+    assert not any(part.powers for part in session.model.layers[0].matrices["down"].parts)
     output = run_training(session)
     name = "adapter_model.safetensors"
     whole = (output / name).read_bytes()
