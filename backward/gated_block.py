@@ -22,7 +22,7 @@ def record_gated_backward(
     d_output: Tensor, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gate_up is overwritten."""
-    gate = SwigluBefore(act.gate_up, spec.activation)
+    gate = SwigluBefore(act.gate_up, spec.activation, layer.weights.powers)
     if not layer.through("down", act.gated, d_output, layer.scratch(spec), gate):
         return False
     return layer.through("gate_up", normed, act.gate_up, layer.shared.scratch.d_normed, before)

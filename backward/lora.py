@@ -49,7 +49,12 @@ class _Member:
 
 
 def lora_project_gradient(
-    program: Program, d_y: Tensor, lora: LoraFactors, *, out: Tensor | None = None
+    program: Program,
+    d_y: Tensor,
+    lora: LoraFactors,
+    *,
+    out: Tensor | None = None,
+    largest: Tensor | None = None,
 ) -> Tensor:  # [rows, members · rank]
     """Appends d_z_g = scale · d_y_g · B_g for all members in one dispatch.
 
@@ -57,6 +62,7 @@ def lora_project_gradient(
         d_y: [rows, out_features of the whole group], f32 or f16.
         lora: B [sum of the members' out_features, rank].
         out: where to write; a new tensor by default.
+        largest: u32 [rows], what `row_scales` finds of d_y; None where rows are taken as they are.
     """
     _check_factors(lora)
     _check_output_columns(d_y, lora)
@@ -69,7 +75,7 @@ def lora_project_gradient(
     ]
     record_projection(
         program,
-        Operands(d_y, lora.b, d_z),
+        Operands(d_y, lora.b, d_z, largest=largest),
         members,
         transposed=True,
         scale=lora.scale,

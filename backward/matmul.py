@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from lora.forward.matmul_bodies import record_product
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
-from lora.forward.part_product import PartProduct, Place
+from lora.forward.part_product import PartProduct, Place, SizedRows
 from lora.forward.plans.stretches import Follower
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -21,7 +21,7 @@ class Accumulate:
 
 def matmul_backward(
     program: Program,
-    d_y: Tensor,
+    d_y: Tensor | SizedRows,
     matrix: FrozenMatrix,
     *,
     lora: LoraFactors | None = None,
@@ -33,7 +33,7 @@ def matmul_backward(
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
 
     Args:
-        d_y: [rows, out_features].
+        d_y: [rows, out_features]; with their sizes rows of f32 are scaled for tiles of f16.
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
@@ -42,6 +42,7 @@ def matmul_backward(
             `Accumulate` d_x is added.
     """
     then = None if isinstance(before, Accumulate) else before
+    d_y, largest = (d_y.rows, d_y.largest) if isinstance(d_y, SizedRows) else (d_y, None)
     extent = extent_of(d_y)
     check_shape("matmul_backward input", d_y, None, matrix.out_features)
     d_x = out if out is not None else activation(program, extent, matrix.in_features)
@@ -62,6 +63,7 @@ def matmul_backward(
             factor=lora.a if lora else None,
             rank=lora.rank if lora else 0,
             epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
+            x_largest=largest,
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

@@ -13,10 +13,12 @@ from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.matmul import Accumulate, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
+from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.weights import FrozenMatrix
+from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
@@ -80,13 +82,13 @@ class InputGradient:
     """The gradient to what an adapted matrix was given.
 
     Attributes:
-        d_y: [rows, out_features].
+        d_y: [rows, out_features], see `matmul_backward`.
         lora, d_z: the factors and the gradient to their z; None where it is not adapted.
         dropout: before the factors: what comes through them then has masks of its own, member by
             member, so that it is no part of the product's contraction.
     """
 
-    d_y: Tensor
+    d_y: Tensor | SizedRows
     matrix: FrozenMatrix
     lora: LoraFactors | None
     d_z: Tensor | None
@@ -155,7 +157,7 @@ class BackwardRecorder:
             Whether anything below the group is wanted; if not, `out` is not written, nor is
             anything of what lies before.
         """
-        lora = self.shared.factors.get((self.layer, group))
+        lora = self.weights.powers.factors(group, self.shared.factors.get((self.layer, group)))
         z, d_z, wanted = self.z.get(group), None, group != self.last
         dropout: GroupDropout | None = None
         if lora is not None and lora.dora is not None:
@@ -164,15 +166,18 @@ class BackwardRecorder:
             assert d_magnitudes is not None  # one layout has both
             dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
             d_y = scaled
+        # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
+        largest = row_scales(self.program, d_y, 6, f"{group}_backward")
         if lora is not None:
             d_z = self.shared.scratch.d_z[lora.n_members * lora.rank]
-            lora_project_gradient(self.program, d_y, lora, out=d_z)
+            lora_project_gradient(self.program, d_y, lora, out=d_z, largest=largest)
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
             if self.shares and isinstance(before, SourceBefore):
                 before = replace(before, again=source)
         if wanted:
-            product = InputGradient(d_y, self.weights.matrices[group], lora, d_z, dropout)
+            sized = SizedRows(d_y, largest)
+            product = InputGradient(sized, self.weights.matrices[group], lora, d_z, dropout)
             if isinstance(before, AddBefore):
                 product.record(self.program, before.out, Accumulate(), f"{group}_backward")
             else:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.backward.before import SourceBefore
+from lora.forward.model.powers import AS_THEY_ARE, LayerPowers
 from lora.forward.plans.stretches import Stretches, stretch_constants
 from lora.forward.swiglu import (
     check_activation,
@@ -23,17 +24,18 @@ class SwigluBefore(SourceBefore):
     """The gated activation before a product; `gate_up` becomes its own gradient.
 
     Attributes:
-        gate_up, activation_name: as arguments of `swiglu_backward`.
+        gate_up, activation_name, powers: as arguments of `swiglu_backward`.
     """
 
     gate_up: Tensor
     activation_name: str = "silu"
+    powers: LayerPowers = AS_THEY_ARE
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `SourceBefore`."""
         swiglu_backward(
             program, self.gate_up, product, activation_name=self.activation_name,
-            out=self.gate_up, gated=self.again, stretches=stretches,
+            out=self.gate_up, gated=self.again, stretches=stretches, powers=self.powers,
         )  # fmt: skip
 
     def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
@@ -42,7 +44,9 @@ class SwigluBefore(SourceBefore):
 
     def repeat(self, program: Program, out: Tensor) -> None:
         """See `SourceBefore`."""
-        swiglu(program, self.gate_up, activation_name=self.activation_name, out=out)
+        swiglu(
+            program, self.gate_up, activation_name=self.activation_name, out=out, powers=self.powers
+        )
 
 
 def swiglu_backward(
@@ -54,6 +58,7 @@ def swiglu_backward(
     out: Tensor | None = None,
     gated: Tensor | None = None,
     stretches: Stretches | None = None,
+    powers: LayerPowers = AS_THEY_ARE,
 ) -> Tensor:  # [rows, 2 · intermediate_size]
     """Appends the gradient to gate and up.
 
@@ -66,6 +71,7 @@ def swiglu_backward(
             there again, to the bits of `swiglu`.
         stretches: where given, d_y is their sum, rounded as d_y would hold it, and d_y itself is
             neither read nor written.
+        powers: as in the forward.
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
@@ -90,6 +96,8 @@ def swiglu_backward(
         "out_type": d_gate_up.dtype,
         "in_place": in_place,
         "gated_type": None if gated is None else gated.dtype,
+        "gate_power": powers.gate,
+        "gated_power": powers.gated,
         **stretch_constants("swiglu_backward", stretches, extent.maximum, width),
     }
     program.dispatch(

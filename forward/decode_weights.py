@@ -7,7 +7,13 @@ from lora.shaders.tensor import Tensor
 
 
 def decode_weights(
-    program: Program, words: Tensor, quantization: str, *, out: Tensor, label: str
+    program: Program,
+    words: Tensor,
+    quantization: str,
+    *,
+    out: Tensor,
+    powers: Tensor | None = None,
+    label: str,
 ) -> None:
     """Appends out[n, k] = W[n, k] in f16, for the rows that out has.
 
@@ -15,6 +21,7 @@ def decode_weights(
         words: u32 [at least rows, row_words], as a part of a `FrozenMatrix` has them.
         quantization: its name.
         out: u32 [rows, columns / 2], two f16 a word; columns a multiple of 8.
+        powers: f32 [rows or more], what rows are multiplied by; None for nothing.
     """
     rows, half = out.shape
     if half % 4 or words.shape[0] < rows:
@@ -24,8 +31,10 @@ def decode_weights(
         "rows": rows,
         "columns": 2 * half,
         "row_words": words.shape[1],
+        "powered": powers is not None,
     }
     lanes = rows * half // 4
+    tensors = [words, out, *([] if powers is None else [powers])]
     program.dispatch(
-        "decode_weights", constants, [words, out], -(-lanes // 256), label=f"{label}.decode"
+        "decode_weights", constants, tensors, -(-lanes // 256), label=f"{label}.decode"
     )

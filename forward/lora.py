@@ -122,12 +122,14 @@ class Operands:
         factor: F itself, or transposed.
         z: [rows, members · columns], every member as many columns as another.
         dropout: of x, for each member; None for none.
+        largest: u32 [rows], bits of the largest numbers of rows of an f32 x, for tiles of f16.
     """
 
     x: Tensor
     factor: Tensor
     z: Tensor
     dropout: GroupDropout | None = None
+    largest: Tensor | None = None
 
 
 def record_projection(
@@ -148,6 +150,7 @@ def record_projection(
         transposed: whether the factor is Fᵀ.
     """
     x, factor, z, dropout = operands.x, operands.factor, operands.z, operands.dropout
+    largest = operands.largest
     extent = extent_of(x)
     if dropout is not None:
         check_shape(f"{label} keys", dropout.rows, x.shape[0])
@@ -176,8 +179,8 @@ def record_projection(
     if cut is not None and not plain:
         program.dispatch(
             "lora_project_matrix",
-            {**shared, **cut, "scale": scale * members[0].scale},
-            [extent.uniform, x, factor, z],
+            {**shared, **cut, "scale": scale * members[0].scale, "x_scaled": largest is not None},
+            [extent.uniform, x, factor, z, *([] if largest is None else [largest])],
             -(-rows // cut["block_rows"]) * n_members,
             label=label,
             flops=flops,

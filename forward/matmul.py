@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora.forward.matmul_bodies import record_product
+from lora.forward.matmul_paired import row_scales
 from lora.forward.part_product import PartProduct, Place, adapted_members
 from lora.forward.plans.stretches import Follower
 from lora.forward.product import Product
@@ -36,6 +37,9 @@ def matmul(
     y = out if out is not None else activation(program, extent, matrix.out_features)
     check_shape("matmul output", y, x.shape[0], matrix.out_features)
     whole = len(matrix.parts) == 1
+    others = (x, y, matrix.parts[0].words, product.z, lora and lora.b, product.residual,
+              product.bias, matrix.parts[0].powers)  # fmt: skip
+    x_largest = row_scales(program, x, sum(tensor is not None for tensor in others), label)
     for part in matrix.parts:
         one = PartProduct(
             x,
@@ -53,6 +57,8 @@ def matmul(
             bias=product.bias,
             softcap=product.softcap,
             epilogue=product.epilogue,
+            x_largest=x_largest,
+            carried=lora is not None and bool(lora.member_scales),
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

@@ -87,6 +87,7 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         if one.low is None or one.factor is None:
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
         tensors += [one.low, one.factor]
+    tensors += [tensor for tensor in (one.x_largest, one.part.powers) if tensor is not None]
     check_f32(label, low=one.low, factor=one.factor, residual=one.residual, bias=one.bias)
     if one.residual is not None:
         check_shape(f"{label} residual", one.residual, *one.out.shape)

@@ -43,7 +43,11 @@ def record_decoded(program: Program, request: Request, plan: Plan | None) -> Non
     scratch = program.recording.memory.scratch((rows, columns // 2))
     decoded = replace(scratch, dtype="u32")
     tensors = list(request.tensors)
-    decode_weights(program, tensors[2], c["quantization"], out=decoded, label=request.label)
+    powers = tensors[-1] if c["powered"] else None
+    decode_weights(
+        program, tensors[2], c["quantization"], out=decoded, powers=powers, label=request.label
+    )
     tensors[2] = decoded
     constants = {**c, "quantization": "f16", "row_words": columns // 2}
-    record_matrix(program, replace(request, constants=constants, tensors=tensors), plan)
+    own = replace(request, constants=constants, tensors=tensors)
+    record_matrix(program, own, plan, decoded=True)

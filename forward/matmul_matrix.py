@@ -47,14 +47,21 @@ def fits_matrix(recording: Recording, _: PartProduct) -> bool:
     return recording.half_products and has_matrix_units(recording.facts)
 
 
-def record_matrix(program: Program, request: Request, plan: Plan | None) -> None:
-    """Appends the product, and what follows it."""
+def record_matrix(
+    program: Program, request: Request, plan: Plan | None, *, decoded: bool = False
+) -> None:
+    """Appends the product, and what follows it.
+
+    Args:
+        decoded: whether the weights have been multiplied by the powers of their rows.
+    """
     assert plan is not None  # tiles are chosen
     constants = {
-        **in_one_load(request, plan.tile.depth),
+        **in_one_load(request, plan.tile.depth, as_stored=decoded),
         **fragments_on(program.recording.facts),
         "paired": False,
         "w_exact": False,
+        "w_powered": request.constants["powered"] and not decoded,
     }
     record_passes(program, request, plan, "matmul_matrix", constants)
 
@@ -72,11 +79,17 @@ def fragments_on(facts: DeviceFacts) -> dict[str, Any]:
     }
 
 
-def in_one_load(request: Request, depth: int) -> dict[str, bool]:
-    """Whether eight numbers of either side, as f16, are one element of an array of vec4<u32>."""
+def in_one_load(request: Request, depth: int, *, as_stored: bool = False) -> dict[str, bool]:
+    """Whether eight numbers of either side, as f16, are one element of an array of vec4<u32>.
+
+    Args:
+        as_stored: no weight is multiplied on the way, though the product has powers.
+    """
     c, place = request.constants, request.place
     aligned = (c["contraction"] % depth, c["x_stride"] % 8, place.x_column % 8 if place else 0)
     return {
         "x_by_eights": c["x_type"] == "f16" and not any(aligned),
-        "w_by_eights": c["quantization"] == "f16" and c["row_words"] % 4 == 0,
+        "w_by_eights": c["quantization"] == "f16"
+        and c["row_words"] % 4 == 0
+        and (as_stored or not c["powered"]),
     }

@@ -22,6 +22,7 @@ from lora.shaders.tensor import Tensor
 # which would make errors over a long contraction several times those of plain sums
 # (tests/forward/test_matmul_paired.py has the arithmetic).
 CARRY = 256
+_OF_F16 = ("tiled", "matrix", "decoded")  # bodies whose tiles are of f16, under f16
 
 
 def fits_paired(recording: Recording, one: PartProduct) -> bool:
@@ -30,6 +31,26 @@ def fits_paired(recording: Recording, one: PartProduct) -> bool:
     shape = shape_on(recording.facts) or EMULATED
     one_column = shape.most_lanes % shape.n == 0  # of a lane's numbers in a fragment
     return recording.paired_products and known and one_column and one.x.dtype == "f32"
+
+
+def row_scales(program: Program, x: Tensor, n_others: int, label: str) -> Tensor | None:
+    """Appends what finds powers of two for rows of f32 that go into tiles of f16.
+
+    None where products don't ask: rows of f16 have their range already, CPU devices compute in
+    f32, and the kernel might bind no more.
+
+    Args:
+        x: [rows, columns], an activation.
+        n_others: storage buffers that the product binds beside them.
+    """
+    recording = program.recording
+    plain = recording.facts.is_cpu if recording.body is None else recording.body not in _OF_F16
+    room = recording.facts.most_storage_buffers > n_others
+    if not recording.half_products or x.dtype != "f32" or plain or not room:
+        return None
+    out = recording.memory.row_scratch(x.shape[0])
+    largest_of_rows(program, x, x.shape[1], None, out=out, label=label)
+    return out
 
 
 def largest_of_rows(
@@ -58,7 +79,7 @@ def record_paired(program: Program, request: Request, plan: Plan | None) -> None
     assert plan is not None  # tiles are chosen
     c, rows = request.constants, request.extent.maximum
     x, exact = request.tensors[1], c["quantization"] == "f16"
-    if c["x_type"] != "f32" or (request.largest is None and not exact):
+    if c["x_type"] != "f32" or (request.largest is None and not exact) or c["powered"]:
         raise ValueError(f"{request.label}: pairs are of f32, and of weights whose sizes are known")
     largest = program.recording.memory.row_scratch(rows)
     largest_of_rows(program, x, c["contraction"], request.place, out=largest, label=request.label)
@@ -68,6 +89,7 @@ def record_paired(program: Program, request: Request, plan: Plan | None) -> None
         **fragments_on(program.recording.facts),
         "paired": True,
         "w_exact": exact,
+        "w_powered": False,
         "carry": CARRY,
     }
     scaled = replace(request, tensors=[*request.tensors, *scales])

@@ -47,6 +47,19 @@ def adapted_members(lora: LoraFactors | None, part: MatrixPart) -> list[dict[str
 
 
 @dataclass(frozen=True)
+class SizedRows:
+    """Rows whose sizes are known.
+
+    Attributes:
+        rows: f32 [rows, columns].
+        largest: u32 [rows], what `row_scales` finds; None where rows are taken as they are.
+    """
+
+    rows: Tensor
+    largest: Tensor | None
+
+
+@dataclass(frozen=True)
 class PartProduct:
     """The product with one part: what `matmul` and its backward share.
 
@@ -58,6 +71,8 @@ class PartProduct:
         place: where the part's columns begin in x and out, where there are several parts.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         bias, softcap: see `Product`; the bias's columns are those of out.
+        x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are.
+        carried: whether low has the members' scales in it, and so the powers of their rows.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
     """
 
@@ -76,6 +91,8 @@ class PartProduct:
     bias: Tensor | None = None
     softcap: float | None = None
     epilogue: str = "write"
+    x_largest: Tensor | None = None
+    carried: bool = False
 
     @property
     def n_columns(self) -> int:
@@ -108,4 +125,7 @@ class PartProduct:
             "epilogue": self.epilogue,
             "bias": self.bias is not None,
             "softcap": self.softcap,
+            "x_scaled": self.x_largest is not None,
+            "powered": self.part.powers is not None,
+            "low_carries": self.part.powers is not None and self.carried,
         }

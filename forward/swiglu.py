@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.model.powers import AS_THEY_ARE, LayerPowers
 from lora.forward.plans.stretches import Stretches, stretch_constants
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -43,12 +44,13 @@ class GateAfter:
 
     activation_name: str
     out: Tensor
+    powers: LayerPowers = AS_THEY_ARE
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""
         swiglu(
             program, product, activation_name=self.activation_name, out=self.out,
-            stretches=stretches,
+            stretches=stretches, powers=self.powers,
         )  # fmt: skip
 
     def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
@@ -63,6 +65,7 @@ def swiglu(
     activation_name: str = "silu",
     out: Tensor | None = None,
     stretches: Stretches | None = None,
+    powers: LayerPowers = AS_THEY_ARE,
 ) -> Tensor:  # [rows, intermediate_size]
     """Appends y = activation(gate) · up.
 
@@ -71,6 +74,7 @@ def swiglu(
         activation_name: "silu" (SwiGLU) or "gelu_tanh" (GeGLU).
         out: where to write, f32 or f16; a new f32 tensor by default.
         stretches: where given, gate_up is first written as their sum.
+        powers: y = gated · activation(gate of powers · gate) · up.
     """
     check_activation(activation_name)
     extent = extent_of(gate_up)
@@ -83,6 +87,8 @@ def swiglu(
         "activation": activation_name,
         "x_type": gate_up.dtype,
         "out_type": y.dtype,
+        "gate_power": powers.gate,
+        "gated_power": powers.gated,
         **stretch_constants("swiglu", stretches, extent.maximum, 2 * width),
     }
     tensors = [gate_up, y] if stretches is None else [stretches.partial, y, gate_up]

@@ -23,46 +23,56 @@ class GuardState:
     Attributes:
         scale: that the loss is multiplied by; a power of two.
         good_steps: since the scale last changed.
-        in_a_row: steps skipped since the last that counted. With MOST_IN_A_ROW of them the device
-            skips whatever follows, until the host has set this to 0.
+        in_a_row: steps skipped, one behind the other, that no smaller scale helps. With
+            MOST_IN_A_ROW of them the device skips whatever follows, until the host has set this
+            to 0.
         skipped: steps in all.
+        overflows: those since the last that counted after which the scale fell: their loss was
+            finite.
     """
 
     scale: float = 1.0
     good_steps: int = 0
     in_a_row: int = 0
     skipped: int = 0
+    overflows: int = 0
 
     MOST_IN_A_ROW: ClassVar[int] = 3
-    _PLACE: ClassVar[slice] = slice(STATE_AT + 4, STATE_AT + 8)
+    _PLACE: ClassVar[slice] = slice(STATE_AT + 4, STATE_AT + 9)
 
     @classmethod
     def of_metrics(cls, values: np.ndarray) -> GuardState:
         """Out of f32 [METRICS]."""
-        scale, good_steps, in_a_row, skipped = (float(value) for value in values[cls._PLACE])
-        return cls(scale, int(good_steps), int(in_a_row), int(skipped))
+        scale, *counts = (float(value) for value in values[cls._PLACE])
+        return cls(scale, *(int(count) for count in counts))
 
     def put_into(self, values: np.ndarray) -> None:
         """Writes it into f32 [METRICS]."""
-        values[self._PLACE] = [self.scale, self.good_steps, self.in_a_row, self.skipped]
+        counts = self.good_steps, self.in_a_row, self.skipped, self.overflows
+        values[self._PLACE] = [self.scale, *counts]
 
     def as_dict(self) -> dict[str, Any]:
         """As values that JSON can hold."""
-        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+        found = {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
+        return found | ({"overflows": self.overflows} if self.overflows else {})
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> GuardState:
         """Back from there."""
-        return cls(float(values["scale"]), int(values["good_steps"]), 0, int(values["skipped"]))
+        counts = (int(values.get(key, 0)) for key in ("skipped", "overflows"))
+        return cls(float(values["scale"]), int(values["good_steps"]), 0, *counts)
 
 
 @dataclass(frozen=True)
 class Scaling:
     """How the loss scale follows the steps, as torch.amp.GradScaler's, from another beginning.
 
+    And faster: of steps that overflow one behind the other the k-th, counted from 0, makes it
+    2^(2^k) times smaller, so that five take it from where it begins to its least.
+
     Attributes:
         begin: the scale of a run's first step.
-        growth_interval: good steps after which it doubles; a skipped step halves it.
+        growth_interval: good steps after which it doubles; a step skipped for its loss halves it.
         least, most: where it stops. All powers of two.
     """
 
@@ -78,8 +88,9 @@ def step_guard(
     """Appends, behind `gradient_norm`: whether the step counts, and what the counts then are.
 
     A step counts where the sum of losses and the norm are finite, and it is not behind
-    MOST_IN_A_ROW that weren't. Where the loss is scaled, the norm and the factor that
-    `gradient_norm` found without a scale become those of the true gradient.
+    MOST_IN_A_ROW that weren't; those that a smaller scale may help are none of these. Where the
+    loss is scaled, the norm and the factor that `gradient_norm` found without a scale become
+    those of the true gradient.
 
     Args:
         metrics: [METRICS]: the sum of losses first, from STATE_AT on `gradient_norm`'s state with

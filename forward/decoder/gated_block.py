@@ -39,6 +39,6 @@ def record_gated(
     end: BlockEnd,
 ) -> None:  # fmt: skip
     """Appends the block, of `normed` [rows, hidden_size]."""
-    gate = GateAfter(spec.activation, act.gated)
+    gate = GateAfter(spec.activation, act.gated, layer.weights.powers)
     layer.product(normed, "gate_up", act.gate_up, then=gate)
     layer.end(act.gated, "down", end)

@@ -234,7 +234,8 @@ class LayerRecorder:
 
         `then` is what follows the product.
         """
-        lora, z = self.walk.factors.get((self.layer, group)), self.z.get(group)
+        lora = self.weights.powers.factors(group, self.walk.factors.get((self.layer, group)))
+        z = self.z.get(group)
         if lora is not None:
             dropout = self.walk.dropout
             lora_project(

@@ -21,6 +21,7 @@ from lora.forward.model.layer_spec import (
 )
 from lora.forward.model.model_tensors import scaled_tensor
 from lora.forward.model.norm import Norm
+from lora.forward.model.powers import AS_THEY_ARE, LayerPowers
 from lora.forward.model.rope_frequencies import Rope, Temperature, read_vector
 from lora.forward.model.weights import FrozenMatrix, load_matrix
 from lora.shaders.recording import Recording
@@ -47,6 +48,7 @@ class LayerWeights:
             where nothing turns.
         output_scale: f32 [4], the first of which what comes out is multiplied by; None for nothing.
         temperature: f32 [n_positions], what queries are multiplied by; None where all stay.
+        powers: of what is stored as another multiple, see `lora.forward.model.balance`.
     """
 
     spec: LayerSpec
@@ -61,6 +63,7 @@ class LayerWeights:
     temperature: Tensor | None = None
     post_per_layer_norm: Norm | None = None
     output_scale: Tensor | None = None
+    powers: LayerPowers = AS_THEY_ARE
 
 
 @dataclass(frozen=True)

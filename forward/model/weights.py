@@ -31,12 +31,15 @@ class MatrixPart:
         words: u32 [out_features, words a row].
         first_feature: the row of the whole matrix (column of the output) where it begins.
         largest: u32 [out_features + in_features], see `largest_of`; None where no product asks.
+        powers: f32 [out_features + 2], powers of two: what each row is multiplied by before it is
+            rounded to f16, what the low-rank part is, and what comes out; None for 1.
     """
 
     quantization: Quantization
     words: Tensor
     first_feature: int
     largest: Tensor | None = None
+    powers: Tensor | None = None
 
     @property
     def out_features(self) -> int:

@@ -103,6 +103,7 @@ def plan_facts(plan: SessionPlan, seconds_a_step: float | None) -> dict[str, Any
         "steps": stream.total_steps,
         "warmup_steps": workload.config.train.resolve_warmup(stream.total_steps),
         "micro_batch_tokens": workload.maximum_rows,
+        "precision": plan.precision,
         "recomputed_layers": plan.tensors.recomputed,
         "packing_efficiency": getattr(stream, "packing_efficiency", None),
         "memory_bytes": {"total": sum(plan.allocated.values()), **dict(plan.allocated)},
@@ -113,6 +114,8 @@ def plan_facts(plan: SessionPlan, seconds_a_step: float | None) -> dict[str, Any
 
 def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | None = None) -> None:
     """What is about to be trained: device, adapter, data, memory by purpose, time."""
+    from lora.training.precision import precision_words
+
     workload, allocated = plan.workload, plan.allocated
     layout, config = workload.layout, workload.config
     stream = workload.stream()
@@ -132,6 +135,8 @@ def print_plan(console: Console, plan: SessionPlan, *, seconds_a_step: float | N
         f"{workload.maximum_rows} tokens, recompute {_recompute(plan)}",
         "memory (MiB)": f"{sum(allocated.values()) / 2**20:.0f}" + (memory and f": {memory}"),
     }
+    if not plan.facts.is_cpu:
+        rows["precision"] = precision_words(plan.facts, workload)
     if (above := _above_limit(plan)) is not None:
         rows["above limit"] = above
     if workload.eval_examples:

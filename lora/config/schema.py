@@ -79,7 +79,7 @@ class TrainConfig(Optimization, WatchConfig):
     max_grad_norm: Annotated[Number, Field(gt=0)] | None = Field(
         default=1.0, description="a number above 0, or null for no clipping"
     )
-    precision: Literal["f32", "f16"] = Field(default="f32", description="f32 or f16")
+    precision: Literal["auto", "f32", "f16"] = Field(default="auto", description="auto, f32 or f16")
     recompute: Switch = Field(
         default="auto",
         description="auto, on or off",

@@ -111,7 +111,9 @@ class BestAdapter(Listener):
             with new_directory(self._folder) as directory:
                 save_peft_adapter(directory, session.layout, flat, session.config)
                 work = session.workload
-                write_card(directory, session.config, work.gguf_file, chats=work.trains_on_chats)
+                write_card(
+                    directory, session.settled_config, work.gguf_file, chats=work.trains_on_chats
+                )
                 write_file(directory / RECORD, json.dumps(record) + "\n")
         except OSError as error:  # the run is worth more, and may find a better one
             say_once(

@@ -74,7 +74,7 @@ def save_checkpoint(session: Trained, output: Path) -> Path:
         "step": session.steps_done,
         "started": session.started.isoformat(),
         "stream": session.stream.state(),
-        "precision": session.config.train.precision,
+        "precision": session.precision,
         "found_with": circumstances(session.device.facts),
         "webgpu": session.device.found.implementation.setting,
         "kernels": session.kernels_digest(),
@@ -193,6 +193,12 @@ def processes_of_then(output: Path) -> int | None:
     """How many processes a run was begun with, by the checkpoint to go on from; None as there."""
     found = newest_whole(output)
     return None if found is None else int(found[1].get("processes", 1))
+
+
+def precision_of_then(output: Path) -> str | None:
+    """ "f32" or "f16", as a run was begun, by the checkpoint to go on from; None as there."""
+    found = newest_whole(output)
+    return None if found is None else str(found[1].get("precision", "f32"))
 
 
 def started_at(output: Path) -> datetime | None:

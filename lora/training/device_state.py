@@ -13,7 +13,8 @@ from lora.data.examples import Example
 from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import chunk_size
 from lora.forward.dora import Dora
-from lora.forward.model.frozen_model import load_model
+from lora.forward.model.balance import balanced
+from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
     PlanSource,
@@ -34,6 +35,7 @@ from lora.training.activations import Activations
 from lora.training.adapter_state import AdapterState
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.noise import Noise
+from lora.training.precision import precision_on
 from lora.training.prefix_cache import AUTO_LIMIT, PrefixCache
 from lora.training.programs import (
     StepSettings,
@@ -63,11 +65,13 @@ class SessionTensors:
     Attributes:
         recomputed: how many of the lowest adapted layers are run again in the backward pass.
         train_cache: of data.train's frozen prefix, where there is one and it is kept.
+        plain: the model as the file has it, for text; a step's may be balanced for f16.
     """
 
     step: StepTensors
     recomputed: int
     train_cache: PrefixCache | None
+    plain: Model
 
     @classmethod
     def allocate(cls, recording: Recording, workload: Workload, recomputed: int) -> SessionTensors:
@@ -81,6 +85,10 @@ class SessionTensors:
             DeviceMemoryError: the device has no room.
         """
         model = load_model(recording, workload.gguf_file, workload.architecture, workload.longest)
+        plain = model
+        # DoRA compares rows of W with those of B · A, and so wants them as they are.
+        if recording.precision == "f16" and not workload.layout.dora:
+            model = balanced(recording, model)
         targets = workload.maximum_targets
         chunk = chunk_size(recording, workload.architecture.logits_size, targets)
         inputs = Inputs.allocate(
@@ -105,7 +113,7 @@ class SessionTensors:
             train_cache = open_cache(recording, workload, workload.train_examples)
         noise = Noise.allocate(recording, workload, inputs)
         step = StepTensors(model, inputs, workload.layout, adapter, activations, noise)
-        return cls(step, recomputed, train_cache)
+        return cls(step, recomputed, train_cache, plain)
 
 
 @dataclass(frozen=True)
@@ -211,12 +219,17 @@ class SessionPlan:
             return None if plans is None else plans(request)
 
         memory = CountingMemory(facts)
-        recording = Recording(facts, memory, workload.config.train.precision, plans=source)
+        recording = Recording(facts, memory, precision_on(facts, workload), plans=source)
         tensors = SessionTensors.allocate(recording, workload, recomputed)
         programs = SessionPrograms.record(recording, workload, tensors, seams or Seams())
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
         )
+
+    @property
+    def precision(self) -> str:
+        """f32 or f16, as it was recorded."""
+        return precision_on(self.facts, self.workload)
 
     def wanted_recompute(self) -> int:
         """How many layers this session, which keeps all activations, is to run again after all."""
@@ -224,7 +237,7 @@ class SessionPlan:
             return 0
         step = self.tensors.step
         recording = Recording(
-            self.facts, CountingMemory(self.facts), self.workload.config.train.precision
+            self.facts, CountingMemory(self.facts), precision_on(self.facts, self.workload)
         )
         return recomputed_layers(
             self.workload,

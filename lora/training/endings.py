@@ -90,25 +90,24 @@ class StepWatch:
 
     def __init__(self, precision: str) -> None:
         self._precision = precision
-        self._in_a_row = 0
         self._counted, self._skipped = 0, 0
         self._said_zero = False
 
     def halts(self, metrics: Metrics) -> bool:
         """Counts a step; whether it is the one after which the device does no more."""
         if metrics.skipped:
-            self._in_a_row += 1
             self._skipped += 1
             if self._skipped == 1:
-                halved = ", and the loss scale halves" if self._precision == "f16" else ""
+                half = self._precision == "f16"
+                halved = ", and the loss scale falls" if half else ""
+                helped = " that no smaller scale helps" if half else ""
                 say_once(
                     f"Step {metrics.step}: the loss is {metrics.loss:g} and the gradient's norm "
                     f"{metrics.grad_norm:g}: the adapter stays as it was{halved}. Steps like it "
                     "are counted (metrics.jsonl); after "
-                    f"{GuardState.MOST_IN_A_ROW} in a row the run ends."
+                    f"{GuardState.MOST_IN_A_ROW} in a row{helped} the run ends."
                 )
-            return self._in_a_row == GuardState.MOST_IN_A_ROW
-        self._in_a_row = 0
+            return metrics.in_a_row == GuardState.MOST_IN_A_ROW
         self._counted += 1
         if metrics.grad_norm == 0.0 and not self._said_zero:
             self._said_zero = True

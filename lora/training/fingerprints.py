@@ -45,12 +45,14 @@ class Course:
         loss: its name.
         processes: that train together.
         total_steps, warmup_steps: as they follow from the data.
+        precision: as it follows from the device, where the config leaves it to that.
     """
 
     loss: str
     processes: int
     total_steps: int
     warmup_steps: int
+    precision: str
 
 
 def fingerprints(workload: Workload, course: Course) -> dict[str, Any]:
@@ -156,7 +158,7 @@ def _of_settings(workload: Workload, course: Course) -> dict[str, Any]:
         "adapter.layers": list(layout.layers),
         # Of all processes that the run was begun with: so it stays where others go on with it.
         "train.gradient_accumulation": workload.micro_batches,
-        "train.precision": train.precision,
+        "train.precision": course.precision,
         "the loss": course.loss,
         "processes": course.processes,
         **({"train.comm_dtype": train.comm_dtype} if course.processes > 1 else {}),

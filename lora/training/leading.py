@@ -21,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 from lora.optim.guard import GuardState
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
-from lora.training.checkpoint import device_of_then, processes_of_then, started_at
+from lora.training.checkpoint import (
+    device_of_then,
+    precision_of_then,
+    processes_of_then,
+    started_at,
+)
 from lora.training.communicator import Communicator
 from lora.training.placement import device_of
 from lora.training.session import TrainingSession
@@ -81,14 +86,19 @@ def open_together(
     """
     check_can_lead(config, communicator)
     output = Path(config.output)
-    device, started, processes = None, None, None
+    device, started, processes, precision = None, None, None, None
     if resuming and communicator.rank == 0:
         wanted = device_of(communicator, config.device, config.webgpu)
         device = device_of_then(config, wanted)
         started, processes = started_at(output), processes_of_then(output)
+        precision = precision_of_then(output)
     webgpu = None if device is None else device.found.implementation.setting
-    told = communicator.broadcast((webgpu, started or datetime.now(), processes))
-    webgpu, started, processes = told
+    told = communicator.broadcast((webgpu, started or datetime.now(), processes, precision))
+    webgpu, started, processes, precision = told
+    if precision is not None and config.train.precision == "auto":
+        # What the device would take now may be another: one of its drivers', or of a new version.
+        train = config.train.model_copy(update={"precision": precision})
+        config = config.model_copy(update={"train": train})
     if resuming and device is None:
         wanted = device_of(communicator, config.device, config.webgpu)
         device = Device(wanted, webgpu=webgpu)

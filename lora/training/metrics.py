@@ -34,6 +34,7 @@ class Metrics:
     seconds: float
     skipped: bool = False  # its loss or gradient was not finite: the adapter stayed as it was
     ranks: StepOfRanks | None = None  # how the processes fared, where there are several
+    in_a_row: int = 0  # steps skipped, this one included, that no smaller loss scale helps
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name as JSON can hold them: a number that is none is None.
@@ -44,7 +45,7 @@ class Metrics:
         fields = {key: as_json(value) for key, value in asdict(self).items()}
         if not self.skipped:
             del fields["skipped"]
-        del fields["ranks"]
+        del fields["ranks"], fields["in_a_row"]
         if self.ranks is not None:
             fields["slowest_rank"] = self.ranks.slowest
             fields["communication"] = round(self.ranks.communication, 4)
@@ -124,6 +125,7 @@ class MetricsAtArrival:
             seconds=0.0,
             skipped=bool(values[STATE_AT + 2] == 0.0),
             ranks=self.ranks,
+            in_a_row=int(values[STATE_AT + 6]),
         )
 
 

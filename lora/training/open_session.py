@@ -37,6 +37,7 @@ from lora.training.evaluation import Evaluator, Progress
 from lora.training.metrics import EvalResult
 from lora.training.orders import Orders
 from lora.training.placement import device_of
+from lora.training.precision import precision_on
 from lora.training.prefix_cache import PrefixCache
 from lora.training.workload import Workload
 
@@ -109,6 +110,7 @@ class OpenSession(ABC):
         stage("Planning the steps")
         # All is recorded once on memory that only counts: what it asks for is known beforehand.
         plan = SessionPlan.of(self.device.facts, workload, None, self._seams)
+        self.precision = precision_on(self.device.facts, workload)
         requests = plan.requests if workload.trains else None
         self._found: PlanSource | None = find_tiles(self.device, train.tuning, requests)
         self.plans: dict[ProductShape, Plan] = plan.chosen(self._found)
@@ -117,7 +119,7 @@ class OpenSession(ABC):
             plan = SessionPlan.of(self.device.facts, workload, self._found, self._seams, recomputed)
         self.plan = plan
         self._recording = self.device.recording(
-            memory=self.memory, precision=train.precision, plans=self._found
+            memory=self.memory, precision=self.precision, plans=self._found
         )
         try:
             if plan.largest_scratch:
@@ -135,7 +137,7 @@ class OpenSession(ABC):
                 "smaller quantization."
             ) from error
         self._tensors, self._cache, step = tensors, tensors.train_cache, tensors.step
-        self.model, self.inputs, self.adapter = step.model, step.inputs, step.adapter
+        self.model, self.inputs, self.adapter = tensors.plain, step.inputs, step.adapter
         self._act = step.activations
         self._begin_magnitudes()
         self.recomputed_layers = tensors.recomputed
@@ -327,6 +329,12 @@ class OpenSession(ABC):
 
     # -- the adapter ----------------------------------------------------------------------------
 
+    @property
+    def settled_config(self) -> Config:
+        """The config with what it left to the device."""
+        train = self.config.train.model_copy(update={"precision": self.precision})
+        return self.config.model_copy(update={"train": train})
+
     def parameters(self) -> np.ndarray:
         """The adapter, f32 [layout.size], after all steps so far."""
         return self.memory.read(self.adapter.parameters)
@@ -367,7 +375,7 @@ class OpenSession(ABC):
         """
         save_peft_adapter(Path(directory), self.layout, self.checked_parameters(), self.config)
         work = self.workload
-        write_card(Path(directory), self.config, work.gguf_file, chats=work.trains_on_chats)
+        write_card(Path(directory), self.settled_config, work.gguf_file, chats=work.trains_on_chats)
 
     def checked_parameters(self) -> np.ndarray:
         """As `parameters`, of an adapter that is to be kept; one that grew large is said.

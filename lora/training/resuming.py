@@ -145,10 +145,10 @@ def _check_fingerprints(session: TrainingSession, path: Path, state: dict[str, A
     """Refuses what the checkpoint wasn't made with; says what else changed, and returns it."""
     then = state.get("fingerprints")
     if then is None:  # of a version that kept less
-        if state.get("precision") != session.config.train.precision:
+        if state.get("precision") != session.precision:
             raise InputError(
                 f"The checkpoint was made with train.precision {state.get('precision')}, and now "
-                f"it is {session.config.train.precision}; resume with the setting of then, or "
+                f"it is {session.precision}; resume with the setting of then, or "
                 "start anew without --resume."
             )
         say_once(f"{path} does not say what data and base it was made with: these are as you say.")

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from lora.adapters.peft_settings import SETTINGS, WEIGHTS
 from lora.data.rows import template_source
@@ -95,6 +96,12 @@ def run_training(
         return output
 
 
+def _ran(session: TrainingSession) -> dict[str, Any]:
+    """What stands in run.json: the device, and what the config left to it."""
+    asked = session.config.train.precision
+    return {**ran_on(session.device), "precision": {"asked": asked, "ran": session.precision}}
+
+
 def push_adapter(session: TrainingSession, output: Path, repository: str) -> str:
     """Pushes what PEFT loads, and the card; returns the repository's page.
 
@@ -112,7 +119,7 @@ def push_adapter(session: TrainingSession, output: Path, repository: str) -> str
 
 def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) -> None:
     """Trains in a directory that is ours."""
-    write_file(output / RUN, json.dumps(ran_on(session.device), indent=1) + "\n")
+    write_file(output / RUN, json.dumps(_ran(session), indent=1) + "\n")
     write_file(output / CONFIG, session.config.dump_yaml())
     if session.config.data.chat_template is not None:  # who runs the adapter needs it, too
         write_file(output / TEMPLATE, template_source(session.config.data.chat_template))
@@ -193,7 +200,7 @@ def _train(
     if course.load_best(output / BEST):  # behind the checkpoint, which is of the last step
         session.save(output)
     history, work = History.read(output / METRICS), session.workload
-    write_card(output, session.config, work.gguf_file, history, chats=work.trains_on_chats)
+    write_card(output, session.settled_config, work.gguf_file, history, chats=work.trains_on_chats)
     audience.saved(session.steps_done, output)
 
 

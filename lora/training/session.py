@@ -106,7 +106,7 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
             self.total_steps = self.stream.total_steps
             self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
             self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
-            self._watch = StepWatch(self.config.train.precision)
+            self._watch = StepWatch(self.precision)
             self._speed = MeasuredSpeed(
                 self._recording, self._act.loss_sum, self.config.train.max_submission_seconds
             )
@@ -123,7 +123,8 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
         """Of all that decides this run's numbers; see `lora.training.fingerprints`."""
         if self._fingerprints is None:
             loss = type(self._seams.loss).__qualname__
-            course = Course(loss, self.communicator.size, self.total_steps, self.warmup_steps)
+            processes, steps = self.communicator.size, self.total_steps
+            course = Course(loss, processes, steps, self.warmup_steps, self.precision)
             self._fingerprints = fingerprints(self.workload, course)
         return self._fingerprints
 
@@ -328,7 +329,7 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
         self.orders.give("find", first)
         culprit = self.find_not_finite(first)
         self._take_back(self._beginning_of(first))
-        return NotFiniteError(first, last, self.config.train.precision, culprit)
+        return NotFiniteError(first, last, self.precision, culprit)
 
     def find_not_finite(self, step: int) -> Culprit | None:
         """Runs one of the last steps again, and says what went non-finite first.

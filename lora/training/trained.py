@@ -38,7 +38,10 @@ class Trained(Protocol):
     steps_done: int
     total_steps: int
     evaluations: list[tuple[int, EvalResult]]
+    precision: str
 
+    @property
+    def settled_config(self) -> Config: ...
     @property
     def stream(self) -> BatchStream | None: ...
     @property

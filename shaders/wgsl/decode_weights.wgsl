@@ -1,4 +1,4 @@
-// out[n, k] = W[n, k], rounded to f16.
+// out[n, k] = W[n, k]{{ " · powers[n]" if powered }}, rounded to f16.
 // Bindings: weights (words of W [rows, {{ row_words }}]), out u32 [rows, columns / 2], two f16 a word, here four words
 // an element. One lane eight columns.
 
@@ -6,6 +6,9 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 
 @group(0) @binding(0) var<storage, read> weights: array<u32>;
 @group(0) @binding(1) var<storage, read_write> out: array<vec4<u32>>;
+{% if powered %}
+@group(0) @binding(2) var<storage, read> powers: array<f32>;
+{% endif %}
 
 const columns = {{ columns }}u;
 const row_words = {{ row_words }}u;
@@ -20,7 +23,10 @@ fn main(
 ) {
     let index = (group.x + group.y * groups.x) * 256u + lane;
     if (index >= {{ rows * columns // 8 }}u) { return; }
-    let w = decode8(index / {{ columns // 8 }}u, index % {{ columns // 8 }}u * 8u);
+    {{ "var" if powered else "let" }} w = decode8(index / {{ columns // 8 }}u, index % {{ columns // 8 }}u * 8u);
+{% if powered %}
+    w = Eight(w.a * powers[index / {{ columns // 8 }}u], w.b * powers[index / {{ columns // 8 }}u]);
+{% endif %}
     out[index] = vec4(
         pack2x16float(w.a.xy), pack2x16float(w.a.zw), pack2x16float(w.b.xy), pack2x16float(w.b.zw)
     );

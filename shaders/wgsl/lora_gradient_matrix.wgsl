@@ -8,6 +8,7 @@
 // A workgroup has {{ long }} elements along a gradient's longer side and all along its shorter one, a subgroup {{ n }} along
 // the longer. {{ depth }} rows at a time lie in workgroup memory, as f16; sums are f32, rows ascend. d_z may be far below
 // f16's numbers, where B is small: d_z and z are scaled by a power of two, which follows their largest number.
+// So are x and d_y where they are f32, by that of the rows in workgroup memory.
 {% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight with context %}
 {% set subgroups = long // n %}
 {% set lanes = subgroups * subgroup_lanes %}
@@ -33,7 +34,8 @@ struct Extent { rows: u32 }
 const lanes = {{ lanes }}u;
 // Of the longer side [depth][{{ long_step }}], then of the shorter [depth][width / 8 + 1], eight f16 an element;
 // fragments that leave pass through the beginning, four f32 an element.
-var<workgroup> largest: array<atomic<u32>, 2>; // |number| of the shorter side's rows, as bits; in turns
+// |number| of the shorter side's rows, as bits, in turns; then of the longer side's.
+var<workgroup> largest: array<atomic<u32>, 4>;
 var<workgroup> tiles: array<vec4<u32>, {{ [short_at + depth * (most_width // 8 + 1), stage_size] | max }}>;
 
 {{ pack_eight() }}
@@ -70,6 +72,8 @@ fn main(
     if (lane == 0u) { // workgroup memory begins as anything: kernels run without the zeros that WebGPU gives
         atomicStore(&largest[0], 0u);
         atomicStore(&largest[1], 0u);
+        atomicStore(&largest[2], 0u);
+        atomicStore(&largest[3], 0u);
     }
     let stretch = (extent.rows + {{ n_slices - 1 }}u) / {{ n_slices }}u;
     let first = group.z * stretch;
@@ -78,6 +82,7 @@ fn main(
 {% set of_b = loop.index0 %}
 {% set width = (part.short + n - 1) // n * n %}
 {% set short_step = width // 8 + 1 %}
+{% set scaled = part.long_type == "f32" %}
 {% set short_units = depth * width // 8 %}
 {% set short_turns = (short_units + lanes - 1) // lanes %}
 {# Fragments of the result lie with the gradient: of d_A along the longer side, of d_B across it. #}
@@ -97,7 +102,12 @@ fn main(
         }
 {% endfor %}
 {% for u in range(long_turns) %}
+{% if scaled %}
+        var long_a_{{ u }} = vec4<f32>();
+        var long_b_{{ u }} = vec4<f32>();
+{% else %}
         var fetched_{{ u }} = vec4<u32>();
+{% endif %}
 {% endfor %}
 {% for u in range(short_turns) %}
         var short_a_{{ u }} = vec4<f32>();
@@ -122,7 +132,12 @@ fn main(
             var b = vec4<f32>();
             if (row < last && begin + at < end) { a = vec4<f32>({{ part.long_name }}[quad]); }
             if (row < last && begin + at + 4u < end) { b = vec4<f32>({{ part.long_name }}[quad + 1u]); }
+{% if scaled %}
+            long_a_{{ u }} = a;
+            long_b_{{ u }} = b;
+{% else %}
             fetched_{{ u }} = packed(a, b);
+{% endif %}
         }
 {% endfor %}
 {% for u in range(short_turns) %}
@@ -143,7 +158,7 @@ fn main(
         }
 {% endfor %}
 {% endmacro %}
-        var exponent = 227u; // of what the sums are scaled by
+        var exponent = {{ "354u" if scaled else "227u" }}; // of what the sums are scaled by{{ ", and 127" if scaled }}
         var turn = 0u;
         {{ fetch("first") }}
         for (var begun = first; begun < last; begun += {{ depth }}u) {
@@ -154,6 +169,13 @@ fn main(
                 bits = max(bits, largest_of(short_a_{{ u }}, short_b_{{ u }}));
 {% endfor %}
                 atomicMax(&largest[turn], bits);
+{% if scaled %}
+                var long_bits = 0u;
+{% for u in range(long_turns) %}
+                long_bits = max(long_bits, largest_of(long_a_{{ u }}, long_b_{{ u }}));
+{% endfor %}
+                atomicMax(&largest[2u + turn], long_bits);
+{% endif %}
             }
 {% if emulated %}
             workgroupBarrier();
@@ -161,19 +183,33 @@ fn main(
 {% else %}
             let bits = workgroupUniformLoad(&largest[turn]); // the same for all, which fragments need
 {% endif %}
+{% if scaled %}
+{% if emulated %}
+            let long_exponent = exponent_for(atomicLoad(&largest[2u + turn]));
+{% else %}
+            let long_exponent = exponent_for(workgroupUniformLoad(&largest[2u + turn]));
+{% endif %}
+            let long_factor = bitcast<f32>(long_exponent << 23u);
+            let now = min(exponent, exponent_for(bits) + long_exponent);
+            let factor = bitcast<f32>((max(now, long_exponent) - long_exponent) << 23u);
+{% else %}
             let now = min(exponent, exponent_for(bits));
             let factor = bitcast<f32>(now << 23u);
+{% endif %}
             let shrink = bitcast<f32>((127u - min(exponent - now, 127u)) << 23u);
             exponent = now;
             turn = 1u - turn;
             if (lane == 0u) { atomicStore(&largest[turn], 0u); }
+{% if scaled %}
+            if (lane == 0u) { atomicStore(&largest[2u + turn], 0u); }
+{% endif %}
 {% for u in range(long_turns) %}
 {% if (u + 1) * lanes > long_units %}
             if (lane < {{ long_units - u * lanes }}u)
 {% endif %}
             {
                 let unit = lane + {{ u * lanes }}u;
-                tiles[unit / {{ long // 8 }}u * {{ long_step }}u + unit % {{ long // 8 }}u] = fetched_{{ u }};
+                tiles[unit / {{ long // 8 }}u * {{ long_step }}u + unit % {{ long // 8 }}u] = {{ "packed(long_factor * long_a_%d, long_factor * long_b_%d)" % (u, u) if scaled else "fetched_%d" % u }};
             }
 {% endfor %}
 {% for u in range(short_turns) %}
@@ -227,7 +263,15 @@ fn main(
 {% endfor %}
 {% endif %}
         }
+{% if scaled %}
+        // In two steps, each of which is a number.
+        let half = exponent / 2u;
+        let back = {{ part.scale }} * bitcast<f32>((254u - half) << 23u);
+        let rest = bitcast<f32>((254u - (exponent - half)) << 23u);
+{% else %}
         let back = {{ part.scale }} * bitcast<f32>((254u - exponent) << 23u);
+{% endif %}
+{% set back = "back * (rest * bitcast<vec4<f32>>(tiles[unit]))" if scaled else "back * bitcast<vec4<f32>>(tiles[unit])" %}
 {% macro store(fragment) %}
             for (var unit = lane; unit < {{ stage_size }}u; unit += lanes) {
                 let owner = unit / {{ m * n // 4 }}u;
@@ -237,13 +281,13 @@ fn main(
                 let i = begin + owner * {{ m }}u + row;
                 let j = {{ fragment }} * {{ n }}u + column;
                 if (i < end && j < {{ part.short }}u) {
-                    add_to_gradient(group.z, {{ part.start }}u + (i * {{ part.short }}u + j) / 4u, back * bitcast<vec4<f32>>(tiles[unit]));
+                    add_to_gradient(group.z, {{ part.start }}u + (i * {{ part.short }}u + j) / 4u, {{ back }});
                 }
 {% else %}
                 let i = {{ fragment }} * {{ m }}u + row;
                 let j = begin + owner * {{ n }}u + column;
                 if (i < {{ part.short }}u && j < end) {
-                    add_to_gradient(group.z, {{ part.start }}u + (i * {{ part.n_long }}u + j) / 4u, back * bitcast<vec4<f32>>(tiles[unit]));
+                    add_to_gradient(group.z, {{ part.start }}u + (i * {{ part.n_long }}u + j) / 4u, {{ back }});
                 }
 {% endif %}
             }

@@ -11,6 +11,10 @@
 // workgroup memory, as f16; of every {{ subgroups }} fragments along them a subgroup takes one, and the subgroups'
 // sums, f32, meet at the end, in order. The factor is scaled by {{ factor_scale }} in f16: B's numbers may be below its
 // smallest. A row's sums do not depend on the block that it is in.
+{% if x_scaled %}
+// Rows of x are scaled by the power of two that brings their largest number, of the bits in largest [rows], to
+// 2^4 … 2^5, as the products do that read it (matmul_bindings.wgsl).
+{% endif %}
 {% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight with context %}
 {% set width = (columns + n - 1) // n * n %}
 {% set x_step = depth // 8 + 1 %}
@@ -32,6 +36,14 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
+{% if x_scaled %}
+@group(0) @binding(4) var<storage, read> largest: array<u32>;
+
+fn exponent_of(row: u32) -> i32 {
+    return clamp(131 - i32(largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
+}
+fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(127 + exponent) << 23u); }
+{% endif %}
 
 const lanes = {{ lanes }}u;
 // x [block_rows][{{ x_step }}], then the factor [{{ "depth" if transposed else "columns" }}][{{ f_step }}], eight f16 an element; at the end
@@ -69,6 +81,9 @@ fn main(
 {% endfor %}
 {% for u in range(x_turns) %}
     var fetched_x_{{ u }} = vec4<u32>();
+{% if x_scaled %}
+    let x_power_{{ u }} = power(exponent_of(first_row + (lane + {{ u * lanes }}u) / {{ depth // 8 }}u));
+{% endif %}
 {% endfor %}
 {% for u in range(f_turns) %}
     var fetched_f_{{ u }} = vec4<u32>();
@@ -94,7 +109,7 @@ fn main(
         var b = vec4<f32>();
         if (at < length) { a = vec4<f32>(x[quad]); }
         if (at + 4u < length) { b = vec4<f32>(x[quad + 1u]); }
-        fetched_x_{{ u }} = packed(a, b);
+        fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if x_scaled else "packed(a, b)" }};
     }
 {% endfor %}
 {% for u in range(f_turns) %}
@@ -206,7 +221,7 @@ fn main(
             for (var s = 1u; s < {{ subgroups }}u; s++) {
                 sum += bitcast<vec4<f32>>(tiles[(s * {{ block_rows }}u + row) * {{ width // 4 }}u + quad]);
             }
-            z[(first_row + row) * {{ members | length * columns // 4 }}u + member * {{ columns // 4 }}u + quad] = {{ scale / factor_scale }} * sum;
+            z[(first_row + row) * {{ members | length * columns // 4 }}u + member * {{ columns // 4 }}u + quad] = {{ scale / factor_scale }} * {{ "(power(-exponent_of(first_row + row)) * sum)" if x_scaled else "sum" }};
         }
     }
 }

@@ -87,14 +87,14 @@ lane / {{ eights }}u
 {%- endif %}
 {% endmacro %}
 {# What is fetched: eight numbers as the tiles hold them, or as they are. #}
-{% set x_held = "Eight" if paired else "vec4<u32>" %}
+{% set x_held = "Eight" if paired or x_scaled else "vec4<u32>" %}
 {% set w_pairs = paired and not w_exact %}
 {% set w_held = "Eight" if w_pairs else "vec4<u32>" %}
 
 {% if whole %}
 // Eight numbers of x from the quad `at` on.
 fn eight_of_x(at: u32) -> {{ x_held }} {
-{% if paired %}
+{% if paired or x_scaled %}
     return Eight(vec4<f32>(x[at]), vec4<f32>(x[at + 1u]));
 {% elif x_by_eights %}
     return x[at / 2u];
@@ -105,7 +105,7 @@ fn eight_of_x(at: u32) -> {{ x_held }} {
 {% else %}
 // Eight numbers of x from the quad `at` on, column `column` of the contraction; beyond it zeros.
 fn eight_of_x(at: u32, column: u32, last: u32) -> {{ x_held }} {
-{% if paired %}
+{% if paired or x_scaled %}
     let a = vec4<f32>(x[min(at, last)]);
     let b = vec4<f32>(x[min(at + 1u, last)]);
     return Eight(select(vec4<f32>(), a, column < contraction), select(vec4<f32>(), b, column + 4u < contraction));
@@ -132,7 +132,7 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% elif w_pairs %}
     return decode8(row, k);
 {% else %}
-    let eight = decode8(row, k);
+    let eight = {{ "powered8" if powered and w_powered else "decode8" }}(row, k);
     return vec4(packed(eight.a), packed(eight.b));
 {% endif %}
 {% endif %}
@@ -179,6 +179,8 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% if paired %}
         x_tile[{{ to }}] = x_pair_{{ i }}.upper;
         x_tile[{{ to }} + {{ x_lower }}u] = x_pair_{{ i }}.lower;
+{% elif x_scaled %}
+        x_tile[{{ to }}] = vec4(packed(fetched_x_{{ i }}.a * x_power_{{ i }}), packed(fetched_x_{{ i }}.b * x_power_{{ i }}));
 {% else %}
         x_tile[{{ to }}] = fetched_x_{{ i }};
 {% endif %}
@@ -202,7 +204,7 @@ fn store_stage(lane: u32, first: vec2<u32>, own: vec2<u32>, fragment: vec2<u32>,
         let row = first.y + line / {{ m }}u * {{ subgroup_rows }}u + fragment.y + line % {{ m }}u;
         let column = first.x + along / {{ n }}u * {{ subgroup_columns }}u + fragment.x + along % {{ n }}u;
         if (row >= own.y && row < extent.rows && column >= own.x && column < n_columns) {
-            store({{ "row + stretch * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, stage[at]);
+            store({{ "row + stretch * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, stage[at]{{ " * out_power(row)" if x_scaled or powered }});
         }
     }
 }
@@ -253,9 +255,11 @@ fn main(
 {% endif %}
 {% for i in range(x_units) %}
     var fetched_x_{{ i }} = {{ x_held }}();
-{% if paired %}
 {% set row = "first_row + x_row + %du" % (i * x_lines) %}
+{% if paired %}
     let x_power_{{ i }} = power(row_exponent({{ row }}));
+{% elif x_scaled %}
+    let x_power_{{ i }} = x_power({{ row }});
 {% endif %}
 {% endfor %}
 {% set w_eights = tile_columns // 8 if transposed else depth // 8 %}

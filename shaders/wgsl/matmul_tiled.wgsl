@@ -19,6 +19,7 @@
 {% endif %}
 
 {% include "parts/matmul_bindings.wgsl" %}
+{% set decode = "powered8" if powered else "decode8" %}
 
 {% from "parts/stored.wgsl" import stored %}
 {% set tile_type = "f16" if half else "f32" %}
@@ -81,20 +82,20 @@ fn store_w(at: u32, n: u32, step: u32, w: Eight) {
 {% for i in range(w_units) %}
 {% if transposed %}
 {% if whole %}
-        fetched_w_{{ i }} = decode8({{ k }} + w_row_{{ i }}, w_column_{{ i }});
+        fetched_w_{{ i }} = {{ decode }}({{ k }} + w_row_{{ i }}, w_column_{{ i }});
 {% else %}
         fetched_w_{{ i }} = Eight();
         if ({{ k }} + w_row_{{ i }} < contraction) {
-            fetched_w_{{ i }} = decode8({{ k }} + w_row_{{ i }}, w_column_{{ i }});
+            fetched_w_{{ i }} = {{ decode }}({{ k }} + w_row_{{ i }}, w_column_{{ i }});
         }
 {% endif %}
 {% else %}
 {% if whole %}
-        fetched_w_{{ i }} = decode8(w_row_{{ i }}, {{ k }} + 8u * w_eight_{{ i }});
+        fetched_w_{{ i }} = {{ decode }}(w_row_{{ i }}, {{ k }} + 8u * w_eight_{{ i }});
 {% else %}
         fetched_w_{{ i }} = Eight();
         if ({{ k }} + 8u * w_eight_{{ i }} < contraction) {
-            fetched_w_{{ i }} = decode8(w_row_{{ i }}, {{ k }} + 8u * w_eight_{{ i }});
+            fetched_w_{{ i }} = {{ decode }}(w_row_{{ i }}, {{ k }} + 8u * w_eight_{{ i }});
         }
 {% endif %}
 {% endif %}
@@ -126,7 +127,8 @@ fn store_w(at: u32, n: u32, step: u32, w: Eight) {
 {% set x_buffer = "buffer * %du + " % x_quads if buffers == 2 else "" %}
 {% set w_buffer = "buffer * %du + " % w_quads if buffers == 2 else "" %}
 {# Four numbers of x as fetched, as the tile holds them. #}
-{% macro as_tile(fetched) -%}
+{% macro as_tile(i) -%}
+{% set fetched = "fetched_x_%d%s" % (i, " * x_power_%d" % i if x_scaled else "") %}
 {{ stored(fetched, tile_type) if x_type == "f32" else fetched if half else "vec4<f32>(" ~ fetched ~ ")" }}
 {%- endmacro %}
 {# Stores what was fetched into the tiles. #}
@@ -134,7 +136,7 @@ fn store_w(at: u32, n: u32, step: u32, w: Eight) {
 {% for i in range(x_blocks) %}
         {
 {% for u in range(4) %}
-            let line_{{ u }} = {{ as_tile("fetched_x_" ~ (4 * i + u)) }};
+            let line_{{ u }} = {{ as_tile(4 * i + u) }};
 {% endfor %}
 {% for c in range(4) %}
             x_tile[{{ x_buffer }}x_at(4u * x_quad_{{ 4 * i }} + {{ c }}u, x_row_{{ 4 * i }} / 4u)] = vec4<{{ tile_type }}>(line_0[{{ c }}], line_1[{{ c }}], line_2[{{ c }}], line_3[{{ c }}]);
@@ -142,7 +144,7 @@ fn store_w(at: u32, n: u32, step: u32, w: Eight) {
         }
 {% endfor %}
 {% for i in range(0 if x_blocks else x_units) %}
-        store_x({{ x_buffer }}0u, x_row_{{ i }}, 4u * x_quad_{{ i }}, {{ as_tile("fetched_x_" ~ i) }});
+        store_x({{ x_buffer }}0u, x_row_{{ i }}, 4u * x_quad_{{ i }}, {{ as_tile(i) }});
 {% endfor %}
 {% for i in range(w_units) %}
 {% if transposed %}
@@ -203,6 +205,9 @@ fn main(
 {% endif %}
     let x_from_{{ i }} = (min(first_row + x_row_{{ i }}, last_row) * x_stride + x_column) / 4u + x_quad_{{ i }};
     var fetched_x_{{ i }} = vec4<{{ x_type }}>();
+{% if x_scaled %}
+    let x_power_{{ i }} = x_power(first_row + x_row_{{ i }});
+{% endif %}
 {% endfor %}
 {% for i in range(w_units) %}
 {% if transposed %}
@@ -237,6 +242,8 @@ fn main(
     if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {
 {% endif %}
     for (var k = 0u; k < {{ rank }}u; k += {{ low_steps }}u) {
+{# The power of a member's rows goes from low, where it is too large for f16, to the factor. #}
+{% set low_back = "powers[factor_power_at] / powers[%du] * " % member.start if low_carries else "" %}
         // All loads first: each would otherwise wait for the one before.
 {% for i in range(low_x_units) %}
         let low_unit_{{ i }} = lane + {{ i * lanes }}u;
@@ -244,7 +251,7 @@ fn main(
         let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 4 }}u;
         var low_{{ i }} = vec4<f32>();
         if (k + 4u * low_quad_{{ i }} < {{ rank }}u) {
-            low_{{ i }} = low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
+            low_{{ i }} = {{ "x_power(first_row + low_row_%d) * " % i if x_scaled }}{{ low_back }}low[(min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u + low_quad_{{ i }}];
         }
 {% endfor %}
 {% for i in range(low_w_units) %}
@@ -254,14 +261,14 @@ fn main(
         let factor_step_{{ i }} = (lane + {{ i * lanes }}u) / {{ tile_columns // 4 }}u;
         let factor_column_{{ i }} = first_column + 4u * factor_quad_{{ i }};
         if (k + factor_step_{{ i }} < {{ rank }}u && factor_column_{{ i }} < n_columns) {
-            factor_{{ i }} = factor[(({{ member.low_start }}u + k + factor_step_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u];
+            factor_{{ i }} = {{ "powers[factor_power_at] * " if powered }}factor[(({{ member.low_start }}u + k + factor_step_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u];
         }
 {% else %}
         let factor_quad_{{ i }} = (lane + {{ i * lanes }}u) % {{ low_steps // 4 }}u;
         let factor_line_{{ i }} = (lane + {{ i * lanes }}u) / {{ low_steps // 4 }}u;
         let factor_column_{{ i }} = first_column + factor_line_{{ i }};
         if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u && k + 4u * factor_quad_{{ i }} < {{ rank }}u) {
-            factor_{{ i }} = {{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
+            factor_{{ i }} = {{ "powers[%s] * " % ("factor_column_%d" % i if low_carries else "factor_power_at") if powered }}{{ scale }} * factor[((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + k) / 4u + factor_quad_{{ i }}];
         }
 {% endif %}
 {% endfor %}
@@ -350,7 +357,7 @@ fn main(
             {
                 let column = first_column + {{ j * lanes_x * 4 }}u + 4u * lane_x;
                 if (column < n_columns) {
-                    store({{ "row + group.z * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, sum_{{ i }}_{{ j }});
+                    store({{ "row + group.z * " ~ maximum_rows ~ "u" if splits > 1 else "row" }}, column, sum_{{ i }}_{{ j }}{{ " * out_power(row)" if x_scaled or powered }});
                 }
             }
 {% endfor %}

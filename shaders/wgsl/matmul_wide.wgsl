@@ -3,6 +3,7 @@
 // named accumulators; the contraction runs in order, the low-rank part first, then the weight.
 
 {% include "parts/matmul_bindings.wgsl" %}
+{% set decode = "powered8" if powered else "decode8" %}
 
 const lane_rows = {{ lane_rows }}u;
 const column_blocks = {{ (n_columns + 7) // 8 }}u;
@@ -31,7 +32,7 @@ fn main(
     // + d_z · A
     for (var k = 0u; k < {{ rank }}u; k += 4u) {
 {% for i in range(lane_rows) %}
-        let v_{{ i }} = low[(row_{{ i }} * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u];
+        let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[(row_{{ i }} * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u];
 {% endfor %}
 {% for q in range(4) %}
         {
@@ -55,7 +56,7 @@ fn main(
             let w_{{ j }} = {{ scale }} * factor[at + {{ j * rank // 4 }}u + k];
 {% endfor %}
 {% for i in range(lane_rows) %}
-            let v_{{ i }} = low[row_{{ i }} * {{ low_stride // 4 }}u + {{ member.low_start // 4 }}u + k];
+            let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[row_{{ i }} * {{ low_stride // 4 }}u + {{ member.low_start // 4 }}u + k];
             {{ name }}_{{ i }} += vec4(dot(v_{{ i }}, w_0), dot(v_{{ i }}, w_1), dot(v_{{ i }}, w_2), dot(v_{{ i }}, w_3));
 {% endfor %}
         }
@@ -71,7 +72,7 @@ fn main(
 {% endfor %}
 {% for q in range(4) %}
         {
-            let w = decode8(k + {{ q }}u, column);
+            let w = {{ decode }}(k + {{ q }}u, column);
 {% for i in range(lane_rows) %}
             a_{{ i }} += v_{{ i }}[{{ q }}] * w.a;
             b_{{ i }} += v_{{ i }}[{{ q }}] * w.b;
@@ -92,7 +93,7 @@ fn main(
 {% endfor %}
 {% for j in range(8) %}
         {
-            let w = decode8(min(column + {{ j }}u, n_columns - 1u), k);
+            let w = {{ decode }}(min(column + {{ j }}u, n_columns - 1u), k);
 {% for i in range(lane_rows) %}
             {{ "a" if j < 4 else "b" }}_{{ i }}[{{ j % 4 }}] += dot(va_{{ i }}, w.a) + dot(vb_{{ i }}, w.b);
 {% endfor %}
@@ -102,9 +103,10 @@ fn main(
 {% endif %}
 
 {% for i in range(lane_rows) %}
+{% set scaled = " * out_power(row_%d)" % i if powered else "" %}
     if (first_row + {{ i }}u <= last_row) {
-        store(row_{{ i }}, column, a_{{ i }});
-        if (column + 4u < n_columns) { store(row_{{ i }}, column + 4u, b_{{ i }}); }
+        store(row_{{ i }}, column, a_{{ i }}{{ scaled }});
+        if (column + 4u < n_columns) { store(row_{{ i }}, column + 4u, b_{{ i }}{{ scaled }}); }
     }
 {% endfor %}
 }

@@ -2,10 +2,11 @@
 // fewer than {{ most_in_a_row }} steps before it in a row weren't, else 0; and the counts that follow.
 {% if scaling %}
 // The loss was scaled: norm and factor become those of the true gradient. The scale halves where a
-// step is skipped, and doubles after {{ scaling.growth_interval }} that count.
+// step is skipped for its loss, and doubles after {{ scaling.growth_interval }} that count. Where the loss is finite and the norm is not
+// the k-th step in a row, from 0, makes it 2^(2^k) times smaller; with room for that such steps do not halt.
 {% endif %}
 // Bindings: metrics [128], the sum of losses first; from {{ state }} on state = (norm, factor, finite, 0,
-// scale, good steps, skipped in a row, skipped in all). One lane.
+// scale, good steps, skipped in a row, skipped in all, overflows in a row). One lane.
 
 @group(0) @binding(0) var<storage, read_write> metrics: array<f32>;
 
@@ -33,6 +34,7 @@ fn main() {
         let good = metrics[{{ state + 5 }}] + 1.0;
         metrics[{{ state + 6 }}] = 0.0;
 {% if scaling %}
+        metrics[{{ state + 8 }}] = 0.0;
         if (good >= {{ scaling.growth_interval }}.0) {
             metrics[{{ state + 4 }}] = min(2.0 * scale, {{ scaling.most }});
             metrics[{{ state + 5 }}] = 0.0;
@@ -44,10 +46,16 @@ fn main() {
 {% endif %}
     } else if (!halted) {
 {% if scaling %}
-        metrics[{{ state + 4 }}] = max(0.5 * scale, {{ scaling.least }});
+        let overflows = u32(metrics[{{ state + 8 }}]);
+        let helps = is_finite(metrics[0]) && scale > {{ scaling.least }};
+        let fall = bitcast<f32>((127u - select(1u, 1u << min(overflows, 6u), helps)) << 23u);
+        metrics[{{ state + 4 }}] = max(fall * scale, {{ scaling.least }});
+        metrics[{{ state + 6 }}] = select(metrics[{{ state + 6 }}] + 1.0, 0.0, helps);
+        metrics[{{ state + 8 }}] = select(0.0, f32(overflows + 1u), helps);
+{% else %}
+        metrics[{{ state + 6 }}] += 1.0;
 {% endif %}
         metrics[{{ state + 5 }}] = 0.0;
-        metrics[{{ state + 6 }}] += 1.0;
         metrics[{{ state + 7 }}] += 1.0;
     }
 }

@@ -122,6 +122,28 @@ def test_what_is_below_f16_is_kept(recording: Recording) -> None:
     assert np.abs(found_b - d_b).max() < 2e-3 * np.abs(d_b).max()
 
 
+def test_rows_of_f32_have_any_size(recording: Recording) -> None:
+    """The residual stream's gradient may pass what f16 holds, and be below it beside that."""
+    recording = on_matrix_units(recording, on_software=True)
+    case = Case(70, 69, 40, 8, ((0, 24), (24, 40)), 2)
+    full = halves(case)
+    sizes = 10.0 ** np.random.default_rng(5).integers(-12, 12, (case.rows, 1))
+    values = replace(full, d_y=(full.d_y * sizes).astype(np.float32))
+    recorded = record(recording, case, values, 0.0, "f16", "f32")
+    recorded.program.run()
+    used = slice(0, case.in_use)
+    d_z, d_a, d_b = gradients_reference(
+        values.x[used], values.d_y[used], values.a, values.b, case.ranges, SCALE
+    )
+    found_z = recording.memory.read(recorded.d_z)[used]
+    # Rows of d_y are rounded to 2^-12 of their numbers each: of d_z no row is lost beside others.
+    row = np.abs(d_z).max(axis=1, keepdims=True)
+    assert (np.abs(found_z - d_z) < 2e-3 * row).all()
+    found_a, found_b = summed(recording, recorded)
+    assert np.abs(found_a - d_a).max() < 2e-3 * np.abs(d_a).max()
+    assert np.abs(found_b - d_b).max() < 2e-3 * np.abs(d_b).max()
+
+
 def test_numbers_that_are_not_finite_stay_so(recording: Recording) -> None:
     recording = on_matrix_units(recording)
     case, full = CASES[2], halves(CASES[2])

@@ -5,6 +5,8 @@ import pytest
 
 from lora.backward.swiglu import SwigluBefore, swiglu_backward
 from lora.checks.references.swiglu import gate_reference, swiglu_backward_reference
+from lora.forward.model.powers import LayerPowers
+from lora.forward.swiglu import swiglu
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -38,6 +40,41 @@ def test_reference_is_the_derivative(name: str) -> None:
     )
     expected = (swiglu_backward_reference(gate_up, d_y, name) * direction).sum()
     assert slope == pytest.approx(expected, rel=1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_stored_as_other_multiples(recording: Recording, name: str, dtype: str) -> None:
+    """A gate 2^-14 of itself, y 2^-9 of itself: as f32 has them, and their gradients as well."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    rows, in_use, width = 35, 33, 36
+    gate_up, d_y = make_inputs(rows, width)
+    powers = LayerPowers(gate=2.0**14, gated=2.0**-9)
+    stored = np.concatenate([2.0**-14 * gate_up[:, :width], gate_up[:, width:]], axis=1)
+    stored = rounded(stored.astype(np.float32), dtype)
+    extent = extent_in_use(recording, rows, in_use)
+    source, d_source = (typed(recording, v, dtype, extent) for v in (stored, d_y))
+    y, d_gate_up, again = (
+        typed_marked(recording, "f32", extent, n) for n in (width, 2 * width, width)
+    )
+    program = Program(recording)
+    swiglu(program, source, activation_name=name, out=y, powers=powers)
+    swiglu_backward(
+        program, source, d_source, activation_name=name, out=d_gate_up, gated=again, powers=powers
+    )
+    program.run()
+    true = stored.astype(np.float64)
+    true[:, :width] *= 2.0**14
+    expected = 2.0**-9 * gate_reference(true[:, :width], name) * true[:, width:]
+    d_expected = 2.0**-9 * swiglu_backward_reference(true, rounded(d_y, dtype), name)
+    d_expected[:, :width] *= 2.0**14
+    used = slice(0, in_use)
+    found, d_found = (recording.memory.read(tensor)[used] for tensor in (y, d_gate_up))
+    # As in the tests of these kernels without powers, which move no bit.
+    np.testing.assert_allclose(found, expected[used], rtol=1e-5, atol=1e-9)
+    np.testing.assert_allclose(d_found, d_expected[used], rtol=2e-5, atol=2e-4)
+    assert (recording.memory.read(again)[used] == found).all()
 
 
 @pytest.mark.parametrize(("quads", "in_place"), [(1, False), (1, True), (4, False), (4, True)])

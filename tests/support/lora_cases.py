@@ -9,6 +9,7 @@ import numpy as np
 
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.forward.lora import lora_project
+from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -123,7 +124,8 @@ def record(
     ]
     program = Program(recording)
     z = lora_project(program, x, lora)
-    d_z = lora_project_gradient(program, d_y, lora)
+    largest = row_scales(program, d_y, 6, "d_y")
+    d_z = lora_project_gradient(program, d_y, lora, largest=largest)
     lora_gradients(program, x, z, d_y, d_z, lora, slices)
     for tensor in (z, d_z):
         recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))

@@ -22,7 +22,8 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.gguf.quantization import QUANTIZATIONS
 from lora.forward.matmul_matrix import has_matrix_units
-from lora.forward.model.weights import record_largest
+from lora.forward.model.balance import record_row_bounds
+from lora.forward.model.weights import MatrixPart, record_largest
 from lora.forward.plans.matmul_tiles import (
     DECODED_TILES,
     HALF_TILES,
@@ -44,6 +45,7 @@ from lora.shaders.webgpu import MatrixShape
 from lora.training.device_state import SessionPlan
 from lora.training.programs import record_eval
 from lora.training.workload import Workload
+from tests.support.powered_models import with_powers
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 
@@ -264,6 +266,7 @@ def _runs(folder: Path) -> Iterator[Run]:
     )  # fmt: skip
     yield _record(path, (LARGE_GPU, METAL), (F32,))
     yield _record_largest
+    yield with_powers(_record(tiled, (LARGE_GPU, MATRIX_GPU, CPU), (F16,)))
     for kind in QUANTIZATIONS:
         path = folder / f"{kind.name}.gguf"
         write_tiny_llama(
@@ -285,6 +288,8 @@ def _record_largest(found: Found) -> None:
         if quantization.name != "f16":
             words = memory.empty((70, quantization.row_words(256)), "u32")
             record_largest(program, words, quantization, memory.empty((70 + 256,), "u32"))
+        part = MatrixPart(quantization, memory.empty((70, quantization.row_words(256)), "u32"), 0)
+        record_row_bounds(program, part, memory.empty((256,)), memory.empty((70, 4)))
     keep(MATRIX_GPU, [program], found)
 
 
@@ -365,7 +370,7 @@ def _training(plan: SessionPlan) -> list[Program]:
     """Its programs, and those of evaluations with and without the adapter."""
     training, step = plan.programs.training, plan.tensors.step
     assert training is not None
-    recording = _counting(plan, plan.workload.config.train.precision)
+    recording = _counting(plan, plan.precision)
     evaluations = [
         record_eval(recording, step.model, step.inputs, step.activations, step.layout, flat)
         for flat in (step.adapter, None)

@@ -10,6 +10,7 @@ import numpy as np
 from lora.config.schema import Config
 from lora.data.batches import make_batch
 from lora.data.examples import Example
+from lora.shaders.device import Device
 from lora.training.programs import loss_weight_words, record_eval
 from lora.training.session import TrainingSession
 from tests.support.tiny_model import LENGTHS, TinyModel
@@ -24,7 +25,12 @@ class OurGradients:
 
 
 def open_session(
-    model: TinyModel, gguf_path: Path, adapter: Path, **train: object
+    model: TinyModel,
+    gguf_path: Path,
+    adapter: Path,
+    *,
+    device: Device | None = None,
+    **train: object,
 ) -> TrainingSession:
     """A training session on a tiny model's GGUF and PEFT adapter; all sequences are one batch."""
     rows = [np.array(row, np.int32) for row in model.token_rows()]
@@ -45,7 +51,7 @@ def open_session(
         }
     )
     examples = [Example(row, np.arange(len(row)) > 0, i) for i, row in enumerate(rows)]
-    return TrainingSession(config, examples=examples)
+    return TrainingSession(config, examples=examples, device=device)
 
 
 def logits(session: TrainingSession, *, adapted: bool) -> np.ndarray:

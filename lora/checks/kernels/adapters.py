@@ -187,7 +187,7 @@ def check_step_guard(recording: Recording, scaled: bool) -> Comparison:
         program.run()
         values = recording.memory.read(metrics)
         expected = np.array(reference.step(loss, norm, 1.0))
-        state = values[STATE_AT : STATE_AT + 8]
+        state = values[STATE_AT : STATE_AT + 9]
         found.append(same(state[2:], expected[2:]))
         if finite:
             found.append(compare(state[:2], expected[:2], rtol=1e-6))

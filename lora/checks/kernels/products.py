@@ -34,6 +34,7 @@ from lora.checks.tensors import (
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import shape_on
 from lora.forward.matmul_paired import largest_of_rows
+from lora.forward.model.balance import record_row_bounds
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import record_largest
 from lora.forward.part_product import Place
@@ -63,8 +64,9 @@ def check_matmul(
     columns: int,
     tile: Tile | None,
     splits: int = 1,
+    powered: bool = False,
 ) -> Comparison:
-    """y with its low-rank part, bias and residual, and d_x.
+    """y with its low-rank part, bias and residual, and d_x; with powers of W's rows, too.
 
     In f16 a tile's numbers are rounded to 2^-12, and so is each addition to a sum of at most 32
     products. These walk to four such roundings of a product for each of the sum's sqrt(terms), and
@@ -91,6 +93,11 @@ def check_matmul(
     products = None if isinstance(tile, PairedTile) else dtype
     recording = replace(recording, precision=dtype, products=products, plans=plan)
     matrix, w = frozen(recording, kind, OUT_FEATURES, columns)
+    if powered:
+        powers = 2.0 ** (np.arange(OUT_FEATURES) % 5 - 2)
+        behind = recording.memory.upload(np.concatenate([powers, [4.0, 0.25]]).astype(np.float32))
+        matrix = replace(matrix, parts=(replace(matrix.parts[0], powers=behind),))
+        w = 0.25 * powers[:, None] * w
     x, d_y = (rounded(normal(s, ROWS, n), dtype) for s, n in ((1, columns), (2, OUT_FEATURES)))
     z, d_z = normal(3, ROWS, 2 * RANK), normal(4, ROWS, 2 * RANK)
     a, b = normal(5, 2 * RANK, columns), normal(6, 64, RANK)
@@ -153,6 +160,18 @@ def check_largest_of_rows(recording: Recording) -> Comparison:
     return worst(same(found[:IN_USE], wanted[:IN_USE]), untouched(found[IN_USE:]))
 
 
+def check_row_bounds(recording: Recording, kind: GGMLQuantizationType) -> Comparison:
+    """Sums of positive numbers in f32: some hundred roundings of each, which partly cancel."""
+    matrix, w = frozen(recording, kind, OUT_FEATURES, 256)
+    v, program = normal(1, 256), Program(recording)
+    bounds = recording.memory.empty((OUT_FEATURES, 4))
+    record_row_bounds(program, matrix.parts[0], recording.memory.upload(v), bounds)
+    program.run()
+    sizes = np.abs(w.astype(np.float64) * v)
+    wanted = np.stack([(sizes**2).sum(axis=1), sizes.sum(axis=1), np.abs(w).max(axis=1)], axis=1)
+    return compare(recording.memory.read(bounds)[:, :3], wanted, rtol=2.0**-17)
+
+
 def check_largest_weights(recording: Recording, kind: GGMLQuantizationType) -> Comparison:
     """Decoded, so rounded twice at most."""
     matrix, w = frozen(recording, kind, OUT_FEATURES, 256)
@@ -193,6 +212,15 @@ CHECKS = [
               partial(check_matmul, kind=Q4_K, columns=768, tile=tile, splits=splits))
         for tile, splits in zip(PAIRED_TILES, (2, 1) * len(PAIRED_TILES), strict=False)
     ),
+    *(
+        Check(kernel, f"{OUT_FEATURES} powers, {'f32' if tile is None else tile.name}",
+              partial(check_matmul, kind=Q4_K, columns=256, tile=tile, powered=True), as_cpu=as_cpu)
+        for kernel, tile, as_cpu in (
+            ("matmul_wide", None, True), ("matmul_tiled", HALF_TILES[0], False),
+            ("matmul_matrix", MATRIX_TILES[-1], False),
+        )
+    ),
+    Check("row_bounds", f"{OUT_FEATURES}x256 Q4_0", partial(check_row_bounds, kind=Q4_0)),
     Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
     Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),
     Check("matmul_matrix", f"{PAIRED_TILES[-1].name} F16",

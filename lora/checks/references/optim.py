@@ -38,7 +38,8 @@ class GuardReference:
     """Which steps count, and the loss scale, as `lora.optim.guard.step_guard` decides them.
 
     The scale as torch.amp.GradScaler has it: halved where a step is skipped, doubled after so many
-    that counted, between two limits.
+    that counted, between two limits. Where the loss is finite it falls faster, by 2, 4, 16, … for
+    steps one behind the other, and as long as it can fall these are none of those in a row.
 
     Args:
         scaling: begin, growth_interval, least and most; None where the loss is not scaled.
@@ -48,10 +49,10 @@ class GuardReference:
     def __init__(self, scaling: tuple[float, int, float, float] | None, most_in_a_row: int) -> None:
         self.scaling, self.most_in_a_row = scaling, most_in_a_row
         self.scale = 1.0 if scaling is None else scaling[0]
-        self.good = self.in_a_row = self.skipped = 0
+        self.good = self.in_a_row = self.skipped = self.overflows = 0
 
     def step(self, loss: float, norm: float, max_norm: float | None) -> list[float]:
-        """The eight values of the state after a step.
+        """The nine values of the state after a step.
 
         Args:
             loss: of the step.
@@ -63,12 +64,17 @@ class GuardReference:
         counts = bool(np.isfinite(loss) and np.isfinite(norm)) and not halted
         _, interval, least, most = self.scaling or (1.0, 0, 1.0, 1.0)
         if counts:
-            self.good, self.in_a_row = self.good + 1, 0
+            self.good, self.in_a_row, self.overflows = self.good + 1, 0, 0
             if self.scaling is not None and self.good >= interval:
                 self.scale, self.good = min(2 * self.scale, most), 0
         elif not halted:
-            self.scale = max(self.scale / 2, least)
-            self.good, self.in_a_row, self.skipped = 0, self.in_a_row + 1, self.skipped + 1
+            helps = bool(np.isfinite(loss)) and self.scaling is not None and self.scale > least
+            fall = 2.0 ** (2 ** min(self.overflows, 6)) if helps else 2.0
+            self.scale = max(self.scale / fall, least)
+            self.overflows = self.overflows + 1 if helps else 0
+            self.in_a_row = 0 if helps else self.in_a_row + 1
+            self.good, self.skipped = 0, self.skipped + 1
         return [
-            norm, factor, float(counts), 0.0, self.scale, self.good, self.in_a_row, self.skipped
+            norm, factor, float(counts), 0.0, self.scale, self.good, self.in_a_row, self.skipped,
+            self.overflows,
         ]  # fmt: skip

@@ -1,5 +1,10 @@
 // Bindings, decoding and the epilogue that the bodies of the quantized matmul share. x and out are of
 // x_type and out_type (f32 or f16), all other numbers f32. x_by_eights, w_by_eights: f16, eight an element.
+//
+// x_scaled: x [rows] are f32 in tiles of f16, each row multiplied by the power of two that brings its largest
+// number, whose bits x_largest [rows] has, to 2^4 … 2^5; what comes out is divided by it again.
+// powered: powers [rows of W + 2]. Row n of W is multiplied by powers[n], the factor of the low-rank part by
+// the one behind them, what comes out by the last.
 
 struct Extent { rows: u32 }
 struct Eight { a: vec4<f32>, b: vec4<f32> }
@@ -13,13 +18,18 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 @group(0) @binding(5) var<storage, read> factor: array<vec4<f32>>;
 {% endif %}
 {% set after_low = 6 if members else 4 %}
-{% if paired | default(false) %}
+{% set paired = paired | default(false) %}
+{% if paired or x_scaled %}
 @group(0) @binding({{ after_low }}) var<storage, read> x_largest: array<u32>;
 {% set after_low = after_low + 1 %}
-{% if not w_exact %}
+{% endif %}
+{% if paired and not w_exact %}
 @group(0) @binding({{ after_low }}) var<storage, read> w_largest: array<u32>;
 {% set after_low = after_low + 1 %}
 {% endif %}
+{% if powered %}
+@group(0) @binding({{ after_low }}) var<storage, read> powers: array<f32>;
+{% set after_low = after_low + 1 %}
 {% endif %}
 {% if epilogue == "residual" %}
 @group(0) @binding({{ after_low }}) var<storage, read> residual: array<vec4<f32>>;
@@ -43,6 +53,30 @@ const out_stride = {{ out_stride }}u;
 
 {% if not w_by_eights | default(false) %}
 {% include "decode/" ~ quantization ~ ".wgsl" %}
+{% if powered %}
+
+fn powered8(row: u32, k: u32) -> Eight {
+    let eight = decode8(row, k);
+    return Eight(eight.a * powers[row], eight.b * powers[row]);
+}
+{% endif %}
+{% endif %}
+{% if x_scaled or powered %}
+{% set w_rows = contraction if transposed else n_columns %}
+
+// What the numbers of a row of x are multiplied by, and what its sums are.
+{% if x_scaled %}
+fn x_exponent(row: u32) -> i32 {
+    return clamp(131 - i32(x_largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
+}
+fn x_power(row: u32) -> f32 { return bitcast<f32>(u32(127 + x_exponent(row)) << 23u); }
+{% endif %}
+{% if powered %}
+const factor_power_at = {{ w_rows }}u;
+{% endif %}
+fn out_power(row: u32) -> f32 {
+    return {{ "bitcast<f32>(u32(127 - x_exponent(row)) << 23u)" if x_scaled else "1.0" }}{{ " * powers[%du]" % (w_rows + 1) if powered }};
+}
 {% endif %}
 
 {% include "parts/matmul_epilogue.wgsl" %}

@@ -6,6 +6,7 @@ the factor [low_steps][factor_step].
 {% set factor_step = tile_columns + pad %}
 {% macro of_x(i) %}{% if (i + 1) * lanes > low_steps * tile_rows // 8 %}if (low_unit_{{ i }} < {{ low_steps * tile_rows // 8 }}u){% endif %}{% endmacro %}
 {% macro of_w(i) %}{% if (i + 1) * lanes > low_steps * tile_columns // 8 %}if (factor_unit_{{ i }} < {{ low_steps * tile_columns // 8 }}u){% endif %}{% endmacro %}
+{% set factor_scale = "powers[factor_power_at] * " if powered else "" %}
 {% if splits > 1 %}
     if (group.z == 0u) {
 {% endif %}
@@ -20,10 +21,13 @@ the factor [low_steps][factor_step].
         let low_eight_{{ i }} = low_unit_{{ i }} % {{ low_steps // 8 }}u;
         let low_row_{{ i }} = low_unit_{{ i }} / {{ low_steps // 8 }}u;
         let low_at_{{ i }} = (min(first_row + low_row_{{ i }}, last_row) * {{ low_stride }}u + {{ member.low_start }}u + r) / 4u + 2u * low_eight_{{ i }};
+{# The power of a member's rows goes from low, where it is too large for f16, to the factor. #}
+{% set low_back = "powers[factor_power_at] / powers[%du] * " % member.start if low_carries else "" %}
+{% set low_scale = ("x_power(first_row + low_row_%d) * " % i if x_scaled else "") ~ low_back %}
         var low_a_{{ i }} = vec4<f32>();
         var low_b_{{ i }} = vec4<f32>();
-        if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = low[low_at_{{ i }}]; }
-        if (r + 8u * low_eight_{{ i }} + 4u < {{ rank }}u) { low_b_{{ i }} = low[low_at_{{ i }} + 1u]; }
+        if (r + 8u * low_eight_{{ i }} < {{ rank }}u) { low_a_{{ i }} = {{ low_scale }}low[low_at_{{ i }}]; }
+        if (r + 8u * low_eight_{{ i }} + 4u < {{ rank }}u) { low_b_{{ i }} = {{ low_scale }}low[low_at_{{ i }} + 1u]; }
 {% endfor %}
 {% for i in range(low_w_units) %}
         let factor_unit_{{ i }} = lane + {{ i * lanes }}u;
@@ -35,8 +39,8 @@ the factor [low_steps][factor_step].
         let factor_column_{{ i }} = first_column + 8u * factor_eight_{{ i }};
         let factor_at_{{ i }} = (({{ member.low_start }}u + r + factor_line_{{ i }}) * n_columns + factor_column_{{ i }}) / 4u;
         if (r + factor_line_{{ i }} < {{ rank }}u) {
-            if (factor_column_{{ i }} < n_columns) { factor_a_{{ i }} = factor[factor_at_{{ i }}]; }
-            if (factor_column_{{ i }} + 4u < n_columns) { factor_b_{{ i }} = factor[factor_at_{{ i }} + 1u]; }
+            if (factor_column_{{ i }} < n_columns) { factor_a_{{ i }} = {{ factor_scale }}factor[factor_at_{{ i }}]; }
+            if (factor_column_{{ i }} + 4u < n_columns) { factor_b_{{ i }} = {{ factor_scale }}factor[factor_at_{{ i }} + 1u]; }
         }
 {% else %}
         let factor_eight_{{ i }} = factor_unit_{{ i }} % {{ low_steps // 8 }}u;
@@ -44,8 +48,8 @@ the factor [low_steps][factor_step].
         let factor_column_{{ i }} = first_column + factor_line_{{ i }};
         let factor_at_{{ i }} = ((factor_column_{{ i }} - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank }}u + r) / 4u + 2u * factor_eight_{{ i }};
         if (factor_column_{{ i }} >= {{ member.start }}u && factor_column_{{ i }} < {{ member.stop }}u) {
-            if (r + 8u * factor_eight_{{ i }} < {{ rank }}u) { factor_a_{{ i }} = {{ scale }} * factor[factor_at_{{ i }}]; }
-            if (r + 8u * factor_eight_{{ i }} + 4u < {{ rank }}u) { factor_b_{{ i }} = {{ scale }} * factor[factor_at_{{ i }} + 1u]; }
+            if (r + 8u * factor_eight_{{ i }} < {{ rank }}u) { factor_a_{{ i }} = {{ "powers[factor_column_%d] * " % i if low_carries else factor_scale }}{{ scale }} * factor[factor_at_{{ i }}]; }
+            if (r + 8u * factor_eight_{{ i }} + 4u < {{ rank }}u) { factor_b_{{ i }} = {{ "powers[factor_column_%d] * " % i if low_carries else factor_scale }}{{ scale }} * factor[factor_at_{{ i }} + 1u]; }
         }
 {% endif %}
 {% endfor %}

@@ -20,7 +20,11 @@ from tests.support.synthetic_runs import as_examples, random_sequences, run_conf
 def test_dispatches_of_a_layer(
     name: str, most: tuple[int, int], precision: str, device: Device, tmp_path: Path
 ) -> None:
-    """Forward and backward, with the tiles that the model chooses for 512 rows."""
+    """Forward and backward, with the tiles that the model chooses for 512 rows.
+
+    In f16 rows of the residual stream's gradient are sized before each of the two products that
+    read it; behind post norms none does.
+    """
     path = tmp_path / "model.gguf"
     write_model(path, SHAPES[name])
     facts = replace(
@@ -36,4 +40,6 @@ def test_dispatches_of_a_layer(
         before, found, _ = dispatch.label.partition("layers.5")
         if found:
             counts["backward" if "backward" in before else "forward"] += 1
-    assert 10 < counts["forward"] <= most[0] and 15 < counts["backward"] <= most[1], counts
+    sized = 2 if precision == "f16" and name == "SmolLM2-135M" else 0
+    backward = most[1] + sized
+    assert 10 < counts["forward"] <= most[0] and 15 < counts["backward"] <= backward, counts

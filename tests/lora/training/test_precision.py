@@ -44,7 +44,7 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
     def recorded(
         facts: DeviceFacts, memory: Memory, precision: str = "f32", **plans: Any
     ) -> Recording:
-        return Recording(facts, memory, precision, request.param, **plans)
+        return Recording(facts, memory, precision, body=request.param, **plans)
 
     def on_device(device: Device, *, memory: Memory, precision: str, plans: Any) -> Recording:
         return recorded(device.facts, memory, precision, plans=plans)
