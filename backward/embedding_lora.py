@@ -15,6 +15,7 @@ from lora.shaders.tensor import Tensor
 def embedding_lora_gradients(
     program: Program,
     tokens: Tensor,
+    order: Tensor,
     lora: EmbeddingFactors,
     d_x: Tensor,
     gradient: EmbeddingFactors,
@@ -25,6 +26,7 @@ def embedding_lora_gradients(
 
     Args:
         tokens: u32 [rows].
+        order: u32 [rows], `token_order` of those in use.
         d_x: f32 [rows, hidden_size], the gradient to the embeddings.
         gradient: added to.
         scale: what embeddings are multiplied by.
@@ -32,12 +34,13 @@ def embedding_lora_gradients(
     extent, rank = extent_of(d_x), lora.b.shape[0]
     check_f32("embedding_lora", d_x=d_x)
     check_shape("embedding_lora d_x", d_x, extent.maximum, lora.b.shape[1])
+    check_shape("embedding_lora order", order, extent.maximum)
     z = look_up(program, tokens, lora, extent, scale=scale)
     add_outer_product(program, z, d_x, gradient.b)
     d_z = matmul(program, Product(d_x, lora.matrix), label="embedding.d_z")
     program.dispatch(
         "embedding_scatter",
         {"width": rank, "scale": lora.scale * scale},
-        [extent.uniform, tokens, d_z, gradient.a],
+        [extent.uniform, tokens, order, d_z, gradient.a],
         -(-extent.maximum * (rank // 4) // 64),
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.delta_matrix import delta_cut
 from lora.forward.gated_delta import (
     DeltaSizes,
     DeltaTensors,
@@ -72,19 +73,41 @@ def gated_delta_backward(
     blocks = -(-extent.maximum // chunk) * sizes.value_heads
     products = extent.maximum * sizes.value_heads * n
     shared = [extent.uniform, tensors.inputs, tensors.mixes, tensors.deltas, segments, d_deltas]
+    cut = delta_cut(program.recording, chunk, n)
+    family = "delta" if cut is None else "delta_matrix"
+    columns = sizes.columns() if cut is None else cut["columns"]
+    constants |= cut or {}
     program.dispatch(
-        "delta_walk_backward",
-        constants | {"columns": sizes.columns()},
+        f"{family}_walk_backward",
+        constants | {"columns": columns},
         [*shared, d_states],
-        blocks * (n // sizes.columns()),
+        blocks * (n // columns),
         flops=products * (6 * n + chunk),
     )
+    if cut is None:
+        program.dispatch(
+            "delta_chunk_backward",
+            constants,
+            [*shared, tensors.states, d_states, d_gates],
+            blocks,
+            flops=products * (6 * n + 9 * chunk),
+        )
+        return
     program.dispatch(
-        "delta_chunk_backward",
+        "delta_matrix_states_backward",
         constants,
-        [*shared, tensors.states, d_states, d_gates],
+        [
+            extent.uniform, tensors.deltas, segments, d_deltas, tensors.states, d_states, d_gates,
+        ],
         blocks,
-        flops=products * (6 * n + 9 * chunk),
+        flops=products * 6 * n,
+    )  # fmt: skip
+    program.dispatch(
+        "delta_matrix_chunk_backward",
+        constants,
+        [*shared, d_gates],
+        blocks,
+        flops=products * 9 * chunk,
     )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora.forward.delta_matrix import delta_cut
 from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
@@ -212,22 +213,26 @@ def _record(
     tensors.check(facts, sizes)
     constants = sizes.constants(facts, text=text)
     chunk, n = constants["chunk"], sizes.head_size
+    cut = None if text else delta_cut(program.recording, chunk, n)
+    family = "delta" if cut is None else "delta_matrix"
+    columns = sizes.columns() if cut is None else cut["columns"]
+    constants |= cut or {}
     blocks = -(-extent.maximum // chunk) * sizes.value_heads
     products = extent.maximum * sizes.value_heads * n
     program.dispatch(
-        "delta_prepare",
+        f"{family}_prepare",
         constants,
         [extent.uniform, tensors.inputs, tensors.mixes, tensors.deltas, *([] if text else places)],
         blocks,
         flops=4 * products * chunk,
     )
     program.dispatch(
-        "delta_walk",
-        constants | {"columns": sizes.columns()},
+        f"{family}_walk",
+        constants | {"columns": columns},
         [
             extent.uniform, tensors.inputs, tensors.mixes, tensors.deltas, tensors.states, *places,
         ],
-        blocks * (n // sizes.columns()),
+        blocks * (n // columns),
         flops=products * (6 * n + chunk),
     )  # fmt: skip
 

@@ -59,6 +59,11 @@ def indices(name: str, values: np.ndarray, end: int, *, but: int | None = None) 
     return values.astype(np.uint32)
 
 
+def token_order(tokens: np.ndarray) -> np.ndarray:
+    """The rows by their tokens, those of a token ascending; u32 [n]."""
+    return np.argsort(tokens, kind="stable").astype(np.uint32)
+
+
 @dataclass(frozen=True)
 class LongExamples:
     """Examples that take LongRoPE's long divisors: the second half of the tables.
@@ -91,6 +96,7 @@ class Inputs:
     bounds: IndexBounds
     long_examples: LongExamples | None
     table_rows: TableRows | None = None  # of the tokens, where a table is on the host
+    token_order: Tensor | None = None  # u32 [rows], `token_order`, where a gradient takes it
 
     @classmethod
     def allocate(
@@ -102,6 +108,8 @@ class Inputs:
         bounds: IndexBounds,
         long_examples: LongExamples | None = None,
         table: HostTable | None = None,
+        *,
+        ordered: bool = False,
     ) -> Inputs:
         """Buffers for micro-batches of at most `maximum_rows` tokens.
 
@@ -111,6 +119,7 @@ class Inputs:
             bounds: of the model.
             long_examples: of the model.
             table: of the model, where it has one on the host.
+            ordered: whether the tokens' order is written, too.
 
         Raises:
             InputError: the device can't bind so many tokens' rows of the table.
@@ -140,6 +149,7 @@ class Inputs:
             bounds=bounds,
             long_examples=long_examples,
             table_rows=None if table is None else TableRows.allocate(recording, table, rows),
+            token_order=integers(rows) if ordered else None,
         )
 
     def write(
@@ -172,6 +182,8 @@ class Inputs:
         slots[target_rows] = np.arange(len(target_rows), dtype=np.uint32)
         memory.set_rows(self.rows, n)
         memory.write_rows(self.tokens, 0, tokens)
+        if self.token_order is not None:
+            memory.write_rows(self.token_order, 0, token_order(tokens))
         if self.table_rows is not None:
             self.table_rows.write(memory, tokens)
         memory.write_rows(

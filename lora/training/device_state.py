@@ -93,7 +93,7 @@ class SessionTensors:
         chunk = chunk_size(recording, workload.architecture.logits_size, targets)
         inputs = Inputs.allocate(
             recording, workload.maximum_rows, targets, chunk, model.bounds, model.long_examples,
-            model.host_table,
+            model.host_table, ordered=workload.trains and workload.layout.embedding is not None,
         )  # fmt: skip
         probability = workload.config.adapter.dropout if workload.trains else 0.0
         most_slices = MAX_SLICES_WITH_DROPOUT if probability else MAX_SLICES

@@ -270,9 +270,10 @@ def _record_micro_batch(
                 scale=model.architecture.embedding_scale,
             )  # fmt: skip
         if factors.embedding is not None and slices[0].embedding is not None:
+            assert inputs.token_order is not None  # since the embedding is adapted
             embedding_lora_gradients(
-                program, inputs.tokens, factors.embedding, scratch.d_x, slices[0].embedding,
-                scale=model.architecture.embedding_scale,
+                program, inputs.tokens, inputs.token_order, factors.embedding, scratch.d_x,
+                slices[0].embedding, scale=model.architecture.embedding_scale,
             )  # fmt: skip
     return program, reached
 

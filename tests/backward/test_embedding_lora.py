@@ -9,6 +9,7 @@ from lora.checks.references.embedding_lora import (
     embedding_lora_reference,
 )
 from lora.forward.embedding_lora import add_embedding
+from lora.forward.model.inputs import token_order
 from lora.forward.model.trained_tokens import EmbeddingFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -66,8 +67,9 @@ def test_against_the_reference(
     before = [rng.normal(size=values.shape).astype(np.float32) for values in (a, b)]
     gradient = EmbeddingFactors(*(memory.upload(values) for values in before), 2.0)
     program = Program(recording)
+    order = activation(recording, np.resize(token_order(tokens[:in_use]), rows), extent)
     embedding_lora_gradients(
-        program, ids, lora, activation(recording, d_x, extent), gradient, scale=0.5
+        program, ids, order, lora, activation(recording, d_x, extent), gradient, scale=0.5
     )
     program.run()
     wanted = embedding_lora_gradients_reference(tokens[:in_use], a, b, d_x[:in_use], 1.0)
@@ -76,3 +78,31 @@ def test_against_the_reference(
         np.testing.assert_allclose(
             memory.read(tensor), start + change, rtol=1e-5, atol=width * rows**0.5 * 2.0**-22
         )
+
+
+def test_a_tokens_rows_are_added_in_their_order_wherever_they_lie(recording: Recording) -> None:
+    """Apart or side by side, among other tokens: the same bits."""
+    memory, rng = recording.memory, np.random.default_rng(0)
+    rows, vocab, width, rank = 130, 12, 36, 8
+    a, b, d_x = (
+        rng.normal(size=shape).astype(np.float32)
+        for shape in ((vocab, rank), (rank, width), (rows, width))
+    )
+    tokens, found = rng.integers(0, vocab - 1, rows), []
+    apart = np.arange(rows)
+    side_by_side = token_order(tokens)
+    assert (np.diff(tokens[side_by_side]) >= 0).all()
+    for places in (apart, side_by_side):
+        extent = extent_in_use(recording, rows, rows)
+        lora = EmbeddingFactors(memory.upload(a), memory.upload(b), 2.0)
+        gradient = EmbeddingFactors(memory.upload(0 * a), memory.upload(0 * b), 2.0)
+        ids, order, d = (
+            activation(recording, values, extent)
+            for values in (tokens[places], token_order(tokens[places]), d_x[places])
+        )
+        program = Program(recording)
+        embedding_lora_gradients(program, ids, order, lora, d, gradient, scale=1.0)
+        program.run()
+        found.append(memory.read(gradient.a))
+    assert found[0].tobytes() == found[1].tobytes()
+    assert (found[0][vocab - 1] == 0).all()  # stands in no row

@@ -55,13 +55,18 @@ SOURCES = {
     "cross_entropy_sums.wgsl": {"labels": _INPUTS},
     "decode_weights.wgsl": {"weights": _WEIGHTS, "out": "f16 weights, decoded: no indices"},
     "delta_chunk_backward.wgsl": {"segments": _INPUTS},
+    "delta_matrix_chunk_backward.wgsl": {"segments": _INPUTS},
+    "delta_matrix_prepare.wgsl": {"segments": _INPUTS},
+    "delta_matrix_states_backward.wgsl": {"segments": _INPUTS},
+    "delta_matrix_walk.wgsl": {"segments": _INPUTS},
+    "delta_matrix_walk_backward.wgsl": {"segments": _INPUTS},
     "delta_prepare.wgsl": {"segments": f"{_INPUTS}, {_STEP}"},
     "delta_row.wgsl": {"positions": _STEP},
     "delta_walk.wgsl": {"segments": f"{_INPUTS}, {_STEP}", "positions": f"{_INPUTS}, {_STEP}"},
     "delta_walk_backward.wgsl": {"segments": _INPUTS},
     "dropout_input_gradient.wgsl": {"row_keys": _KEYS},
     "embedding.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "weights": _WEIGHTS},
-    "embedding_scatter.wgsl": {"tokens": _INPUTS},
+    "embedding_scatter.wgsl": {"tokens": _INPUTS, "order": _INPUTS},
     "embedding_noise.wgsl": {"row_keys": _KEYS},
     "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
     "int_row.wgsl": {"int_row": _INT_ROW},
@@ -165,6 +170,15 @@ def test_a_micro_batch_in_range_is_written(inputs: Inputs, recording: Recording)
     values = {name: np.array(one) for name, one in _GOOD.items()}
     assert inputs.write(recording.memory, **values) == 2
     np.testing.assert_array_equal(recording.memory.read(inputs.tokens)[:4], _GOOD["token_ids"])
+
+
+def test_the_order_of_tokens_is_written_where_it_is_wanted(recording: Recording) -> None:
+    bounds = IndexBounds(tokens=9, rope_rows=8)
+    ordered = Inputs.allocate(recording, _ROWS, _ROWS, 64, bounds, ordered=True)
+    values = {name: np.array(one) for name, one in _GOOD.items()}
+    ordered.write(recording.memory, **values | {"token_ids": np.array([5, 2, 5, 2])})
+    assert ordered.token_order is not None
+    assert recording.memory.read(ordered.token_order)[:4].tolist() == [1, 3, 0, 2]
 
 
 @pytest.mark.parametrize(("name", "value"), _BAD)

@@ -205,6 +205,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         adapter = {"layers": model.layers or "all", "targets": model.targets}
         yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), adapter)
         yield _record(path, (CPU,), (F32, KEPT), adapter)
+    yield _record(folder / "qwen35.gguf", (MATRIX_GPU, SMALL_MATRICES), (F16,))
     tiled = folder / f"{_TILED}.gguf"
     yield _record(tiled, (METAL,), (F32,))
     yield _record(tiled, (CPU,), (F16,))

@@ -24,6 +24,7 @@ from lora.checks.tensors import activation, extent_in_use, frozen, marked, norma
 from lora.forward.embedding import embedding
 from lora.forward.embedding_lora import add_embedding
 from lora.forward.matmul import matmul
+from lora.forward.model.inputs import token_order
 from lora.forward.model.trained_tokens import EmbeddingFactors, TokenIndex, TokenRows
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.product import Product
@@ -135,8 +136,15 @@ def check_embedding_lora(recording: Recording) -> Comparison:
     gradient = EmbeddingFactors(next(zeros), next(zeros), lora.scale)
     ids, x = activation(recording, tokens, extent), activation(recording, 0 * d_x, extent)
     add_embedding(program, ids, lora, extent, x, scale=1.0)
+    order = np.resize(token_order(tokens[:IN_USE]), ROWS)
     embedding_lora_gradients(
-        program, ids, lora, activation(recording, d_x, extent), gradient, scale=1.0
+        program,
+        ids,
+        activation(recording, order, extent),
+        lora,
+        activation(recording, d_x, extent),
+        gradient,
+        scale=1.0,
     )
     program.run()
     wanted = embedding_lora_gradients_reference(tokens[:IN_USE], a, b, d_x[:IN_USE], 2.0)

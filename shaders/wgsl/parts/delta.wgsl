@@ -13,6 +13,9 @@ var<workgroup> beta: array<f32, chunk>;
 var<workgroup> cum: array<f32, chunk>; // sum of a chunk's gates up to a row
 var<workgroup> rise: array<f32, chunk>; // exp(cum)
 var<workgroup> fall: array<f32, chunk>; // exp(cum of the last row − cum)
+{% if subgroups is defined %}
+var<workgroup> eighths: array<f32, {{ chunk // 8 }}>; // sums of eight gates each
+{% endif %}
 
 // Value head h shares the queries and keys of key head h modulo their number.
 fn query_at(row: u32, head: u32) -> u32 {
@@ -44,11 +47,27 @@ fn load_gates(first: u32, n: u32, head: u32, lane: u32) {
         }
     }
     workgroupBarrier();
+{% if subgroups is defined %}
+    // One after the other they would take as long as a chunk's products.
+    if (lane < chunk / 8u) {
+        eighths[lane] = {% for i in range(8) %}{{ " + " if i }}gate[8u * lane + {{ i }}u]{% endfor %};
+    }
+    workgroupBarrier();
+{% endif %}
     if (lane < chunk) {
         var sum = 0.0;
+{% if subgroups is defined %}
+{% for e in range(chunk // 8) %}
+        sum += select(0.0, eighths[{{ e }}], {{ e }}u < lane / 8u);
+{% endfor %}
+{% for i in range(8) %}
+        sum += select(0.0, gate[lane / 8u * 8u + {{ i }}u], {{ i }}u <= lane % 8u);
+{% endfor %}
+{% else %}
         for (var i = 0u; i <= lane; i += 1u) {
             sum += gate[i];
         }
+{% endif %}
         cum[lane] = sum;
         rise[lane] = exp(sum);
     }

@@ -12,6 +12,8 @@ import pytest
 
 from lora.config.schema import Config
 from lora.data.examples import Example
+from lora.forward.delta_matrix import CHUNK
+from lora.forward.matmul_matrix import shape_on
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError, LoraError
 from lora.shaders.facts import DeviceFacts
@@ -79,6 +81,39 @@ def test_losses_and_gradients(name: str, body: str, tmp_path: Path) -> None:
     for path, wanted in found["f32"].gradients.items():
         difference = np.linalg.norm(found["f16"].gradients[path] - wanted)
         assert difference < bound * np.linalg.norm(wanted), path
+
+
+@pytest.mark.parametrize("body", ["wide"], indirect=True)
+def test_the_delta_rule_on_matrix_units(
+    body: str, device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in f32 up to the same roundings; the other kernels are a CPU device's, which compile soon.
+
+    In plain WGSL: software that has units would compile these for half an hour.
+    """
+    if shape_on(device.facts) is not None:
+        pytest.skip("software drivers would compile it for long")
+    model = TINY_MODELS["qwen35"]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    found = []
+    for precision, on_units in (("f32", False), ("f16", False), ("f16", True)):
+        if on_units:
+            monkeypatch.setattr("lora.forward.gated_delta.chunk_rows", lambda facts: CHUNK)
+            monkeypatch.setattr("lora.forward.delta_matrix.takes_units", lambda recording: True)
+        session = open_session(
+            model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
+        )
+        recorded = {d.template for program in session._programs.step for d in program.dispatches}
+        assert ("delta_matrix_walk" in recorded) == on_units
+        assert ("delta_matrix_states_backward" in recorded) == on_units
+        found.append(gradients(session))
+    full, half, on_matrices = found
+    assert on_matrices.loss == pytest.approx(full.loss, rel=1e-3)
+    assert on_matrices.loss != half.loss
+    for path, wanted in full.gradients.items():
+        difference = np.linalg.norm(on_matrices.gradients[path] - wanted)
+        assert difference < 0.04 * np.linalg.norm(wanted), path
 
 
 @pytest.mark.parametrize("recompute", ["on", "off"])
