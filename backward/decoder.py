@@ -6,9 +6,11 @@ from lora.backward.before import AddBefore, Before
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
+from lora.backward.matmul import matmul_backward
 from lora.backward.recorder import BackwardPass, BackwardRecorder, InputGradient
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.backward.token_rows import logits_gradient, logits_input_gradient, take_logits
+from lora.forward.cross_entropy import gradient_in_blocks
 from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
@@ -90,8 +92,12 @@ def record_head_backward(
                 logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if not lowest:
                 out = chunk_of(scratch.d_head_normed, inputs, index)
-                gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
-                gradient.record(program, out, None, "head_backward")
+                if act.halves:  # no factors, nor rows of tokens
+                    halves = gradient_in_blocks(d_logits)
+                    matmul_backward(program, halves, model.head, out=out, label="head_backward")
+                else:
+                    gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
+                    gradient.record(program, out, None, "head_backward")
                 if tokens is not None and own is not None:
                     logits_input_gradient(program, own, tokens, out)
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)

@@ -40,10 +40,16 @@ def _few_buffers(device: Device) -> AbstractContextManager[Any]:
     return mock.patch.object(device, "facts", replace(device.facts, most_storage_buffers=8))
 
 
+def _whole_gradient(_: Device) -> AbstractContextManager[Any]:
+    """The gradient to the logits in f32, as products read it elsewhere."""
+    return mock.patch("lora.forward.decoder.head.gradient_halves", lambda *_: False)
+
+
 # While a session is opened, what it leaves out.
 VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "all fusions": lambda _: nullcontext(),
     "gradients of A and B apart from d_z": _few_buffers,
+    "gradient to the logits in f32": _whole_gradient,
 }
 
 

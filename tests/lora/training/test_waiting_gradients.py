@@ -11,22 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 
-from lora.config.schema import Config
-from lora.data.examples import Example
 from lora.shaders.device import Device
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
 from lora.shaders.templates import render
 from lora.shaders.webgpu import Use
 from lora.training.communicator import SingleProcess
-from lora.training.device_state import Seams, SessionPlan
-from lora.training.workload import Workload
+from lora.training.device_state import Seams
 from tests.support.renderings import LARGE_GPU, MATRIX_GPU, Kind
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
+from tests.support.tiny_sessions import micro_batch
 
 _BINDING = re.compile(r"@binding\((\d+)\)\s*var<([^>]+)>")
-_LENGTHS = (30, 11)
 _ALL = {"layers": "all", "targets": "all-linear"}
 _WRITTEN: dict[str, frozenset[int]] = {}  # bindings, by kernel
 _MERGED = ("lora_backward", "lora_backward_matrix")
@@ -49,30 +46,6 @@ class _TwoProcesses(SingleProcess):
     """As far as recording asks."""
 
     size = 2
-
-
-def recorded(
-    path: Path, kind: Kind, adapter: dict[str, Any], seams: Seams | None = None, **train: Any
-) -> list[Dispatch]:
-    """The micro-batch program of a kind of device."""
-    config = Config.model_validate(
-        {
-            "model": {"path": str(path)},
-            "adapter": {"rank": 8, **adapter},
-            "data": {"train": "none", "max_length": 32, "shuffle": False},
-            "train": {"steps": 1, "batch_size": 2, "tuning": "off", **train},
-            "output": "none",
-        }
-    )
-    rng = np.random.default_rng(0)
-    examples = [
-        Example(rng.integers(3, 300, n).astype(np.int32), np.arange(n) > 0, i)
-        for i, n in enumerate(_LENGTHS)
-    ]
-    workload = Workload.open(config, train=True, examples=examples)
-    training = SessionPlan.of(kind.facts, workload, seams=seams).programs.training
-    assert training is not None
-    return training.micro_batch.dispatches
 
 
 def written(dispatch: Dispatch) -> frozenset[int]:
@@ -116,7 +89,7 @@ def test_they_read_the_same(name: str, tmp_path: Path) -> None:
     for kind, adapter, train in cases:
         few = replace(kind, most_storage_buffers=8)
         apart, waiting = (
-            recorded(tmp_path / "model.gguf", k, adapter, **train) for k in (few, kind)
+            micro_batch(tmp_path / "model.gguf", k, adapter, **train) for k in (few, kind)
         )
         assert not any(dispatch.template in _MERGED for dispatch in apart)
         assert what_gradients_read(waiting) == what_gradients_read(apart)
@@ -143,7 +116,7 @@ def test_they_read_the_same_where_not_all_is_adapted(
     few = replace(LARGE_GPU, most_storage_buffers=8)
     for recompute in ("on", "off"):
         apart, waiting = (
-            recorded(tmp_path / "model.gguf", kind, adapter, recompute=recompute)
+            micro_batch(tmp_path / "model.gguf", kind, adapter, recompute=recompute)
             for kind in (few, LARGE_GPU)
         )
         assert what_gradients_read(waiting) == what_gradients_read(apart)
@@ -157,7 +130,7 @@ def test_none_waits_past_its_layer_where_processes_add_gradients_up(tmp_path: Pa
     TINY_MODELS["llama"].write_gguf(tmp_path / "model.gguf")
     seams = Seams(communicator=_TwoProcesses())
     for of, last in ((None, "lora_backward"), (seams, "lora_gradients")):
-        found = recorded(tmp_path / "model.gguf", LARGE_GPU, _ALL, of, recompute="off")
+        found = micro_batch(tmp_path / "model.gguf", LARGE_GPU, _ALL, of, recompute="off")
         labels = [d.label for d in found if d.label.startswith("backward.layers.1.lora_")]
         assert labels[-1] == f"backward.layers.1.{last}"
 
