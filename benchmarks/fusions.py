@@ -4,7 +4,8 @@
         [--precision f16 f32]
 
 Each session is opened as its row says, all on one device; a drift of the clocks meets all of them,
-and medians count. Losses show that they compute the same.
+and medians count. Tiles are those that the model of a product's time chooses. Losses show that all
+compute the same.
 """
 
 from __future__ import annotations
@@ -14,8 +15,8 @@ import json
 import statistics
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from benchmarks.sessions import Case, describe, markdown_table, shake_adapter
 from benchmarks.submissions import timed
 from benchmarks.synthetic import write_models
 from lora.data.batches import sequential_batches
+from lora.forward.plans import matmul_tiles
 from lora.shaders import program
 from lora.shaders.device import Device
 from lora.training.session import TrainingSession
@@ -45,11 +47,21 @@ def _whole_gradient(_: Device) -> AbstractContextManager[Any]:
     return mock.patch("lora.forward.decoder.head.gradient_halves", lambda *_: False)
 
 
+@contextmanager
+def _powers_of_two(_: Device) -> Iterator[None]:
+    """A contraction over the vocabulary in 16 or 32 stretches."""
+    with mock.patch.object(matmul_tiles.PlanSpace, "_filling", lambda *_: []):
+        matmul_tiles.ranked_plans.cache_clear()
+        yield
+    matmul_tiles.ranked_plans.cache_clear()
+
+
 # While a session is opened, what it leaves out.
 VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "all fusions": lambda _: nullcontext(),
     "gradients of A and B apart from d_z": _few_buffers,
     "gradient to the logits in f32": _whole_gradient,
+    "head's stretches in powers of two": _powers_of_two,
 }
 
 
@@ -58,6 +70,9 @@ def measure(path: Path, model: str, case: Case, precision: str, options: argpars
     config = run_config(
         path, batch_size=case.batch_size, length=case.length, steps=10**6, precision=precision
     )
+    # Else one session's plans would be all others', too.
+    train = config.train.model_copy(update={"tuning": "off"})
+    config = config.model_copy(update={"train": train})
     examples = as_examples(case.data(model))
     with ExitStack() as stack:
         device = stack.enter_context(Device())
