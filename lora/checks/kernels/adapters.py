@@ -225,7 +225,7 @@ CHECKS = [
         for dtype, as_cpu in (("f32", True), ("f32", False), ("f16", False))
     ),
     Check("lora_backward", f"{ROWS}x{IN_FEATURES} rank {RANK}",
-          partial(check_lora, dtype="f32", waiting=True), as_cpu=False),
+          partial(check_lora, dtype="f32", waiting=True)),
     Check("lora_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}", check_matrix),
     Check("lora_backward_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, waiting=True)),

@@ -190,5 +190,5 @@ CHECKS = [
         for vocab_size, as_cpu in ((101, True), (101, False), (16391, False))
     ),
     Check("cross_entropy", "5x16390 f16",
-          partial(check_cross_entropy, vocab_size=16390, halves=True), as_cpu=False),
+          partial(check_cross_entropy, vocab_size=16390, halves=True)),
 ]  # fmt: skip
