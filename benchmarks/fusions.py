@@ -47,6 +47,11 @@ def _whole_gradient(_: Device) -> AbstractContextManager[Any]:
     return mock.patch("lora.forward.decoder.head.gradient_halves", lambda *_: False)
 
 
+def _z_apart(_: Device) -> AbstractContextManager[Any]:
+    """The z of products after norms by dispatches of their own, however few rows there are."""
+    return mock.patch("lora.forward.rmsnorm.MOST_LOW_BYTES", 0)
+
+
 @contextmanager
 def _powers_of_two(_: Device) -> Iterator[None]:
     """A contraction over the vocabulary in 16 or 32 stretches."""
@@ -60,6 +65,7 @@ def _powers_of_two(_: Device) -> Iterator[None]:
 VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "all fusions": lambda _: nullcontext(),
     "gradients of A and B apart from d_z": _few_buffers,
+    "z apart from norms": _z_apart,
     "gradient to the logits in f32": _whole_gradient,
     "head's stretches in powers of two": _powers_of_two,
 }

@@ -15,6 +15,7 @@ from lora.checks.references.head_norm_rope import (
     head_norm_rope_backward_reference,
     head_norm_rope_reference,
 )
+from lora.checks.references.matmul import error_bound
 from lora.checks.references.rmsnorm import rmsnorm_backward_reference, rmsnorm_reference
 from lora.checks.tensors import (
     activation,
@@ -28,9 +29,10 @@ from lora.checks.tensors import (
 from lora.forward.cross_entropy import Objective, cross_entropy, gradient_in_blocks
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.heads import Heads, Rotation
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import HeadNorms, Norm
 from lora.forward.model.rope_frequencies import Rope
-from lora.forward.rmsnorm import rmsnorm
+from lora.forward.rmsnorm import LowRank, rmsnorm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -125,6 +127,22 @@ def check_head_norm_rope(recording: Recording, layout: HeadLayout, backward: boo
     )
 
 
+def check_low_rank(recording: Recording) -> Comparison:
+    """z that a norm writes beside what it gives: sums of products in f32."""
+    x, weight, a = normal(1, ROWS, 576), normal(2, 576), normal(3, 20, 576)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    factor = recording.memory.upload(a)
+    z = typed_marked(recording, "f32", extent, 20)
+    y = rmsnorm(
+        program, activation(recording, x, extent), Norm(recording.memory.upload(weight), EPSILON),
+        low=LowRank(LoraFactors(factor, factor, 20, 1.0, ((0, 4),)), z),
+    )  # fmt: skip
+    program.run()
+    given, found = recording.memory.read(y)[:IN_USE].astype(np.float64), recording.memory.read(z)
+    bound = 4 * error_bound(np.abs(given) @ np.abs(a).T, 576)
+    return worst(compare(found[:IN_USE], given @ a.T, bound=bound), untouched(found[IN_USE:]))
+
+
 def check_cross_entropy(recording: Recording, vocab_size: int, halves: bool = False) -> Comparison:
     """A loss is a difference of numbers up to 80, which f32 holds to 4e-6.
 
@@ -177,6 +195,7 @@ CHECKS = [
             (100, "f32", True), (576, "f32", False), (2052, "f32", False), (100, "f16", False),
         )
     ),
+    Check("rmsnorm", f"{ROWS}x576 with z", check_low_rank),
     *(
         Check("head_norm_rope" + "_backward" * backward,
               f"{ROWS}x{layout.width} heads of {layout.head_size}",

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from lora.forward.rmsnorm import MOST_LOW_BYTES
 from lora.shaders.device import Device
 from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
@@ -25,6 +26,7 @@ from tests.support.tiny_sessions import micro_batch
 
 _BINDING = re.compile(r"@binding\((\d+)\)\s*var<([^>]+)>")
 _ALL = {"layers": "all", "targets": "all-linear"}
+_WITHOUT_PRE_NORMS = ("olmo2", "olmo3", "exaone4")
 _WRITTEN: dict[str, frozenset[int]] = {}  # bindings, by kernel
 _MERGED = ("lora_backward", "lora_backward_matrix")
 _GRADIENTS = ("lora_gradient", "lora_gradient_matrix", *_MERGED)
@@ -143,7 +145,9 @@ def test_the_same_gradients(
     model.write_gguf(tmp_path / "model.gguf")
     model.write_adapter(tmp_path / "adapter")
     found = []
-    for buffers in (8, device.facts.most_storage_buffers):
+    most = device.facts.most_storage_buffers
+    for buffers, low_bytes in ((8, MOST_LOW_BYTES), (most, MOST_LOW_BYTES), (most, 0)):
+        monkeypatch.setattr("lora.forward.rmsnorm.MOST_LOW_BYTES", low_bytes)
 
         def opened(wanted: Any, webgpu: str = "auto", buffers: int = buffers) -> Device:
             one = Device(wanted, webgpu=webgpu)
@@ -157,8 +161,56 @@ def test_the_same_gradients(
         templates = {d.template for program in session.step_programs() for d in program.dispatches}
         assert ("lora_backward" in templates) == (buffers > 8)
         found.append(gradients(session))
-    apart, waiting = found
-    assert waiting.loss == apart.loss
+    apart, waiting, z_apart = found
+    assert waiting.loss == apart.loss == pytest.approx(z_apart.loss, rel=1e-6)
     for path, gradient in apart.gradients.items():
         assert np.abs(gradient).max() > 0
         assert waiting.gradients[path].tobytes() == gradient.tobytes(), path
+        # Norms sum z in another order: f32 rounding, as in test_default_limits.py.
+        bound = 2e-5 * np.abs(gradient).max()
+        np.testing.assert_allclose(z_apart.gradients[path], gradient, rtol=0, atol=bound)
+
+
+@pytest.mark.parametrize("name", TINY_MODELS)
+def test_what_writes_z(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A norm that writes z gives the product its x, too, and takes the A of a projection."""
+    model = TINY_MODELS[name]
+    model.write_gguf(tmp_path / "model.gguf")
+    own = {"layers": model.layers or "all", "targets": model.targets}
+    cases: list[tuple[Kind, dict[str, Any], dict[str, Any]]] = [
+        (MATRIX_GPU, own, {"precision": "f16", "recompute": "off"}),
+        (LARGE_GPU, _ALL, {"precision": "f32", "recompute": "on"}),
+    ]
+    for kind, adapter, train in cases:
+        found = {}
+        for low_bytes in (MOST_LOW_BYTES, 0):
+            monkeypatch.setattr("lora.forward.rmsnorm.MOST_LOW_BYTES", low_bytes)
+            dispatches = micro_batch(tmp_path / "model.gguf", kind, adapter, **train)
+            found[low_bytes] = what_gives_z(dispatches)
+        beside, apart = found.values()
+        assert [a for _, a in beside] == [a for _, a in apart]
+        assert "rmsnorm" not in {template for template, _ in apart}
+        by_norm = [template for template, _ in beside].count("rmsnorm")
+        assert by_norm > 0 or adapter is own or name.startswith(_WITHOUT_PRE_NORMS)
+
+
+def what_gives_z(dispatches: Sequence[Dispatch]) -> list[tuple[str, int]]:
+    """For each product with factors, forward, what wrote its z, and where the A of that lies."""
+    last: dict[int, Dispatch] = {}
+    found = []
+    for dispatch in dispatches:
+        adapted = dispatch.template.startswith("matmul") and dispatch.constants.get("members")
+        if adapted and not dispatch.constants["transposed"]:
+            x, z = dispatch.tensors[1], dispatch.tensors[4]
+            writer = last[id(z.buffer)]
+            by_norm = writer.template == "rmsnorm"
+            assert by_norm or writer.template in ("lora_project", "lora_project_matrix")
+            if by_norm:
+                assert writer.constants["low_width"] == z.shape[1]
+                assert last[id(x.buffer)] is writer and writer.tensors[3].buffer is x.buffer
+            else:
+                assert writer.tensors[1].buffer is x.buffer
+            found.append((writer.template, writer.tensors[-2 if by_norm else 2].offset))
+        for binding in written(dispatch):
+            last[id(dispatch.tensors[binding].buffer)] = dispatch
+    return found
