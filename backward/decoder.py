@@ -6,9 +6,11 @@ from lora.backward.before import AddBefore, Before
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
+from lora.backward.matmul import matmul_backward
 from lora.backward.recorder import BackwardPass, BackwardRecorder, InputGradient
 from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
 from lora.backward.token_rows import logits_gradient, logits_input_gradient, take_logits
+from lora.forward.cross_entropy import gradient_in_blocks
 from lora.forward.decoder.head import (
     HeadActivations,
     chunk_of,
@@ -90,8 +92,12 @@ def record_head_backward(
                 logits_gradient(program, normed, own, tokens, shared.d_tokens)
             if not lowest:
                 out = chunk_of(scratch.d_head_normed, inputs, index)
-                gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
-                gradient.record(program, out, None, "head_backward")
+                if act.halves:  # no factors, nor rows of tokens
+                    halves = gradient_in_blocks(d_logits)
+                    matmul_backward(program, halves, model.head, out=out, label="head_backward")
+                else:
+                    gradient = InputGradient(d_logits, model.head, lora, d_z, dropout)
+                    gradient.record(program, out, None, "head_backward")
                 if tokens is not None and own is not None:
                     logits_input_gradient(program, own, tokens, out)
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)
@@ -119,6 +125,7 @@ def record_layer_backward(
     x: Tensor,
     *,
     lowest: bool,
+    waits: bool = False,
 ) -> None:
     """Appends one layer's backward: scratch.d_x goes from its output to its input.
 
@@ -128,7 +135,25 @@ def record_layer_backward(
         act: the layer's activations, just computed or kept.
         x: [rows, hidden_size], the layer's input.
         lowest: nothing below is adapted: stop after the layer's last adapted matrix.
+        waits: whether the gradients of its lowest group may wait for the next layer's
+            (`PendingGradients`), before which nothing may be run again.
     """
+    with program.scope(f"layers.{layer}"):
+        _record_blocks_backward(program, shared, layer, act, x, lowest=lowest)
+        if not waits:
+            shared.pending.flush(program)
+
+
+def _record_blocks_backward(
+    program: Program,
+    shared: BackwardPass,
+    layer: int,
+    act: LayerActivations,
+    x: Tensor,
+    *,
+    lowest: bool,
+) -> None:
+    """Appends the backward of a layer's blocks, from the last down."""
     scratch, weights = shared.scratch, shared.model.layers[layer]
     spec = weights.spec
 
@@ -144,28 +169,27 @@ def record_layer_backward(
         program, shared, layer, act.z, adapted[0] if lowest else "", act.products, act.shares
     )
     d_x = scratch.d_x
-    with program.scope(f"layers.{layer}"):
-        if weights.output_scale is not None:
-            scale_rows(program, d_x, weights.output_scale, label="output_scale_backward")
-        if spec.per_layer is not None and act.after_feed_forward is not None:
-            d_output = below_norm(act.per_layer_output, weights.post_per_layer_norm)
-            record, source = BLOCKS_BACKWARD[type(spec.per_layer)].record, act.after_feed_forward
-            before = AddBefore(d_x)
-            if not record(recorder, spec.per_layer, act.per_layer, source, d_output, before):
-                return
-        norm = _before(act.middle, weights.feed_forward_norm, d_x)
-        d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
-        record = BLOCKS_BACKWARD[type(spec.feed_forward)].record
-        if not record(
-            recorder,
-            spec.feed_forward,
-            act.feed_forward,
-            act.middle_normed or act.middle,
-            d_output,
-            norm,
-        ):
+    if weights.output_scale is not None:
+        scale_rows(program, d_x, weights.output_scale, label="output_scale_backward")
+    if spec.per_layer is not None and act.after_feed_forward is not None:
+        d_output = below_norm(act.per_layer_output, weights.post_per_layer_norm)
+        record, source = BLOCKS_BACKWARD[type(spec.per_layer)].record, act.after_feed_forward
+        before = AddBefore(d_x)
+        if not record(recorder, spec.per_layer, act.per_layer, source, d_output, before):
             return
-        norm = _before(x, weights.mixer_norm, d_x)
-        d_output = below_norm(act.mixer_output, weights.post_mixer_norm)
-        record = BLOCKS_BACKWARD[type(spec.mixer)].record
-        record(recorder, spec.mixer, act.mixer, act.normed or x, d_output, norm)
+    norm = _before(act.middle, weights.feed_forward_norm, d_x)
+    d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
+    record = BLOCKS_BACKWARD[type(spec.feed_forward)].record
+    if not record(
+        recorder,
+        spec.feed_forward,
+        act.feed_forward,
+        act.middle_normed or act.middle,
+        d_output,
+        norm,
+    ):
+        return
+    norm = _before(x, weights.mixer_norm, d_x)
+    d_output = below_norm(act.mixer_output, weights.post_mixer_norm)
+    record = BLOCKS_BACKWARD[type(spec.mixer)].record
+    record(recorder, spec.mixer, act.mixer, act.normed or x, d_output, norm)

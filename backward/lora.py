@@ -11,11 +11,12 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora.forward.dropout import GroupDropout
-from lora.forward.lora import Operands, Projection, record_projection
+from lora.forward.lora import Operands, Projection, plan_projection
 from lora.forward.lora_matrix import gradient_cut
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
-from lora.shaders.program import Program
+from lora.shaders.program import Planned, Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 # With the four inputs, and the keys of dropout's rows, the eight storage buffers that every device
@@ -64,24 +65,48 @@ def lora_project_gradient(
         out: where to write; a new tensor by default.
         largest: u32 [rows], what `row_scales` finds of d_y; None where rows are taken as they are.
     """
-    _check_factors(lora)
-    _check_output_columns(d_y, lora)
     width = lora.n_members * lora.rank
     d_z = out if out is not None else activation(program, extent_of(d_y), width)
-    check_shape("lora_project_gradient output", d_z, d_y.shape[0], width)
+    plan_project_gradient(program.recording, d_y, lora, d_z, largest).append(program)
+    return d_z
+
+
+def plan_project_gradient(
+    recording: Recording,
+    d_y: Tensor,
+    lora: LoraFactors,
+    out: Tensor,
+    largest: Tensor | None = None,
+) -> Planned:
+    """What `lora_project_gradient` appends."""
+    _check_factors(lora)
+    _check_output_columns(d_y, lora)
+    check_shape("lora_project_gradient output", out, d_y.shape[0], lora.n_members * lora.rank)
     members = [
         Projection(start, lora.first_feature(index), stop - start, lora.projection_scale(index))
         for index, (start, stop) in enumerate(lora.ranges)
     ]
-    record_projection(
-        program,
-        Operands(d_y, lora.b, d_z, largest=largest),
+    return plan_projection(
+        recording,
+        Operands(d_y, lora.b, out, largest=largest),
         members,
         transposed=True,
         scale=lora.scale,
         label="lora_project_gradient",
     )
-    return d_z
+
+
+@dataclass(frozen=True)
+class GroupGradients:
+    """The gradients of one group's factors; attributes as the arguments of `lora_gradients`."""
+
+    x: Tensor
+    z: Tensor
+    d_y: Tensor
+    d_z: Tensor
+    lora: LoraFactors
+    gradients: Sequence[LoraFactors]
+    dropout: GroupDropout | None = None
 
 
 def lora_gradients(
@@ -108,6 +133,20 @@ def lora_gradients(
             With dropout three at most.
         dropout: of x before each member's A, as in the forward.
     """
+    of_group = GroupGradients(x, z, d_y, d_z, lora, gradients, dropout)
+    plan_gradients(program.recording, of_group).append(program)
+
+
+def plan_gradients(
+    recording: Recording, group: GroupGradients, tuning: Tuning | None = None
+) -> Planned:
+    """What `lora_gradients` appends.
+
+    Args:
+        tuning: of plain kernels; None for the device's kind.
+    """
+    x, z, d_y, d_z, lora = group.x, group.z, group.d_y, group.d_z, group.lora
+    gradients, dropout = group.gradients, group.dropout
     _check_factors(lora)
     _check_output_columns(d_y, lora)
     check_f32("lora_gradients", z=z, d_z=d_z)
@@ -133,19 +172,19 @@ def lora_gradients(
     ]
     flops = 2 * extent.maximum * (lora.a.size + lora.b.size)
     tensors = [extent.uniform, x, z, d_y, d_z, *whole]
-    cut = gradient_cut(program.recording, (lora.a.shape[0], lora.rank))
+    cut = gradient_cut(recording, (lora.a.shape[0], lora.rank))
     if cut is not None and dropout is None:
         of_units = _matrix_parts(x, d_y, lora, members, b_start // 16, cut["long"])
-        program.dispatch(
+        return Planned(
             "lora_gradient_matrix",
             {"n_slices": len(gradients), "parts": of_units, **cut},
             tensors,
             (sum(part["n_groups"] for part in of_units), 1, len(gradients)),
-            label="lora_gradients",
-            flops=flops,
+            "lora_gradients",
+            flops,
         )
-        return
-    tuning = CPU_TUNING if program.recording.facts.is_cpu else GPU_TUNING
+    if tuning is None:
+        tuning = CPU_TUNING if recording.facts.is_cpu else GPU_TUNING
     # Of A's rows each member's see another mask, so that no block may have rows of two.
     a_members = range(1 if dropout is None else lora.n_members)
     parts = [
@@ -170,13 +209,10 @@ def lora_gradients(
     ]
     splits = tuning.splits
     block_bytes = 4 * max(part["lane_left"] * part["lane_right"] for part in parts)
-    while (
-        splits > 1
-        and tuning.blocks * splits * block_bytes > program.recording.facts.workgroup_memory
-    ):
+    while splits > 1 and tuning.blocks * splits * block_bytes > recording.facts.workgroup_memory:
         splits //= 2
     keys = [] if dropout is None else [dropout.rows, dropout.matrices]
-    program.dispatch(
+    return Planned(
         "lora_gradient",
         {
             "n_slices": len(gradients),
@@ -191,8 +227,8 @@ def lora_gradients(
         },
         [*tensors, *keys],
         (sum(part["n_groups"] for part in parts), 1, len(gradients)),
-        label="lora_gradients",
-        flops=flops,
+        "lora_gradients",
+        flops,
     )
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lora.forward.matmul_bodies import record_product
+from lora.forward.matmul_matrix import takes_blocks
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import FrozenMatrix
-from lora.forward.part_product import PartProduct, Place, SizedRows
+from lora.forward.part_product import InBlocks, PartProduct, Place, SizedRows
 from lora.forward.plans.stretches import Follower
 from lora.shaders.activations import activation, check_shape, extent_of
 from lora.shaders.program import Program
@@ -21,7 +22,7 @@ class Accumulate:
 
 def matmul_backward(
     program: Program,
-    d_y: Tensor | SizedRows,
+    d_y: Tensor | SizedRows | InBlocks,
     matrix: FrozenMatrix,
     *,
     lora: LoraFactors | None = None,
@@ -33,7 +34,8 @@ def matmul_backward(
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
 
     Args:
-        d_y: [rows, out_features]; with their sizes rows of f32 are scaled for tiles of f16.
+        d_y: [rows, out_features]; with their sizes rows of f32 are scaled for tiles of f16; in
+            blocks where `takes_blocks` says so.
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
@@ -42,9 +44,16 @@ def matmul_backward(
             `Accumulate` d_x is added.
     """
     then = None if isinstance(before, Accumulate) else before
-    d_y, largest = (d_y.rows, d_y.largest) if isinstance(d_y, SizedRows) else (d_y, None)
+    block, largest = 0, None
+    if isinstance(d_y, SizedRows):
+        largest, d_y = d_y.largest, d_y.rows
+    elif isinstance(d_y, InBlocks):
+        block, d_y = d_y.block, d_y.tensor
+        if not takes_blocks(program.recording, matrix, block) or d_y.dtype != "f16":
+            raise ValueError(f"{label}: {matrix.out_features} columns of {d_y.dtype} in blocks")
     extent = extent_of(d_y)
-    check_shape("matmul_backward input", d_y, None, matrix.out_features)
+    columns = matrix.out_features * (2 if block else 1)
+    check_shape("matmul_backward input", d_y, None, columns)
     d_x = out if out is not None else activation(program, extent, matrix.in_features)
     check_shape("matmul_backward output", d_x, d_y.shape[0], matrix.in_features)
     n_members = lora.n_members if lora else 0
@@ -64,6 +73,7 @@ def matmul_backward(
             rank=lora.rank if lora else 0,
             epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
             x_largest=largest,
+            x_block=block,
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

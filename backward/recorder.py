@@ -9,7 +9,8 @@ from typing import Any
 from lora.backward.before import AddBefore, Before, SourceBefore
 from lora.backward.dora import dora_gradient
 from lora.backward.dropout import dropout_input_gradient
-from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.lora import GroupGradients
+from lora.backward.lora_pending import PendingGradients
 from lora.backward.matmul import Accumulate, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
@@ -35,7 +36,7 @@ class Scratch:
         d_output: [rows, hidden_size], below a post norm, with post_norms.
         blocks: by the `sizes` of a block, as the table allocates it.
         d_kept: f32 [rows, 2 · kv_size], of keys and values that other layers take, by their layer.
-        d_z: [rows, width], by width.
+        d_z: [rows, width], by width: two where gradients wait, since what waits reads one.
         d_products: [rows, width], by width and type, of products whose columns DoRA scales.
         d_head_z: [targets, rank], where the head is adapted.
         d_head_normed, d_picked: [targets, hidden_size].
@@ -46,7 +47,7 @@ class Scratch:
     d_output: Tensor | None
     blocks: Mapping[tuple[object, ...], Any]
     d_kept: Mapping[int, Tensor]
-    d_z: Mapping[int, Tensor]
+    d_z: Mapping[int, tuple[Tensor, ...]]
     d_head_z: Tensor | None
     d_head_normed: Tensor
     d_picked: Tensor
@@ -64,6 +65,7 @@ class BackwardPass:
         criterion: what is minimized; None for −log p of each label.
         d_tokens: f32 [tokens in whole quads, hidden_size], what the gradient to trained tokens'
             rows is added to; None where none are.
+        pending: what appends d_z and the gradients of layers' factors.
     """
 
     model: Model
@@ -75,6 +77,7 @@ class BackwardPass:
     dropout: Dropout | None = None
     criterion: Criterion | None = None
     d_tokens: Tensor | None = None
+    pending: PendingGradients = field(default_factory=PendingGradients)
 
 
 @dataclass(frozen=True)
@@ -155,8 +158,10 @@ class BackwardRecorder:
 
         Returns:
             Whether anything below the group is wanted; if not, `out` is not written, nor is
-            anything of what lies before.
+            anything of what lies before. What the group's gradients read may not be overwritten
+            before the next `through`.
         """
+        pending = self.shared.pending
         lora = self.weights.powers.factors(group, self.shared.factors.get((self.layer, group)))
         z, d_z, wanted = self.z.get(group), None, group != self.last
         dropout: GroupDropout | None = None
@@ -169,12 +174,14 @@ class BackwardRecorder:
         # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
         largest = row_scales(self.program, d_y, 6, f"{group}_backward")
         if lora is not None:
-            d_z = self.shared.scratch.d_z[lora.n_members * lora.rank]
-            lora_project_gradient(self.program, d_y, lora, out=d_z, largest=largest)
+            d_z = pending.free(self.shared.scratch.d_z[lora.n_members * lora.rank])
+            pending.project(self.program, SizedRows(d_y, largest), lora, d_z)
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
             if self.shares and isinstance(before, SourceBefore):
                 before = replace(before, again=source)
+        else:
+            pending.flush(self.program)
         if wanted:
             sized = SizedRows(d_y, largest)
             product = InputGradient(sized, self.weights.matrices[group], lora, d_z, dropout)
@@ -186,5 +193,7 @@ class BackwardRecorder:
             before.repeat(self.program, source)
         if lora is not None and z is not None and d_z is not None:
             slices = self.shared.gradients[self.layer, group]
-            lora_gradients(self.program, source, z, d_y, d_z, lora, slices, dropout=dropout)
+            pending.add(self.program, GroupGradients(source, z, d_y, d_z, lora, slices, dropout))
+            if lora.dora is not None:  # its d_y is the next group's scratch
+                pending.flush(self.program)
         return wanted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora.backward.blocks import BLOCKS_BACKWARD
+from lora.backward.lora_pending import gradients_wait
 from lora.backward.recorder import Scratch
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
@@ -50,7 +51,10 @@ def allocate_scratch(
             for donor, mixer in kept.items()
             if isinstance(mixer, Attention)
         },
-        d_z={w: tensor(w, "f32") for w in sorted({f.n_members * f.rank for f in in_layers})},
+        d_z={
+            width: tuple(tensor(width, "f32") for _ in range(1 + gradients_wait(recording)))
+            for width in sorted({f.n_members * f.rank for f in in_layers})
+        },
         d_head_z=None if head is None else over_targets(head.rank),
         d_head_normed=over_targets(a.hidden_size),
         d_picked=over_targets(a.hidden_size),

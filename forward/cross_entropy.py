@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from lora.forward.part_product import InBlocks
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -13,6 +14,7 @@ from lora.shaders.tensor import Tensor
 # step by step.
 GPU_LANES, GPU_QUADS = 256, 8
 CPU_LANES, CPU_QUADS = 8, 2
+GPU_BLOCK = 4 * GPU_LANES * GPU_QUADS  # columns of such a stretch
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,27 @@ class Criterion:
 
 @dataclass(frozen=True)
 class Objective:
-    """A criterion, and what each token counts in it: [chunk]."""
+    """A criterion, and what each token counts in it: [chunk].
+
+    Attributes:
+        halves: whether the gradient is f16 and takes the first halves of the logits' place: see
+            `gradient_in_blocks`.
+    """
 
     weights: Tensor
     criterion: Criterion = Criterion()  # noqa: RUF009 - a frozen value
+    halves: bool = False
+
+
+def gradient_in_blocks(logits: Tensor) -> InBlocks:
+    """Where `cross_entropy` leaves a gradient in f16: in the place of the logits.
+
+    Each workgroup writes where it alone has read: block after block of columns begins where their
+    logits began, and what is between them is stale.
+    """
+    rows, columns = logits.shape
+    halves = replace(logits, shape=(rows, 2 * columns), dtype="f16")
+    return InBlocks(halves, GPU_BLOCK)
 
 
 def cross_entropy(
@@ -57,7 +76,8 @@ def cross_entropy(
     """Appends the losses of a chunk and, where `weights` are given, the gradient to its logits.
 
     Args:
-        logits: [chunk, vocab_size or more], a multiple of 4; overwritten by the gradient.
+        logits: [chunk, vocab_size or more], a multiple of 4; overwritten by the gradient (in f16
+            a multiple of 8, the columns past vocab_size with zeros).
         labels: u32 [chunk], each a token id (rows without a target never come here).
         losses: [chunk], written: logsumexp(logits) − logits[label], or what an objective makes
             of it.
@@ -83,6 +103,9 @@ def cross_entropy(
     if stride % 4:
         raise ValueError(f"cross_entropy: {stride} columns are no multiple of 4")
     is_cpu = program.recording.facts.is_cpu
+    halves = objective is not None and objective.halves
+    if halves and (is_cpu or stride % 8):
+        raise ValueError(f"cross_entropy: no gradient in f16 on a CPU, of {stride} columns")
     lanes, quads = (CPU_LANES, CPU_QUADS) if is_cpu else (GPU_LANES, GPU_QUADS)
     steps = -(-n_columns // (4 * lanes * quads)) if is_cpu else 1
     columns = 4 * lanes * quads * steps
@@ -113,6 +136,7 @@ def cross_entropy(
         {
             **constants,
             "with_gradient": objective is not None,
+            "halves": halves,
             "softcap": softcap,
             "dft": objective is not None and objective.criterion.dft,
         },

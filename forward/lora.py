@@ -9,7 +9,7 @@ from lora.forward.dropout import GroupDropout
 from lora.forward.lora_matrix import projection_cut
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
-from lora.shaders.program import Program
+from lora.shaders.program import Planned, Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
@@ -107,8 +107,9 @@ def lora_project(
             Projection(0, member * lora.rank, in_features, lora.projection_scale(member))
             for member in range(lora.n_members)
         ]
-    record_projection(
-        program, Operands(x, lora.a, z, dropout), members, transposed=False, label=label
+    operands = Operands(x, lora.a, z, dropout)
+    plan_projection(program.recording, operands, members, transposed=False, label=label).append(
+        program
     )
     return z
 
@@ -132,16 +133,16 @@ class Operands:
     largest: Tensor | None = None
 
 
-def record_projection(
-    program: Program,
+def plan_projection(
+    recording: Recording,
     operands: Operands,
     members: Sequence[Projection],
     *,
     transposed: bool,
     scale: float = 1.0,
     label: str,
-) -> None:
-    """Appends z_g = scale · scale_g · x_g · F_gᵀ in one dispatch.
+) -> Planned:
+    """z_g = scale · scale_g · x_g · F_gᵀ, in one dispatch.
 
     What `lora_project` and its backward share.
 
@@ -173,32 +174,31 @@ def record_projection(
     }
     rows, n_members = extent.maximum, len(members)
     flops = 2 * rows * columns * sum(m.length for m in members)
-    cut = projection_cut(program.recording, rows, columns, n_members, transposed=transposed)
+    cut = projection_cut(recording, rows, columns, n_members, transposed=transposed)
     # On matrix units all members have one scale, and see all of x.
     plain = dropout is not None or len({m.scale for m in members}) > 1
     if cut is not None and not plain:
-        program.dispatch(
+        return Planned(
             "lora_project_matrix",
             {**shared, **cut, "scale": scale * members[0].scale, "x_scaled": largest is not None},
             [extent.uniform, x, factor, z, *([] if largest is None else [largest])],
             -(-rows // cut["block_rows"]) * n_members,
-            label=label,
-            flops=flops,
+            label,
+            flops,
         )
-        return
-    if program.recording.facts.is_cpu:
+    if recording.facts.is_cpu:
         block = Block(CPU_SPLITS, 1, 1, CPU_ROWS, 8 if columns % 8 == 0 else 4, 1)
     else:
         tuning = GPU_TUNINGS[transposed]
-        block = gpu_block(program.recording, tuning, rows, columns, n_members)
+        block = gpu_block(recording, tuning, rows, columns, n_members)
     keys = [] if dropout is None else [dropout.rows, dropout.matrices]
-    program.dispatch(
+    return Planned(
         "lora_project",
         {**shared, **asdict(block)},
         [extent.uniform, x, factor, z, *keys],
         block.n_groups(rows, z.shape[1]),
-        label=label,
-        flops=flops,
+        label,
+        flops,
     )
 
 

@@ -1,4 +1,7 @@
-"""How the low-rank projections and gradients are cut for matrix units."""
+"""How the low-rank projections and gradients are cut for matrix units.
+
+`tiles` of a cut are the vec4 that a kernel's tiles take of workgroup memory.
+"""
 
 from __future__ import annotations
 
@@ -65,11 +68,13 @@ def projection_cut(
         factor = 2 * depth * (width + _PAD) if transposed else width * line
         sums = 4 * _SUBGROUPS * _BLOCKS[0] * width
         if _fits(recording, shape, max(_BLOCKS[0] * line + factor, sums)):
+            in_use = max(block * line + factor, 4 * _SUBGROUPS * block * width)
             return {
                 **_of_shape(recording, shape),
                 "subgroups": _SUBGROUPS,
                 "depth": depth,
                 "block_rows": block,
+                "tiles": in_use // 16,
                 "factor_scale": _SCALE_OF_B if transposed else 1.0,
             }
     return None
@@ -87,6 +92,8 @@ def gradient_cut(recording: Recording, shorts: Sequence[int]) -> dict[str, Any] 
     long = _SUBGROUPS * shape.n
     width = -(-max(shorts) // shape.n) * shape.n
     tiles = 2 * _GRADIENT_ROWS * (long + _PAD + width + _PAD)
-    if not _fits(recording, shape, max(tiles, 4 * _SUBGROUPS * shape.m * shape.n) + 8):
+    in_use = max(tiles, 4 * _SUBGROUPS * shape.m * shape.n)
+    if not _fits(recording, shape, in_use + 16):
         return None
-    return {**_of_shape(recording, shape), "long": long, "depth": _GRADIENT_ROWS}
+    cut = {"long": long, "depth": _GRADIENT_ROWS, "tiles": in_use // 16}
+    return {**_of_shape(recording, shape), **cut}

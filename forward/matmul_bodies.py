@@ -64,13 +64,21 @@ def _paired_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
     return () if half else tuple(t for t in PAIRED_TILES if t.workgroup_bytes <= room)
 
 
+def _fits_wide(recording: Recording, one: PartProduct) -> bool:
+    return recording.facts.is_cpu and not one.x_block
+
+
+def _fits_tiled(recording: Recording, one: PartProduct) -> bool:
+    return not recording.facts.is_cpu and not one.x_block
+
+
 # Of those that fit the first computes; where it has tiles, plans choose among those of all.
 BODIES: Mapping[str, Body] = {
-    "wide": Body(lambda recording, _: recording.facts.is_cpu, lambda *_: (), record_wide),
+    "wide": Body(_fits_wide, lambda *_: (), record_wide),
     "matrix": Body(fits_matrix, _matrix_tiles, record_matrix),
     "decoded": Body(fits_decoded, _decoded_tiles, record_decoded),
     "paired": Body(fits_paired, _paired_tiles, record_paired),
-    "tiled": Body(lambda recording, _: not recording.facts.is_cpu, _tiles, record_tiled),
+    "tiled": Body(_fits_tiled, _tiles, record_tiled),
 }
 
 
@@ -95,6 +103,8 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
     names = [name for name, body in BODIES.items() if body.fits(recording, one)]
     if recording.body is not None:
         names = [recording.body]
+    if one.x_block and not {"matrix", "decoded"} & {*names}:
+        raise ValueError(f"{label}: {names} take no x in blocks")
     terms = one.contraction + len(one.members) * one.rank
     request = Request(
         record=record_request,

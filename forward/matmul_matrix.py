@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 from lora.forward.matmul_passes import record_passes
+from lora.forward.model.weights import FrozenMatrix
 from lora.forward.part_product import PartProduct
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
@@ -17,6 +18,7 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.webgpu import MatrixShape
 
+_DEEPEST = 64  # steps of the contraction that a tile has
 # What plain WGSL does instead of an NVIDIA GPU's matrix units.
 EMULATED = MatrixShape(16, 16, 16, "f16", "f32", 32, 32)
 
@@ -40,6 +42,18 @@ def takes_units(recording: Recording) -> bool:
     if recording.body is None or recording.body == "decoded":
         return has_matrix_units(recording.facts)
     return recording.body == "matrix"
+
+
+def takes_blocks(recording: Recording, matrix: FrozenMatrix, block: int) -> bool:
+    """Whether the gradient to a product may be `InBlocks`, of which no tile reaches past a block.
+
+    Args:
+        matrix: of the product.
+        block: columns of a block.
+    """
+    whole = len(matrix.parts) == 1 and matrix.out_features % _DEEPEST == 0
+    fits = block >= _DEEPEST and block & (block - 1) == 0
+    return whole and fits and recording.half_products and takes_units(recording)
 
 
 def fits_matrix(recording: Recording, _: PartProduct) -> bool:

@@ -19,6 +19,19 @@ class Place:
     out_column: int
 
 
+@dataclass(frozen=True)
+class InBlocks:
+    """f16 in the place of f32: so many columns, as many that are stale, and so on.
+
+    Attributes:
+        tensor: f16 [rows, 2 · columns].
+        block: columns of a block, a power of two.
+    """
+
+    tensor: Tensor
+    block: int
+
+
 def place_uniforms(program: Program, place: Place | None) -> list[Tensor]:
     """The uniform of a part's place, where it has one."""
     if place is None:
@@ -74,6 +87,7 @@ class PartProduct:
         x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are.
         carried: whether low has the members' scales in it, and so the powers of their rows.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
+        x_block: of x's columns that are `InBlocks`; 0 where they are not.
     """
 
     x: Tensor
@@ -93,6 +107,7 @@ class PartProduct:
     epilogue: str = "write"
     x_largest: Tensor | None = None
     carried: bool = False
+    x_block: int = 0
 
     @property
     def n_columns(self) -> int:
@@ -115,6 +130,7 @@ class PartProduct:
             "x_type": x.dtype,
             "out_type": out.dtype,
             "x_stride": x.shape[1],
+            "x_block": self.x_block,
             "out_stride": out.shape[1],
             "placed": self.place is not None,
             "weight_columns": n_columns if self.transposed else self.contraction,

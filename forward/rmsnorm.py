@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.plans.stretches import Stretches, check_stretches
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
@@ -19,6 +20,37 @@ CPU_LANES, CPU_QUADS = 16, 16
 _MOST_LANES = 256  # of a workgroup, on every device
 # Most vec4s of partial sums that a lane loads at once: half of the 255 registers of a GPU's lane.
 MOST_PARTIAL_QUADS = 32
+
+
+# Lanes that share a sum of z. Each row's workgroup reads all of A: bytes that this may come to, of
+# all rows together; beyond it A is read for many rows at a time, by a dispatch of its own.
+_SHARING = 8
+MOST_LOW_BYTES = 16 << 20
+
+
+@dataclass(frozen=True)
+class LowRank:
+    """z = y · Aᵀ of what a norm gives, written in its dispatch: see `writes_low_rank`.
+
+    Attributes:
+        lora: of the product that takes y.
+        z: [rows, members · rank].
+    """
+
+    lora: LoraFactors
+    z: Tensor
+
+
+def writes_low_rank(recording: Recording, rows: int, lora: LoraFactors) -> bool:
+    """Whether a norm writes the z of the product that takes what it gives.
+
+    On GPUs, where rows are so few that reading A for each costs less than a dispatch. Members'
+    scales, and dropout, are for `lora_project`.
+    """
+    width = lora.a.shape[1]
+    shared = 4 * (width + 2 * _SHARING * lora.a.shape[0] + 1024)  # sums of lanes and rows included
+    few = rows * lora.a.size * 4 <= MOST_LOW_BYTES and shared <= recording.facts.workgroup_memory
+    return few and not recording.facts.is_cpu and not lora.member_scales
 
 
 def row_lanes(recording: Recording, width: int) -> int:
@@ -44,12 +76,13 @@ class NormAfter:
     norm: Norm
     out: Tensor
     residual: Tensor | None = None
+    low: LowRank | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""
         rmsnorm(
             program, product, self.norm, residual=self.residual, out=self.out,
-            stretches=stretches,
+            stretches=stretches, low=self.low,
         )  # fmt: skip
 
     def adds_up(self, recording: Recording, width: int, splits: int) -> bool:
@@ -65,6 +98,7 @@ def rmsnorm(
     residual: Tensor | None = None,
     out: Tensor | None = None,
     stretches: Stretches | None = None,
+    low: LowRank | None = None,
 ) -> Tensor:  # [rows, width]
     """Appends y = x / sqrt(mean(x²) + epsilon) · weight + residual, row by row.
 
@@ -74,6 +108,7 @@ def rmsnorm(
         residual: f32 [rows, width], added where given; not the tensor `out`.
         out: where to write, f32 or f16; a new f32 tensor by default.
         stretches: where given, x is first written as their sum (and its residual).
+        low: where given, z of y as it is stored is written, too.
     """
     width = x.shape[1]
     check_shape("rmsnorm weight", norm.weight, width)
@@ -91,6 +126,13 @@ def rmsnorm(
         if stretches.residual is not None:
             check_shape("rmsnorm residual of x", stretches.residual, x.shape[0], width)
             tensors.append(stretches.residual)
+    low_width = 0
+    if low is not None:
+        low_width = low.lora.a.shape[0]
+        check_shape("rmsnorm factor", low.lora.a, low_width, width)
+        check_shape("rmsnorm low rank", low.z, x.shape[0], low_width)
+        check_f32("rmsnorm", factor=low.lora.a, z=low.z)
+        tensors += [low.lora.a, low.z]
     constants = {
         "width": width,
         "x_type": x.dtype,
@@ -101,6 +143,8 @@ def rmsnorm(
         "splits": stretches.splits if stretches else 1,
         "maximum_rows": extent.maximum if stretches else 0,
         "x_residual": stretches is not None and stretches.residual is not None,
+        "low_width": low_width,
+        "sharing": _SHARING,
     }
     label = "reduce_rmsnorm" if stretches else "rmsnorm"
     program.dispatch("rmsnorm", constants, tensors, extent.maximum, label=label)

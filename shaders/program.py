@@ -87,6 +87,25 @@ def fold(n_workgroups: int) -> tuple[int, int, int]:
     return -(-n_workgroups // y), y, 1
 
 
+@dataclass(frozen=True)
+class Planned:
+    """A dispatch that is not appended yet; attributes as the arguments of `Program.dispatch`."""
+
+    template: str
+    constants: dict[str, Any]
+    tensors: Sequence[Tensor]
+    workgroups: int | tuple[int, int, int]
+    label: str
+    flops: int = 0
+
+    def append(self, program: Program) -> None:
+        """Appends it."""
+        program.dispatch(
+            self.template, self.constants, self.tensors, self.workgroups, label=self.label,
+            flops=self.flops,
+        )  # fmt: skip
+
+
 class Program:
     """A list of dispatches and copies, built once and replayed.
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from lora.forward.cross_entropy import Criterion, Objective, cross_entropy
+from lora.forward.cross_entropy import GPU_BLOCK, Criterion, Objective, cross_entropy
 from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.gather import gather_rows
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
-from lora.forward.matmul_matrix import has_matrix_units
+from lora.forward.matmul_matrix import has_matrix_units, takes_blocks
 from lora.forward.model.adaptable import HEAD_GROUP
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
@@ -39,6 +39,20 @@ def chunk_size(recording: Recording, logits_size: int, maximum_targets: int) -> 
     return -(-maximum_targets // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
 
 
+def gradient_halves(recording: Recording, model: Model, factors: Factors) -> bool:
+    """Whether the gradient to the logits is f16: where the product alone reads it, by such tiles.
+
+    These round it to f16 anyway: what comes of it has the same bits, at half the traffic. It is
+    (p − [label]) · weight, at most the loss scale by size; beyond f16's numbers a step is skipped.
+    """
+    a = model.architecture
+    if recording.precision != "f16" or recording.facts.is_cpu:
+        return False
+    if factors.get((a.n_layers, "head")) is not None or factors.tokens is not None:
+        return False
+    return takes_blocks(recording, model.head, GPU_BLOCK)
+
+
 @dataclass(frozen=True)
 class HeadActivations:
     """What the head computes: the rows that have a target, compactly, and a chunk of logits."""
@@ -50,6 +64,7 @@ class HeadActivations:
     losses: Tensor  # [targets], −log-probability of each label
     correct: Tensor  # [targets]: 1 where the label is the argmax
     own: Tensor | None = None  # [chunk, tokens in whole quads], where rows of the head are trained
+    halves: bool = False  # whether the gradient takes half of the logits' place, as f16
 
     @classmethod
     def allocate(
@@ -77,6 +92,7 @@ class HeadActivations:
             losses=tensor(),
             correct=tensor(),
             own=own,
+            halves=gradient_halves(recording, model, factors),
         )
 
 
@@ -153,14 +169,14 @@ def record_chunk_loss(
         index: of the chunk.
         logits: [chunk, logits_size], of `record_logits`.
         weights: [targets], what each loss counts: the logits become their gradient (to what they
-            were before the cap) in place; None leaves them.
+            were before the cap) in place, with act.halves as `gradient_in_blocks`; None leaves
+            them.
         criterion: what is minimized; None for −log p of each label.
     """
-    weighed: Tensor | Objective | None = None
+    weighed: Objective | None = None
     if weights is not None:
-        weighed = chunk_of(weights, inputs, index)
-        if criterion is not None:
-            weighed = Objective(weighed, criterion)
+        of_chunk = chunk_of(weights, inputs, index)
+        weighed = Objective(of_chunk, criterion or Criterion(), act.halves)
     cross_entropy(
         program,
         logits,

@@ -17,7 +17,7 @@ from lora.forward.embedding_lora import add_embedding
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.layer_spec import LayerSpec
-from lora.forward.rmsnorm import NormAfter, rmsnorm
+from lora.forward.rmsnorm import LowRank, NormAfter, writes_low_rank
 from lora.forward.scale_rows import scale_rows
 from lora.forward.token_rows import replace_rows
 from lora.shaders.program import Program
@@ -179,14 +179,36 @@ def record_layers(
         record_layer(
             program, walk, layer, acts[layer], states[place], states[place + 1],
             normed=place > 0,
-            following=None if above is None else norm_before(walk, above, acts[above]),
+            following=None
+            if above is None
+            else norm_before(program.recording, walk, above, acts[above]),
         )  # fmt: skip
 
 
-def norm_before(walk: Walk, layer: int, act: LayerActivations) -> NormAfter | None:
+def norm_before(
+    recording: Recording, walk: Walk, layer: int, act: LayerActivations
+) -> NormAfter | None:
     """The norm before a layer's mixer; None where it is given the stream itself."""
     norm = walk.model.layers[layer].mixer_norm
-    return None if norm is None or act.normed is None else NormAfter(norm, act.normed)
+    if norm is None or act.normed is None:
+        return None
+    return NormAfter(norm, act.normed, low=_low_of_norm(recording, walk, layer, act, MIXER_INPUT))
+
+
+MIXER_INPUT, FEED_FORWARD_INPUT = (
+    "qkv",
+    "gate_up",
+)  # what takes the norms before blocks, and it alone
+
+
+def _low_of_norm(
+    recording: Recording, walk: Walk, layer: int, act: LayerActivations, group: str
+) -> LowRank | None:
+    """The z that the norm before a group writes; None where it does not."""
+    lora, z = walk.factors.get((layer, group)), act.z.get(group)
+    if lora is None or z is None or walk.dropout is not None:
+        return None
+    return LowRank(lora, z) if writes_low_rank(recording, z.shape[0], lora) else None
 
 
 def record_layer(
@@ -212,13 +234,18 @@ def record_layer(
     """
     weights = walk.model.layers[layer]
     spec = weights.spec
-    recorder = LayerRecorder(program, walk, layer, act.z, act.products)
+    before, of_middle, projected = norm_before(program.recording, walk, layer, act), None, set()
+    if before is not None and before.low is not None:
+        projected.add(MIXER_INPUT)
+    if weights.feed_forward_norm is not None and act.middle_normed is not None:
+        low = _low_of_norm(program.recording, walk, layer, act, FEED_FORWARD_INPUT)
+        of_middle = NormAfter(weights.feed_forward_norm, act.middle_normed, low=low)
+        if low is not None:
+            projected.add(FEED_FORWARD_INPUT)
+    recorder = LayerRecorder(program, walk, layer, act.z, act.products, frozenset(projected))
     with program.scope(f"layers.{layer}"):
-        if weights.mixer_norm is not None and not normed:
-            rmsnorm(program, x, weights.mixer_norm, out=act.normed)
-        of_middle = None
-        if weights.feed_forward_norm is not None and act.middle_normed is not None:
-            of_middle = NormAfter(weights.feed_forward_norm, act.middle_normed)
+        if before is not None and not normed:
+            before.record(program, x)
         end = BlockEnd(
             residual=x,
             out=act.middle,

@@ -208,6 +208,7 @@ class LayerRecorder:
     Attributes:
         z: [rows, members · rank], by adapted group.
         products: [rows, out_features], by group whose columns DoRA scales.
+        projected: groups whose z the norm before them has written.
     """
 
     program: Program
@@ -215,6 +216,7 @@ class LayerRecorder:
     layer: int
     z: Mapping[str, Tensor]
     products: Mapping[str, Tensor] = field(default_factory=dict)
+    projected: frozenset[str] = frozenset()
 
     @property
     def weights(self) -> LayerWeights:
@@ -236,7 +238,7 @@ class LayerRecorder:
         """
         lora = self.weights.powers.factors(group, self.walk.factors.get((self.layer, group)))
         z = self.z.get(group)
-        if lora is not None:
+        if lora is not None and group not in self.projected:
             dropout = self.walk.dropout
             lora_project(
                 self.program, source, lora, out=z, label=f"{group}.z",

@@ -96,7 +96,7 @@ class Request:
             rank=c["rank"] if c["members"] else 0,
             placed=c["placed"],
             epilogue=c["epilogue"],
-            x_type=c["x_type"],
+            x_type=c["x_type"] + (" in blocks" if c["x_block"] else ""),
             out_type=c["out_type"],
             half=self.half,
             normed=self.then is not None,

@@ -21,9 +21,12 @@ _REDUCE = 2.5  # of the second pass
 _REDUCE_MILLION = 0.5  # and for a million partial sums
 _SPLITS = (1, 2, 4, 8)
 _SHORTEST_SPLIT = 96
-# A contraction over a vocabulary may be cut finer: a few rows of a head's gradient fill no GPU.
+# A contraction over a vocabulary may be cut finer: a few rows of a head's gradient fill no GPU. And
+# so that workgroups are as many as go round the multiprocessors a few times: of 132 a fifth is idle
+# with 320 workgroups (20 tiles in 16 stretches), next to none with 260 (in 13).
 _FINE_SPLITS = (16, 32)
 _SHORTEST_FINE_SPLIT = 2048
+_MOST_ROUNDS = 6
 _PAD = 8  # f16 between the rows of a tile on matrix units, off each other's banks
 _MOST_FRAGMENT = 256  # outputs of a fragment
 MOST_PARTIAL_SUMS = 12 << 20  # of all stretches: memory that every session would hold
@@ -264,20 +267,33 @@ class PlanSpace(NamedTuple):
             time += _REDUCE + _REDUCE_MILLION * self.rows * self.columns * splits / 1e6
         return time
 
+    def splits(self, tile: Tile) -> list[int]:
+        """The numbers of stretches worth a thought, ascending."""
+        if not tile.in_stretches:
+            return [1]
+        fine: set[int] = set()
+        if self.contraction >= _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT:
+            fine = {*_FINE_SPLITS, *self._filling(tile)}
+            fine = {n for n in fine if self.contraction // n >= _SHORTEST_FINE_SPLIT}
+        plain = {n for n in _SPLITS if n == 1 or self.contraction // n >= _SHORTEST_SPLIT}
+        outputs = self.rows * self.columns
+        return sorted(n for n in plain | fine if n == 1 or n * outputs <= MOST_PARTIAL_SUMS)
+
+    def _filling(self, tile: Tile) -> list[int]:
+        """Those that leave as few multiprocessors idle as there can be in some rounds."""
+        workgroups = -(-self.rows // tile.tile_rows) * -(-self.columns // tile.tile_columns)
+        rounds = range(1, _MOST_ROUNDS + 1)
+        filling = [n * self.multiprocessors // workgroups for n in rounds]
+        return [n for n in filling if 1 < n < _FINE_SPLITS[-1]]
+
 
 @cache
 def ranked_plans(space: PlanSpace) -> tuple[Plan, ...]:
     """All plans for one product, the one that the model thinks fastest first."""
-    rows, columns, contraction, tiles, _ = space
     plans: dict[Plan, float] = {}
-    for tile in tiles:
-        for wanted in (*_SPLITS, *_FINE_SPLITS) if tile.in_stretches else (1,):
-            shortest = _SHORTEST_FINE_SPLIT if wanted in _FINE_SPLITS else _SHORTEST_SPLIT
-            if wanted > 1 and contraction // wanted < shortest:
-                break
-            if wanted > 1 and wanted * rows * columns > MOST_PARTIAL_SUMS:
-                break
-            plan = Plan(tile, *cut(contraction, wanted, tile.depth))
+    for tile in space.tiles:
+        for wanted in space.splits(tile):
+            plan = Plan(tile, *cut(space.contraction, wanted, tile.depth))
             plans[plan] = space.microseconds(plan)
     return tuple(sorted(plans, key=plans.__getitem__))
 

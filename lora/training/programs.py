@@ -254,14 +254,17 @@ def _record_micro_batch(
             act.loss_sum, lowest=not layers,
         )  # fmt: skip
         reached = {model.architecture.n_layers: len(program.commands)}
+        # The last layer's activations are still there.
+        again = {layer for layer in layers[:-1] if layer < first_kept}
         for layer in reversed(layers):
-            # The last layer's activations are still there.
-            if layer < first_kept and layer != layers[-1]:
+            if layer in again:
                 with program.scope("recompute"):
                     record_layer(program, walk, layer, computed[layer], kept[layer], None)
             record_layer_backward(
                 program, shared, layer, computed[layer], kept[layer],
                 lowest=layer == layout.lowest_layer and not layout.below_layers,
+                # Pieces end where a layer's gradients are whole.
+                waits=layer - 1 in layers and layer - 1 not in again and not settings.combined,
             )  # fmt: skip
             reached[layer] = len(program.commands)
         if factors.tokens is not None and d_tokens is not None:

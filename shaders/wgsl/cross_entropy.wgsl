@@ -14,8 +14,12 @@
 // Bindings: sums [chunk, {{ n_stretches }}, {{ 8 if smoothing else 4 }}] of cross_entropy_sums.wgsl, labels u32 [chunk], losses and
 // correct [chunk]; with the gradient logits [chunk, {{ stride }}] (columns past {{ vocab_size }} stay) and weights
 // [chunk], what each loss counts. The stretches' sums are added in order.
+{% if halves %}
+// The gradient is f16, and lies where the logits of its stretch did: {{ columns }} columns in the first half of their
+// memory, as many that are stale, and so on. All of a stretch is read before any of it is written.
+{% endif %}
 {% if with_gradient %}
-// One workgroup a row and stretch of {{ columns }} columns; its lanes take {{ quads }} quads at once, {{ lanes }} apart.
+// One workgroup a row and stretch of {{ columns }} columns; its lanes take {{ quads }} quads at once, {{ lanes }} apart{{ ", two and two neighbours" if halves }}.
 {% else %}
 // One lane a row.
 {% endif %}
@@ -28,11 +32,24 @@ struct Extent { rows: u32 }
 @group(0) @binding(3) var<storage, read_write> losses: array<f32>;
 @group(0) @binding(4) var<storage, read_write> correct: array<f32>;
 {% if with_gradient %}
-@group(0) @binding(5) var<storage, read_write> logits: array<vec4<f32>>;
+@group(0) @binding(5) var<storage, read_write> logits: array<vec4<{{ "u32" if halves else "f32" }}>>;
 @group(0) @binding(6) var<storage, read> weights: array<f32>;
 {% endif %}
 
 {% set n_quads = (vocab_size + 3) // 4 %}
+{# The gradient `to` the four logits `value` of a quad of columns. #}
+{% macro gradient(to, value, quad, past) %}
+            let place = 4u * ({{ quad }}) + vec4(0u, 1u, 2u, 3u);
+            var d = exp({{ value }} - top) * factor - select(vec4(0.0), vec4(weight{{ " * %s" % (1.0 - smoothing) if smoothing }}), place == vec4(label)){{ " - weight * %s" % (smoothing / vocab_size) if smoothing }};
+{% if softcap %}
+            let capped = {{ value }} / {{ softcap }};
+            d *= 1.0 - capped * capped;
+{% endif %}
+{% if vocab_size % 4 %}
+            d = select({{ past }}, d, place < vec4({{ vocab_size }}u));
+{% endif %}
+            {{ to }} = d;
+{% endmacro %}
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -91,6 +108,30 @@ fn main(
     let weight = weights[row]{{ " * share" if dft }};
     let factor = weight / total;
     let base = row * {{ stride // 4 }}u;
+{% if halves %}
+    let first_quad = stretch * {{ columns // 4 }}u + 2u * lane;
+{% for q in range(quads) %}
+{% set at = "first_quad + %du" % (q // 2 * 2 * lanes + q % 2) %}
+    var value_{{ q }} = vec4<f32>();
+    let inside_{{ q }} = {{ at }} < {{ n_quads }}u;
+    if (inside_{{ q }}) { value_{{ q }} = bitcast<vec4<f32>>(logits[base + {{ at }}]); }
+{% endfor %}
+    storageBarrier();
+{% for q in range(quads) %}
+{% set at = "first_quad + %du" % (q // 2 * 2 * lanes + q % 2) %}
+    var d_{{ q }} = vec4<f32>();
+    if (inside_{{ q }}) {
+{{ gradient("d_%d" % q, "value_%d" % q, at, "vec4(0.0)") }}
+    }
+{% endfor %}
+{% for q in range(0, quads, 2) %}
+    if (inside_{{ q }}) {
+        logits[base + stretch * {{ columns // 4 }}u + lane + {{ q // 2 * lanes }}u] = vec4(
+            pack2x16float(d_{{ q }}.xy), pack2x16float(d_{{ q }}.zw), pack2x16float(d_{{ q + 1 }}.xy), pack2x16float(d_{{ q + 1 }}.zw),
+        );
+    }
+{% endfor %}
+{% else %}
     var quad = stretch * {{ columns // 4 }}u + lane;
 {% if steps > 1 %}
     let last_quad = min((stretch + 1u) * {{ columns // 4 }}u, {{ n_quads }}u);
@@ -104,18 +145,10 @@ fn main(
 {% endfor %}
 {% for q in range(quads) %}
         if (inside_{{ q }}) {
-            let place = 4u * (quad + {{ q * lanes }}u) + vec4(0u, 1u, 2u, 3u);
-            var d = exp(value_{{ q }} - top) * factor - select(vec4(0.0), vec4(weight{{ " * %s" % (1.0 - smoothing) if smoothing }}), place == vec4(label)){{ " - weight * %s" % (smoothing / vocab_size) if smoothing }};
-{% if softcap %}
-            let capped = value_{{ q }} / {{ softcap }};
-            d *= 1.0 - capped * capped;
-{% endif %}
-{% if vocab_size % 4 %}
-            d = select(value_{{ q }}, d, place < vec4({{ vocab_size }}u));
-{% endif %}
-            logits[base + quad + {{ q * lanes }}u] = d;
+{{ gradient("logits[base + quad + %du]" % (q * lanes), "value_%d" % q, "quad + %du" % (q * lanes), "value_%d" % q) }}
         }
 {% endfor %}
     }
+{% endif %}
 {% endif %}
 }

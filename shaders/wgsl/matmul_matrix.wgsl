@@ -138,13 +138,15 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% endif %}
 }
 
-{# Fetches the tile from `from` on into the registers fetched_…. #}
+{# Fetches the tile from `from` on into the registers fetched_…. Of x in blocks a column lies as much further on as
+   there are columns in the blocks before it. #}
 {% macro fetch(from) %}
+{% set x_from = "%s + (%s & ~%du)" % (from, from, x_block - 1) if x_block else from %}
 {% for i in range(x_units) %}
 {% if rows_fit %}
-{% set at = "x_from + %du + (%s) / 4u" % (i * x_lines * x_stride // 4, from) %}
+{% set at = "x_from + %du + (%s) / 4u" % (i * x_lines * x_stride // 4, x_from) %}
 {% else %}
-{% set at = "(min(first_row + x_row + %du, last_row) * x_stride + x_column) / 4u + 2u * x_eight + (%s) / 4u" % (i * x_lines, from) %}
+{% set at = "(min(first_row + x_row + %du, last_row) * x_stride + x_column) / 4u + 2u * x_eight + (%s) / 4u" % (i * x_lines, x_from) %}
 {% endif %}
 {% if whole %}
         fetched_x_{{ i }} = eight_of_x({{ at }});

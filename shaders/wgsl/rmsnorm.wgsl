@@ -7,6 +7,10 @@
 // x is written here: Σ_s partial[s, m, i]{{ " + x_residual[m, i]" if x_residual }}, in the order of matmul_reduce.wgsl, of the
 // partial sums [{{ splits }}, maximum rows, width] that a product leaves.
 {% endif %}
+{% if low_width %}
+// z [rows, {{ low_width }}] is written here, too: z[m, j] = Σ_i y[m, i] · a[j, i], of y as it is stored. {{ sharing }} lanes share a sum,
+// of every {{ sharing }} quads one each; their sums meet in workgroup memory, in order.
+{% endif %}
 
 struct Extent { rows: u32 }
 
@@ -28,6 +32,16 @@ struct Extent { rows: u32 }
 {% endif %}
 {% endif %}
 
+{% if low_width %}
+{% set after = 4 + residual + ((1 + x_residual) if splits > 1 else 0) %}
+@group(0) @binding({{ after }}) var<storage, read> a: array<vec4<f32>>; // [{{ low_width }}, {{ width }}]
+@group(0) @binding({{ after + 1 }}) var<storage, read_write> z: array<f32>;
+
+{% set low_lanes = lanes // sharing %}
+{% set turns = (low_width + low_lanes - 1) // low_lanes %}
+var<workgroup> normed_row: array<vec4<f32>, {{ width // 4 }}>;
+var<workgroup> low_sums: array<f32, {{ turns * lanes }}>; // [turns, lanes]
+{% endif %}
 {% set quads = width // 4 %}
 {% set steps = (quads + lanes - 1) // lanes %}
 {% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
@@ -73,8 +87,42 @@ x[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, x_type) }};
 {% endfor %}
     let rstd = inverseSqrt(row_sum(dot(squares, vec4(1.0)), lane) / {{ width }}.0 + {{ epsilon }});
 {% for s in range(steps) %}
+{% set normed = stored(("past_%d + " % s if residual else "") ~ "value_%d * rstd * w_%d" % (s, s), out_type) %}
+{% if low_width %}
+    let normed_{{ s }} = {{ normed }};
 {% call store_row(s, quads, lanes) %}
-y[base + {{ s * lanes }}u] = {{ stored(("past_%d + " % s if residual else "") ~ "value_%d * rstd * w_%d" % (s, s), out_type) }};
+normed_row[lane + {{ s * lanes }}u] = vec4<f32>(normed_{{ s }});
+{% endcall %}
+{% endif %}
+{% call store_row(s, quads, lanes) %}
+y[base + {{ s * lanes }}u] = {{ "normed_%d" % s if low_width else normed }};
 {% endcall %}
 {% endfor %}
+{% if low_width %}
+    workgroupBarrier();
+    let share = lane % {{ sharing }}u;
+{% for turn in range(turns) %}
+    {
+        // Past the last sum that one again, which nobody reads.
+        let a_quad = min(lane / {{ sharing }}u + {{ turn * low_lanes }}u, {{ low_width - 1 }}u) * {{ quads }}u + share;
+        var sum = vec4<f32>();
+{% for q in range(0, quads, sharing) %}
+{% if q + sharing <= quads %}
+        sum += normed_row[share + {{ q }}u] * a[a_quad + {{ q }}u];
+{% else %}
+        if (share < {{ quads - q }}u) { sum += normed_row[share + {{ q }}u] * a[a_quad + {{ q }}u]; }
+{% endif %}
+{% endfor %}
+        low_sums[{{ turn * lanes }}u + lane] = dot(sum, vec4(1.0));
+    }
+{% endfor %}
+    workgroupBarrier();
+    for (var j = lane; j < {{ low_width }}u; j += {{ lanes }}u) {
+        var sum = low_sums[j * {{ sharing }}u];
+{% for s in range(1, sharing) %}
+        sum += low_sums[j * {{ sharing }}u + {{ s }}u];
+{% endfor %}
+        z[row * {{ low_width }}u + j] = sum;
+    }
+{% endif %}
 }

@@ -4,7 +4,12 @@ import numpy as np
 import pytest
 
 from lora.checks.references.cross_entropy import gradient_reference, losses_reference
-from lora.forward.cross_entropy import Criterion, Objective, cross_entropy
+from lora.forward.cross_entropy import (
+    Criterion,
+    Objective,
+    cross_entropy,
+    gradient_in_blocks,
+)
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -262,6 +267,66 @@ def test_criteria(
         )
         size = np.abs(d * direction[:in_use]).sum()
         assert (d * direction[:in_use]).sum() == pytest.approx(slope, abs=1e-5 * size)
+
+
+@pytest.mark.parametrize(
+    ("rows", "in_use", "vocab_size", "criterion", "softcap"),
+    [
+        (1, 1, 8, Criterion(), None),
+        (67, 60, 104, Criterion(dft=True), 30.0),
+        (3, 2, 8190, Criterion(smoothing=0.2), None),
+        (3, 3, 16390, Criterion(), None),  # a last stretch of one lane
+        (2, 1, 49152, Criterion(), 30.0),
+    ],
+)
+def test_a_gradient_in_f16_lies_in_blocks(
+    recording: Recording, rows: int, in_use: int, vocab_size: int, criterion: Criterion,
+    softcap: float | None,
+) -> None:  # fmt: skip
+    """The f32 gradient rounded; zero in columns past the vocabulary, which products read."""
+    recording = with_facts(recording, is_cpu=False)
+    rng = np.random.default_rng(vocab_size)
+    logits = 5 * rng.normal(size=(rows, -(-vocab_size // 8) * 8)).astype(np.float32)
+    labels = rng.integers(0, vocab_size, rows)
+    weights = (1024 * rng.normal(size=rows)).astype(np.float32)
+    extent, memory = extent_in_use(recording, rows, in_use), recording.memory
+    found = []
+    for halves in (False, True):
+        tensor = activation(recording, logits, extent)
+        losses, correct = marked(recording, extent), marked(recording, extent)
+        objective = Objective(activation(recording, weights, extent), criterion, halves)
+        program = Program(recording)
+        cross_entropy(
+            program, tensor, activation(recording, labels, extent), losses, correct, objective,
+            vocab_size=vocab_size, softcap=softcap,
+        )  # fmt: skip
+        program.run()
+        of_rows = memory.read(losses).tobytes(), memory.read(correct).tobytes()
+        found.append((tensor, of_rows))
+    (whole, of_whole), (in_place, of_halves) = found
+    assert of_whole == of_halves
+    expected = memory.read(whole)
+    expected[:, vocab_size:] = 0.0
+    blocks = gradient_in_blocks(in_place)
+    assert blocks.tensor.n_bytes == in_place.n_bytes and blocks.tensor.dtype == "f16"
+    column = np.arange(logits.shape[1])
+    halved = memory.read(blocks.tensor)[:, column + column // blocks.block * blocks.block]
+    # Drivers round to either neighbour, and may lose what is below f16's normal numbers.
+    np.testing.assert_allclose(
+        halved[:in_use].astype(np.float32), expected[:in_use], rtol=2.0**-10, atol=2.0**-14
+    )
+    assert (memory.read(in_place)[in_use:] == logits[in_use:]).all()
+
+
+def test_no_gradient_in_f16_where_a_lane_has_no_whole_eights(recording: Recording) -> None:
+    extent = extent_in_use(recording, 2, 2)
+    for is_cpu, columns in ((True, 16), (False, 12)):
+        logits = activation(recording, np.zeros((2, columns), np.float32), extent)
+        values = [marked(recording, extent) for _ in range(3)]
+        labels = activation(recording, np.zeros(2, np.int64), extent)
+        program = Program(with_facts(recording, is_cpu=is_cpu))
+        with pytest.raises(ValueError, match=f"of {columns} columns"):
+            cross_entropy(program, logits, labels, *values[:2], Objective(values[2], halves=True))
 
 
 def test_smoothing_and_dft_are_not_both() -> None:

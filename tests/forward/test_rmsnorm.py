@@ -1,11 +1,15 @@
 """RMSNorm against float64 numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 from lora.checks.references.rmsnorm import rmsnorm_reference
+from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
-from lora.forward.rmsnorm import rmsnorm
+from lora.forward.plans.stretches import Stretches
+from lora.forward.rmsnorm import MOST_LOW_BYTES, LowRank, rmsnorm, writes_low_rank
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import (
@@ -120,3 +124,68 @@ def test_a_width_of_no_whole_vectors_is_refused(recording: Recording) -> None:
     )
     with pytest.raises(ValueError, match="no multiple of 4"):
         rmsnorm(Program(recording), x, Norm(weight, 1e-5))
+
+
+# Sums fewer than lanes that can share one, and more than these at once; broken turns of quads.
+LOW = [(1, 1, 4, 4), (7, 5, 36, 12), (70, 64, 576, 48), (3, 2, 2052, 20)]
+
+
+@pytest.mark.parametrize("extra", ["plain", "residual", "f16", "stretches", "stretches of f16"])
+@pytest.mark.parametrize(("rows", "in_use", "width", "low_width"), LOW)
+def test_z_beside_the_norm(
+    recording: Recording, rows: int, in_use: int, width: int, low_width: int, extra: str
+) -> None:
+    """The norm to its bits, and z of what it stores, within f32's sums."""
+    recording = with_facts(recording, is_cpu=False)
+    halves = "f16" in extra
+    if halves:
+        needs_halves(recording.facts)
+    rng = np.random.default_rng(width)
+    extent, memory = extent_in_use(recording, rows, in_use), recording.memory
+
+    def normal(*shape: int) -> np.ndarray:
+        return rng.normal(size=shape).astype(np.float32)
+
+    weight, a = normal(width), normal(low_width, width)
+    values = [normal(rows, width) for _ in range(3)]
+    first = -(-a.size // 64) * 64  # A as a part of a buffer, as adapters have it
+    flat = memory.upload(np.concatenate([normal(first), a.reshape(-1)]))
+    factor = flat.slice(first, first + a.size).reshape(low_width, width)
+    lora = LoraFactors(factor, factor, low_width, 1.0, ((0, 4),))
+    found = []
+    for with_low in (False, True):
+        z = typed_marked(recording, "f32", extent, low_width)
+        out = typed_marked(recording, "f16" if halves else "f32", extent, width)
+        x, past = (activation(recording, v, extent) for v in values[:2])
+        stretches = None
+        if "stretches" in extra:
+            partial = memory.upload(np.concatenate([values[1], values[2]]))
+            stretches = Stretches(partial, 2, past)
+        program = Program(recording)
+        rmsnorm(
+            program, x, Norm(memory.upload(weight), 1e-5), out=out, stretches=stretches,
+            residual=past if extra == "residual" else None,
+            low=LowRank(lora, z) if with_low else None,
+        )  # fmt: skip
+        assert len(program.dispatches) == 1
+        program.run()
+        found.append([memory.read(t) for t in (out, x, z)])
+    (y, x_left, untouched), (y_beside, x_beside, z_found) = found
+    assert y_beside.tobytes() == y.tobytes() and x_beside.tobytes() == x_left.tobytes()
+    assert (untouched == MARKER).all() and (z_found[in_use:] == MARKER).all()
+    used = y[:in_use].astype(np.float64)
+    bound = 2.0**-24 * (4.0 + 4.0 * np.sqrt(width)) * (np.abs(used) @ np.abs(a).T)
+    assert (np.abs(z_found[:in_use] - used @ a.T) <= bound).all()
+
+
+def test_where_a_norm_writes_z(recording: Recording) -> None:
+    gpu = with_facts(recording, is_cpu=False, workgroup_memory=16384)
+    a = recording.memory.empty((48, 576))
+    lora = LoraFactors(a, a, 16, 1.0, ((0, 576), (576, 768), (768, 960)))
+    most = MOST_LOW_BYTES // (4 * a.size)
+    assert 128 <= most < 512
+    assert writes_low_rank(gpu, most, lora) and not writes_low_rank(gpu, most + 1, lora)
+    assert not writes_low_rank(with_facts(gpu, is_cpu=True), 1, lora)
+    assert not writes_low_rank(with_facts(gpu, workgroup_memory=8192), 1, lora)
+    scaled = replace(lora, member_scales=(1.0, 2.0, 1.0))
+    assert not writes_low_rank(gpu, 1, scaled)

@@ -13,7 +13,7 @@ from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import Tensor
+from lora.shaders.tensor import Extent, Tensor
 
 SCALE = 1.7
 UNTOUCHED = -7.0
@@ -72,12 +72,15 @@ def values_of(case: Case) -> Values:
 
 @dataclass(frozen=True)
 class Recorded:
-    """A case on the device: the program, and the tensors it writes."""
+    """A case on the device: the program, the tensors it writes, and what these come of."""
 
     program: Program
     z: Tensor
     d_z: Tensor
     slices: Sequence[LoraFactors]
+    x: Tensor
+    d_y: Tensor
+    lora: LoraFactors
 
 
 def record(
@@ -87,12 +90,13 @@ def record(
     start: float,
     x_type: str = "f32",
     d_y_type: str = "f32",
+    extent: Extent | None = None,
 ) -> Recorded:
     """All kernels of a case; gradients begin at `start`, z and d_z at UNTOUCHED.
 
     Rows that are not in use hold NaN, which would spread into every sum that read them.
     """
-    extent = recording.memory.extent(case.rows)
+    extent = extent or recording.memory.extent(case.rows)
     recording.memory.set_rows(extent, case.in_use)
 
     def activation(array: np.ndarray, dtype: str) -> Tensor:
@@ -129,4 +133,4 @@ def record(
     lora_gradients(program, x, z, d_y, d_z, lora, slices)
     for tensor in (z, d_z):
         recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))
-    return Recorded(program, z, d_z, slices)
+    return Recorded(program, z, d_z, slices, x, d_y, lora)

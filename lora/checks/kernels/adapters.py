@@ -7,7 +7,8 @@ from functools import partial
 
 import numpy as np
 
-from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.lora import GroupGradients, lora_gradients, lora_project_gradient
+from lora.backward.lora_pending import STORAGE_BUFFERS, PendingGradients, gradients_wait
 from lora.checks.comparison import (
     Check,
     Comparison,
@@ -33,6 +34,7 @@ from lora.forward.lora import lora_project
 from lora.forward.lora_matrix import gradient_cut
 from lora.forward.matmul_matrix import shape_on
 from lora.forward.model.factors import LoraFactors
+from lora.forward.part_product import SizedRows
 from lora.optim.adamw import AdamWSettings, AdamWTensors, adamw, step_words
 from lora.optim.clipping import gradient_norm
 from lora.optim.guard import METRICS, STATE_AT, GuardState, Scaling, scaled_weight, step_guard
@@ -57,7 +59,7 @@ def factors_on(recording: Recording, a: np.ndarray, b: np.ndarray) -> LoraFactor
     )  # fmt: skip
 
 
-def check_matrix(recording: Recording) -> Comparison:
+def check_matrix(recording: Recording, waiting: bool = False) -> Comparison:
     """The same on matrix units."""
     if shape_on(recording.facts) is None:
         raise NotHereError("no matrix units that multiply f16 and add f32")
@@ -65,11 +67,13 @@ def check_matrix(recording: Recording) -> Comparison:
     on_units = replace(recording, precision="f16", body="matrix")
     if gradient_cut(on_units, (2 * RANK, RANK)) is None:
         raise NotHereError("its matrix units, or its workgroups, are too small")
-    return check_lora(on_units, "f16")
+    return check_lora(on_units, "f16", waiting)
 
 
-def check_lora(recording: Recording, dtype: str) -> Comparison:
+def check_lora(recording: Recording, dtype: str, waiting: bool = False) -> Comparison:
     """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far.
+
+    With `waiting` d_A and d_B in one dispatch with a d_z.
 
     On matrix units factors are f16, here numbers that f16 has; in the sums over rows z and d_z are
     rounded to 2^-12, independently: the worst of thousands is off by four standard deviations.
@@ -77,6 +81,8 @@ def check_lora(recording: Recording, dtype: str) -> Comparison:
     on_units = recording.body == "matrix"
     if dtype == "f16":
         needs_half(recording)
+    if waiting and not gradients_wait(recording):
+        raise NotHereError(f"a kernel has fewer than {STORAGE_BUFFERS} storage buffers")
     x, d_y = (
         rounded(normal(seed, ROWS, n), dtype) for seed, n in ((1, IN_FEATURES), (2, OUT_FEATURES))
     )
@@ -89,7 +95,14 @@ def check_lora(recording: Recording, dtype: str) -> Comparison:
     z, d_z = (typed_marked(recording, "f32", extent, 2 * RANK) for _ in range(2))
     lora_project(program, x_t, lora, out=z)
     lora_project_gradient(program, d_y_t, lora, out=d_z)
-    lora_gradients(program, x_t, z, d_y_t, d_z, lora, slices)
+    if waiting:
+        pending, first = PendingGradients(), d_z
+        pending.add(program, GroupGradients(x_t, z, d_y_t, first, lora, slices))
+        d_z = typed_marked(recording, "f32", extent, 2 * RANK)
+        pending.project(program, SizedRows(d_y_t, None), lora, d_z)
+        pending.flush(program)
+    else:
+        lora_gradients(program, x_t, z, d_y_t, d_z, lora, slices)
     program.run()
     used = slice(0, IN_USE)
     values = (x[used], d_y[used], a, b)
@@ -212,7 +225,11 @@ CHECKS = [
               partial(check_lora, dtype=dtype), as_cpu)
         for dtype, as_cpu in (("f32", True), ("f32", False), ("f16", False))
     ),
+    Check("lora_backward", f"{ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_lora, dtype="f32", waiting=True)),
     Check("lora_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}", check_matrix),
+    Check("lora_backward_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, waiting=True)),
     Check("gradient_norm", "1x65600", partial(check_gradient_norm, n_slices=1), as_cpu=True),
     Check("gradient_norm", "4x65600", partial(check_gradient_norm, n_slices=4)),
     Check("step_guard", "12 steps", partial(check_step_guard, scaled=False)),

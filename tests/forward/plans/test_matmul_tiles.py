@@ -16,8 +16,11 @@ from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (
+    DECODED_TILES,
     HALF_TILES,
+    MATRIX_TILES,
     MOST_CANDIDATES,
+    MOST_PARTIAL_SUMS,
     TILES,
     Plan,
     PlanSpace,
@@ -186,3 +189,38 @@ def test_tiles_have_names_of_their_own() -> None:
             assert tile.depth * tile.tile_rows % (4 * lanes) == 0
             assert tile.depth * tile.tile_columns % (8 * lanes) == 0
             assert lanes <= 256 and tile.workgroup_bytes <= 32768
+
+
+@pytest.mark.parametrize(("rows", "columns", "vocab_size"), [(512, 576, 49152), (128, 640, 262144)])
+def test_stretches_of_a_vocabulary_go_round_the_multiprocessors(
+    rows: int, columns: int, vocab_size: int
+) -> None:
+    """In powers of two SmolLM2's 20 tiles leave a fifth of an H200 idle."""
+    space = PlanSpace(rows, columns, vocab_size, MATRIX_TILES)
+    tile, splits, length = choose_plan(space)
+    workgroups = splits * -(-rows // tile.tile_rows) * -(-columns // tile.tile_columns)
+    assert workgroups / (-(-workgroups // 132) * 132) > 0.95
+    assert length % tile.depth == 0 and (splits - 1) * length < vocab_size <= splits * length
+    powers = [n for n in space.splits(tile) if n & (n - 1) == 0]
+    assert {*powers} == {1, 2, 4, 8, 16} | ({32} if vocab_size >= 32 * 2048 else set())
+    best = min(space.microseconds(Plan(tile, *cut(vocab_size, n, tile.depth))) for n in powers)
+    assert space.microseconds(Plan(tile, splits, length)) < 0.9 * best
+
+
+def test_other_contractions_have_powers_of_two() -> None:
+    for contraction in (576, 3072, 16384, 32767):
+        for tile in (*TILES, *MATRIX_TILES):
+            splits = PlanSpace(128, 576, contraction, (tile,)).splits(tile)
+            assert splits == [n for n in (1, 2, 4, 8) if contraction // n >= 96 or n == 1]
+    (tile, *_) = DECODED_TILES
+    assert PlanSpace(128, 576, 49152, (tile,)).splits(tile) == [1]
+
+
+@pytest.mark.parametrize("columns", [4, 4096])
+def test_stretches_keep_within_their_memory(columns: int) -> None:
+    """At most 32, and no more partial sums than scratch memory holds."""
+    for rows in (1, 64, 4096):
+        for tile in MATRIX_TILES:
+            splits = PlanSpace(rows, columns, 262144, (tile,)).splits(tile)
+            assert splits[0] == 1 and splits[-1] <= 32
+            assert all(n == 1 or n * rows * columns <= MOST_PARTIAL_SUMS for n in splits)

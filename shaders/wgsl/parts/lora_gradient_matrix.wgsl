@@ -1,0 +1,284 @@
+{# The gradients of lora_gradient_matrix.wgsl: workgroup `tile_index` of a slice. Who includes this declares `lanes`,
+   `tiles`, pack_eight and the bindings. #}
+{% from "parts/fragments.wgsl" import left_type, right_type, result_type with context %}
+{% set subgroups = long // n %}
+{% set lanes = subgroups * subgroup_lanes %}
+{% set long_step = long // 8 + 1 %}
+{% set most_short = [parts[0].short, parts[1].short] | max %}
+{% set most_width = (most_short + n - 1) // n * n %}
+{% set short_at = depth * long_step %}
+{% set stage_size = subgroups * m * n // 4 %}
+{% set long_units = depth * long // 8 %}
+{% set long_turns = (long_units + lanes - 1) // lanes %}
+{% set held = m * n // subgroup_lanes %}
+// |number| of the shorter side's rows, as bits, in turns; then of the longer side's.
+var<workgroup> largest: array<atomic<u32>, 4>;
+
+fn largest_of(a: vec4<f32>, b: vec4<f32>) -> u32 {
+    let bits = max(bitcast<vec4<u32>>(abs(a)), bitcast<vec4<u32>>(abs(b))); // in the order of numbers, NaN last
+    return max(max(bits.x, bits.y), max(bits.z, bits.w));
+}
+
+// The exponent's bits of the power of two that takes a number to 2^13 … 2^14; of 1 for what isn't finite.
+fn exponent_for(bits: u32) -> u32 {
+    let exponent = bits >> 23u;
+    if (exponent == 255u) { return 127u; }
+    return min(267u - exponent, 227u);
+}
+
+fn add_to_gradient(slice: u32, at: u32, value: vec4<f32>) {
+{% for s in range(n_slices) %}
+    if (slice == {{ s }}u) { gradient_{{ s }}[at] += value; }
+{% endfor %}
+}
+
+fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
+{% if emulated %}
+    let team_lane = lane % {{ subgroup_lanes }}u;
+{% endif %}
+    if (lane == 0u) { // workgroup memory begins as anything: kernels run without the zeros that WebGPU gives
+        atomicStore(&largest[0], 0u);
+        atomicStore(&largest[1], 0u);
+        atomicStore(&largest[2], 0u);
+        atomicStore(&largest[3], 0u);
+    }
+    let stretch = (extent.rows + {{ n_slices - 1 }}u) / {{ n_slices }}u;
+    let first = slice * stretch;
+    let last = min(first + stretch, extent.rows);
+{% for part in parts %}
+{% set of_b = loop.index0 %}
+{% set width = (part.short + n - 1) // n * n %}
+{% set short_step = width // 8 + 1 %}
+{% set scaled = part.long_type == "f32" %}
+{% set short_units = depth * width // 8 %}
+{% set short_turns = (short_units + lanes - 1) // lanes %}
+{# Fragments of the result lie with the gradient: of d_A along the longer side, of d_B across it. #}
+{% set fragments = width // (n if of_b else m) %}
+    {{ "if (tile_index < %du) {" % part.n_groups if loop.first else "} else {" }}
+        let tile = {{ "tile_index" if loop.first else "tile_index - %du" % parts[0].n_groups }};
+        var begin = tile * {{ long }}u; // along the longer side
+        var end = {{ part.members[0].stop }}u;
+        var long_column = begin + {{ part.members[0].shift }}u;
+        var short_column = {{ part.members[0].short_column }}u;
+{% for one in part.members[1:] %}
+        if (tile >= {{ one.first_group }}u) {
+            begin = {{ one.start }}u + (tile - {{ one.first_group }}u) * {{ long }}u;
+            end = {{ one.stop }}u;
+            long_column = begin + {{ one.shift }}u;
+            short_column = {{ one.short_column }}u;
+        }
+{% endfor %}
+{% for u in range(long_turns) %}
+{% if scaled %}
+        var long_a_{{ u }} = vec4<f32>();
+        var long_b_{{ u }} = vec4<f32>();
+{% else %}
+        var fetched_{{ u }} = vec4<u32>();
+{% endif %}
+{% endfor %}
+{% for u in range(short_turns) %}
+        var short_a_{{ u }} = vec4<f32>();
+        var short_b_{{ u }} = vec4<f32>();
+{% endfor %}
+{% if emulated %}
+        var sums = array<f32, {{ fragments * held }}>();
+{% else %}
+{% for f in range(fragments) %}
+        var sum_{{ f }} = {{ result_type }}();
+{% endfor %}
+{% endif %}
+{# Rows past the stretch, and columns past a member's, are zero. #}
+{% macro fetch(start) %}
+{% for u in range(long_turns) %}
+        {
+            let unit = lane + {{ u * lanes }}u;
+            let row = {{ start }} + unit / {{ long // 8 }}u;
+            let at = unit % {{ long // 8 }}u * 8u;
+            let quad = (row * {{ part.long_stride }}u + long_column + at) / 4u;
+            var a = vec4<f32>();
+            var b = vec4<f32>();
+            if (row < last && begin + at < end) { a = vec4<f32>({{ part.long_name }}[quad]); }
+            if (row < last && begin + at + 4u < end) { b = vec4<f32>({{ part.long_name }}[quad + 1u]); }
+{% if scaled %}
+            long_a_{{ u }} = a;
+            long_b_{{ u }} = b;
+{% else %}
+            fetched_{{ u }} = packed(a, b);
+{% endif %}
+        }
+{% endfor %}
+{% for u in range(short_turns) %}
+        {
+            let unit = lane + {{ u * lanes }}u;
+            let row = {{ start }} + unit / {{ width // 8 }}u;
+            let at = unit % {{ width // 8 }}u * 8u;
+            let quad = (row * {{ part.short_stride }}u + short_column + at) / 4u;
+            short_a_{{ u }} = vec4<f32>();
+            short_b_{{ u }} = vec4<f32>();
+{% if (u + 1) * lanes > short_units %}
+            if (unit < {{ short_units }}u)
+{% endif %}
+            {
+                if (row < last && at < {{ part.short }}u) { short_a_{{ u }} = {{ part.short_name }}[quad]; }
+                if (row < last && at + 4u < {{ part.short }}u) { short_b_{{ u }} = {{ part.short_name }}[quad + 1u]; }
+            }
+        }
+{% endfor %}
+{% endmacro %}
+        var exponent = {{ "354u" if scaled else "227u" }}; // of what the sums are scaled by{{ ", and 127" if scaled }}
+        var turn = 0u;
+        {{ fetch("first") }}
+        for (var begun = first; begun < last; begun += {{ depth }}u) {
+            workgroupBarrier();
+            {
+                var bits = 0u;
+{% for u in range(short_turns) %}
+                bits = max(bits, largest_of(short_a_{{ u }}, short_b_{{ u }}));
+{% endfor %}
+                atomicMax(&largest[turn], bits);
+{% if scaled %}
+                var long_bits = 0u;
+{% for u in range(long_turns) %}
+                long_bits = max(long_bits, largest_of(long_a_{{ u }}, long_b_{{ u }}));
+{% endfor %}
+                atomicMax(&largest[2u + turn], long_bits);
+{% endif %}
+            }
+{% if emulated %}
+            workgroupBarrier();
+            let bits = atomicLoad(&largest[turn]);
+{% else %}
+            let bits = workgroupUniformLoad(&largest[turn]); // the same for all, which fragments need
+{% endif %}
+{% if scaled %}
+{% if emulated %}
+            let long_exponent = exponent_for(atomicLoad(&largest[2u + turn]));
+{% else %}
+            let long_exponent = exponent_for(workgroupUniformLoad(&largest[2u + turn]));
+{% endif %}
+            let long_factor = bitcast<f32>(long_exponent << 23u);
+            let now = min(exponent, exponent_for(bits) + long_exponent);
+            let factor = bitcast<f32>((max(now, long_exponent) - long_exponent) << 23u);
+{% else %}
+            let now = min(exponent, exponent_for(bits));
+            let factor = bitcast<f32>(now << 23u);
+{% endif %}
+            let shrink = bitcast<f32>((127u - min(exponent - now, 127u)) << 23u);
+            exponent = now;
+            turn = 1u - turn;
+            if (lane == 0u) { atomicStore(&largest[turn], 0u); }
+{% if scaled %}
+            if (lane == 0u) { atomicStore(&largest[2u + turn], 0u); }
+{% endif %}
+{% for u in range(long_turns) %}
+{% if (u + 1) * lanes > long_units %}
+            if (lane < {{ long_units - u * lanes }}u)
+{% endif %}
+            {
+                let unit = lane + {{ u * lanes }}u;
+                tiles[unit / {{ long // 8 }}u * {{ long_step }}u + unit % {{ long // 8 }}u] = {{ "packed(long_factor * long_a_%d, long_factor * long_b_%d)" % (u, u) if scaled else "fetched_%d" % u }};
+            }
+{% endfor %}
+{% for u in range(short_turns) %}
+{% if (u + 1) * lanes > short_units %}
+            if (lane < {{ short_units - u * lanes }}u)
+{% endif %}
+            {
+                let unit = lane + {{ u * lanes }}u;
+                tiles[{{ short_at }}u + unit / {{ width // 8 }}u * {{ short_step }}u + unit % {{ width // 8 }}u] = packed(factor * short_a_{{ u }}, factor * short_b_{{ u }});
+            }
+{% endfor %}
+            workgroupBarrier();
+            {{ fetch("(begun + %du)" % depth) }}
+{% if emulated %}
+            for (var at = 0u; at < {{ fragments * held }}u; at++) {
+                let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
+                let fragment = at / {{ held }}u;
+{% if of_b %}
+                let along = team * {{ m }}u + place / {{ n }}u;
+                let across = fragment * {{ n }}u + place % {{ n }}u;
+{% else %}
+                let along = team * {{ n }}u + place % {{ n }}u;
+                let across = fragment * {{ m }}u + place / {{ n }}u;
+{% endif %}
+                sums[at] *= shrink;
+                for (var i = 0u; i < {{ depth }}u; i++) {
+                    let a = number(tiles[i * {{ long_step }}u + along / 8u], along);
+                    sums[at] += a * number(tiles[{{ short_at }}u + i * {{ short_step }}u + across / 8u], across);
+                }
+            }
+{% else %}
+{% for f in range(fragments) %}
+            sum_{{ f }} = subgroupMatrixScalarMultiply(sum_{{ f }}, shrink);
+{% endfor %}
+{% for step in range(depth // k) %}
+            {
+{% if of_b %}
+                let left = subgroupMatrixLoad<{{ left_type }}, col_major>(&tiles, {{ step * k * long_step }}u + team * {{ m // 8 }}u, {{ long_step }}u);
+{% for f in range(fragments) %}
+                let right_{{ f }} = subgroupMatrixLoad<{{ right_type }}, row_major>(&tiles, {{ short_at + step * k * short_step + f * n // 8 }}u, {{ short_step }}u);
+                sum_{{ f }} = subgroupMatrixMultiplyAccumulate(left, right_{{ f }}, sum_{{ f }});
+{% endfor %}
+{% else %}
+                let right = subgroupMatrixLoad<{{ right_type }}, row_major>(&tiles, {{ step * k * long_step }}u + team * {{ n // 8 }}u, {{ long_step }}u);
+{% for f in range(fragments) %}
+                let left_{{ f }} = subgroupMatrixLoad<{{ left_type }}, col_major>(&tiles, {{ short_at + step * k * short_step + f * m // 8 }}u, {{ short_step }}u);
+                sum_{{ f }} = subgroupMatrixMultiplyAccumulate(left_{{ f }}, right, sum_{{ f }});
+{% endfor %}
+{% endif %}
+            }
+{% endfor %}
+{% endif %}
+        }
+{% if scaled %}
+        // In two steps, each of which is a number.
+        let half = exponent / 2u;
+        let back = {{ part.scale }} * bitcast<f32>((254u - half) << 23u);
+        let rest = bitcast<f32>((254u - (exponent - half)) << 23u);
+{% else %}
+        let back = {{ part.scale }} * bitcast<f32>((254u - exponent) << 23u);
+{% endif %}
+{% set back = "back * (rest * bitcast<vec4<f32>>(tiles[unit]))" if scaled else "back * bitcast<vec4<f32>>(tiles[unit])" %}
+{% macro store(fragment) %}
+            for (var unit = lane; unit < {{ stage_size }}u; unit += lanes) {
+                let owner = unit / {{ m * n // 4 }}u;
+                let row = unit % {{ m * n // 4 }}u * 4u / {{ n }}u;
+                let column = unit % {{ m * n // 4 }}u * 4u % {{ n }}u;
+{% if of_b %}
+                let i = begin + owner * {{ m }}u + row;
+                let j = {{ fragment }} * {{ n }}u + column;
+                if (i < end && j < {{ part.short }}u) {
+                    add_to_gradient(slice, {{ part.start }}u + (i * {{ part.short }}u + j) / 4u, {{ back }});
+                }
+{% else %}
+                let i = {{ fragment }} * {{ m }}u + row;
+                let j = begin + owner * {{ n }}u + column;
+                if (i < {{ part.short }}u && j < end) {
+                    add_to_gradient(slice, {{ part.start }}u + (i * {{ part.n_long }}u + j) / 4u, {{ back }});
+                }
+{% endif %}
+            }
+{% endmacro %}
+{% if emulated %}
+        for (var f = 0u; f < {{ fragments }}u; f++) {
+            workgroupBarrier();
+            for (var at = 0u; at < {{ held }}u; at++) {
+                let place = at * {{ subgroup_lanes }}u + team_lane;
+                tiles[team * {{ m * n // 4 }}u + place / 4u][place % 4u] = bitcast<u32>(sums[f * {{ held }}u + at]);
+            }
+            workgroupBarrier();
+{{ store("f") }}
+        }
+{% else %}
+{% for f in range(fragments) %}
+        workgroupBarrier();
+        subgroupMatrixStore<row_major>(&tiles, team * {{ m * n // 4 }}u, sum_{{ f }}, {{ n // 4 }}u);
+        workgroupBarrier();
+        {
+{{ store("%du" % f) }}
+        }
+{% endfor %}
+{% endif %}
+{% endfor %}
+    }
+}

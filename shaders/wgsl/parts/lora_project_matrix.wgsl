@@ -1,0 +1,187 @@
+{# The projection of lora_project_matrix.wgsl: workgroup `index` of it. Who includes this declares `lanes`, `tiles`,
+   pack_eight and the bindings `{{ x_name }}`, factor, `{{ z_name }}` and, where rows of x are scaled, row_largest. #}
+{% from "parts/fragments.wgsl" import left_type, right_type, result_type with context %}
+{% set width = (columns + n - 1) // n * n %}
+{% set x_step = depth // 8 + 1 %}
+{% set f_step = width // 8 + 1 if transposed else x_step %}
+{% set x_size = block_rows * x_step %}
+{% set f_size = (depth if transposed else width) * f_step %}
+{% set stage_size = subgroups * block_rows * width // 4 %}
+{% set lanes = subgroups * subgroup_lanes %}
+{% set x_units = block_rows * depth // 8 %}
+{% set f_units = width * depth // 8 %}
+{% set x_turns = (x_units + lanes - 1) // lanes %}
+{% set f_turns = (f_units + lanes - 1) // lanes %}
+{% set row_fragments = block_rows // m %}
+{% set column_fragments = width // n %}
+{% set held = m * n // subgroup_lanes %}
+{% if x_scaled %}
+fn exponent_of(row: u32) -> i32 {
+    return clamp(131 - i32(row_largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
+}
+fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(127 + exponent) << 23u); }
+
+{% endif %}
+fn project(index: u32, lane: u32, team: u32) {
+    let first_row = index / {{ members | length }}u * {{ block_rows }}u;
+    if (first_row >= extent.rows) { return; }
+    let member = index % {{ members | length }}u;
+{% if emulated %}
+    let team_lane = lane % {{ subgroup_lanes }}u;
+{% endif %}
+    var x_column = {{ members[0].x_column }}u;
+    var factor_row = {{ members[0].factor_row }}u;
+    var length = {{ members[0].length }}u;
+{% for one in members[1:] %}
+    if (member == {{ loop.index }}u) {
+        x_column = {{ one.x_column }}u;
+        factor_row = {{ one.factor_row }}u;
+        length = {{ one.length }}u;
+    }
+{% endfor %}
+{% for u in range(x_turns) %}
+    var fetched_x_{{ u }} = vec4<u32>();
+{% if x_scaled %}
+    let x_power_{{ u }} = power(exponent_of(first_row + (lane + {{ u * lanes }}u) / {{ depth // 8 }}u));
+{% endif %}
+{% endfor %}
+{% for u in range(f_turns) %}
+    var fetched_f_{{ u }} = vec4<u32>();
+{% endfor %}
+{% if emulated %}
+    var sums = array<f32, {{ row_fragments * column_fragments * held }}>();
+{% else %}
+{% for i in range(row_fragments) %}
+{% for j in range(column_fragments) %}
+    var sum_{{ i }}_{{ j }} = {{ result_type }}();
+{% endfor %}
+{% endfor %}
+{% endif %}
+{# What lies past the end of the contraction, or of the columns, is zero. #}
+{% macro fetch(start) %}
+{% for u in range(x_turns) %}
+    {
+        let unit = lane + {{ u * lanes }}u;
+        let at = {{ start }} + unit % {{ depth // 8 }}u * 8u;
+        let row = min(first_row + unit / {{ depth // 8 }}u, extent.rows - 1u);
+        let quad = (row * {{ x_stride }}u + x_column + at) / 4u;
+        var a = vec4<f32>();
+        var b = vec4<f32>();
+        if (at < length) { a = vec4<f32>({{ x_name }}[quad]); }
+        if (at + 4u < length) { b = vec4<f32>({{ x_name }}[quad + 1u]); }
+        fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if x_scaled else "packed(a, b)" }};
+    }
+{% endfor %}
+{% for u in range(f_turns) %}
+    {
+        let unit = lane + {{ u * lanes }}u;
+        var a = vec4<f32>();
+        var b = vec4<f32>();
+{% if transposed %}
+        let at = {{ start }} + unit / {{ width // 8 }}u;
+        let column = unit % {{ width // 8 }}u * 8u;
+        let quad = ((factor_row + at) * {{ factor_stride }}u + column) / 4u;
+        if (at < length && column < {{ columns }}u) { a = factor[quad]; }
+        if (at < length && column + 4u < {{ columns }}u) { b = factor[quad + 1u]; }
+{% else %}
+        let at = {{ start }} + unit % {{ depth // 8 }}u * 8u;
+        let column = unit / {{ depth // 8 }}u;
+        let quad = ((factor_row + column) * {{ factor_stride }}u + at) / 4u;
+        if (column < {{ columns }}u && at < length) { a = factor[quad]; }
+        if (column < {{ columns }}u && at + 4u < length) { b = factor[quad + 1u]; }
+{% endif %}
+        fetched_f_{{ u }} = packed({{ factor_scale }} * a, {{ factor_scale }} * b);
+    }
+{% endfor %}
+{% endmacro %}
+
+    {{ fetch("0u") }}
+    for (var begun = 0u; begun < length; begun += {{ depth }}u) {
+        workgroupBarrier();
+{% for u in range(x_turns) %}
+{% if (u + 1) * lanes > x_units %}
+        if (lane < {{ x_units - u * lanes }}u)
+{% endif %}
+        {
+            let unit = lane + {{ u * lanes }}u;
+            tiles[unit / {{ depth // 8 }}u * {{ x_step }}u + unit % {{ depth // 8 }}u] = fetched_x_{{ u }};
+        }
+{% endfor %}
+{% set f_line = width // 8 if transposed else depth // 8 %}
+{% for u in range(f_turns) %}
+{% if (u + 1) * lanes > f_units %}
+        if (lane < {{ f_units - u * lanes }}u)
+{% endif %}
+        {
+            let unit = lane + {{ u * lanes }}u;
+            tiles[{{ x_size }}u + unit / {{ f_line }}u * {{ f_step }}u + unit % {{ f_line }}u] = fetched_f_{{ u }};
+        }
+{% endfor %}
+        workgroupBarrier();
+        {{ fetch("(begun + %du)" % depth) }}
+{% for u in range(depth // (k * subgroups)) %}
+        {
+            let step = team + {{ u * subgroups }}u;
+{% if emulated %}
+            for (var at = 0u; at < {{ row_fragments * column_fragments * held }}u; at++) {
+                let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
+                let row = at / {{ column_fragments * held }}u * {{ m }}u + place / {{ n }}u;
+                let column = at / {{ held }}u % {{ column_fragments }}u * {{ n }}u + place % {{ n }}u;
+                for (var i = step * {{ k }}u; i < (step + 1u) * {{ k }}u; i++) {
+                    let a = number(tiles[row * {{ x_step }}u + i / 8u], i);
+{% if transposed %}
+                    sums[at] += a * number(tiles[{{ x_size }}u + i * {{ f_step }}u + column / 8u], column);
+{% else %}
+                    sums[at] += a * number(tiles[{{ x_size }}u + column * {{ f_step }}u + i / 8u], i);
+{% endif %}
+                }
+            }
+{% else %}
+{% for i in range(row_fragments) %}
+            let left_{{ i }} = subgroupMatrixLoad<{{ left_type }}, row_major>(&tiles, {{ i * m * x_step }}u + step * {{ k // 8 }}u, {{ x_step }}u);
+{% endfor %}
+{% for j in range(column_fragments) %}
+            {
+{% if transposed %}
+                let right = subgroupMatrixLoad<{{ right_type }}, row_major>(&tiles, {{ x_size + j * n // 8 }}u + step * {{ k * f_step }}u, {{ f_step }}u);
+{% else %}
+                let right = subgroupMatrixLoad<{{ right_type }}, col_major>(&tiles, {{ x_size + j * n * f_step }}u + step * {{ k // 8 }}u, {{ f_step }}u);
+{% endif %}
+{% for i in range(row_fragments) %}
+                sum_{{ i }}_{{ j }} = subgroupMatrixMultiplyAccumulate(left_{{ i }}, right, sum_{{ i }}_{{ j }});
+{% endfor %}
+            }
+{% endfor %}
+{% endif %}
+        }
+{% endfor %}
+    }
+
+    workgroupBarrier();
+{% if emulated %}
+    for (var at = 0u; at < {{ row_fragments * column_fragments * held }}u; at++) {
+        let place = at % {{ held }}u * {{ subgroup_lanes }}u + team_lane;
+        let row = at / {{ column_fragments * held }}u * {{ m }}u + place / {{ n }}u;
+        let column = at / {{ held }}u % {{ column_fragments }}u * {{ n }}u + place % {{ n }}u;
+        tiles[(team * {{ block_rows }}u + row) * {{ width // 4 }}u + column / 4u][column % 4u] = bitcast<u32>(sums[at]);
+    }
+{% else %}
+{% for i in range(row_fragments) %}
+{% for j in range(column_fragments) %}
+    subgroupMatrixStore<row_major>(&tiles, team * {{ block_rows * width // 4 }}u + {{ (i * m * width + j * n) // 4 }}u, sum_{{ i }}_{{ j }}, {{ width // 4 }}u);
+{% endfor %}
+{% endfor %}
+{% endif %}
+    workgroupBarrier();
+    for (var unit = lane; unit < {{ block_rows * columns // 4 }}u; unit += lanes) {
+        let row = unit / {{ columns // 4 }}u;
+        let quad = unit % {{ columns // 4 }}u;
+        if (first_row + row < extent.rows) {
+            var sum = bitcast<vec4<f32>>(tiles[row * {{ width // 4 }}u + quad]);
+            for (var s = 1u; s < {{ subgroups }}u; s++) {
+                sum += bitcast<vec4<f32>>(tiles[(s * {{ block_rows }}u + row) * {{ width // 4 }}u + quad]);
+            }
+            {{ z_name }}[(first_row + row) * {{ members | length * columns // 4 }}u + member * {{ columns // 4 }}u + quad] = {{ scale / factor_scale }} * {{ "(power(-exponent_of(first_row + row)) * sum)" if x_scaled else "sum" }};
+        }
+    }
+}
