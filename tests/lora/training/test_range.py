@@ -14,6 +14,7 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import MatrixTile, Plan, cut
+from lora.optim.guard import Scaling
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import Memory
@@ -179,3 +180,25 @@ def test_without_powers_f16_does_not_hold_it(
         for path, wanted in whole.gradients.items()
     )
     assert not worst < 0.5
+
+
+def test_a_scale_far_too_large_ends_no_run(
+    body: str, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More than three steps in a row are skipped until it fits, and the others count."""
+    scaling = Scaling(begin=2.0**40, most=2.0**40)
+    monkeypatch.setattr("lora.training.programs.SCALING", scaling)
+    model = TINY_MODELS["llama"]
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    session = open_session(
+        model, tmp_path / "model.gguf", tmp_path / "adapter", device=device, precision="f16",
+        steps=10,
+    )  # fmt: skip
+    before = session.parameters()
+    skipped = [metrics.skipped for metrics in session.train()]
+    n_skipped = skipped.index(False)
+    assert 3 < n_skipped <= 5 and not any(skipped[n_skipped:])
+    # 2^40 less 1, 2, 4, 8 and 16 powers of two.
+    assert session.guard().scale == 2.0 ** (41 - 2**n_skipped)
+    assert (session.parameters() != before).any()
