@@ -16,6 +16,7 @@ import pytest
 from lora.shaders.choice import ENVIRONMENT
 from lora.shaders.device import Device
 from lora.shaders.recording import Recording
+from tests.support.short_kernels import short_kernels
 
 # Not what a machine's drivers make of `auto`; `make test-dawn` asks for the other one.
 os.environ.setdefault(ENVIRONMENT, "wgpu")
@@ -46,6 +47,12 @@ LONGEST_FILES = (
     "forward/test_matmul_norm.py",
     "forward/test_matmul.py",
 )
+# Folders and files whose tests have kernels as real runs have them; those of processes whose runs
+# another one continues, too.
+AS_IN_RUNS = {
+    "forward", "forward/plans", "backward", "optim", "shaders", "parity", "benchmarks",
+    "lora/checks", "lora/commands/test_devices.py", "lora/training/test_mpi.py",
+}  # fmt: skip
 _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FILES)}
 
 
@@ -66,6 +73,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 
 
+def pytest_collection_finish() -> None:
+    """Python's collector took a tenth of the time, mostly to pass by what stays to the end."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Runs tests marked `untraced` without coverage, which takes Python four times as long.
@@ -83,6 +97,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
     finally:
         sys.settrace(tracer)
         threading.settrace(in_threads)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_short(request: pytest.FixtureRequest) -> Iterator[None]:
+    """But for the tests of kernels and of what renders them, which have them as runs have them."""
+    place = request.path.relative_to(Path(__file__).parent)
+    if place.parent.as_posix() in AS_IN_RUNS or place.as_posix() in AS_IN_RUNS:
+        yield
+    else:
+        with short_kernels():
+            yield
 
 
 @pytest.fixture(scope="module", autouse=True)
