@@ -31,16 +31,20 @@ MODELS = Path(__file__).parent.parent / "models"
 # The test files that take longest on an empty cache of shaders, longest first: xdist hands whole
 # files to its workers, and none of these should be the last to start.
 LONGEST_FILES = (
-    "forward/model/test_families.py",
+    "lora/generation/test_generator.py",
     "backward/test_attention.py",
     "forward/test_attention.py",
+    "forward/model/test_families.py",
+    "lora/training/test_memory.py",
+    "shaders/test_translation.py",
+    "lora/commands/test_devices.py",
     "forward/test_quantized_matmul.py",
     "forward/test_matmul_int_row.py",
     "lora/training/test_precision.py",
-    "lora/training/test_default_limits.py",
-    "lora/training/test_session.py",
-    "lora/generation/test_generator.py",
+    "lora/training/test_mpi.py",
     "backward/test_lora.py",
+    "lora/training/test_session.py",
+    "lora/training/test_default_limits.py",
     "forward/plans/test_matmul_tiles.py",
     "test_package.py",
     "forward/test_matmul_row.py",
@@ -50,8 +54,10 @@ LONGEST_FILES = (
 # Folders and files whose tests have kernels as real runs have them; those of processes whose runs
 # another one continues, too.
 AS_IN_RUNS = {
-    "forward", "forward/plans", "backward", "optim", "shaders", "parity", "benchmarks",
-    "lora/checks", "lora/commands/test_devices.py", "lora/training/test_mpi.py",
+    "forward", "forward/plans", "backward", "optim", "shaders", "benchmarks", "lora/checks",
+    "lora/commands/test_devices.py", "lora/training/test_mpi.py", "parity/test_export.py",
+    "parity/test_half.py", "parity/test_head.py", "parity/test_int_rows.py",
+    "parity/test_live.py", "parity/test_options_real.py", "parity/test_recorded.py",
 }  # fmt: skip
 _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FILES)}
 
@@ -119,6 +125,7 @@ def no_file_keeps_memory() -> Iterator[None]:
     """
     yield
     gc.collect()
+    gc.freeze()  # what is left stays to the end: the next file's end need not look at it again
 
 
 @pytest.fixture(scope="session")
