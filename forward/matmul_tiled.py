@@ -20,7 +20,7 @@ def record_tiled(program: Program, request: Request, plan: Plan | None) -> None:
     # it is given the kernels of GPUs.
     on_cpu = program.recording.facts.info["adapter_type"] == "CPU"
     constants = {
-        "unroll": 4 if on_cpu else depth,
+        "unroll": 1 if on_cpu else depth,
         "half": half,
         "carry": HALF_CARRY if half else depth,
     }

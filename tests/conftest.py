@@ -16,6 +16,7 @@ import pytest
 from lora.shaders.choice import ENVIRONMENT
 from lora.shaders.device import Device
 from lora.shaders.recording import Recording
+from tests.support.short_kernels import short_kernels
 
 # Not what a machine's drivers make of `auto`; `make test-dawn` asks for the other one.
 os.environ.setdefault(ENVIRONMENT, "wgpu")
@@ -30,22 +31,34 @@ MODELS = Path(__file__).parent.parent / "models"
 # The test files that take longest on an empty cache of shaders, longest first: xdist hands whole
 # files to its workers, and none of these should be the last to start.
 LONGEST_FILES = (
-    "forward/model/test_families.py",
+    "lora/generation/test_generator.py",
     "backward/test_attention.py",
     "forward/test_attention.py",
+    "forward/model/test_families.py",
+    "lora/training/test_memory.py",
+    "shaders/test_translation.py",
+    "lora/commands/test_devices.py",
     "forward/test_quantized_matmul.py",
     "forward/test_matmul_int_row.py",
     "lora/training/test_precision.py",
-    "lora/training/test_default_limits.py",
-    "lora/training/test_session.py",
-    "lora/generation/test_generator.py",
+    "lora/training/test_mpi.py",
     "backward/test_lora.py",
+    "lora/training/test_session.py",
+    "lora/training/test_default_limits.py",
     "forward/plans/test_matmul_tiles.py",
     "test_package.py",
     "forward/test_matmul_row.py",
     "forward/test_matmul_norm.py",
     "forward/test_matmul.py",
 )
+# Folders and files whose tests have kernels as real runs have them; those of processes whose runs
+# another one continues, too.
+AS_IN_RUNS = {
+    "forward", "forward/plans", "backward", "optim", "shaders", "benchmarks", "lora/checks",
+    "lora/commands/test_devices.py", "lora/training/test_mpi.py", "parity/test_export.py",
+    "parity/test_half.py", "parity/test_head.py", "parity/test_int_rows.py",
+    "parity/test_live.py", "parity/test_options_real.py", "parity/test_recorded.py",
+}  # fmt: skip
 _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FILES)}
 
 
@@ -64,6 +77,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.untraced)
         if item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector took a tenth of the time, mostly to pass by what stays to the end."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -86,6 +106,17 @@ def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object
 
 
 @pytest.fixture(scope="module", autouse=True)
+def kernels_are_short(request: pytest.FixtureRequest) -> Iterator[None]:
+    """But for the tests of kernels and of what renders them, which have them as runs have them."""
+    place = request.path.relative_to(Path(__file__).parent)
+    if place.parent.as_posix() in AS_IN_RUNS or place.as_posix() in AS_IN_RUNS:
+        yield
+    else:
+        with short_kernels():
+            yield
+
+
+@pytest.fixture(scope="module", autouse=True)
 def no_file_keeps_memory() -> Iterator[None]:
     """Sessions that a file's tests left open go at its end, not when Python next looks.
 
@@ -94,6 +125,7 @@ def no_file_keeps_memory() -> Iterator[None]:
     """
     yield
     gc.collect()
+    gc.freeze()  # what is left stays to the end: the next file's end need not look at it again
 
 
 @pytest.fixture(scope="session")

@@ -27,16 +27,15 @@ fn main(
     var b_{{ i }} = vec4<f32>();
 {% endfor %}
 
-{% for member in members %}
-{% if transposed %}
-    // + d_z · A
-    for (var k = 0u; k < {{ rank }}u; k += 4u) {
+{% if members and transposed %}
+    // + d_z · A, whose members lie one after another in both.
+    for (var k = 0u; k < {{ members | length * rank }}u; k += 4u) {
 {% for i in range(lane_rows) %}
-        let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[(row_{{ i }} * {{ low_stride }}u + {{ member.low_start }}u + k) / 4u];
+        let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[(row_{{ i }} * {{ low_stride }}u + k) / 4u];
 {% endfor %}
 {% for q in range(4) %}
         {
-            let at = (({{ member.low_start }}u + k + {{ q }}u) * n_columns + column) / 4u;
+            let at = ((k + {{ q }}u) * n_columns + column) / 4u;
             let wa = factor[at];
             let wb = factor[at + 1u];
 {% for i in range(lane_rows) %}
@@ -46,24 +45,35 @@ fn main(
         }
 {% endfor %}
     }
-{% else %}
-    // + scale · z · Bᵀ
+{% elif members %}
+    // + scale · z · Bᵀ of the member that has these columns, if one has: drivers take long to compile
+    // one loop a member.
 {% for half, name in ((0, "a"), (4, "b")) %}
-    if (column + {{ half }}u >= {{ member.start }}u && column + {{ half }}u < {{ member.stop }}u) {
-        let at = (column + {{ half }}u - {{ member.start }}u + {{ member.factor_start }}u) * {{ rank // 4 }}u;
-        for (var k = 0u; k < {{ rank // 4 }}u; k += 1u) {
+    {
+        let first = column + {{ half }}u;
+        var factor_row = 0u;
+        var low_quad = 0u;
+        var turns = 0u;
+{% for member in members %}
+        if (first >= {{ member.start }}u && first < {{ member.stop }}u) {
+            factor_row = first - {{ member.start }}u + {{ member.factor_start }}u;
+            low_quad = {{ member.low_start // 4 }}u;
+            turns = {{ rank // 4 }}u;
+        }
+{% endfor %}
+        let at = factor_row * {{ rank // 4 }}u;
+        for (var k = 0u; k < turns; k += 1u) {
 {% for j in range(4) %}
             let w_{{ j }} = {{ scale }} * factor[at + {{ j * rank // 4 }}u + k];
 {% endfor %}
 {% for i in range(lane_rows) %}
-            let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[row_{{ i }} * {{ low_stride // 4 }}u + {{ member.low_start // 4 }}u + k];
+            let v_{{ i }} = {{ "powers[factor_power_at] * " if powered }}low[row_{{ i }} * {{ low_stride // 4 }}u + low_quad + k];
             {{ name }}_{{ i }} += vec4(dot(v_{{ i }}, w_0), dot(v_{{ i }}, w_1), dot(v_{{ i }}, w_2), dot(v_{{ i }}, w_3));
 {% endfor %}
         }
     }
 {% endfor %}
 {% endif %}
-{% endfor %}
 
 {% if transposed %}
     for (var k = 0u; k < contraction; k += 4u) {

@@ -178,8 +178,13 @@ def skipping_without_vulkan() -> Iterator[None]:
         pytest.skip(f"llama.cpp's Vulkan build: {reason}")
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("name", ["gemma2", "gemma3", "gemma4_e2b", "gemma4_dense"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if name == "gemma3" else [pytest.mark.long])
+        for name in ("gemma2", "gemma3", "gemma4_e2b", "gemma4_dense")
+    ],
+)
 def test_tiny_gemmas_in_llama_cpp_vulkan(name: str, tmp_path: Path) -> None:
     """Where llama.cpp computes its GELU, Gemmas are as near as other models are on its CPU."""
     from tests.support.tiny_judge import judge, log_softmax
@@ -394,15 +399,13 @@ class RealCase:
         return float(np.max(differences)), float(np.mean(differences))
 
 
-# Each of these takes Gemma a minute; what breaks them breaks its test in the Vulkan build, too.
-gemma_takes_long = pytest.mark.parametrize(
-    "case",
-    [pytest.param(n, marks=[pytest.mark.long] if n == "gemma3" else []) for n in REAL_MODELS],
-    indirect=True,
+# Gemma takes minutes, most of them llama.cpp's; tiny Gemmas above show what is theirs alone.
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(n, marks=[pytest.mark.long] if n == "gemma3" else []) for n in REAL_MODELS
+    ],
 )
-
-
-@pytest.fixture(scope="module", params=REAL_MODELS)
 def case(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, device: Device
 ) -> Iterator[RealCase]:
@@ -430,7 +433,6 @@ def check_f32(case: RealCase, worst: float, mean: float) -> None:
     assert worst < max(5e-3, 1.5 * worst_bare)
 
 
-@gemma_takes_long
 def test_adapter_on_the_f32_base(case: RealCase) -> None:
     bare, adapted = case.ours
     worst, mean = case.errors(LlamaCpp(case.f32_base, case.gguf_adapter), adapted)
@@ -441,6 +443,7 @@ def test_adapter_on_the_f32_base(case: RealCase) -> None:
     check_f32(case, worst, mean)
 
 
+@pytest.mark.long
 def test_gemma_in_llama_cpp_vulkan(case: RealCase) -> None:
     """Where llama.cpp computes in f32 all through: a row at once, step by step, and merged.
 
@@ -502,7 +505,6 @@ def test_greedy_continuation(case: RealCase) -> None:
     print(f"{N_PROMPTS * N_TOKENS} tokens, {n_near} of them another choice between near equals")
 
 
-@gemma_takes_long
 def test_everyone_gives_the_same_eval_loss(case: RealCase) -> None:
     """PEFT with the directory, llama.cpp with the GGUF adapter, and our session with either."""
     rows = token_ids(case.base)["eval"]

@@ -18,8 +18,9 @@ from typing import Any
 
 import pytest
 
+from lora.shaders.device import Device
+from lora.shaders.memory import Arena
 from lora.shaders.program import Program
-from lora.shaders.recording import Recording
 
 
 @dataclass
@@ -36,10 +37,10 @@ _costs: dict[str, FileCost] = defaultdict(FileCost)
 _seconds: dict[tuple[str, str], float] = {}  # of each (template, constants)
 _fresh: list[tuple[str, str]] = []  # made, and nothing was read since
 _file = ""
-_make_pipeline = Recording.pipeline
+_make_pipeline = Device.pipeline
 
 
-def _timed_pipeline(self: Recording, template: str, constants: dict[str, Any]) -> Any:
+def _timed_pipeline(self: Device, template: str, constants: dict[str, Any]) -> Any:
     before = len(self._pipelines)
     start = time.perf_counter()
     pipeline = _make_pipeline(self, template, constants)
@@ -79,9 +80,9 @@ def _processor_seconds() -> float:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    Recording.pipeline = _timed_pipeline  # type: ignore[method-assign]
-    Recording.read = _timed(Recording.read, ends=True)  # type: ignore[method-assign]
-    Recording.write = _timed(Recording.write, ends=False)  # type: ignore[method-assign]
+    Device.pipeline = _timed_pipeline  # type: ignore[method-assign]
+    Arena.read = _timed(Arena.read, ends=True)  # type: ignore[method-assign]
+    Arena.write = _timed(Arena.write, ends=False)  # type: ignore[method-assign]
     Program.run = _timed(Program.run, ends=False)  # type: ignore[method-assign]
 
 

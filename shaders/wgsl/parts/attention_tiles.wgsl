@@ -308,7 +308,7 @@ barrier has passed since weights were last read.
 given, += the weights alone. A weight of 0 changes nothing, not a bit.
 #}
 {% macro add_weighted(sum, k, total="") %}
-    {% set turns = [unroll // 4, 8] | min %}
+    {% set turns = [[unroll // 4, 1] | max, 8] | min %}
     {% set columns = range(k * span // 8, [(k + 1) * span // 8, groups] | min) %}
     {
     {% if half %}

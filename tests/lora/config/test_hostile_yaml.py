@@ -45,10 +45,10 @@ def test_one_sentence_at_once(tmp_path: Path, name: str) -> None:
     content, words = FILES[name]
     path = tmp_path / "x.yaml"
     path.write_text(content)
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(InputError, match=words) as caught:
         read_yaml_mapping(path)
-    assert time.perf_counter() - started < 5
+    assert time.process_time() - started < 5
     message = str(caught.value)
     assert message.startswith(str(path)) and "\n" not in message and len(message) < 600
 
