@@ -32,7 +32,7 @@ struct Extent { rows: u32 }
 @group(0) @binding(3) var<storage, read_write> losses: array<f32>;
 @group(0) @binding(4) var<storage, read_write> correct: array<f32>;
 {% if with_gradient %}
-@group(0) @binding(5) var<storage, read_write> logits: array<vec4<{{ "u32" if halves else "f32" }}>>;
+@group(0) @binding(5) var<storage, read_write> logits: array<{{ "vec4<u32>" if halves else "vec4<f32>" }}>;
 @group(0) @binding(6) var<storage, read> weights: array<f32>;
 {% endif %}
 
