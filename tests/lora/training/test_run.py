@@ -74,8 +74,10 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
     assert "webgpu: auto" in (output / "config.yaml").read_text()
     assert ran["webgpu"] == os.environ["LORA_WEBGPU"]
     assert set(ran) == {
-        "versions", "webgpu", "adapter", "backend", "driver", "features", "matrix_shapes"
+        "versions", "webgpu", "adapter", "backend", "driver", "features", "matrix_shapes",
+        "precision",
     }  # fmt: skip
+    assert ran["precision"]["asked"] == "auto"
     package, maker = {"wgpu": ("wgpu", "wgpu-native"), "dawn": ("wgpudawn", "Dawn")}[ran["webgpu"]]
     assert {"webgpu-lora", package, maker, "numpy", "python"} <= set(ran["versions"])
     # The config as resolved runs again as it is; the first run is set aside, not mixed.
