@@ -13,9 +13,11 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from lora.forward.matmul_matrix import shape_on
+from lora.shaders import templates
 from lora.shaders.choice import say_once
 from lora.shaders.device import Device
 from lora.storage.children import run_module
@@ -38,7 +40,7 @@ def trust_matrix_units(device: Device, wanted: str | int, ask: Ask | None = None
     facts = device.facts
     if facts.is_cpu or shape_on(facts) is None:
         return
-    identity = circumstances(facts)
+    identity = {**circumstances(facts), "checked": _kernels_digest()}
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16]
     path = cache_folder() / f"matrix-units-{digest}.json"
     try:
@@ -56,6 +58,15 @@ def trust_matrix_units(device: Device, wanted: str | int, ask: Ask | None = None
             f"are taken; remove {path} to ask again."
         )
         device.facts = replace(facts, matrix_shapes=())
+
+
+def _kernels_digest() -> str:
+    """Of the text of all kernels: those on matrix units are many, and share parts with others."""
+    folder = Path(templates.__file__).parent / "wgsl"
+    digest = hashlib.sha256()
+    for path in sorted(folder.rglob("*.wgsl")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
 
 
 def ask_child(device: Device, wanted: str | int) -> str:

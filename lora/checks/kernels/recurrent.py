@@ -310,8 +310,8 @@ CHECKS = [
     Check("gated_delta_backward", "300x4 heads of 128", partial(check_large_heads, backward=True)),
     *(
         Check(
-            "gated_delta_backward" if backward else "gated_delta",
-            f"{starts[-1]}x4 heads of {sizes.head_size}, matrix units",
+            "gated_delta_matrix" + "_backward" * backward,
+            f"{starts[-1]}x4 heads of {sizes.head_size}",
             partial(check_on_units, sizes=sizes, starts=starts, backward=backward),
         )
         for sizes, starts in ((SIZES, STARTS), LARGE)

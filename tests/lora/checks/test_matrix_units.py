@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -11,8 +12,10 @@ import numpy as np
 import pytest
 
 from lora.checks.matrix_units import ask_child, trust_matrix_units
+from lora.checks.suite import ALL_CHECKS
 from lora.config.schema import Config
 from lora.data.examples import Example
+from lora.shaders import templates
 from lora.shaders.device import Device
 from lora.shaders.webgpu import MatrixShape
 from lora.training.session import TrainingSession
@@ -57,6 +60,28 @@ def test_remembered_for_a_driver(card: Device, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(card, "facts", facts)
     trust_matrix_units(card, 0, lambda *_: "")
     assert card.facts.matrix_shapes == (SHAPE,)
+
+
+def test_other_kernels_are_asked_again(
+    card: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of attention, say, on which no tile of products depends."""
+    trust_matrix_units(card, 0, lambda *_: "wrong")
+    monkeypatch.setattr(card, "facts", replace(card.facts, matrix_shapes=(SHAPE,)))
+    kernels = tmp_path / "shaders" / "wgsl"
+    shutil.copytree(Path(templates.__file__).parent / "wgsl", kernels)
+    with open(kernels / "attention_matrix.wgsl", "a") as file:
+        file.write("// changed\n")
+    monkeypatch.setattr(templates, "__file__", str(kernels.parent / "templates.py"))
+    trust_matrix_units(card, 0, lambda *_: "")
+    assert card.facts.matrix_shapes == (SHAPE,)
+
+
+def test_every_kernel_on_units_is_asked_about() -> None:
+    """The child takes the checks by their kernels' names."""
+    names = {check.kernel for check in ALL_CHECKS if "_matrix" in check.kernel}
+    for kernels in ("matmul", "attention", "lora", "lora_backward", "gated_delta"):
+        assert any(name.startswith(f"{kernels}_matrix") for name in names), kernels
 
 
 def test_a_damaged_answer_is_asked_again(card: Device, tmp_path: Path) -> None:
