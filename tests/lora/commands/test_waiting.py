@@ -88,9 +88,12 @@ with waiting("Loading"):
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no pseudo-terminals")
 def test_ctrl_c_is_acknowledged_while_the_main_thread_is_elsewhere() -> None:
+    # Who runs the tests in the background has SIGINT ignored, and so would the child.
     code = """
+import signal
 from lora.commands.waiting import waiting
 from tests.support.stuck import until_told
+signal.signal(signal.SIGINT, signal.default_int_handler)
 try:
     with waiting("Computing"):
         until_told()
