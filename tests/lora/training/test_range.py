@@ -107,8 +107,10 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "body"),
     [(case, "tiled") for case in CASES.values()]
-    + [(CASES[name], "matrix") for name in ("llama up", "llama norms", "llama stream")],
-    ids=[*CASES, *(f"llama {what}, matrix" for what in ("up", "norms", "stream"))],
+    # One each of powers of rows and of rows that are sized: units in plain WGSL take 40 s to
+    # compile.
+    + [(CASES[name], "matrix") for name in ("llama up", "llama stream")],
+    ids=[*CASES, *(f"llama {what}, matrix" for what in ("up", "stream"))],
     indirect=["body"],
 )
 def test_loss_and_gradients(
