@@ -68,6 +68,11 @@ def _answers(model: Path, asked: dict[str, Any]) -> list[dict[str, Any]]:
     return answers
 
 
+# Servers until the process ends: now and then one never comes back from its destructor, which joins
+# a thread that still waits for what else a connection brings.
+_KEPT: list[Any] = []
+
+
 def _serve(model: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
     import xllamacpp
 
@@ -84,6 +89,7 @@ def _serve(model: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
         if asked["template"] is not None:
             parameters.chat_template = asked["template"]
     server = xllamacpp.Server(parameters)
+    _KEPT.append(server)
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
     answers = []
     for body in asked["bodies"]:

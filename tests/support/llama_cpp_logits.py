@@ -12,6 +12,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -55,6 +56,9 @@ class LlamaCpp:
         return answer
 
 
+_KEPT: list[Any] = []  # servers until the process ends, see llama_cpp.py
+
+
 def _serve(model: str, adapter: str | None, requests: list[dict]) -> list:
     import xllamacpp
 
@@ -73,6 +77,7 @@ def _serve(model: str, adapter: str | None, requests: list[dict]) -> list:
     parameters.cache_type_v = xllamacpp.ggml_type.GGML_TYPE_F32
     parameters.flash_attn_type = xllamacpp.llama_flash_attn_type.LLAMA_FLASH_ATTN_TYPE_DISABLED
     server = xllamacpp.Server(parameters)
+    _KEPT.append(server)
     connection = http.client.HTTPConnection(urlsplit(server.listening_address).netloc)
 
     def complete(body: dict) -> dict:
