@@ -152,7 +152,7 @@ def test_eight_steps(name: str, body: str, tmp_path: Path, device: Device) -> No
                 "model": {"path": str(tmp_path / "model.gguf")},
                 "adapter": {"rank": 4, "targets": ["q_proj", "k_proj", "v_proj"]},
                 "data": {"train": "none", "max_length": 64},
-                "train": {"steps": STEPS, "learning_rate": 1e-2, "precision": "f16"},
+                "train": {"steps": STEPS, "learning_rate": 2e-3, "precision": "f16"},
                 "output": "none",
             }
         )
