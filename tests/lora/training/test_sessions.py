@@ -20,7 +20,7 @@ from tests.support.plans import gpu as gpu  # a fixture
 from tests.support.plans import second_choices, use_tuner
 from tests.support.tiny_run import write_run
 
-MOST_GROWTH = 8 << 20  # bytes of the process between the 10th and the 40th session
+MOST_GROWTH = 20 << 20  # bytes of the process between the 10th and the 100th session
 
 
 @pytest.fixture
@@ -51,18 +51,18 @@ def two_steps(session: TrainingSession) -> bytes:
     return session.parameters().tobytes()
 
 
-@pytest.mark.untraced  # does the same forty times
-def test_forty_sessions_in_turn(config: Config, own_device: Device) -> None:
+@pytest.mark.untraced  # does the same a hundred times
+def test_a_hundred_sessions_in_turn(config: Config, own_device: Device) -> None:
     """All memory comes back, the device's and the host's, and all train the same."""
     found, resident = set(), []
-    for _ in range(40):
+    for _ in range(100):
         with TrainingSession(config, device=own_device) as session:
             found.add(two_steps(session))
         assert own_device.allocated == {}
         gc.collect()
         resident.append(resident_bytes())
     assert len(found) == 1
-    assert resident[39] - resident[9] < MOST_GROWTH, resident[9::10]
+    assert resident[99] - resident[9] < MOST_GROWTH, resident[9::10]
 
 
 def test_two_sessions_side_by_side(config: Config, own_device: Device) -> None:
