@@ -24,6 +24,9 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
+# The groups that take what a norm before a block gives, and that alone take it.
+MIXER_INPUT, FEED_FORWARD_INPUT = "qkv", "gate_up"
+
 
 @dataclass(frozen=True)
 class LayerActivations:
@@ -195,17 +198,12 @@ def norm_before(
     return NormAfter(norm, act.normed, low=_low_of_norm(recording, walk, layer, act, MIXER_INPUT))
 
 
-MIXER_INPUT, FEED_FORWARD_INPUT = (
-    "qkv",
-    "gate_up",
-)  # what takes the norms before blocks, and it alone
-
-
 def _low_of_norm(
     recording: Recording, walk: Walk, layer: int, act: LayerActivations, group: str
 ) -> LowRank | None:
     """The z that the norm before a group writes; None where it does not."""
-    lora, z = walk.factors.get((layer, group)), act.z.get(group)
+    powers = walk.model.layers[layer].powers
+    lora, z = powers.factors(group, walk.factors.get((layer, group))), act.z.get(group)
     if lora is None or z is None or walk.dropout is not None:
         return None
     return LowRank(lora, z) if writes_low_rank(recording, z.shape[0], lora) else None

@@ -37,7 +37,7 @@ from lora.training.evaluation import Evaluator, Progress
 from lora.training.metrics import EvalResult
 from lora.training.orders import Orders
 from lora.training.placement import device_of
-from lora.training.precision import precision_on
+from lora.training.precision import agreed_precision, precision_on
 from lora.training.prefix_cache import PrefixCache
 from lora.training.workload import Workload
 
@@ -106,6 +106,7 @@ class OpenSession(ABC):
 
     def _open(self) -> None:
         """Puts everything on the device and records the programs."""
+        self.workload = agreed_precision(self.workload, self.device.facts, self.communicator)
         workload, train = self.workload, self.config.train
         stage("Planning the steps")
         # All is recorded once on memory that only counts: what it asks for is known beforehand.

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lora.shaders.facts import DeviceFacts
+from lora.training.communicator import Communicator
 from lora.training.workload import Workload
 
 
@@ -18,6 +21,20 @@ def precision_on(facts: DeviceFacts, workload: Workload) -> str:
         return wanted
     on_units = facts.has_matrix_units and "shader-f16" in facts.features
     return "f16" if on_units and not workload.layout.dora else "f32"
+
+
+def agreed_precision(
+    workload: Workload, facts: DeviceFacts, communicator: Communicator
+) -> Workload:
+    """The workload with f32 where `auto` would be that for one of several processes.
+
+    Their gradients are added up as they are: under f16 they hold the loss scale.
+    """
+    found = communicator.gather(precision_on(facts, workload))
+    if len(set(found)) == 1:
+        return workload
+    train = workload.config.train.model_copy(update={"precision": "f32"})
+    return replace(workload, config=workload.config.model_copy(update={"train": train}))
 
 
 def precision_words(facts: DeviceFacts, workload: Workload) -> str:

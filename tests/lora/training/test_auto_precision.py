@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,11 +22,12 @@ from lora.training.checkpoint import checkpoints
 from lora.training.communicator import SingleProcess
 from lora.training.device_state import SessionPlan
 from lora.training.leading import open_together
-from lora.training.precision import precision_on
+from lora.training.precision import agreed_precision, precision_on
 from lora.training.run import RUN
 from lora.training.workload import Workload
 from tests.support.half_tensors import needs_halves
 from tests.support.renderings import CPU, LARGE_GPU, MATRIX_GPU
+from tests.support.thread_ranks import ThreadRanks
 from tests.support.tiny_run import write_run
 
 UNITS, PLAIN, SOFTWARE = MATRIX_GPU.facts, LARGE_GPU.facts, CPU.facts
@@ -59,6 +61,26 @@ def test_what_it_is(facts: DeviceFacts, given: tuple[str, ...], found: str, tmp_
     print_plan(console, plan)
     said = [line for line in console.export_text().splitlines() if "train.precision" in line]
     assert len(said) == (not facts.is_cpu) and all(found in line for line in said)
+
+
+def test_processes_agree(tmp_path: Path) -> None:
+    """One whose device has no units takes the others to f32: their gradients are added up."""
+    workload = Workload.open(load_config(str(write_run(tmp_path))), train=True)
+
+    def all_of(*devices: DeviceFacts) -> list[str]:
+        ranks = ThreadRanks(len(devices))
+
+        def of_rank(rank: int) -> str:
+            communicator = ranks.communicators[rank]
+            agreed = agreed_precision(workload, devices[rank], communicator)
+            return precision_on(devices[rank], agreed)
+
+        with ThreadPoolExecutor(len(devices)) as pool:
+            return list(pool.map(of_rank, range(len(devices))))
+
+    assert all_of(UNITS, UNITS) == ["f16", "f16"]
+    assert all_of(UNITS, PLAIN) == all_of(PLAIN, UNITS) == ["f32", "f32"]
+    assert workload.config.train.precision == "auto"
 
 
 def test_on_software_it_is_f32_to_the_byte(tmp_path: Path) -> None:

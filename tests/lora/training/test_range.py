@@ -14,6 +14,7 @@ from lora.config.schema import Config
 from lora.data.examples import Example
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import MatrixTile, Plan, cut
+from lora.forward.rmsnorm import MOST_LOW_BYTES
 from lora.optim.guard import Scaling
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
@@ -204,3 +205,19 @@ def test_a_scale_far_too_large_ends_no_run(
     # 2^40 less 1, 2, 4, 8 and 16 powers of two.
     assert session.guard().scale == 2.0 ** (41 - 2**n_skipped)
     assert (session.parameters() != before).any()
+
+
+def test_norms_write_z_of_members_that_have_one_power(
+    body: str, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU with few rows; v's power is another than q's and k's, so that z has it in it."""
+    monkeypatch.setattr(device, "facts", replace(device.facts, is_cpu=False))
+    results = []
+    for most in (MOST_LOW_BYTES, 0):
+        monkeypatch.setattr("lora.forward.rmsnorm.MOST_LOW_BYTES", most)
+        results.append(found(*CASES["llama values"], tmp_path, device, 2**-8, precision="f16"))
+    by_norms, apart = results
+    assert by_norms.loss == pytest.approx(apart.loss, rel=1e-4)
+    for path, wanted in apart.gradients.items():
+        off = np.linalg.norm(by_norms.gradients[path] - wanted)
+        assert off < 0.01 * np.linalg.norm(wanted), path
