@@ -45,7 +45,7 @@ need, off each other's banks. Fragments that leave pass through the array's begi
 {% set sum_rows = out_rows // m %}
 {% set sum_columns = out_columns // n %}
 {% set held = m * n // subgroup_lanes %}
-{% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight with context %}
+{% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight, subgroups_entry with context %}
 
 {% macro declare_tiles() %}
 const block = {{ block }}u; // rows of side a
@@ -62,16 +62,7 @@ fn unpacked(words: vec2<u32>) -> vec4<f32> {
 
 {# The entry point, up to the index of the workgroup. #}
 {% macro entry() %}
-@compute @workgroup_size(lanes)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-{% if not emulated %}
-    @builtin(subgroup_id) team: u32,
-{% endif %}
-) {
-    let index = group.x + group.y * groups.x;
+{{ subgroups_entry() }}
 {% endmacro %}
 
 {# What the lane has between the rounds in its q-th turn: `chunk` scores of a row of the block. #}

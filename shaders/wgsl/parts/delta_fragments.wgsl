@@ -13,7 +13,7 @@ all bits, and sums of a chunk and of a head stay below 65504. Gradients and stat
 #}
 {% set lanes = subgroups * subgroup_lanes %}
 {% set held = m * n // subgroup_lanes %}
-{% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight with context %}
+{% from "parts/fragments.wgsl" import left_type, right_type, result_type, pack_eight, subgroups_entry with context %}
 
 {% macro declare(size) %}
 var<workgroup> tiles: array<vec4<u32>, {{ size }}>;
@@ -38,16 +38,7 @@ fn unscaled(scale: f32) -> f32 {
 
 {# The entry point, up to the index of the workgroup. #}
 {% macro entry() %}
-@compute @workgroup_size(lanes)
-fn main(
-    @builtin(workgroup_id) group: vec3<u32>,
-    @builtin(num_workgroups) groups: vec3<u32>,
-    @builtin(local_invocation_index) lane: u32,
-{% if not emulated %}
-    @builtin(subgroup_id) team: u32,
-{% endif %}
-) {
-    let index = group.x + group.y * groups.x;
+{{ subgroups_entry() }}
 {% if emulated %}
     let team = lane / {{ subgroup_lanes }}u;
     let team_lane = lane % {{ subgroup_lanes }}u;

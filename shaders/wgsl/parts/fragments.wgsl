@@ -19,3 +19,17 @@ fn number(words: vec4<u32>, at: u32) -> f32 {
 }
 {% endif %}
 {% endmacro %}
+
+{# The entry point of subgroups that share a workgroup, up to the workgroup's index. #}
+{% macro subgroups_entry() %}
+@compute @workgroup_size(lanes)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+{% if not emulated %}
+    @builtin(subgroup_id) team: u32,
+{% endif %}
+) {
+    let index = group.x + group.y * groups.x;
+{% endmacro %}
