@@ -150,7 +150,7 @@ class _Found:
 class DawnDevice(PythonDevice):
     """See `webgpu.OpenDevice`."""
 
-    _compiling = Lock()  # wgpudawn gives an error to whichever call of any thread looks first
+    _compiling = Lock()  # scopes of errors are the device's: one at a time
 
     def release_staging(self) -> None:
         """See `webgpu.OpenDevice`. Dawn hands back what was used up when it looks for events."""
@@ -159,14 +159,20 @@ class DawnDevice(PythonDevice):
 
     def compile(self, label: str, code: str) -> Any:
         """See `webgpu.OpenDevice`."""
+        # In a scope: else wgpudawn gives an error to whichever call of any thread looks first.
         with self._compiling, translated(self._errors):
+            self.wgpu.push_error_scope("validation")
             module = self._module(label, code)
+            refused = self.wgpu.pop_error_scope_async()
             promise = self.wgpu.create_compute_pipeline_async(
                 label=label, layout="auto", compute={"module": module, "entry_point": "main"}
             )
         # Outside of the lock: Dawn compiles in threads of its own, and tells the promise alone of
         # what is wrong.
         with translated(self._errors):
+            error = refused.sync_wait()
+            if error is not None:
+                raise GPUError(str(error))
             return promise.sync_wait()
 
 
