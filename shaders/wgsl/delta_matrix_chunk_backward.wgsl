@@ -46,9 +46,11 @@ var<workgroup> d_cum: array<f32, chunk>;
 // Two factors, one of which becomes what they give; later M and E, and behind them k and q or what they give.
 {{ parts.declare(total) }}
 
+{% from "parts/unpacked.wgsl" import unpacking %}
+{{ unpacking() }}
 // As products have it.
 fn halved(four: vec4<f32>) -> vec4<f32> {
-    return vec4(unpack2x16float(pack2x16float(four.xy)), unpack2x16float(pack2x16float(four.zw)));
+    return unpacked(vec2(pack2x16float(four.xy), pack2x16float(four.zw)));
 }
 
 {# What comes out for a row and four columns of a slice is `x`, and goes where `use` says. #}

@@ -39,6 +39,10 @@ struct Extent { rows: u32 }
 
 {% set low_lanes = lanes // sharing %}
 {% set turns = (low_width + low_lanes - 1) // low_lanes %}
+{% if out_type == "f16" %}
+{% from "parts/unpacked.wgsl" import unpacking %}
+{{ unpacking() }}
+{% endif %}
 var<workgroup> normed_row: array<vec4<f32>, {{ width // 4 }}>;
 var<workgroup> low_sums: array<f32, {{ turns * lanes }}>; // [turns, lanes]
 {% endif %}
@@ -91,7 +95,7 @@ x[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, x_type) }};
 {% if low_width %}
     let normed_{{ s }} = {{ normed }};
 {% call store_row(s, quads, lanes) %}
-normed_row[lane + {{ s * lanes }}u] = vec4<f32>(normed_{{ s }});
+normed_row[lane + {{ s * lanes }}u] = {{ "unpacked(bitcast<vec2<u32>>(normed_%d))" % s if out_type == "f16" else "normed_%d" % s }};
 {% endcall %}
 {% endif %}
 {% call store_row(s, quads, lanes) %}

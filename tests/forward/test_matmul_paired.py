@@ -316,7 +316,7 @@ def test_what_it_cannot_multiply_is_refused(recording: Recording) -> None:
     """Weights that were loaded for other products, and numbers of f16."""
     own = with_tile(recording, SMALLEST, on_software=True)
     tensor = tensor_of(Q8_0, random_blocks(Q8_0, 32, 64, 0), 64)
-    known, unknown = load_matrix(own, [tensor]), load_matrix(recording, [tensor])
+    known, unknown = (load_matrix(r, [tensor]) for r in (own, replace(own, body="tiled")))
     extent = extent_in_use(own, 8, 8)
     for matrix, dtype in ((unknown, "f32"), (known, "f16")):
         x = own.memory.empty((8, 64), dtype, extent=extent)

@@ -5,7 +5,10 @@ precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak 
 three of theirs; lower times lower would be below 2^-22 of it. Rows of x and columns of W are scaled by
 powers of two that bring their largest number to 2^14 … 2^15: f16 holds 65,504, and few bits below 2^-14.
 #}
+{% from "parts/unpacked.wgsl" import unpacking %}
 {% macro declare() %}
+{{ unpacking() }}
+
 struct Pair { upper: vec4<u32>, lower: vec4<u32> }
 
 // The power of two for what has these bits as its largest number's: zeros and numbers below 2^-112
@@ -18,16 +21,6 @@ fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(exponent + 127) << 23u)
 fn scaled(number: f32, exponent: i32) -> f32 {
     let half = exponent / 2;
     return number * power(half) * power(exponent - half);
-}
-
-// Four f16 as f32, by their bits: drivers take unpacking what was packed (Mesa 25.0) for the number before.
-fn unpacked(words: vec2<u32>) -> vec4<f32> {
-    let halves = vec4(words.x & 0xffffu, words.x >> 16u, words.y & 0xffffu, words.y >> 16u);
-    let size = (halves & vec4(0x7fffu)) << vec4(13u);
-    let normal = bitcast<vec4<f32>>(size + vec4(112u << 23u));
-    let small = bitcast<vec4<f32>>(size + vec4(113u << 23u)) - vec4(0.00006103515625);
-    let number = select(normal, small, size < vec4(1u << 23u));
-    return bitcast<vec4<f32>>(bitcast<vec4<u32>>(number) | ((halves & vec4(0x8000u)) << vec4(16u)));
 }
 
 // What f16 leaves of four numbers; nothing of those that are not finite.
