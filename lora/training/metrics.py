@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ class Metrics:
         `skipped` is there where it is so; in place of `ranks`, where there are several,
         `slowest_rank` and `communication`.
         """
-        fields = {key: as_json(value) for key, value in asdict(self).items()}
+        fields = {key: as_json(value) for key, value in vars(self).items()}
         if not self.skipped:
             del fields["skipped"]
         del fields["ranks"], fields["in_a_row"]
