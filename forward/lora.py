@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora_matrix import projection_cut
@@ -178,11 +178,17 @@ def plan_projection(
     # On matrix units all members have one scale, and see all of x.
     plain = dropout is not None or len({m.scale for m in members}) > 1
     if cut is not None and not plain:
+        pieces = columns // cut["columns"]  # which the kernel takes for members
+        cut["members"] = [
+            asdict(replace(m, factor_row=m.factor_row + piece * cut["columns"]))
+            for m in members
+            for piece in range(pieces)
+        ]
         return Planned(
             "lora_project_matrix",
             {**shared, **cut, "scale": scale * members[0].scale, "x_scaled": largest is not None},
             [extent.uniform, x, factor, z, *([] if largest is None else [largest])],
-            -(-rows // cut["block_rows"]) * n_members,
+            -(-rows // cut["block_rows"]) * n_members * pieces,
             label,
             flops,
         )

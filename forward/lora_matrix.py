@@ -14,7 +14,7 @@ from lora.shaders.webgpu import MatrixShape
 
 _SUBGROUPS = 8  # of a workgroup: they share a projection's contraction, a gradient's longer side
 _PAD = 8  # f16 by which a tile's rows are longer, off each other's banks
-# Rows of a workgroup of a projection: the first that makes enough workgroups, for speed alone.
+# Rows of a workgroup of a projection: the first that makes enough workgroups.
 _BLOCKS, _ENOUGH_GROUPS = (32, 16), 132
 # B begins at zero and may stay below f16's normal numbers for long; one above 64 becomes infinite.
 _SCALE_OF_B = 1024.0
@@ -50,30 +50,37 @@ def projection_cut(
 ) -> dict[str, Any] | None:
     """What lora_project_matrix.wgsl needs of its cut; None where it is left to plain kernels.
 
-    The depth follows from the columns alone: a row's sums must not depend on the number of rows.
+    A row's sums depend on none of it: a subgroup takes every eighth fragment of the contraction,
+    however many lie in workgroup memory at a time. Where rows make too few workgroups for a GPU,
+    each is of fewer columns (`columns` of the cut) and takes longer stretches.
 
     Args:
         rows: recorded rows.
         columns: of each member.
         n_members: workgroups of their own.
-        transposed: whether the factor is B.
+        transposed: whether the factor is B, whose columns a workgroup takes whole.
     """
     shape = _shape(recording)
     if shape is None:
         return None
-    width = -(-columns // shape.n) * shape.n
-    block = next((b for b in _BLOCKS if -(-rows // b) * n_members >= _ENOUGH_GROUPS), _BLOCKS[-1])
-    for depth in (2 * _SUBGROUPS * shape.k, _SUBGROUPS * shape.k):
+    narrow = shape.n if columns % shape.n == 0 and not transposed else columns
+    for block, piece in ((_BLOCKS[0], columns), (_BLOCKS[1], columns), (_BLOCKS[1], narrow)):
+        n_groups = -(-rows // block) * n_members * (columns // piece)
+        if n_groups >= _ENOUGH_GROUPS:
+            break
+    width = -(-piece // shape.n) * shape.n
+    for times in (4, 2, 1) if n_groups <= _ENOUGH_GROUPS else (2, 1):
+        depth = times * _SUBGROUPS * shape.k
         line = 2 * (depth + _PAD)
         factor = 2 * depth * (width + _PAD) if transposed else width * line
-        sums = 4 * _SUBGROUPS * _BLOCKS[0] * width
-        if _fits(recording, shape, max(_BLOCKS[0] * line + factor, sums)):
-            in_use = max(block * line + factor, 4 * _SUBGROUPS * block * width)
+        in_use = max(block * line + factor, 4 * _SUBGROUPS * block * width)
+        if _fits(recording, shape, in_use):
             return {
                 **_of_shape(recording, shape),
                 "subgroups": _SUBGROUPS,
                 "depth": depth,
                 "block_rows": block,
+                "columns": piece,
                 "tiles": in_use // 16,
                 "factor_scale": _SCALE_OF_B if transposed else 1.0,
             }
