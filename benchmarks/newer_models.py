@@ -35,7 +35,7 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.kernels import time_step
-from benchmarks.sessions import Case, markdown_table
+from benchmarks.sessions import Case, markdown_table, step_times
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft import ours
 from tests.support.synthetic_gemma4 import Gemma4Shape
@@ -131,24 +131,23 @@ def peft(base: Any, case: Case, data: list[np.ndarray], *, checkpointing: bool) 
     net.train()
     parameters = [p for p in net.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=1e-4, weight_decay=0.0)
-    times = []
-    for first in range(0, len(data), case.batch_size):
-        _wait(on_gpu)
-        begin = time.perf_counter()
-        batch = np.stack(data[first : first + case.batch_size])
+
+    def step(number: int) -> None:
+        batch = np.stack(data[number * case.batch_size : (number + 1) * case.batch_size])
         ids = torch.tensor(batch).to(parameters[0].device).long()
         net(input_ids=ids, labels=ids, use_cache=False).loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()
         _wait(on_gpu)
-        times.append(time.perf_counter() - begin)
+
+    times = step_times(step, len(data) // case.batch_size, case.steps)
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
     net.unload()
     if checkpointing:
         base.gradient_checkpointing_disable()
         base.disable_input_require_grads()
-    return {"ms": 1e3 * statistics.median(times[case.warm_up :]), "memory_MiB": peak}
+    return {"ms": 1e3 * statistics.median(times), "memory_MiB": peak}
 
 
 def _wait(on_gpu: bool) -> None:

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import gc
 import statistics
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.sessions import Case
+from benchmarks.sessions import Case, step_times
 
 LEARNING_RATE = 1e-4
 IGNORED = -100  # the label of what is not trained
@@ -125,11 +124,11 @@ def peft(base: Any, name: str, case: Case, variant: Variant, adapter: Path) -> d
     # Rows of several lengths would otherwise be compiled anew for each.
     dynamic = True if case.packed else None
     forward = torch.compile(net, dynamic=dynamic) if variant.kernels == "compile" else net
-    losses, norms, times = [], [], []
+    losses, norms = [], []
     sequences = case.data(name)
-    for first in range(0, len(sequences), case.batch_size):
-        _wait(on_gpu)
-        begin = time.perf_counter()
+
+    def step(number: int) -> None:
+        first = number * case.batch_size
         inputs = padded(sequences[first : first + case.batch_size], base.device)
         loss = forward(**inputs, use_cache=False).loss
         loss.backward()
@@ -137,9 +136,14 @@ def peft(base: Any, name: str, case: Case, variant: Variant, adapter: Path) -> d
         optimizer.step()
         optimizer.zero_grad()
         _wait(on_gpu)
-        times.append(time.perf_counter() - begin)
         losses.append(float(loss.detach()))
         norms.append(float(norm))
+
+    n_batches = len(sequences) // case.batch_size
+    for number in range(n_batches):
+        step(number)
+    n_compared = len(losses)
+    times = step_times(step, n_batches, case.steps)
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
     reserved = torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None
     net.unload()
@@ -150,11 +154,11 @@ def peft(base: Any, name: str, case: Case, variant: Variant, adapter: Path) -> d
         base.disable_input_require_grads()
     random = getattr(base, "random_weights", False)
     return {
-        "ms": 1e3 * statistics.median(times[case.warm_up :]),
+        "ms": 1e3 * statistics.median(times),
         "memory_MiB": peak,
         "reserved_MiB": reserved,
-        "losses": None if random else losses,
-        "norms": None if random else norms,
+        "losses": None if random else losses[:n_compared],
+        "norms": None if random else norms[:n_compared],
     }
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import subprocess
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +15,8 @@ from lora.shaders.device import Device
 from lora.training.session import TrainingSession
 from tests.support.synthetic_models import SHAPES
 from tests.support.synthetic_runs import random_sequences
+
+_WARM_SECONDS, _TIMED_SECONDS = 0.5, 1.0
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,28 @@ class Case:
         """Of a step, on average."""
         timed = self.data(model)[self.batch_size * self.warm_up :]
         return sum(map(len, timed)) / self.steps
+
+
+def step_times(step: Callable[[int], None], n_batches: int, least: int) -> list[float]:
+    """Seconds of steps that are waited for, of the first batch to the last, again and again.
+
+    Half a second of them comes first: a GPU that was idle takes that long to reach its clock.
+
+    Args:
+        step: takes a step on the batch of that number, and waits for the device.
+        n_batches: that there are.
+        least: steps; they take a second at least, too.
+    """
+    times: list[float] = []
+    numbers, begun = itertools.cycle(range(n_batches)), time.perf_counter()
+    while time.perf_counter() - begun < _WARM_SECONDS:
+        step(next(numbers))
+    begun = time.perf_counter()
+    while len(times) < least or time.perf_counter() - begun < _TIMED_SECONDS:
+        start = time.perf_counter()
+        step(next(numbers))
+        times.append(time.perf_counter() - start)
+    return times
 
 
 def shake_adapter(session: TrainingSession) -> None:

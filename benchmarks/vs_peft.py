@@ -28,7 +28,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from benchmarks.peft_side import LEARNING_RATE, PEFT_VARIANTS, load_base, make_base, peft
-from benchmarks.sessions import Case, describe, shake_adapter, used_memory
+from benchmarks.sessions import Case, describe, shake_adapter, step_times, used_memory
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft_report import write_curves, write_report
 from lora.shaders.device import Device
@@ -62,46 +62,55 @@ def ours(model: Path, name: str, case: Case, precision: str, recompute: str,
             set_up = time.perf_counter() - start
             session.save(adapter)
 
-            losses, norms, times, encode = [], [], [], []
+            losses, norms, encode = [], [], []
             assert session.stream is not None
-            begin_state = session.stream.state()
-            for batches in session.stream:
+            batches = list(session.stream)
+
+            def step(number: int) -> None:
                 begin = time.perf_counter()
-                session.step(batches)
+                session.step(batches[number])
                 encode.append(time.perf_counter() - begin)
                 # A fence, as torch.cuda.synchronize.
                 for metrics in session.finished_steps(wait=True):
                     losses.append(metrics.loss)
                     norms.append(metrics.grad_norm)
-                times.append(time.perf_counter() - begin)
+
+            begin = time.perf_counter()
+            step(0)
+            first = time.perf_counter() - begin
+            for number in range(1, len(batches)):
+                step(number)
+            n_compared = len(losses)
+            times = step_times(step, len(batches), case.steps)
             used = used_memory()
-            median = statistics.median(times[case.warm_up :])
+            median = statistics.median(times)
             # The same without fences: the host runs ahead, as in training. Some seconds of it are
             # enough.
-            n = max(2, min(case.steps, int(5 / median)))
-            session.stream.restore(begin_state)
+            n = max(2, min(max(case.steps, int(1 / median)), int(5 / median)))
             begin = time.perf_counter()
-            for _ in range(n):
-                session.step(next(session.stream))
+            for number in range(n):
+                session.step(batches[number % len(batches)])
             session.finished_steps(wait=True)
             pipelined = (time.perf_counter() - begin) / n
             timed = "timestamp-query" in device.facts.features
-            kernels = kernel_table(session, repeats=5 if median < 0.5 else 1) if timed else []
+            lengths = [len(ids) for ids in case.data(name)[-case.batch_size :]]
+            repeats = 5 if median < 0.5 else 1
+            kernels = kernel_table(session, repeats, lengths) if timed else []
             expected = expected_seconds(session.plan, device) if timed else None
             return {
                 "ms": 1e3 * median,
                 "planned_ms": None if expected is None else 1e3 * expected,
                 "ms_pipelined": 1e3 * pipelined,
-                "encode_ms": 1e3 * statistics.median(encode[case.warm_up :]),
+                "encode_ms": 1e3 * statistics.median(encode[-len(times) :]),
                 "set_up_s": set_up,
-                "first_step_s": times[0],
+                "first_step_s": first,
                 "memory_MiB": device.allocated.total() / 2**20,
                 "memory": {k: round(v / 2**20, 1) for k, v in device.allocated.items()},
                 "planned_MiB": session.plan.allocated.total() / 2**20,
                 "context_MiB": _difference_mib(before, opened),
                 "nvidia_smi_MiB": _difference_mib(before, used),
-                "losses": losses,
-                "norms": norms,
+                "losses": losses[:n_compared],
+                "norms": norms[:n_compared],
                 "kernels": [asdict(row) for row in kernels],
                 "device": describe(device),
             }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
+from lora.forward.attention import visible_pairs
 from lora.forward.gather import gather_rows
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
@@ -19,7 +21,7 @@ from lora.forward.model.weights import load_matrix
 from lora.forward.product import Product
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
-from lora.shaders.program import Program
+from lora.shaders.program import Dispatch, Program
 from lora.shaders.recording import Recording
 from lora.training.session import TrainingSession
 
@@ -89,10 +91,16 @@ def _best_seconds(program: Program, repeats: int = 5) -> float:
     return min(sum(kernel.seconds for kernel in program.time()) for _ in range(repeats))
 
 
-def kernel_table(session: TrainingSession, repeats: int = 5) -> list[KernelRow]:
+def kernel_table(
+    session: TrainingSession, repeats: int = 5, lengths: Sequence[int] | None = None
+) -> list[KernelRow]:
     """GPU time of one step with one micro-batch, by kernel, the most costly first.
 
     Whatever micro-batch was written last is run again; the adapter changes as in training.
+
+    Args:
+        lengths: of its examples, which say what attention computed; None for one example that
+            fills it.
 
     Raises:
         InputError: the device has no timestamps.
@@ -108,7 +116,14 @@ def kernel_table(session: TrainingSession, repeats: int = 5) -> list[KernelRow]:
                 label = dispatch.label.split(".")[-1]
                 n_bytes = sum(tensor.n_bytes for tensor in dispatch.tensors)
                 found[dispatch.template, label].append(
-                    KernelRow(dispatch.template, label, 1, kernel.seconds, dispatch.flops, n_bytes)
+                    KernelRow(
+                        dispatch.template,
+                        label,
+                        1,
+                        kernel.seconds,
+                        _flops(dispatch, lengths),
+                        n_bytes,
+                    )
                 )
         for key, rows in found.items():
             row = KernelRow(
@@ -121,6 +136,15 @@ def kernel_table(session: TrainingSession, repeats: int = 5) -> list[KernelRow]:
             if key not in best or row.seconds < best[key].seconds:
                 best[key] = row
     return sorted(best.values(), key=lambda row: -row.seconds)
+
+
+def _flops(dispatch: Dispatch, lengths: Sequence[int] | None) -> int:
+    """A dispatch's own count is of one example; attention's pairs are of each example."""
+    if lengths is None or not dispatch.template.startswith("attention"):
+        return dispatch.flops
+    window = dispatch.constants["window"]
+    whole = visible_pairs(dispatch.tensors[1].shape[0], window)
+    return dispatch.flops * sum(visible_pairs(n, window) for n in lengths) // whole
 
 
 def kernel_facts(rows: list[KernelRow], peaks: Peaks) -> dict[str, Any]:
