@@ -41,7 +41,8 @@ def report(name: str, case: Case, results: dict[str, dict[str, Any]]) -> list[st
         "",
         f"{device}, through Vulkan, {date.today()}. Median of {case.steps} steps or a second of "
         "them, after half a second, the device waited for after each; weights random, the same "
-        "adapter and batches for all. Memory: ours what is allocated, PEFT's torch.cuda.max_memory_allocated. "
+        "adapter and batches for all. Memory: ours what is allocated, PEFT's "
+        "torch.cuda.max_memory_allocated. "
         f"Differences: the largest relative one from {compared} over {case.warm_up + case.steps} "
         f"steps; the parity tests allow {LOSS_TOLERANCE:.0e} (losses) and {NORM_TOLERANCE:.0e} "
         "(gradient norms).",
