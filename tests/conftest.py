@@ -117,6 +117,10 @@ def kernels_are_short(request: pytest.FixtureRequest) -> Iterator[None]:
             yield
 
 
+_SHARED: list[Device] = []
+_MOST_MAPS = 25_000  # of 65,530: a file may add as many
+
+
 @pytest.fixture(scope="module", autouse=True)
 def no_file_keeps_memory() -> Iterator[None]:
     """Sessions that a file's tests left open go at its end, not when Python next looks.
@@ -129,9 +133,20 @@ def no_file_keeps_memory() -> Iterator[None]:
     gc.freeze()  # what is left stays to the end: the next file's end need not look at it again
 
 
-@pytest.fixture(scope="session")
-def device() -> Device:
-    return Device()
+@pytest.fixture(scope="module")
+def device() -> Iterator[Device]:
+    """One for all files of a worker, unless what it holds comes near what a process may map.
+
+    Through Dawn a layout of bindings keeps some 70 of llvmpipe's maps for as long as its device is
+    open, and every kernel has one.
+    """
+    if not _SHARED:
+        _SHARED.append(Device())
+    yield _SHARED[0]
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+        gc.collect()
+        _SHARED.pop().close()
 
 
 @pytest.fixture
