@@ -66,7 +66,7 @@ def matmul_backward(
             d_x,
             transposed=True,
             contraction=part.out_features,
-            place=None if whole else Place(part.first_feature, 0),
+            place=None if whole else Place(part.first_feature * (2 if block else 1), 0),
             members=low_rank if index == 0 else (),
             low=d_z,
             factor=lora.a if lora else None,

@@ -11,15 +11,14 @@ from dataclasses import replace
 
 from lora.forward.decode_weights import decode_weights
 from lora.forward.matmul_matrix import fits_matrix, record_matrix
+from lora.forward.model.weights import MOST_DECODED
 from lora.forward.part_product import PartProduct
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
-# Bytes of a decoded matrix, which scratch memory holds: larger ones (heads) are decoded in tiles.
-MOST_DECODED = 256 << 20
-_LEAST_ROWS = 1024  # fewer don't make up for a pass over the matrix
+_LEAST_ROWS = 512  # fewer don't make up for a pass over the matrix
 
 
 def fits_decoded(recording: Recording, one: PartProduct) -> bool:

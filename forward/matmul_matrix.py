@@ -51,7 +51,10 @@ def takes_blocks(recording: Recording, matrix: FrozenMatrix, block: int) -> bool
         matrix: of the product.
         block: columns of a block.
     """
-    whole = len(matrix.parts) == 1 and matrix.out_features % _DEEPEST == 0
+    whole = all(
+        part.first_feature % block == 0 and part.out_features % _DEEPEST == 0
+        for part in matrix.parts
+    )
     fits = block >= _DEEPEST and block & (block - 1) == 0
     return whole and fits and recording.half_products and takes_units(recording)
 

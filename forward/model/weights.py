@@ -19,6 +19,10 @@ from lora.shaders.tensor import Tensor
 # while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
 CPU_PART_BYTES = 2 << 20
 MAX_PART_BYTES = 1 << 30
+# Bytes of a part decoded to f16, which scratch memory holds while products on matrix units read it:
+# a head of 1 GiB is several parts (docs/log.md).
+MOST_DECODED = 256 << 20
+WHOLE_ROWS = 8192  # parts are of so many times some: blocks of the gradient (cross_entropy.py)
 _BAND = 32  # rows of a workgroup that looks for the largest weights
 
 
@@ -86,12 +90,7 @@ def load_matrix(recording: Recording, tensors: Sequence[GGUFTensor]) -> FrozenMa
         quantization = QUANTIZATIONS[run[0].type]
         row_words = quantization.row_words(in_features)
         n_rows = sum(t.shape[0] for t in run)
-        # A multiple of 64 rows, so that parts begin on whole tiles.
-        part_bytes = min(
-            recording.facts.max_binding,
-            CPU_PART_BYTES if recording.facts.is_cpu else MAX_PART_BYTES,
-        )
-        most = max(64, part_bytes // (4 * row_words) // 64 * 64)
+        most = _most_rows(recording, quantization, n_rows, in_features)
         pieces = _packed_pieces(
             run, quantization, in_features, max(1, UPLOAD_PIECE // (4 * row_words))
         )
@@ -113,6 +112,27 @@ def load_matrix(recording: Recording, tensors: Sequence[GGUFTensor]) -> FrozenMa
             parts.append(MatrixPart(quantization, words, first_feature + start, largest))
         first_feature += padded_rows
     return FrozenMatrix(first_feature, in_features, tuple(parts))
+
+
+def _most_rows(
+    recording: Recording, quantization: Quantization, n_rows: int, in_features: int
+) -> int:
+    """Rows of a part: a multiple of 64, so that parts begin on whole tiles."""
+    facts = recording.facts
+    part_bytes = min(facts.max_binding, CPU_PART_BYTES if facts.is_cpu else MAX_PART_BYTES)
+    most = part_bytes // (4 * quantization.row_words(in_features))
+    if decodes_beforehand(recording, quantization):
+        whole = min(most, MOST_DECODED // (2 * in_features)) // WHOLE_ROWS
+        if n_rows > whole * WHOLE_ROWS > 0:  # parts alike, of which gradients may be in blocks
+            n_parts = -(-n_rows // (whole * WHOLE_ROWS))
+            return -(-n_rows // (n_parts * WHOLE_ROWS)) * WHOLE_ROWS
+    return max(64, most // 64 * 64)
+
+
+def decodes_beforehand(recording: Recording, quantization: Quantization) -> bool:
+    """Whether products may decode parts of such a matrix before they read it."""
+    on_units = recording.half_products and recording.facts.has_matrix_units
+    return on_units and not recording.facts.is_cpu and quantization.name != "f16"
 
 
 def largest_of(

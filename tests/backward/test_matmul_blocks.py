@@ -46,9 +46,13 @@ def backward(recording: Recording, d_y: Tensor | InBlocks, matrix: FrozenMatrix)
     return recording.memory.read(out)
 
 
-def check(recording: Recording, block: int, n_out: int, kind: str) -> None:
+def check(recording: Recording, block: int, n_out: int, kind: str, parts: int = 1) -> None:
     """The same bits as of f16 without blocks, and right."""
     matrix, w = matrix_of(recording, n_out, kind)
+    if parts > 1:
+        of_part = matrix.n_bytes // n_out * block
+        matrix, w = matrix_of(with_facts(recording, max_binding=of_part), n_out, kind)
+        assert [part.out_features for part in matrix.parts] == [block] * parts
     extent = extent_in_use(recording, ROWS, IN_USE)
     rng = np.random.default_rng(n_out)
     d_y = rng.normal(size=(ROWS, n_out)).astype(np.float16)
@@ -70,14 +74,14 @@ def check(recording: Recording, block: int, n_out: int, kind: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("block", "n_out", "splits", "kind"),
-    [(64, 192, 1, "F16"), (128, 320, 3, "Q8_0")],
-    ids=["one pass", "stretches"],
+    ("block", "n_out", "splits", "kind", "parts"),
+    [(64, 192, 1, "F16", 1), (128, 320, 3, "Q8_0", 1), (64, 192, 1, "Q8_0", 3)],
+    ids=["one pass", "stretches", "parts"],
 )
 def test_on_any_driver(
-    recording: Recording, block: int, n_out: int, splits: int, kind: str
+    recording: Recording, block: int, n_out: int, splits: int, kind: str, parts: int
 ) -> None:
-    check(with_tile(recording, SMALLEST, splits, on_software=True), block, n_out, kind)
+    check(with_tile(recording, SMALLEST, splits, on_software=True), block, n_out, kind, parts)
 
 
 @pytest.mark.parametrize("tile", MATRIX_TILES, ids=lambda tile: tile.name)
@@ -119,6 +123,8 @@ def test_what_takes_blocks_and_what_is_refused(recording: Recording) -> None:
     assert not takes_blocks(on_units, matrix, 96)  # a column's place is found by its bits
     assert not takes_blocks(on_units, matrix, 32)  # tiles reach further
     assert not takes_blocks(on_units, narrow, 64)
+    in_parts, _ = matrix_of(with_facts(on_units, max_binding=64 * 136), 128)
+    assert takes_blocks(on_units, in_parts, 64) and not takes_blocks(on_units, in_parts, 128)
     assert not takes_blocks(replace(on_units, precision="f32"), matrix, 64)
     assert not takes_blocks(replace(on_units, body="tiled"), matrix, 64)
     extent = extent_in_use(recording, ROWS, IN_USE)
