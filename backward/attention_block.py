@@ -22,6 +22,7 @@ from lora.forward.decoder.attention_block import (
 )
 from lora.forward.heads import Heads
 from lora.forward.model.layer_spec import LATE_NORM, SPAN_NORMS, Attention
+from lora.forward.part_product import SizedRows
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -75,7 +76,7 @@ def _share_gradients(layer: BackwardRecorder, spec: Attention, d_qkv: Tensor) ->
 
 def record_attention_backward(
     layer: BackwardRecorder, spec: Attention, act: AttentionActivations, normed: Tensor,
-    d_output: Tensor, before: Before,
+    d_output: SizedRows, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`."""
     program, inputs, weights = layer.program, layer.shared.inputs, layer.weights

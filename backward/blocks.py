@@ -28,9 +28,10 @@ class BlockBackward:
     Attributes:
         allocate: (recording, spec, rows) → its gradients of activations.
         record: (BackwardRecorder, spec, activations, normed, d_output, Before) → whether
-            anything below the block is wanted: appends the block from the gradient to its last
-            product down to what lies before it. `normed`, and what the block shares with other
-            layers, are for `BackwardRecorder.through` alone, which has them written again.
+            anything below the block is wanted: appends the block from the gradient to what its
+            last product gives (`SizedRows`) down to what lies before it. `normed`, and what the
+            block shares with other layers, are for `BackwardRecorder.through` alone, which has
+            them written again.
     """
 
     allocate: Callable[..., Any]

@@ -7,8 +7,13 @@ from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import lora_gradients, lora_project_gradient
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.matmul import matmul_backward
-from lora.backward.recorder import BackwardPass, BackwardRecorder, InputGradient
-from lora.backward.rmsnorm import NormBefore, rmsnorm_backward
+from lora.backward.recorder import (
+    BackwardPass,
+    BackwardRecorder,
+    InputGradient,
+    StreamGradient,
+)
+from lora.backward.rmsnorm import NormBefore, picked_rmsnorm_backward, rmsnorm_backward
 from lora.backward.token_rows import logits_gradient, logits_input_gradient, take_logits
 from lora.forward.cross_entropy import gradient_in_blocks
 from lora.forward.decoder.head import (
@@ -21,8 +26,9 @@ from lora.forward.decoder.head import (
     record_logits,
 )
 from lora.forward.decoder.layers import LayerActivations
-from lora.forward.gather import gather_rows
+from lora.forward.model.layer_spec import BlockSpec
 from lora.forward.model.norm import Norm
+from lora.forward.part_product import SizedRows
 from lora.forward.scale_rows import scale_rows
 from lora.forward.sums import sum_into
 from lora.shaders.program import Program
@@ -103,18 +109,44 @@ def record_head_backward(
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return
-        rmsnorm_backward(
-            program, act.picked, model.output_norm, scratch.d_head_normed, out=scratch.d_picked
-        )
-        gather_rows(
-            program, scratch.d_picked, inputs.target_slots, inputs.rows, out=scratch.d_x,
-            label="gather_backward",
+        asked = _asks_below(shared, model.architecture.n_layers)
+        picked_rmsnorm_backward(
+            program, act.picked, model.output_norm, scratch.d_head_normed, inputs.target_slots,
+            scratch.stream.write(asked=asked),
         )  # fmt: skip
 
 
-def _before(x: Tensor, norm: Norm | None, d_x: Tensor) -> Before:
-    """What lies before a block: the norm of the residual stream, or the stream itself."""
-    return AddBefore(d_x) if norm is None else NormBefore(x, norm, d_x, residual=d_x)
+def _asks(shared: BackwardPass, layer: int, block: BlockSpec) -> bool:
+    """Whether a block's last product reads the stream's gradient as it is, and may want its sizes.
+
+    Not behind a post norm, nor where DoRA scales its columns first.
+    """
+    weights = shared.model.layers[layer]
+    norm = weights.post_feed_forward_norm
+    if block is not weights.spec.feed_forward:
+        mixer = block is weights.spec.mixer
+        norm = weights.post_mixer_norm if mixer else weights.post_per_layer_norm
+    lora = shared.factors.get((layer, block.matrices[-1].group))
+    return norm is None and (lora is None or lora.dora is None)
+
+
+def _asks_below(shared: BackwardPass, layer: int) -> bool:
+    """The same of the last block of the layer below one, or below the head (n_layers)."""
+    if layer == 0:
+        return False
+    below = shared.model.layers[layer - 1]
+    return below.output_scale is None and _asks(shared, layer - 1, below.spec.blocks[-1])
+
+
+def _before(x: Tensor, norm: Norm | None, stream: StreamGradient, asked: bool) -> Before:
+    """What lies before a block: the norm of the residual stream, or the stream itself.
+
+    Args:
+        asked: whether the product that reads the stream's gradient next wants its sizes.
+    """
+    if norm is None:
+        return AddBefore(stream.write().rows)
+    return NormBefore(x, norm, stream.write(asked=asked), residual=stream.rows)
 
 
 def record_layer_backward(
@@ -157,28 +189,33 @@ def _record_blocks_backward(
     scratch, weights = shared.scratch, shared.model.layers[layer]
     spec = weights.spec
 
-    def below_norm(source: Tensor | None, norm: Norm | None) -> Tensor:
+    stream = scratch.stream
+
+    def below_norm(source: Tensor | None, norm: Norm | None) -> SizedRows:
         """The gradient to what a post norm was given; without one, of the stream itself."""
         if source is None or norm is None or scratch.d_output is None:
-            return scratch.d_x
-        return rmsnorm_backward(program, source, norm, scratch.d_x, out=scratch.d_output)
+            return stream.read()
+        rmsnorm_backward(program, source, norm, stream.rows, out=scratch.d_output)
+        return SizedRows(scratch.d_output, None)
 
     # Where this is the lowest adapted layer, what lies below its lowest adapted group is not run.
     adapted = [group for group in spec.groups if (layer, group) in shared.factors]
     recorder = BackwardRecorder(
         program, shared, layer, act.z, adapted[0] if lowest else "", act.products, act.shares
     )
-    d_x = scratch.d_x
     if weights.output_scale is not None:
-        scale_rows(program, d_x, weights.output_scale, label="output_scale_backward")
+        scale_rows(
+            program, stream.write().rows, weights.output_scale, label="output_scale_backward"
+        )
     if spec.per_layer is not None and act.after_feed_forward is not None:
         d_output = below_norm(act.per_layer_output, weights.post_per_layer_norm)
         record, source = BLOCKS_BACKWARD[type(spec.per_layer)].record, act.after_feed_forward
-        before = AddBefore(d_x)
+        before = _before(source, None, stream, asked=False)
         if not record(recorder, spec.per_layer, act.per_layer, source, d_output, before):
             return
-    norm = _before(act.middle, weights.feed_forward_norm, d_x)
     d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
+    asked = _asks(shared, layer, spec.mixer)
+    before = _before(act.middle, weights.feed_forward_norm, stream, asked)
     record = BLOCKS_BACKWARD[type(spec.feed_forward)].record
     if not record(
         recorder,
@@ -186,10 +223,10 @@ def _record_blocks_backward(
         act.feed_forward,
         act.middle_normed or act.middle,
         d_output,
-        norm,
+        before,
     ):
         return
-    norm = _before(x, weights.mixer_norm, d_x)
     d_output = below_norm(act.mixer_output, weights.post_mixer_norm)
+    before = _before(x, weights.mixer_norm, stream, _asks_below(shared, layer))
     record = BLOCKS_BACKWARD[type(spec.mixer)].record
-    record(recorder, spec.mixer, act.mixer, act.normed or x, d_output, norm)
+    record(recorder, spec.mixer, act.mixer, act.normed or x, d_output, before)

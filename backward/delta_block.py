@@ -28,6 +28,7 @@ from lora.forward.decoder.delta_block import (
     sizes_of,
 )
 from lora.forward.model.recurrent_spec import DELTA_NORM, GatedDeltaNet
+from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -82,7 +83,7 @@ def _sum_of_heads(
 
 def record_delta_backward(
     layer: BackwardRecorder, spec: GatedDeltaNet, act: DeltaActivations, normed: Tensor,
-    d_output: Tensor, before: Before,
+    d_output: SizedRows, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gated is overwritten."""
     program, weights, segments = layer.program, layer.weights, layer.shared.inputs.segments

@@ -7,6 +7,7 @@ from lora.backward.recorder import BackwardRecorder
 from lora.backward.swiglu import SwigluBefore
 from lora.forward.decoder.gated_block import GatedActivations
 from lora.forward.model.layer_spec import GatedFeedForward
+from lora.forward.part_product import SizedRows
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -19,7 +20,7 @@ def allocate_gated_gradient(recording: Recording, spec: GatedFeedForward, rows: 
 
 def record_gated_backward(
     layer: BackwardRecorder, spec: GatedFeedForward, act: GatedActivations, normed: Tensor,
-    d_output: Tensor, before: Before,
+    d_output: SizedRows, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gate_up is overwritten."""
     gate = SwigluBefore(act.gate_up, spec.activation, layer.weights.powers)

@@ -7,6 +7,7 @@ from lora.backward.per_layer import PerLayerGateBefore
 from lora.backward.recorder import BackwardRecorder
 from lora.forward.decoder.per_layer_block import PerLayerActivations
 from lora.forward.model.layer_spec import PerLayerInput
+from lora.forward.part_product import SizedRows
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -18,7 +19,7 @@ def allocate_per_layer_gradient(recording: Recording, spec: PerLayerInput, rows:
 
 def record_per_layer_backward(
     layer: BackwardRecorder, spec: PerLayerInput, act: PerLayerActivations, source: Tensor,
-    d_output: Tensor, before: Before,
+    d_output: SizedRows, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`. act.gate is overwritten."""
     inputs = layer.shared.per_layer

@@ -23,7 +23,36 @@ from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
+N_OTHERS = 6  # storage buffers that a product of the backward binds beside the sizes of its rows
 Gradients = Mapping[tuple[int, str], Sequence[LoraFactors]]  # the slices, by (layer, group)
+
+
+@dataclass
+class StreamGradient:
+    """The gradient to the residual stream, carried downwards while a program is recorded.
+
+    Attributes:
+        rows: f32 [rows, hidden_size].
+        largest: u32 [rows], where their sizes go; None where no product asks for them.
+        sized: whether they are there, as far as the program is recorded.
+    """
+
+    rows: Tensor
+    largest: Tensor | None
+    sized: bool = False
+
+    def write(self, *, asked: bool = False) -> SizedRows:
+        """Where its next writer is to write it.
+
+        Args:
+            asked: whether that can write the sizes, too, and the next reader asks for them.
+        """
+        self.sized = asked and self.largest is not None
+        return self.read()
+
+    def read(self) -> SizedRows:
+        """The rows as they are, with their sizes where these are known."""
+        return SizedRows(self.rows, self.largest if self.sized else None)
 
 
 @dataclass(frozen=True)
@@ -31,7 +60,7 @@ class Scratch:
     """Gradients of activations, shared by all layers; types as in LayerActivations.
 
     Attributes:
-        d_x: [rows, hidden_size], the gradient to the residual stream, carried downwards.
+        stream: the gradient to the residual stream.
         d_normed: [rows, hidden_size].
         d_output: [rows, hidden_size], below a post norm, with post_norms.
         blocks: by the `sizes` of a block, as the table allocates it.
@@ -39,10 +68,10 @@ class Scratch:
         d_z: [rows, width], by width: two where gradients wait, since what waits reads one.
         d_products: [rows, width], by width and type, of products whose columns DoRA scales.
         d_head_z: [targets, rank], where the head is adapted.
-        d_head_normed, d_picked: [targets, hidden_size].
+        d_head_normed: [targets, hidden_size].
     """
 
-    d_x: Tensor
+    stream: StreamGradient
     d_normed: Tensor
     d_output: Tensor | None
     blocks: Mapping[tuple[object, ...], Any]
@@ -50,8 +79,12 @@ class Scratch:
     d_z: Mapping[int, tuple[Tensor, ...]]
     d_head_z: Tensor | None
     d_head_normed: Tensor
-    d_picked: Tensor
     d_products: Mapping[tuple[int, str], Tensor] = field(default_factory=dict)
+
+    @property
+    def d_x(self) -> Tensor:
+        """The rows of the stream's gradient."""
+        return self.stream.rows
 
 
 @dataclass(frozen=True)
@@ -145,13 +178,18 @@ class BackwardRecorder:
         return self.shared.scratch.blocks[block.sizes]
 
     def through(
-        self, group: str, source: Tensor, d_y: Tensor, out: Tensor, before: Before | None = None
+        self,
+        group: str,
+        source: Tensor,
+        d_y: Tensor | SizedRows,
+        out: Tensor,
+        before: Before | None = None,
     ) -> bool:
         """Appends the gradients of a group's factors, and of its input or what lies before that.
 
         Args:
             source: [rows, in_features], what the product was given.
-            d_y: [rows, out_features].
+            d_y: [rows, out_features]; where the sizes of its rows are known, none are found.
             out: [rows, in_features], the gradient to source; or unwritten, or overwritten, where
                 something lies before.
             before: what gave source, or the residual stream; None for what is recorded elsewhere.
@@ -165,14 +203,17 @@ class BackwardRecorder:
         lora = self.weights.powers.factors(group, self.shared.factors.get((self.layer, group)))
         z, d_z, wanted = self.z.get(group), None, group != self.last
         dropout: GroupDropout | None = None
+        largest = d_y.largest if isinstance(d_y, SizedRows) else None
+        d_y = d_y.rows if isinstance(d_y, SizedRows) else d_y
         if lora is not None and lora.dora is not None:
             scaled = self.shared.scratch.d_products[d_y.shape[1], d_y.dtype]
             d_magnitudes = self.shared.gradients[self.layer, group][0].magnitude
             assert d_magnitudes is not None  # one layout has both
             dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
-            d_y = scaled
+            d_y, largest = scaled, None
         # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
-        largest = row_scales(self.program, d_y, 6, f"{group}_backward")
+        if largest is None:
+            largest = row_scales(self.program, d_y, N_OTHERS, f"{group}_backward")
         if lora is not None:
             d_z = pending.free(self.shared.scratch.d_z[lora.n_members * lora.rank])
             pending.project(self.program, SizedRows(d_y, largest), lora, d_z)

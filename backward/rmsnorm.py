@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from lora.backward.before import SourceBefore
 from lora.forward.model.norm import Norm
+from lora.forward.part_product import SizedRows
 from lora.forward.plans.stretches import Stretches, check_stretches
 from lora.forward.rmsnorm import adds_up, rmsnorm, row_lanes
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
@@ -20,7 +22,7 @@ class NormBefore(SourceBefore):
 
     x: Tensor
     norm: Norm
-    out: Tensor
+    out: Tensor | SizedRows
     residual: Tensor | None = None
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
@@ -46,7 +48,7 @@ def rmsnorm_backward(
     d_y: Tensor,
     *,
     residual: Tensor | None = None,
-    out: Tensor | None = None,
+    out: Tensor | SizedRows | None = None,
     stretches: Stretches | None = None,
     normed: Tensor | None = None,
 ) -> Tensor:  # [rows, width]
@@ -57,18 +59,19 @@ def rmsnorm_backward(
         norm: as in the forward.
         d_y: [rows, width], f32 or f16, the gradient to the norm's output.
         residual: f32 [rows, width], the gradient that flows past the norm; may be `out` itself.
-        out: where to write, f32 or f16; a new f32 tensor by default.
+        out: where to write, f32 or f16; a new f32 tensor by default. Where sizes go with its rows,
+            they are written, too: what `largest_of_rows` would find.
         stretches: where given, d_y is their sum, rounded as d_y would hold it, and d_y itself is
             neither read nor written.
         normed: [rows, width], f32 or f16; where given, what the norm gave is written there again,
             to the bits of `rmsnorm`.
     """
-    width = x.shape[1]
-    check_shape("rmsnorm_backward weight", norm.weight, width)
-    check_f32("rmsnorm_backward", weight=norm.weight)
+    extent, width = extent_of(x), x.shape[1]
+    written = SizedRows(out, None) if isinstance(out, Tensor) else out
+    if written is None:
+        written = SizedRows(activation(program, extent, width), None)
+    d_x = written.rows
     check_shape("rmsnorm_backward d_y", d_y, x.shape[0], width)
-    extent = extent_of(x)
-    d_x = out if out is not None else activation(program, extent, width)
     check_shape("rmsnorm_backward output", d_x, x.shape[0], width)
     tensors = [extent.uniform, x, norm.weight, stretches.partial if stretches else d_y, d_x]
     kind = "none"
@@ -88,17 +91,71 @@ def rmsnorm_backward(
         check_shape("rmsnorm_backward normed", normed, x.shape[0], width)
         tensors.append(normed)
     constants = {
-        "width": width,
-        "x_type": x.dtype,
-        "d_y_type": d_y.dtype,
-        "out_type": d_x.dtype,
-        "lanes": row_lanes(program.recording, width),
-        "epsilon": norm.epsilon,
+        **_constants(program.recording, x, norm, d_y, written),
         "residual": kind,
         "normed_type": None if normed is None else normed.dtype,
+        "picked": False,
         "splits": stretches.splits if stretches else 1,
         "maximum_rows": extent.maximum if stretches else 0,
     }
+    tensors += _sizes(written)
     label = "reduce_rmsnorm_backward" if stretches else "rmsnorm_backward"
     program.dispatch("rmsnorm_backward", constants, tensors, extent.maximum, label=label)
     return d_x
+
+
+def picked_rmsnorm_backward(
+    program: Program, x: Tensor, norm: Norm, d_y: Tensor, slots: Tensor, out: SizedRows
+) -> None:
+    """Appends the gradient through a norm that was given some rows alone; that of others is 0.
+
+    Args:
+        x: [any rows, width], what the norm was given.
+        d_y: as x, the gradient to the norm's output.
+        slots: u32 [rows], each row's place in x, or NO_ROW; no row is picked twice.
+        out: [rows, width], where to write; its sizes, too, where there are any.
+    """
+    d_x, width = out.rows, x.shape[1]
+    extent = extent_of(d_x)
+    check_shape("rmsnorm_backward d_y", d_y, *x.shape)
+    check_shape("rmsnorm_backward output", d_x, extent.maximum, width)
+    check_shape("rmsnorm_backward slots", slots, extent.maximum)
+    constants = {
+        **_constants(program.recording, x, norm, d_y, out),
+        "residual": "none",
+        "normed_type": None,
+        "picked": True,
+        "splits": 1,
+        "maximum_rows": 0,
+    }
+    tensors = [extent.uniform, x, norm.weight, d_y, d_x, *_sizes(out), slots]
+    label = "picked_rmsnorm_backward"
+    program.dispatch("rmsnorm_backward", constants, tensors, extent.maximum, label=label)
+
+
+def _sizes(out: SizedRows) -> list[Tensor]:
+    """Where the sizes of the rows go that are written; empty where nobody asks for them."""
+    if out.largest is None:
+        return []
+    check_shape("rmsnorm_backward sizes", out.largest, out.rows.shape[0])
+    if out.rows.dtype != "f32" or out.largest.dtype != "u32":
+        raise ValueError("rmsnorm_backward: sizes are u32, of rows of f32")
+    return [out.largest]
+
+
+def _constants(
+    recording: Recording, x: Tensor, norm: Norm, d_y: Tensor, out: SizedRows
+) -> dict[str, Any]:
+    """The template constants of what is read and written."""
+    width = x.shape[1]
+    check_shape("rmsnorm_backward weight", norm.weight, width)
+    check_f32("rmsnorm_backward", weight=norm.weight)
+    return {
+        "width": width,
+        "x_type": x.dtype,
+        "d_y_type": d_y.dtype,
+        "out_type": out.rows.dtype,
+        "lanes": row_lanes(recording, width),
+        "epsilon": norm.epsilon,
+        "sized": out.largest is not None,
+    }

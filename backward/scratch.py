@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora_pending import gradients_wait
-from lora.backward.recorder import Scratch
+from lora.backward.recorder import N_OTHERS, Scratch, StreamGradient
+from lora.forward.matmul_paired import scales_rows
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.inputs import Inputs
@@ -38,8 +39,11 @@ def allocate_scratch(
         lowest = 0
     # Below the lowest adapted layer nobody asks for the gradients of keys and values.
     kept = {donor: a.layers[donor].mixer for donor in a.donors if donor >= lowest}
+    sizes = None  # behind post norms no product reads the stream's gradient
+    if scales_rows(recording, "f32", N_OTHERS) and not all(s.post_norms for s in a.layers):
+        sizes = recording.memory.empty((rows.maximum,), "u32")
     return Scratch(
-        d_x=tensor(a.hidden_size, "f32"),
+        stream=StreamGradient(tensor(a.hidden_size, "f32"), sizes),
         d_normed=tensor(a.hidden_size),
         d_output=tensor(a.hidden_size) if any(spec.norms_outputs for spec in a.layers) else None,
         blocks={
@@ -57,7 +61,6 @@ def allocate_scratch(
         },
         d_head_z=None if head is None else over_targets(head.rank),
         d_head_normed=over_targets(a.hidden_size),
-        d_picked=over_targets(a.hidden_size),
         d_products={
             (width, dtype): tensor(width, dtype)
             for width in sorted(widths)

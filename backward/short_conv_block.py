@@ -9,6 +9,7 @@ from lora.backward.causal_conv import ConvolutionBefore
 from lora.backward.recorder import BackwardRecorder
 from lora.forward.decoder.short_conv_block import ShortConvActivations, convolution_of
 from lora.forward.model.recurrent_spec import ShortConvolution
+from lora.forward.part_product import SizedRows
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
 
@@ -34,7 +35,7 @@ def allocate_short_conv_gradients(
 
 def record_short_conv_backward(
     layer: BackwardRecorder, spec: ShortConvolution, act: ShortConvActivations, normed: Tensor,
-    d_output: Tensor, before: Before,
+    d_output: SizedRows, before: Before,
 ) -> bool:  # fmt: skip
     """Appends the block's backward; see `BlockBackward`."""
     scratch, segments = layer.scratch(spec), layer.shared.inputs.segments

@@ -19,9 +19,6 @@ def gather_rows(
 ) -> Tensor:  # [extent.maximum, width]
     """Appends y[s] = scale · x[indices[s]], or zeros where indices[s] is NO_ROW.
 
-    Its own gradient too: with the inverse index (for each row its place, or NO_ROW) it carries
-    the gradient of the picked rows back, since no row is picked twice.
-
     Args:
         x: [any rows, width].
         indices: u32 [extent.maximum].

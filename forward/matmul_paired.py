@@ -33,20 +33,32 @@ def fits_paired(recording: Recording, one: PartProduct) -> bool:
     return recording.paired_products and known and one_column and one.x.dtype == "f32"
 
 
+def scales_rows(recording: Recording, dtype: str, n_others: int) -> bool:
+    """Whether products of such rows ask for their sizes: f32, where tiles are of f16.
+
+    Not where products don't ask: rows of f16 have their range already, CPU devices compute in
+    f32, and the kernel might bind no more.
+
+    Args:
+        dtype: of the rows.
+        n_others: storage buffers that the product binds beside them.
+    """
+    plain = recording.facts.is_cpu if recording.body is None else recording.body not in _OF_F16
+    room = recording.facts.most_storage_buffers > n_others
+    return recording.half_products and dtype == "f32" and not plain and room
+
+
 def row_scales(program: Program, x: Tensor, n_others: int, label: str) -> Tensor | None:
     """Appends what finds powers of two for rows of f32 that go into tiles of f16.
 
-    None where products don't ask: rows of f16 have their range already, CPU devices compute in
-    f32, and the kernel might bind no more.
+    Nothing where none are asked for (`scales_rows`).
 
     Args:
         x: [rows, columns], an activation.
         n_others: storage buffers that the product binds beside them.
     """
     recording = program.recording
-    plain = recording.facts.is_cpu if recording.body is None else recording.body not in _OF_F16
-    room = recording.facts.most_storage_buffers > n_others
-    if not recording.half_products or x.dtype != "f32" or plain or not room:
+    if not scales_rows(recording, x.dtype, n_others):
         return None
     out = recording.memory.row_scratch(x.shape[0])
     largest_of_rows(program, x, x.shape[1], None, out=out, label=label)

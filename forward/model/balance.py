@@ -15,8 +15,9 @@ DeltaNets and convolutions, what a layer's own input adds (Gemma 3n and 4).
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,10 +28,12 @@ from lora.forward.model.layer_spec import NO_NORM, Attention, GatedFeedForward
 from lora.forward.model.norm import Norm
 from lora.forward.model.powers import AS_THEY_ARE, LayerPowers
 from lora.forward.model.weights import FrozenMatrix, MatrixPart
+from lora.shaders.memory import Memory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
+_BEFORE = ("mixer_norm", "feed_forward_norm")  # what they give is another multiple
 # Bounds outside these are brought to 2^11 and 2^4: half of what f16 holds is left to adapters, and
 # bounds are loose by two or three powers of ten, most of it for a product of two.
 LEAST, LIMIT = 2.0**-4, 2.0**15
@@ -64,51 +67,80 @@ class _Source:
 
 
 @dataclass
-class _Layer:
-    """A layer that is being balanced.
+class LayerBalance:
+    """As how many powers of two less a layer's numbers are stored.
 
     Attributes:
-        recording: whose memory takes what is new.
-        weights: of the layer, as they are.
-        down: of each row of a group's matrix, [out_features]: as how many powers of two less what
-            comes out is stored.
-        up: as how many powers of two less what goes in is stored, by group.
+        down: of each row of a group's matrix, [out_features]: what comes out.
+        up: what goes in, by group.
         largest: of each row's weights, by group.
-        gate, gated: the same as `down`, of the gate and of the gated activation.
-        heads: the same, of q and of k together.
+        norms: what a norm before a block gives, or one after it is given, by its name in
+            `LayerWeights`.
+        gate, gated: of the gate and of the gated activation.
+        heads: of q and of k together.
     """
 
-    recording: Recording
-    weights: LayerWeights
     down: dict[str, np.ndarray] = field(default_factory=dict)
     up: dict[str, int] = field(default_factory=dict)
     largest: dict[str, np.ndarray] = field(default_factory=dict)
+    norms: dict[str, int] = field(default_factory=dict)
     gate: int = 0
     gated: int = 0
     heads: int = 0
 
+
+@dataclass(frozen=True)
+class Balance:
+    """What f16 needs of a model, found by its weights.
+
+    Attributes:
+        layers: of each.
+        head: the largest weight of each of its rows, [out_features].
+    """
+
+    layers: tuple[LayerBalance, ...]
+    head: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A layer whose weights are there, and what has been found of it."""
+
+    recording: Recording
+    weights: LayerWeights
+    found: LayerBalance = field(default_factory=LayerBalance)
+
     def sizes(self, group: str, source: _Source | None) -> np.ndarray | None:
         """What each row of a group's matrix gives at most, [out_features]; None for no bound."""
-        matrix = self.weights.matrices[group]
+        matrix, found = self.weights.matrices[group], self.found
         n = matrix.in_features
-        found = row_bounds(self.recording, matrix, np.ones(n) if source is None else source.weights)
-        self.largest[group] = found.largest
-        self.down[group] = np.zeros(matrix.out_features, np.int64)
-        self.up[group] = 0 if source is None else source.down
+        bounds = row_bounds(
+            self.recording, matrix, np.ones(n) if source is None else source.weights
+        )
+        found.largest[group] = bounds.largest
+        found.down[group] = np.zeros(matrix.out_features, np.int64)
+        found.up[group] = 0 if source is None else source.down
         if source is None:
             return None
-        most = found.sum if source.length is None else source.length * found.length
+        most = bounds.sum if source.length is None else source.length * bounds.length
         bias = self.weights.biases.get(group)
         return most if bias is None else most + np.abs(self.recording.memory.read(bias))
 
 
-def balanced(recording: Recording, model: Model) -> Model:
-    """The model with what f16 needs; itself where that is nothing, or no weights are there."""
-    if not recording.memory.holds_data:
-        return model
-    layers = tuple(_balanced_layer(_Layer(recording, weights)) for weights in model.layers)
-    largest = row_bounds(recording, model.head, np.ones(model.head.in_features)).largest
-    head = _powered(recording, model.head, np.zeros(len(largest), np.int64), largest)
+def find_balance(recording: Recording, model: Model) -> Balance:
+    """Reads a model's weights on the device, once."""
+    layers = tuple(_found_of(_Layer(recording, weights)) for weights in model.layers)
+    head = row_bounds(recording, model.head, np.ones(model.head.in_features)).largest
+    return Balance(layers, head)
+
+
+def balanced(recording: Recording, model: Model, balance: Balance) -> Model:
+    """The model with what f16 needs; itself where that is nothing.
+
+    On memory that only counts, too: whatever is allocated on a device is counted there.
+    """
+    layers = tuple(map(partial(_applied, recording), model.layers, balance.layers))
+    head = _powered(recording, model.head, np.zeros(len(balance.head), np.int64), balance.head)
     if head is model.head and all(a is b for a, b in zip(layers, model.layers, strict=True)):
         return model
     return replace(model, layers=layers, head=head)
@@ -158,38 +190,33 @@ def _down(bounds: np.ndarray) -> int:
     return math.floor(math.log2(max(most, 2.0**-100))) - 4 if 0.0 < most < LEAST else 0
 
 
-def _balanced_layer(layer: _Layer) -> LayerWeights:
-    weights, spec = layer.weights, layer.weights.spec
-    mixer, feed_forward, norms = spec.mixer, spec.feed_forward, {}
-    source, norms["mixer_norm"] = _after_norm(layer, weights.mixer_norm)
+def _found_of(layer: _Layer) -> LayerBalance:
+    spec = layer.weights.spec
+    mixer, feed_forward = spec.mixer, spec.feed_forward
+    source = _after_norm(layer, "mixer_norm")
     if isinstance(mixer, Attention):
-        source = _qkv(layer, mixer, source)
-        norms["post_mixer_norm"] = _output(layer, "attn_output", source, weights.post_mixer_norm)
+        _output(layer, "attn_output", _qkv(layer, mixer, source), "post_mixer_norm")
     else:
         _others(layer, mixer.matrices, source)
-    source, norms["feed_forward_norm"] = _after_norm(layer, weights.feed_forward_norm)
+    source = _after_norm(layer, "feed_forward_norm")
     if isinstance(feed_forward, GatedFeedForward):
-        source = _gate_up(layer, feed_forward, source)
-        after = weights.post_feed_forward_norm
-        norms["post_feed_forward_norm"] = _output(layer, "down", source, after)
+        _output(layer, "down", _gate_up(layer, feed_forward, source), "post_feed_forward_norm")
     else:
         _others(layer, feed_forward.matrices, source)
     if spec.per_layer is not None:
         _others(layer, spec.per_layer.matrices, None)
-    return _applied(layer, norms)
+    return layer.found
 
 
-def _after_norm(layer: _Layer, norm: Norm | None) -> tuple[_Source | None, Norm | None]:
-    """What a norm gives, and the norm that gives as much less; none without a norm."""
+def _after_norm(layer: _Layer, name: str) -> _Source | None:
+    """Finds the power of what a norm before a block gives; what that is, if there is a norm."""
+    norm: Norm | None = getattr(layer.weights, name)
     if norm is None:
-        return None, None
+        return None
     values = layer.recording.memory.read(norm.weight)
     length = math.sqrt(len(values))
-    down = _down(length * np.abs(values))
-    if down:
-        weight = layer.recording.memory.upload(values * np.float32(2.0**-down))
-        norm = replace(norm, weight=weight)
-    return _Source(np.abs(values), length, down), norm
+    layer.found.norms[name] = down = _down(length * np.abs(values))
+    return _Source(np.abs(values), length, down)
 
 
 def _qkv(layer: _Layer, mixer: Attention, source: _Source | None) -> _Source | None:
@@ -210,8 +237,8 @@ def _qkv(layer: _Layer, mixer: Attention, source: _Source | None) -> _Source | N
         if mixer.output_gate:
             queries = keys = 0  # the gate lies among the rows of q, and is no linear one
         for part, down in zip(parts, (queries, keys, values), strict=True):
-            layer.down["qkv"][part] = down
-        layer.heads = queries + keys
+            layer.found.down["qkv"][part] = down
+        layer.found.heads = queries + keys
         if not mixer.value_norm:
             of_values, down = sizes[first:], values
     elif not mixer.value_norm:
@@ -229,20 +256,18 @@ def _gate_up(layer: _Layer, block: GatedFeedForward, source: _Source | None) -> 
     gate, up = _down(sizes[:n]), _down(sizes[n:])
     if len(layer.weights.spec.groups["gate_up"]) == 1:
         gate = up = max(gate, up)
-    layer.down["gate_up"][:n], layer.down["gate_up"][n:] = gate, up
+    layer.found.down["gate_up"][:n], layer.found.down["gate_up"][n:] = gate, up
     product = sizes[:n] * sizes[n:]  # no activation gives more than it is given
-    layer.gate, layer.gated = gate, _down(product * 2.0**-up)
-    return _Source(product, None, up + layer.gated)
+    layer.found.gate, layer.found.gated = gate, _down(product * 2.0**-up)
+    return _Source(product, None, up + layer.found.gated)
 
 
-def _output(layer: _Layer, group: str, source: _Source | None, norm: Norm | None) -> Norm | None:
+def _output(layer: _Layer, group: str, source: _Source | None, norm: str) -> None:
     """Finds the power of what a block gives, where a norm follows that takes it out again."""
     sizes = layer.sizes(group, source)
-    if sizes is None or norm is None:
-        return norm
-    down = _down(sizes)
-    layer.down[group][:] = down
-    return norm if down == 0 else replace(norm, epsilon=norm.epsilon * 0.25**down)
+    if sizes is not None and getattr(layer.weights, norm) is not None:
+        layer.found.norms[norm] = down = _down(sizes)
+        layer.found.down[group][:] = down
 
 
 def _others(layer: _Layer, matrices: Sequence[AdaptableMatrix], source: _Source | None) -> None:
@@ -252,33 +277,46 @@ def _others(layer: _Layer, matrices: Sequence[AdaptableMatrix], source: _Source 
         layer.sizes(group, source if reads_norm else None)
 
 
-def _applied(layer: _Layer, norms: Mapping[str, Norm | None]) -> LayerWeights:
+def _applied(recording: Recording, weights: LayerWeights, found: LayerBalance) -> LayerWeights:
     """The layer with the powers that were found; itself where there is none."""
-    weights, spec, memory = layer.weights, layer.weights.spec, layer.recording.memory
+    spec, memory = weights.spec, recording.memory
     matrices, rows, biases = {}, {}, dict(weights.biases)
     for group, matrix in weights.matrices.items():
-        down = layer.down[group]
-        exponents = layer.up[group] - down
-        matrices[group] = _powered(layer.recording, matrix, exponents, layer.largest[group])
+        down = found.down[group]
+        exponents = found.up[group] - down
+        matrices[group] = _powered(recording, matrix, exponents, found.largest[group])
         if exponents.any():
             starts = [0, *(1 + np.flatnonzero(np.diff(exponents)))]
             rows[group] = tuple((int(start), 2.0 ** int(exponents[start])) for start in starts)
         if group in biases and down.any():
-            bias = memory.read(biases[group]) * (2.0**-down).astype(np.float32)
-            biases[group] = memory.upload(bias)
-    powers = LayerPowers(rows, 2.0**layer.gate, 2.0**-layer.gated)
+            biases[group] = _multiplied(memory, biases[group], 2.0**-down)
+    changes: dict[str, Any] = {}
+    for name, less in found.norms.items():
+        norm: Norm = getattr(weights, name)
+        if less and name in _BEFORE:
+            weight = _multiplied(memory, norm.weight, 2.0**-less)
+            changes[name] = replace(norm, weight=weight)
+        elif less:
+            changes[name] = replace(norm, epsilon=norm.epsilon * 0.25**less)
+    powers = LayerPowers(rows, 2.0**found.gate, 2.0**-found.gated)
     same = all(matrices[group] is matrix for group, matrix in weights.matrices.items())
-    as_before = all(norm is getattr(weights, name) for name, norm in norms.items())
-    if same and as_before and powers == AS_THEY_ARE:
+    if same and not changes and powers == AS_THEY_ARE:
         return weights
-    if layer.heads and isinstance(spec.mixer, Attention):
+    if found.heads and isinstance(spec.mixer, Attention):
         if spec.mixer.qk_norm == NO_NORM:
-            scale = spec.mixer.scale * 2.0**layer.heads
+            scale = spec.mixer.scale * 2.0**found.heads
             spec = replace(spec, mixer=replace(spec.mixer, scale=scale))
         else:
-            spec = replace(spec, norm_epsilon=spec.norm_epsilon * 0.5**layer.heads)
-    changes: dict[str, Any] = {**norms, "powers": powers}
-    return replace(weights, spec=spec, matrices=matrices, biases=biases, **changes)
+            spec = replace(spec, norm_epsilon=spec.norm_epsilon * 0.5**found.heads)
+    return replace(
+        weights, spec=spec, matrices=matrices, biases=biases, powers=powers, **changes
+    )
+
+
+def _multiplied(memory: Memory, vector: Tensor, factors: float | np.ndarray) -> Tensor:
+    """A new vector, multiplied; of memory that only counts its size alone."""
+    values = memory.read(vector) if memory.holds_data else np.zeros(vector.shape, np.float32)
+    return memory.upload(values * np.asarray(factors, np.float32))
 
 
 def _powered(

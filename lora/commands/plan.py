@@ -47,6 +47,10 @@ def plan_command(
             tell("Planning the steps")
             plans = find_tiles(device, loaded.train.tuning)
             planned = SessionPlan.of(device.facts, workload, plans)
+            if planned.precision == "f16":
+                tell("Reading the weights")
+                with suppress(DeviceMemoryError):  # the plan says that there is no room
+                    planned = planned.of_file(device, plans)
             seconds = None
             if "timestamp-query" in device.facts.features:
                 tell("Timing the products of a step")
@@ -55,7 +59,7 @@ def plan_command(
             largest = None
             if fit:
                 tell("Looking for what fits")
-                largest = fits(device.facts, workload)
+                largest = fits(device.facts, workload, planned.tensors.balance)
     if as_json:
         facts = plan_facts(planned, seconds)
         if largest is not None:

@@ -13,7 +13,7 @@ from lora.data.examples import Example
 from lora.forward.cross_entropy import Criterion
 from lora.forward.decoder.head import chunk_size
 from lora.forward.dora import Dora
-from lora.forward.model.balance import balanced
+from lora.forward.model.balance import Balance
 from lora.forward.model.frozen_model import Model, load_model
 from lora.forward.model.inputs import Inputs
 from lora.forward.plans.matmul_plans import (
@@ -26,6 +26,7 @@ from lora.forward.plans.matmul_plans import (
 )
 from lora.forward.plans.matmul_tiles import Plan
 from lora.optim.adamw import AdamWSettings
+from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.memory import CountingMemory, Memory
@@ -33,6 +34,7 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.training.activations import Activations
 from lora.training.adapter_state import AdapterState
+from lora.training.balancing import balanced_on, read_balance
 from lora.training.communicator import Communicator, SingleProcess
 from lora.training.noise import Noise
 from lora.training.precision import precision_on
@@ -66,29 +68,35 @@ class SessionTensors:
         recomputed: how many of the lowest adapted layers are run again in the backward pass.
         train_cache: of data.train's frozen prefix, where there is one and it is kept.
         plain: the model as the file has it, for text; a step's may be balanced for f16.
+        balance: what that one was balanced by; None where the two are the same.
     """
 
     step: StepTensors
     recomputed: int
     train_cache: PrefixCache | None
     plain: Model
+    balance: Balance | None = None
 
     @classmethod
-    def allocate(cls, recording: Recording, workload: Workload, recomputed: int) -> SessionTensors:
+    def allocate(
+        cls,
+        recording: Recording,
+        workload: Workload,
+        recomputed: int,
+        balance: Balance | None = None,
+    ) -> SessionTensors:
         """Loads the model and makes room for the largest micro-batch.
 
         Args:
             recomputed: see the class.
+            balance: of the model, where it is known; None to find it, where weights are there.
 
         Raises:
             InputError: a tensor is larger than the device can bind.
             DeviceMemoryError: the device has no room.
         """
-        model = load_model(recording, workload.gguf_file, workload.architecture, workload.longest)
-        plain = model
-        # DoRA compares rows of W with those of B · A, and so wants them as they are.
-        if recording.precision == "f16" and not workload.layout.dora:
-            model = balanced(recording, model)
+        plain = load_model(recording, workload.gguf_file, workload.architecture, workload.longest)
+        model, balance = balanced_on(recording, workload, plain, balance)
         targets = workload.maximum_targets
         chunk = chunk_size(recording, workload.architecture.logits_size, targets)
         inputs = Inputs.allocate(
@@ -113,7 +121,7 @@ class SessionTensors:
             train_cache = open_cache(recording, workload, workload.train_examples)
         noise = Noise.allocate(recording, workload, inputs)
         step = StepTensors(model, inputs, workload.layout, adapter, activations, noise)
-        return cls(step, recomputed, train_cache, plain)
+        return cls(step, recomputed, train_cache, plain, balance)
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,7 @@ class SessionPlan:
         plans: PlanSource | None = None,
         seams: Seams | None = None,
         recomputed: int | None = None,
+        balance: Balance | None = None,
     ) -> SessionPlan:
         """Records a session as a device of these facts would.
 
@@ -202,12 +211,14 @@ class SessionPlan:
             seams: those of the session; None for the usual ones.
             recomputed: how many of the lowest adapted layers are run again; None for what
                 train.recompute and train.memory_limit mean.
+            balance: of the model under f16, as its weights decide (`read_balance`); None for an
+                ordinary model.
 
         Raises:
             InputError: something is larger than the device can bind.
         """
         if recomputed is None:
-            kept = cls.of(facts, workload, plans, seams, 0)
+            kept = cls.of(facts, workload, plans, seams, 0, balance)
             recomputed = kept.wanted_recompute()
             if recomputed == 0:
                 return kept
@@ -220,11 +231,26 @@ class SessionPlan:
 
         memory = CountingMemory(facts)
         recording = Recording(facts, memory, precision_on(facts, workload), plans=source)
-        tensors = SessionTensors.allocate(recording, workload, recomputed)
+        tensors = SessionTensors.allocate(recording, workload, recomputed, balance)
         programs = SessionPrograms.record(recording, workload, tensors, seams or Seams())
         return cls(
             workload, facts, tensors, programs, requests, memory.allocated, memory.largest_scratch
         )
+
+    def of_file(self, device: Device, plans: PlanSource | None = None) -> SessionPlan:
+        """The plan with what f16 needs of the file's weights, which are read for it.
+
+        Args:
+            plans: as of `of`.
+
+        Raises:
+            DeviceMemoryError: there is no room for the model.
+        """
+        balance = read_balance(device, self.workload)
+        if balance is None:
+            return self
+        recomputed = self.tensors.recomputed
+        return self.of(self.facts, self.workload, plans, None, recomputed, balance)
 
     @property
     def precision(self) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from lora.data.examples import Example
+from lora.forward.model.balance import Balance
 from lora.shaders.errors import InputError
 from lora.shaders.facts import DeviceFacts
 from lora.training.device_state import SessionPlan
@@ -50,12 +51,13 @@ class Fits:
     on: Fit
 
 
-def fits(facts: DeviceFacts, workload: Workload) -> Fits:
+def fits(facts: DeviceFacts, workload: Workload, balance: Balance | None = None) -> Fits:
     """The largest sizes within train.memory_limit, every token of every example trained.
 
     Args:
         facts: of the device.
         workload: of the config.
+        balance: see `SessionPlan.of`.
 
     Raises:
         InputError: nothing tells how much memory there is.
@@ -71,7 +73,8 @@ def fits(facts: DeviceFacts, workload: Workload) -> Fits:
     layers = architecture.n_layers - workload.layout.lowest_layer
 
     def taken(length: int, batch_size: int, recomputed: int | None) -> tuple[int, int]:
-        planned = SessionPlan.of(facts, _sized(workload, length, batch_size), recomputed=recomputed)
+        sized = _sized(workload, length, batch_size)
+        planned = SessionPlan.of(facts, sized, recomputed=recomputed, balance=balance)
         return sum(planned.allocated.values()), planned.tensors.recomputed
 
     def fit(recomputed: int) -> Fit:

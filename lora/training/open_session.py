@@ -126,7 +126,13 @@ class OpenSession(ABC):
             if plan.largest_scratch:
                 self.memory.scratch((plan.largest_scratch,))
             stage("Loading the model")
-            tensors = SessionTensors.allocate(self._recording, workload, plan.tensors.recomputed)
+            recomputed = plan.tensors.recomputed
+            tensors = SessionTensors.allocate(self._recording, workload, recomputed)
+            if tensors.balance is not None:  # the weights ask for powers, and for other kernels
+                self.plan = plan = SessionPlan.of(
+                    self.device.facts, workload, self._found, self._seams, recomputed,
+                    tensors.balance,
+                )  # fmt: skip
             stage(f"Compiling {len(plan.kernels)} kernels")
             self.device.compile_all(plan.kernels)
             self._programs = SessionPrograms.record(self._recording, workload, tensors, self._seams)

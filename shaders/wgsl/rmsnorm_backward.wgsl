@@ -7,6 +7,13 @@
 {% if normed_type %}
 // normed [rows, width] of {{ normed_type }} is what rmsnorm.wgsl gave, to its bits: x · rstd · weight.
 {% endif %}
+{% if sized %}
+// largest u32 [rows] is what largest_of_rows.wgsl would find of d_x: the bits of max_i |d_x[m, i]|.
+{% endif %}
+{% if picked %}
+// The norm was given some rows alone: x and d_y have those of row m in row slots[m], and d_x[m] = 0 where slots[m] is
+// 0xffffffff; slots u32 [rows].
+{% endif %}
 {% if splits > 1 %}
 // d_y is in no array: it is Σ_s partial[s, m, i], in the order of matmul_reduce.wgsl, of the partial sums
 // [{{ splits }}, maximum rows, width] that a product leaves.
@@ -26,13 +33,23 @@ struct Extent { rows: u32 }
 {% if residual == "separate" %}
 @group(0) @binding(5) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
+{% set after = 6 if residual == "separate" else 5 %}
 {% if normed_type %}
-@group(0) @binding({{ 6 if residual == "separate" else 5 }}) var<storage, read_write> normed: array<vec4<{{ normed_type }}>>;
+@group(0) @binding({{ after }}) var<storage, read_write> normed: array<vec4<{{ normed_type }}>>;
+{% endif %}
+{% if sized %}
+@group(0) @binding({{ after + (1 if normed_type else 0) }}) var<storage, read_write> largest: array<u32>;
+
+var<workgroup> largest_bits: atomic<u32>;
+{% endif %}
+{% if picked %}
+@group(0) @binding({{ after + (1 if normed_type else 0) + (1 if sized else 0) }}) var<storage, read> slots: array<u32>;
 {% endif %}
 
 {% set quads = width // 4 %}
 {% set steps = (quads + lanes - 1) // lanes %}
 {% set sum_type = "vec2<f32>" %}
+{% set given = "given" if picked else "base" %}
 {% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "parts/stored.wgsl" import stored %}
 {% include "parts/row_sum.wgsl" %}
@@ -46,10 +63,28 @@ fn main(
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
     let base = row * {{ quads }}u + lane;
+{% if picked %}
+    let slot = slots[row];
+    if (slot == 0xffffffffu) {
+{% for s in range(steps) %}
+{% call store_row(s, quads, lanes) %}
+d_x[base + {{ s * lanes }}u] = vec4<{{ out_type }}>();
+{% endcall %}
+{% endfor %}
+{% if sized %}
+        if (lane == 0u) { largest[row] = 0u; }
+{% endif %}
+        return;
+    }
+    let given = slot * {{ quads }}u + lane;
+{% endif %}
+{% if sized %}
+    if (lane == 0u) { atomicStore(&largest_bits, 0u); } // row_sum has a barrier
+{% endif %}
     // All at once, so that the loads wait for memory together.
-{{ load_row("value", "x", "base", quads, lanes) }}
+{{ load_row("value", "x", given, quads, lanes) }}
 {% if splits == 1 %}
-{{ load_row("g", "d_y", "base", quads, lanes) }}
+{{ load_row("g", "d_y", given, quads, lanes) }}
 {% else %}
 {{ load_row("g", "partial", "base", quads, lanes, splits, maximum_rows * quads) }}
 {% endif %}
@@ -70,9 +105,20 @@ fn main(
     let sums = row_sum(vec2(dot(squares, vec4(1.0)), dot(products, vec4(1.0))), lane);
     let rstd = inverseSqrt(sums.x / {{ width }}.0 + {{ epsilon }});
     let slope = sums.y / {{ width }}.0 * rstd * rstd;
+{% if sized %}
+    var own_bits = vec4<u32>();
+{% endif %}
 {% for s in range(steps) %}
+{% set value = stored(("past_%d + " % s if residual != "none" else "") ~ "rstd * (g_%d - value_%d * slope)" % (s, s), out_type) %}
+{% if sized %}
+    let d_x_{{ s }} = {{ value }};
+{% endif %}
 {% call store_row(s, quads, lanes) %}
-d_x[base + {{ s * lanes }}u] = {{ stored(("past_%d + " % s if residual != "none" else "") ~ "rstd * (g_%d - value_%d * slope)" % (s, s), out_type) }};
+{% if sized %}
+own_bits = max(own_bits, bitcast<vec4<u32>>(abs(d_x_{{ s }}))); d_x[base + {{ s * lanes }}u] = d_x_{{ s }};
+{% else %}
+d_x[base + {{ s * lanes }}u] = {{ value }};
+{% endif %}
 {% endcall %}
 {% if normed_type %}
 {% call store_row(s, quads, lanes) %}
@@ -80,4 +126,9 @@ normed[base + {{ s * lanes }}u] = {{ stored("value_%d * rstd * w_%d" % (s, s), n
 {% endcall %}
 {% endif %}
 {% endfor %}
+{% if sized %}
+    atomicMax(&largest_bits, max(max(own_bits.x, own_bits.y), max(own_bits.z, own_bits.w)));
+    workgroupBarrier();
+    if (lane == 0u) { largest[row] = atomicLoad(&largest_bits); }
+{% endif %}
 }

@@ -90,6 +90,7 @@ SOURCES = {
         "w_largest": _LARGEST,
         "x_largest": _LARGEST,
     },
+    "rmsnorm_backward.wgsl": {"slots": _INPUTS, "largest": _LARGEST},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "row_bounds.wgsl": {"weights": _WEIGHTS},
     "row_squares.wgsl": {"weights": _WEIGHTS},
@@ -136,6 +137,7 @@ def test_nothing_else_writes_what_indexes() -> None:
         "forward/attention.py",  # tests that they are u32
         "forward/dropout.py", "forward/embedding_noise.py",  # keys that are hashed
         "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
+        "backward/scratch.py", "backward/rmsnorm.py",  # sizes of rows, as bits
     }  # fmt: skip
     assert makers <= known | {name for name in makers if name.startswith("lora/checks/")}
 

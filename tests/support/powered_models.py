@@ -11,6 +11,7 @@ from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.powers import LayerPowers
 from lora.forward.model.weights import FrozenMatrix
 from lora.shaders.recording import Recording
+from lora.training.workload import Workload
 
 
 def all_powered(recording: Recording, model: Model) -> Model:
@@ -32,11 +33,19 @@ def all_powered(recording: Recording, model: Model) -> Model:
     return replace(model, layers=layers, head=matrix(model.head))
 
 
+def powered_in_halves(
+    recording: Recording, workload: Workload, model: Model, _: None
+) -> tuple[Model, None]:
+    """In place of `lora.training.balancing.balanced_on`."""
+    powered = recording.precision == "f16" and not workload.layout.dora
+    return all_powered(recording, model) if powered else model, None
+
+
 def with_powers(run: Callable[[Any], None]) -> Callable[[Any], None]:
     """A recording of sessions whose models are such."""
 
     def record(found: Any) -> None:
-        with mock.patch("lora.training.device_state.balanced", all_powered):
+        with mock.patch("lora.training.device_state.balanced_on", powered_in_halves):
             run(found)
 
     return record

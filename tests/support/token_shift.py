@@ -13,6 +13,7 @@ from lora.forward.decoder.recorder import AfterCache, BlockEnd, LayerRecorder
 from lora.forward.decoder.row_recorder import Row, RowEnd, RowRecorder
 from lora.forward.model.adaptable import AdaptableMatrix
 from lora.forward.model.layer_spec import BlockSpec
+from lora.forward.part_product import SizedRows
 from lora.forward.rmsnorm import rmsnorm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -87,8 +88,9 @@ def cache(recording: Recording, spec: TokenShift, room: int) -> Tensor:
 
 
 def record_backward(
-    layer: BackwardRecorder, spec: TokenShift, mixed: Tensor, _: Tensor, d: Tensor, norm: NormBefore
-) -> bool:
+    layer: BackwardRecorder, spec: TokenShift, mixed: Tensor, _: Tensor, d: SizedRows,
+    norm: NormBefore,
+) -> bool:  # fmt: skip
     d_mixed = layer.scratch(spec)
     if not layer.through("mix", mixed, d, d_mixed):
         return False

@@ -7,9 +7,10 @@ from functools import partial
 import numpy as np
 
 from lora.backward.head_norm_rope import head_norm_rope_backward
-from lora.backward.rmsnorm import rmsnorm_backward
+from lora.backward.rmsnorm import picked_rmsnorm_backward, rmsnorm_backward
 from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
 from lora.checks.references.cross_entropy import gradient_reference, losses_reference
+from lora.checks.references.gather import gather_backward_reference
 from lora.checks.references.head_norm_rope import (
     HeadLayout,
     head_norm_rope_backward_reference,
@@ -30,8 +31,10 @@ from lora.forward.cross_entropy import Objective, cross_entropy, gradient_in_blo
 from lora.forward.head_norm_rope import head_norm_rope
 from lora.forward.heads import Heads, Rotation
 from lora.forward.model.factors import LoraFactors
+from lora.forward.model.inputs import NO_ROW
 from lora.forward.model.norm import HeadNorms, Norm
 from lora.forward.model.rope_frequencies import Rope
+from lora.forward.part_product import SizedRows
 from lora.forward.rmsnorm import LowRank, rmsnorm
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -65,7 +68,7 @@ def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
 def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comparison:
     """Two sums of `width` terms, then a difference of numbers of about |d_y| rstd.
 
-    What the norm gave is written again, as good as in the forward.
+    What the norm gave is written again, as good as in the forward, and sizes of rows of f32.
     """
     if dtype == "f16":
         needs_half(recording)
@@ -73,19 +76,51 @@ def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comp
     weight, extent = normal(7, width), extent_in_use(recording, ROWS, IN_USE)
     out, program = typed(recording, past, dtype, extent), Program(recording)  # in place
     again = typed_marked(recording, dtype, extent, width)
+    sizes = recording.memory.upload(np.full(ROWS, 7, np.uint32))
     rmsnorm_backward(
         program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
-        typed(recording, d_y, dtype, extent), residual=out, out=out, normed=again,
+        typed(recording, d_y, dtype, extent), residual=out,
+        out=SizedRows(out, sizes if dtype == "f32" else None), normed=again,
     )  # fmt: skip
     program.run()
     result, normed = (recording.memory.read(tensor) for tensor in (out, again))
     expected = rmsnorm_backward_reference(x, weight, d_y, EPSILON) + past
     given = rmsnorm_reference(x, weight, EPSILON)
+    largest = np.full(ROWS, 7, np.uint32)
+    if dtype == "f32":
+        largest[:IN_USE] = np.abs(result[:IN_USE]).max(axis=1).view(np.uint32)
     return worst(
+        same(recording.memory.read(sizes), largest),
         compare(result[:IN_USE], expected[:IN_USE], rtol=1e-5, atol=3e-6),
         same(result[IN_USE:], past[IN_USE:]),
         compare(normed[:IN_USE], given[:IN_USE], rtol=2e-6, atol=2e-6),
         untouched(normed[IN_USE:]),
+    )
+
+
+def check_picked_rmsnorm_backward(recording: Recording, width: int) -> Comparison:
+    """As that, of rows of which the norm was given some alone; others get zeros."""
+    picked = np.arange(0, IN_USE, 3)
+    n, slots = len(picked), np.full(ROWS, NO_ROW, np.uint32)
+    slots[picked] = np.arange(n)
+    x, d_y, weight = normal(4, n, width), normal(5, n, width), normal(7, width)
+    targets, extent = extent_in_use(recording, n, n), extent_in_use(recording, ROWS, IN_USE)
+    out, program = marked(recording, extent, width), Program(recording)
+    sizes = recording.memory.upload(np.full(ROWS, 7, np.uint32))
+    picked_rmsnorm_backward(
+        program, activation(recording, x, targets),
+        Norm(recording.memory.upload(weight), EPSILON), activation(recording, d_y, targets),
+        activation(recording, slots, extent), SizedRows(out, sizes),
+    )  # fmt: skip
+    program.run()
+    result = recording.memory.read(out)
+    d_picked = rmsnorm_backward_reference(x, weight, d_y, EPSILON)
+    expected = gather_backward_reference(d_picked, picked, ROWS)
+    largest = np.abs(result).max(axis=1).view(np.uint32)
+    return worst(
+        compare(result[:IN_USE], expected[:IN_USE], rtol=1e-5, atol=3e-6),
+        untouched(result[IN_USE:]),
+        same(recording.memory.read(sizes)[:IN_USE], largest[:IN_USE]),
     )
 
 
@@ -196,6 +231,11 @@ CHECKS = [
         )
     ),
     Check("rmsnorm", f"{ROWS}x576 with z", check_low_rank),
+    *(
+        Check("rmsnorm_backward", f"{ROWS}x{width} of picked rows",
+              partial(check_picked_rmsnorm_backward, width=width), as_cpu)
+        for width, as_cpu in ((100, True), (576, False))
+    ),
     *(
         Check("head_norm_rope" + "_backward" * backward,
               f"{ROWS}x{layout.width} heads of {layout.head_size}",

@@ -173,9 +173,12 @@ def test_without_powers_f16_does_not_hold_it(
     name: str, body: str, tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What the tests above would give without what they test."""
-    monkeypatch.setattr("lora.training.device_state.balanced", lambda _, model: model)
+    monkeypatch.setattr(
+        "lora.training.device_state.balanced_on", lambda _, __, model, ___: (model, None)
+    )
     monkeypatch.setattr("lora.forward.matmul.row_scales", lambda *_: None)
     monkeypatch.setattr("lora.backward.recorder.row_scales", lambda *_: None)
+    monkeypatch.setattr("lora.backward.scratch.scales_rows", lambda *_: False)
     whole = found(*CASES[name], tmp_path, device, precision="f32")
     half = found(*CASES[name], tmp_path, device, precision="f16")
     worst = max(
@@ -183,6 +186,28 @@ def test_without_powers_f16_does_not_hold_it(
         for path, wanted in whole.gradients.items()
     )
     assert not worst < 0.5
+
+
+@pytest.mark.parametrize(
+    ("case", "recompute"), [("llama stream", "on"), ("llama stream", "off"), ("gemma3 up", "off")]
+)
+def test_norms_write_the_sizes_of_rows(
+    case: str, recompute: str, body: str, tmp_path: Path, device: Device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:  # fmt: skip
+    """In place of a dispatch before each product that reads the stream's gradient, bit for bit."""
+    results = []
+    for asked in (True, False):
+        if not asked:
+            monkeypatch.setattr("lora.backward.scratch.scales_rows", lambda *_: False)
+        results.append(
+            found(*CASES[case], tmp_path, device, 2**-8, precision="f16", recompute=recompute)
+        )
+    written, apart = results
+    assert written.loss == apart.loss
+    for path, wanted in apart.gradients.items():
+        assert np.abs(wanted).max() > 0, path
+        assert written.gradients[path].tobytes() == wanted.tobytes(), path
 
 
 def test_a_scale_far_too_large_ends_no_run(
