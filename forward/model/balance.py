@@ -308,9 +308,7 @@ def _applied(recording: Recording, weights: LayerWeights, found: LayerBalance) -
             spec = replace(spec, mixer=replace(spec.mixer, scale=scale))
         else:
             spec = replace(spec, norm_epsilon=spec.norm_epsilon * 0.5**found.heads)
-    return replace(
-        weights, spec=spec, matrices=matrices, biases=biases, powers=powers, **changes
-    )
+    return replace(weights, spec=spec, matrices=matrices, biases=biases, powers=powers, **changes)
 
 
 def _multiplied(memory: Memory, vector: Tensor, factors: float | np.ndarray) -> Tensor:

@@ -199,7 +199,7 @@ class SizedCase:
         (67, 66, 100, "in place", 3, False),
         (19, 17, 576, "in place", 2, True),
         (3, 2, 2052, "none", 1, True),
-        (2, 2, 4100, "separate", 2, False),
+        (2, 2, 1028, "separate", 2, False),
     ],
 )
 def test_the_sizes_of_its_rows(
