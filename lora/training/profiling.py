@@ -140,7 +140,7 @@ def kernel_table(
 
 def _flops(dispatch: Dispatch, lengths: Sequence[int] | None) -> int:
     """A dispatch's own count is of one example; attention's pairs are of each example."""
-    if lengths is None or not dispatch.template.startswith("attention"):
+    if lengths is None or "window" not in dispatch.constants:
         return dispatch.flops
     window = dispatch.constants["window"]
     whole = visible_pairs(dispatch.tensors[1].shape[0], window)

@@ -290,7 +290,8 @@ def test_a_step_is_the_same(
         return device
 
     def in_two(space: PlanSpace) -> Plan:
-        tile = [tile for tile in space.tiles if tile.body == "tiled"][1]
+        plain = [tile for tile in space.tiles if tile.body == "tiled"]
+        tile = (plain or space.tiles)[1]  # a gradient in blocks is read on matrix units alone
         return Plan(tile, *cut(space.contraction, 2, tile.depth))
 
     monkeypatch.setattr("lora.training.session.Device", opened)

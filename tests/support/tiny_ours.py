@@ -46,7 +46,7 @@ def open_session(
                 "peft_layers": "model.layers",  # the judge is a class for text
             },
             "data": {"train": "none", "max_length": max(LENGTHS), "shuffle": False},
-            "train": {"steps": 1, "batch_size": len(rows), **train},
+            "train": {"steps": 1, "batch_size": len(rows), "precision": "f32", **train},
             "output": "none",
         }
     )
