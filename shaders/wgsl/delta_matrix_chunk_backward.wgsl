@@ -48,11 +48,6 @@ var<workgroup> d_cum: array<f32, chunk>;
 
 {% from "parts/unpacked.wgsl" import unpacking %}
 {{ unpacking() }}
-// As products have it.
-fn halved(four: vec4<f32>) -> vec4<f32> {
-    return unpacked(vec2(pack2x16float(four.xy), pack2x16float(four.zw)));
-}
-
 {# What comes out for a row and four columns of a slice is `x`, and goes where `use` says. #}
 {% macro narrow_out(sums, use) %}
             workgroupBarrier();
@@ -185,12 +180,12 @@ fn halved(four: vec4<f32>) -> vec4<f32> {
             let key = key_at(first + of_row, head);
             let value = value_at(first + of_row, head);
             for (var x = lane % {{ per_row }}u; x < quads; x += {{ per_row }}u) {
-                let k = halved(inputs[key + x]);
+                let k = rounded(inputs[key + x]);
                 let h = d_deltas[own + 6u * wide + x];
                 let f = d_deltas[own + 3u * wide + x];
                 let b_u = d_deltas[own + 5u * wide + x];
                 kh += dot(k, h);
-                others.x += dot(halved(inputs[query + x]), d_deltas[own + 2u * wide + x]) - dot(k, f);
+                others.x += dot(rounded(inputs[query + x]), d_deltas[own + 2u * wide + x]) - dot(k, f);
                 others.y += dot(inputs[value + x], b_u);
                 d_deltas[own + 3u * wide + x] = h + f;
                 d_deltas[own + 5u * wide + x] = beta[of_row] * b_u;

@@ -95,7 +95,7 @@ x[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, x_type) }};
 {% if low_width %}
     let normed_{{ s }} = {{ normed }};
 {% call store_row(s, quads, lanes) %}
-normed_row[lane + {{ s * lanes }}u] = {{ "unpacked(bitcast<vec2<u32>>(normed_%d))" % s if out_type == "f16" else "normed_%d" % s }};
+normed_row[lane + {{ s * lanes }}u] = {{ "rounded(vec4<f32>(normed_%d))" % s if out_type == "f16" else "normed_%d" % s }};
 {% endcall %}
 {% endif %}
 {% call store_row(s, quads, lanes) %}

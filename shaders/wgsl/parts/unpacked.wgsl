@@ -11,4 +11,10 @@ fn unpacked(words: vec2<u32>) -> vec4<f32> {
     let number = select(normal, small, size < vec4(1u << 23u));
     return bitcast<vec4<f32>>(bitcast<vec4<u32>>(number) | ((halves & vec4(0x8000u)) << vec4(16u)));
 }
+
+// What f16 keeps of four numbers; what it doesn't hold stays as it is.
+fn rounded(four: vec4<f32>) -> vec4<f32> {
+    let kept = unpacked(vec2(pack2x16float(four.xy), pack2x16float(four.zw)));
+    return select(four, kept, abs(four) < vec4(65520.0));
+}
 {% endmacro %}

@@ -208,7 +208,7 @@ def test_the_saved_config_is_pefts(tmp_path: Path) -> None:
 
 def test_the_whole_step_at_webgpus_default_limits(tmp_path: Path) -> None:
     """128 MiB bindings, 16 KiB workgroup memory, 256 lanes, 8 storage buffers; both matmuls."""
-    path = write_run(tmp_path)
+    path = write_run(tmp_path, train={"precision": "f32"})
     from lora.config.schema import load_config
 
     limits = {
