@@ -29,7 +29,7 @@ from lora.commands.progress import TrainingProgress
 from lora.config.schema import Config
 from lora.data.batches import full_batches
 from lora.data.examples import Example
-from lora.training.listeners import Audience, MetricsFile
+from lora.training.listeners import Audience, MetricsFile, Unhurried
 from lora.training.metrics import Metrics
 from lora.training.reporters import CSVFile, TensorBoard
 from lora.training.session import TrainingSession
@@ -85,10 +85,10 @@ def listener_seconds(config: Config, examples: list[Example]) -> tuple[float, fl
         output = Path(folder)
         console = Console(file=io.StringIO(), force_terminal=True, width=80)
         with TrainingProgress(console) as progress:
-            listeners = [MetricsFile(output / "metrics.jsonl"), CSVFile(output), progress]
+            writers = [MetricsFile(output / "metrics.jsonl"), CSVFile(output)]
             if find_spec("tensorboardX") is not None:
-                listeners.append(TensorBoard(output))
-            timed = Timed(listeners)
+                writers.append(TensorBoard(output))
+            timed = Timed([progress, *map(Unhurried, writers)])
             seconds = [m.seconds for m in run.train([timed])]
     return statistics.median(seconds), timed.seconds / len(seconds)
 

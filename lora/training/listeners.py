@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -59,6 +61,9 @@ class Listener:
 
     def stopping(self, signum: int) -> None:
         """At once when a signal asks for a stop, which comes after the step under way."""
+
+    def saving(self, step: int) -> None:
+        """Before a checkpoint is written: a resumed run goes on behind `step`."""
 
     def saved(self, step: int, path: Path) -> None:
         """After a checkpoint, or the adapter at the end, was written to `path`."""
@@ -162,6 +167,72 @@ def drop_metrics_after(path: Path, step: int) -> None:
     write_file(path, "".join(kept))
 
 
+class Unhurried(Listener):
+    """Passes steps on some at a time, and so to another listener that only writes them down.
+
+    A step of a small model takes some milliseconds, and a logger's code has left the processor's
+    caches since the last one. The first step is passed on at once, and what is waiting before
+    anything else is told.
+
+    Args:
+        listener: who is told; its `step` asks for no stop.
+        seconds: after which a step is passed on with those that wait.
+    """
+
+    def __init__(self, listener: Listener, seconds: float = 0.5) -> None:
+        self._listener, self._seconds = listener, seconds
+        self._waiting: list[Metrics] = []
+        self._told_at = -math.inf
+
+    def step(self, metrics: Metrics) -> bool:
+        """Keeps it, or passes on all that wait."""
+        self._waiting.append(metrics)
+        if time.monotonic() - self._told_at >= self._seconds:
+            self._tell()
+        return False
+
+    def _tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for metrics in waiting:
+            self._listener.step(metrics)
+        self._told_at = time.monotonic()
+
+    def started(self, session: Any) -> None:
+        """Tells the listener."""
+        self._listener.started(session)
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        """Tells the listener, behind what waits."""
+        self._tell()
+        return self._listener.evaluated(step, result)
+
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """Passes on what waits: an evaluation may take long."""
+        if self._waiting:
+            self._tell()
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Tells the listener, behind what waits."""
+        self._tell()
+        self._listener.sampled(step, samples)
+
+    def saving(self, step: int) -> None:
+        """Passes on what waits: a resumed run does not take these steps again."""
+        self._tell()
+
+    def rewound(self, step: int) -> None:
+        """Tells the listener, behind what waits."""
+        self._tell()
+        self._listener.rewound(step)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Tells the listener, behind what waits."""
+        try:
+            self._tell()
+        finally:
+            self._listener.ended(error)
+
+
 class Audience(Listener):
     """Several listeners as one, told in their order; one that asks for a stop is enough."""
 
@@ -207,6 +278,11 @@ class Audience(Listener):
         """Tells all."""
         for listener in self._listeners:
             listener.rewound(step)
+
+    def saving(self, step: int) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.saving(step)
 
     def saved(self, step: int, path: Path) -> None:
         """Tells all."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from lora.shaders.choice import say_once
 from lora.shaders.errors import InputError
 from lora.storage.files import write_file
-from lora.training.listeners import Listener
+from lora.training.listeners import Listener, Unhurried
 from lora.training.metrics import EvalResult, Metrics, Sample
 
 if TYPE_CHECKING:
@@ -46,10 +46,10 @@ def check_reporters(config: Config) -> None:
 
 
 def open_reporters(config: Config) -> list[Listener]:
-    """The listeners that `train.report_to` names."""
+    """The listeners that `train.report_to` names, told of steps some at a time."""
     output = Path(config.output)
     made = {"tensorboard": TensorBoard, "wandb": WeightsAndBiases, "csv": CSVFile}
-    return [made[name](output) for name in config.train.report_to]
+    return [Unhurried(made[name](output)) for name in config.train.report_to]
 
 
 def step_values(metrics: Metrics) -> dict[str, float]:

@@ -33,6 +33,7 @@ from lora.training.listeners import (
     Listener,
     MetricsFile,
     SamplesFile,
+    Unhurried,
     drop_metrics_after,
 )
 from lora.training.output import METRICS, RUN, check_room, owned_output
@@ -125,7 +126,7 @@ def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) 
         write_file(output / TEMPLATE, template_source(session.config.data.chat_template))
     audience = Audience(
         [
-            MetricsFile(output / METRICS),
+            Unhurried(MetricsFile(output / METRICS)),
             SamplesFile(output / SAMPLES),
             BestAdapter(output),
             *listeners,
@@ -142,6 +143,7 @@ def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) 
         except Interrupted:
             raise
         except Exception as error:
+            audience.saving(session.steps_done)
             _rescue(session, output, begun_at, error)
             raise
 

@@ -50,6 +50,7 @@ class Checkpoints:
         """Saves one of the steps done, unless that was done; returns where it lies."""
         step = self._session.steps_done
         if self._saved is None or self._saved[0] != step:
+            self._audience.saving(step)
             self._saved = step, save_checkpoint(self._session, self._output())
             self._audience.saved(*self._saved)
         self._saved_at = time.monotonic()

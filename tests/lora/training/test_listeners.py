@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -9,8 +11,8 @@ import pytest
 from lora.config.schema import load_config
 from lora.shaders.device import Device
 from lora.training.checkpoint import checkpoints
-from lora.training.listeners import Listener
-from lora.training.metrics import EvalResult, Metrics
+from lora.training.listeners import Listener, Unhurried
+from lora.training.metrics import EvalResult, Metrics, Sample
 from lora.training.run import run_training
 from lora.training.session import TrainingSession
 from tests.support.tiny_run import write_run
@@ -94,3 +96,85 @@ def test_an_error_is_heard_by_all_who_began(tmp_path: Path, device: Device) -> N
     assert str(first.error) == str(last.error) == "no more disk"
     assert first.heard == ["started after 0", "step 1", "ended"]
     assert last.heard == ["started after 0", "ended"]
+
+
+def _metrics(step: int) -> Metrics:
+    return Metrics(step, 0.0, 1.0, 1.0, 1e-4, 8, 8, 100.0, 0.01)
+
+
+class Heard(Listener):
+    """Notes what it is told of."""
+
+    def __init__(self) -> None:
+        self.told: list[object] = []
+
+    def step(self, metrics: Metrics) -> bool:
+        self.told.append(metrics.step)
+        return False
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        self.told.append("evaluated")
+        return True
+
+    def rewound(self, step: int) -> None:
+        self.told.append("rewound")
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        self.told.append("sampled")
+
+    def ended(self, error: BaseException | None) -> None:
+        self.told.append("ended")
+
+
+@pytest.mark.parametrize(
+    ("event", "told"),
+    [
+        (lambda who: who.evaluated(3, EvalResult(1.0, 2.0, 0.5, 0.0, 0, 1, 1, 0)), ["evaluated"]),
+        (lambda who: who.rewound(1), ["rewound"]),
+        (lambda who: who.sampled(3, []), ["sampled"]),
+        (lambda who: who.ended(None), ["ended"]),
+        (lambda who: who.evaluating(3, 1, 2), []),
+        (lambda who: who.saving(3), []),
+    ],
+    ids=["evaluated", "rewound", "sampled", "ended", "evaluating", "saving"],
+)
+def test_steps_that_wait_come_before_all_else(
+    event: Callable[[Listener], object], told: list[object]
+) -> None:
+    heard = Heard()
+    unhurried = Unhurried(heard, seconds=1000.0)
+    for step in (1, 2, 3):
+        assert not unhurried.step(_metrics(step))
+    assert heard.told == [1]  # the first at once
+    assert event(unhurried) is (True if told == ["evaluated"] else None)
+    assert heard.told == [1, 2, 3, *told]
+
+
+def test_steps_wait_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr("lora.training.listeners.time.monotonic", lambda: now[0])
+    heard = Heard()
+    unhurried = Unhurried(heard, seconds=0.5)
+    for step, at in ((1, 10.0), (2, 10.2), (3, 10.4), (4, 10.6), (5, 10.7)):
+        now[0] = at
+        unhurried.step(_metrics(step))
+    assert heard.told == [1, 2, 3, 4]
+
+
+def test_metrics_are_there_before_the_checkpoint_that_a_run_goes_on_with(
+    tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that is killed between the two takes these steps no second time."""
+    found = []
+
+    def looked(run: TrainingSession, output: Path) -> Path:
+        lines = (output / "metrics.jsonl").read_text().splitlines()
+        steps = [json.loads(line)["step"] for line in lines if "grad_norm" in line]
+        found.append((run.steps_done, steps))
+        return output
+
+    monkeypatch.setattr("lora.training.saving.save_checkpoint", looked)
+    run_training(session(tmp_path, device, save_every=2))
+    assert len(found) > 2
+    for done, steps in found:
+        assert steps == list(range(1, done + 1))
