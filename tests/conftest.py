@@ -35,7 +35,6 @@ LONGEST_FILES = (
     "backward/test_attention.py",
     "forward/test_attention.py",
     "forward/model/test_families.py",
-    "lora/training/test_memory.py",
     "shaders/test_translation.py",
     "lora/commands/test_devices.py",
     "forward/test_quantized_matmul.py",
