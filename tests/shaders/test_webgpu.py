@@ -130,7 +130,7 @@ def test_several_threads_compile_for_one_device(device: Device) -> None:
             return "refused"
         return "taken"
 
-    with ThreadPoolExecutor(16) as pool:  # so many that they meet: Dawn gave an error to any of them
+    with ThreadPoolExecutor(16) as pool:  # so many that they meet
         outcomes = list(pool.map(compiled, range(300)))
     assert outcomes == ["taken" if number % 3 else "refused" for number in range(300)]
 
