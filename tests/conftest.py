@@ -35,7 +35,6 @@ LONGEST_FILES = (
     "backward/test_attention.py",
     "forward/test_attention.py",
     "forward/model/test_families.py",
-    "lora/training/test_memory.py",
     "shaders/test_translation.py",
     "lora/commands/test_devices.py",
     "forward/test_quantized_matmul.py",
@@ -66,15 +65,15 @@ _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONG
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Puts the longest files first; the rest stays in order. The judges' warnings are theirs.
 
-    Coverage is taken of the first two cases of each test: tracing costs Python as much time again,
-    and the others run the same lines on other sizes.
+    Coverage is taken of the first case of each test: tracing costs Python as much time again, and
+    the others run the same lines on other sizes.
     """
     items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
     cases: Counter[str] = Counter()
     for item in items:
         function = item.nodeid.partition("[")[0]
         cases[function] += 1
-        if cases[function] > 2:
+        if cases[function] > 1:
             item.add_marker(pytest.mark.untraced)
         if item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))

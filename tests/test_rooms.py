@@ -100,6 +100,19 @@ def test_tests_are_collected_without_the_judges() -> None:
         assert not judges & {name.split(".")[0] for name in at_top(path)}, path
 
 
+def test_make_parity_looks_where_the_judges_tests_are() -> None:
+    """Elsewhere there are some for `make parity-long`, which collects all."""
+    makefile = (REPOSITORY / "Makefile").read_text()
+    folders = makefile.partition("JUDGED := ")[2].splitlines()[0].split()
+    for path in sorted((REPOSITORY / "tests").rglob("test_*.py")):
+        own, text = path.relative_to(REPOSITORY), path.read_text()
+        if (
+            not any(own.is_relative_to(folder) for folder in folders)
+            and own.name != "test_rooms.py"
+        ):
+            assert text.count("mark.parity") == text.count("mark.parity, pytest.mark.long"), own
+
+
 @pytest.mark.parametrize("room", ["forward", "backward", "optim", "shaders"])
 def test_functions_take_eight_arguments_at_most(room: str) -> None:
     """Products and attention grew twice by one flag more; what goes together is a value."""

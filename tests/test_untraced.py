@@ -8,7 +8,7 @@ import threading
 import pytest
 
 
-@pytest.mark.parametrize("case", range(3))
-def test_a_third_case_runs_untraced(case: int) -> None:
-    if case == 2:
+@pytest.mark.parametrize("case", range(2))
+def test_a_second_case_runs_untraced(case: int) -> None:
+    if case == 1:
         assert sys.gettrace() is None and threading.gettrace() is None

@@ -26,6 +26,7 @@ from tests.support.attention_cases import (
     HALF_CASES,
     ON_CPU,
     TILES,
+    UNSPLIT,
     WINDOWED,
     activation_of,
     normal,
@@ -78,9 +79,7 @@ def test_attention_backward(
     rows, spare = sum(lengths), 9
     tile = within(tile, shape.head_size, recording)
     use_tile(monkeypatch, tile)
-    monkeypatch.setattr(
-        backward_attention, "choose_split", lambda *_: sum(lengths) % 2 == 0
-    )  # both ways in turn
+    monkeypatch.setattr(backward_attention, "choose_split", lambda *_: rows not in UNSPLIT)
     qkv, segments = normal(rows, rows, shape.width), segments_of(lengths)
     d_out = normal(rows + 1, rows, shape.n_heads * shape.head_size)
     d_qkv = run_backward(recording, qkv, d_out, segments, shape, spare)
@@ -188,6 +187,7 @@ def test_gradients_are_turned_back(
     last: list[str],
 ) -> None:  # fmt: skip
     """As by rope's gradient after it, bit for bit; heads that turn whole take their sums along."""
+    use_tile(monkeypatch, TILES[1])
     monkeypatch.setattr(backward_attention, "choose_split", lambda *_: split)
     shape, heads, rows = Shape(4, 2, 8, 0.5), Heads(4, 2, 8, scale=0.5), 9
     extent = recording.memory.extent(rows)

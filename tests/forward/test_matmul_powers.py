@@ -78,10 +78,15 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("x_type", ["f32", "f16"])
-@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
-def test_both_directions(recording: Recording, case: Case, x_type: str) -> None:
+# Units in plain WGSL compile for seconds: of theirs every case has one type of x.
+OF_BOTH = [(name, x_type) for name in list(CASES)[:3] for x_type in ("f32", "f16")]
+ON_UNITS = [(name, ("f32", "f16")[i % 2]) for i, name in enumerate(list(CASES)[3:])]
+
+
+@pytest.mark.parametrize(("name", "x_type"), OF_BOTH + ON_UNITS)
+def test_both_directions(recording: Recording, name: str, x_type: str) -> None:
     """Rows of W from 2^-40 to 2^20 and rows of f32 from 1e-12 to 1e12, against float64."""
+    case = CASES[name]
     recording = recorded(recording, case)
     memory, rng = recording.memory, np.random.default_rng(0)
     n_out = case.n_out * len(case.parts)

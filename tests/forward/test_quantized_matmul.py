@@ -1,5 +1,6 @@
 """Products with matrices of every tensor type, forward and to the input, against float64 numpy."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,14 @@ from tests.support.quantized_tensors import (
     random_blocks,
     tensor_of,
 )
+from tests.support.short_kernels import short_kernels
+
+
+@pytest.fixture(scope="module", autouse=True)
+def kernels_are_short() -> Iterator[None]:
+    """A type is decoded alike for all rows of a lane; test_matmul.py has as many as runs have."""
+    with short_kernels():
+        yield
 
 
 def test_reference_gradient_is_the_derivative() -> None:

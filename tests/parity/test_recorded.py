@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from tests.support.peak_memory import Peak, peak_memory
 from tests.support.peft_ours import OurRun, run_ours
 from tests.support.peft_reference import REAL_MODELS, RealModel, make_adapter
 
@@ -29,10 +30,17 @@ def reference(model: RealModel) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def run(model: RealModel, tmp_path_factory: pytest.TempPathFactory) -> OurRun:
+def measured(model: RealModel, tmp_path_factory: pytest.TempPathFactory) -> tuple[OurRun, Peak]:
     adapter: Path = tmp_path_factory.mktemp("adapter")
     make_adapter(model, adapter)
-    return run_ours(model.path, adapter, recompute="on")
+    with peak_memory() as peak:
+        run = run_ours(model.path, adapter, recompute="on")
+    return run, peak
+
+
+@pytest.fixture
+def run(measured: tuple[OurRun, Peak]) -> OurRun:
+    return measured[0]
 
 
 # The tolerances are the issue's; f32 sums in another order give far less (see docs/log.md).
@@ -65,6 +73,19 @@ def test_movement_of_every_sampled_tensor(run: OurRun, reference: dict[str, Any]
     for name, sample in reference["sampled"].items():
         movement = float(np.linalg.norm(run.final[name] - run.initial[name]))
         assert movement == pytest.approx(sample["movement"], rel=0.02), name
+
+
+def test_training_takes_at_most_600_megabytes(
+    measured: tuple[OurRun, Peak], model: RealModel
+) -> None:
+    """Of the host's memory, which a software driver's is; `make parity-long` has quickstart's."""
+    if model.name != "smollm2":
+        pytest.skip("the limit is SmolLM2's")
+    growth = measured[1].growth
+    if growth is None:
+        pytest.skip("the system does not tell a process's peak")
+    print(f"{growth / 1e6:.0f} MB more at the peak")
+    assert growth <= 600e6
 
 
 def test_the_large_embedding_is_split(run: OurRun, model: RealModel) -> None:

@@ -6,6 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+# A process of its own compiles the real kernels with all optimizations: 80 s of a processor. In
+# `make test` tests/parity/test_recorded.py has the same bound of the steps that run there anyway.
+pytestmark = [pytest.mark.parity, pytest.mark.long]
+
 QUICK = {"GALLIVM_PERF", "LP_NATIVE_VECTOR_WIDTH", "OPENBLAS_NUM_THREADS"}  # of the Makefile
 
 # Peak resident memory above that of the interpreter with its libraries loaded. On the software

@@ -66,13 +66,13 @@ def trained(path: Path, output: Path, *options: str) -> bytes:
 def test_two_ranks_train_what_one_process_trains(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    """20 steps within 1e-5, twice the same bytes; one process goes on in the same order."""
+    """20 steps within 1e-5, half of them twice to the same bytes; one process goes on in order."""
     train = {"steps": 20, "eval_every": 10, "batch_size": 2, "save_every": 10}
     path = write_run(tmp_path, n_rows=14, train=train)
     first = trained(path, tmp_path / "first")
-    second = tmp_path / "second"
-    assert trained(path, second) == first
     # From the checkpoint before the last: two ranks go on as if they had never stopped.
+    second = tmp_path / "second"
+    shutil.copytree(tmp_path / "first", second)
     shutil.rmtree(second / "checkpoints" / "step-000020")
     (second / ADAPTER).unlink()
     assert trained(path, second, "--resume") == first

@@ -27,7 +27,9 @@ from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 
-NAMES = ["llama_odd", "qwen3", "gemma2", "gemma3", "llama_head", "lfm2", "qwen35"]
+# Odd sizes, norms of heads and post norms, both kinds of recurrent blocks: every line in f16 that
+# more tiny models would have is also elsewhere (caps of scores in the kernels' own tests).
+NAMES = ["llama_odd", "gemma3", "lfm2", "qwen35"]
 
 
 @pytest.fixture(autouse=True)

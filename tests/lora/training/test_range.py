@@ -108,9 +108,10 @@ CASES = {
 @pytest.mark.parametrize(
     ("case", "body"),
     [(case, "tiled") for case in CASES.values()]
-    # One each of powers of rows and of rows that are sized: units in plain WGSL take 40 s to
-    # compile.
-    + [(CASES[name], "matrix") for name in ("llama up", "llama stream")],
+    # Units in plain WGSL take 40 s to compile: powers of rows alone. Rows that are sized are in
+    # tests/forward/test_matmul_powers.py, and here in `make parity-long`.
+    + [(CASES["llama up"], "matrix")]
+    + [pytest.param(CASES["llama stream"], "matrix", marks=[pytest.mark.parity, pytest.mark.long])],
     ids=[*CASES, *(f"llama {what}, matrix" for what in ("up", "stream"))],
     indirect=["body"],
 )
