@@ -69,7 +69,8 @@ def projection_cut(
         if n_groups >= _ENOUGH_GROUPS:
             break
     width = -(-piece // shape.n) * shape.n
-    for times in (4, 2, 1) if n_groups <= _ENOUGH_GROUPS else (2, 1):
+    # d_z shares its dispatch with gradients, of which two workgroups then fit a multiprocessor.
+    for times in (4, 2, 1) if n_groups <= _ENOUGH_GROUPS and not transposed else (2, 1):
         depth = times * _SUBGROUPS * shape.k
         line = 2 * (depth + _PAD)
         factor = 2 * depth * (width + _PAD) if transposed else width * line

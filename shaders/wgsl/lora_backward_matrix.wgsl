@@ -5,8 +5,8 @@
 //
 // Bindings: as of lora_gradient_matrix.wgsl; then next_d_y [rows, {{ projection.x_stride }}] of {{ projection.x_type }}, factor (the next
 // group's B) [.., {{ projection.factor_stride }}] and next_d_z [rows, members · columns]. Nothing that one step writes is read by the
-// other. The last {{ gradient_groups }} workgroups of each z make the gradients of slice z; the others, of all {{ n_slices }} slices, are
-// those of the projection, which take longer and so come first.
+// other. The first {{ gradient_groups }} workgroups of each z make the gradients of slice z; the others, of all {{ n_slices }} slices, are
+// those of the projection.
 {% from "parts/fragments.wgsl" import pack_eight with context %}
 struct Extent { rows: u32 }
 
@@ -47,10 +47,9 @@ fn main(
 {% if emulated %}
     let team = lane / {{ subgroup_lanes }}u;
 {% endif %}
-    let projecting = groups.x - {{ gradient_groups }}u; // of a slice
-    if (group.x < projecting) {
-        project(group.x + group.z * projecting, lane, team);
+    if (group.x < {{ gradient_groups }}u) {
+        add_gradients(group.x, group.z, lane, team);
     } else {
-        add_gradients(group.x - projecting, group.z, lane, team);
+        project(group.x - {{ gradient_groups }}u + group.z * (groups.x - {{ gradient_groups }}u), lane, team);
     }
 }
