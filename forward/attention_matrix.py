@@ -166,7 +166,7 @@ def choose_cut(
         head_size: columns of a head.
     """
     facts = recording.facts
-    if not takes_units(recording) or head_size > MOST_HEAD_SIZE:
+    if not takes_units(recording, "attention") or head_size > MOST_HEAD_SIZE:
         return None
     shape = shape_on(facts) or EMULATED
     fitting = [

@@ -25,7 +25,11 @@ def delta_cut(recording: Recording, chunk: int, head_size: int) -> dict[str, Any
         chunk: rows of a chunk on the device.
         head_size: columns of a head.
     """
-    if recording.precision != "f16" or not takes_units(recording) or chunk != CHUNK:
+    if (
+        recording.precision != "f16"
+        or not takes_units(recording, "gated delta rule")
+        or chunk != CHUNK
+    ):
         return None
     fragments = fragments_on(recording.facts)
     m, n, k = (fragments[name] for name in "mnk")

@@ -23,7 +23,7 @@ _GRADIENT_ROWS = 64  # in workgroup memory at a time
 
 def _shape(recording: Recording) -> MatrixShape | None:
     """The fragments, where f16 training runs on matrix units."""
-    if recording.precision != "f16" or not takes_units(recording):
+    if recording.precision != "f16" or not takes_units(recording, "low rank"):
         return None
     return shape_on(recording.facts) or EMULATED
 

@@ -33,12 +33,17 @@ def has_matrix_units(facts: DeviceFacts) -> bool:
     return facts.has_matrix_units
 
 
-def takes_units(recording: Recording) -> bool:
+def takes_units(recording: Recording, kind: str = "products") -> bool:
     """Whether what is beside products takes them as well, where it is in f16.
 
     On GPUs that have them, unless the recording names another body of products; `body="matrix"`
     takes them on software drivers, too, and plain WGSL in their place where there are none.
+
+    Args:
+        kind: of kernels, of which a device may be found to compute some alone wrongly.
     """
+    if kind in recording.facts.distrusted:
+        return False
     if recording.body is None or recording.body == "decoded":
         return has_matrix_units(recording.facts)
     return recording.body == "matrix"

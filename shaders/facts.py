@@ -60,6 +60,8 @@ class DeviceFacts:
             does; that of the GPU that plans were fitted on for others.
         implementation, version: of WebGPU, and of the Python package that it comes in.
         subgroup_lanes: the fewest and the most of a subgroup; None where it is not known.
+        distrusted: kinds of kernels on matrix units that were found wrong here
+            (lora/checks/matrix_units.py).
         matrix_shapes: that its matrix units compute and our kernels can use, in the driver's order.
         device_memory: bytes of the GPU's own memory; None where the implementation doesn't tell.
         memory_limit: bytes of all buffers together; None where the device itself says when they
@@ -80,6 +82,7 @@ class DeviceFacts:
     version: str = ""
     subgroup_lanes: tuple[int, int] | None = None
     matrix_shapes: tuple[MatrixShape, ...] = ()
+    distrusted: frozenset[str] = frozenset()
     device_memory: int | None = None
     memory_limit: int | None = None
 

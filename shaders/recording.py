@@ -71,6 +71,7 @@ class Recording:
             return self.body == "paired"
         facts, whole = self.facts, self.precision == "f32" and self.products is None
         real = facts.has_matrix_units and facts.info["adapter_type"] != "CPU"
+        real &= "pairs" not in facts.distrusted
         return whole and real and "shader-f16" in facts.features
 
     def __post_init__(self) -> None:

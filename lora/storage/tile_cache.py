@@ -17,7 +17,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from lora.forward.plans.matmul_plans import PlanSource, ProductShape, Request
-from lora.forward.plans.matmul_tiles import MOST_PARTIAL_SUMS, MatrixTile, Plan, known_tiles
+from lora.forward.plans.matmul_tiles import (
+    MOST_PARTIAL_SUMS,
+    MatrixTile,
+    PairedTile,
+    Plan,
+    known_tiles,
+)
 from lora.forward.plans.tuning import TUNING_SECONDS, tune
 from lora.shaders import templates
 from lora.shaders.device import Device
@@ -90,6 +96,8 @@ def plan_of_entry(facts: DeviceFacts, product: ProductShape, entry: Any) -> Plan
     tile = next((t for t in known_tiles(product.half) if t.name == entry.get("tile")), None)
     splits, length = entry.get("splits"), entry.get("length")
     if isinstance(tile, MatrixTile) and not facts.matrix_shapes:
+        return None
+    if isinstance(tile, PairedTile) and "pairs" in facts.distrusted:
         return None
     if tile is None or not isinstance(splits, int) or not isinstance(length, int):
         return None
