@@ -119,11 +119,16 @@ def memory_lines(results: dict[str, dict[str, Any]]) -> list[str]:
         "in large steps, since wgpu takes memory from the driver in blocks."
     )
     times = [
-        f"{label} {planned:.1f} ms of {result['ms']:.1f} ({_beyond(planned, result['ms'])})"
+        f"{label} {planned:.1f} ms of {(seen := result['ms_pipelined']):.1f} "
+        f"({_beyond(planned, seen)})"
         for label, result in results.items()
         if (planned := result.get("planned_ms")) is not None
     ]
-    told = ["", f"`lora plan` puts a step at: {'; '.join(times)}."] if times else []
+    told = (
+        ["", f"`lora plan` puts a step, not waited for as in training, at: {'; '.join(times)}."]
+        if times
+        else []
+    )
     return [*table, "", note, *told]
 
 
