@@ -132,6 +132,20 @@ def no_file_keeps_memory() -> Iterator[None]:
     gc.freeze()  # what is left stays to the end: the next file's end need not look at it again
 
 
+def _many_maps() -> bool:
+    """Whether memory is mapped in so many pieces that the next file might be one too many."""
+    maps = Path("/proc/self/maps")
+    return maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS
+
+
+@pytest.fixture(autouse=True)
+def no_test_keeps_many_maps() -> Iterator[None]:
+    """Sessions of one file that open devices of their own go before there are too many of them."""
+    yield
+    if os.environ.get("LORA_WEBGPU") == "dawn" and _many_maps():
+        gc.collect()
+
+
 @pytest.fixture(scope="module")
 def device() -> Iterator[Device]:
     """One for all files of a worker, unless what it holds comes near what a process may map.
@@ -142,8 +156,7 @@ def device() -> Iterator[Device]:
     if not _SHARED:
         _SHARED.append(Device())
     yield _SHARED[0]
-    maps = Path("/proc/self/maps")
-    if maps.exists() and maps.read_bytes().count(b"\n") > _MOST_MAPS:
+    if _many_maps():
         gc.collect()
         _SHARED.pop().close()
 
