@@ -102,7 +102,7 @@ def test_the_delta_rule_on_matrix_units(
     for precision, on_units in (("f32", False), ("f16", False), ("f16", True)):
         if on_units:
             monkeypatch.setattr("lora.forward.gated_delta.chunk_rows", lambda facts: CHUNK)
-            monkeypatch.setattr("lora.forward.delta_matrix.takes_units", lambda recording: True)
+            monkeypatch.setattr("lora.forward.delta_matrix.takes_units", lambda *_: True)
         session = open_session(
             model, tmp_path / "model.gguf", tmp_path / "adapter", precision=precision
         )
