@@ -15,7 +15,7 @@ from lora.optim.optimizers import OptimizerState
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-SLICED_SIZE = 48 << 20  # parameters of all slices of the gradients together
+SLICED_SIZE = 24 << 20  # parameters of all slices of the gradients together
 
 
 @dataclass(frozen=True)

@@ -167,72 +167,6 @@ def drop_metrics_after(path: Path, step: int) -> None:
     write_file(path, "".join(kept))
 
 
-class Unhurried(Listener):
-    """Passes steps on some at a time, and so to another listener that only writes them down.
-
-    A step of a small model takes some milliseconds, and a logger's code has left the processor's
-    caches since the last one. The first step is passed on at once, and what is waiting before
-    anything else is told.
-
-    Args:
-        listener: who is told; its `step` asks for no stop.
-        seconds: after which a step is passed on with those that wait.
-    """
-
-    def __init__(self, listener: Listener, seconds: float = 0.5) -> None:
-        self._listener, self._seconds = listener, seconds
-        self._waiting: list[Metrics] = []
-        self._told_at = -math.inf
-
-    def step(self, metrics: Metrics) -> bool:
-        """Keeps it, or passes on all that wait."""
-        self._waiting.append(metrics)
-        if time.monotonic() - self._told_at >= self._seconds:
-            self._tell()
-        return False
-
-    def _tell(self) -> None:
-        waiting, self._waiting = self._waiting, []
-        for metrics in waiting:
-            self._listener.step(metrics)
-        self._told_at = time.monotonic()
-
-    def started(self, session: Any) -> None:
-        """Tells the listener."""
-        self._listener.started(session)
-
-    def evaluated(self, step: int, result: EvalResult) -> bool:
-        """Tells the listener, behind what waits."""
-        self._tell()
-        return self._listener.evaluated(step, result)
-
-    def evaluating(self, step: int, done: int, total: int) -> None:
-        """Passes on what waits: an evaluation may take long."""
-        if self._waiting:
-            self._tell()
-
-    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
-        """Tells the listener, behind what waits."""
-        self._tell()
-        self._listener.sampled(step, samples)
-
-    def saving(self, step: int) -> None:
-        """Passes on what waits: a resumed run does not take these steps again."""
-        self._tell()
-
-    def rewound(self, step: int) -> None:
-        """Tells the listener, behind what waits."""
-        self._tell()
-        self._listener.rewound(step)
-
-    def ended(self, error: BaseException | None) -> None:
-        """Tells the listener, behind what waits."""
-        try:
-            self._tell()
-        finally:
-            self._listener.ended(error)
-
-
 class Audience(Listener):
     """Several listeners as one, told in their order; one that asks for a stop is enough."""
 
@@ -318,3 +252,67 @@ class Audience(Listener):
         """Tells all."""
         for listener in self._listeners:
             listener.stopping(signum)
+
+
+class Unhurried(Audience):
+    """Passes steps on some at a time, to a listener that only writes them down.
+
+    A step of a small model takes some milliseconds, and a logger's code has left the processor's
+    caches since the last one. The first step is passed on at once, and what waits before what
+    could be read together with it; everything else as it comes.
+
+    Args:
+        listener: who is told; its `step` asks for no stop.
+        seconds: after which a step is passed on with those that wait.
+    """
+
+    def __init__(self, listener: Listener, seconds: float = 0.5) -> None:
+        super().__init__([listener])
+        self._seconds = seconds
+        self._waiting: list[Metrics] = []
+        self._told_at = -math.inf
+
+    def step(self, metrics: Metrics) -> bool:
+        """Keeps it, or passes on all that wait."""
+        self._waiting.append(metrics)
+        if time.monotonic() - self._told_at >= self._seconds:
+            self._tell()
+        return False
+
+    def _tell(self) -> None:
+        waiting, self._waiting = self._waiting, []
+        for metrics in waiting:
+            super().step(metrics)
+        self._told_at = time.monotonic()
+
+    def evaluated(self, step: int, result: EvalResult) -> bool:
+        """Behind what waits."""
+        self._tell()
+        return super().evaluated(step, result)
+
+    def evaluating(self, step: int, done: int, total: int) -> None:
+        """Behind what waits: an evaluation may take long."""
+        self._tell()
+        super().evaluating(step, done, total)
+
+    def sampled(self, step: int, samples: Sequence[Sample]) -> None:
+        """Behind what waits."""
+        self._tell()
+        super().sampled(step, samples)
+
+    def saving(self, step: int) -> None:
+        """Behind what waits: a resumed run does not take these steps again."""
+        self._tell()
+        super().saving(step)
+
+    def rewound(self, step: int) -> None:
+        """Behind what waits."""
+        self._tell()
+        super().rewound(step)
+
+    def ended(self, error: BaseException | None) -> None:
+        """Behind what waits."""
+        try:
+            self._tell()
+        finally:
+            super().ended(error)

@@ -143,7 +143,8 @@ def _run(session: TrainingSession, output: Path, listeners: Sequence[Listener]) 
         except Interrupted:
             raise
         except Exception as error:
-            audience.saving(session.steps_done)
+            with suppress(Exception):  # a listener that fails now costs no checkpoint
+                audience.saving(session.steps_done)
             _rescue(session, output, begun_at, error)
             raise
 

@@ -143,9 +143,10 @@ def check(recording: Recording, case: Case) -> None:
         marks = np.full(tensor.shape, MARKER, np.float32)
         found = run_twice(program, tensor, marks).astype(np.float64)
         # A sum of some hundred f32, and decoded weights that lie on the edge between two f16.
-        # In pairs three roundings to 2^-23 of each product, their signs random; and units truncate
-        # over the steps that are not carried yet (an H200 1.14 · 2^-20 at most).
-        bound = (2.0**-20 if half else 2.0**-19) * magnitude
+        # In pairs three roundings to 2^-23 of each product, their signs random; and a GPU's units
+        # truncate over the steps that are not carried yet (an H200 1.14 · 2^-20 at most).
+        truncated = not half and recording.facts.has_matrix_units
+        bound = (2.0**-19 if truncated else 2.0**-20) * magnitude
         bound += 2.0**-11 * np.abs(wanted) * (case.out_type == "f16")
         bound += 2.0**-11 * magnitude / np.sqrt(case.n_in) * half + 1e-7
         used = slice(case.in_use)

@@ -150,6 +150,23 @@ def test_steps_that_wait_come_before_all_else(
     assert heard.told == [1, 2, 3, *told]
 
 
+def test_all_else_is_passed_on(tmp_path: Path) -> None:
+    """Whatever a listener may hear, one behind another hears as well."""
+    told: list[str] = []
+
+    class All(Listener):
+        pass
+
+    names = [name for name in vars(Listener) if not name.startswith("_")]
+    for name in names:
+        setattr(All, name, lambda self, *_, name=name: told.append(name))
+    unhurried = Unhurried(All())
+    for name in names:
+        n_arguments = Listener.__dict__[name].__code__.co_argcount - 1
+        getattr(unhurried, name)(*[None] * n_arguments)
+    assert told == names
+
+
 def test_steps_wait_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
     now = [10.0]
     monkeypatch.setattr("lora.training.listeners.time.monotonic", lambda: now[0])

@@ -28,8 +28,9 @@ from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 
 # Odd sizes, norms of heads and post norms, both kinds of recurrent blocks: every line in f16 that
-# more tiny models would have is also elsewhere (caps of scores in the kernels' own tests).
-NAMES = ["llama_odd", "gemma3", "lfm2", "qwen35"]
+# more tiny models would have is also elsewhere (caps of scores in the kernels' own tests). These
+# are in `make parity-long`.
+NAMES, OTHERS = ["llama_odd", "gemma3", "lfm2", "qwen35"], ["qwen3", "gemma2", "llama_head"]
 
 
 @pytest.fixture(autouse=True)
@@ -61,7 +62,9 @@ def body(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str
 # The bodies differ in the products only: one model suffices for the one that compiles for long.
 @pytest.mark.parametrize(
     ("name", "body"),
-    [(name, "wide") for name in NAMES] + [("gemma3", "tiled")],
+    [(name, "wide") for name in NAMES]
+    + [("gemma3", "tiled")]
+    + [pytest.param(name, "wide", marks=[pytest.mark.parity, pytest.mark.long]) for name in OTHERS],
     indirect=["body"],
 )
 def test_losses_and_gradients(name: str, body: str, tmp_path: Path) -> None:

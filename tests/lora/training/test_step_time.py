@@ -11,6 +11,7 @@ from lora import TrainingSession
 from lora.config.schema import Config, load_config
 from lora.data.examples import Example
 from lora.data.order import DataStream
+from lora.forward.attention import visible_pairs
 from lora.shaders.device import Device
 from lora.training import step_time
 from lora.training.device_state import SessionPlan
@@ -46,6 +47,29 @@ def test_about_what_the_kernels_take(tmp_path: Path, device: Device) -> None:
         measured = sum(row.seconds for row in kernel_table(session))
     expected = step_time.expected_seconds(planned(device, config), device)
     assert measured / 10 < expected < 10 * measured
+
+
+def test_attention_is_counted_by_examples(tmp_path: Path, device: Device) -> None:
+    """Four examples of a quarter have a quarter of the pairs, nearly; nothing else changes."""
+    with TrainingSession(config_of(tmp_path), device=device) as session:
+        assert session.stream is not None
+        session.step(next(session.stream))
+        rows = next(
+            dispatch.tensors[1].shape[0]
+            for program in session.step_programs()
+            for dispatch in program.dispatches
+            if dispatch.template == "attention"
+        )
+        of_one, of_four = (
+            {(row.kernel, row.label): row.flops for row in kernel_table(session, 1, lengths)}
+            for lengths in (None, [rows // 4] * 4)
+        )
+    for key, flops in of_one.items():
+        if key[0].startswith("attention") and flops:
+            pairs = 4 * visible_pairs(rows // 4, None) / visible_pairs(rows, None)
+            assert of_four[key] == pytest.approx(flops * pairs, rel=1e-6), key
+        else:
+            assert of_four[key] == flops, key
 
 
 @pytest.fixture
