@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lora.training.reducer import Level, Reducer, WholeGather
+from lora.training.levels import Level, WholeGather
+from lora.training.reducer import Reducer
 
 
 class Communicator(ABC):

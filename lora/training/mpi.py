@@ -12,7 +12,7 @@ import numpy as np
 
 from lora.shaders.errors import InputError
 from lora.training.communicator import Communicator
-from lora.training.reducer import Level
+from lora.training.levels import Level
 
 # What launchers tell each process: how many it is one of. Hydra (MPICH, Intel MPI) and PMI-2 of
 # Slurm, Open MPI, and a step of Slurm whatever it speaks.

@@ -13,9 +13,11 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from itertools import accumulate
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
+
+from lora.training.levels import Level
 
 COMM_DTYPES = ("f32", "f16")
 _ALIGNED = 64  # numbers: segments begin at multiples of them
@@ -23,58 +25,6 @@ _HEADER = 8  # bytes before the f16 numbers of a segment: the f32 that they are 
 _LARGEST = 2.0**14  # of what is sent as f16, which ends at 65504
 _CHUNK = 1 << 18  # numbers that a thread converts at once: a megabyte, which caches hold
 _MOST_THREADS = 8
-
-
-class Level(Protocol):
-    """Some processes that add up what each has.
-
-    Attributes:
-        rank: of this process among them.
-        size: how many.
-    """
-
-    rank: int
-    size: int
-
-    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
-        """Hands everyone its segment.
-
-        Args:
-            sent: u8, the segments of all ranks one behind another.
-            counts: bytes of each.
-            received: u8 [size, counts[rank]], written: row i from rank i.
-        """
-
-    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
-        """Hands this rank's segment to everyone.
-
-        Args:
-            own: u8 [counts[rank]].
-            counts: bytes of each rank's.
-            received: u8, written: those of all ranks one behind another.
-        """
-
-
-class WholeGather:
-    """A level out of nothing but "every process's value, for each of them".
-
-    Args:
-        gather: as `Communicator.gather`.
-    """
-
-    def __init__(self, rank: int, size: int, gather: Callable[[Any], list[Any]]) -> None:
-        self.rank, self.size = rank, size
-        self._gather = gather
-
-    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
-        """See `Level`."""
-        start = sum(counts[: self.rank])
-        for row, theirs in enumerate(self._gather(sent)):
-            received[row] = theirs[start : start + counts[self.rank]]
-
-    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
-        """See `Level`."""
-        received[:] = np.concatenate(self._gather(own))
 
 
 class Feedback:

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from lora.training import reducer
-from lora.training.reducer import Feedback, Level, Reducer, WholeGather
+from lora.training.levels import Level, WholeGather
+from lora.training.reducer import Feedback, Reducer
 from tests.support.thread_ranks import ThreadRanks
 
 N = 1000  # no multiple of anything
