@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from itertools import cycle, islice
 from pathlib import Path
 from typing import Any
@@ -110,6 +111,7 @@ def _result(
         "waiting_for_slowest": statistics.median(one.behind for one in ranks),
         "pieces": len(pieces),
         "exchange_ms": 1e3 * min(alone),
+        **{f"{name}_ms": 1e3 * value for name, value in asdict(exchange.host_seconds).items()},
         "alike": _alike(session, communicator),
     }
 

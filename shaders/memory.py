@@ -274,6 +274,10 @@ class Arena(Memory):
         """A buffer that is copied into and then mapped for the host."""
         return self._buffer(n_bytes, Use.RESULT)
 
+    def source(self, n_bytes: int) -> Buffer:
+        """A buffer that the host maps and writes, and that is then copied from."""
+        return self._buffer(n_bytes, Use.SOURCE)
+
     def _buffer(self, n_bytes: int, use: Use) -> Buffer:
         self._check_open()
         buffer = self._device.create_buffer(n_bytes, use)

@@ -94,15 +94,20 @@ class NativeDevice(PythonDevice):
     def map_for_reading(self, buffer: Buffer) -> PythonMapped:
         """See `webgpu.OpenDevice`.
 
-        wgpu-py's `map_async` wakes a thread that waits until all submitted work is done, and while
-        it waits nobody else can submit: a GPU stood still between steps (docs/log.md). It also
-        submits an empty command buffer first, which the copy into this buffer has made needless.
+        wgpu-py's own "READ" submits an empty command buffer first, which the copy into this buffer
+        has made needless.
+        """
+        return self._mapped(buffer, "READ_NOSYNC")
+
+    def _mapped(self, buffer: Buffer, mode: str) -> PythonMapped:
+        """Without wgpu-py's thread.
+
+        Its `map_async` wakes a thread that waits until all submitted work is done, and while
+        it waits nobody else can submit: a GPU stood still between steps (docs/log.md).
         """
         poller, self.wgpu._poller = self.wgpu._poller, _NoPoller()
         try:
-            with translated(self._errors):
-                promise = buffer.map_async("READ_NOSYNC")  # type: ignore[attr-defined]
-            return PythonMapped(buffer, promise, _ERRORS)
+            return super()._mapped(buffer, mode)
         finally:
             self.wgpu._poller = poller
 

@@ -63,6 +63,7 @@ class PythonDevice:
             Use.STORAGE: use.STORAGE | use.COPY_DST | use.COPY_SRC,
             Use.UNIFORM: use.UNIFORM | use.COPY_DST | use.COPY_SRC,
             Use.RESULT: use.MAP_READ | use.COPY_DST,
+            Use.SOURCE: use.MAP_WRITE | use.COPY_SRC,
         }
         self._stamps_usage = use.QUERY_RESOLVE | use.COPY_SRC
 
@@ -90,8 +91,15 @@ class PythonDevice:
 
     def map_for_reading(self, buffer: Buffer) -> PythonMapped:
         """See `webgpu.OpenDevice`."""
+        return self._mapped(buffer, "READ")
+
+    def map_for_writing(self, buffer: Buffer) -> PythonMapped:
+        """See `webgpu.OpenDevice`."""
+        return self._mapped(buffer, "WRITE")
+
+    def _mapped(self, buffer: Any, mode: str) -> PythonMapped:
         with translated(self._errors):
-            promise = buffer.map_async("READ")  # type: ignore[attr-defined]
+            promise = buffer.map_async(mode)
         return PythonMapped(buffer, promise, self._errors)
 
     def poll(self) -> None:
@@ -196,7 +204,7 @@ class PythonEncoder:
 
 
 class PythonMapped:
-    """See `webgpu.Mapped`.
+    """See `webgpu.Mapped` and `webgpu.MappedSource`.
 
     Args:
         promise: the package's, of its `map_async`.
@@ -215,9 +223,23 @@ class PythonMapped:
         """See `webgpu.Mapped`."""
         with translated(self._errors):
             self._promise.sync_wait()
-            data = bytes(self._buffer.read_mapped())
+            data = bytes(self._buffer.read_mapped(copy=False))
             self._buffer.unmap()
         return data
+
+    def read_into(self, target: np.ndarray) -> None:
+        """See `webgpu.Mapped`. numpy copies without Python's lock."""
+        with translated(self._errors):
+            self._promise.sync_wait()
+            target[:] = np.frombuffer(self._buffer.read_mapped(copy=False), np.uint8)
+            self._buffer.unmap()
+
+    def write(self, data: np.ndarray) -> None:
+        """See `webgpu.MappedSource`."""
+        with translated(self._errors):
+            self._promise.sync_wait()
+            self._buffer.write_mapped(data)
+            self._buffer.unmap()
 
 
 def _encode_dispatches(functions: Any, compute_pass: Any, launches: Iterable[Launch]) -> None:

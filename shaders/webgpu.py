@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol
 
+import numpy as np
+
 Pipeline = Any
 BindGroup = Any
 QuerySet = Any
@@ -53,6 +55,7 @@ class Use(Enum):
     STORAGE = "kernels read and write it"
     UNIFORM = "kernels read it as a uniform"
     RESULT = "it is copied into and then mapped for the host"
+    SOURCE = "the host maps and writes it, and it is copied from"
 
 
 class Buffer(Protocol):
@@ -78,6 +81,19 @@ class Mapped(Protocol):
 
     def take(self) -> bytes:
         """Its bytes, once it has arrived; the buffer may be copied into again."""
+
+    def read_into(self, target: np.ndarray) -> None:
+        """As `take`, into u8 [size] that are there."""
+
+
+class MappedSource(Protocol):
+    """A buffer that the host is about to write."""
+
+    def arrived(self) -> bool:
+        """Whether it can be written; only `OpenDevice.poll` makes that so."""
+
+    def write(self, data: np.ndarray) -> None:
+        """Copies u8 [size] into it, once it has arrived; then it may be copied from."""
 
 
 class Encoder(Protocol):
@@ -127,6 +143,12 @@ class OpenDevice(Protocol):
 
     def map_for_reading(self, buffer: Buffer) -> Mapped:
         """Asks for a buffer of `Use.RESULT` without waiting for it."""
+
+    def map_for_writing(self, buffer: Buffer) -> MappedSource:
+        """Asks for a buffer of `Use.SOURCE` without waiting for copies from it that are under way.
+
+        Unlike `write` it takes no new memory of the driver's for each of many megabytes.
+        """
 
     def poll(self) -> None:
         """Finds out what has ended, without waiting."""

@@ -21,7 +21,7 @@ from lora.shaders.memory import Arena
 from lora.shaders.program import Program
 from lora.shaders.readback import RESULT_DEADLINE
 from lora.shaders.tensor import Tensor
-from lora.shaders.webgpu import Buffer, Mapped
+from lora.shaders.webgpu import Buffer, Mapped, MappedSource
 from lora.training.communicator import Communicator
 
 MOST_PIECES = 8
@@ -29,6 +29,7 @@ LEAST_PIECE = 1 << 18  # numbers: smaller ones cost more than they hide
 _POLL_SECONDS = 1e-4
 
 _Result = tuple[Buffer, Mapped]  # a staging buffer, and its way to the host
+_Source = tuple[Buffer, MappedSource]  # one that the host is to write
 
 
 @dataclass(frozen=True)
@@ -106,31 +107,62 @@ class StepOfRanks:
         return min(1.0, max(0.0, 1.0 - max(self.seconds) / max(1e-9, self.total)))
 
 
+@dataclass(frozen=True)
+class Sums:
+    """What is added up over processes.
+
+    Attributes:
+        gradient: the first slice, f32 [n]; it holds the sum afterwards.
+        loss_sum: f32 [64], the first the sum of losses; the same.
+        stretches: the gradient's pieces.
+    """
+
+    gradient: Tensor
+    loss_sum: Tensor
+    stretches: Sequence[Stretch]
+
+
+@dataclass
+class HostSeconds:
+    """Of a step's exchange.
+
+    Attributes:
+        to_host, to_device: of the host's copies in either direction.
+        last_sum: from the last copy to the host until its sum was there.
+    """
+
+    to_host: float = 0.0
+    to_device: float = 0.0
+    last_sum: float = 0.0
+
+
 class GradientExchange:
     """Adds up the gradients of a step's micro-batches over all processes.
 
+    All processes open one together.
+
     Args:
         arena: of the device.
-        gradient: the first slice, f32 [n]; it holds the sum afterwards.
-        loss_sum: f32 [64], the first the sum of losses; the same.
+        sums: what it adds up.
         communicator: of the processes.
         comm_dtype: see `Communicator.reducer`.
+
+    Attributes:
+        host_seconds: what the last `run` took of the host.
     """
 
     def __init__(
-        self,
-        arena: Arena,
-        gradient: Tensor,
-        loss_sum: Tensor,
-        communicator: Communicator,
-        comm_dtype: str,
+        self, arena: Arena, sums: Sums, communicator: Communicator, comm_dtype: str
     ) -> None:
         self._arena = arena
-        self._gradient = gradient
-        self._loss_sum = loss_sum
+        self._gradient = sums.gradient
+        self._loss_sum = sums.loss_sum
         self._communicator = communicator
         self._reducer = communicator.reducer(comm_dtype)
-        self._staging = {n: [arena.staging(n)] for n in (loss_sum.n_bytes,)}
+        self._reducer.reserve([piece.stop - piece.start for piece in sums.stretches])
+        self._staging: dict[int, list[Buffer]] = {}
+        self._sources: dict[int, _Source] = {}
+        self.host_seconds = HostSeconds()
 
     def forget(self) -> None:
         """Drops what f16's rounding left: a checkpoint is gone on with without it."""
@@ -157,18 +189,22 @@ class GradientExchange:
             tensor = self._gradient.slice(piece.stretch.start, piece.stretch.stop)
             coming.append((number, tensor, self._asked(tensor)))
         loss = self._asked(self._loss_sum)
-        under_way: deque[tuple[Tensor, Future[np.ndarray]]] = deque()
-        computed, latest = 0.0, time.monotonic() + RESULT_DEADLINE
+        self.host_seconds = HostSeconds()
+        under_way: deque[tuple[int, Tensor, Future[np.ndarray]]] = deque()
+        computed, last, latest = 0.0, 0.0, time.monotonic() + RESULT_DEADLINE
         while coming or under_way:
             self._arena.handle.poll()
             while coming and coming[0][2][1].arrived():
                 number, tensor, result = coming.popleft()
                 if not coming:
                     computed = time.perf_counter() - begun
-                under_way.append((tensor, self._reducer.begin(number, self._taken(result))))
-            while under_way and under_way[0][1].done():
-                tensor, done = under_way.popleft()
-                self._arena.write(tensor, done.result())
+                under_way.append((number, tensor, self._begun(number, tensor, result)))
+                last = time.perf_counter()
+            while under_way and under_way[0][2].done():
+                number, tensor, done = under_way.popleft()
+                if not (coming or under_way):
+                    self.host_seconds.last_sum = time.perf_counter() - last
+                self._put(number, tensor, done.result())
             if coming and time.monotonic() > latest:
                 raise LoraError(
                     f"{self._arena.facts.name} has not given a result for {RESULT_DEADLINE:,.0f} s."
@@ -176,7 +212,9 @@ class GradientExchange:
             time.sleep(_POLL_SECONDS)
         while not loss[1].arrived():
             self._arena.handle.poll()
-        parts = self._communicator.gather((self._taken(loss), computed))
+        loss_sum = np.empty(self._loss_sum.shape, np.float32)
+        self._read(loss, loss_sum)
+        parts = self._communicator.gather((loss_sum, computed))
         total = parts[0][0].copy()
         for theirs, _ in parts[1:]:
             total += theirs
@@ -193,9 +231,33 @@ class GradientExchange:
         handle.submit(encoder.finish())
         return buffer, handle.map_for_reading(buffer)
 
-    def _taken(self, result: _Result) -> np.ndarray:
-        """The numbers of one that has arrived; its buffer can be used again."""
+    def _read(self, result: _Result, values: np.ndarray) -> None:
+        """Copies the numbers of one that has arrived; its buffer can be used again."""
         buffer, mapped = result
-        values = np.frombuffer(mapped.take(), np.float32)
+        mapped.read_into(values.view(np.uint8))
         self._staging[values.nbytes].append(buffer)
-        return values
+
+    def _begun(self, number: int, tensor: Tensor, result: _Result) -> Future[np.ndarray]:
+        """A piece that has arrived, on its way to the others."""
+        began = time.perf_counter()
+        values = self._reducer.place(number, tensor.size)
+        self._read(result, values)
+        self.host_seconds.to_host += time.perf_counter() - began
+        return self._reducer.begin(number, values)
+
+    def _put(self, number: int, tensor: Tensor, values: np.ndarray) -> None:
+        """Writes a piece's sum over this process's own."""
+        began, handle = time.perf_counter(), self._arena.handle
+        source = self._sources.pop(number, None)
+        if source is None:
+            buffer = self._arena.source(tensor.n_bytes)
+            source = buffer, handle.map_for_writing(buffer)
+        buffer, mapped = source
+        while not mapped.arrived():
+            handle.poll()
+        mapped.write(values.view(np.uint8))
+        encoder = handle.encoder()
+        encoder.copy(buffer, 0, tensor.buffer, tensor.offset, tensor.n_bytes)
+        handle.submit(encoder.finish())
+        self._sources[number] = buffer, handle.map_for_writing(buffer)
+        self.host_seconds.to_device += time.perf_counter() - began

@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Sequence
-from itertools import accumulate
 from typing import Any
 
 import numpy as np
 
 from lora.shaders.errors import InputError
 from lora.training.communicator import Communicator
-from lora.training.levels import Level
+from lora.training.levels import Kept, Key, Level, starts
+from lora.training.shared_memory import SharedLevel
 
 # What launchers tell each process: how many it is one of. Hydra (MPICH, Intel MPI) and PMI-2 of
 # Slurm, Open MPI, and a step of Slurm whatever it speaks.
@@ -104,7 +104,9 @@ class MPI(Communicator):
         if self._levels is None:
             names = list(dict.fromkeys(self.hosts))
             counts = {self.hosts.count(name) for name in names}
-            if len(names) == 1 or counts == {1} or len(counts) > 1:
+            if len(names) == 1:
+                self._levels = [SharedLevel(self._level(self._world.Dup()))]
+            elif counts == {1} or len(counts) > 1:
                 self._levels = [self._level(self._world.Dup())]
             else:
                 self._levels = self.grouped([names.index(host) for host in self.hosts])
@@ -120,7 +122,7 @@ class MPI(Communicator):
         place = groups[: self.rank].count(mine)
         within = self._world.Split(mine, self.rank)
         across = self._world.Split(place, self.rank)
-        return [self._level(within), self._level(across)]
+        return [SharedLevel(self._level(within)), self._level(across)]
 
     def _level(self, communicator: Any) -> Level:
         """Where there are processors to spare nobody naps: shared memory is slower then."""
@@ -146,33 +148,54 @@ class _MPILevel:
         self._communicator = communicator
         self._byte = byte
         self._pause = pause
+        self._kept = Kept()
         self.rank: int = communicator.Get_rank()
         self.size: int = communicator.Get_size()
 
-    def scatter(self, sent: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+    def everyone(self, value: Any) -> list[Any]:
+        """See `Level`."""
+        found: list[Any] = self._communicator.allgather(value)
+        return found
+
+    def barrier(self) -> None:
+        """See `Level`."""
+        _wait(self._communicator.Ibarrier(), self._pause)
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """See `Level`."""
+
+    def place(self, key: Key, n: int) -> np.ndarray:
+        """See `Level`."""
+        return self._kept((*key, "place"), n)
+
+    def scatter(self, key: Key, sent: np.ndarray, counts: Sequence[int]) -> list[np.ndarray]:
         """See `Level`."""
         own = [counts[self.rank]] * self.size
+        received = self._kept((*key, "parts"), sum(own), np.uint8)
         _wait(
             self._communicator.Ialltoallv(
-                [sent, counts, self._starts(counts), self._byte],
-                [received, own, self._starts(own), self._byte],
+                [sent, counts, starts(counts), self._byte],
+                [received, own, starts(own), self._byte],
             ),
             self._pause,
         )
+        return list(received.reshape(self.size, counts[self.rank]))
 
-    def gather(self, own: np.ndarray, counts: Sequence[int], received: np.ndarray) -> None:
+    def result(self, key: Key, counts: Sequence[int]) -> np.ndarray:
         """See `Level`."""
+        return self._kept((*key, "result"), counts[self.rank], np.uint8)
+
+    def gather(self, key: Key, own: np.ndarray, counts: Sequence[int]) -> np.ndarray:
+        """See `Level`."""
+        received = self._kept((*key, "whole"), sum(counts), np.uint8)
         _wait(
             self._communicator.Iallgatherv(
                 [own, counts[self.rank], self._byte],
-                [received, counts, self._starts(counts), self._byte],
+                [received, counts, starts(counts), self._byte],
             ),
             self._pause,
         )
-
-    @staticmethod
-    def _starts(counts: Sequence[int]) -> list[int]:
-        return [0, *accumulate(counts[:-1])]
+        return received
 
 
 def _n_processors() -> int:

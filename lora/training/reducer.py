@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from lora.training.levels import Level
+from lora.training.levels import Kept, Key, Level
 
 COMM_DTYPES = ("f32", "f16")
 _ALIGNED = 64  # numbers: segments begin at multiples of them
@@ -113,8 +113,20 @@ class Reducer:
         self._last = len(self._levels) - 1
         self._feedback = Feedback() if comm_dtype == "f16" else None
         self._thread = ThreadPoolExecutor(1, "gradients") if threaded else None
-        # Kept from step to step: pages of new memory cost more than what is copied into them.
-        self._buffers: dict[tuple[Any, ...], np.ndarray] = {}
+        self._kept = Kept()
+
+    def reserve(self, sizes: Sequence[int]) -> None:
+        """Readies memory; all processes call it before they begin.
+
+        Args:
+            sizes: of the pieces 0, 1 …, in numbers.
+        """
+        if self._levels:
+            self._levels[0].reserve(sizes)
+
+    def place(self, key: int, n: int) -> np.ndarray:
+        """Where a piece of f32 [n] is best put before `begin`, which then copies nothing."""
+        return self._levels[0].place((key,), n) if self._levels else self._kept((key,), n)
 
     def begin(self, key: int, values: np.ndarray) -> Future[np.ndarray]:
         """Begins to add up f32 [n]; all processes begin the same pieces in the same order.
@@ -140,7 +152,7 @@ class Reducer:
         if self._feedback is not None:
             self._feedback.close()
 
-    def _sum(self, key: tuple[int, ...], values: np.ndarray) -> np.ndarray:
+    def _sum(self, key: Key, values: np.ndarray) -> np.ndarray:
         """Over the levels from len(key) - 1 on."""
         depth = len(key) - 1
         if depth == len(self._levels):
@@ -149,70 +161,46 @@ class Reducer:
         width = -(-n // (level.size * _ALIGNED)) * _ALIGNED
         bounds = [min(rank * width, n) for rank in range(level.size + 1)]
         lengths = [stop - start for start, stop in zip(bounds, bounds[1:], strict=False)]
-        parts = self._buffer((*key, "parts"), level.size * lengths[level.rank])
-        parts = parts.reshape(level.size, -1)
-        whole = self._buffer((*key, "whole"), n)
-        halves = self._feedback if depth == self._last else None
-        if halves is None:
-            counts = [4 * length for length in lengths]
-            level.scatter(values.view(np.uint8), counts, parts.view(np.uint8))
-        else:
-            self._scatter_halves(halves, key, values, lengths, parts)
-        own = parts[0]
-        for part in parts[1:]:  # in the order of their ranks
-            own += part
+        if self._feedback is not None and depth == self._last:
+            return self._sum_of_halves(self._feedback, key, values, lengths)
+        counts = [4 * length for length in lengths]
+        parts = level.scatter(key, values.view(np.uint8), counts)
+        own = level.result(key, counts).view(np.float32)
+        add_up([part.view(np.float32) for part in parts], own)
         own = self._sum((*key, 0), own)
-        if halves is None:
-            level.gather(own.view(np.uint8), counts, whole.view(np.uint8))
-        else:
-            self._gather_halves(halves, key, own, lengths, whole)
+        return level.gather(key, own.view(np.uint8), counts).view(np.float32)
+
+    def _sum_of_halves(
+        self, feedback: Feedback, key: Key, values: np.ndarray, lengths: Sequence[int]
+    ) -> np.ndarray:
+        """The same, where what travels is f16; the last level."""
+        level = self._levels[len(key) - 1]
+        counts = [feedback.size(length) for length in lengths]
+        sent = self._kept((*key, "sent"), sum(counts), np.uint8)
+        ends, packed_ends = list(accumulate(lengths)), list(accumulate(counts))
+        for rank, (end, packed_end) in enumerate(zip(ends, packed_ends, strict=True)):
+            row = values[end - lengths[rank] : end]
+            feedback.pack((*key, rank), row, sent[packed_end - counts[rank] : packed_end])
+        mine = lengths[level.rank]
+        parts = list(self._kept((*key, "parts"), level.size * mine).reshape(level.size, mine))
+        for theirs, part in zip(level.scatter(key, sent, counts), parts, strict=True):
+            feedback.unpack(theirs, part)
+        own = self._kept((*key, "own"), mine)
+        add_up(parts, own)
+        packed = self._kept((*key, "packed"), counts[level.rank], np.uint8)
+        feedback.pack((*key, "own"), own, packed)
+        received = level.gather(key, packed, counts)
+        whole = self._kept((*key, "whole"), len(values))
+        for rank, (end, packed_end) in enumerate(zip(ends, packed_ends, strict=True)):
+            part = whole[end - lengths[rank] : end]
+            feedback.unpack(received[packed_end - counts[rank] : packed_end], part)
         return whole
 
-    def _scatter_halves(
-        self,
-        feedback: Feedback,
-        key: tuple[int, ...],
-        values: np.ndarray,
-        lengths: Sequence[int],
-        parts: np.ndarray,
-    ) -> None:
-        level = self._levels[len(key) - 1]
-        counts = [feedback.size(length) for length in lengths]
-        sent = self._buffer((*key, "sent"), sum(counts), np.uint8)
-        read = written = 0
-        for rank, (length, count) in enumerate(zip(lengths, counts, strict=True)):
-            row = values[read : read + length]
-            feedback.pack((*key, rank), row, sent[written : written + count])
-            read, written = read + length, written + count
-        own = counts[level.rank]
-        received = self._buffer((*key, "received"), level.size * own, np.uint8)
-        received = received.reshape(level.size, own)
-        level.scatter(sent, counts, received)
-        for theirs, part in zip(received, parts, strict=True):
-            feedback.unpack(theirs, part)
 
-    def _gather_halves(
-        self,
-        feedback: Feedback,
-        key: tuple[int, ...],
-        own: np.ndarray,
-        lengths: Sequence[int],
-        whole: np.ndarray,
-    ) -> None:
-        level = self._levels[len(key) - 1]
-        counts = [feedback.size(length) for length in lengths]
-        packed = self._buffer((*key, "own"), counts[level.rank], np.uint8)
-        feedback.pack((*key, "own"), own, packed)
-        received = self._buffer((*key, "all"), sum(counts), np.uint8)
-        level.gather(packed, counts, received)
-        ends = list(accumulate(lengths))
-        for rank, end in enumerate(accumulate(counts)):
-            part = whole[ends[rank] - lengths[rank] : ends[rank]]
-            feedback.unpack(received[end - counts[rank] : end], part)
-
-    def _buffer(self, key: tuple[Any, ...], n: int, kind: Any = np.float32) -> np.ndarray:
-        """Memory [n] that stays with a key; of another size where that has changed."""
-        found = self._buffers.get(key)
-        if found is None or len(found) != n:
-            found = self._buffers[key] = np.empty(n, kind)
-        return found
+def add_up(parts: Sequence[np.ndarray], total: np.ndarray) -> None:
+    """Writes the sum of f32 [n] each, in their order, in stretches that caches hold."""
+    for start in range(0, len(total), _CHUNK):
+        stretch = slice(start, start + _CHUNK)
+        np.add(parts[0][stretch], parts[1][stretch], out=total[stretch])
+        for part in parts[2:]:
+            np.add(total[stretch], part[stretch], out=total[stretch])

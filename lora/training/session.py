@@ -22,7 +22,7 @@ from lora.shaders.readback import ReadbackRing
 from lora.training.course import train
 from lora.training.device_state import SessionPrograms, replanned
 from lora.training.endings import Culprit, NotFiniteError, StepWatch, device_ended
-from lora.training.exchange import GradientExchange
+from lora.training.exchange import GradientExchange, Sums, stretches
 from lora.training.fingerprints import Course, fingerprints
 from lora.training.kept_state import KeptState
 from lora.training.learning_rate import LearningRate
@@ -111,12 +111,9 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
                 self._recording, self._act.loss_sum, self.config.train.max_submission_seconds
             )
             if self.communicator.size > 1:
+                sums = Sums(self.adapter.gradients[0], self._act.loss_sum, stretches(self.layout))
                 self._exchange = GradientExchange(
-                    self.memory,
-                    self.adapter.gradients[0],
-                    self._act.loss_sum,
-                    self.communicator,
-                    self.config.train.comm_dtype,
+                    self.memory, sums, self.communicator, self.config.train.comm_dtype
                 )
 
     def fingerprints(self) -> dict[str, Any]:

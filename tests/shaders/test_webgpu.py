@@ -105,6 +105,29 @@ def test_results_come_back_late_and_in_order(device: Device) -> None:
     assert ring.ready(wait=True) == [[2.0, 0.5], [3.0, 0.5], [4.0, 0.5]]
 
 
+def test_a_source_is_mapped_written_and_copied_from_again_and_again(device: Device) -> None:
+    """And what comes back is read into memory that is there."""
+    n, handle = 1000, device.handle
+    source, result = device.memory.source(4 * n), device.memory.staging(4 * n)
+    tensor = device.memory.empty((n,))
+    found = np.empty(n, np.float32)
+    for step in range(3):
+        wanted = np.random.default_rng(step).normal(size=n).astype(np.float32)
+        writing = handle.map_for_writing(source)
+        while not writing.arrived():
+            handle.poll()
+        writing.write(wanted.view(np.uint8))
+        encoder = handle.encoder()
+        encoder.copy(source, 0, tensor.buffer, tensor.offset, 4 * n)
+        encoder.copy(tensor.buffer, tensor.offset, result, 0, 4 * n)
+        handle.submit(encoder.finish())
+        reading = handle.map_for_reading(result)
+        while not reading.arrived():
+            handle.poll()
+        reading.read_into(found.view(np.uint8))
+        assert found.tobytes() == wanted.tobytes()
+
+
 def test_times_are_nanoseconds_of_the_device(device: Device) -> None:
     """A kernel of several thousand turns takes longer than one turn, and no second."""
     times = []
