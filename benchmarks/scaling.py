@@ -3,8 +3,8 @@
     python benchmarks/scaling.py
 
 A step is its micro-batches and what of the exchange isn't hidden behind the backward pass of the
-last one (`lora/training/exchange.py`, `lora/training/reducer.py`). Rates are settings here: replace
-them by what `data_parallel.py` measured on a machine.
+last one (`lora/training/exchange.py`, `lora/training/reducer.py`). Rates are settings here: those
+within a host are what `data_parallel.py` measured on two H200s (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -56,22 +56,26 @@ class Machine:
     Attributes:
         gpus: in it.
         to_host, to_device: bytes a second of a gradient's copy, each GPU's own.
-        local: bytes a second at which a process exchanges with others of its host.
+        adding: bytes a second that a process reads and writes as it adds up its segment.
+        local: bytes a second at which a process sends messages to others of its host.
+        pause: seconds that a device stands still in each step: nothing can be sent ahead of sums.
         halving: bytes of f32 a second that a process converts to f16 and back.
     """
 
     gpus: int = 8
-    to_host: float = 8e9
-    to_device: float = 8e9
+    to_host: float = 5.5e9
+    to_device: float = 5.5e9
+    adding: float = 5e9
     local: float = 2e9
+    pause: float = 4e-3
     halving: float = 4e9
 
 
 # README's tables of one H200 with matrix units; r = 16 on all linear layers.
 RUNS = (
-    Run("SmolLM2-135M", 19.5, 0.0309),
-    Run("Llama 1.2B", 45.1, 0.0723),
-    Run("Llama 8B", 167.8, 0.4657),
+    Run("SmolLM2-135M", 19.5, 0.0225),
+    Run("Llama 1.2B", 45.1, 0.0604),
+    Run("Llama 8B", 167.8, 0.3025),
     Run("20B, 32 experts in each of 24 layers", 865.0, 0.30),
 )
 NETWORKS = (
@@ -83,9 +87,10 @@ NETWORKS = (
 
 @dataclass(frozen=True)
 class Exchange:
-    """Seconds of one: of its parts, and of what a step waits for."""
+    """Seconds of one: of its parts, with nothing to hide behind, and of what a step waits for."""
 
     parts: dict[str, float]
+    alone: float
     exposed: float
 
     @property
@@ -108,7 +113,7 @@ def exchange(
     hosts = gpus // inside
     parts = {"copies": size / machine.to_host + size / machine.to_device}
     if levels or hosts == 1:
-        parts["within a host"] = 2 * (inside - 1) / inside * size / machine.local
+        parts["within a host"] = (1 + 1 / inside) * size / machine.adding
         crossing, peers, share = 2 * (hosts - 1) / hosts * size, hosts - 1, size / inside
     else:
         parts["within a host"] = 2 * inside / gpus * size / machine.local
@@ -119,9 +124,10 @@ def exchange(
         parts["within a host"] /= 2
     if half:
         parts["f16"] = 3 * share / machine.halving
-    total = sum(parts.values())
+    total, longest = sum(parts.values()), max(parts.values())
+    alone = longest + (total - longest) / PIECES  # the parts work side by side on several pieces
     hidden = BACKWARD * run.seconds * (1 - 1 / PIECES)
-    return Exchange(parts, max(total - hidden, total / PIECES))
+    return Exchange(parts, alone, max(alone - hidden, total / PIECES) + machine.pause)
 
 
 def efficiency(run: Run, accumulation: int, found: Exchange) -> float:
@@ -162,7 +168,8 @@ def main() -> None:
     for two in RUNS[:3]:
         found = exchange(two, 2, network, pair, half=False)
         shares = ", ".join(f"{efficiency(two, n, found):.0%}" for n in (1, 4))
-        print(f"  {two.name}: {1e3 * found.exposed:.0f} ms of waiting; {shares}")
+        times = f"{1e3 * found.alone:.0f} ms alone, {1e3 * found.exposed:.0f} ms of waiting"
+        print(f"  {two.name}: {times}; {shares}")
 
 
 if __name__ == "__main__":
