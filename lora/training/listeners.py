@@ -40,6 +40,11 @@ class Listener:
         """After each step, in order, up to three steps late. True asks the run to stop."""
         return False
 
+    def several(self, steps: Sequence[Metrics]) -> None:
+        """In place of `step` of each, where `Unhurried` passes on those that waited."""
+        for metrics in steps:
+            self.step(metrics)
+
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """After an evaluation of the adapter as `step` left it. True asks the run to stop."""
         return False
@@ -103,13 +108,13 @@ class _LinesFile(Listener):
             with suppress(OSError):  # what is left in its buffer: `_write` has said so
                 self._file.close()
 
-    def _write(self, line: dict[str, Any]) -> None:
+    def _write(self, *lines: dict[str, Any]) -> None:
         if self._file is None:
             raise ValueError("metrics of a run that has not started")
         if self._failed:
             return
         try:
-            self._file.write(json.dumps(line) + "\n")
+            self._file.write("".join(json.dumps(line) + "\n" for line in lines))
             self._file.flush()
         except OSError as error:  # a line of metrics is not worth a run
             self._failed = True
@@ -125,6 +130,10 @@ class MetricsFile(_LinesFile):
         """Writes the step's metrics."""
         self._write(metrics.as_dict())
         return False
+
+    def several(self, steps: Sequence[Metrics]) -> None:
+        """Writes theirs at once."""
+        self._write(*(metrics.as_dict() for metrics in steps))
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Writes loss, perplexity, accuracy and exact match, of each named set, too."""
@@ -204,6 +213,11 @@ class Audience(Listener):
         """Tells all."""
         return any([listener.step(metrics) for listener in self._listeners])
 
+    def several(self, steps: Sequence[Metrics]) -> None:
+        """Tells all."""
+        for listener in self._listeners:
+            listener.several(steps)
+
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Tells all."""
         return any([listener.evaluated(step, result) for listener in self._listeners])
@@ -279,10 +293,15 @@ class Unhurried(Audience):
             self._tell()
         return False
 
+    def several(self, steps: Sequence[Metrics]) -> None:
+        """Behind what waits."""
+        self._tell()
+        super().several(steps)
+
     def _tell(self) -> None:
         waiting, self._waiting = self._waiting, []
-        for metrics in waiting:
-            super().step(metrics)
+        if waiting:
+            super().several(waiting)
         self._told_at = time.monotonic()
 
     def evaluated(self, step: int, result: EvalResult) -> bool:

@@ -94,8 +94,9 @@ class TensorBoard(Listener):
         # A file's name has the second it was opened in; a run that goes on within the same one
         # would write over what was there. Readers take files in the order of their names.
         suffix = f".{len(list(self._folder.glob('events.out.tfevents.*'))):04d}"
+        # Its thread writes; with room for ten, the default, several steps at once wait for that.
         self._writer = SummaryWriter(
-            str(self._folder), flush_secs=10, filename_suffix=suffix, **purge
+            str(self._folder), max_queue=1000, flush_secs=10, filename_suffix=suffix, **purge
         )
         if not steps_done:
             self._writer.add_text("config", f"```yaml\n{self._session.config.dump_yaml()}```", 0)
@@ -229,9 +230,9 @@ class CSVFile(Listener):
         self._file = open(self._path, "a", newline="")  # noqa: SIM115 (closed in `ended`)
         self._writer = csv.DictWriter(self._file, self._columns, extrasaction="ignore")
 
-    def _write(self, row: dict[str, Any]) -> None:
+    def _write(self, *rows: dict[str, Any]) -> None:
         try:
-            self._writer.writerow(row)
+            self._writer.writerows(rows)
             if self._file is not None:
                 self._file.flush()
         except OSError as error:  # a line of metrics is not worth a run
@@ -241,6 +242,10 @@ class CSVFile(Listener):
         """Writes the step."""
         self._write(metrics.as_dict())
         return False
+
+    def several(self, steps: Sequence[Metrics]) -> None:
+        """Writes them at once."""
+        self._write(*(metrics.as_dict() for metrics in steps))
 
     def evaluated(self, step: int, result: EvalResult) -> bool:
         """Writes the evaluation."""

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from lora.config.schema import load_config
 from lora.shaders.device import Device
 from lora.training.checkpoint import checkpoints
-from lora.training.listeners import Listener, Unhurried
+from lora.training.listeners import Listener, MetricsFile, Unhurried
 from lora.training.metrics import EvalResult, Metrics, Sample
+from lora.training.reporters import CSVFile
 from lora.training.run import run_training
 from lora.training.session import TrainingSession
 from tests.support.tiny_run import write_run
@@ -157,7 +160,8 @@ def test_all_else_is_passed_on(tmp_path: Path) -> None:
     class All(Listener):
         pass
 
-    names = [name for name in vars(Listener) if not name.startswith("_")]
+    # `several` is how steps that waited come, and has a test of its own.
+    names = [name for name in vars(Listener) if not name.startswith("_") and name != "several"]
     for name in names:
         setattr(All, name, lambda self, *_, name=name: told.append(name))
     unhurried = Unhurried(All())
@@ -165,6 +169,33 @@ def test_all_else_is_passed_on(tmp_path: Path) -> None:
         n_arguments = Listener.__dict__[name].__code__.co_argcount - 1
         getattr(unhurried, name)(*[None] * n_arguments)
     assert told == names
+
+
+def test_several_steps_are_written_as_one_by_one(tmp_path: Path) -> None:
+    """By files and by whom only `step` of is known, whether they waited or not."""
+    workload = SimpleNamespace(eval_sets=(), eval_examples=())
+    run = SimpleNamespace(steps_done=0, workload=workload)
+    steps = [replace(_metrics(step), loss=1 / step) for step in range(1, 6)]
+    written = {}
+    for way in ("one by one", "several", "waiting"):
+        folder = tmp_path / way
+        folder.mkdir()
+        heard = Heard()
+        for listener in (MetricsFile(folder / "metrics.jsonl"), CSVFile(folder), heard):
+            told = Unhurried(listener, seconds=1000.0) if way == "waiting" else listener
+            told.started(run)
+            if way == "several":
+                told.several(steps)
+            else:
+                for metrics in steps:
+                    told.step(metrics)
+            told.ended(None)
+        files = {path.name: path.read_bytes() for path in folder.iterdir()}
+        written[way] = files, [told for told in heard.told if told != "ended"]
+    assert written["several"] == written["waiting"] == written["one by one"]
+    files, told_of = written["several"]
+    assert files["metrics.jsonl"].count(b"\n") == 5 and files["metrics.csv"].count(b"\n") == 6
+    assert told_of == [1, 2, 3, 4, 5]
 
 
 def test_steps_wait_no_longer_than_that(monkeypatch: pytest.MonkeyPatch) -> None:
