@@ -52,6 +52,9 @@ class Level(Protocol):
             sizes: f32 numbers of each.
         """
 
+    def release(self) -> None:
+        """Gives back what `reserve` readied; of this process alone, behind its last sum."""
+
     def place(self, key: Key, n: int) -> np.ndarray:
         """Where f32 [n] of this process are best put before `scatter`."""
 
@@ -102,6 +105,9 @@ class WholeGather:
         self._gather(None)
 
     def reserve(self, sizes: Sequence[int]) -> None:
+        """See `Level`."""
+
+    def release(self) -> None:
         """See `Level`."""
 
     def place(self, key: Key, n: int) -> np.ndarray:

@@ -78,7 +78,7 @@ class MPI(Communicator):
         self.rank: int = world.Get_rank()
         self.size: int = world.Get_size()
         self.name = _name(library)
-        self._levels: list[Level] | None = None
+        self._messages: list[Level] | None = None
 
     def gather(self, value: Any) -> list[Any]:
         """See `Communicator`."""
@@ -101,16 +101,14 @@ class MPI(Communicator):
 
     def levels(self) -> Sequence[Level]:
         """See `Communicator`: hosts inside, where each has the same number of processes."""
-        if self._levels is None:
-            names = list(dict.fromkeys(self.hosts))
-            counts = {self.hosts.count(name) for name in names}
-            if len(names) == 1:
-                self._levels = [SharedLevel(self._level(self._world.Dup()))]
-            elif counts == {1} or len(counts) > 1:
-                self._levels = [self._level(self._world.Dup())]
+        names = list(dict.fromkeys(self.hosts))
+        counts = {self.hosts.count(name) for name in names}
+        if self._messages is None:
+            if len(names) == 1 or counts == {1} or len(counts) > 1:
+                self._messages = [self._level(self._world.Dup())]
             else:
-                self._levels = self.grouped([names.index(host) for host in self.hosts])
-        return self._levels
+                self._messages = self._split([names.index(host) for host in self.hosts])
+        return self._sharing(self._messages, within=len(names) == 1 or len(self._messages) > 1)
 
     def grouped(self, groups: Sequence[int]) -> list[Level]:
         """The levels of processes in groups of one size: within one, then across them.
@@ -118,11 +116,19 @@ class MPI(Communicator):
         Args:
             groups: of each rank, from 0.
         """
+        return self._sharing(self._split(groups), within=True)
+
+    def _split(self, groups: Sequence[int]) -> list[Level]:
         mine = groups[self.rank]
         place = groups[: self.rank].count(mine)
         within = self._world.Split(mine, self.rank)
         across = self._world.Split(place, self.rank)
-        return [SharedLevel(self._level(within)), self._level(across)]
+        return [self._level(within), self._level(across)]
+
+    @staticmethod
+    def _sharing(messages: Sequence[Level], *, within: bool) -> list[Level]:
+        """The same, where the first is of one host's processes; each who asks has memory anew."""
+        return [SharedLevel(messages[0]), *messages[1:]] if within else list(messages)
 
     def _level(self, communicator: Any) -> Level:
         """Where there are processors to spare nobody naps: shared memory is slower then."""
@@ -162,6 +168,9 @@ class _MPILevel:
         _wait(self._communicator.Ibarrier(), self._pause)
 
     def reserve(self, sizes: Sequence[int]) -> None:
+        """See `Level`."""
+
+    def release(self) -> None:
         """See `Level`."""
 
     def place(self, key: Key, n: int) -> np.ndarray:

@@ -146,9 +146,11 @@ class Reducer:
             self._feedback.forget()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """Ends the threads, and gives memory back."""
         if self._thread is not None:
             self._thread.shutdown(wait=False, cancel_futures=True)
+        for level in self._levels:
+            level.release()
         if self._feedback is not None:
             self._feedback.close()
 

@@ -128,6 +128,10 @@ class SharedLevel:
             self._regions[(number,)] = _Region(tuple(parts[:-1]), parts[-1])
             at += parts.size
 
+    def release(self) -> None:
+        """See `Level`."""
+        self._regions = {}
+
     def _region(self, key: Key, n_bytes: int) -> _Region | None:
         region = self._regions.get(key)
         return region if region is not None and n_bytes <= len(region.whole) else None
