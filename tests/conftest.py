@@ -11,6 +11,7 @@ from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import hypothesis
+import numpy as np
 import pytest
 
 from lora.shaders.choice import ENVIRONMENT
@@ -183,6 +184,14 @@ def smollm2() -> Path:
 @pytest.fixture(scope="session")
 def gemma3() -> Path:
     return _model("gemma-3-270m-q4_k_m.gguf", "gemma3-270m")
+
+
+def pytest_sessionfinish() -> None:
+    """Waits for kernels whose results nobody read: llvmpipe crashes where it compiles at exit."""
+    while _SHARED:
+        device = _SHARED.pop()
+        device.memory.read(device.memory.upload(np.zeros(1, np.float32)))
+        device.close()
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
