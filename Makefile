@@ -39,7 +39,7 @@ test: lint $(VENV)/.vulkan
 ## test-dawn: the tests of `make test` through Dawn, on a software driver with matrix units
 test-dawn: $(VENV)/.dawn/ready $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
-	$(QUICK) $(DAWN) $(DAWN_PYTHON) -m pytest $(LONGEST_FIRST) --ignore=tests/parity --durations=10
+	$(QUICK) $(DAWN) $(DAWN_PYTHON) -m pytest -m "not parity" $(LONGEST_FIRST) --ignore=tests/parity --durations=10
 	$(DAWN) $(DAWN_PYTHON) -m pytest tests/parity
 
 ## parity: compare live with PyTorch, transformers, PEFT and llama.cpp
@@ -50,11 +50,11 @@ parity: $(VENV)/.parity $(VENV)/.vulkan
 	$(BIN)/python -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=5 \
 		$(addprefix --ignore=,$(TINY)) $(JUDGED)
 
-## parity-long: what parity leaves out for time
+## parity-long: what test and parity leave out for time
 parity-long: $(VENV)/.parity $(VENV)/.vulkan
 	$(BIN)/lora pull smollm2-135m
 	$(BIN)/lora pull gemma3-270m
-	$(BIN)/python -m pytest -m "parity and long" -n auto --dist loadfile
+	$(BIN)/python -m pytest -m long -n auto --dist loadfile
 
 ## docs: the API page, made of the docstrings, in build/api
 docs: $(VENV)/.test

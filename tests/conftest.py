@@ -17,6 +17,7 @@ import pytest
 from lora.shaders.choice import ENVIRONMENT
 from lora.shaders.device import Device
 from lora.shaders.recording import Recording
+from tests.support.long_cases import LONG
 from tests.support.short_kernels import short_kernels
 
 # Not what a machine's drivers make of `auto`; `make test-dawn` asks for the other one.
@@ -63,13 +64,14 @@ AS_IN_RUNS = {
 _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONGEST_FILES)}
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Puts the longest files first; the rest stays in order. The judges' warnings are theirs.
 
     Coverage is taken of the first case of each test: tracing costs Python as much time again, and
     the others run the same lines on other sizes.
     """
     items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
+    _mark_long(items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
     cases: Counter[str] = Counter()
     for item in items:
         function = item.nodeid.partition("[")[0]
@@ -78,6 +80,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.untraced)
         if item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
+
+
+def _mark_long(items: list[pytest.Item], *, whole: bool) -> None:
+    """Those of tests/support/long_cases.py; all of it must be there where all is collected."""
+    left = {(file, end) for file, ends in LONG.items() for end in ends}
+    for item in items:
+        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        found = [end for end in LONG.get(file, ()) if item.nodeid.endswith(end)]
+        left -= {(file, end) for end in found}
+        if found:
+            item.add_marker(pytest.mark.long)
+    if whole and left:
+        raise pytest.UsageError(f"tests/support/long_cases.py names what is not there: {left}")
 
 
 def pytest_collection_finish() -> None:
