@@ -1,6 +1,6 @@
 """Cases that take long to compile on a software driver, and what covers the same without them.
 
-`make test` leaves them to `make parity-long` and `make test-dawn`. Of each kernel, body and option
+`make test` and `make parity` leave them to `make parity-long` and `make test-dawn`. Of each kernel, body and option
 others stay; the comments say which.
 """
 
@@ -72,4 +72,8 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_loss_curves_fall_and_are_those_of_training",
     ),
     "benchmarks/test_watching.py": ("test_what_watching_costs",),
+    # Of judges: the real model's adapter on its own quantized base, and the same losses by all;
+    # pairs of f16 against float64.
+    "parity/test_export.py": ("test_adapter_on_the_f32_base[smollm2]",),
+    "parity/test_paired.py": ("test_against_peft[llama_head]",),
 }  # fmt: skip
