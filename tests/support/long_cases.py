@@ -1,7 +1,7 @@
 """Cases that take long to compile on a software driver, and what covers the same without them.
 
-`make test` and `make parity` leave them to `make parity-long`, and to `make test-dawn` what needs no
-judge. Of each kernel, body and option others stay; the comments say which.
+`make test` and `make parity` leave them to `make parity-long`, and to `make test-dawn` what needs
+no judge. Of each kernel, body and option others stay; the comments say which.
 """
 
 from __future__ import annotations
