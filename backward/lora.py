@@ -15,13 +15,18 @@ from lora.forward.lora import Operands, Projection, plan_projection
 from lora.forward.lora_matrix import gradient_cut
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
+from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Planned, Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-# With the four inputs, and the keys of dropout's rows, the eight storage buffers that every device
-# binds.
-MAX_SLICES, MAX_SLICES_WITH_DROPOUT = 4, 3
+# With the four inputs the eight storage buffers that every device binds.
+MAX_SLICES = 4
+
+
+def most_slices(facts: DeviceFacts, dropout: bool) -> int:
+    """Slices of the gradients that a device can bind: with dropout, whose keys are one more."""
+    return MAX_SLICES - (dropout and facts.most_storage_buffers <= 2 * MAX_SLICES)
 
 
 @dataclass(frozen=True)
@@ -130,7 +135,7 @@ def lora_gradients(
         lora: the factors.
         gradients: their gradients, one of each slice (one to four): stretch s of the rows is
             added to slice s. In each, B lies behind A in one buffer, as far as in the others.
-            With dropout three at most.
+            How many: `most_slices`.
         dropout: of x before each member's A, as in the forward.
     """
     of_group = GroupGradients(x, z, d_y, d_z, lora, gradients, dropout)
@@ -153,7 +158,7 @@ def plan_gradients(
     check_shape("lora_gradients x", x, d_y.shape[0], lora.a.shape[1])
     for name, tensor in (("z", z), ("d_z", d_z)):
         check_shape(f"lora_gradients {name}", tensor, d_y.shape[0], lora.n_members * lora.rank)
-    most = MAX_SLICES if dropout is None else MAX_SLICES_WITH_DROPOUT
+    most = most_slices(recording.facts, dropout is not None)
     if not 1 <= len(gradients) <= most:
         raise ValueError(f"lora_gradients: {len(gradients)} slices, expected 1 to {most}")
     if dropout is not None:
@@ -172,13 +177,18 @@ def plan_gradients(
     ]
     flops = 2 * extent.maximum * (lora.a.size + lora.b.size)
     tensors = [extent.uniform, x, z, d_y, d_z, *whole]
-    cut = gradient_cut(recording, (lora.a.shape[0], lora.rank))
-    if cut is not None and dropout is None:
-        of_units = _matrix_parts(x, d_y, lora, members, b_start // 16, cut["long"])
+    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
+    masks = None if dropout is None else dropout.constants
+    cut = gradient_cut(recording, (lora.a.shape[0] if dropout is None else lora.rank, lora.rank))
+    if cut is not None:
+        of_units = [
+            _matrix_a(x, lora, dropout, cut["long"]),
+            _matrix_b(d_y, lora, members, b_start // 16, cut["long"]),
+        ]
         return Planned(
             "lora_gradient_matrix",
-            {"n_slices": len(gradients), "parts": of_units, **cut},
-            tensors,
+            {"n_slices": len(gradients), "parts": of_units, "dropout": masks, **cut},
+            [*tensors, *keys],
             (sum(part["n_groups"] for part in of_units), 1, len(gradients)),
             "lora_gradients",
             flops,
@@ -211,7 +221,6 @@ def plan_gradients(
     block_bytes = 4 * max(part["lane_left"] * part["lane_right"] for part in parts)
     while splits > 1 and tuning.blocks * splits * block_bytes > recording.facts.workgroup_memory:
         splits //= 2
-    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     return Planned(
         "lora_gradient",
         {
@@ -223,7 +232,7 @@ def plan_gradients(
             "d_y_type": d_y.dtype,
             "parts": parts,
             "rank": lora.rank if dropout is not None else 0,
-            "dropout": None if dropout is None else dropout.constants,
+            "dropout": masks,
         },
         [*tensors, *keys],
         (sum(part["n_groups"] for part in parts), 1, len(gradients)),
@@ -232,10 +241,34 @@ def plan_gradients(
     )
 
 
-def _matrix_parts(
-    x: Tensor, d_y: Tensor, lora: LoraFactors, members: Sequence[_Member], b_start: int, long: int
-) -> list[dict[str, Any]]:
-    """Sizes of d_A and d_B for lora_gradient_matrix.wgsl, `long` elements a workgroup."""
+def _matrix_a(
+    x: Tensor, lora: LoraFactors, dropout: GroupDropout | None, long: int
+) -> dict[str, Any]:
+    """Sizes of d_A for lora_gradient_matrix.wgsl, `long` elements a workgroup.
+
+    All members are one, but where each sees another mask.
+    """
+    width, in_features = lora.a.shape
+    groups, apart = -(-in_features // long), lora.n_members if dropout is not None else 1
+    members = [
+        {
+            "first_group": g * groups, "start": 0, "stop": in_features, "shift": 0,
+            "short_column": g * lora.rank,
+        }
+        for g in range(apart)
+    ]  # fmt: skip
+    return {  # d_z carries the scale already
+        "short": width // apart, "short_name": "d_z", "short_stride": width,
+        "n_long": in_features, "long_name": "x", "long_stride": x.shape[1], "long_type": x.dtype,
+        "members": members, "n_groups": apart * groups,
+        "scale": 1.0 if dropout is None else dropout.scale, "start": 0,
+    }  # fmt: skip
+
+
+def _matrix_b(
+    d_y: Tensor, lora: LoraFactors, members: Sequence[_Member], b_start: int, long: int
+) -> dict[str, Any]:
+    """The same of d_B, from vec4 `b_start` of a slice on."""
     of_b, groups = [], 0
     for member, (start, stop) in zip(members, lora.ranges, strict=True):
         of_b.append(
@@ -248,22 +281,12 @@ def _matrix_parts(
             }
         )
         groups += -(-(stop - start) // long)
-    width, in_features = lora.a.shape
-    whole = {"first_group": 0, "start": 0, "stop": in_features, "shift": 0, "short_column": 0}
-    return [
-        {
-            "short": width, "short_name": "d_z", "short_stride": width,
-            "n_long": in_features, "long_name": "x", "long_stride": x.shape[1],
-            "long_type": x.dtype, "members": [whole], "n_groups": -(-in_features // long),
-            "scale": 1.0, "start": 0,
-        },
-        {
-            "short": lora.rank, "short_name": "z", "short_stride": width,
-            "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
-            "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
-            "scale": lora.scale, "start": b_start,
-        },
-    ]  # fmt: skip
+    return {
+        "short": lora.rank, "short_name": "z", "short_stride": lora.a.shape[0],
+        "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
+        "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
+        "scale": lora.scale, "start": b_start,
+    }  # fmt: skip
 
 
 def _behind_each_other(factors: LoraFactors) -> Tensor:

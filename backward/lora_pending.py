@@ -110,7 +110,8 @@ def _merged(recording: Recording, group: GroupGradients, projection: Planned) ->
     if grid[0] > MAX_WORKGROUPS:
         return None
     tensors = [*gradients.tensors, *projection.tensors[1:]]
-    if len(tensors) - 1 > recording.facts.most_storage_buffers:  # the extent is a uniform
+    uniforms = 1 if group.dropout is None else 2  # the extent, and keys of matrices
+    if len(tensors) - uniforms > recording.facts.most_storage_buffers:
         return None
     more |= {"lanes": lanes, "gradient_groups": n_groups, "projection": of_z}
     return Planned(

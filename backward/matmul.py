@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.dropout import GroupDropout
 from lora.forward.matmul_bodies import record_product
 from lora.forward.matmul_matrix import takes_blocks
 from lora.forward.model.factors import LoraFactors
@@ -27,6 +28,7 @@ def matmul_backward(
     *,
     lora: LoraFactors | None = None,
     d_z: Tensor | None = None,
+    dropout: GroupDropout | None = None,
     out: Tensor | None = None,
     before: Follower | Accumulate | None = None,
     label: str = "matmul_backward",
@@ -39,6 +41,8 @@ def matmul_backward(
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
+        dropout: of x before each member's A, where `takes_dropout` says so: of each member's share
+            counts what its mask leaves, / (1 − p).
         out: where to write; a new tensor by default.
         before: what gave x: its backward is appended too, and d_x may then stay unwritten; to
             `Accumulate` d_x is added.
@@ -74,6 +78,7 @@ def matmul_backward(
             epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
             x_largest=largest,
             x_block=block,
+            dropout=dropout if index == 0 and low_rank else None,
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

@@ -14,6 +14,7 @@ from lora.backward.lora_pending import PendingGradients
 from lora.backward.matmul import Accumulate, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
+from lora.forward.matmul_matrix import takes_dropout
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
@@ -121,7 +122,8 @@ class InputGradient:
         d_y: [rows, out_features], see `matmul_backward`.
         lora, d_z: the factors and the gradient to their z; None where it is not adapted.
         dropout: before the factors: what comes through them then has masks of its own, member by
-            member, so that it is no part of the product's contraction.
+            member. On matrix units the product takes it all the same; elsewhere it is written
+            before, and no part of the contraction.
     """
 
     d_y: Tensor | SizedRows
@@ -134,15 +136,15 @@ class InputGradient:
         self, program: Program, out: Tensor, before: SourceBefore | Accumulate | None, label: str
     ) -> None:
         """Appends it; `out` and `before` as of `matmul_backward`."""
-        lora, d_z = self.lora, self.d_z
-        if self.dropout is None or lora is None or d_z is None:
+        lora, d_z, dropout = self.lora, self.d_z, self.dropout
+        if dropout is None or lora is None or d_z is None or takes_dropout(program.recording):
             matmul_backward(
-                program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
-                label=label,
+                program, self.d_y, self.matrix, lora=lora, d_z=d_z, dropout=dropout, out=out,
+                before=before, label=label,
             )  # fmt: skip
             return
         accumulates = isinstance(before, Accumulate)
-        dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
+        dropout_input_gradient(program, d_z, lora, dropout, out=out, accumulate=accumulates)
         matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
         if isinstance(before, SourceBefore):
             before.record(program, out)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora_matrix import projection_cut
@@ -175,19 +175,22 @@ def plan_projection(
     rows, n_members = extent.maximum, len(members)
     flops = 2 * rows * columns * sum(m.length for m in members)
     cut = projection_cut(recording, rows, columns, n_members, transposed=transposed)
-    # On matrix units all members have one scale, and see all of x.
-    plain = dropout is not None or len({m.scale for m in members}) > 1
-    if cut is not None and not plain:
+    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
+    if cut is not None:
         pieces = columns // cut["columns"]  # which the kernel takes for members
         cut["members"] = [
-            asdict(replace(m, factor_row=m.factor_row + piece * cut["columns"]))
+            {
+                **asdict(m),
+                "factor_row": m.factor_row + piece * cut["columns"],
+                "scale": scale * m.scale,
+            }
             for m in members
             for piece in range(pieces)
         ]
         return Planned(
             "lora_project_matrix",
-            {**shared, **cut, "scale": scale * members[0].scale, "x_scaled": largest is not None},
-            [extent.uniform, x, factor, z, *([] if largest is None else [largest])],
+            {**shared, **cut, "pieces": pieces, "x_scaled": largest is not None},
+            [extent.uniform, x, factor, z, *([] if largest is None else [largest]), *keys],
             -(-rows // cut["block_rows"]) * n_members * pieces,
             label,
             flops,
@@ -197,7 +200,6 @@ def plan_projection(
     else:
         tuning = GPU_TUNINGS[transposed]
         block = gpu_block(recording, tuning, rows, columns, n_members)
-    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     return Planned(
         "lora_project",
         {**shared, **asdict(block)},

@@ -65,11 +65,11 @@ def _paired_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
 
 
 def _fits_wide(recording: Recording, one: PartProduct) -> bool:
-    return recording.facts.is_cpu and not one.x_block
+    return recording.facts.is_cpu and not one.x_block and one.dropout is None
 
 
 def _fits_tiled(recording: Recording, one: PartProduct) -> bool:
-    return not recording.facts.is_cpu and not one.x_block
+    return not recording.facts.is_cpu and not one.x_block and one.dropout is None
 
 
 # Of those that fit the first computes; where it has tiles, plans choose among those of all.
@@ -105,6 +105,8 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         names = [recording.body]
     if one.x_block and not {"matrix", "decoded"} & {*names}:
         raise ValueError(f"{label}: {names} take no x in blocks")
+    if one.dropout is not None and not {"matrix", "decoded"} & {*names}:
+        raise ValueError(f"{label}: {names} take no dropout")
     terms = one.contraction + len(one.members) * one.rank
     request = Request(
         record=record_request,
@@ -121,6 +123,7 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         flops=2 * extent.maximum * one.n_columns * terms,
         then=then,
         largest=one.part.largest,
+        dropout=one.dropout if one.members else None,
     )
     record_request(program, request)
 

@@ -30,9 +30,10 @@ def record_passes(
     }  # fmt: skip
     n_columns = constants["n_columns"]
     grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
-    placed = place_uniforms(program, place)
+    placed, dropout = place_uniforms(program, place), request.dropout
+    keys_of_masks = [] if dropout is None else [dropout.rows, dropout.matrices]
     if splits == 1:
-        tensors = [*tensors, *after, *placed]
+        tensors = [*tensors, *after, *placed, *keys_of_masks]
         program.dispatch(template, constants, tensors, grid, label=label, flops=flops)
         if then is not None:
             then.record(program, out)
@@ -45,6 +46,7 @@ def record_passes(
     product = [*tensors[:3], partial, *tensors[4:]]
     if place is not None:
         product += place_uniforms(program, Place(place.x_column, 0))
+    product += keys_of_masks
     program.dispatch(template, first_pass, product, grid, label=label, flops=flops)
     plain = not constants["bias"] and constants["softcap"] is None
     if then is not None and plain and then.adds_up(recording, n_columns, splits):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora.forward.dropout import GroupDropout
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import MatrixPart
 from lora.shaders.program import Program
@@ -88,6 +89,8 @@ class PartProduct:
         carried: whether low has the members' scales in it, and so the powers of their rows.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
         x_block: of x's columns that are `InBlocks`; 0 where they are not.
+        dropout: of what the members were given, member by member: transposed, each one's share of
+            out is what its mask leaves (`takes_dropout`).
     """
 
     x: Tensor
@@ -108,6 +111,7 @@ class PartProduct:
     x_largest: Tensor | None = None
     carried: bool = False
     x_block: int = 0
+    dropout: GroupDropout | None = None
 
     @property
     def n_columns(self) -> int:
@@ -144,4 +148,7 @@ class PartProduct:
             "x_scaled": self.x_largest is not None,
             "powered": self.part.powers is not None,
             "low_carries": self.part.powers is not None and self.carried,
+            "dropout": None
+            if self.dropout is None
+            else {**self.dropout.constants, "scale": self.dropout.scale},
         }

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from lora.forward.dropout import GroupDropout
 from lora.forward.plans.matmul_tiles import Plan, PlanSpace, Tile, choose_plan
 from lora.forward.plans.stretches import Follower
 from lora.shaders.facts import DeviceFacts
@@ -65,6 +66,7 @@ class Request:
         then: after a matrix of one part; it is the last pass where it can add stretches up.
         half: whether it is recorded under `precision: f16`.
         largest: of the weights, see `MatrixPart`.
+        dropout: see `PartProduct`.
     """
 
     record: Callable[[Program, Request], None]
@@ -81,6 +83,7 @@ class Request:
     flops: int
     then: Follower | None
     largest: Tensor | None = None
+    dropout: GroupDropout | None = None
 
     @property
     def product(self) -> ProductShape:
@@ -95,7 +98,7 @@ class Request:
             members=len(c["members"]),
             rank=c["rank"] if c["members"] else 0,
             placed=c["placed"],
-            epilogue=c["epilogue"],
+            epilogue=c["epilogue"] + ("" if self.dropout is None else " masked"),
             x_type=c["x_type"] + (" in blocks" if c["x_block"] else ""),
             out_type=c["out_type"],
             half=self.half,

@@ -1,5 +1,5 @@
 // The projection as in lora_project.wgsl, on matrix units:
-// z[m, g · columns + j] = scale · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
+// z[m, g · columns + j] = scale_g · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
 {% if transposed %}
 // F_g[j, k] = factor[factor_row_g + k, j]
 {% else %}
@@ -15,6 +15,10 @@
 // Rows of x are scaled by the power of two that brings their largest number, of the bits in row_largest [rows], to
 // 2^4 … 2^5, as the products do that read it (matmul_bindings.wgsl).
 {% endif %}
+{% if dropout %}
+// Of x counts what dropout leaves, member by member (parts/dropout.wgsl): row_keys u32 [rows], matrix_keys. A member is {{ pieces }}
+// here, of some of its columns each.
+{% endif %}
 {% from "parts/fragments.wgsl" import pack_eight with context %}
 struct Extent { rows: u32 }
 
@@ -24,6 +28,12 @@ struct Extent { rows: u32 }
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
 {% if x_scaled %}
 @group(0) @binding(4) var<storage, read> row_largest: array<u32>;
+{% endif %}
+{% if dropout %}
+@group(0) @binding({{ 5 if x_scaled else 4 }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ 6 if x_scaled else 5 }}) var<uniform> matrix_keys: vec4<u32>;
+
+{% include "parts/dropout.wgsl" %}
 {% endif %}
 
 const lanes = {{ subgroups * subgroup_lanes }}u;

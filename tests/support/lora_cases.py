@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.lora import lora_project
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
@@ -17,11 +18,17 @@ from lora.shaders.tensor import Extent, Tensor
 
 SCALE = 1.7
 UNTOUCHED = -7.0
+KEYS = 11, 22, 33, 44  # of members' masks
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a group: x [rows, in_features], members that own `ranges` of d_y's columns."""
+    """Sizes of a group: x [rows, in_features], members that own `ranges` of d_y's columns.
+
+    Attributes:
+        dropout: its probability, before each member.
+        member_scales: as of LoraFactors, whose scale is then 1.
+    """
 
     rows: int
     in_use: int
@@ -29,6 +36,25 @@ class Case:
     rank: int
     ranges: tuple[tuple[int, int], ...]
     n_slices: int = 1
+    dropout: float = 0.0
+    member_scales: tuple[float, ...] = ()
+
+    @property
+    def scale(self) -> float:
+        """Of all members."""
+        return 1.0 if self.member_scales else SCALE
+
+    @property
+    def row_keys(self) -> np.ndarray:
+        """For dropout, u32 [rows]."""
+        return np.random.default_rng(self.rows).integers(0, 2**32, self.rows, np.uint32)
+
+    def masks(self) -> list[np.ndarray]:
+        """What each member's x is multiplied by, [rows in use, in_features]."""
+        if not self.dropout:
+            return [np.ones((self.in_use, self.in_features))] * len(self.ranges)
+        keys, width, p = self.row_keys[: self.in_use], self.in_features, self.dropout
+        return [mask(keys, key, width, p) * scale_of(p) for key in KEYS[: len(self.ranges)]]
 
     @property
     def width(self) -> int:
@@ -81,6 +107,7 @@ class Recorded:
     x: Tensor
     d_y: Tensor
     lora: LoraFactors
+    dropout: GroupDropout | None = None
 
 
 def record(
@@ -116,8 +143,9 @@ def record(
             tensor.slice(0, a.size).reshape(*a.shape),
             tensor.slice(first, flat.size).reshape(*b.shape),
             case.rank,
-            SCALE,
+            case.scale,
             case.ranges,
+            case.member_scales,
         )
 
     x, d_y = activation(values.x, x_type), activation(values.d_y, d_y_type)
@@ -126,11 +154,15 @@ def record(
         factors(np.full_like(values.a, start), np.full_like(values.b, start))
         for _ in range(case.n_slices)
     ]
-    program = Program(recording)
-    z = lora_project(program, x, lora)
+    program, dropout = Program(recording), None
+    if case.dropout:
+        keys = recording.memory.empty((case.rows,), "u32", extent=extent)
+        recording.memory.write(keys, case.row_keys)
+        dropout = GroupDropout(case.dropout, keys, recording.memory.constant_uniform(KEYS))
+    z = lora_project(program, x, lora, dropout=dropout)
     largest = row_scales(program, d_y, 6, "d_y")
     d_z = lora_project_gradient(program, d_y, lora, largest=largest)
-    lora_gradients(program, x, z, d_y, d_z, lora, slices)
+    lora_gradients(program, x, z, d_y, d_z, lora, slices, dropout=dropout)
     for tensor in (z, d_z):
         recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))
-    return Recorded(program, z, d_z, slices, x, d_y, lora)
+    return Recorded(program, z, d_z, slices, x, d_y, lora, dropout)

@@ -43,6 +43,14 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 struct Place { x_column: u32, out_column: u32 }
 @group(0) @binding({{ after_low + (epilogue == "residual") + bias }}) var<uniform> place: Place;
 {% endif %}
+{% if dropout | default(none) and members %}
+// Keys of the rows, and of the members' matrices.
+{% set keys = after_low + (epilogue == "residual") + bias + placed %}
+@group(0) @binding({{ keys }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ keys + 1 }}) var<uniform> matrix_keys: vec4<u32>;
+
+{% include "parts/dropout.wgsl" %}
+{% endif %}
 
 const contraction = {{ contraction }}u;
 const n_columns = {{ n_columns }}u;
