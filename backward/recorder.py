@@ -11,7 +11,7 @@ from lora.backward.dora import dora_gradient
 from lora.backward.dropout import dropout_input_gradient
 from lora.backward.lora import GroupGradients
 from lora.backward.lora_pending import PendingGradients
-from lora.backward.matmul import Accumulate, matmul_backward
+from lora.backward.matmul import Accumulate, Dropped, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.matmul_matrix import takes_dropout
@@ -138,9 +138,10 @@ class InputGradient:
         """Appends it; `out` and `before` as of `matmul_backward`."""
         lora, d_z, dropout = self.lora, self.d_z, self.dropout
         if dropout is None or lora is None or d_z is None or takes_dropout(program.recording):
+            masked = d_z if dropout is None or d_z is None else Dropped(d_z, dropout)
             matmul_backward(
-                program, self.d_y, self.matrix, lora=lora, d_z=d_z, dropout=dropout, out=out,
-                before=before, label=label,
+                program, self.d_y, self.matrix, lora=lora, d_z=masked, out=out, before=before,
+                label=label,
             )  # fmt: skip
             return
         accumulates = isinstance(before, Accumulate)

@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from lora.forward.dropout import GroupDropout
 from lora.forward.plans.matmul_tiles import Plan, PlanSpace, Tile, choose_plan
 from lora.forward.plans.stretches import Follower
 from lora.shaders.facts import DeviceFacts
@@ -83,7 +82,7 @@ class Request:
     flops: int
     then: Follower | None
     largest: Tensor | None = None
-    dropout: GroupDropout | None = None
+    dropout: Any = None
 
     @property
     def product(self) -> ProductShape:

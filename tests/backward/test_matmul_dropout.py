@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 from gguf import GGMLQuantizationType
 
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Dropped, matmul_backward
 from lora.forward.dropout import GroupDropout
 from lora.forward.matmul_matrix import takes_dropout
 from lora.forward.model.factors import LoraFactors
@@ -65,6 +65,6 @@ def test_what_takes_it(recording: Recording) -> None:
     d_y, d_z = (memory.empty((4, n), extent=extent) for n in (8, 4))
     with pytest.raises(ValueError, match="take no dropout"):
         matmul_backward(
-            Program(plain), d_y, load_matrix(recording, [tensor]), lora=lora, d_z=d_z,
-            dropout=dropout,
+            Program(plain), d_y, load_matrix(recording, [tensor]), lora=lora,
+            d_z=Dropped(d_z, dropout),
         )  # fmt: skip

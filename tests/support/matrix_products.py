@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Dropped, matmul_backward
 from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.matmul import matmul
 from lora.forward.matmul_paired import row_scales
@@ -143,7 +143,7 @@ def check(recording: Recording, case: Case) -> None:
     largest = row_scales(backward, d_y_t, 6, "d_y") if case.sized else None
     matmul_backward(
         backward, SizedRows(d_y_t, largest), matrix, lora=product.lora,
-        d_z=d_z_t if case.ranges else None, dropout=dropout, out=d_x,
+        d_z=Dropped(d_z_t, dropout) if dropout else d_z_t if case.ranges else None, out=d_x,
     )  # fmt: skip
     expected, size = rounded(x) @ w.T, np.abs(rounded(x)) @ np.abs(w).T
     first = 0

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Dropped, matmul_backward
 from lora.checks.comparison import (
     Check,
     Comparison,
@@ -126,9 +126,10 @@ def check_matmul(
     if dropped:
         uniform = recording.memory.constant_uniform(KEYS)
         dropout = GroupDropout(dropped, activation(recording, keys, extent), uniform)
+    d_z_t = activation(recording, d_z, extent)
     matmul_backward(
         program, typed(recording, d_y, dtype, extent), matrix, lora=lora,
-        d_z=activation(recording, d_z, extent), dropout=dropout, out=d_x,
+        d_z=d_z_t if dropout is None else Dropped(d_z_t, dropout), out=d_x,
     )  # fmt: skip
     program.run()
     expected = matmul_reference(x, w, z, b, list(RANGES), RANK, SCALE) + bias + residual

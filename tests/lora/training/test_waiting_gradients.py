@@ -136,8 +136,13 @@ def test_dropout_is_no_dispatch_more_on_matrix_units(
         micro_batch(tmp_path / "model.gguf", MATRIX_GPU, _ALL | adapter, precision="f16")
         for adapter in ({}, {"dropout": 0.1})
     )
-    assert [d.template for d in dropped] == [d.template for d in without]
-    assert "lora_backward_matrix" in {d.template for d in dropped}
+
+    def kinds(dispatches: Sequence[Dispatch]) -> list[str]:
+        """But for the tiles of products, which plans choose."""
+        return [d.template for d in dispatches if not d.template.startswith("matmul")]
+
+    assert kinds(dropped) == kinds(without)
+    assert {"lora_project_matrix", "lora_backward_matrix"} <= {*kinds(dropped)}
 
 
 def test_none_waits_past_its_layer_where_processes_add_gradients_up(tmp_path: Path) -> None:
