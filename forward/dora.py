@@ -1,8 +1,8 @@
 """DoRA (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation"), as PEFT trains it.
 
 y = c ∘ (x · Wᵀ + s · z · Bᵀ) + bias with c = m / ‖W + s · B · A‖, row by row of W. The lengths
-follow the factors from step to step, and count as constants in the gradient. They are found without
-the sum: ‖W‖ is known, and A · Wᵀ and A · Aᵀ are small.
+follow the factors from step to step, and count as constants in the gradient. They are found from
+the sum, which nothing stores: a dispatch for each part of W, none of which waits for another.
 """
 
 from __future__ import annotations
@@ -11,16 +11,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora.forward.lora import lora_project
-from lora.forward.matmul import matmul
+import numpy as np
+
 from lora.forward.model.factors import DoraTensors, Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.weights import FrozenMatrix
-from lora.forward.product import Product
+from lora.forward.part_product import adapted_members
 from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import Extent, Tensor
+from lora.shaders.tensor import Tensor
+
+_ROWS = 4  # of a workgroup that finds lengths: see dora_lengths.wgsl
+_MOST_LANES, _CPU_LANES = 256, 16
 
 
 def member_constants(lora: LoraFactors) -> list[dict[str, Any]]:
@@ -34,20 +37,6 @@ def member_constants(lora: LoraFactors) -> list[dict[str, Any]]:
         }
         for index, (start, stop) in enumerate(lora.ranges)
     ]
-
-
-def row_squares(program: Program, matrix: FrozenMatrix, out: Tensor) -> None:
-    """Appends out[n] = ‖W_n‖², f32 [out_features]."""
-    check_shape("row_squares", out, matrix.out_features)
-    for part in matrix.parts:
-        place = program.recording.memory.constant_uniform((part.first_feature,))
-        constants = {
-            "quantization": part.quantization.name,
-            "rows": part.out_features,
-            "columns": matrix.in_features,
-            "row_words": part.words.shape[1],
-        }
-        program.dispatch("row_squares", constants, [place, part.words, out], part.out_features)
 
 
 def scale_columns(
@@ -93,30 +82,17 @@ def scale_columns(
 
 
 @dataclass(frozen=True)
-class DoraGroup:
-    """One group's factors and matrix, and room for A · Wᵀ and A · Aᵀ."""
-
-    matrix: FrozenMatrix
-    lora: LoraFactors
-    products: Tensor
-    grams: Tensor
-    extent: Extent
-
-
-@dataclass(frozen=True)
 class Dora:
     """The lengths of an adapter's rows, on the device.
 
     Attributes:
         factors: of the adapter, each group with its `DoraTensors`.
-        measure: a program that finds the lengths of the base's rows, to be run once.
-        update: a program that finds those of the adapted rows, to be run after each change of the
-            adapter.
+        matrices: of the groups.
+        update: a program that finds the lengths, to be run after each change of the adapter.
     """
 
     factors: Factors
-    groups: Mapping[tuple[int, str], DoraGroup]
-    measure: Program
+    matrices: Mapping[tuple[int, str], FrozenMatrix]
     update: Program
 
     @classmethod
@@ -126,56 +102,81 @@ class Dora:
         Args:
             factors: of `AdapterLayout.factors`, none of the head.
         """
-        memory, found, groups = recording.memory, {}, {}
-        room: dict[tuple[int, int], tuple[Tensor, Tensor, Extent]] = {}
-        for (layer, group), lora in factors.items():
-            matrix = model.layers[layer].matrices[group]
-            low, width = lora.n_members * lora.rank, matrix.out_features
-            if (low, width) not in room:
-                extent = memory.extent(low)
-                room[low, width] = (
-                    memory.empty((low, width), extent=extent),
-                    memory.empty((low, low), extent=extent),
-                    extent,
-                )
-            products, grams, extent = room[low, width]
-            vectors = [memory.empty((width,), purpose="adapter") for _ in range(3)]
-            found[layer, group] = replace(lora, dora=DoraTensors(*vectors))
-            groups[layer, group] = DoraGroup(matrix, found[layer, group], products, grams, extent)
-        measure = Program(recording)
-        for one in groups.values():
-            assert one.lora.dora is not None
-            row_squares(measure, one.matrix, one.lora.dora.squares)
-        of_adapter = replace(factors, groups=found)
-        dora = cls(of_adapter, groups, measure, Program(recording))
+        matrices = {
+            (layer, group): model.layers[layer].matrices[group] for layer, group in factors.groups
+        }
+        found = {
+            key: replace(lora, dora=dora_tensors(recording, matrices[key]))
+            for key, lora in factors.items()
+        }
+        dora = cls(replace(factors, groups=found), matrices, Program(recording))
         dora.record_update(dora.update)
         return dora
 
     def record_update(self, program: Program) -> None:
         """Appends what finds scales and inverse lengths of the factors as they are."""
         with program.scope("dora"):
-            for (layer, group), one in self.groups.items():
+            for (layer, group), lora in self.factors.items():
                 with program.scope(f"layers.{layer}"):
-                    record_scales(program, one, group)
+                    row_lengths(program, self.matrices[layer, group], lora, f"{group}.lengths")
 
 
-def record_scales(program: Program, one: DoraGroup, label: str) -> None:
-    """Appends the scales of one group."""
-    lora, dora = one.lora, one.lora.dora
+def dora_tensors(recording: Recording, matrix: FrozenMatrix) -> DoraTensors:
+    """As columns have them that nothing adapts."""
+
+    def ones(n: int) -> Tensor:
+        return recording.memory.upload(np.ones(n, np.float32), purpose="adapter")
+
+    return DoraTensors(
+        scales=ones(matrix.out_features),
+        inverses=recording.memory.empty((matrix.out_features,), purpose="adapter"),
+        powers=tuple(ones(part.out_features + 2) for part in matrix.parts),
+    )
+
+
+def row_lengths(program: Program, matrix: FrozenMatrix, lora: LoraFactors, label: str) -> None:
+    """Appends the scales, inverse lengths and powers of a group's adapted rows.
+
+    Args:
+        lora: with its magnitudes and `DoraTensors`.
+    """
+    dora = lora.dora
     if dora is None or lora.magnitude is None:
         raise ValueError(f"{label}: these factors have no magnitudes")
-    a = replace(lora.a, extent=one.extent)
-    matmul(program, Product(a, one.matrix), out=one.products, label=f"{label}.a_w")
-    plain = replace(lora, member_scales=())
-    lora_project(program, a, plain, out=one.grams, label=f"{label}.a_a")
-    columns = one.matrix.out_features
-    program.dispatch(
-        "dora_scales",
-        {"rank": lora.rank, "columns": columns, "members": member_constants(lora)},
-        [
-            lora.b, one.products, one.grams, dora.squares, lora.magnitude, dora.scales,
-            dora.inverses,
-        ],
-        -(-columns // 64),
-        label=f"{label}.scales",
-    )  # fmt: skip
+    check_shape(f"{label} factor", lora.a, None, matrix.in_features)
+    check_shape(f"{label} scales", dora.scales, matrix.out_features)
+    check_f32(label, a=lora.a, b=lora.b, magnitudes=lora.magnitude)
+    for part, powers in zip(matrix.parts, dora.powers, strict=True):
+        check_shape(f"{label} powers", powers, part.out_features + 2)
+        members: list[dict[str, Any]] = []
+        n_groups = 0
+        for member in adapted_members(lora, part):
+            of_member = -(-(member["stop"] - member["start"]) // _ROWS)
+            scale = lora.scale * lora.projection_scale(member["low_start"] // lora.rank)
+            members.append(
+                {**member, "scale": scale, "first_group": n_groups, "n_groups": of_member}
+            )
+            n_groups += of_member
+        if not members:
+            continue
+        constants = {
+            "quantization": part.quantization.name,
+            "columns": matrix.in_features,
+            "row_words": part.words.shape[1],
+            "first_feature": part.first_feature,
+            "rank": lora.rank,
+            "members": members,
+            "lanes": _lanes(program.recording, matrix.in_features),
+        }
+        tensors = [part.words, lora.a, lora.b, lora.magnitude, dora.scales, dora.inverses, powers]
+        flops = 2 * lora.rank * matrix.in_features * part.out_features
+        program.dispatch("dora_lengths", constants, tensors, n_groups, label=label, flops=flops)
+
+
+def _lanes(recording: Recording, columns: int) -> int:
+    """Of a workgroup: as many as there are eights of columns, or a whole part of these."""
+    if recording.facts.is_cpu:
+        return _CPU_LANES
+    eights = -(-columns // 8)
+    turns = -(-eights // _MOST_LANES)
+    return max(64, -(-eights // (32 * turns)) * 32)

@@ -379,7 +379,7 @@ def _training(plan: SessionPlan) -> list[Program]:
         for flat in (step.adapter, None)
     ]
     dora = step.adapter.dora
-    lengths = [] if dora is None else [dora.measure, dora.update]
+    lengths = [] if dora is None else [dora.update]
     return [training.begin, *plan.programs.step, *evaluations, *lengths]
 
 
