@@ -28,6 +28,7 @@ from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         out=one.out,
         constants=constants,
         tensors=tensors,
-        after=[tensor for tensor in (one.residual, one.bias) if tensor is not None],
+        after=_after(one),
         place=one.place,
         label=label,
         flops=2 * extent.maximum * one.n_columns * terms,
@@ -126,6 +127,12 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         dropout=one.dropout if one.members else None,
     )
     record_request(program, request)
+
+
+def _after(one: PartProduct) -> list[Tensor]:
+    """What the last pass takes, in the order of its bindings."""
+    scaled = [] if one.scaled is None else [one.scaled.scales, one.scaled.kept]
+    return [*(tensor for tensor in (one.residual, one.bias) if tensor is not None), *scaled]
 
 
 def _tiles_of(names: Sequence[str], facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:

@@ -40,21 +40,21 @@ def record_passes(
         return
     partial = recording.memory.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
-        "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
-        "out_type": "f32",
+        "epilogue": "write", "bias": False, "softcap": None, "scaled": None,
+        "out_stride": n_columns, "out_type": "f32",
     }  # fmt: skip
     product = [*tensors[:3], partial, *tensors[4:]]
     if place is not None:
         product += place_uniforms(program, Place(place.x_column, 0))
     product += keys_of_masks
     program.dispatch(template, first_pass, product, grid, label=label, flops=flops)
-    plain = not constants["bias"] and constants["softcap"] is None
+    plain = not constants["bias"] and constants["softcap"] is None and constants["scaled"] is None
     if then is not None and plain and then.adds_up(recording, n_columns, splits):
         then.record(program, out, Stretches(partial, splits, after[0] if after else None))
         return
     keys = (
         "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
-        "placed", "out_type",
+        "scaled", "placed", "out_type",
     )  # fmt: skip
     program.dispatch(
         "matmul_reduce",

@@ -61,7 +61,7 @@ class Request:
         body: the first that fits.
         tiles: of all bodies that fit.
         tensors: the extent, x, the weights, out, and the low-rank part's.
-        after: residual and bias, which the last pass takes.
+        after: residual, bias, scales of columns and what keeps them, which the last pass takes.
         then: after a matrix of one part; it is the last pass where it can add stretches up.
         half: whether it is recorded under `precision: f16`.
         largest: of the weights, see `MatrixPart`.
