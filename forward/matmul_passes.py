@@ -8,7 +8,7 @@ from typing import Any
 from lora.forward.part_product import Place, place_uniforms
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
-from lora.forward.plans.stretches import Stretches
+from lora.forward.plans.stretches import Follower, Stretches
 from lora.shaders.program import Program
 
 
@@ -48,9 +48,10 @@ def record_passes(
         product += place_uniforms(program, Place(place.x_column, 0))
     product += keys_of_masks
     program.dispatch(template, first_pass, product, grid, label=label, flops=flops)
-    plain = not constants["bias"] and constants["softcap"] is None and constants["scaled"] is None
-    if then is not None and plain and then.adds_up(recording, n_columns, splits):
-        then.record(program, out, Stretches(partial, splits, after[0] if after else None))
+    if then is not None and then.adds_up(recording, n_columns, splits) and _takes(then, constants):
+        given = list(after)
+        residual = given.pop(0) if constants["epilogue"] == "residual" else None
+        then.record(program, out, Stretches(partial, splits, residual, *given))
         return
     keys = (
         "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
@@ -65,3 +66,9 @@ def record_passes(
     )
     if then is not None:
         then.record(program, out)
+
+
+def _takes(then: Follower, constants: Mapping[str, Any]) -> bool:
+    """Whether a follower can do what the last pass of a product does to the sum of stretches."""
+    plain = not constants["bias"] and constants["softcap"] is None
+    return plain and (constants["scaled"] is None or then.scales_columns)
