@@ -12,7 +12,7 @@ from typing import Any
 
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora import Operands, Projection, plan_projection
-from lora.forward.lora_matrix import gradient_cut
+from lora.forward.lora_matrix import gradient_cut, projection_cut
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
@@ -22,6 +22,8 @@ from lora.shaders.tensor import Tensor
 
 # With the four inputs the eight storage buffers that every device binds.
 MAX_SLICES = 4
+# Of the kernels that take columns as DoRA scales them: with the product, its scales and lengths.
+SCALED_BUFFERS = 12
 
 
 def most_slices(facts: DeviceFacts, dropout: bool) -> int:
@@ -82,8 +84,13 @@ def plan_project_gradient(
     lora: LoraFactors,
     out: Tensor,
     largest: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Planned:
-    """What `lora_project_gradient` appends."""
+    """What `lora_project_gradient` appends; with `scales` of d_y's columns d_z of their products.
+
+    Args:
+        scales: f32 [columns of d_y], where `scales_columns` says so; None for ones.
+    """
     _check_factors(lora)
     _check_output_columns(d_y, lora)
     check_shape("lora_project_gradient output", out, d_y.shape[0], lora.n_members * lora.rank)
@@ -93,7 +100,7 @@ def plan_project_gradient(
     ]
     return plan_projection(
         recording,
-        Operands(d_y, lora.b, out, largest=largest),
+        Operands(d_y, lora.b, out, largest=largest, scales=scales),
         members,
         transposed=True,
         scale=lora.scale,
@@ -102,8 +109,44 @@ def plan_project_gradient(
 
 
 @dataclass(frozen=True)
+class ScaledGradient:
+    """Where d_y is the gradient to columns that DoRA has scaled: y = scales ∘ p.
+
+    Attributes:
+        p: [rows, columns of d_y], f32 or f16.
+        scales, inverses: f32 [columns], see `DoraTensors`.
+    """
+
+    p: Tensor
+    scales: Tensor
+    inverses: Tensor
+
+
+def scales_columns(recording: Recording, rows: int, lora: LoraFactors) -> bool:
+    """Whether the low-rank kernels take such a gradient as it is, with a group's magnitudes.
+
+    On matrix units, where a device binds what that takes. Elsewhere `dora_gradient` comes first.
+
+    Args:
+        rows: recorded rows.
+    """
+    shorts = lora.n_members * lora.rank, lora.rank
+    cut, facts = gradient_cut(recording, shorts), recording.facts
+    projects = projection_cut(recording, rows, lora.rank, lora.n_members, transposed=True)
+    if cut is None or projects is None or facts.most_storage_buffers < SCALED_BUFFERS:
+        return False
+    lanes = cut["long"] // cut["n"] * cut["subgroup_lanes"]
+    # A lane keeps to its columns, and what they come to fits into the tiles.
+    return lanes % (cut["long"] // 8) == 0 and 2 * lanes <= cut["tiles"]
+
+
+@dataclass(frozen=True)
 class GroupGradients:
-    """The gradients of one group's factors; attributes as the arguments of `lora_gradients`."""
+    """The gradients of one group's factors; attributes as the arguments of `lora_gradients`.
+
+    Attributes:
+        scaled: where d_y is not the products' gradient yet, and gradients have magnitudes.
+    """
 
     x: Tensor
     z: Tensor
@@ -112,6 +155,7 @@ class GroupGradients:
     lora: LoraFactors
     gradients: Sequence[LoraFactors]
     dropout: GroupDropout | None = None
+    scaled: ScaledGradient | None = None
 
 
 def lora_gradients(
@@ -166,7 +210,8 @@ def plan_gradients(
     for gradient in gradients:
         check_shape("gradient of A", gradient.a, *lora.a.shape)
         check_shape("gradient of B", gradient.b, *lora.b.shape)
-    whole = [_behind_each_other(gradient) for gradient in gradients]
+    scaled = group.scaled
+    whole = [_behind_each_other(gradient, scaled is not None) for gradient in gradients]
     b_start = gradients[0].b.offset - gradients[0].a.offset
     if any(g.b.offset - g.a.offset != b_start for g in gradients):
         raise ValueError("lora_gradients: B lies elsewhere behind A in another slice")
@@ -185,14 +230,27 @@ def plan_gradients(
             _matrix_a(x, lora, dropout, cut["long"]),
             _matrix_b(d_y, lora, members, b_start // 16, cut["long"]),
         ]
+        p_type = None
+        if scaled is not None:
+            check_shape("lora_gradients p", scaled.p, *d_y.shape)
+            p_type, of_units[1]["magnitudes"] = scaled.p.dtype, _magnitudes_at(gradients)
+            keys += [scaled.p, scaled.scales, scaled.inverses]
         return Planned(
             "lora_gradient_matrix",
-            {"n_slices": len(gradients), "parts": of_units, "dropout": masks, **cut},
+            {
+                "n_slices": len(gradients),
+                "parts": of_units,
+                "dropout": masks,
+                "p_type": p_type,
+                **cut,
+            },
             [*tensors, *keys],
             (sum(part["n_groups"] for part in of_units), 1, len(gradients)),
             "lora_gradients",
             flops,
         )
+    if scaled is not None:
+        raise ValueError("lora_gradients: scaled columns are for matrix units")
     if tuning is None:
         tuning = CPU_TUNING if recording.facts.is_cpu else GPU_TUNING
     # Of A's rows each member's see another mask, so that no block may have rows of two.
@@ -289,12 +347,25 @@ def _matrix_b(
     }  # fmt: skip
 
 
-def _behind_each_other(factors: LoraFactors) -> Tensor:
-    """The range of the buffer from A's first element to B's last: one binding instead of two."""
+def _magnitudes_at(gradients: Sequence[LoraFactors]) -> int:
+    """The vec4 of a slice's binding where the magnitudes begin."""
+    places = [m.offset - g.a.offset for g in gradients if (m := g.magnitude) is not None]
+    if len(places) != len(gradients) or len({*places}) != 1:
+        raise ValueError("lora_gradients: magnitudes lie elsewhere behind A in another slice")
+    return places[0] // 16
+
+
+def _behind_each_other(factors: LoraFactors, magnitudes: bool) -> Tensor:
+    """A slice's buffer from A's first element to B's last, or the magnitudes': one binding."""
     a, b = factors.a, factors.b
     if a.buffer is not b.buffer or b.offset < a.offset + a.n_bytes:
         raise ValueError("lora_gradients: the gradient of B does not lie behind that of A")
-    return replace(a, shape=((b.offset - a.offset) // 4 + b.size,))
+    last = b
+    if magnitudes and factors.magnitude is not None:
+        last = factors.magnitude
+        if last.buffer is not a.buffer or last.offset < b.offset + b.n_bytes:
+            raise ValueError("lora_gradients: that of the magnitudes does not lie behind B's")
+    return replace(a, shape=((last.offset - a.offset) // 4 + last.size,))
 
 
 def _check_factors(lora: LoraFactors) -> None:

@@ -47,9 +47,18 @@ class PendingGradients:
         waiting = self._waiting
         return next(t for t in tensors if waiting is None or t is not waiting.d_z)
 
-    def project(self, program: Program, d_y: SizedRows, lora: LoraFactors, out: Tensor) -> None:
-        """Appends d_z of a group (`lora_project_gradient`), and the gradients that wait."""
-        projection = plan_project_gradient(program.recording, d_y.rows, lora, out, d_y.largest)
+    def project(
+        self,
+        program: Program,
+        d_y: SizedRows,
+        lora: LoraFactors,
+        out: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
+        """Appends d_z of a group (`plan_project_gradient`), and the gradients that wait."""
+        projection = plan_project_gradient(
+            program.recording, d_y.rows, lora, out, d_y.largest, scales
+        )
         if self._waiting is not None:
             rows = extent_of(self._waiting.d_y)
             both = None

@@ -9,7 +9,7 @@ from typing import Any
 from lora.backward.before import AddBefore, Before, SourceBefore
 from lora.backward.dora import dora_gradient
 from lora.backward.dropout import dropout_input_gradient
-from lora.backward.lora import GroupGradients
+from lora.backward.lora import GroupGradients, ScaledGradient, scales_columns
 from lora.backward.lora_pending import PendingGradients
 from lora.backward.matmul import Accumulate, Dropped, matmul_backward
 from lora.forward.cross_entropy import Criterion
@@ -19,7 +19,7 @@ from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
-from lora.forward.model.weights import FrozenMatrix
+from lora.forward.model.weights import FrozenMatrix, with_powers
 from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -208,18 +208,22 @@ class BackwardRecorder:
         dropout: GroupDropout | None = None
         largest = d_y.largest if isinstance(d_y, SizedRows) else None
         d_y = d_y.rows if isinstance(d_y, SizedRows) else d_y
+        matrix, scaled = self.weights.matrices[group], None
         if lora is not None and lora.dora is not None:
-            scaled = self.shared.scratch.d_products[d_y.shape[1], d_y.dtype]
-            d_magnitudes = self.shared.gradients[self.layer, group][0].magnitude
-            assert d_magnitudes is not None  # one layout has both
-            dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
-            d_y, largest = scaled, None
+            rows = d_y.shape[0]
+            if scales_columns(self.program.recording, rows, lora):
+                dora = lora.dora
+                scaled = ScaledGradient(self.products[group], dora.scales, dora.inverses)
+                matrix = with_powers(matrix, dora.powers)
+            else:
+                d_y, largest = self._scaled(group, d_y, lora), None
         # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
         if largest is None:
             largest = row_scales(self.program, d_y, N_OTHERS, f"{group}_backward")
         if lora is not None:
             d_z = pending.free(self.shared.scratch.d_z[lora.n_members * lora.rank])
-            pending.project(self.program, SizedRows(d_y, largest), lora, d_z)
+            scales = None if scaled is None else scaled.scales
+            pending.project(self.program, SizedRows(d_y, largest), lora, d_z, scales)
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
             if self.shares and isinstance(before, SourceBefore):
@@ -228,7 +232,7 @@ class BackwardRecorder:
             pending.flush(self.program)
         if wanted:
             sized = SizedRows(d_y, largest)
-            product = InputGradient(sized, self.weights.matrices[group], lora, d_z, dropout)
+            product = InputGradient(sized, matrix, lora, d_z, dropout)
             if isinstance(before, AddBefore):
                 product.record(self.program, before.out, Accumulate(), f"{group}_backward")
             else:
@@ -237,7 +241,17 @@ class BackwardRecorder:
             before.repeat(self.program, source)
         if lora is not None and z is not None and d_z is not None:
             slices = self.shared.gradients[self.layer, group]
-            pending.add(self.program, GroupGradients(source, z, d_y, d_z, lora, slices, dropout))
-            if lora.dora is not None:  # its d_y is the next group's scratch
+            pending.add(
+                self.program, GroupGradients(source, z, d_y, d_z, lora, slices, dropout, scaled)
+            )
+            if lora.dora is not None and scaled is None:  # its d_y is the next group's scratch
                 pending.flush(self.program)
         return wanted
+
+    def _scaled(self, group: str, d_y: Tensor, lora: LoraFactors) -> Tensor:
+        """Appends the gradients of magnitudes, and to the product whose columns they scale."""
+        scaled = self.shared.scratch.d_products[d_y.shape[1], d_y.dtype]
+        d_magnitudes = self.shared.gradients[self.layer, group][0].magnitude
+        assert d_magnitudes is not None  # one layout has both
+        dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
+        return scaled

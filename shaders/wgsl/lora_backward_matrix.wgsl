@@ -26,11 +26,20 @@ struct Extent { rows: u32 }
 {% include "parts/dropout.wgsl" %}
 {% endif %}
 {% set after = keys + (2 if dropout else 0) %}
+{% if p_type %}
+@group(0) @binding({{ after }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
+@group(0) @binding({{ after + 1 }}) var<storage, read> scales: array<f32>;
+@group(0) @binding({{ after + 2 }}) var<storage, read> inverses: array<vec4<f32>>;
+{% set after = after + 3 %}
+{% endif %}
 @group(0) @binding({{ after }}) var<storage, read> next_d_y: array<vec4<{{ projection.x_type }}>>;
 @group(0) @binding({{ after + 1 }}) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding({{ after + 2 }}) var<storage, read_write> next_d_z: array<vec4<f32>>;
 {% if projection.x_scaled %}
 @group(0) @binding({{ after + 3 }}) var<storage, read> row_largest: array<u32>; // of next_d_y, as in lora_project_matrix.wgsl
+{% endif %}
+{% if projection.factor_scaled %}
+@group(0) @binding({{ after + 3 + projection.x_scaled }}) var<storage, read> factor_scales: array<f32>; // of the columns of next_d_y
 {% endif %}
 
 const lanes = {{ lanes }}u;

@@ -13,6 +13,10 @@
 // Of x counts what dropout leaves, for each member of A (parts/dropout.wgsl: row_keys u32 [rows], matrix_keys), whose
 // rows have workgroups of their own.
 {% endif %}
+{% if p_type %}
+// Of d_y counts scales[column] · d_y in d_B, and beside it, from vec4 {{ parts[1].magnitudes }} of a slice on,
+// d_magnitudes[i] += inverses[column_g + i] · Σ_m d_y[m, column_g + i] · p[m, column_g + i]   with p as d_y is laid out.
+{% endif %}
 {% from "parts/fragments.wgsl" import pack_eight with context %}
 struct Extent { rows: u32 }
 
@@ -24,11 +28,18 @@ struct Extent { rows: u32 }
 {% for s in range(n_slices) %}
 @group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
 {% endfor %}
+{% set next = 5 + n_slices %}
 {% if dropout %}
-@group(0) @binding({{ 5 + n_slices }}) var<storage, read> row_keys: array<u32>;
-@group(0) @binding({{ 6 + n_slices }}) var<uniform> matrix_keys: vec4<u32>;
+@group(0) @binding({{ next }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ next + 1 }}) var<uniform> matrix_keys: vec4<u32>;
+{% set next = next + 2 %}
 
 {% include "parts/dropout.wgsl" %}
+{% endif %}
+{% if p_type %}
+@group(0) @binding({{ next }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
+@group(0) @binding({{ next + 1 }}) var<storage, read> scales: array<f32>;
+@group(0) @binding({{ next + 2 }}) var<storage, read> inverses: array<vec4<f32>>;
 {% endif %}
 
 const lanes = {{ long // n * subgroup_lanes }}u;

@@ -33,6 +33,13 @@ DROPPED = [
     Case(65, 0, 36, 8, ((0, 16),), 2, dropout=0.3),
     Case(65, 64, 132, 8, ((0, 64), (64, 128)), 4, member_scales=(0.5, 3.0)),
 ]
+# Of columns that DoRA has scaled.
+SCALED = [
+    Case(1, 1, 4, 4, ((0, 4),), dora=True),
+    Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2, dora=True),
+    Case(70, 69, 36, 8, ((0, 300), (300, 316)), 4, member_scales=(0.5, 3.0), dora=True),
+    Case(65, 0, 36, 8, ((0, 16),), 2, dora=True),
+]
 LARGE = Case(200, 199, 580, 16, ((0, 576), (576, 768), (768, 964)), 3)
 
 
@@ -73,7 +80,8 @@ def reference(case: Case, x: np.ndarray, d_y: np.ndarray, a: np.ndarray, b: np.n
     row = 0
     for g, ((start, stop), kept) in enumerate(zip(case.ranges, case.masks(), strict=True)):
         low, of_b = slice(g * case.rank, (g + 1) * case.rank), slice(row, row + stop - start)
-        one = (kept * x, d_y[:, start:stop], a[low], b[of_b])
+        d_p = case.columns[0, start:stop] * d_y[:, start:stop].astype(np.float64)
+        one = (kept * x, d_p, a[low], b[of_b])
         scale = case.member_scales[g] if case.member_scales else 1.0
         d_z[:, low], d_a[low], d_b[of_b] = gradients_reference(
             *one, [(0, stop - start)], scale * case.scale
@@ -98,9 +106,25 @@ def check(recording: Recording, case: Case, values: Values, recorded: Recorded) 
     found_a, found_b = summed(recording, recorded)
     within(found_a, d_a, size_a, max(1, case.in_use), True)
     within(found_b, d_b, size_b, max(1, case.in_use), True)
+    if case.dora:
+        check_magnitudes(recording, case, arrays[1], recorded)
 
 
-@pytest.mark.parametrize("case", [*CASES, *DROPPED], ids=str)
+def check_magnitudes(recording: Recording, case: Case, d_y: np.ndarray, recorded: Recorded) -> None:
+    """Sums of f32, of products that are exact."""
+    found = np.zeros(case.n_b)
+    for one in recorded.slices:
+        assert one.magnitude is not None
+        found += recording.memory.read(one.magnitude)
+    products = d_y.astype(np.float64) * case.p[: case.in_use]
+    places = np.concatenate([np.arange(start, stop) for start, stop in case.ranges])
+    expected, size = (
+        (case.columns[1] * values.sum(0))[places] for values in (products, np.abs(products))
+    )
+    assert (np.abs(found - expected) <= 2.0**-22 * np.sqrt(case.rows) * size).all()
+
+
+@pytest.mark.parametrize("case", [*CASES, *DROPPED, *SCALED], ids=str)
 def test_against_float64(recording: Recording, case: Case) -> None:
     recording = on_matrix_units(recording)
     values = halves(case)
@@ -138,8 +162,8 @@ def test_many_rows_of_halves(recording: Recording) -> None:
 def test_on_any_driver(recording: Recording) -> None:
     """Also by software that has units."""
     recording = on_matrix_units(recording, on_software=True)
-    for dropout in (0.0, 0.3):
-        case = Case(20, 19, 40, 8, ((0, 24), (24, 40)), 2, dropout)
+    for dropout, dora in ((0.0, False), (0.3, False), (0.0, True)):
+        case = Case(20, 19, 40, 8, ((0, 24), (24, 40)), 2, dropout, dora=dora)
         recorded = record(recording, case, halves(case), 0.0, "f16", "f16")
         recorded.program.run()
         check(recording, case, halves(case), recorded)

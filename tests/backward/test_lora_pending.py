@@ -43,12 +43,16 @@ class Pair:
     def group(self) -> GroupGradients:
         """The gradients of the first."""
         one = self.first
-        return GroupGradients(one.x, one.z, one.d_y, one.d_z, one.lora, one.slices, one.dropout)
+        return GroupGradients(
+            one.x, one.z, one.d_y, one.d_z, one.lora, one.slices, one.dropout, one.scaled
+        )
 
     def written(self) -> tuple[bytes, ...]:
         """What the two steps write."""
         read = self.first.program.recording.memory.read
-        of_slices = [read(t).tobytes() for s in self.first.slices for t in (s.a, s.b)]
+        of_slices = [
+            read(t).tobytes() for s in self.first.slices for t in (s.a, s.b, s.magnitude) if t
+        ]
         return (*of_slices, read(self.second.d_z).tobytes())
 
     def forget(self) -> None:
@@ -56,7 +60,7 @@ class Pair:
         memory = self.first.program.recording.memory
         memory.write(self.second.d_z, np.full(self.second.d_z.shape, UNTOUCHED))
         for one in self.first.slices:
-            for tensor in (one.a, one.b):
+            for tensor in filter(None, (one.a, one.b, one.magnitude)):
                 memory.write(tensor, np.zeros(tensor.shape, np.float32))
 
 
@@ -79,12 +83,15 @@ def run_together(recording: Recording, pair: Pair) -> Program:
     program, pending = Program(recording), PendingGradients()
     pending.add(program, pair.group())
     assert not program.dispatches
-    pending.project(program, SizedRows(pair.second.d_y, None), pair.second.lora, pair.second.d_z)
+    second = pair.second
+    scales = None if second.scaled is None else second.scaled.scales
+    pending.project(program, SizedRows(second.d_y, None), second.lora, second.d_z, scales)
     pending.flush(program)
     (dispatch,) = program.dispatches
     assert dispatch.template.startswith("lora_backward")
     uniforms = 2 if pair.first.dropout else 1
-    assert len(dispatch.tensors) - uniforms <= STORAGE_BUFFERS
+    more = 0 if second.scaled is None else 4
+    assert len(dispatch.tensors) - uniforms <= STORAGE_BUFFERS + more
     program.run()
     return program
 
@@ -104,6 +111,16 @@ def test_as_two_dispatches(recording: Recording, cases: tuple[Case, Case]) -> No
 def test_as_two_dispatches_on_matrix_units(recording: Recording, cases: tuple[Case, Case]) -> None:
     recording = with_facts(on_matrix_units(recording), is_cpu=False)
     pair = run_apart(recording, cases, "f16")
+    expected = pair.written()
+    pair.forget()
+    (dispatch,) = run_together(recording, pair).dispatches
+    assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
+
+
+@pytest.mark.parametrize("cases", PAIRS[1:], ids=str)
+def test_columns_that_are_scaled(recording: Recording, cases: tuple[Case, Case]) -> None:
+    recording = with_facts(on_matrix_units(recording), is_cpu=False, most_storage_buffers=16)
+    pair = run_apart(recording, (replace(cases[0], dora=True), replace(cases[1], dora=True)), "f16")
     expected = pair.written()
     pair.forget()
     (dispatch,) = run_together(recording, pair).dispatches

@@ -51,6 +51,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% set short_step = width // 8 + 1 %}
 {% set scaled = part.long_type == "f32" %}
 {% set masked = dropout and not of_b %}
+{% set columned = p_type and of_b %}
 {# Lanes that are whole lines of the longer side keep to their columns, and so to the keys of these. #}
 {% set key_turns = 1 if lanes % (long // 8) == 0 else long_turns %}
 {% set short_units = depth * width // 8 %}
@@ -94,6 +95,11 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         var short_a_{{ u }} = vec4<f32>();
         var short_b_{{ u }} = vec4<f32>();
 {% endfor %}
+{% if columned %}
+        // Of d_y · p, in the columns that a lane fetches in all its turns.
+        var magnitudes_a = vec4<f32>();
+        var magnitudes_b = vec4<f32>();
+{% endif %}
 {% if emulated %}
         var sums = array<f32, {{ fragments * held }}>();
 {% else %}
@@ -113,6 +119,10 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
             var b = vec4<f32>();
             if (row < last && begin + at < end) { a = vec4<f32>({{ part.long_name }}[quad]); }
             if (row < last && begin + at + 4u < end) { b = vec4<f32>({{ part.long_name }}[quad + 1u]); }
+{% if columned %}
+            if (row < last && begin + at < end) { magnitudes_a += a * vec4<f32>(p[quad]); }
+            if (row < last && begin + at + 4u < end) { magnitudes_b += b * vec4<f32>(p[quad + 1u]); }
+{% endif %}
 {% if masked %}
             let row_key = row_keys[min(row, extent.rows - 1u)];
             a *= kept(row_key, key_a_{{ u % key_turns }});
@@ -258,6 +268,9 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         let back = {{ part.scale }} * bitcast<f32>((254u - exponent) << 23u);
 {% endif %}
 {% set back = "back * (rest * bitcast<vec4<f32>>(tiles[unit]))" if scaled else "back * bitcast<vec4<f32>>(tiles[unit])" %}
+{% if columned %}
+{% set back = "scales[long_column + i - begin] * " ~ back %}
+{% endif %}
 {% macro store(fragment) %}
             for (var unit = lane; unit < {{ stage_size }}u; unit += lanes) {
                 let owner = unit / {{ m * n // 4 }}u;
@@ -297,6 +310,22 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {{ store("%du" % f) }}
         }
 {% endfor %}
+{% endif %}
+{% if columned %}
+        workgroupBarrier();
+        tiles[2u * lane] = bitcast<vec4<u32>>(magnitudes_a);
+        tiles[2u * lane + 1u] = bitcast<vec4<u32>>(magnitudes_b);
+        workgroupBarrier();
+        for (var unit = lane; unit < {{ long // 4 }}u; unit += lanes) {
+            var sum = vec4<f32>();
+            for (var line = 0u; line < {{ 2 * lanes }}u; line += {{ long // 4 }}u) {
+                sum += bitcast<vec4<f32>>(tiles[line + unit]);
+            }
+            let i = begin + 4u * unit;
+            if (i < end) {
+                add_to_gradient(slice, {{ part.magnitudes }}u + i / 4u, inverses[long_column / 4u + unit] * sum);
+            }
+        }
 {% endif %}
 {% endfor %}
     }

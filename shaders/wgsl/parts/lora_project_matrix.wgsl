@@ -1,5 +1,6 @@
 {# The projection of lora_project_matrix.wgsl: workgroup `index` of it. Who includes this declares `lanes`, `tiles`,
-   pack_eight and the bindings `{{ x_name }}`, factor, `{{ z_name }}`, where rows of x are scaled row_largest, and
+   pack_eight and the bindings `{{ x_name }}`, factor, `{{ z_name }}`, where rows of x are scaled row_largest, where those
+   of a transposed factor are factor_scales, and
    with dropout what parts/dropout.wgsl asks for. #}
 {% from "parts/fragments.wgsl" import left_type, right_type, result_type with context %}
 {% set width = (columns + n - 1) // n * n %}
@@ -109,6 +110,11 @@ fn project(index: u32, lane: u32, team: u32) {
         let quad = ((factor_row + at) * {{ factor_stride }}u + column) / 4u;
         if (at < length && column < {{ columns }}u) { a = factor[quad]; }
         if (at < length && column + 4u < {{ columns }}u) { b = factor[quad + 1u]; }
+{% if factor_scaled %}
+        let of_column = factor_scales[x_column + min(at, length - 1u)];
+        a *= of_column;
+        b *= of_column;
+{% endif %}
 {% else %}
         let at = {{ start }} + unit % {{ depth // 8 }}u * 8u;
         let column = unit / {{ depth // 8 }}u;
