@@ -7,7 +7,7 @@ the sum, which nothing stores: a dispatch for each part of W, none of which wait
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +24,8 @@ from lora.shaders.tensor import Tensor
 
 _ROWS = 4  # of a workgroup that finds lengths: see dora_lengths.wgsl
 _MOST_LANES, _CPU_LANES = 256, 16
+_MOST_STAGED = 8192  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
+_OTHER_BUFFERS = 3  # that it binds beside the weights
 
 
 def member_constants(lora: LoraFactors) -> list[dict[str, Any]]:
@@ -82,17 +84,25 @@ def scale_columns(
 
 
 @dataclass(frozen=True)
+class DoraGroup:
+    """A group's matrix, and its factors with their magnitudes and `DoraTensors`."""
+
+    matrix: FrozenMatrix
+    lora: LoraFactors
+
+
+@dataclass(frozen=True)
 class Dora:
     """The lengths of an adapter's rows, on the device.
 
     Attributes:
         factors: of the adapter, each group with its `DoraTensors`.
-        matrices: of the groups.
+        groups: those of the layers.
         update: a program that finds the lengths, to be run after each change of the adapter.
     """
 
     factors: Factors
-    matrices: Mapping[tuple[int, str], FrozenMatrix]
+    groups: Sequence[DoraGroup]
     update: Program
 
     @classmethod
@@ -102,75 +112,164 @@ class Dora:
         Args:
             factors: of `AdapterLayout.factors`, none of the head.
         """
-        matrices = {
-            (layer, group): model.layers[layer].matrices[group] for layer, group in factors.groups
-        }
-        found = {
-            key: replace(lora, dora=dora_tensors(recording, matrices[key]))
-            for key, lora in factors.items()
-        }
-        dora = cls(replace(factors, groups=found), matrices, Program(recording))
+        matrices = [model.layers[layer].matrices[group] for layer, group in factors.groups]
+        tensors = allocate_lengths(recording, matrices)
+        groups = [
+            DoraGroup(matrix, replace(lora, dora=own))
+            for matrix, (_, lora), own in zip(matrices, factors.items(), tensors, strict=True)
+        ]
+        found = {key: one.lora for key, one in zip(factors.groups, groups, strict=True)}
+        dora = cls(replace(factors, groups=found), groups, Program(recording))
         dora.record_update(dora.update)
         return dora
 
     def record_update(self, program: Program) -> None:
         """Appends what finds scales and inverse lengths of the factors as they are."""
-        with program.scope("dora"):
-            for (layer, group), lora in self.factors.items():
-                with program.scope(f"layers.{layer}"):
-                    row_lengths(program, self.matrices[layer, group], lora, f"{group}.lengths")
+        row_lengths(program, self.groups)
 
 
-def dora_tensors(recording: Recording, matrix: FrozenMatrix) -> DoraTensors:
-    """As columns have them that nothing adapts."""
+def allocate_lengths(
+    recording: Recording, matrices: Sequence[FrozenMatrix]
+) -> tuple[DoraTensors, ...]:
+    """Those of groups with these matrices, all in one buffer, as where nothing is adapted."""
+    sizes = [_sizes(matrix) for matrix in matrices]
+    whole = np.ones(sum(map(sum, sizes)), np.float32)
+    at = 0
+    for of_scales, *others in sizes:
+        whole[at + of_scales : at + 2 * of_scales] = 0.0  # the inverses
+        at += of_scales + sum(others)
+    flat, at = recording.memory.upload(whole, purpose="adapter"), 0
+    found = []
+    for matrix, (of_scales, _, *of_parts) in zip(matrices, sizes, strict=True):
+        scales = flat.slice(at, at + matrix.out_features)
+        inverses = flat.slice(at + of_scales, at + of_scales + matrix.out_features)
+        at, powers = at + 2 * of_scales, []
+        for part, size in zip(matrix.parts, of_parts, strict=True):
+            powers.append(flat.slice(at, at + part.out_features + 2))
+            at += size
+        found.append(DoraTensors(scales, inverses, tuple(powers)))
+    return tuple(found)
 
-    def ones(n: int) -> Tensor:
-        return recording.memory.upload(np.ones(n, np.float32), purpose="adapter")
 
-    return DoraTensors(
-        scales=ones(matrix.out_features),
-        inverses=recording.memory.empty((matrix.out_features,), purpose="adapter"),
-        powers=tuple(ones(part.out_features + 2) for part in matrix.parts),
-    )
+def _sizes(matrix: FrozenMatrix) -> list[int]:
+    """Of scales, inverses and each part's powers, in whole bindings of 64 numbers."""
+    width = matrix.out_features
+    return [-(-n // 64) * 64 for n in (width, width, *(p.out_features + 2 for p in matrix.parts))]
 
 
-def row_lengths(program: Program, matrix: FrozenMatrix, lora: LoraFactors, label: str) -> None:
-    """Appends the scales, inverse lengths and powers of a group's adapted rows.
+@dataclass(frozen=True)
+class _Rows:
+    """A part's rows whose lengths are found; those of equal `constants` share a dispatch.
 
-    Args:
-        lora: with its magnitudes and `DoraTensors`.
+    Attributes:
+        words: of the part.
     """
-    dora = lora.dora
+
+    words: Tensor
+    lora: LoraFactors
+    constants: dict[str, Any]
+    flops: int
+
+    @property
+    def stretch(self) -> tuple[int, int]:
+        """Bytes of the adapter's buffer from A's first to the magnitudes' last."""
+        last = self.lora.magnitude
+        assert last is not None
+        return self.lora.a.offset, last.offset + last.n_bytes
+
+
+def row_lengths(program: Program, groups: Sequence[DoraGroup]) -> None:
+    """Appends the scales, inverse lengths and powers of all adapted rows.
+
+    A group's A, B and magnitudes lie in one buffer, in this order; what is written lies in one, of
+    `allocate_lengths`. Matrices of one shape, of many layers, share a dispatch where a device binds
+    them and their rows are short: a GPU does little else while it finds those of one.
+    """
+    alike: dict[str, list[_Rows]] = {}
+    for group in groups:
+        for one in _rows_of(program.recording, group):
+            alike.setdefault(repr(one.constants), []).append(one)
+    for rows in alike.values():
+        for batch in _batches(program.recording, rows):
+            _record(program, batch)
+
+
+def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
+    """Of the parts that have adapted rows."""
+    matrix, lora, dora = group.matrix, group.lora, group.lora.dora
     if dora is None or lora.magnitude is None:
-        raise ValueError(f"{label}: these factors have no magnitudes")
-    check_shape(f"{label} factor", lora.a, None, matrix.in_features)
-    check_shape(f"{label} scales", dora.scales, matrix.out_features)
-    check_f32(label, a=lora.a, b=lora.b, magnitudes=lora.magnitude)
+        raise ValueError("row_lengths: these factors have no magnitudes")
+    check_shape("row_lengths factor", lora.a, None, matrix.in_features)
+    check_shape("row_lengths scales", dora.scales, matrix.out_features)
     for part, powers in zip(matrix.parts, dora.powers, strict=True):
-        check_shape(f"{label} powers", powers, part.out_features + 2)
         members: list[dict[str, Any]] = []
         n_groups = 0
         for member in adapted_members(lora, part):
-            of_member = -(-(member["stop"] - member["start"]) // _ROWS)
             scale = lora.scale * lora.projection_scale(member["low_start"] // lora.rank)
-            members.append(
-                {**member, "scale": scale, "first_group": n_groups, "n_groups": of_member}
-            )
+            of_member = -(-(member["stop"] - member["start"]) // _ROWS)
+            more = {"scale": scale, "first_group": n_groups, "n_groups": of_member}
+            members.append({**member, **more})
             n_groups += of_member
-        if not members:
-            continue
-        constants = {
-            "quantization": part.quantization.name,
-            "columns": matrix.in_features,
-            "row_words": part.words.shape[1],
-            "first_feature": part.first_feature,
-            "rank": lora.rank,
-            "members": members,
-            "lanes": _lanes(program.recording, matrix.in_features),
-        }
-        tensors = [part.words, lora.a, lora.b, lora.magnitude, dora.scales, dora.inverses, powers]
-        flops = 2 * lora.rank * matrix.in_features * part.out_features
-        program.dispatch("dora_lengths", constants, tensors, n_groups, label=label, flops=flops)
+        if members:
+            constants = {
+                "quantization": part.quantization.name,
+                "columns": matrix.in_features,
+                "row_words": part.words.shape[1],
+                "first_feature": part.first_feature,
+                "rank": lora.rank,
+                "members": members,
+                "lanes": _lanes(recording, matrix.in_features),
+                "inverses_at": (dora.inverses.offset - dora.scales.offset) // 4,
+                "powers_at": (powers.offset - dora.scales.offset) // 4,
+            }
+            flops = 2 * lora.rank * matrix.in_features * part.out_features
+            yield _Rows(part.words, lora, constants, flops)
+
+
+def _batches(recording: Recording, rows: Sequence[_Rows]) -> Iterator[Sequence[_Rows]]:
+    """As many as a dispatch takes, of rows that are alike."""
+    facts, most = recording.facts, 1
+    staged = 4 * (_ROWS * rows[0].constants["row_words"] + 4)
+    if not facts.is_cpu and staged <= _MOST_STAGED:
+        most = facts.most_storage_buffers - _OTHER_BUFFERS
+    batch: list[_Rows] = []
+    for one in rows:
+        stretch = max(r.stretch[1] for r in (*batch, one)) - (batch or [one])[0].stretch[0]
+        if len(batch) == most or stretch > facts.max_binding:
+            yield batch
+            batch = []
+        batch.append(one)
+    yield batch
+
+
+def _record(program: Program, batch: Sequence[_Rows]) -> None:
+    memory, staged = program.recording.memory, len(batch) > 1
+    begin, end = batch[0].stretch[0], max(one.stretch[1] for one in batch)
+    first, places = batch[0].lora, []
+    assert first.dora is not None
+    scales = first.dora.scales
+    for one in batch:
+        lora, dora = one.lora, one.lora.dora
+        assert dora is not None and lora.magnitude is not None
+        if lora.a.buffer is not first.a.buffer or lora.a.offset < begin:
+            raise ValueError("row_lengths: the groups' factors lie in no order")
+        at = [(tensor.offset - begin) // 4 for tensor in (lora.a, lora.b, lora.magnitude)]
+        places.append([at[0] // 4, *at[1:], dora.scales.offset // 4])
+    last = max(one.lora.dora.powers[-1].offset + one.lora.dora.powers[-1].n_bytes
+               for one in batch if one.lora.dora is not None)  # fmt: skip
+    program.dispatch(
+        "dora_lengths",
+        {**batch[0].constants, "n_matrices": len(batch), "staged": staged},
+        [
+            *(one.words for one in batch),
+            replace(first.a, shape=((end - begin) // 4,), extent=None),
+            memory.upload(np.array(places, np.uint32), purpose="adapter"),
+            replace(scales, offset=0, shape=(last // 4,)),
+        ],
+        len(batch) * sum(member["n_groups"] for member in batch[0].constants["members"]),
+        label="dora.lengths",
+        flops=sum(one.flops for one in batch),
+    )
 
 
 def _lanes(recording: Recording, columns: int) -> int:

@@ -1,31 +1,44 @@
 {% set block = 4 %}
 // The length of each adapted row of W + s · B · A (Liu et al. 2024, "DoRA"), from the sum itself:
 //   length_j² = Σ_k (W[j, k] + s_g Σ_r B[j, r] · A[g · {{ rank }} + r, k])²
-// inverses[j] = 1 / length_j (0 of a row of zeros), scales[j] = powers[j] = magnitudes[j] · inverses[j].
+// inverse[j] = 1 / length_j (0 of a row of zeros), scale[j] = power[j] = magnitude[j] · inverse[j].
 //
-// Bindings: weights (words of the part, which begins at row {{ first_feature }} of the matrix), A [members · {{ rank }}, {{ columns }}], B [rows of all
-// members, {{ rank }}], magnitudes [rows of all members]; scales and inverses [rows of the matrix], powers [rows of the
-// part + 2], of which others stay as they are. A workgroup has {{ block }} rows of one member; a lane takes eight columns at once,
-// {{ 8 * lanes }} apart, r in order, and the lanes meet in row_sum.
+// Of {{ n_matrices }} matrices of one shape, or parts of them that begin at row {{ first_feature }}. Bindings: weights_i (words of each),
+// factors (a stretch of the adapter), lengths (of all groups), places [matrices]: where A, in vec4s, B and the
+// magnitudes begin in factors, and the scales in lengths; inverses lie {{ inverses_at }} further on, the part's powers {{ powers_at }}.
+// What belongs to no adapted row stays as it is. A workgroup has {{ block }} rows of one member{% if staged %}, whose words it reads first{% endif %}; a lane
+// takes eight columns at once, {{ 8 * lanes }} apart, r in order, and the lanes meet in row_sum.
 
 struct Eight { a: vec4<f32>, b: vec4<f32> }
 
-@group(0) @binding(0) var<storage, read> weights: array<u32>;
-@group(0) @binding(1) var<storage, read> a: array<vec4<f32>>;
-@group(0) @binding(2) var<storage, read> b: array<f32>;
-@group(0) @binding(3) var<storage, read> magnitudes: array<f32>;
-@group(0) @binding(4) var<storage, read_write> scales: array<f32>;
-@group(0) @binding(5) var<storage, read_write> inverses: array<f32>;
-@group(0) @binding(6) var<storage, read_write> powers: array<f32>;
+{% for i in range(n_matrices) %}
+@group(0) @binding({{ i }}) var<storage, read> weights{{ "_%d" % i if staged }}: array<u32>;
+{% endfor %}
+@group(0) @binding({{ n_matrices }}) var<storage, read> factors: array<vec4<f32>>;
+@group(0) @binding({{ n_matrices + 1 }}) var<storage, read> places: array<vec4<u32>>;
+@group(0) @binding({{ n_matrices + 2 }}) var<storage, read_write> lengths: array<f32>;
 
 const columns = {{ columns }}u;
 const row_words = {{ row_words }}u;
+{% if staged %}
+var<workgroup> weights: array<u32, {{ block * row_words + 4 }}>; // of the workgroup's rows, and what an eight may read behind
+
+fn word(matrix: u32, at: u32) -> u32 {
+{% for i in range(1, n_matrices) %}
+    if (matrix == {{ i }}u) { return weights_{{ i }}[at]; }
+{% endfor %}
+    return weights_0[at];
+}
+{% endif %}
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
 {% set sum_type = "vec4<f32>" %}
 {% include "parts/row_sum.wgsl" %}
+{% set n_groups = members[-1].first_group + members[-1].n_groups %}
 
 var<workgroup> coefficients: array<vec4<f32>, {{ rank }}>; // s_g · B, of the workgroup's rows
+
+fn number(at: u32) -> f32 { return factors[at / 4u][at % 4u]; }
 
 @compute @workgroup_size({{ lanes }})
 fn main(
@@ -33,8 +46,11 @@ fn main(
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let index = group.x + group.y * groups.x;
-    if (index >= {{ members[-1].first_group + members[-1].n_groups }}u) { return; }
+    let whole = group.x + group.y * groups.x;
+    let matrix = whole / {{ n_groups }}u;
+    if (matrix >= {{ n_matrices }}u) { return; }
+    let index = whole % {{ n_groups }}u;
+    let place = places[matrix];
     var first = {{ members[0].start }}u + index * {{ block }}u; // of the part's rows
     var stop = {{ members[0].stop }}u;
     var low = {{ members[0].low_start }}u; // of A's rows
@@ -49,23 +65,29 @@ fn main(
         scale = {{ m.scale }};
     }
 {% endfor %}
+    let last = stop - 1u - first; // of the rows that there are
     for (var at = lane; at < {{ block * rank }}u; at += {{ lanes }}u) {
-        let row = min(at / {{ rank }}u, stop - 1u - first);
-        coefficients[at % {{ rank }}u][at / {{ rank }}u] = scale * b[(factor + row) * {{ rank }}u + at % {{ rank }}u];
+        let row = factor + min(at / {{ rank }}u, last);
+        coefficients[at % {{ rank }}u][at / {{ rank }}u] = scale * number(place.y + row * {{ rank }}u + at % {{ rank }}u);
     }
+{% if staged %}
+    for (var at = lane; at < {{ block }}u * row_words; at += {{ lanes }}u) {
+        weights[at] = word(matrix, (first + min(at / row_words, last)) * row_words + at % row_words);
+    }
+{% endif %}
     workgroupBarrier();
     var sum = vec4<f32>();
     for (var column = 8u * lane; column < columns; column += {{ 8 * lanes }}u) {
         let behind = select(0u, 1u, column + 4u < columns); // of four columns that there are
 {% for i in range(block) %}
-        let w_{{ i }} = decode8(min(first + {{ i }}u, stop - 1u), column);
+        let w_{{ i }} = decode8({{ "%du" % i if staged else "first + min(%du, last)" % i }}, column);
         var a_{{ i }} = w_{{ i }}.a;
         var b_{{ i }} = w_{{ i }}.b;
 {% endfor %}
         for (var r = 0u; r < {{ rank }}u; r += 1u) {
-            let at = ((low + r) * columns + column) / 4u;
-            let of_a = a[at];
-            let of_b = a[at + behind];
+            let at = place.x + ((low + r) * columns + column) / 4u;
+            let of_a = factors[at];
+            let of_b = factors[at + behind];
             let c = coefficients[r];
 {% for i in range(block) %}
             a_{{ i }} += c[{{ i }}] * of_a;
@@ -76,11 +98,12 @@ fn main(
         sum += f32(behind) * vec4({% for i in range(block) %}dot(b_{{ i }}, b_{{ i }}){{ ", " if not loop.last }}{% endfor %});
     }
     let squares = row_sum(sum, lane);
-    if (lane >= {{ block }}u || first + lane >= stop) { return; }
+    if (lane >= {{ block }}u || lane > last) { return; }
     let square = squares[lane];
     let inverse = select(0.0, 1.0 / sqrt(square), square > 0.0);
-    let row = first + lane;
-    inverses[{{ first_feature }}u + row] = inverse;
-    scales[{{ first_feature }}u + row] = magnitudes[factor + lane] * inverse;
-    powers[row] = magnitudes[factor + lane] * inverse;
+    let scaled = number(place.z + factor + lane) * inverse;
+    let to = place.w + first + lane;
+    lengths[to + {{ first_feature }}u] = scaled;
+    lengths[to + {{ inverses_at + first_feature }}u] = inverse;
+    lengths[to + {{ powers_at }}u] = scaled;
 }

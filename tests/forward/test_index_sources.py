@@ -67,7 +67,7 @@ SOURCES = {
     "delta_row.wgsl": {"positions": _STEP},
     "delta_walk.wgsl": {"segments": f"{_INPUTS}, {_STEP}", "positions": f"{_INPUTS}, {_STEP}"},
     "delta_walk_backward.wgsl": {"segments": _INPUTS},
-    "dora_lengths.wgsl": {"weights": _WEIGHTS},
+    "dora_lengths.wgsl": {"places": "where tensors of the device lie, by forward/dora.py"},
     "dropout_input_gradient.wgsl": {"row_keys": _KEYS},
     "embedding.wgsl": {"tokens": f"{_INPUTS}, {_STEP}, {_ARGMAX}", "weights": _WEIGHTS},
     "embedding_scatter.wgsl": {"tokens": _INPUTS, "order": _INPUTS},

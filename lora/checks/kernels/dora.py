@@ -11,8 +11,8 @@ from lora.backward.dora import dora_gradient
 from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
 from lora.checks.references.matmul import error_bound
 from lora.checks.tensors import extent_in_use, frozen, normal, rounded, typed, typed_marked
-from lora.forward.dora import dora_tensors, row_lengths, scale_columns
-from lora.forward.model.factors import LoraFactors
+from lora.forward.dora import DoraGroup, allocate_lengths, row_lengths, scale_columns
+from lora.forward.model.factors import DoraTensors, LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
@@ -22,6 +22,22 @@ N_B = 144
 _PLACES = np.r_[0:132, 140:152]  # of the adapted columns
 
 
+def adapter_on(
+    recording: Recording, a: np.ndarray, b: np.ndarray, m: np.ndarray, tensors: DoraTensors
+) -> LoraFactors:
+    """A, B and magnitudes behind each other in one buffer, as in training."""
+    starts = np.cumsum([0, *(-(-values.size // 64) * 64 for values in (a, b, m))])
+    flat = np.zeros(starts[-1], np.float32)
+    for start, values in zip(starts, (a, b, m), strict=False):
+        flat[start : start + values.size] = values.reshape(-1)
+    whole = recording.memory.upload(flat)
+    of_a, of_b, of_m = (
+        whole.slice(int(start), int(start) + values.size).reshape(*values.shape)
+        for start, values in zip(starts, (a, b, m), strict=False)
+    )
+    return LoraFactors(of_a, of_b, RANK, SCALE, RANGES, MEMBER_SCALES, of_m, tensors)
+
+
 def check_dora(recording: Recording, dtype: str) -> Comparison:
     """Lengths to some roundings of what they are summed of; then products and sums."""
     if dtype == "f16":
@@ -29,12 +45,9 @@ def check_dora(recording: Recording, dtype: str) -> Comparison:
     memory, program = recording.memory, Program(recording)
     matrix, w = frozen(recording, GGMLQuantizationType.Q4_0, COLUMNS, WIDTH)
     a, b, m = normal(3, 2 * RANK, WIDTH), normal(4, N_B, RANK), np.abs(normal(5, N_B))
-    tensors = dora_tensors(recording, matrix)
-    lora = LoraFactors(
-        memory.upload(a), memory.upload(b), RANK, SCALE, RANGES, MEMBER_SCALES, memory.upload(m),
-        tensors,
-    )  # fmt: skip
-    row_lengths(program, matrix, lora, "checked")
+    (tensors,) = allocate_lengths(recording, [matrix])
+    lora = adapter_on(recording, a, b, m, tensors)
+    row_lengths(program, [DoraGroup(matrix, lora)])
     extent = extent_in_use(recording, ROWS, IN_USE)
     p, d_y = (rounded(normal(seed, ROWS, COLUMNS), dtype) for seed in (6, 7))
     residual, bias = normal(8, ROWS, COLUMNS), normal(9, COLUMNS)
