@@ -7,7 +7,13 @@ from functools import partial
 
 import numpy as np
 
-from lora.backward.lora import GroupGradients, lora_gradients, lora_project_gradient
+from lora.backward.lora import (
+    SCALED_BUFFERS,
+    GroupGradients,
+    ScaledGradient,
+    plan_gradients,
+    plan_project_gradient,
+)
 from lora.backward.lora_pending import STORAGE_BUFFERS, PendingGradients, gradients_wait
 from lora.checks.comparison import (
     Check,
@@ -56,19 +62,23 @@ N_B, OUT_FEATURES = 144, 160  # rows of B; columns of y, of which not all are ad
 
 
 def factors_on(recording: Recording, a: np.ndarray, b: np.ndarray) -> LoraFactors:
-    """A and B behind each other in one buffer, on multiples of 64 elements, as in training."""
+    """A, B and magnitudes of 0 behind each other in one buffer, on multiples of 64 elements."""
     first = -(-a.size // 64) * 64
-    flat = np.full(first + b.size, MARKER, np.float32)
-    flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
+    last = first + -(-b.size // 64) * 64
+    flat = np.full(last + len(b), MARKER, np.float32)
+    flat[: a.size], flat[first : first + b.size] = a.reshape(-1), b.reshape(-1)
+    flat[last:] = 0.0
     tensor = recording.memory.upload(flat)
     return LoraFactors(
         tensor.slice(0, a.size).reshape(*a.shape),
-        tensor.slice(first, flat.size).reshape(*b.shape),
-        RANK, SCALE, RANGES,
+        tensor.slice(first, first + b.size).reshape(*b.shape),
+        RANK, SCALE, RANGES, magnitude=tensor.slice(last, flat.size),
     )  # fmt: skip
 
 
-def check_matrix(recording: Recording, waiting: bool = False, dropped: float = 0.0) -> Comparison:
+def check_matrix(
+    recording: Recording, waiting: bool = False, dropped: float = 0.0, scaled: bool = False
+) -> Comparison:
     """The same on matrix units."""
     if shape_on(recording.facts) is None:
         raise NotHereError("no matrix units that multiply f16 and add f32")
@@ -76,7 +86,9 @@ def check_matrix(recording: Recording, waiting: bool = False, dropped: float = 0
     on_units = replace(recording, precision="f16", body="matrix")
     if gradient_cut(on_units, (2 * RANK, RANK)) is None:
         raise NotHereError("its matrix units, or its workgroups, are too small")
-    return check_lora(on_units, "f16", waiting, dropped)
+    if scaled and on_units.facts.most_storage_buffers < SCALED_BUFFERS:
+        raise NotHereError(f"a kernel has fewer than {SCALED_BUFFERS} storage buffers")
+    return check_lora(on_units, "f16", waiting, dropped, scaled)
 
 
 def _reference(
@@ -98,11 +110,16 @@ def _reference(
 
 
 def check_lora(
-    recording: Recording, dtype: str, waiting: bool = False, dropped: float = 0.0
+    recording: Recording,
+    dtype: str,
+    waiting: bool = False,
+    dropped: float = 0.0,
+    scaled: bool = False,
 ) -> Comparison:
     """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far.
 
-    With `waiting` d_A and d_B in one dispatch with a d_z; with dropout of this probability.
+    With `waiting` d_A and d_B in one dispatch with a d_z; with dropout of this probability; with
+    columns of d_y `scaled` by powers of two, and the gradient of magnitudes.
 
     On matrix units factors are f16, here numbers that f16 has; in the sums over rows z and d_z are
     rounded to 2^-12, independently: the worst of thousands is off by four standard deviations.
@@ -126,18 +143,32 @@ def check_lora(
     if dropped:
         uniform = recording.memory.constant_uniform(KEYS)
         dropout = GroupDropout(dropped, activation(recording, keys, extent), uniform)
+    columns = np.ones((2, OUT_FEATURES), np.float32)
+    columns_t, p = None, rounded(normal(5, ROWS, OUT_FEATURES), dtype)
+    if scaled:
+        columns = 2.0 ** (np.arange(2 * OUT_FEATURES, dtype=np.float32).reshape(2, -1) % 5 - 2)
+        vectors = [recording.memory.upload(values) for values in columns]
+        columns_t = ScaledGradient(typed(recording, p, dtype, extent), *vectors)
+    scales = None if columns_t is None else columns_t.scales
     lora_project(program, x_t, lora, out=z, dropout=dropout)
-    lora_project_gradient(program, d_y_t, lora, out=d_z)
+    plan_project_gradient(recording, d_y_t, lora, d_z, scales=scales).append(program)
+    group = GroupGradients(x_t, z, d_y_t, d_z, lora, slices, dropout, columns_t)
     if waiting:
-        pending, first = PendingGradients(), d_z
-        pending.add(program, GroupGradients(x_t, z, d_y_t, first, lora, slices, dropout))
+        pending = PendingGradients()
+        pending.add(program, group)
         d_z = typed_marked(recording, "f32", extent, 2 * RANK)
-        pending.project(program, SizedRows(d_y_t, None), lora, d_z)
+        pending.project(program, SizedRows(d_y_t, None), lora, d_z, scales)
         pending.flush(program)
     else:
-        lora_gradients(program, x_t, z, d_y_t, d_z, lora, slices, dropout=dropout)
+        plan_gradients(recording, group).append(program)
     program.run()
     used = slice(0, IN_USE)
+    products = scaled * d_y[used].astype(np.float64) * p[used]
+    d_m, d_m_size = (
+        (columns[1] * values.sum(0))[np.r_[0:132, 140:152]]
+        for values in (products, np.abs(products))
+    )
+    d_y = columns[0] * d_y
     x_size, d_y_size, a_size, b_size = (np.abs(v) for v in (x[used], d_y[used], a, b))
     z_expected, *expected = _reference(x[used], d_y[used], a, b, keys[used], dropped)
     z_size, *sizes = _reference(x_size, d_y_size, a_size, b_size, keys[used], dropped)
@@ -153,7 +184,9 @@ def check_lora(
     z_found, d_z_found = recording.memory.read(z), recording.memory.read(d_z)
     d_a = sum(recording.memory.read(s.a).astype(np.float64) for s in slices)
     d_b = sum(recording.memory.read(s.b).astype(np.float64) for s in slices)
+    d_m_found = sum(recording.memory.read(s.magnitude) for s in slices if s.magnitude)
     return worst(
+        compare(np.asarray(d_m_found), d_m, bound=4 * error_bound(d_m_size, IN_USE) + 1e-30),
         compare(z_found[used], z_expected, bound=z_bound),
         compare(d_z_found[used], expected[0], bound=bounds[0]),
         compare(np.asarray(d_a), expected[1], bound=bounds[1]),
@@ -262,6 +295,10 @@ CHECKS = [
     Check("lora_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}", check_matrix),
     Check("lora_backward_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, waiting=True)),
+    Check("lora_matrix", f"scaled columns, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, scaled=True)),
+    Check("lora_backward_matrix", f"scaled columns, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, waiting=True, scaled=True)),
     Check("lora_matrix", f"dropout, {ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, dropped=0.25)),
     Check("lora_backward_matrix", f"dropout, {ROWS}x{IN_FEATURES} rank {RANK}",
