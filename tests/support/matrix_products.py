@@ -18,7 +18,7 @@ from lora.forward.model.weights import load_matrix
 from lora.forward.part_product import SizedRows
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import MatrixTile, Plan, cut
-from lora.forward.product import Product
+from lora.forward.product import Product, ScaledColumns
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves
@@ -58,6 +58,7 @@ class Case:
         x_type, out_type: under f16; in pairs both are f32.
         dropout: its probability, before each member's A: of the backward.
         sized: whether rows of d_y, of f32, are scaled for their tiles.
+        scaled: whether columns of y are scaled on the way out.
     """
 
     rows: int = 70
@@ -74,6 +75,7 @@ class Case:
     softcap: float | None = None
     dropout: float = 0.0
     sized: bool = False
+    scaled: bool = False
 
     def share(self, d_z: np.ndarray, a: np.ndarray, keys: np.ndarray) -> np.ndarray:
         """What comes through the members' A to d_x [rows, n_in]."""
@@ -123,14 +125,17 @@ def check(recording: Recording, case: Case) -> None:
     lora = LoraFactors(
         recording.memory.upload(a), recording.memory.upload(b), case.rank, SCALE, case.ranges
     )
-    out, d_x = (
+    out, d_x, kept = (
         recording.memory.empty((case.rows, n), case.out_type, extent=extent)
-        for n in (n_out, case.n_in)
+        for n in (n_out, case.n_in, n_out)
     )
+    scales = rng.uniform(0.5, 2, n_out).astype(np.float32)
+    columns = ScaledColumns(recording.memory.upload(scales), kept) if case.scaled else None
     product = Product(
         x_t, matrix, lora=lora if case.ranges else None, z=z_t if case.ranges else None,
         bias=recording.memory.upload(bias) if case.bias else None,
         residual=past_t if case.residual else None, softcap=case.softcap,
+        scaled=columns,
     )  # fmt: skip
     forward, backward = Program(recording), Program(recording)
     matmul(forward, product, out=out)
@@ -153,6 +158,9 @@ def check(recording: Recording, case: Case) -> None:
         expected[:, start:stop] += own @ factor.T
         size[:, start:stop] += np.abs(own) @ np.abs(factor).T
         first += stop - start
+    before = (forward, kept, expected.copy(), size.copy())
+    if case.scaled:
+        expected, size = scales * expected, scales * size
     expected += bias * case.bias
     if case.softcap is not None:
         expected = case.softcap * np.tanh(expected / case.softcap)
@@ -161,7 +169,9 @@ def check(recording: Recording, case: Case) -> None:
     d_expected = rounded(d_y) @ w + case.share(rounded(d_z), rounded(a), keys)
     d_size = np.abs(rounded(d_y)) @ np.abs(w)
     d_size += case.share(np.abs(rounded(d_z)), np.abs(rounded(a)), keys)
-    results = ((forward, out, expected, size), (backward, d_x, d_expected, d_size))
+    results = [(forward, out, expected, size), (backward, d_x, d_expected, d_size)]
+    if case.scaled:
+        results.append(before)
     for program, tensor, wanted, magnitude in results:
         templates = {dispatch.template for dispatch in program.dispatches}
         assert templates - {"matmul_reduce", "largest_of_rows"} == {"matmul_matrix"}
