@@ -67,7 +67,8 @@ class Scratch:
         blocks: by the `sizes` of a block, as the table allocates it.
         d_kept: f32 [rows, 2 · kv_size], of keys and values that other layers take, by their layer.
         d_z: [rows, width], by width: two where gradients wait, since what waits reads one.
-        d_products: [rows, width], by width and type, of products whose columns DoRA scales.
+        d_products: [rows, width], by width and type, of products whose columns DoRA scales, but
+            where the kernels that read them do (`scales_columns`).
         d_head_z: [targets, rank], where the head is adapted.
         d_head_normed: [targets, hidden_size].
     """
