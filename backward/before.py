@@ -32,6 +32,7 @@ class SourceBefore(ABC):
     """
 
     again: Tensor | None = None
+    scales_columns = False
 
     @abstractmethod
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:

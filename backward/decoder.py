@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lora.backward.before import AddBefore, Before
 from lora.backward.blocks import BLOCKS_BACKWARD
-from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.lora import lora_gradients, lora_project_gradient, scales_columns
 from lora.backward.losses import Loss, LossTensors
 from lora.backward.matmul import matmul_backward
 from lora.backward.recorder import (
@@ -32,6 +32,7 @@ from lora.forward.part_product import SizedRows
 from lora.forward.scale_rows import scale_rows
 from lora.forward.sums import sum_into
 from lora.shaders.program import Program
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
 
@@ -109,17 +110,17 @@ def record_head_backward(
         sum_into(program, act.losses, inputs.targets, loss_sum, 0)
         if lowest:
             return
-        asked = _asks_below(shared, model.architecture.n_layers)
+        asked = _asks_below(program.recording, shared, model.architecture.n_layers)
         picked_rmsnorm_backward(
             program, act.picked, model.output_norm, scratch.d_head_normed, inputs.target_slots,
             scratch.stream.write(asked=asked),
         )  # fmt: skip
 
 
-def _asks(shared: BackwardPass, layer: int, block: BlockSpec) -> bool:
+def _asks(recording: Recording, shared: BackwardPass, layer: int, block: BlockSpec) -> bool:
     """Whether a block's last product reads the stream's gradient as it is, and may want its sizes.
 
-    Not behind a post norm, nor where DoRA scales its columns first.
+    Not behind a post norm, nor where DoRA scales its columns in a kernel of its own.
     """
     weights = shared.model.layers[layer]
     norm = weights.post_feed_forward_norm
@@ -127,15 +128,17 @@ def _asks(shared: BackwardPass, layer: int, block: BlockSpec) -> bool:
         mixer = block is weights.spec.mixer
         norm = weights.post_mixer_norm if mixer else weights.post_per_layer_norm
     lora = shared.factors.get((layer, block.matrices[-1].group))
-    return norm is None and (lora is None or lora.dora is None)
+    if lora is None or lora.dora is None:
+        return norm is None
+    return norm is None and scales_columns(recording, shared.inputs.rows.maximum, lora)
 
 
-def _asks_below(shared: BackwardPass, layer: int) -> bool:
+def _asks_below(recording: Recording, shared: BackwardPass, layer: int) -> bool:
     """The same of the last block of the layer below one, or below the head (n_layers)."""
     if layer == 0:
         return False
     below = shared.model.layers[layer - 1]
-    return below.output_scale is None and _asks(shared, layer - 1, below.spec.blocks[-1])
+    return below.output_scale is None and _asks(recording, shared, layer - 1, below.spec.blocks[-1])
 
 
 def _before(x: Tensor, norm: Norm | None, stream: StreamGradient, asked: bool) -> Before:
@@ -214,7 +217,7 @@ def _record_blocks_backward(
         if not record(recorder, spec.per_layer, act.per_layer, source, d_output, before):
             return
     d_output = below_norm(act.feed_forward_output, weights.post_feed_forward_norm)
-    asked = _asks(shared, layer, spec.mixer)
+    asked = _asks(program.recording, shared, layer, spec.mixer)
     before = _before(act.middle, weights.feed_forward_norm, stream, asked)
     record = BLOCKS_BACKWARD[type(spec.feed_forward)].record
     if not record(
@@ -227,6 +230,7 @@ def _record_blocks_backward(
     ):
         return
     d_output = below_norm(act.mixer_output, weights.post_mixer_norm)
-    before = _before(x, weights.mixer_norm, stream, _asks_below(shared, layer))
+    asked = _asks_below(program.recording, shared, layer)
+    before = _before(x, weights.mixer_norm, stream, asked)
     record = BLOCKS_BACKWARD[type(spec.mixer)].record
     record(recorder, spec.mixer, act.mixer, act.normed or x, d_output, before)

@@ -12,16 +12,23 @@ from typing import Any
 
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora import Operands, Projection, plan_projection
-from lora.forward.lora_matrix import gradient_cut
+from lora.forward.lora_matrix import gradient_cut, projection_cut
 from lora.forward.model.factors import LoraFactors
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
+from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Planned, Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-# With the four inputs, and the keys of dropout's rows, the eight storage buffers that every device
-# binds.
-MAX_SLICES, MAX_SLICES_WITH_DROPOUT = 4, 3
+# With the four inputs the eight storage buffers that every device binds.
+MAX_SLICES = 4
+# Of the kernels that take columns as DoRA scales them: with the product, its scales and lengths.
+SCALED_BUFFERS = 12
+
+
+def most_slices(facts: DeviceFacts, dropout: bool) -> int:
+    """Slices of the gradients that a device can bind: with dropout, whose keys are one more."""
+    return MAX_SLICES - (dropout and facts.most_storage_buffers <= 2 * MAX_SLICES)
 
 
 @dataclass(frozen=True)
@@ -77,8 +84,13 @@ def plan_project_gradient(
     lora: LoraFactors,
     out: Tensor,
     largest: Tensor | None = None,
+    scales: Tensor | None = None,
 ) -> Planned:
-    """What `lora_project_gradient` appends."""
+    """What `lora_project_gradient` appends; with `scales` of d_y's columns d_z of their products.
+
+    Args:
+        scales: f32 [columns of d_y], where `scales_columns` says so; None for ones.
+    """
     _check_factors(lora)
     _check_output_columns(d_y, lora)
     check_shape("lora_project_gradient output", out, d_y.shape[0], lora.n_members * lora.rank)
@@ -88,7 +100,7 @@ def plan_project_gradient(
     ]
     return plan_projection(
         recording,
-        Operands(d_y, lora.b, out, largest=largest),
+        Operands(d_y, lora.b, out, largest=largest, scales=scales),
         members,
         transposed=True,
         scale=lora.scale,
@@ -97,8 +109,44 @@ def plan_project_gradient(
 
 
 @dataclass(frozen=True)
+class ScaledGradient:
+    """Where d_y is the gradient to columns that DoRA has scaled: y = scales ∘ p.
+
+    Attributes:
+        p: [rows, columns of d_y], f32 or f16.
+        scales, inverses: f32 [columns], see `DoraTensors`.
+    """
+
+    p: Tensor
+    scales: Tensor
+    inverses: Tensor
+
+
+def scales_columns(recording: Recording, rows: int, lora: LoraFactors) -> bool:
+    """Whether the low-rank kernels take such a gradient as it is, with a group's magnitudes.
+
+    On matrix units, where a device binds what that takes. Elsewhere `dora_gradient` comes first.
+
+    Args:
+        rows: recorded rows.
+    """
+    shorts = lora.n_members * lora.rank, lora.rank
+    cut, facts = gradient_cut(recording, shorts), recording.facts
+    projects = projection_cut(recording, rows, lora.rank, lora.n_members, transposed=True)
+    if cut is None or projects is None or facts.most_storage_buffers < SCALED_BUFFERS:
+        return False
+    lanes = cut["long"] // cut["n"] * cut["subgroup_lanes"]
+    # A lane keeps to its columns, and what they come to fits into the tiles.
+    return lanes % (cut["long"] // 8) == 0 and 2 * lanes <= cut["tiles"]
+
+
+@dataclass(frozen=True)
 class GroupGradients:
-    """The gradients of one group's factors; attributes as the arguments of `lora_gradients`."""
+    """The gradients of one group's factors; attributes as the arguments of `lora_gradients`.
+
+    Attributes:
+        scaled: where d_y is not the products' gradient yet, and gradients have magnitudes.
+    """
 
     x: Tensor
     z: Tensor
@@ -107,6 +155,7 @@ class GroupGradients:
     lora: LoraFactors
     gradients: Sequence[LoraFactors]
     dropout: GroupDropout | None = None
+    scaled: ScaledGradient | None = None
 
 
 def lora_gradients(
@@ -130,7 +179,7 @@ def lora_gradients(
         lora: the factors.
         gradients: their gradients, one of each slice (one to four): stretch s of the rows is
             added to slice s. In each, B lies behind A in one buffer, as far as in the others.
-            With dropout three at most.
+            How many: `most_slices`.
         dropout: of x before each member's A, as in the forward.
     """
     of_group = GroupGradients(x, z, d_y, d_z, lora, gradients, dropout)
@@ -153,7 +202,7 @@ def plan_gradients(
     check_shape("lora_gradients x", x, d_y.shape[0], lora.a.shape[1])
     for name, tensor in (("z", z), ("d_z", d_z)):
         check_shape(f"lora_gradients {name}", tensor, d_y.shape[0], lora.n_members * lora.rank)
-    most = MAX_SLICES if dropout is None else MAX_SLICES_WITH_DROPOUT
+    most = most_slices(recording.facts, dropout is not None)
     if not 1 <= len(gradients) <= most:
         raise ValueError(f"lora_gradients: {len(gradients)} slices, expected 1 to {most}")
     if dropout is not None:
@@ -161,7 +210,8 @@ def plan_gradients(
     for gradient in gradients:
         check_shape("gradient of A", gradient.a, *lora.a.shape)
         check_shape("gradient of B", gradient.b, *lora.b.shape)
-    whole = [_behind_each_other(gradient) for gradient in gradients]
+    scaled = group.scaled
+    whole = [_behind_each_other(gradient, scaled is not None) for gradient in gradients]
     b_start = gradients[0].b.offset - gradients[0].a.offset
     if any(g.b.offset - g.a.offset != b_start for g in gradients):
         raise ValueError("lora_gradients: B lies elsewhere behind A in another slice")
@@ -172,17 +222,35 @@ def plan_gradients(
     ]
     flops = 2 * extent.maximum * (lora.a.size + lora.b.size)
     tensors = [extent.uniform, x, z, d_y, d_z, *whole]
-    cut = gradient_cut(recording, (lora.a.shape[0], lora.rank))
-    if cut is not None and dropout is None:
-        of_units = _matrix_parts(x, d_y, lora, members, b_start // 16, cut["long"])
+    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
+    masks = None if dropout is None else dropout.constants
+    cut = gradient_cut(recording, (lora.a.shape[0] if dropout is None else lora.rank, lora.rank))
+    if cut is not None:
+        of_units = [
+            _matrix_a(x, lora, dropout, cut["long"]),
+            _matrix_b(d_y, lora, members, b_start // 16, cut["long"]),
+        ]
+        p_type = None
+        if scaled is not None:
+            check_shape("lora_gradients p", scaled.p, *d_y.shape)
+            p_type, of_units[1]["magnitudes"] = scaled.p.dtype, _magnitudes_at(gradients)
+            keys += [scaled.p, scaled.scales, scaled.inverses]
         return Planned(
             "lora_gradient_matrix",
-            {"n_slices": len(gradients), "parts": of_units, **cut},
-            tensors,
+            {
+                "n_slices": len(gradients),
+                "parts": of_units,
+                "dropout": masks,
+                "p_type": p_type,
+                **cut,
+            },
+            [*tensors, *keys],
             (sum(part["n_groups"] for part in of_units), 1, len(gradients)),
             "lora_gradients",
             flops,
         )
+    if scaled is not None:
+        raise ValueError("lora_gradients: scaled columns are for matrix units")
     if tuning is None:
         tuning = CPU_TUNING if recording.facts.is_cpu else GPU_TUNING
     # Of A's rows each member's see another mask, so that no block may have rows of two.
@@ -211,7 +279,6 @@ def plan_gradients(
     block_bytes = 4 * max(part["lane_left"] * part["lane_right"] for part in parts)
     while splits > 1 and tuning.blocks * splits * block_bytes > recording.facts.workgroup_memory:
         splits //= 2
-    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     return Planned(
         "lora_gradient",
         {
@@ -223,7 +290,7 @@ def plan_gradients(
             "d_y_type": d_y.dtype,
             "parts": parts,
             "rank": lora.rank if dropout is not None else 0,
-            "dropout": None if dropout is None else dropout.constants,
+            "dropout": masks,
         },
         [*tensors, *keys],
         (sum(part["n_groups"] for part in parts), 1, len(gradients)),
@@ -232,10 +299,34 @@ def plan_gradients(
     )
 
 
-def _matrix_parts(
-    x: Tensor, d_y: Tensor, lora: LoraFactors, members: Sequence[_Member], b_start: int, long: int
-) -> list[dict[str, Any]]:
-    """Sizes of d_A and d_B for lora_gradient_matrix.wgsl, `long` elements a workgroup."""
+def _matrix_a(
+    x: Tensor, lora: LoraFactors, dropout: GroupDropout | None, long: int
+) -> dict[str, Any]:
+    """Sizes of d_A for lora_gradient_matrix.wgsl, `long` elements a workgroup.
+
+    All members are one, but where each sees another mask.
+    """
+    width, in_features = lora.a.shape
+    groups, apart = -(-in_features // long), lora.n_members if dropout is not None else 1
+    members = [
+        {
+            "first_group": g * groups, "start": 0, "stop": in_features, "shift": 0,
+            "short_column": g * lora.rank,
+        }
+        for g in range(apart)
+    ]  # fmt: skip
+    return {  # d_z carries the scale already
+        "short": width // apart, "short_name": "d_z", "short_stride": width,
+        "n_long": in_features, "long_name": "x", "long_stride": x.shape[1], "long_type": x.dtype,
+        "members": members, "n_groups": apart * groups,
+        "scale": 1.0 if dropout is None else dropout.scale, "start": 0,
+    }  # fmt: skip
+
+
+def _matrix_b(
+    d_y: Tensor, lora: LoraFactors, members: Sequence[_Member], b_start: int, long: int
+) -> dict[str, Any]:
+    """The same of d_B, from vec4 `b_start` of a slice on."""
     of_b, groups = [], 0
     for member, (start, stop) in zip(members, lora.ranges, strict=True):
         of_b.append(
@@ -248,30 +339,33 @@ def _matrix_parts(
             }
         )
         groups += -(-(stop - start) // long)
-    width, in_features = lora.a.shape
-    whole = {"first_group": 0, "start": 0, "stop": in_features, "shift": 0, "short_column": 0}
-    return [
-        {
-            "short": width, "short_name": "d_z", "short_stride": width,
-            "n_long": in_features, "long_name": "x", "long_stride": x.shape[1],
-            "long_type": x.dtype, "members": [whole], "n_groups": -(-in_features // long),
-            "scale": 1.0, "start": 0,
-        },
-        {
-            "short": lora.rank, "short_name": "z", "short_stride": width,
-            "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
-            "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
-            "scale": lora.scale, "start": b_start,
-        },
-    ]  # fmt: skip
+    return {
+        "short": lora.rank, "short_name": "z", "short_stride": lora.a.shape[0],
+        "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
+        "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
+        "scale": lora.scale, "start": b_start,
+    }  # fmt: skip
 
 
-def _behind_each_other(factors: LoraFactors) -> Tensor:
-    """The range of the buffer from A's first element to B's last: one binding instead of two."""
+def _magnitudes_at(gradients: Sequence[LoraFactors]) -> int:
+    """The vec4 of a slice's binding where the magnitudes begin."""
+    places = [m.offset - g.a.offset for g in gradients if (m := g.magnitude) is not None]
+    if len(places) != len(gradients) or len({*places}) != 1:
+        raise ValueError("lora_gradients: magnitudes lie elsewhere behind A in another slice")
+    return places[0] // 16
+
+
+def _behind_each_other(factors: LoraFactors, magnitudes: bool) -> Tensor:
+    """A slice's buffer from A's first element to B's last, or the magnitudes': one binding."""
     a, b = factors.a, factors.b
     if a.buffer is not b.buffer or b.offset < a.offset + a.n_bytes:
         raise ValueError("lora_gradients: the gradient of B does not lie behind that of A")
-    return replace(a, shape=((b.offset - a.offset) // 4 + b.size,))
+    last = b
+    if magnitudes and factors.magnitude is not None:
+        last = factors.magnitude
+        if last.buffer is not a.buffer or last.offset < b.offset + b.n_bytes:
+            raise ValueError("lora_gradients: that of the magnitudes does not lie behind B's")
+    return replace(a, shape=((last.offset - a.offset) // 4 + last.size,))
 
 
 def _check_factors(lora: LoraFactors) -> None:

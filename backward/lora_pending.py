@@ -47,9 +47,18 @@ class PendingGradients:
         waiting = self._waiting
         return next(t for t in tensors if waiting is None or t is not waiting.d_z)
 
-    def project(self, program: Program, d_y: SizedRows, lora: LoraFactors, out: Tensor) -> None:
-        """Appends d_z of a group (`lora_project_gradient`), and the gradients that wait."""
-        projection = plan_project_gradient(program.recording, d_y.rows, lora, out, d_y.largest)
+    def project(
+        self,
+        program: Program,
+        d_y: SizedRows,
+        lora: LoraFactors,
+        out: Tensor,
+        scales: Tensor | None = None,
+    ) -> None:
+        """Appends d_z of a group (`plan_project_gradient`), and the gradients that wait."""
+        projection = plan_project_gradient(
+            program.recording, d_y.rows, lora, out, d_y.largest, scales
+        )
         if self._waiting is not None:
             rows = extent_of(self._waiting.d_y)
             both = None
@@ -110,7 +119,8 @@ def _merged(recording: Recording, group: GroupGradients, projection: Planned) ->
     if grid[0] > MAX_WORKGROUPS:
         return None
     tensors = [*gradients.tensors, *projection.tensors[1:]]
-    if len(tensors) - 1 > recording.facts.most_storage_buffers:  # the extent is a uniform
+    uniforms = 1 if group.dropout is None else 2  # the extent, and keys of matrices
+    if len(tensors) - uniforms > recording.facts.most_storage_buffers:
         return None
     more |= {"lanes": lanes, "gradient_groups": n_groups, "projection": of_z}
     return Planned(

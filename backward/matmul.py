@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lora.forward.dropout import GroupDropout
 from lora.forward.matmul_bodies import record_product
 from lora.forward.matmul_matrix import takes_blocks
 from lora.forward.model.factors import LoraFactors
@@ -20,13 +21,21 @@ class Accumulate:
     """Where x was a stream that others read too: d_x is added to what `out` holds."""
 
 
+@dataclass(frozen=True)
+class Dropped:
+    """d_z where dropout was before A: of each member's share of d_x counts what its mask leaves."""
+
+    d_z: Tensor
+    dropout: GroupDropout
+
+
 def matmul_backward(
     program: Program,
     d_y: Tensor | SizedRows | InBlocks,
     matrix: FrozenMatrix,
     *,
     lora: LoraFactors | None = None,
-    d_z: Tensor | None = None,
+    d_z: Tensor | Dropped | None = None,
     out: Tensor | None = None,
     before: Follower | Accumulate | None = None,
     label: str = "matmul_backward",
@@ -38,13 +47,16 @@ def matmul_backward(
             blocks where `takes_blocks` says so.
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
-        d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`.
+        d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`; with the
+            dropout of x before each member's A where `takes_dropout` says so.
         out: where to write; a new tensor by default.
         before: what gave x: its backward is appended too, and d_x may then stay unwritten; to
             `Accumulate` d_x is added.
     """
     then = None if isinstance(before, Accumulate) else before
-    block, largest = 0, None
+    block, largest, dropout = 0, None, None
+    if isinstance(d_z, Dropped):
+        dropout, d_z = d_z.dropout, d_z.d_z
     if isinstance(d_y, SizedRows):
         largest, d_y = d_y.largest, d_y.rows
     elif isinstance(d_y, InBlocks):
@@ -74,6 +86,7 @@ def matmul_backward(
             epilogue="accumulate" if index or isinstance(before, Accumulate) else "write",
             x_largest=largest,
             x_block=block,
+            dropout=dropout if index == 0 and low_rank else None,
         )
         record_product(program, one, then if whole else None, label)
     if then is not None and not whole:

@@ -9,16 +9,17 @@ from typing import Any
 from lora.backward.before import AddBefore, Before, SourceBefore
 from lora.backward.dora import dora_gradient
 from lora.backward.dropout import dropout_input_gradient
-from lora.backward.lora import GroupGradients
+from lora.backward.lora import GroupGradients, ScaledGradient, scales_columns
 from lora.backward.lora_pending import PendingGradients
-from lora.backward.matmul import Accumulate, matmul_backward
+from lora.backward.matmul import Accumulate, Dropped, matmul_backward
 from lora.forward.cross_entropy import Criterion
 from lora.forward.dropout import Dropout, GroupDropout
+from lora.forward.matmul_matrix import takes_dropout
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import Factors, LoraFactors
 from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
-from lora.forward.model.weights import FrozenMatrix
+from lora.forward.model.weights import FrozenMatrix, with_powers
 from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
@@ -66,7 +67,8 @@ class Scratch:
         blocks: by the `sizes` of a block, as the table allocates it.
         d_kept: f32 [rows, 2 · kv_size], of keys and values that other layers take, by their layer.
         d_z: [rows, width], by width: two where gradients wait, since what waits reads one.
-        d_products: [rows, width], by width and type, of products whose columns DoRA scales.
+        d_products: [rows, width], by width and type, of products whose columns DoRA scales, but
+            where the kernels that read them do (`scales_columns`).
         d_head_z: [targets, rank], where the head is adapted.
         d_head_normed: [targets, hidden_size].
     """
@@ -121,7 +123,8 @@ class InputGradient:
         d_y: [rows, out_features], see `matmul_backward`.
         lora, d_z: the factors and the gradient to their z; None where it is not adapted.
         dropout: before the factors: what comes through them then has masks of its own, member by
-            member, so that it is no part of the product's contraction.
+            member. On matrix units the product takes it all the same; elsewhere it is written
+            before, and no part of the contraction.
     """
 
     d_y: Tensor | SizedRows
@@ -134,15 +137,16 @@ class InputGradient:
         self, program: Program, out: Tensor, before: SourceBefore | Accumulate | None, label: str
     ) -> None:
         """Appends it; `out` and `before` as of `matmul_backward`."""
-        lora, d_z = self.lora, self.d_z
-        if self.dropout is None or lora is None or d_z is None:
+        lora, d_z, dropout = self.lora, self.d_z, self.dropout
+        if dropout is None or lora is None or d_z is None or takes_dropout(program.recording):
+            masked = d_z if dropout is None or d_z is None else Dropped(d_z, dropout)
             matmul_backward(
-                program, self.d_y, self.matrix, lora=lora, d_z=d_z, out=out, before=before,
+                program, self.d_y, self.matrix, lora=lora, d_z=masked, out=out, before=before,
                 label=label,
             )  # fmt: skip
             return
         accumulates = isinstance(before, Accumulate)
-        dropout_input_gradient(program, d_z, lora, self.dropout, out=out, accumulate=accumulates)
+        dropout_input_gradient(program, d_z, lora, dropout, out=out, accumulate=accumulates)
         matmul_backward(program, self.d_y, self.matrix, out=out, before=Accumulate(), label=label)
         if isinstance(before, SourceBefore):
             before.record(program, out)
@@ -205,18 +209,22 @@ class BackwardRecorder:
         dropout: GroupDropout | None = None
         largest = d_y.largest if isinstance(d_y, SizedRows) else None
         d_y = d_y.rows if isinstance(d_y, SizedRows) else d_y
+        matrix, scaled = self.weights.matrices[group], None
         if lora is not None and lora.dora is not None:
-            scaled = self.shared.scratch.d_products[d_y.shape[1], d_y.dtype]
-            d_magnitudes = self.shared.gradients[self.layer, group][0].magnitude
-            assert d_magnitudes is not None  # one layout has both
-            dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
-            d_y, largest = scaled, None
+            rows = d_y.shape[0]
+            if scales_columns(self.program.recording, rows, lora):
+                dora = lora.dora
+                scaled = ScaledGradient(self.products[group], dora.scales, dora.inverses)
+                matrix = with_powers(matrix, dora.powers)
+            else:
+                d_y, largest = self._scaled(group, d_y, lora), None
         # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
         if largest is None:
             largest = row_scales(self.program, d_y, N_OTHERS, f"{group}_backward")
         if lora is not None:
             d_z = pending.free(self.shared.scratch.d_z[lora.n_members * lora.rank])
-            pending.project(self.program, SizedRows(d_y, largest), lora, d_z)
+            scales = None if scaled is None else scaled.scales
+            pending.project(self.program, SizedRows(d_y, largest), lora, d_z, scales)
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
             if self.shares and isinstance(before, SourceBefore):
@@ -225,7 +233,7 @@ class BackwardRecorder:
             pending.flush(self.program)
         if wanted:
             sized = SizedRows(d_y, largest)
-            product = InputGradient(sized, self.weights.matrices[group], lora, d_z, dropout)
+            product = InputGradient(sized, matrix, lora, d_z, dropout)
             if isinstance(before, AddBefore):
                 product.record(self.program, before.out, Accumulate(), f"{group}_backward")
             else:
@@ -234,7 +242,17 @@ class BackwardRecorder:
             before.repeat(self.program, source)
         if lora is not None and z is not None and d_z is not None:
             slices = self.shared.gradients[self.layer, group]
-            pending.add(self.program, GroupGradients(source, z, d_y, d_z, lora, slices, dropout))
-            if lora.dora is not None:  # its d_y is the next group's scratch
+            pending.add(
+                self.program, GroupGradients(source, z, d_y, d_z, lora, slices, dropout, scaled)
+            )
+            if lora.dora is not None and scaled is None:  # its d_y is the next group's scratch
                 pending.flush(self.program)
         return wanted
+
+    def _scaled(self, group: str, d_y: Tensor, lora: LoraFactors) -> Tensor:
+        """Appends the gradients of magnitudes, and to the product whose columns they scale."""
+        scaled = self.shared.scratch.d_products[d_y.shape[1], d_y.dtype]
+        d_magnitudes = self.shared.gradients[self.layer, group][0].magnitude
+        assert d_magnitudes is not None  # one layout has both
+        dora_gradient(self.program, d_y, self.products[group], lora, d_magnitudes, scaled)
+        return scaled

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from lora.backward.blocks import BLOCKS_BACKWARD
+from lora.backward.lora import scales_columns
 from lora.backward.lora_pending import gradients_wait
 from lora.backward.recorder import N_OTHERS, Scratch, StreamGradient
 from lora.forward.matmul_paired import scales_rows
@@ -31,7 +32,7 @@ def allocate_scratch(
     widths = {
         model.layers[layer].matrices[group].out_features
         for (layer, group), lora in factors.items()
-        if lora.magnitude is not None
+        if lora.magnitude is not None and not scales_columns(recording, rows.maximum, lora)
     }
     blocks = {b.sizes: b for spec in a.layers for b in spec.blocks}
     lowest = min((layer for layer, _ in factors), default=a.n_layers)

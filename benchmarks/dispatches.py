@@ -6,7 +6,8 @@ the tiles that the model of a product's time chooses:
     python benchmarks/dispatches.py --runs SmolLM2-135M:1x128,1x512,4x512 Llama-1.2B:1x128
 
 `--layer 5` lists what one layer is made of, in order; `--plans` the products with their plans;
-`--storage-buffers 8` records as a device that binds no more does, where no gradients wait.
+`--storage-buffers 8` records as a device that binds no more does, where no gradients wait;
+`--option dora` with one of benchmarks/options.py's.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.options import OPTIONS, with_option
 from benchmarks.synthetic import write_models
 from lora.forward.plans.matmul_plans import plan_of
 from lora.shaders.facts import DeviceFacts
@@ -51,7 +53,13 @@ H200 = DeviceFacts(
 
 
 def plan_run(
-    facts: DeviceFacts, path: Path, name: str, size: str, precision: str, recompute: str
+    facts: DeviceFacts,
+    path: Path,
+    name: str,
+    size: str,
+    precision: str,
+    recompute: str,
+    option: str = "none",
 ) -> SessionPlan:
     """A step of LoRA on all linear layers, rank 16, as a device records it."""
     batch_size, length = (int(n) for n in size.split("x"))
@@ -60,12 +68,16 @@ def plan_run(
         recompute=recompute,
     )  # fmt: skip
     sequences = random_sequences(SHAPES[name].vocab_size, batch_size, length)
+    config = with_option(config, option)
     return SessionPlan.of(facts, Workload.open(config, train=True, examples=as_examples(sequences)))
 
 
 def dispatches_of(plan: SessionPlan) -> list[Dispatch]:
     """Those of a step of one micro-batch, in order."""
-    return [dispatch for program in plan.programs.step for dispatch in program.dispatches]
+    training = plan.programs.training
+    assert training is not None
+    programs = training.begin, *plan.programs.step
+    return [dispatch for program in programs for dispatch in program.dispatches]
 
 
 def counts(dispatches: Sequence[Dispatch]) -> Counter[str]:
@@ -105,6 +117,7 @@ def main() -> None:
     parser.add_argument("--layer", type=int, help="list the dispatches of this layer")
     parser.add_argument("--kernels", action="store_true", help="count them by kernel")
     parser.add_argument("--plans", action="store_true", help="list the products and their plans")
+    parser.add_argument("--option", default="none", choices=OPTIONS)
     parser.add_argument("--storage-buffers", type=int, default=H200.most_storage_buffers)
     args = parser.parse_args()
     facts = replace(H200, most_storage_buffers=args.storage_buffers)
@@ -118,8 +131,9 @@ def main() -> None:
             for size in sizes.split(","):
                 for precision in args.precision:
                     plan = plan_run(
-                        facts, folder / name / "model.gguf", name, size, precision, args.recompute
-                    )
+                        facts, folder / name / "model.gguf", name, size, precision, args.recompute,
+                        args.option,
+                    )  # fmt: skip
                     found = dispatches_of(plan)
                     memory = sum(plan.allocated.values()) / 2**20
                     print(

@@ -1,12 +1,13 @@
 """What options of the adapter and of training cost: steps with each beside steps without, in turns.
 
 Models are synthetic ones (benchmarks/synthetic.py). Every option has a session of its own on one
-device, all are open at once, and rounds of steps alternate between them, so that a clock that
-changes meets all alike. Printed: the median time of a step, its ratio to that without options, and
-what the optimizer keeps.
+device, all are open at once, and rounds of steps alternate between them, each beginning with
+another, so that a clock that changes meets all alike. Steps are not waited for, as in training
+(`running_time`), and the first round, in which a GPU reaches its clock, does not count. Printed:
+the median time of a step, its ratio to that without options, and what the optimizer keeps.
 
     python benchmarks/options.py --shapes SmolLM2-135M:1x512 Llama-1.2B:4x512 --precision f16
-    python benchmarks/options.py --shapes tiny:1x64 --steps 4 --rounds 2
+    python benchmarks/options.py --shapes tiny:1x64 --seconds 0.1 --rounds 2
 """
 
 from __future__ import annotations
@@ -16,13 +17,12 @@ import json
 import statistics
 import sys
 import tempfile
-import time
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.sessions import Case, describe, markdown_table, shake_adapter
+from benchmarks.sessions import Case, describe, markdown_table, running_time, shake_adapter
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft import parse_shapes
 from lora.config.schema import Config
@@ -45,6 +45,9 @@ OPTIONS: dict[str, dict[str, dict[str, Any]]] = {
 }
 
 
+_BATCHES = 8  # of tokens of their own, that steps take in turns
+
+
 def with_option(config: Config, name: str) -> Config:
     """A config with one of OPTIONS."""
     values = config.model_dump()
@@ -53,19 +56,10 @@ def with_option(config: Config, name: str) -> Config:
     return Config.model_validate(values)
 
 
-def timed(session: TrainingSession, batches: list[Any]) -> float:
-    """Seconds a step, the host running ahead as in training."""
-    begin = time.perf_counter()
-    for batch in batches:
-        session.step(batch)
-    session.finished_steps(wait=True)
-    return (time.perf_counter() - begin) / len(batches)
-
-
 def measure(model: Path, name: str, case: Case, options: argparse.Namespace) -> dict[str, Any]:
     """Times all options on one model and shape."""
     config = run_config(
-        model, batch_size=case.batch_size, length=case.length, steps=case.warm_up + case.steps,
+        model, batch_size=case.batch_size, length=case.length, steps=case.steps,
         precision=options.precision, recompute=options.recompute,
     )  # fmt: skip
     examples = as_examples(case.data(name))
@@ -81,12 +75,13 @@ def measure(model: Path, name: str, case: Case, options: argparse.Namespace) -> 
             moments = device.allocated["optimizer"] - before
             found[option] = {"optimizer_bytes": moments, "seconds": []}
         streams = {option: list(session.stream or ()) for option, session in sessions.items()}
-        for option, session in sessions.items():
-            timed(session, streams[option][: case.warm_up])
-        for _ in range(options.rounds):
-            for option, session in sessions.items():
-                batches = streams[option][case.warm_up :]
-                found[option]["seconds"].append(timed(session, batches))
+        order = list(sessions)
+        for turn in range(1 + options.rounds):
+            for option in order:
+                taken = running_time(sessions[option], streams[option], options.seconds)
+                if turn > 0:
+                    found[option]["seconds"].append(taken)
+            order = [*order[1:], order[0]]
         for session in sessions.values():
             session.close()
         found["device"] = describe(device)
@@ -119,14 +114,14 @@ def main() -> None:
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=OPTIONS)
     parser.add_argument("--precision", default="f32", choices=("f32", "f16"))
     parser.add_argument("--recompute", default="off", choices=("on", "off"))
-    parser.add_argument("--steps", type=int, default=12, help="of a round")
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=0.3, help="of an option in a round")
+    parser.add_argument("--rounds", type=int, default=7, help="that count")
     parser.add_argument("--output", type=Path, help="a JSON file for all that was measured")
     # fmt: on
     options = parser.parse_args()
     options.options = list(dict.fromkeys(["none", *options.options]))
     every = {}
-    cases = parse_shapes(options.shapes, options.steps)
+    cases = parse_shapes(options.shapes, _BATCHES)
     with tempfile.TemporaryDirectory() as folder:
         paths = write_models(Path(folder), cases)
         for name, of_model in cases.items():

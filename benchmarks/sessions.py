@@ -17,6 +17,7 @@ from tests.support.synthetic_models import SHAPES
 from tests.support.synthetic_runs import random_sequences
 
 _WARM_SECONDS, _TIMED_SECONDS = 0.5, 1.0
+_AHEAD = 4  # steps that have ended before a run of steps is timed: readbacks are three late at most
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,27 @@ def step_times(step: Callable[[int], None], n_batches: int, least: int) -> list[
         step(next(numbers))
         times.append(time.perf_counter() - start)
     return times
+
+
+def running_time(session: TrainingSession, batches: Sequence[Any], seconds: float) -> float:
+    """Seconds a step, as training takes steps: none is waited for, and results come late.
+
+    Counted between arrivals of results, from when the host is ahead of the device.
+
+    Args:
+        session: takes a step on each of these, again and again.
+        batches: of a step each.
+        seconds: that this takes at least.
+    """
+    arrivals: list[float] = []
+    for batch in itertools.cycle(batches):
+        session.step(batch)
+        found = session.finished_steps()
+        arrivals += [time.perf_counter()] * len(found)
+        if len(arrivals) > 2 * _AHEAD and arrivals[-1] - arrivals[_AHEAD] >= seconds:
+            break
+    session.finished_steps(wait=True)
+    return (arrivals[-1] - arrivals[_AHEAD]) / (len(arrivals) - 1 - _AHEAD)
 
 
 def shake_adapter(session: TrainingSession) -> None:

@@ -1,26 +1,31 @@
 """DoRA (Liu et al. 2024, "DoRA: Weight-Decomposed Low-Rank Adaptation"), as PEFT trains it.
 
 y = c ∘ (x · Wᵀ + s · z · Bᵀ) + bias with c = m / ‖W + s · B · A‖, row by row of W. The lengths
-follow the factors from step to step, and count as constants in the gradient. They are found without
-the sum: ‖W‖ is known, and A · Wᵀ and A · Aᵀ are small.
+follow the factors from step to step, and count as constants in the gradient. They are found from
+the sum, which nothing stores: a dispatch for each part of W, none of which waits for another.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lora.forward.lora import lora_project
-from lora.forward.matmul import matmul
+import numpy as np
+
 from lora.forward.model.factors import DoraTensors, Factors, LoraFactors
 from lora.forward.model.frozen_model import Model
 from lora.forward.model.weights import FrozenMatrix
-from lora.forward.product import Product
+from lora.forward.part_product import adapted_members
 from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
-from lora.shaders.tensor import Extent, Tensor
+from lora.shaders.tensor import Tensor
+
+_ROWS = 4  # of a workgroup that finds lengths: see dora_lengths.wgsl
+_MOST_LANES, _CPU_LANES = 256, 16
+_MOST_STAGED = 8192  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
+_OTHER_BUFFERS = 3  # that it binds beside the weights
 
 
 def member_constants(lora: LoraFactors) -> list[dict[str, Any]]:
@@ -34,20 +39,6 @@ def member_constants(lora: LoraFactors) -> list[dict[str, Any]]:
         }
         for index, (start, stop) in enumerate(lora.ranges)
     ]
-
-
-def row_squares(program: Program, matrix: FrozenMatrix, out: Tensor) -> None:
-    """Appends out[n] = ‖W_n‖², f32 [out_features]."""
-    check_shape("row_squares", out, matrix.out_features)
-    for part in matrix.parts:
-        place = program.recording.memory.constant_uniform((part.first_feature,))
-        constants = {
-            "quantization": part.quantization.name,
-            "rows": part.out_features,
-            "columns": matrix.in_features,
-            "row_words": part.words.shape[1],
-        }
-        program.dispatch("row_squares", constants, [place, part.words, out], part.out_features)
 
 
 def scale_columns(
@@ -94,13 +85,10 @@ def scale_columns(
 
 @dataclass(frozen=True)
 class DoraGroup:
-    """One group's factors and matrix, and room for A · Wᵀ and A · Aᵀ."""
+    """A group's matrix, and its factors with their magnitudes and `DoraTensors`."""
 
     matrix: FrozenMatrix
     lora: LoraFactors
-    products: Tensor
-    grams: Tensor
-    extent: Extent
 
 
 @dataclass(frozen=True)
@@ -109,14 +97,12 @@ class Dora:
 
     Attributes:
         factors: of the adapter, each group with its `DoraTensors`.
-        measure: a program that finds the lengths of the base's rows, to be run once.
-        update: a program that finds those of the adapted rows, to be run after each change of the
-            adapter.
+        groups: those of the layers.
+        update: a program that finds the lengths, to be run after each change of the adapter.
     """
 
     factors: Factors
-    groups: Mapping[tuple[int, str], DoraGroup]
-    measure: Program
+    groups: Sequence[DoraGroup]
     update: Program
 
     @classmethod
@@ -126,56 +112,170 @@ class Dora:
         Args:
             factors: of `AdapterLayout.factors`, none of the head.
         """
-        memory, found, groups = recording.memory, {}, {}
-        room: dict[tuple[int, int], tuple[Tensor, Tensor, Extent]] = {}
-        for (layer, group), lora in factors.items():
-            matrix = model.layers[layer].matrices[group]
-            low, width = lora.n_members * lora.rank, matrix.out_features
-            if (low, width) not in room:
-                extent = memory.extent(low)
-                room[low, width] = (
-                    memory.empty((low, width), extent=extent),
-                    memory.empty((low, low), extent=extent),
-                    extent,
-                )
-            products, grams, extent = room[low, width]
-            vectors = [memory.empty((width,), purpose="adapter") for _ in range(3)]
-            found[layer, group] = replace(lora, dora=DoraTensors(*vectors))
-            groups[layer, group] = DoraGroup(matrix, found[layer, group], products, grams, extent)
-        measure = Program(recording)
-        for one in groups.values():
-            assert one.lora.dora is not None
-            row_squares(measure, one.matrix, one.lora.dora.squares)
-        of_adapter = replace(factors, groups=found)
-        dora = cls(of_adapter, groups, measure, Program(recording))
+        matrices = [model.layers[layer].matrices[group] for layer, group in factors.groups]
+        tensors = allocate_lengths(recording, matrices)
+        groups = [
+            DoraGroup(matrix, replace(lora, dora=own))
+            for matrix, (_, lora), own in zip(matrices, factors.items(), tensors, strict=True)
+        ]
+        found = {key: one.lora for key, one in zip(factors.groups, groups, strict=True)}
+        dora = cls(replace(factors, groups=found), groups, Program(recording))
         dora.record_update(dora.update)
         return dora
 
     def record_update(self, program: Program) -> None:
         """Appends what finds scales and inverse lengths of the factors as they are."""
-        with program.scope("dora"):
-            for (layer, group), one in self.groups.items():
-                with program.scope(f"layers.{layer}"):
-                    record_scales(program, one, group)
+        row_lengths(program, self.groups)
 
 
-def record_scales(program: Program, one: DoraGroup, label: str) -> None:
-    """Appends the scales of one group."""
-    lora, dora = one.lora, one.lora.dora
+def allocate_lengths(
+    recording: Recording, matrices: Sequence[FrozenMatrix]
+) -> tuple[DoraTensors, ...]:
+    """Those of groups with these matrices, all in one buffer, as where nothing is adapted."""
+    sizes = [_sizes(matrix) for matrix in matrices]
+    whole = np.ones(sum(map(sum, sizes)), np.float32)
+    at = 0
+    for of_scales, *others in sizes:
+        whole[at + of_scales : at + 2 * of_scales] = 0.0  # the inverses
+        at += of_scales + sum(others)
+    flat, at = recording.memory.upload(whole, purpose="adapter"), 0
+    found = []
+    for matrix, (of_scales, _, *of_parts) in zip(matrices, sizes, strict=True):
+        scales = flat.slice(at, at + matrix.out_features)
+        inverses = flat.slice(at + of_scales, at + of_scales + matrix.out_features)
+        at, powers = at + 2 * of_scales, []
+        for part, size in zip(matrix.parts, of_parts, strict=True):
+            powers.append(flat.slice(at, at + part.out_features + 2))
+            at += size
+        found.append(DoraTensors(scales, inverses, tuple(powers)))
+    return tuple(found)
+
+
+def _sizes(matrix: FrozenMatrix) -> list[int]:
+    """Of scales, inverses and each part's powers, in whole bindings of 64 numbers."""
+    width = matrix.out_features
+    return [-(-n // 64) * 64 for n in (width, width, *(p.out_features + 2 for p in matrix.parts))]
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A part's rows whose lengths are found; those of equal `constants` share a dispatch.
+
+    Attributes:
+        words: of the part.
+    """
+
+    words: Tensor
+    lora: LoraFactors
+    constants: dict[str, Any]
+    flops: int
+
+    @property
+    def stretch(self) -> tuple[int, int]:
+        """Bytes of the adapter's buffer from A's first to the magnitudes' last."""
+        last = self.lora.magnitude
+        assert last is not None
+        return self.lora.a.offset, last.offset + last.n_bytes
+
+
+def row_lengths(program: Program, groups: Sequence[DoraGroup]) -> None:
+    """Appends the scales, inverse lengths and powers of all adapted rows.
+
+    A group's A, B and magnitudes lie in one buffer, in this order; what is written lies in one, of
+    `allocate_lengths`. Matrices of one shape, of many layers, share a dispatch where a device binds
+    them and their rows are short: a GPU does little else while it finds those of one.
+    """
+    alike: dict[str, list[_Rows]] = {}
+    for group in groups:
+        for one in _rows_of(program.recording, group):
+            alike.setdefault(repr(one.constants), []).append(one)
+    for rows in alike.values():
+        for batch in _batches(program.recording, rows):
+            _record(program, batch)
+
+
+def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
+    """Of the parts that have adapted rows."""
+    matrix, lora, dora = group.matrix, group.lora, group.lora.dora
     if dora is None or lora.magnitude is None:
-        raise ValueError(f"{label}: these factors have no magnitudes")
-    a = replace(lora.a, extent=one.extent)
-    matmul(program, Product(a, one.matrix), out=one.products, label=f"{label}.a_w")
-    plain = replace(lora, member_scales=())
-    lora_project(program, a, plain, out=one.grams, label=f"{label}.a_a")
-    columns = one.matrix.out_features
+        raise ValueError("row_lengths: these factors have no magnitudes")
+    check_shape("row_lengths factor", lora.a, None, matrix.in_features)
+    check_shape("row_lengths scales", dora.scales, matrix.out_features)
+    for part, powers in zip(matrix.parts, dora.powers, strict=True):
+        members: list[dict[str, Any]] = []
+        n_groups = 0
+        for member in adapted_members(lora, part):
+            scale = lora.scale * lora.projection_scale(member["low_start"] // lora.rank)
+            of_member = -(-(member["stop"] - member["start"]) // _ROWS)
+            more = {"scale": scale, "first_group": n_groups, "n_groups": of_member}
+            members.append({**member, **more})
+            n_groups += of_member
+        if members:
+            constants = {
+                "quantization": part.quantization.name,
+                "columns": matrix.in_features,
+                "row_words": part.words.shape[1],
+                "first_feature": part.first_feature,
+                "rank": lora.rank,
+                "members": members,
+                "lanes": _lanes(recording, matrix.in_features),
+                "inverses_at": (dora.inverses.offset - dora.scales.offset) // 4,
+                "powers_at": (powers.offset - dora.scales.offset) // 4,
+            }
+            flops = 2 * lora.rank * matrix.in_features * part.out_features
+            yield _Rows(part.words, lora, constants, flops)
+
+
+def _batches(recording: Recording, rows: Sequence[_Rows]) -> Iterator[Sequence[_Rows]]:
+    """As many as a dispatch takes, of rows that are alike."""
+    facts, most = recording.facts, 1
+    staged = 4 * (_ROWS * rows[0].constants["row_words"] + 4)
+    if not facts.is_cpu and staged <= _MOST_STAGED:
+        most = facts.most_storage_buffers - _OTHER_BUFFERS
+    batch: list[_Rows] = []
+    for one in rows:
+        stretch = max(r.stretch[1] for r in (*batch, one)) - (batch or [one])[0].stretch[0]
+        if len(batch) == most or stretch > facts.max_binding:
+            yield batch
+            batch = []
+        batch.append(one)
+    yield batch
+
+
+def _record(program: Program, batch: Sequence[_Rows]) -> None:
+    memory, staged = program.recording.memory, len(batch) > 1
+    begin, end = batch[0].stretch[0], max(one.stretch[1] for one in batch)
+    first, places = batch[0].lora, []
+    assert first.dora is not None
+    scales = first.dora.scales
+    for one in batch:
+        lora, dora = one.lora, one.lora.dora
+        assert dora is not None and lora.magnitude is not None
+        if lora.a.buffer is not first.a.buffer or lora.a.offset < begin:
+            raise ValueError("row_lengths: the groups' factors lie in no order")
+        at = [(tensor.offset - begin) // 4 for tensor in (lora.a, lora.b, lora.magnitude)]
+        places.append([at[0] // 4, *at[1:], dora.scales.offset // 4])
+    last = max(one.lora.dora.powers[-1].offset + one.lora.dora.powers[-1].n_bytes
+               for one in batch if one.lora.dora is not None)  # fmt: skip
     program.dispatch(
-        "dora_scales",
-        {"rank": lora.rank, "columns": columns, "members": member_constants(lora)},
+        "dora_lengths",
+        {**batch[0].constants, "n_matrices": len(batch), "staged": staged},
         [
-            lora.b, one.products, one.grams, dora.squares, lora.magnitude, dora.scales,
-            dora.inverses,
+            *(one.words for one in batch),
+            replace(first.a, shape=((end - begin) // 4,), extent=None),
+            memory.upload(np.array(places, np.uint32), purpose="adapter"),
+            replace(scales, offset=0, shape=(last // 4,)),
         ],
-        -(-columns // 64),
-        label=f"{label}.scales",
-    )  # fmt: skip
+        len(batch) * sum(member["n_groups"] for member in batch[0].constants["members"]),
+        label="dora.lengths",
+        flops=sum(one.flops for one in batch),
+    )
+
+
+def _lanes(recording: Recording, columns: int) -> int:
+    """Of a workgroup: as many as there are eights of columns, or a whole part of these."""
+    if recording.facts.is_cpu:
+        return _CPU_LANES
+    eights = -(-columns // 8)
+    turns = -(-eights // _MOST_LANES)
+    return max(64, -(-eights // (32 * turns)) * 32)

@@ -28,6 +28,7 @@ class HeadNormRopeAfter:
     rotation: Rotation
     heads: Heads
     out: Tensor
+    scales_columns = False
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""

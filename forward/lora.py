@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 
 from lora.forward.dropout import GroupDropout
 from lora.forward.lora_matrix import projection_cut
@@ -124,6 +124,8 @@ class Operands:
         z: [rows, members · columns], every member as many columns as another.
         dropout: of x, for each member; None for none.
         largest: u32 [rows], bits of the largest numbers of rows of an f32 x, for tiles of f16.
+        scales: f32 [columns of x], what rows of a transposed factor are multiplied by, on matrix
+            units; None for ones.
     """
 
     x: Tensor
@@ -131,6 +133,7 @@ class Operands:
     z: Tensor
     dropout: GroupDropout | None = None
     largest: Tensor | None = None
+    scales: Tensor | None = None
 
 
 def plan_projection(
@@ -151,13 +154,15 @@ def plan_projection(
         transposed: whether the factor is Fᵀ.
     """
     x, factor, z, dropout = operands.x, operands.factor, operands.z, operands.dropout
-    largest = operands.largest
+    others = [tensor for tensor in (operands.largest, operands.scales) if tensor is not None]
     extent = extent_of(x)
     if dropout is not None:
         check_shape(f"{label} keys", dropout.rows, x.shape[0])
         scale *= dropout.scale
     check_shape(f"{label} output", z, x.shape[0], None)
-    check_f32(label, factor=factor, z=z)
+    check_f32(label, factor=factor, z=z, scales=operands.scales)
+    if operands.scales is not None:
+        check_shape(f"{label} scales", operands.scales, x.shape[1])
     columns = z.shape[1] // len(members)
     widths = [x.shape[1], factor.shape[1], columns]
     widths += [n for m in members for n in (m.x_column, m.length)]
@@ -175,29 +180,39 @@ def plan_projection(
     rows, n_members = extent.maximum, len(members)
     flops = 2 * rows * columns * sum(m.length for m in members)
     cut = projection_cut(recording, rows, columns, n_members, transposed=transposed)
-    # On matrix units all members have one scale, and see all of x.
-    plain = dropout is not None or len({m.scale for m in members}) > 1
-    if cut is not None and not plain:
+    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
+    if cut is not None:
         pieces = columns // cut["columns"]  # which the kernel takes for members
         cut["members"] = [
-            asdict(replace(m, factor_row=m.factor_row + piece * cut["columns"]))
+            {
+                **asdict(m),
+                "factor_row": m.factor_row + piece * cut["columns"],
+                "scale": scale * m.scale,
+            }
             for m in members
             for piece in range(pieces)
         ]
         return Planned(
             "lora_project_matrix",
-            {**shared, **cut, "scale": scale * members[0].scale, "x_scaled": largest is not None},
-            [extent.uniform, x, factor, z, *([] if largest is None else [largest])],
+            {
+                **shared,
+                **cut,
+                "pieces": pieces,
+                "x_scaled": operands.largest is not None,
+                "factor_scaled": operands.scales is not None,
+            },
+            [extent.uniform, x, factor, z, *others, *keys],
             -(-rows // cut["block_rows"]) * n_members * pieces,
             label,
             flops,
         )
+    if operands.scales is not None:
+        raise ValueError(f"{label}: rows of the factor are scaled on matrix units only")
     if recording.facts.is_cpu:
         block = Block(CPU_SPLITS, 1, 1, CPU_ROWS, 8 if columns % 8 == 0 else 4, 1)
     else:
         tuning = GPU_TUNINGS[transposed]
         block = gpu_block(recording, tuning, rows, columns, n_members)
-    keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     return Planned(
         "lora_project",
         {**shared, **asdict(block)},

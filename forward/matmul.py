@@ -37,8 +37,10 @@ def matmul(
     y = out if out is not None else activation(program, extent, matrix.out_features)
     check_shape("matmul output", y, x.shape[0], matrix.out_features)
     whole = len(matrix.parts) == 1
+    scaled = product.scaled
     others = (x, y, matrix.parts[0].words, product.z, lora and lora.b, product.residual,
-              product.bias, matrix.parts[0].powers)  # fmt: skip
+              product.bias, matrix.parts[0].powers, scaled and scaled.scales,
+              scaled and scaled.kept)  # fmt: skip
     x_largest = row_scales(program, x, sum(tensor is not None for tensor in others), label)
     for part in matrix.parts:
         one = PartProduct(
@@ -56,6 +58,7 @@ def matmul(
             residual=product.residual,
             bias=product.bias,
             softcap=product.softcap,
+            scaled=scaled,
             epilogue=product.epilogue,
             x_largest=x_largest,
             carried=lora is not None and bool(lora.member_scales),

@@ -28,6 +28,7 @@ from lora.shaders.activations import check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
 
 
 @dataclass(frozen=True)
@@ -65,11 +66,11 @@ def _paired_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
 
 
 def _fits_wide(recording: Recording, one: PartProduct) -> bool:
-    return recording.facts.is_cpu and not one.x_block
+    return recording.facts.is_cpu and not one.x_block and one.dropout is None
 
 
 def _fits_tiled(recording: Recording, one: PartProduct) -> bool:
-    return not recording.facts.is_cpu and not one.x_block
+    return not recording.facts.is_cpu and not one.x_block and one.dropout is None
 
 
 # Of those that fit the first computes; where it has tiles, plans choose among those of all.
@@ -105,6 +106,8 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         names = [recording.body]
     if one.x_block and not {"matrix", "decoded"} & {*names}:
         raise ValueError(f"{label}: {names} take no x in blocks")
+    if one.dropout is not None and not {"matrix", "decoded"} & {*names}:
+        raise ValueError(f"{label}: {names} take no dropout")
     terms = one.contraction + len(one.members) * one.rank
     request = Request(
         record=record_request,
@@ -115,14 +118,21 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         out=one.out,
         constants=constants,
         tensors=tensors,
-        after=[tensor for tensor in (one.residual, one.bias) if tensor is not None],
+        after=_after(one),
         place=one.place,
         label=label,
         flops=2 * extent.maximum * one.n_columns * terms,
         then=then,
         largest=one.part.largest,
+        dropout=one.dropout if one.members else None,
     )
     record_request(program, request)
+
+
+def _after(one: PartProduct) -> list[Tensor]:
+    """What the last pass takes, in the order of its bindings."""
+    scaled = [] if one.scaled is None else [one.scaled.scales, one.scaled.kept]
+    return [*(tensor for tensor in (one.residual, one.bias) if tensor is not None), *scaled]
 
 
 def _tiles_of(names: Sequence[str], facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:

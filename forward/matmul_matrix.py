@@ -64,6 +64,11 @@ def takes_blocks(recording: Recording, matrix: FrozenMatrix, block: int) -> bool
     return whole and fits and recording.half_products and takes_units(recording)
 
 
+def takes_dropout(recording: Recording) -> bool:
+    """Whether the gradient to what dropout was given can be the product's own (`PartProduct`)."""
+    return recording.half_products and takes_units(recording)
+
+
 def fits_matrix(recording: Recording, _: PartProduct) -> bool:
     """Where products are in f16 on a GPU that has such units: factors are f16 there, sums f32."""
     return recording.half_products and has_matrix_units(recording.facts)

@@ -8,7 +8,7 @@ from typing import Any
 from lora.forward.part_product import Place, place_uniforms
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import Plan
-from lora.forward.plans.stretches import Stretches
+from lora.forward.plans.stretches import Follower, Stretches
 from lora.shaders.program import Program
 
 
@@ -30,29 +30,32 @@ def record_passes(
     }  # fmt: skip
     n_columns = constants["n_columns"]
     grid = (-(-n_columns // tile.tile_columns), -(-extent.maximum // tile.tile_rows), splits)
-    placed = place_uniforms(program, place)
+    placed, dropout = place_uniforms(program, place), request.dropout
+    keys_of_masks = [] if dropout is None else [dropout.rows, dropout.matrices]
     if splits == 1:
-        tensors = [*tensors, *after, *placed]
+        tensors = [*tensors, *after, *placed, *keys_of_masks]
         program.dispatch(template, constants, tensors, grid, label=label, flops=flops)
         if then is not None:
             then.record(program, out)
         return
     partial = recording.memory.scratch((splits * extent.maximum, n_columns))
     first_pass = constants | {
-        "epilogue": "write", "bias": False, "softcap": None, "out_stride": n_columns,
-        "out_type": "f32",
+        "epilogue": "write", "bias": False, "softcap": None, "scaled": None,
+        "out_stride": n_columns, "out_type": "f32",
     }  # fmt: skip
     product = [*tensors[:3], partial, *tensors[4:]]
     if place is not None:
         product += place_uniforms(program, Place(place.x_column, 0))
+    product += keys_of_masks
     program.dispatch(template, first_pass, product, grid, label=label, flops=flops)
-    plain = not constants["bias"] and constants["softcap"] is None
-    if then is not None and plain and then.adds_up(recording, n_columns, splits):
-        then.record(program, out, Stretches(partial, splits, after[0] if after else None))
+    if then is not None and then.adds_up(recording, n_columns, splits) and _takes(then, constants):
+        given = list(after)
+        residual = given.pop(0) if constants["epilogue"] == "residual" else None
+        then.record(program, out, Stretches(partial, splits, residual, *given))
         return
     keys = (
         "splits", "n_columns", "maximum_rows", "out_stride", "epilogue", "bias", "softcap",
-        "placed", "out_type",
+        "scaled", "placed", "out_type",
     )  # fmt: skip
     program.dispatch(
         "matmul_reduce",
@@ -63,3 +66,9 @@ def record_passes(
     )
     if then is not None:
         then.record(program, out)
+
+
+def _takes(then: Follower, constants: Mapping[str, Any]) -> bool:
+    """Whether a follower can do what the last pass of a product does to the sum of stretches."""
+    plain = not constants["bias"] and constants["softcap"] is None
+    return plain and (constants["scaled"] is None or then.scales_columns)

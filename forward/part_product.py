@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from lora.forward.dropout import GroupDropout
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import MatrixPart
+from lora.forward.product import ScaledColumns
 from lora.shaders.program import Program
 from lora.shaders.tensor import Tensor
 
@@ -83,11 +85,13 @@ class PartProduct:
         contraction: length of the sum over k (or n).
         place: where the part's columns begin in x and out, where there are several parts.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
-        bias, softcap: see `Product`; the bias's columns are those of out.
+        bias, softcap, scaled: see `Product`; the bias's columns are those of out.
         x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are.
         carried: whether low has the members' scales in it, and so the powers of their rows.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
         x_block: of x's columns that are `InBlocks`; 0 where they are not.
+        dropout: of what the members were given, member by member: transposed, each one's share of
+            out is what its mask leaves (`takes_dropout`).
     """
 
     x: Tensor
@@ -104,10 +108,12 @@ class PartProduct:
     residual: Tensor | None = None
     bias: Tensor | None = None
     softcap: float | None = None
+    scaled: ScaledColumns | None = None
     epilogue: str = "write"
     x_largest: Tensor | None = None
     carried: bool = False
     x_block: int = 0
+    dropout: GroupDropout | None = None
 
     @property
     def n_columns(self) -> int:
@@ -141,7 +147,11 @@ class PartProduct:
             "epilogue": self.epilogue,
             "bias": self.bias is not None,
             "softcap": self.softcap,
+            "scaled": None if self.scaled is None else {"kept_type": self.scaled.kept.dtype},
             "x_scaled": self.x_largest is not None,
             "powered": self.part.powers is not None,
             "low_carries": self.part.powers is not None and self.carried,
+            "dropout": None
+            if self.dropout is None
+            else {**self.dropout.constants, "scale": self.dropout.scale},
         }

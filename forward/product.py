@@ -10,12 +10,34 @@ from lora.forward.model.norm import Norm
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.swiglu import check_activation
 from lora.shaders.activations import check_f32, check_shape
+from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+
+# What a product that scales its columns may bind with all else that there is.
+_SCALED_BUFFERS = 12
+
+
+def scales_at_once(recording: Recording) -> bool:
+    """Whether products may scale their columns on the way out (`ScaledColumns`)."""
+    return recording.facts.most_storage_buffers >= _SCALED_BUFFERS
+
+
+@dataclass(frozen=True)
+class ScaledColumns:
+    """What a product's columns are multiplied by, before bias and residual (DoRA).
+
+    Attributes:
+        scales: f32 [out_features].
+        kept: [rows, out_features], f32 or f16, written: the product before that.
+    """
+
+    scales: Tensor
+    kept: Tensor
 
 
 @dataclass(frozen=True)
 class Product:
-    """y = cap(norm(x) · Wᵀ + scale · z · Bᵀ + bias) + residual.
+    """y = cap(scales ∘ (norm(x) · Wᵀ + scale · z · Bᵀ) + bias) + residual.
 
     The low-rank part is a few more steps of the same contraction (Hu et al. 2021, "LoRA").
 
@@ -31,6 +53,7 @@ class Product:
             are a gate's, the others those of up, and activation(gate) · up is what comes out. W
             must be one part (`can_gate`); a softcap or a residual there is none.
         norm: what x passes first, for one row of f32; None for nothing.
+        scaled: of many rows, where `scales_at_once` says so; None for ones.
     """
 
     x: Tensor | IntRow
@@ -42,6 +65,7 @@ class Product:
     residual: Tensor | None = None
     gate: str | None = None
     norm: Norm | None = None
+    scaled: ScaledColumns | None = None
 
     @property
     def width(self) -> int:
@@ -65,6 +89,10 @@ class Product:
             check_shape(f"{label} bias", self.bias, self.matrix.out_features)
         if self.residual is not None:
             check_shape(f"{label} residual", self.residual, rows, self.matrix.out_features)
+        if self.scaled is not None:
+            check_f32(label, scales=self.scaled.scales)
+            check_shape(f"{label} scales", self.scaled.scales, self.matrix.out_features)
+            check_shape(f"{label} kept", self.scaled.kept, rows, self.matrix.out_features)
         if self.lora is not None and self.z is None:
             raise ValueError(f"{label}: an adapted matrix needs z and its factors")
 
@@ -72,6 +100,8 @@ class Product:
         """Refuses what no product of one row can do."""
         matrix = self.matrix
         self.check(1, label)
+        if self.scaled is not None:
+            raise ValueError(f"{label}: columns are scaled of many rows")
         if self.gate is not None:
             check_activation(self.gate)
             if not can_gate(matrix) or self.softcap is not None or self.residual is not None:

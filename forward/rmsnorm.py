@@ -77,6 +77,7 @@ class NormAfter:
     out: Tensor
     residual: Tensor | None = None
     low: LowRank | None = None
+    scales_columns = True
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""
@@ -107,7 +108,7 @@ def rmsnorm(
         norm: of that width.
         residual: f32 [rows, width], added where given; not the tensor `out`.
         out: where to write, f32 or f16; a new f32 tensor by default.
-        stretches: where given, x is first written as their sum (and its residual).
+        stretches: where given, x is first written as their sum (scaled, and its residual).
         low: where given, z of y as it is stored is written, too.
     """
     width = x.shape[1]
@@ -120,12 +121,18 @@ def rmsnorm(
     if residual is not None:
         check_shape("rmsnorm residual", residual, x.shape[0], width)
         tensors.append(residual)
+    kept_type = None
     if stretches is not None:
         check_stretches("rmsnorm", stretches, extent.maximum, width)
         tensors.append(x)
         if stretches.residual is not None:
             check_shape("rmsnorm residual of x", stretches.residual, x.shape[0], width)
             tensors.append(stretches.residual)
+        if stretches.scales is not None and stretches.kept is not None:
+            check_shape("rmsnorm scales of x", stretches.scales, width)
+            check_shape("rmsnorm product", stretches.kept, x.shape[0], width)
+            kept_type = stretches.kept.dtype
+            tensors += [stretches.scales, stretches.kept]
     low_width = 0
     if low is not None:
         low_width = low.lora.a.shape[0]
@@ -143,6 +150,7 @@ def rmsnorm(
         "splits": stretches.splits if stretches else 1,
         "maximum_rows": extent.maximum if stretches else 0,
         "x_residual": stretches is not None and stretches.residual is not None,
+        "kept_type": kept_type,
         "low_width": low_width,
         "sharing": _SHARING,
     }

@@ -21,6 +21,7 @@ class RopeAfter:
     rotation: Rotation
     n_rotated_heads: int
     head_size: int
+    scales_columns = False
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""

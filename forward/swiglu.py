@@ -45,6 +45,7 @@ class GateAfter:
     activation_name: str
     out: Tensor
     powers: LayerPowers = AS_THEY_ARE
+    scales_columns = False
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""

@@ -15,6 +15,7 @@ from lora.shaders.tensor import Tensor
 
 BLOCK = 256  # numbers that share a scale
 _UNIT = 32 * BLOCK  # parameters whose scales begin on 256 bytes
+GPU_LANES, CPU_LANES = 256, 64  # of a workgroup: 64 a block
 
 
 def dynamic_codes(*, signed: bool) -> np.ndarray:
@@ -98,12 +99,14 @@ def adamw_8bit(
         raise ValueError(f"adamw_8bit: {n} parameters are no multiple of 64")
     check_rates("adamw_8bit", rates, n)
     largest = max_range or program.recording.facts.max_binding // 4
+    lanes = CPU_LANES if program.recording.facts.is_cpu else GPU_LANES
     for start, stop in flat_ranges(n, largest, _UNIT):
         blocks = slice(start // BLOCK, -(-stop // BLOCK))
         program.dispatch(
             "adamw_8bit",
             {
                 "n": stop - start,
+                "lanes": lanes,
                 "rates": rates is not None,
                 "beta1": settings.betas[0],
                 "beta2": settings.betas[1],
@@ -117,5 +120,5 @@ def adamw_8bit(
                 moments.scales.slice(blocks.start, blocks.stop), moments.codes,
                 *rates_of(rates, start, stop),
             ],
-            blocks.stop - blocks.start,
+            -(-(stop - start) // (4 * lanes)),
         )  # fmt: skip

@@ -22,7 +22,7 @@ from lora.forward.model.frozen_model import LayerWeights, Model
 from lora.forward.model.inputs import Inputs
 from lora.forward.model.kv_cache import store_keys_values
 from lora.forward.model.norm import Norm
-from lora.forward.product import Product
+from lora.forward.product import Product, ScaledColumns, scales_at_once
 from lora.forward.rmsnorm import NormAfter
 from lora.forward.rope import RopeAfter
 from lora.forward.swiglu import GateAfter
@@ -244,20 +244,22 @@ class LayerRecorder:
                 self.program, source, lora, out=z, label=f"{group}.z",
                 dropout=None if dropout is None else dropout.of(self.layer, group),
             )  # fmt: skip
-        weights = self.weights
+        weights, scaled = self.weights, None
         if lora is not None and lora.dora is not None:
-            raw = self.products[group]
-            self._product(
-                Product(source, weights.matrices[group], lora=lora, z=z), raw, None, group
-            )
-            if to is not None:
-                scale_columns(
-                    self.program, raw, lora.dora.scales, to, bias=weights.biases.get(group),
-                    residual=residual, label=f"{group}.scaled",
-                )  # fmt: skip
-                if then is not None:
-                    then.record(self.program, to)
-            return
+            raw, at_once = self.products[group], scales_at_once(self.program.recording)
+            if to is None or self.walk.context.one_row or not at_once:
+                self._product(
+                    Product(source, weights.matrices[group], lora=lora, z=z), raw, None, group
+                )
+                if to is not None:
+                    scale_columns(
+                        self.program, raw, lora.dora.scales, to, bias=weights.biases.get(group),
+                        residual=residual, label=f"{group}.scaled",
+                    )  # fmt: skip
+                    if then is not None:
+                        then.record(self.program, to)
+                return
+            scaled = ScaledColumns(lora.dora.scales, raw)
         if to is None:
             return
         product = Product(
@@ -267,6 +269,7 @@ class LayerRecorder:
             z=None if lora is None else z,
             bias=weights.biases.get(group),
             residual=residual,
+            scaled=scaled,
         )
         self._product(product, to, then, group)
 

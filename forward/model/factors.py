@@ -14,14 +14,14 @@ class DoraTensors:
     """What DoRA knows of a group's columns of y, f32 [out_features] each; see forward/dora.py.
 
     Attributes:
-        squares: ‖W‖² of each row of W.
         scales: m / ‖W + s · B · A‖; 1 where nothing is adapted.
         inverses: 1 / ‖W + s · B · A‖; 0 there.
+        powers: the scales once more, as `MatrixPart.powers` of each part.
     """
 
-    squares: Tensor
     scales: Tensor
     inverses: Tensor
+    powers: tuple[Tensor, ...]
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -67,6 +67,17 @@ class FrozenMatrix:
     def n_bytes(self) -> int:
         """Bytes on the device."""
         return sum(part.words.n_bytes for part in self.parts)
+
+
+def with_powers(matrix: FrozenMatrix, powers: Sequence[Tensor]) -> FrozenMatrix:
+    """The same with each row multiplied by a number, which none was before.
+
+    Args:
+        powers: see `MatrixPart.powers`, of each part; here any numbers near 1.
+    """
+    assert all(part.powers is None for part in matrix.parts)
+    parts = [replace(part, powers=own) for part, own in zip(matrix.parts, powers, strict=True)]
+    return replace(matrix, parts=tuple(parts))
 
 
 def load_matrix(recording: Recording, tensors: Sequence[GGUFTensor]) -> FrozenMatrix:

@@ -61,10 +61,11 @@ class Request:
         body: the first that fits.
         tiles: of all bodies that fit.
         tensors: the extent, x, the weights, out, and the low-rank part's.
-        after: residual and bias, which the last pass takes.
+        after: residual, bias, scales of columns and what keeps them, which the last pass takes.
         then: after a matrix of one part; it is the last pass where it can add stretches up.
         half: whether it is recorded under `precision: f16`.
         largest: of the weights, see `MatrixPart`.
+        dropout: see `PartProduct`.
     """
 
     record: Callable[[Program, Request], None]
@@ -81,6 +82,7 @@ class Request:
     flops: int
     then: Follower | None
     largest: Tensor | None = None
+    dropout: Any = None
 
     @property
     def product(self) -> ProductShape:
@@ -95,7 +97,7 @@ class Request:
             members=len(c["members"]),
             rank=c["rank"] if c["members"] else 0,
             placed=c["placed"],
-            epilogue=c["epilogue"],
+            epilogue=c["epilogue"] + ("" if self.dropout is None else " masked"),
             x_type=c["x_type"] + (" in blocks" if c["x_block"] else ""),
             out_type=c["out_type"],
             half=self.half,

@@ -19,11 +19,15 @@ class Stretches:
         partial: f32 [splits · maximum rows, width], stretch by stretch.
         splits: the number of stretches.
         residual: f32 [rows, width], added to their sum; None for none.
+        scales, kept: of `ScaledColumns` in forward/product.py, for followers that scale columns
+            before the residual; None for none.
     """
 
     partial: Tensor
     splits: int
     residual: Tensor | None = None
+    scales: Tensor | None = None
+    kept: Tensor | None = None
 
 
 def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> None:
@@ -40,11 +44,17 @@ def stretch_constants(
     check_stretches(name, stretches, rows, width)
     if stretches.residual is not None:
         raise ValueError(f"{name}: a product in stretches has no residual of its own")
+    if stretches.scales is not None:
+        raise ValueError(f"{name}: the columns of a product in stretches are not scaled")
     return {"splits": stretches.splits, "maximum_rows": rows}
 
 
 class Follower(Protocol):
     """A kernel that is recorded together with the product that it is given: see `matmul`."""
+
+    @property
+    def scales_columns(self) -> bool:
+        """Whether it can scale the columns of a product in stretches."""
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """Appends it for a finished product or, in one dispatch, for one in stretches."""

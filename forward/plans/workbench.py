@@ -140,6 +140,8 @@ class Workbench:
                 tensors=[stand_in(tensor) for tensor in request.tensors],
                 after=[stand_in(tensor) for tensor in request.after],
                 largest=None if request.largest is None else self._ones(request.largest),
+                dropout=request.dropout
+                and replace(request.dropout, rows=stand_in(request.dropout.rows)),
                 label=f"{request.label} {plan.name}",
                 then=_on(stand_in, request.then),
             ),

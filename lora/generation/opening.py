@@ -45,7 +45,6 @@ def measured(recording: Recording, model: Model, adapter: Adapter) -> Adapter:
     if not adapter.layout.dora:
         return adapter
     dora = Dora.allocate(recording, model, adapter.factors)
-    dora.measure.run()
     dora.update.run()
     return replace(adapter, dora=dora)
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from lora.backward.lora import MAX_SLICES, MAX_SLICES_WITH_DROPOUT
+from lora.backward.lora import most_slices
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.data.examples import Example
 from lora.forward.cross_entropy import Criterion
@@ -104,11 +104,10 @@ class SessionTensors:
             model.host_table, ordered=workload.trains and workload.layout.embedding is not None,
         )  # fmt: skip
         probability = workload.config.adapter.dropout if workload.trains else 0.0
-        most_slices = MAX_SLICES_WITH_DROPOUT if probability else MAX_SLICES
         config = workload.config
         adapter = AdapterState.allocate(
-            recording, workload.layout, most_slices, config.train.optimizer,
-            config.adapter.loraplus_lr_ratio,
+            recording, workload.layout, most_slices(recording.facts, probability > 0),
+            config.train.optimizer, config.adapter.loraplus_lr_ratio,
         )  # fmt: skip
         recording.memory.write(adapter.parameters, workload.initial)
         if workload.layout.dora:

@@ -152,18 +152,19 @@ class OpenSession(ABC):
         self._evaluator: Evaluator | None = None
 
     def _begin_magnitudes(self) -> None:
-        """Measures the base's rows for DoRA; a new adapter's magnitudes are their lengths."""
+        """Under DoRA a new adapter's magnitudes are the lengths of the base's rows: B is zero."""
         dora = self.adapter.dora
         if dora is None:
             return
-        dora.measure.run()
         if any(m.any() for m in self.layout.magnitudes(self._initial).values()):
             return  # of an adapter that is continued
+        dora.update.run()
         flat = self._initial.copy()
         for group in self.layout.groups:
             tensors = dora.factors[group.layer, group.group].dora
             assert group.m_start is not None and tensors is not None
-            lengths, at = np.sqrt(self.memory.read(tensors.squares)), group.m_start
+            inverses, at = self.memory.read(tensors.inverses), group.m_start
+            lengths = np.divide(1.0, inverses, where=inverses > 0, out=np.zeros_like(inverses))
             for start, stop in group.ranges:
                 flat[at : at + stop - start] = lengths[start:stop]
                 at += stop - start

@@ -5,13 +5,14 @@
 // and each block of m and v is stored with its largest size as its scale, each number as the code
 // nearest to it; a number of m below zero never as zero. Nor is one of v above zero, where bitsandbytes
 // may: the next step would divide by ε alone.
-// Nothing changes where a step does not count (state[2] = 0). One workgroup a block, one lane four elements.
+// Nothing changes where a step does not count (state[2] = 0). One lane four elements; 64 lanes a block, {{ lanes // 64 }} of which
+// a workgroup has, since each reads all codes first.
 //
 // Bindings: step (learning rate, 1 − β1ᵗ, 1 − β2ᵗ), state [4] of gradient_norm; parameters, gradient [n];
 // m, v of four codes a word [n / 4]; scales [⌈n / 256⌉, 2] of m and v; codes [512], values of m's codes and
 // of v's, each ascending{% if rates %}; rates [n / 64], what lr of each 64 elements is multiplied by{% endif %}.
 
-{% set lanes = 64 %}
+{% set sum_lanes = 64 %}
 {% include "parts/within_f32.wgsl" %}
 
 struct Step { learning_rate: f32, correction_1: f32, correction_2: f32 }
@@ -41,27 +42,47 @@ fn decoded(word: u32, table: u32) -> vec4<f32> {
     );
 }
 
-// The code whose value is nearest.
-fn nearest(value: f32, table: u32) -> u32 {
-    var low = 0u; // the last code whose value is not above
-    for (var step = 128u; step > 0u; step /= 2u) {
-        if (values[table + low + step] <= value) { low += step; }
-    }
-    let next = min(low + 1u, 255u);
-    let closer = value - values[table + low] > values[table + next] - value;
-    return select(low, next, closer);
+// Places of the values next below four numbers of m, and of v, among the codes of each, by halves: the
+// next read waits for the one before, so all eight numbers are looked for at once.
+struct Places { m: vec4<u32>, v: vec4<u32> }
+
+fn read_values(at: vec4<u32>) -> vec4<f32> {
+    return vec4(values[at.x], values[at.y], values[at.z], values[at.w]);
 }
 
-@compute @workgroup_size(64)
+fn not_above(m: vec4<f32>, v: vec4<f32>) -> Places {
+    var found = Places(vec4(0u), vec4(256u)); // the last codes whose values are not above
+{% for step in (128, 64, 32, 16, 8, 4, 2, 1) %}
+    {
+        let of_m = read_values(found.m + {{ step }}u);
+        let of_v = read_values(found.v + {{ step }}u);
+        found.m = select(found.m, found.m + {{ step }}u, of_m <= m);
+        found.v = select(found.v, found.v + {{ step }}u, of_v <= v);
+    }
+{% endfor %}
+    return found;
+}
+
+// Which of these values and the next ones are nearest.
+fn nearest(value: vec4<f32>, low: vec4<u32>, last: u32) -> vec4<u32> {
+    let next = min(low + 1u, vec4(last));
+    return select(low, next, value - read_values(low) > read_values(next) - value);
+}
+
+fn word(codes: vec4<u32>) -> u32 {
+    return codes.x | (codes.y << 8u) | (codes.z << 16u) | (codes.w << 24u);
+}
+
+@compute @workgroup_size({{ lanes }})
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
     @builtin(local_invocation_index) lane: u32,
 ) {
-    let block = group.x + group.y * groups.x;
-    let i = block * 64u + lane;
+    let i = (group.x + group.y * groups.x) * {{ lanes }}u + lane;
+    let block = i / 64u;
     let inside = i < {{ n // 4 }}u;
-    for (var at = lane; at < 512u; at += 64u) { values[at] = codes[at]; }
+    for (var at = lane; at < 512u; at += {{ lanes }}u) { values[at] = codes[at]; }
     workgroupBarrier();
     var m = vec4<f32>();
     var v = vec4<f32>();
@@ -83,16 +104,11 @@ fn main(
     let p = parameters[i] * max(1.0 - learning_rate * {{ weight_decay }}, -LARGEST);
     parameters[i] = within(p - rate * m / (sqrt(v) + c * {{ epsilon }}));
     let inverse = select(vec2(0.0), 1.0 / top, top > vec2(0.0));
-    var word_m = 0u;
-    var word_v = 0u;
-    for (var k = 0u; k < 4u; k += 1u) {
-        var code = nearest(m[k] * inverse.x, 0u);
-        if (m[k] < 0.0 && values[code] >= 0.0) { code -= 1u; }
-        word_m |= code << (8u * k);
-        let code_v = nearest(v[k] * inverse.y, 256u);
-        word_v |= select(code_v, max(code_v, 1u), v[k] > 0.0) << (8u * k);
-    }
-    first_moment[i] = word_m;
-    second_moment[i] = word_v;
-    if (lane == 0u) { scales[block] = top; }
+    let places = not_above(m * inverse.x, v * inverse.y);
+    var code_m = nearest(m * inverse.x, places.m, 255u);
+    code_m = select(code_m, code_m - 1u, (m < vec4(0.0)) & (read_values(code_m) >= vec4(0.0)));
+    let code_v = nearest(v * inverse.y, places.v, 511u) - 256u;
+    first_moment[i] = word(code_m);
+    second_moment[i] = word(select(code_v, max(code_v, vec4(1u)), v > vec4(0.0)));
+    if (lane % 64u == 0u) { scales[block] = top; }
 }

@@ -9,6 +9,14 @@
 // the longer. {{ depth }} rows at a time lie in workgroup memory, as f16; sums are f32, rows ascend. d_z may be far below
 // f16's numbers, where B is small: d_z and z are scaled by a power of two, which follows their largest number.
 // So are x and d_y where they are f32, by that of the rows in workgroup memory.
+{% if dropout %}
+// Of x counts what dropout leaves, for each member of A (parts/dropout.wgsl: row_keys u32 [rows], matrix_keys), whose
+// rows have workgroups of their own.
+{% endif %}
+{% if p_type %}
+// Of d_y counts scales[column] · d_y in d_B, and beside it, from vec4 {{ parts[1].magnitudes }} of a slice on,
+// d_magnitudes[i] += inverses[column_g + i] · Σ_m d_y[m, column_g + i] · p[m, column_g + i]   with p as d_y is laid out.
+{% endif %}
 {% from "parts/fragments.wgsl" import pack_eight with context %}
 struct Extent { rows: u32 }
 
@@ -20,6 +28,19 @@ struct Extent { rows: u32 }
 {% for s in range(n_slices) %}
 @group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
 {% endfor %}
+{% set next = 5 + n_slices %}
+{% if dropout %}
+@group(0) @binding({{ next }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ next + 1 }}) var<uniform> matrix_keys: vec4<u32>;
+{% set next = next + 2 %}
+
+{% include "parts/dropout.wgsl" %}
+{% endif %}
+{% if p_type %}
+@group(0) @binding({{ next }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
+@group(0) @binding({{ next + 1 }}) var<storage, read> scales: array<f32>;
+@group(0) @binding({{ next + 2 }}) var<storage, read> inverses: array<vec4<f32>>;
+{% endif %}
 
 const lanes = {{ long // n * subgroup_lanes }}u;
 // Of the longer side [depth][long / 8 + 1], then of the shorter [depth][width / 8 + 1], eight f16 an element;

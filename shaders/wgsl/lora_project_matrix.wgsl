@@ -1,5 +1,5 @@
 // The projection as in lora_project.wgsl, on matrix units:
-// z[m, g · columns + j] = scale · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
+// z[m, g · columns + j] = scale_g · Σ_k x[m, x_column_g + k] · F_g[j, k],   k < length_g
 {% if transposed %}
 // F_g[j, k] = factor[factor_row_g + k, j]
 {% else %}
@@ -15,6 +15,13 @@
 // Rows of x are scaled by the power of two that brings their largest number, of the bits in row_largest [rows], to
 // 2^4 … 2^5, as the products do that read it (matmul_bindings.wgsl).
 {% endif %}
+{% if factor_scaled %}
+// F_g[j, k] counts factor_scales[x_column_g + k] times, of the columns of x.
+{% endif %}
+{% if dropout %}
+// Of x counts what dropout leaves, member by member (parts/dropout.wgsl): row_keys u32 [rows], matrix_keys. A member is {{ pieces }}
+// here, of some of its columns each.
+{% endif %}
 {% from "parts/fragments.wgsl" import pack_eight with context %}
 struct Extent { rows: u32 }
 
@@ -22,8 +29,20 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
 @group(0) @binding(2) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
+{% set next = 4 %}
 {% if x_scaled %}
-@group(0) @binding(4) var<storage, read> row_largest: array<u32>;
+@group(0) @binding({{ next }}) var<storage, read> row_largest: array<u32>;
+{% set next = next + 1 %}
+{% endif %}
+{% if factor_scaled %}
+@group(0) @binding({{ next }}) var<storage, read> factor_scales: array<f32>;
+{% set next = next + 1 %}
+{% endif %}
+{% if dropout %}
+@group(0) @binding({{ next }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ next + 1 }}) var<uniform> matrix_keys: vec4<u32>;
+
+{% include "parts/dropout.wgsl" %}
 {% endif %}
 
 const lanes = {{ subgroups * subgroup_lanes }}u;

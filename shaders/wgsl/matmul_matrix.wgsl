@@ -3,6 +3,9 @@
 //
 //   out[m, n] = epilogue(Σ_k x[m, x_column + k] · W[n, k] + scale · Σ_r low[m, r] · factor[n, r])
 //   transposed: out[m, k] = epilogue(Σ_n x[m, x_column + n] · W[n, k] + Σ_r low[m, r] · factor[r, k])
+{% if dropout and members %}
+//   where of the low-rank part each member's share, times {{ dropout.scale }}, counts where its mask keeps (parts/dropout.wgsl)
+{% endif %}
 //
 // Bindings in matmul_bindings.wgsl: x [rows, x_stride], weights (words of W), out
 // [rows, out_stride], low [rows, low_stride], factor (B [n, rank], transposed: A [rank, k]).
@@ -198,6 +201,18 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% endfor %}
 {% endmacro %}
 
+{% if dropout and members %}
+// Puts a member's mask on four numbers of the stage, of the fragments from (row, column) on.
+fn masked(at: u32, member: u32, first: vec2<u32>, fragment: vec2<u32>) -> vec4<f32> {
+    let line = at / {{ stage_columns // 4 }}u;
+    let along = at % {{ stage_columns // 4 }}u * 4u;
+    let row = first.y + line / {{ m }}u * {{ subgroup_rows }}u + fragment.y + line % {{ m }}u;
+    let column = first.x + along / {{ n }}u * {{ subgroup_columns }}u + fragment.x + along % {{ n }}u;
+    let key = quad_key(matrix_keys[member], column / 4u);
+    return {{ dropout.scale }} * kept(row_keys[min(row, extent.rows - 1u)], key) * stage[at];
+}
+
+{% endif %}
 // Writes out what is in the stage: of every subgroup the fragments from (row, column) on.
 fn store_stage(lane: u32, first: vec2<u32>, own: vec2<u32>, fragment: vec2<u32>, stretch: u32) {
     for (var at = lane; at < {{ stage_quads }}u; at += {{ lanes }}u) {

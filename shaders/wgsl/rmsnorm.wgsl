@@ -4,8 +4,9 @@
 // One workgroup a row. A lane holds the quads of columns lane, lane + {{ lanes }}, … and sums them in that
 // order; the lanes' sums meet in row_sum.
 {% if splits > 1 %}
-// x is written here: Σ_s partial[s, m, i]{{ " + x_residual[m, i]" if x_residual }}, in the order of matmul_reduce.wgsl, of the
-// partial sums [{{ splits }}, maximum rows, width] that a product leaves.
+// x is written here: {{ "scales[i] · " if kept_type }}Σ_s partial[s, m, i]{{ " + x_residual[m, i]" if x_residual }}, in the order of matmul_reduce.wgsl, of the
+// partial sums [{{ splits }}, maximum rows, width] that a product leaves.{% if kept_type %} Before scales [width] it goes to kept [rows, width], too.{% endif %}
+
 {% endif %}
 {% if low_width %}
 // z [rows, {{ low_width }}] is written here, too: z[m, j] = Σ_i y[m, i] · a[j, i], of y as it is stored. {{ sharing }} lanes share a sum,
@@ -30,10 +31,14 @@ struct Extent { rows: u32 }
 {% if x_residual %}
 @group(0) @binding({{ 5 + residual }}) var<storage, read> x_residual: array<vec4<f32>>;
 {% endif %}
+{% if kept_type %}
+@group(0) @binding({{ 5 + residual + x_residual }}) var<storage, read> scales: array<vec4<f32>>;
+@group(0) @binding({{ 6 + residual + x_residual }}) var<storage, read_write> kept: array<vec4<{{ kept_type }}>>;
+{% endif %}
 {% endif %}
 
 {% if low_width %}
-{% set after = 4 + residual + ((1 + x_residual) if splits > 1 else 0) %}
+{% set after = 4 + residual + ((1 + x_residual + (2 if kept_type else 0)) if splits > 1 else 0) %}
 @group(0) @binding({{ after }}) var<storage, read> a: array<vec4<f32>>; // [{{ low_width }}, {{ width }}]
 @group(0) @binding({{ after + 1 }}) var<storage, read_write> z: array<f32>;
 
@@ -69,6 +74,9 @@ fn main(
 {% if x_residual %}
 {{ load_row("x_past", "x_residual", "base", quads, lanes) }}
 {% endif %}
+{% if kept_type %}
+{{ load_row("scale", "scales", "lane", quads, lanes) }}
+{% endif %}
 {% endif %}
 {{ load_row("w", "weight", "lane", quads, lanes) }}
 {% if residual %}
@@ -76,6 +84,12 @@ fn main(
 {% endif %}
 {% if splits > 1 %}
 {% for s in range(steps) %}
+{% if kept_type %}
+{% call store_row(s, quads, lanes) %}
+kept[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, kept_type) }};
+{% endcall %}
+    value_{{ s }} *= scale_{{ s }};
+{% endif %}
 {% if x_residual %}
     value_{{ s }} += x_past_{{ s }};
 {% endif %}

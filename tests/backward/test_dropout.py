@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from lora.backward.dropout import dropout_input_gradient
-from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.lora import lora_gradients, lora_project_gradient, most_slices
 from lora.checks.tensors import extent_in_use, normal, typed, typed_marked
 from lora.forward.dropout import GroupDropout, hashed_columns, mask, matrix_key, row_keys, scale_of
 from lora.forward.lora import lora_project
@@ -104,6 +104,10 @@ def test_dropout(recording: Recording, is_cpu: bool, dtype: str, accumulate: boo
 
 
 def test_four_slices_leave_no_room_for_the_keys(recording: Recording) -> None:
+    """Of eight storage buffers; of nine they do."""
+    assert most_slices(with_facts(recording, most_storage_buffers=9).facts, True) == 4
+    recording = with_facts(recording, most_storage_buffers=8)
+    assert (most_slices(recording.facts, True), most_slices(recording.facts, False)) == (3, 4)
     extent = extent_in_use(recording, 4, 4)
     keys = recording.memory.empty((4,), "u32", extent=extent)
     dropout = GroupDropout(P, keys, recording.memory.constant_uniform((1, 2, 3, 4)))

@@ -24,6 +24,22 @@ CASES = [
     Case(65, 0, 36, 8, ((0, 16),), 2),
     Case(37, 35, 2052, 12, ((0, 1032), (1032, 1044)), 4),
 ]
+# A mask for each member, members of scales of their own, and both.
+DROPPED = [
+    Case(7, 3, 36, 16, ((0, 100),), 4, dropout=0.3),
+    Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2, dropout=0.1),
+    Case(65, 64, 576, 8, ((0, 64), (64, 128), (128, 140)), 4, 0.5, (0.5, 3.0, 1.0)),
+    Case(37, 35, 2052, 12, ((0, 1032), (1032, 1044)), 3, 0.25),
+    Case(65, 0, 36, 8, ((0, 16),), 2, dropout=0.3),
+    Case(65, 64, 132, 8, ((0, 64), (64, 128)), 4, member_scales=(0.5, 3.0)),
+]
+# Of columns that DoRA has scaled.
+SCALED = [
+    Case(1, 1, 4, 4, ((0, 4),), dora=True),
+    Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2, dora=True),
+    Case(70, 69, 36, 8, ((0, 300), (300, 316)), 4, member_scales=(0.5, 3.0), dora=True),
+    Case(65, 0, 36, 8, ((0, 16),), 2, dora=True),
+]
 LARGE = Case(200, 199, 580, 16, ((0, 576), (576, 768), (768, 964)), 3)
 
 
@@ -54,34 +70,85 @@ def summed(recording: Recording, recorded: Recorded) -> tuple[np.ndarray, np.nda
     return np.sum(a, axis=0, dtype=np.float64), np.sum(b, axis=0, dtype=np.float64)
 
 
+Written = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def reference(case: Case, x: np.ndarray, d_y: np.ndarray, a: np.ndarray, b: np.ndarray) -> Written:
+    """z, d_z, d_A and d_B of the rows in use, in float64."""
+    z, d_z = np.zeros((2, len(x), case.width))
+    d_a, d_b = np.zeros(a.shape), np.zeros(b.shape)
+    row = 0
+    for g, ((start, stop), kept) in enumerate(zip(case.ranges, case.masks(), strict=True)):
+        low, of_b = slice(g * case.rank, (g + 1) * case.rank), slice(row, row + stop - start)
+        d_p = case.columns[0, start:stop] * d_y[:, start:stop].astype(np.float64)
+        one = (kept * x, d_p, a[low], b[of_b])
+        scale = case.member_scales[g] if case.member_scales else 1.0
+        d_z[:, low], d_a[low], d_b[of_b] = gradients_reference(
+            *one, [(0, stop - start)], scale * case.scale
+        )
+        z[:, low] = scale * one[0] @ one[2].T
+        row += stop - start
+    return z, d_z, d_a, d_b
+
+
 def check(recording: Recording, case: Case, values: Values, recorded: Recorded) -> None:
     """All that was written."""
     used, read = slice(0, case.in_use), recording.memory.read
-    x, d_y = values.x[used], values.d_y[used]
-    sizes = [np.abs(v) for v in (x, d_y, values.a, values.b)]
+    arrays = (values.x[used], values.d_y[used], values.a, values.b)
     longest = max(stop - start for start, stop in case.ranges)
-    d_z, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
-    size_z, size_a, size_b = gradients_reference(*sizes, case.ranges, SCALE)
+    z, d_z, d_a, d_b = reference(case, *arrays)
+    size_z, size_d_z, size_a, size_b = reference(case, *(np.abs(v) for v in arrays))
     found_z, found_d_z = read(recorded.z), read(recorded.d_z)
-    within(
-        found_z[used], x.astype(np.float64) @ values.a.T, sizes[0] @ sizes[2].T,
-        case.in_features, False,
-    )  # fmt: skip
-    within(found_d_z[used], d_z, size_z, longest, False)
+    within(found_z[used], z, size_z, case.in_features, False)
+    within(found_d_z[used], d_z, size_d_z, longest, False)
     assert (found_z[case.in_use :] == UNTOUCHED).all()
     assert (found_d_z[case.in_use :] == UNTOUCHED).all()
     found_a, found_b = summed(recording, recorded)
     within(found_a, d_a, size_a, max(1, case.in_use), True)
     within(found_b, d_b, size_b, max(1, case.in_use), True)
+    if case.dora:
+        check_magnitudes(recording, case, arrays[1], recorded)
 
 
-@pytest.mark.parametrize("case", CASES, ids=str)
+def check_magnitudes(recording: Recording, case: Case, d_y: np.ndarray, recorded: Recorded) -> None:
+    """Sums of f32, of products that are exact."""
+    found = np.zeros(case.n_b)
+    for one in recorded.slices:
+        assert one.magnitude is not None
+        found += recording.memory.read(one.magnitude)
+    products = d_y.astype(np.float64) * case.p[: case.in_use]
+    places = np.concatenate([np.arange(start, stop) for start, stop in case.ranges])
+    expected, size = (
+        (case.columns[1] * values.sum(0))[places] for values in (products, np.abs(products))
+    )
+    assert (np.abs(found - expected) <= 2.0**-22 * np.sqrt(case.rows) * size).all()
+
+
+@pytest.mark.parametrize("case", [*CASES, *DROPPED, *SCALED], ids=str)
 def test_against_float64(recording: Recording, case: Case) -> None:
     recording = on_matrix_units(recording)
     values = halves(case)
     recorded = record(recording, case, values, 0.0, "f16", "f32")
+    templates = [dispatch.template for dispatch in recorded.program.dispatches]
+    assert [t for t in templates if t.startswith("lora")] == [
+        "lora_project_matrix", "lora_project_matrix", "lora_gradient_matrix",
+    ]  # fmt: skip
     recorded.program.run()
     check(recording, case, values, recorded)
+
+
+@pytest.mark.parametrize("case", DROPPED[:2], ids=str)
+def test_masks_are_those_of_plain_kernels(recording: Recording, case: Case) -> None:
+    """With A of zeros but a one in each row, z is what is left of x."""
+    a = np.zeros((case.width, case.in_features), np.float32)
+    a[np.arange(case.width), (7 * np.arange(case.width)) % case.in_features] = 1.0
+    values, found = replace(halves(case), a=a), []
+    for of in (replace(recording, precision="f16"), on_matrix_units(recording)):
+        recorded = record(of, case, values, 0.0)
+        recorded.program.run()
+        found.append(of.memory.read(recorded.z)[: case.in_use])
+    assert 0.05 < (found[0] == 0).mean() < 0.5
+    np.testing.assert_array_equal(found[0] == 0, found[1] == 0)
 
 
 def test_many_rows_of_halves(recording: Recording) -> None:
@@ -95,10 +162,11 @@ def test_many_rows_of_halves(recording: Recording) -> None:
 def test_on_any_driver(recording: Recording) -> None:
     """Also by software that has units."""
     recording = on_matrix_units(recording, on_software=True)
-    case = Case(20, 19, 40, 8, ((0, 24),), 2)
-    recorded = record(recording, case, halves(case), 0.0, "f16", "f16")
-    recorded.program.run()
-    check(recording, case, halves(case), recorded)
+    for dropout, dora in ((0.0, False), (0.3, False), (0.0, True)):
+        case = Case(20, 19, 40, 8, ((0, 24), (24, 40)), 2, dropout, dora=dora)
+        recorded = record(recording, case, halves(case), 0.0, "f16", "f16")
+        recorded.program.run()
+        check(recording, case, halves(case), recorded)
 
 
 def test_what_is_below_f16_is_kept(recording: Recording) -> None:

@@ -7,10 +7,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import pytest
 
-from lora.backward.lora import GroupGradients, lora_gradients, lora_project_gradient
+from lora.backward.lora import GroupGradients, lora_project_gradient
 from lora.backward.lora_pending import STORAGE_BUFFERS, PendingGradients, gradients_wait
 from lora.checks.references.lora import gradients_reference
-from lora.forward.dropout import GroupDropout
 from lora.forward.matmul_paired import row_scales
 from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
@@ -41,15 +40,19 @@ class Pair:
     second: Recorded
     values: Values
 
-    def group(self, dropout: GroupDropout | None = None) -> GroupGradients:
+    def group(self) -> GroupGradients:
         """The gradients of the first."""
         one = self.first
-        return GroupGradients(one.x, one.z, one.d_y, one.d_z, one.lora, one.slices, dropout)
+        return GroupGradients(
+            one.x, one.z, one.d_y, one.d_z, one.lora, one.slices, one.dropout, one.scaled
+        )
 
     def written(self) -> tuple[bytes, ...]:
         """What the two steps write."""
         read = self.first.program.recording.memory.read
-        of_slices = [read(t).tobytes() for s in self.first.slices for t in (s.a, s.b)]
+        of_slices = [
+            read(t).tobytes() for s in self.first.slices for t in (s.a, s.b, s.magnitude) if t
+        ]
         return (*of_slices, read(self.second.d_z).tobytes())
 
     def forget(self) -> None:
@@ -57,7 +60,7 @@ class Pair:
         memory = self.first.program.recording.memory
         memory.write(self.second.d_z, np.full(self.second.d_z.shape, UNTOUCHED))
         for one in self.first.slices:
-            for tensor in (one.a, one.b):
+            for tensor in filter(None, (one.a, one.b, one.magnitude)):
                 memory.write(tensor, np.zeros(tensor.shape, np.float32))
 
 
@@ -75,16 +78,20 @@ def run_apart(recording: Recording, cases: tuple[Case, Case], dtype: str) -> Pai
     return Pair(first, second, values[0])
 
 
-def run_together(recording: Recording, pair: Pair, dropout: GroupDropout | None = None) -> Program:
+def run_together(recording: Recording, pair: Pair) -> Program:
     """The two steps in one dispatch."""
     program, pending = Program(recording), PendingGradients()
-    pending.add(program, pair.group(dropout))
+    pending.add(program, pair.group())
     assert not program.dispatches
-    pending.project(program, SizedRows(pair.second.d_y, None), pair.second.lora, pair.second.d_z)
+    second = pair.second
+    scales = None if second.scaled is None else second.scaled.scales
+    pending.project(program, SizedRows(second.d_y, None), second.lora, second.d_z, scales)
     pending.flush(program)
     (dispatch,) = program.dispatches
     assert dispatch.template.startswith("lora_backward")
-    assert len(dispatch.tensors) - 1 - (dropout is not None) <= STORAGE_BUFFERS
+    uniforms = 2 if pair.first.dropout else 1
+    more = 0 if second.scaled is None else 4
+    assert len(dispatch.tensors) - uniforms <= STORAGE_BUFFERS + more
     program.run()
     return program
 
@@ -104,6 +111,16 @@ def test_as_two_dispatches(recording: Recording, cases: tuple[Case, Case]) -> No
 def test_as_two_dispatches_on_matrix_units(recording: Recording, cases: tuple[Case, Case]) -> None:
     recording = with_facts(on_matrix_units(recording), is_cpu=False)
     pair = run_apart(recording, cases, "f16")
+    expected = pair.written()
+    pair.forget()
+    (dispatch,) = run_together(recording, pair).dispatches
+    assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
+
+
+@pytest.mark.parametrize("cases", PAIRS[1:], ids=str)
+def test_columns_that_are_scaled(recording: Recording, cases: tuple[Case, Case]) -> None:
+    recording = with_facts(on_matrix_units(recording), is_cpu=False, most_storage_buffers=16)
+    pair = run_apart(recording, (replace(cases[0], dora=True), replace(cases[1], dora=True)), "f16")
     expected = pair.written()
     pair.forget()
     (dispatch,) = run_together(recording, pair).dispatches
@@ -164,24 +181,17 @@ def test_halves(recording: Recording) -> None:
     assert pair.written() == expected
 
 
-def test_dropout(recording: Recording) -> None:
+@pytest.mark.parametrize("on_units", [False, True])
+def test_dropout(recording: Recording, on_units: bool) -> None:
+    recording = on_matrix_units(recording) if on_units else recording
     recording = with_facts(recording, is_cpu=False)
-    pair = run_apart(recording, PAIRS[2], "f32")
-    case, memory = PAIRS[2][0], recording.memory
-    keys = np.random.default_rng(5).integers(0, 2**32, case.rows, np.uint32)
-    matrices = memory.uniform()
-    memory.write(matrices, np.array([1, 2, 3, 4], np.uint32))
-    rows = replace(memory.upload(keys), extent=pair.first.x.extent)
-    dropout = GroupDropout(0.3, rows, matrices)
-    without = pair.written()
-    pair.forget()
-    apart, one = Program(recording), pair.first
-    lora_gradients(apart, one.x, one.z, one.d_y, one.d_z, one.lora, one.slices, dropout=dropout)
-    pair.second.program.run()
-    apart.run()
+    dtype = "f16" if on_units else "f32"
+    without = run_apart(recording, PAIRS[2], dtype).written()
+    pair = run_apart(recording, (replace(PAIRS[2][0], dropout=0.3), PAIRS[2][1]), dtype)
     expected = pair.written()
     pair.forget()
-    run_together(recording, pair, dropout)
+    (dispatch,) = run_together(recording, pair).dispatches
+    assert dispatch.template == ("lora_backward_matrix" if on_units else "lora_backward")
     assert pair.written() == expected != without
 
 

@@ -7,7 +7,7 @@ from gguf import GGMLQuantizationType, quants
 from lora.forward.matmul import matmul
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_tiles import PlanSpace, choose_plan, tiles_of
-from lora.forward.product import Product
+from lora.forward.product import Product, ScaledColumns
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.bodies import body as body
@@ -19,18 +19,21 @@ F32 = GGMLQuantizationType.F32
 
 
 @pytest.mark.parametrize(
-    ("rows", "in_use", "n_out", "n_in", "with_bias", "softcap", "with_residual"),
+    ("rows", "in_use", "n_out", "n_in", "with_bias", "softcap", "with_residual", "scaled"),
     [
-        (7, 5, 36, 100, True, 3.0, True),
-        (33, 33, 68, 1024, False, None, False),
-        (33, 33, 68, 1024, True, 3.0, False),
-        (33, 33, 68, 1024, True, None, True),
-        (33, 33, 68, 1024, False, 3.0, True),
+        (7, 5, 36, 100, True, 3.0, True, False),
+        (33, 33, 68, 1024, False, None, False, False),
+        (33, 33, 68, 1024, True, 3.0, False, False),
+        (33, 33, 68, 1024, True, None, True, False),
+        (33, 33, 68, 1024, False, 3.0, True, False),
+        (7, 5, 36, 100, True, None, True, True),
+        (33, 33, 68, 1024, False, None, True, True),
+        (33, 30, 68, 1024, True, None, False, True),
     ],
 )
 def test_epilogue(
     recording: Recording, body: str, rows: int, in_use: int, n_out: int, n_in: int, with_bias: bool,
-    softcap: float | None, with_residual: bool, monkeypatch: pytest.MonkeyPatch,
+    softcap: float | None, with_residual: bool, scaled: bool, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
     rng = np.random.default_rng(n_in)
     data = random_blocks(F32, n_out, n_in)
@@ -45,8 +48,9 @@ def test_epilogue(
     bias = 3 * rng.normal(size=n_out).astype(np.float32)
     residual = rng.normal(size=(rows, n_out)).astype(np.float32)
     extent = extent_in_use(recording, rows, in_use)
-    out = marked(recording, extent, n_out)
-    program = Program(recording)
+    out, kept = marked(recording, extent, n_out), marked(recording, extent, n_out)
+    scales, program = rng.uniform(0.5, 2, n_out).astype(np.float32), Program(recording)
+    columns = ScaledColumns(recording.memory.upload(scales), kept) if scaled else None
     matmul(
         program,
         Product(
@@ -55,11 +59,13 @@ def test_epilogue(
             bias=recording.memory.upload(bias) if with_bias else None,
             softcap=softcap,
             residual=activation(recording, residual, extent) if with_residual else None,
+            scaled=columns,
         ),
         out=out,
     )
     result = run_twice(program, out)
-    expected = x.astype(np.float64) @ w.T + with_bias * bias
+    product = x.astype(np.float64) @ w.T
+    expected = product * (scales if scaled else 1.0) + with_bias * bias
     if softcap is not None:
         expected = softcap * np.tanh(expected / softcap)
     expected += with_residual * residual
@@ -67,6 +73,10 @@ def test_epilogue(
     # tanh itself is good for about 2^-11 relative on some drivers, for 1e-6 on those tested.
     np.testing.assert_allclose(result[:in_use], expected[:in_use], atol=2e-5)
     assert (result[in_use:] == MARKER).all()
+    found = recording.memory.read(kept)
+    if scaled:
+        np.testing.assert_allclose(found[:in_use], product[:in_use], atol=2e-5)
+    assert (found[in_use if scaled else 0 :] == MARKER).all()
 
 
 def test_the_long_shape_takes_two_passes() -> None:

@@ -22,8 +22,12 @@ SMALL, SMALLEST = MATRIX_TILES[-1], MatrixTile(32, 32, 16, 32, 16)
               out_type="f32"), 2),
         (Case(20, 19, 36, 64, rank=20, ranges=((4, 32),), x_type="f32"), 1),
         (Case(20, 20, 36, 64, ranges=((8, 44), (60, 72)), parts=(Q8_0, F16), out_type="f32"), 1),
+        (Case(20, 19, 36, 64, ranges=((8, 44), (60, 72)), parts=(Q8_0, F16), bias=True,
+              out_type="f32", scaled=True), 1),
+        (Case(33, 32, 68, 100, parts=(F16,), ranges=((0, 40),), residual=True, out_type="f32",
+              scaled=True), 2),
     ],
-    ids=["one row", "stretches", "a large rank", "two parts"],
+    ids=["one row", "stretches", "a large rank", "two parts", "scaled", "scaled stretches"],
 )  # fmt: skip
 def test_on_any_driver(recording: Recording, case: Case, splits: int) -> None:
     """A tile so small that software drivers compile it in seconds."""

@@ -20,7 +20,7 @@ from lora.forward.model.norm import Norm
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import TILES, Plan, PlanSpace, cut
-from lora.forward.product import Product
+from lora.forward.product import Product, ScaledColumns
 from lora.forward.rmsnorm import (
     GPU_LANES,
     GPU_QUADS,
@@ -116,6 +116,7 @@ class Case:
         past_of: str = "none",
         softcap: float | None = None,
         biased: bool = False,
+        scaled: bool = False,
     ) -> tuple[list[str], list[np.ndarray]]:
         """The kernels of a product and its norm, and what they write.
 
@@ -126,6 +127,7 @@ class Case:
         """
         product, normed = (typed_marked(self.recording, t, self.extent, self.width) for t in types)
         program = Program(self.recording)
+        kept = typed_marked(self.recording, types[1], self.extent, self.width)
         past = self.past if past_of == "norm" else None
         norm = NormAfter(Norm(self.weight, EPSILON), normed, residual=past)
         matmul(
@@ -138,13 +140,14 @@ class Case:
                 softcap=softcap,
                 bias=self.bias if biased else None,
                 residual=self.past if past_of == "product" else None,
+                scaled=ScaledColumns(self.bias, kept) if scaled else None,
             ),
             out=product,
             then=None if apart else norm,
         )
         if apart:
             rmsnorm(program, product, Norm(self.weight, EPSILON), residual=past, out=normed)
-        return run(program, [product, normed])
+        return run(program, [product, normed, *([kept] if scaled else [])])
 
     def backward(
         self, types: tuple[str, str], *, apart: bool, in_place: bool = False
@@ -197,6 +200,22 @@ def test_the_norm_adds_stretches_up(
     kernels, found = case.forward(types, past_of=past_of, apart=False)
     assert kernels == ["matmul_tiled", "rmsnorm"]
     assert same(tiled, types, found, wanted)
+
+
+@pytest.mark.parametrize(("width", "splits", "past_of", "types"), FORWARD)
+def test_the_norm_scales_columns_of_stretches(
+    tiled: Recording, width: int, splits: int, past_of: str, types: tuple[str, str]
+) -> None:
+    if "f16" in types:
+        needs_halves(tiled.facts)
+    case = Case(cut_into(tiled, splits), width)
+    _, plain = case.forward(types, past_of=past_of, apart=True)
+    kernels, wanted = case.forward(types, past_of=past_of, apart=True, scaled=True)
+    assert kernels == ["matmul_tiled", "matmul_reduce", "rmsnorm"]
+    kernels, found = case.forward(types, past_of=past_of, apart=False, scaled=True)
+    assert kernels == ["matmul_tiled", "rmsnorm"]
+    assert same(tiled, (*types, types[1]), found, wanted)
+    assert not np.array_equal(plain[0], found[0])
 
 
 @pytest.mark.parametrize(("width", "splits", "in_place", "types"), BACKWARD)

@@ -15,6 +15,7 @@ from lora.optim.lion import LionTensors, lion
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
+from tests.support.kernels import with_facts
 
 RATE, DECAY, STEPS, RATIO = 1e-2, 0.1, 5, 16.0
 
@@ -84,8 +85,11 @@ def record_8bit(
 
 
 @pytest.mark.parametrize(("n", "max_range"), [(64, None), (16704, None), (16704, 8192)])
-@pytest.mark.parametrize("with_rates", [False, True])
-def test_adamw_8bit(recording: Recording, n: int, max_range: int | None, with_rates: bool) -> None:
+@pytest.mark.parametrize(("with_rates", "is_cpu"), [(False, True), (True, False), (False, False)])
+def test_adamw_8bit(
+    recording: Recording, n: int, max_range: int | None, with_rates: bool, is_cpu: bool
+) -> None:
+    recording = with_facts(recording, is_cpu=is_cpu)
     start, memory = values_of(n, 0), recording.memory
     rates = rates_of(n) if with_rates else None
     p, moments, state, step = record_8bit(recording, start, rates, max_range)
@@ -115,6 +119,19 @@ def test_adamw_8bit(recording: Recording, n: int, max_range: int | None, with_ra
     step(values_of(n, 99), STEPS + 1)
     after = [memory.read(t) for t in (p, moments.first, moments.second, moments.scales)]
     assert all(a.tobytes() == b.tobytes() for a, b in zip(before, after, strict=True))
+
+
+def test_blocks_by_one_or_by_four_are_the_same(recording: Recording) -> None:
+    """A GPU's workgroups have four, and the last one not all of them."""
+    start, found = values_of(16704, 0), []
+    for is_cpu in (True, False):
+        of = with_facts(recording, is_cpu=is_cpu)
+        p, moments, _, step = record_8bit(of, start, None, None)
+        for t in range(1, STEPS + 1):
+            step(values_of(start.size, t), t)
+        written = (p, moments.first, moments.second, moments.scales)
+        found.append([of.memory.read(tensor).tobytes() for tensor in written])
+    assert found[0] == found[1]
 
 
 def test_moments_of_8_bits_take_a_quarter(recording: Recording) -> None:

@@ -7,7 +7,13 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from lora.backward.lora import lora_gradients, lora_project_gradient
+from lora.backward.lora import (
+    GroupGradients,
+    ScaledGradient,
+    plan_gradients,
+    plan_project_gradient,
+)
+from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.lora import lora_project
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
@@ -17,11 +23,18 @@ from lora.shaders.tensor import Extent, Tensor
 
 SCALE = 1.7
 UNTOUCHED = -7.0
+KEYS = 11, 22, 33, 44  # of members' masks
 
 
 @dataclass(frozen=True)
 class Case:
-    """Sizes of a group: x [rows, in_features], members that own `ranges` of d_y's columns."""
+    """Sizes of a group: x [rows, in_features], members that own `ranges` of d_y's columns.
+
+    Attributes:
+        dropout: its probability, before each member.
+        member_scales: as of LoraFactors, whose scale is then 1.
+        dora: whether d_y is the gradient to columns that DoRA has scaled, on matrix units.
+    """
 
     rows: int
     in_use: int
@@ -29,6 +42,43 @@ class Case:
     rank: int
     ranges: tuple[tuple[int, int], ...]
     n_slices: int = 1
+    dropout: float = 0.0
+    member_scales: tuple[float, ...] = ()
+    dora: bool = False
+
+    @property
+    def columns(self) -> np.ndarray:
+        """Scales of d_y's columns, and inverse lengths: f32 [2, out_features], 1 without DoRA.
+
+        Powers of two: what B is in f16 times the scales f16 has, too.
+        """
+        rng = np.random.default_rng(self.rank)
+        found = 2.0 ** rng.integers(-2, 3, (2, self.out_features))
+        return (found if self.dora else np.ones_like(found)).astype(np.float32)
+
+    @property
+    def p(self) -> np.ndarray:
+        """The products under DoRA, numbers that f16 has [rows, out_features]."""
+        rng = np.random.default_rng(self.n_b)
+        values = rng.normal(size=(self.rows, self.out_features))
+        return values.astype(np.float16).astype(np.float32)
+
+    @property
+    def scale(self) -> float:
+        """Of all members."""
+        return 1.0 if self.member_scales else SCALE
+
+    @property
+    def row_keys(self) -> np.ndarray:
+        """For dropout, u32 [rows]."""
+        return np.random.default_rng(self.rows).integers(0, 2**32, self.rows, np.uint32)
+
+    def masks(self) -> list[np.ndarray]:
+        """What each member's x is multiplied by, [rows in use, in_features]."""
+        if not self.dropout:
+            return [np.ones((self.in_use, self.in_features))] * len(self.ranges)
+        keys, width, p = self.row_keys[: self.in_use], self.in_features, self.dropout
+        return [mask(keys, key, width, p) * scale_of(p) for key in KEYS[: len(self.ranges)]]
 
     @property
     def width(self) -> int:
@@ -81,6 +131,8 @@ class Recorded:
     x: Tensor
     d_y: Tensor
     lora: LoraFactors
+    dropout: GroupDropout | None = None
+    scaled: ScaledGradient | None = None
 
 
 def record(
@@ -109,15 +161,19 @@ def record(
     def factors(a: np.ndarray, b: np.ndarray) -> LoraFactors:
         # Behind each other in one flat buffer, on multiples of 64 elements, as the trainer has it.
         first = -(-a.size // 64) * 64
-        flat = np.full(first + b.size, UNTOUCHED, np.float32)
-        flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
+        last = first + -(-b.size // 64) * 64
+        flat = np.full(last + len(b) if case.dora else first + b.size, UNTOUCHED, np.float32)
+        flat[: a.size], flat[first : first + b.size] = a.reshape(-1), b.reshape(-1)
+        flat[last:] = start
         tensor = recording.memory.upload(flat)
         return LoraFactors(
             tensor.slice(0, a.size).reshape(*a.shape),
-            tensor.slice(first, flat.size).reshape(*b.shape),
+            tensor.slice(first, first + b.size).reshape(*b.shape),
             case.rank,
-            SCALE,
+            case.scale,
             case.ranges,
+            case.member_scales,
+            tensor.slice(last, flat.size) if case.dora else None,
         )
 
     x, d_y = activation(values.x, x_type), activation(values.d_y, d_y_type)
@@ -126,11 +182,24 @@ def record(
         factors(np.full_like(values.a, start), np.full_like(values.b, start))
         for _ in range(case.n_slices)
     ]
-    program = Program(recording)
-    z = lora_project(program, x, lora)
+    program, dropout = Program(recording), None
+    if case.dropout:
+        keys = recording.memory.empty((case.rows,), "u32", extent=extent)
+        recording.memory.write(keys, case.row_keys)
+        dropout = GroupDropout(case.dropout, keys, recording.memory.constant_uniform(KEYS))
+    scaled = None
+    if case.dora:
+        scales, inverses = (recording.memory.upload(values) for values in case.columns)
+        scaled = ScaledGradient(activation(case.p, d_y_type), scales, inverses)
+    z = lora_project(program, x, lora, dropout=dropout)
     largest = row_scales(program, d_y, 6, "d_y")
-    d_z = lora_project_gradient(program, d_y, lora, largest=largest)
-    lora_gradients(program, x, z, d_y, d_z, lora, slices)
+    d_z = recording.memory.empty((case.rows, case.width), extent=extent)
+    projection = plan_project_gradient(
+        recording, d_y, lora, d_z, largest, None if scaled is None else scaled.scales
+    )
+    projection.append(program)
+    group = GroupGradients(x, z, d_y, d_z, lora, slices, dropout, scaled)
+    plan_gradients(recording, group).append(program)
     for tensor in (z, d_z):
         recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))
-    return Recorded(program, z, d_z, slices, x, d_y, lora)
+    return Recorded(program, z, d_z, slices, x, d_y, lora, dropout, scaled)

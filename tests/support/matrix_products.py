@@ -9,13 +9,16 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType
 
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Dropped, matmul_backward
+from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.matmul import matmul
+from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
+from lora.forward.part_product import SizedRows
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import MatrixTile, Plan, cut
-from lora.forward.product import Product
+from lora.forward.product import Product, ScaledColumns
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves
@@ -53,6 +56,9 @@ class Case:
         ranges: of the adapted members.
         parts: tensor types of the parts, `n_out` rows each.
         x_type, out_type: under f16; in pairs both are f32.
+        dropout: its probability, before each member's A: of the backward.
+        sized: whether rows of d_y, of f32, are scaled for their tiles.
+        scaled: whether columns of y are scaled on the way out.
     """
 
     rows: int = 70
@@ -67,6 +73,20 @@ class Case:
     bias: bool = False
     residual: bool = False
     softcap: float | None = None
+    dropout: float = 0.0
+    sized: bool = False
+    scaled: bool = False
+
+    def share(self, d_z: np.ndarray, a: np.ndarray, keys: np.ndarray) -> np.ndarray:
+        """What comes through the members' A to d_x [rows, n_in]."""
+        total = np.zeros((len(d_z), self.n_in))
+        for member in range(len(self.ranges)):
+            low = slice(member * self.rank, (member + 1) * self.rank)
+            own = d_z[:, low] @ a[low]
+            if self.dropout:
+                own *= mask(keys, member + 5, self.n_in, self.dropout) * scale_of(self.dropout)
+            total += own
+        return total
 
 
 def check(recording: Recording, case: Case) -> None:
@@ -105,20 +125,31 @@ def check(recording: Recording, case: Case) -> None:
     lora = LoraFactors(
         recording.memory.upload(a), recording.memory.upload(b), case.rank, SCALE, case.ranges
     )
-    out, d_x = (
+    out, d_x, kept = (
         recording.memory.empty((case.rows, n), case.out_type, extent=extent)
-        for n in (n_out, case.n_in)
+        for n in (n_out, case.n_in, n_out)
     )
+    scales = rng.uniform(0.5, 2, n_out).astype(np.float32)
+    columns = ScaledColumns(recording.memory.upload(scales), kept) if case.scaled else None
     product = Product(
         x_t, matrix, lora=lora if case.ranges else None, z=z_t if case.ranges else None,
         bias=recording.memory.upload(bias) if case.bias else None,
         residual=past_t if case.residual else None, softcap=case.softcap,
+        scaled=columns,
     )  # fmt: skip
     forward, backward = Program(recording), Program(recording)
     matmul(forward, product, out=out)
+    keys, dropout = rng.integers(0, 2**32, case.rows, np.uint32), None
+    if case.dropout:
+        rows = recording.memory.empty((case.rows,), "u32", extent=extent)
+        recording.memory.write(rows, keys)
+        matrices = recording.memory.constant_uniform((5, 6, 7, 8))
+        dropout = GroupDropout(case.dropout, rows, matrices)
+    largest = row_scales(backward, d_y_t, 6, "d_y") if case.sized else None
     matmul_backward(
-        backward, d_y_t, matrix, lora=product.lora, d_z=d_z_t if case.ranges else None, out=d_x
-    )
+        backward, SizedRows(d_y_t, largest), matrix, lora=product.lora,
+        d_z=Dropped(d_z_t, dropout) if dropout else d_z_t if case.ranges else None, out=d_x,
+    )  # fmt: skip
     expected, size = rounded(x) @ w.T, np.abs(rounded(x)) @ np.abs(w).T
     first = 0
     for member, (start, stop) in enumerate(case.ranges):
@@ -127,18 +158,24 @@ def check(recording: Recording, case: Case) -> None:
         expected[:, start:stop] += own @ factor.T
         size[:, start:stop] += np.abs(own) @ np.abs(factor).T
         first += stop - start
+    before = (forward, kept, expected.copy(), size.copy())
+    if case.scaled:
+        expected, size = scales * expected, scales * size
     expected += bias * case.bias
     if case.softcap is not None:
         expected = case.softcap * np.tanh(expected / case.softcap)
     expected += past * case.residual
     size += np.abs(bias) * case.bias + np.abs(past) * case.residual
-    d_expected = rounded(d_y) @ w + rounded(d_z) @ rounded(a) * bool(case.ranges)
-    d_size = np.abs(rounded(d_y)) @ np.abs(w) + np.abs(rounded(d_z)) @ np.abs(rounded(a))
-    results = ((forward, out, expected, size), (backward, d_x, d_expected, d_size))
+    d_expected = rounded(d_y) @ w + case.share(rounded(d_z), rounded(a), keys)
+    d_size = np.abs(rounded(d_y)) @ np.abs(w)
+    d_size += case.share(np.abs(rounded(d_z)), np.abs(rounded(a)), keys)
+    results = [(forward, out, expected, size), (backward, d_x, d_expected, d_size)]
+    if case.scaled:
+        results.append(before)
     for program, tensor, wanted, magnitude in results:
         templates = {dispatch.template for dispatch in program.dispatches}
         assert templates - {"matmul_reduce", "largest_of_rows"} == {"matmul_matrix"}
-        sized = not half or (case.x_type == "f32" and program is forward)
+        sized = not half or (case.x_type == "f32" and (program is forward or case.sized))
         assert ("largest_of_rows" in templates) == sized
         marks = np.full(tensor.shape, MARKER, np.float32)
         found = run_twice(program, tensor, marks).astype(np.float64)

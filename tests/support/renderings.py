@@ -223,11 +223,13 @@ def _runs(folder: Path) -> Iterator[Run]:
     noisy = {"neftune_noise_alpha": 5.0, "label_smoothing": 0.1, "optimizer": "adamw_8bit"}
     other = {"loss_type": "dft", "optimizer": "lion"}
     yield _record(path, (LARGE_GPU, SMALL_GPU), ({**F32, **noisy}, {**F16, **other}), adapter)
+    yield _record(path, (MATRIX_GPU, SMALL_MATRICES), ({**F16, **other},), adapter)
     yield _record(path, (CPU,), ({**F32, **noisy},), adapter)
     yield _record(path, (LARGE_GPU, CPU), (F32,), patterns)
     path, model = folder / "dora.gguf", TINY_MODELS["llama_bias"]
     model.write_gguf(path)
     yield _record(path, (LARGE_GPU, SMALL_GPU), (F32, F16), {"variant": "dora"})
+    yield _record(path, (MATRIX_GPU,), (F16,), {"variant": "dora"})
     # Rows of the embedding, here the head's, too, and capped.
     path, model = folder / "tokens.gguf", TINY_MODELS["gemma2"]
     model.write_gguf(path)
@@ -377,7 +379,7 @@ def _training(plan: SessionPlan) -> list[Program]:
         for flat in (step.adapter, None)
     ]
     dora = step.adapter.dora
-    lengths = [] if dora is None else [dora.measure, dora.update]
+    lengths = [] if dora is None else [dora.update]
     return [training.begin, *plan.programs.step, *evaluations, *lengths]
 
 

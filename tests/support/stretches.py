@@ -28,7 +28,7 @@ def finish(program: Program, stretches: Stretches, out: Tensor) -> None:
     constants = {
         "splits": stretches.splits, "n_columns": width, "maximum_rows": extent.maximum,
         "out_stride": width, "epilogue": "write", "bias": False, "softcap": None,
-        "placed": False, "out_type": out.dtype,
+        "scaled": None, "placed": False, "out_type": out.dtype,
     }  # fmt: skip
     program.dispatch(
         "matmul_reduce", constants, [extent.uniform, stretches.partial, out],

@@ -7,7 +7,13 @@ from functools import partial
 
 import numpy as np
 
-from lora.backward.lora import GroupGradients, lora_gradients, lora_project_gradient
+from lora.backward.lora import (
+    SCALED_BUFFERS,
+    GroupGradients,
+    ScaledGradient,
+    plan_gradients,
+    plan_project_gradient,
+)
 from lora.backward.lora_pending import STORAGE_BUFFERS, PendingGradients, gradients_wait
 from lora.checks.comparison import (
     Check,
@@ -29,7 +35,16 @@ from lora.checks.references.optim import (
     GuardReference,
     clip_reference,
 )
-from lora.checks.tensors import MARKER, extent_in_use, normal, rounded, typed, typed_marked
+from lora.checks.tensors import (
+    MARKER,
+    activation,
+    extent_in_use,
+    normal,
+    rounded,
+    typed,
+    typed_marked,
+)
+from lora.forward.dropout import GroupDropout, mask, row_keys, scale_of
 from lora.forward.lora import lora_project
 from lora.forward.lora_matrix import gradient_cut
 from lora.forward.matmul_matrix import shape_on
@@ -42,24 +57,28 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
 ROWS, IN_USE, IN_FEATURES, RANK, SCALE = 37, 35, 260, 8, 1.7
-RANGES = ((0, 132), (140, 152))
+RANGES, KEYS = ((0, 132), (140, 152)), (11, 12)
 N_B, OUT_FEATURES = 144, 160  # rows of B; columns of y, of which not all are adapted
 
 
 def factors_on(recording: Recording, a: np.ndarray, b: np.ndarray) -> LoraFactors:
-    """A and B behind each other in one buffer, on multiples of 64 elements, as in training."""
+    """A, B and magnitudes of 0 behind each other in one buffer, on multiples of 64 elements."""
     first = -(-a.size // 64) * 64
-    flat = np.full(first + b.size, MARKER, np.float32)
-    flat[: a.size], flat[first:] = a.reshape(-1), b.reshape(-1)
+    last = first + -(-b.size // 64) * 64
+    flat = np.full(last + len(b), MARKER, np.float32)
+    flat[: a.size], flat[first : first + b.size] = a.reshape(-1), b.reshape(-1)
+    flat[last:] = 0.0
     tensor = recording.memory.upload(flat)
     return LoraFactors(
         tensor.slice(0, a.size).reshape(*a.shape),
-        tensor.slice(first, flat.size).reshape(*b.shape),
-        RANK, SCALE, RANGES,
+        tensor.slice(first, first + b.size).reshape(*b.shape),
+        RANK, SCALE, RANGES, magnitude=tensor.slice(last, flat.size),
     )  # fmt: skip
 
 
-def check_matrix(recording: Recording, waiting: bool = False) -> Comparison:
+def check_matrix(
+    recording: Recording, waiting: bool = False, dropped: float = 0.0, scaled: bool = False
+) -> Comparison:
     """The same on matrix units."""
     if shape_on(recording.facts) is None:
         raise NotHereError("no matrix units that multiply f16 and add f32")
@@ -67,13 +86,40 @@ def check_matrix(recording: Recording, waiting: bool = False) -> Comparison:
     on_units = replace(recording, precision="f16", body="matrix")
     if gradient_cut(on_units, (2 * RANK, RANK)) is None:
         raise NotHereError("its matrix units, or its workgroups, are too small")
-    return check_lora(on_units, "f16", waiting)
+    if scaled and on_units.facts.most_storage_buffers < SCALED_BUFFERS:
+        raise NotHereError(f"a kernel has fewer than {SCALED_BUFFERS} storage buffers")
+    return check_lora(on_units, "f16", waiting, dropped, scaled)
 
 
-def check_lora(recording: Recording, dtype: str, waiting: bool = False) -> Comparison:
+def _reference(
+    x: np.ndarray, d_y: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray, dropped: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """z, d_z, d_A and d_B, with dropout of x before each member, in float64."""
+    found, row = [], 0
+    for member, (start, stop) in enumerate(RANGES):
+        low, of_b = slice(member * RANK, (member + 1) * RANK), slice(row, row + stop - start)
+        left = x.astype(np.float64)
+        if dropped:
+            left *= mask(keys, KEYS[member], IN_FEATURES, dropped) * scale_of(dropped)
+        ranges = [(0, stop - start)]
+        d = gradients_reference(left, d_y[:, start:stop], a[low], b[of_b], ranges, SCALE)
+        found.append((left @ a[low].T, *d))
+        row += stop - start
+    z, d_z, d_a, d_b = zip(*found, strict=True)
+    return np.hstack(z), np.hstack(d_z), np.vstack(d_a), np.vstack(d_b)
+
+
+def check_lora(
+    recording: Recording,
+    dtype: str,
+    waiting: bool = False,
+    dropped: float = 0.0,
+    scaled: bool = False,
+) -> Comparison:
     """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far.
 
-    With `waiting` d_A and d_B in one dispatch with a d_z.
+    With `waiting` d_A and d_B in one dispatch with a d_z; with dropout of this probability; with
+    columns of d_y `scaled` by powers of two, and the gradient of magnitudes.
 
     On matrix units factors are f16, here numbers that f16 has; in the sums over rows z and d_z are
     rounded to 2^-12, independently: the worst of thousands is off by four standard deviations.
@@ -93,26 +139,43 @@ def check_lora(recording: Recording, dtype: str, waiting: bool = False) -> Compa
     slices = [factors_on(recording, np.zeros_like(a), np.zeros_like(b)) for _ in range(2)]
     x_t, d_y_t = typed(recording, x, dtype, extent), typed(recording, d_y, dtype, extent)
     z, d_z = (typed_marked(recording, "f32", extent, 2 * RANK) for _ in range(2))
-    lora_project(program, x_t, lora, out=z)
-    lora_project_gradient(program, d_y_t, lora, out=d_z)
+    keys, dropout = row_keys(1, 2, [3, 4], [20, ROWS - 20]), None
+    if dropped:
+        uniform = recording.memory.constant_uniform(KEYS)
+        dropout = GroupDropout(dropped, activation(recording, keys, extent), uniform)
+    columns = np.ones((2, OUT_FEATURES), np.float32)
+    columns_t, p = None, rounded(normal(5, ROWS, OUT_FEATURES), dtype)
+    if scaled:
+        columns = 2.0 ** (np.arange(2 * OUT_FEATURES, dtype=np.float32).reshape(2, -1) % 5 - 2)
+        vectors = [recording.memory.upload(values) for values in columns]
+        columns_t = ScaledGradient(typed(recording, p, dtype, extent), *vectors)
+    scales = None if columns_t is None else columns_t.scales
+    lora_project(program, x_t, lora, out=z, dropout=dropout)
+    plan_project_gradient(recording, d_y_t, lora, d_z, scales=scales).append(program)
+    group = GroupGradients(x_t, z, d_y_t, d_z, lora, slices, dropout, columns_t)
     if waiting:
-        pending, first = PendingGradients(), d_z
-        pending.add(program, GroupGradients(x_t, z, d_y_t, first, lora, slices))
+        pending = PendingGradients()
+        pending.add(program, group)
         d_z = typed_marked(recording, "f32", extent, 2 * RANK)
-        pending.project(program, SizedRows(d_y_t, None), lora, d_z)
+        pending.project(program, SizedRows(d_y_t, None), lora, d_z, scales)
         pending.flush(program)
     else:
-        lora_gradients(program, x_t, z, d_y_t, d_z, lora, slices)
+        plan_gradients(recording, group).append(program)
     program.run()
     used = slice(0, IN_USE)
-    values = (x[used], d_y[used], a, b)
-    expected = gradients_reference(*values, RANGES, SCALE)
-    x_size, d_y_size, a_size, b_size = (np.abs(v) for v in values)
-    sizes = gradients_reference(x_size, d_y_size, a_size, b_size, RANGES, SCALE)
+    products = scaled * d_y[used].astype(np.float64) * p[used]
+    d_m, d_m_size = (
+        (columns[1] * values.sum(0))[np.r_[0:132, 140:152]]
+        for values in (products, np.abs(products))
+    )
+    d_y = columns[0] * d_y
+    x_size, d_y_size, a_size, b_size = (np.abs(v) for v in (x[used], d_y[used], a, b))
+    z_expected, *expected = _reference(x[used], d_y[used], a, b, keys[used], dropped)
+    z_size, *sizes = _reference(x_size, d_y_size, a_size, b_size, keys[used], dropped)
     terms = (132, IN_USE + 132, IN_USE + IN_FEATURES)
     factor = 16 if on_units else 4  # units truncate sums; as in their kernels' tests
     bounds = [factor * error_bound(size, n) for size, n in zip(sizes, terms, strict=True)]
-    z_bound = factor * error_bound(np.abs(x[used]) @ np.abs(a).T, IN_FEATURES)
+    z_bound = factor * error_bound(z_size, IN_FEATURES)
     if on_units:
         bounds = [
             bound + (4 * 2.0**-11 * size / IN_USE**0.5 if of_rows else 0.0)
@@ -121,8 +184,10 @@ def check_lora(recording: Recording, dtype: str, waiting: bool = False) -> Compa
     z_found, d_z_found = recording.memory.read(z), recording.memory.read(d_z)
     d_a = sum(recording.memory.read(s.a).astype(np.float64) for s in slices)
     d_b = sum(recording.memory.read(s.b).astype(np.float64) for s in slices)
+    d_m_found = sum(recording.memory.read(s.magnitude) for s in slices if s.magnitude)
     return worst(
-        compare(z_found[used], x[used].astype(np.float64) @ a.T, bound=z_bound),
+        compare(np.asarray(d_m_found), d_m, bound=4 * error_bound(d_m_size, IN_USE) + 1e-30),
+        compare(z_found[used], z_expected, bound=z_bound),
         compare(d_z_found[used], expected[0], bound=bounds[0]),
         compare(np.asarray(d_a), expected[1], bound=bounds[1]),
         compare(np.asarray(d_b), expected[2], bound=bounds[2]),
@@ -230,6 +295,14 @@ CHECKS = [
     Check("lora_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}", check_matrix),
     Check("lora_backward_matrix", f"{ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, waiting=True)),
+    Check("lora_matrix", f"scaled columns, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, scaled=True)),
+    Check("lora_backward_matrix", f"scaled columns, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, waiting=True, scaled=True)),
+    Check("lora_matrix", f"dropout, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, dropped=0.25)),
+    Check("lora_backward_matrix", f"dropout, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, waiting=True, dropped=0.25)),
     Check("gradient_norm", "1x65600", partial(check_gradient_norm, n_slices=1), as_cpu=True),
     Check("gradient_norm", "4x65600", partial(check_gradient_norm, n_slices=4)),
     Check("step_guard", "12 steps", partial(check_step_guard, scaled=False)),

@@ -10,15 +10,8 @@ from gguf import GGMLQuantizationType
 from lora.backward.dora import dora_gradient
 from lora.checks.comparison import Check, Comparison, compare, needs_half, same, untouched, worst
 from lora.checks.references.matmul import error_bound
-from lora.checks.tensors import (
-    extent_in_use,
-    frozen,
-    normal,
-    rounded,
-    typed,
-    typed_marked,
-)
-from lora.forward.dora import DoraGroup, record_scales, row_squares, scale_columns
+from lora.checks.tensors import extent_in_use, frozen, normal, rounded, typed, typed_marked
+from lora.forward.dora import DoraGroup, allocate_lengths, row_lengths, scale_columns
 from lora.forward.model.factors import DoraTensors, LoraFactors
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -29,6 +22,22 @@ N_B = 144
 _PLACES = np.r_[0:132, 140:152]  # of the adapted columns
 
 
+def adapter_on(
+    recording: Recording, a: np.ndarray, b: np.ndarray, m: np.ndarray, tensors: DoraTensors
+) -> LoraFactors:
+    """A, B and magnitudes behind each other in one buffer, as in training."""
+    starts = np.cumsum([0, *(-(-values.size // 64) * 64 for values in (a, b, m))])
+    flat = np.zeros(starts[-1], np.float32)
+    for start, values in zip(starts, (a, b, m), strict=False):
+        flat[start : start + values.size] = values.reshape(-1)
+    whole = recording.memory.upload(flat)
+    of_a, of_b, of_m = (
+        whole.slice(int(start), int(start) + values.size).reshape(*values.shape)
+        for start, values in zip(starts, (a, b, m), strict=False)
+    )
+    return LoraFactors(of_a, of_b, RANK, SCALE, RANGES, MEMBER_SCALES, of_m, tensors)
+
+
 def check_dora(recording: Recording, dtype: str) -> Comparison:
     """Lengths to some roundings of what they are summed of; then products and sums."""
     if dtype == "f16":
@@ -36,20 +45,9 @@ def check_dora(recording: Recording, dtype: str) -> Comparison:
     memory, program = recording.memory, Program(recording)
     matrix, w = frozen(recording, GGMLQuantizationType.Q4_0, COLUMNS, WIDTH)
     a, b, m = normal(3, 2 * RANK, WIDTH), normal(4, N_B, RANK), np.abs(normal(5, N_B))
-    vectors = [memory.upload(np.full(COLUMNS, 7, np.float32)) for _ in range(3)]
-    lora = LoraFactors(
-        memory.upload(a), memory.upload(b), RANK, SCALE, RANGES, MEMBER_SCALES, memory.upload(m),
-        DoraTensors(*vectors),
-    )  # fmt: skip
-    low = memory.extent(2 * RANK)
-    group = DoraGroup(
-        matrix, lora,
-        memory.empty((2 * RANK, COLUMNS), extent=low),
-        memory.empty((2 * RANK, 2 * RANK), extent=low),
-        low,
-    )  # fmt: skip
-    row_squares(program, matrix, vectors[0])
-    record_scales(program, group, "checked")
+    (tensors,) = allocate_lengths(recording, [matrix])
+    lora = adapter_on(recording, a, b, m, tensors)
+    row_lengths(program, [DoraGroup(matrix, lora)])
     extent = extent_in_use(recording, ROWS, IN_USE)
     p, d_y = (rounded(normal(seed, ROWS, COLUMNS), dtype) for seed in (6, 7))
     residual, bias = normal(8, ROWS, COLUMNS), normal(9, COLUMNS)
@@ -58,7 +56,7 @@ def check_dora(recording: Recording, dtype: str) -> Comparison:
     start = normal(10, N_B)
     d_m = memory.upload(start)
     scale_columns(
-        program, p_t, vectors[1], y, bias=memory.upload(bias),
+        program, p_t, tensors.scales, y, bias=memory.upload(bias),
         residual=typed(recording, residual, "f32", extent),
     )  # fmt: skip
     dora_gradient(program, d_y_t, p_t, lora, d_m, d_p)
@@ -78,14 +76,14 @@ def check_dora(recording: Recording, dtype: str) -> Comparison:
     rtol = 2e-3 if dtype == "f16" else 1e-5
     bound = (error_bound(sizes, IN_USE) * 4 + 1e-4 * sizes) * inverses
     return worst(
-        compare(read(vectors[0]), (w**2).sum(1), rtol=1e-5),
-        compare(read(vectors[1]), scales, rtol=1e-4),
-        compare(read(vectors[2]), inverses, rtol=1e-4),
+        compare(read(tensors.scales), scales, rtol=1e-5),
+        compare(read(tensors.powers[0]), np.append(scales, (1, 1)), rtol=1e-5),
+        compare(read(tensors.inverses), inverses, rtol=1e-5),
         compare(read(y)[used], expected_y[used], rtol=1e-4, atol=1e-4),
         compare(read(d_p)[used].astype(np.float64), (scales * d_y)[used], rtol=rtol + 1e-4,
                 atol=1e-6),
         compare(read(d_m), start + (sums * inverses)[_PLACES], bound=bound[_PLACES] + 1e-6),
-        same(read(vectors[1])[132:140], np.ones(8)),
+        same(read(tensors.scales)[132:140], np.ones(8)),
         untouched(read(y)[IN_USE:]),
         untouched(read(d_p)[IN_USE:].astype(np.float32)),
     )  # fmt: skip

@@ -8,7 +8,7 @@ from functools import partial
 import numpy as np
 from gguf import GGMLQuantizationType
 
-from lora.backward.matmul import matmul_backward
+from lora.backward.matmul import Dropped, matmul_backward
 from lora.checks.comparison import (
     Check,
     Comparison,
@@ -31,6 +31,7 @@ from lora.checks.tensors import (
     typed,
     typed_marked,
 )
+from lora.forward.dropout import GroupDropout, mask, row_keys, scale_of
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import shape_on
 from lora.forward.matmul_paired import largest_of_rows
@@ -55,7 +56,7 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 
 ROWS, IN_USE, RANK, SCALE = 67, 66, 4, 1.5
-OUT_FEATURES, RANGES = 68, ((0, 36), (40, 68))
+OUT_FEATURES, RANGES, KEYS = 68, ((0, 36), (40, 68)), (11, 12)
 
 
 def check_matmul(
@@ -65,8 +66,11 @@ def check_matmul(
     tile: Tile | None,
     splits: int = 1,
     powered: bool = False,
+    dropped: float = 0.0,
 ) -> Comparison:
     """y with its low-rank part, bias and residual, and d_x; with powers of W's rows, too.
+
+    And with dropout of this probability before A, whose masks d_x has.
 
     In f16 a tile's numbers are rounded to 2^-12, and so is each addition to a sum of at most 32
     products. These walk to four such roundings of a product for each of the sum's sqrt(terms), and
@@ -118,9 +122,14 @@ def check_matmul(
         ),
         out=out,
     )
+    keys, dropout = row_keys(1, 2, [3, 4], [20, ROWS - 20]), None
+    if dropped:
+        uniform = recording.memory.constant_uniform(KEYS)
+        dropout = GroupDropout(dropped, activation(recording, keys, extent), uniform)
+    d_z_t = activation(recording, d_z, extent)
     matmul_backward(
         program, typed(recording, d_y, dtype, extent), matrix, lora=lora,
-        d_z=activation(recording, d_z, extent), out=d_x,
+        d_z=d_z_t if dropout is None else Dropped(d_z_t, dropout), out=d_x,
     )  # fmt: skip
     program.run()
     expected = matmul_reference(x, w, z, b, list(RANGES), RANK, SCALE) + bias + residual
@@ -129,8 +138,8 @@ def check_matmul(
         (out, expected, size + np.abs(bias) + np.abs(residual), columns + RANK + 2),
         (
             d_x,
-            d_y.astype(np.float64) @ w + d_z.astype(np.float64) @ a,
-            np.abs(d_y) @ np.abs(w) + np.abs(d_z) @ np.abs(a),
+            d_y.astype(np.float64) @ w + _through_a(d_z, a, keys, dropped),
+            np.abs(d_y) @ np.abs(w) + _through_a(np.abs(d_z), np.abs(a), keys, dropped),
             OUT_FEATURES + 2 * RANK,
         ),
     ]
@@ -145,6 +154,18 @@ def check_matmul(
             untouched(result[IN_USE:]),
         ]
     return worst(*found)
+
+
+def _through_a(d_z: np.ndarray, a: np.ndarray, keys: np.ndarray, dropped: float) -> np.ndarray:
+    """Σ_g mask_g ∘ (d_z_g · A_g) / (1 − p), float64 [rows, columns]."""
+    total = np.zeros((len(d_z), a.shape[1]))
+    for member, key in enumerate(KEYS):
+        low = slice(member * RANK, (member + 1) * RANK)
+        own = d_z[:, low].astype(np.float64) @ a[low]
+        if dropped:
+            own *= mask(keys, key, a.shape[1], dropped) * scale_of(dropped)
+        total += own
+    return total
 
 
 def check_largest_of_rows(recording: Recording) -> Comparison:
@@ -220,6 +241,8 @@ CHECKS = [
             ("matmul_matrix", MATRIX_TILES[-1], False),
         )
     ),
+    Check("matmul_matrix", f"dropout, {MATRIX_TILES[-1].name}",
+          partial(check_matmul, kind=Q4_K, columns=256, tile=MATRIX_TILES[-1], dropped=0.25)),
     Check("row_bounds", f"{OUT_FEATURES}x256 Q4_0", partial(check_row_bounds, kind=Q4_0)),
     Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
     Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),

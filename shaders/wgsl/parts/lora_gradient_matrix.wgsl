@@ -1,5 +1,5 @@
 {# The gradients of lora_gradient_matrix.wgsl: workgroup `tile_index` of a slice. Who includes this declares `lanes`,
-   `tiles`, pack_eight and the bindings. #}
+   `tiles`, pack_eight, the bindings and, with dropout, what parts/dropout.wgsl asks for. #}
 {% from "parts/fragments.wgsl" import left_type, right_type, result_type with context %}
 {% set subgroups = long // n %}
 {% set lanes = subgroups * subgroup_lanes %}
@@ -50,6 +50,10 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% set width = (part.short + n - 1) // n * n %}
 {% set short_step = width // 8 + 1 %}
 {% set scaled = part.long_type == "f32" %}
+{% set masked = dropout and not of_b %}
+{% set columned = p_type and of_b %}
+{# Lanes that are whole lines of the longer side keep to their columns, and so to the keys of these. #}
+{% set key_turns = 1 if lanes % (long // 8) == 0 else long_turns %}
 {% set short_units = depth * width // 8 %}
 {% set short_turns = (short_units + lanes - 1) // lanes %}
 {# Fragments of the result lie with the gradient: of d_A along the longer side, of d_B across it. #}
@@ -60,13 +64,24 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         var end = {{ part.members[0].stop }}u;
         var long_column = begin + {{ part.members[0].shift }}u;
         var short_column = {{ part.members[0].short_column }}u;
+{% if masked %}
+        var member = 0u;
+{% endif %}
 {% for one in part.members[1:] %}
         if (tile >= {{ one.first_group }}u) {
             begin = {{ one.start }}u + (tile - {{ one.first_group }}u) * {{ long }}u;
             end = {{ one.stop }}u;
             long_column = begin + {{ one.shift }}u;
             short_column = {{ one.short_column }}u;
+{% if masked %}
+            member = {{ loop.index }}u;
+{% endif %}
         }
+{% endfor %}
+{% for u in range(key_turns if masked else 0) %}
+        let key_at_{{ u }} = (begin + (lane + {{ u * lanes }}u) % {{ long // 8 }}u * 8u) / 4u;
+        let key_a_{{ u }} = quad_key(matrix_keys[member], key_at_{{ u }});
+        let key_b_{{ u }} = quad_key(matrix_keys[member], key_at_{{ u }} + 1u);
 {% endfor %}
 {% for u in range(long_turns) %}
 {% if scaled %}
@@ -80,6 +95,11 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         var short_a_{{ u }} = vec4<f32>();
         var short_b_{{ u }} = vec4<f32>();
 {% endfor %}
+{% if columned %}
+        // Of d_y · p, in the columns that a lane fetches in all its turns.
+        var magnitudes_a = vec4<f32>();
+        var magnitudes_b = vec4<f32>();
+{% endif %}
 {% if emulated %}
         var sums = array<f32, {{ fragments * held }}>();
 {% else %}
@@ -99,6 +119,15 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
             var b = vec4<f32>();
             if (row < last && begin + at < end) { a = vec4<f32>({{ part.long_name }}[quad]); }
             if (row < last && begin + at + 4u < end) { b = vec4<f32>({{ part.long_name }}[quad + 1u]); }
+{% if columned %}
+            if (row < last && begin + at < end) { magnitudes_a += a * vec4<f32>(p[quad]); }
+            if (row < last && begin + at + 4u < end) { magnitudes_b += b * vec4<f32>(p[quad + 1u]); }
+{% endif %}
+{% if masked %}
+            let row_key = row_keys[min(row, extent.rows - 1u)];
+            a *= kept(row_key, key_a_{{ u % key_turns }});
+            b *= kept(row_key, key_b_{{ u % key_turns }});
+{% endif %}
 {% if scaled %}
             long_a_{{ u }} = a;
             long_b_{{ u }} = b;
@@ -239,6 +268,9 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         let back = {{ part.scale }} * bitcast<f32>((254u - exponent) << 23u);
 {% endif %}
 {% set back = "back * (rest * bitcast<vec4<f32>>(tiles[unit]))" if scaled else "back * bitcast<vec4<f32>>(tiles[unit])" %}
+{% if columned %}
+{% set back = "scales[long_column + i - begin] * " ~ back %}
+{% endif %}
 {% macro store(fragment) %}
             for (var unit = lane; unit < {{ stage_size }}u; unit += lanes) {
                 let owner = unit / {{ m * n // 4 }}u;
@@ -254,7 +286,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
                 let i = {{ fragment }} * {{ m }}u + row;
                 let j = begin + owner * {{ n }}u + column;
                 if (i < {{ part.short }}u && j < end) {
-                    add_to_gradient(slice, {{ part.start }}u + (i * {{ part.n_long }}u + j) / 4u, {{ back }});
+                    add_to_gradient(slice, {{ part.start }}u + ({{ "(short_column + i)" if masked else "i" }} * {{ part.n_long }}u + j) / 4u, {{ back }});
                 }
 {% endif %}
             }
@@ -278,6 +310,22 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {{ store("%du" % f) }}
         }
 {% endfor %}
+{% endif %}
+{% if columned %}
+        workgroupBarrier();
+        tiles[2u * lane] = bitcast<vec4<u32>>(magnitudes_a);
+        tiles[2u * lane + 1u] = bitcast<vec4<u32>>(magnitudes_b);
+        workgroupBarrier();
+        for (var unit = lane; unit < {{ long // 4 }}u; unit += lanes) {
+            var sum = vec4<f32>();
+            for (var line = 0u; line < {{ 2 * lanes }}u; line += {{ long // 4 }}u) {
+                sum += bitcast<vec4<f32>>(tiles[line + unit]);
+            }
+            let i = begin + 4u * unit;
+            if (i < end) {
+                add_to_gradient(slice, {{ part.magnitudes }}u + i / 4u, inverses[long_column / 4u + unit] * sum);
+            }
+        }
 {% endif %}
 {% endfor %}
     }

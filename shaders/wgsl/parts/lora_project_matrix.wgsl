@@ -1,5 +1,7 @@
 {# The projection of lora_project_matrix.wgsl: workgroup `index` of it. Who includes this declares `lanes`, `tiles`,
-   pack_eight and the bindings `{{ x_name }}`, factor, `{{ z_name }}` and, where rows of x are scaled, row_largest. #}
+   pack_eight and the bindings `{{ x_name }}`, factor, `{{ z_name }}`, where rows of x are scaled row_largest, where those
+   of a transposed factor are factor_scales, and
+   with dropout what parts/dropout.wgsl asks for. #}
 {% from "parts/fragments.wgsl" import left_type, right_type, result_type with context %}
 {% set width = (columns + n - 1) // n * n %}
 {% set x_step = depth // 8 + 1 %}
@@ -15,6 +17,10 @@
 {% set row_fragments = block_rows // m %}
 {% set column_fragments = width // n %}
 {% set held = m * n // subgroup_lanes %}
+{# A member may have a scale of its own, and be several workgroups', each of some of its columns. #}
+{% set scales = members | map(attribute="scale") | unique | list %}
+{# Lanes that are whole lines of x keep to their columns in all turns, and so to the keys of these. #}
+{% set key_turns = 1 if lanes % (depth // 8) == 0 else x_turns %}
 {% if x_scaled %}
 fn exponent_of(row: u32) -> i32 {
     return clamp(131 - i32(row_largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
@@ -32,13 +38,25 @@ fn project(index: u32, lane: u32, team: u32) {
     var x_column = {{ members[0].x_column }}u;
     var factor_row = {{ members[0].factor_row }}u;
     var length = {{ members[0].length }}u;
+{% if scales | length > 1 %}
+    var scale = {{ members[0].scale / factor_scale }};
+{% endif %}
 {% for one in members[1:] %}
     if (member == {{ loop.index }}u) {
         x_column = {{ one.x_column }}u;
         factor_row = {{ one.factor_row }}u;
         length = {{ one.length }}u;
+{% if scales | length > 1 %}
+        scale = {{ one.scale / factor_scale }};
+{% endif %}
     }
 {% endfor %}
+{% if dropout %}
+    let matrix = matrix_keys[member / {{ pieces }}u];
+{% for u in range(x_turns) %}
+    let row_key_{{ u }} = row_keys[min(first_row + (lane + {{ u * lanes }}u) / {{ depth // 8 }}u, extent.rows - 1u)];
+{% endfor %}
+{% endif %}
 {% for u in range(x_turns) %}
     var fetched_x_{{ u }} = vec4<u32>();
 {% if x_scaled %}
@@ -59,6 +77,11 @@ fn project(index: u32, lane: u32, team: u32) {
 {% endif %}
 {# What lies past the end of the contraction, or of the columns, is zero. #}
 {% macro fetch(start) %}
+{% for u in range(key_turns if dropout else 0) %}
+    let key_at_{{ u }} = ({{ start }} + (lane + {{ u * lanes }}u) % {{ depth // 8 }}u * 8u) / 4u;
+    let key_a_{{ u }} = quad_key(matrix, key_at_{{ u }});
+    let key_b_{{ u }} = quad_key(matrix, key_at_{{ u }} + 1u);
+{% endfor %}
 {% for u in range(x_turns) %}
     {
         let unit = lane + {{ u * lanes }}u;
@@ -69,6 +92,10 @@ fn project(index: u32, lane: u32, team: u32) {
         var b = vec4<f32>();
         if (at < length) { a = vec4<f32>({{ x_name }}[quad]); }
         if (at + 4u < length) { b = vec4<f32>({{ x_name }}[quad + 1u]); }
+{% if dropout %}
+        a *= kept(row_key_{{ u }}, key_a_{{ u % key_turns }});
+        b *= kept(row_key_{{ u }}, key_b_{{ u % key_turns }});
+{% endif %}
         fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if x_scaled else "packed(a, b)" }};
     }
 {% endfor %}
@@ -83,6 +110,11 @@ fn project(index: u32, lane: u32, team: u32) {
         let quad = ((factor_row + at) * {{ factor_stride }}u + column) / 4u;
         if (at < length && column < {{ columns }}u) { a = factor[quad]; }
         if (at < length && column + 4u < {{ columns }}u) { b = factor[quad + 1u]; }
+{% if factor_scaled %}
+        let of_column = factor_scales[x_column + min(at, length - 1u)];
+        a *= of_column;
+        b *= of_column;
+{% endif %}
 {% else %}
         let at = {{ start }} + unit % {{ depth // 8 }}u * 8u;
         let column = unit / {{ depth // 8 }}u;
@@ -181,7 +213,7 @@ fn project(index: u32, lane: u32, team: u32) {
             for (var s = 1u; s < {{ subgroups }}u; s++) {
                 sum += bitcast<vec4<f32>>(tiles[(s * {{ block_rows }}u + row) * {{ width // 4 }}u + quad]);
             }
-            {{ z_name }}[(first_row + row) * {{ members | length * columns // 4 }}u + member * {{ columns // 4 }}u + quad] = {{ scale / factor_scale }} * {{ "(power(-exponent_of(first_row + row)) * sum)" if x_scaled else "sum" }};
+            {{ z_name }}[(first_row + row) * {{ members | length * columns // 4 }}u + member * {{ columns // 4 }}u + quad] = {{ "scale" if scales | length > 1 else scales[0] / factor_scale }} * {{ "(power(-exponent_of(first_row + row)) * sum)" if x_scaled else "sum" }};
         }
     }
 }

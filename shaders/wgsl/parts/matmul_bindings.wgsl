@@ -33,15 +33,30 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 {% endif %}
 {% if epilogue == "residual" %}
 @group(0) @binding({{ after_low }}) var<storage, read> residual: array<vec4<f32>>;
+{% set after_low = after_low + 1 %}
 {% endif %}
 {% if bias %}
-@group(0) @binding({{ after_low + (epilogue == "residual") }}) var<storage, read> bias: array<vec4<f32>>;
+@group(0) @binding({{ after_low }}) var<storage, read> bias: array<vec4<f32>>;
+{% set after_low = after_low + 1 %}
 {% endif %}
-
+{% if scaled %}
+// Of the columns of out; and the product before these, as out is laid out.
+@group(0) @binding({{ after_low }}) var<storage, read> scales: array<vec4<f32>>;
+@group(0) @binding({{ after_low + 1 }}) var<storage, read_write> kept: array<vec4<{{ scaled.kept_type }}>>;
+{% set after_low = after_low + 2 %}
+{% endif %}
 {% if placed %}
 // Parts of one matrix share a kernel: where the columns of this part begin in x and in out.
 struct Place { x_column: u32, out_column: u32 }
-@group(0) @binding({{ after_low + (epilogue == "residual") + bias }}) var<uniform> place: Place;
+@group(0) @binding({{ after_low }}) var<uniform> place: Place;
+{% set after_low = after_low + 1 %}
+{% endif %}
+{% if dropout | default(none) and members %}
+// Keys of the rows, and of the members' matrices.
+@group(0) @binding({{ after_low }}) var<storage, read> row_keys: array<u32>;
+@group(0) @binding({{ after_low + 1 }}) var<uniform> matrix_keys: vec4<u32>;
+
+{% include "parts/dropout.wgsl" %}
 {% endif %}
 
 const contraction = {{ contraction }}u;

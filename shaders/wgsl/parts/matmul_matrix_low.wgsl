@@ -1,7 +1,8 @@
 {#
 The low-rank part of matmul_matrix.wgsl: the sums of each adapted member, some ranks at a time. In
 stretches it goes with the first. Paired, it is plain f32: the tiles' memory holds x [tile_rows][x_step] and
-the factor [low_steps][factor_step].
+the factor [low_steps][factor_step]. With dropout (transposed, not paired) a member's share of each fragment passes
+through the stage, where its mask is put on it.
 #}
 {% set factor_step = tile_columns + pad %}
 {% macro of_x(i) %}{% if (i + 1) * lanes > low_steps * tile_rows // 8 %}if (low_unit_{{ i }} < {{ low_steps * tile_rows // 8 }}u){% endif %}{% endmacro %}
@@ -84,6 +85,8 @@ the factor [low_steps][factor_step].
         workgroupBarrier();
 {% if paired %}
 {{ pairs.multiply_low() }}
+{% elif dropout %}
+{{ parts.add_masked(low_steps, loop.index0, loop.first and rank <= low_steps) }}
 {% else %}
 {{ parts.multiply_tiles(low_steps) }}
 {% endif %}

@@ -119,6 +119,77 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
 {% endif %}
 {% endmacro %}
 
+{# Adds the product of the first `steps` of the tiles' depth under a member's mask, a fragment of every subgroup at a
+   time. `fresh`: nothing has been added before. #}
+{% macro add_masked(steps, member, fresh) %}
+{% set quads = (stage_quads + lanes - 1) // lanes %}
+        let stage_first = vec2(first_column, first_row);
+{% if emulated %}
+        for (var i = 0u; i < {{ row_fragments }}u; i++) {
+            for (var j = 0u; j < {{ column_fragments }}u; j++) {
+                workgroupBarrier();
+                for (var at = 0u; at < {{ held }}u; at++) {
+                    let place = at * {{ subgroup_lanes }}u + team_lane;
+                    let column = place % {{ n }}u;
+                    var own = 0.0;
+                    for (var step = 0u; step < {{ steps // k }}u; step++) {
+                        let left = left_from + i * {{ left_next }}u + step * {{ left_step }}u;
+                        let right = right_from + j * {{ right_next }}u + step * {{ right_step }}u;
+                        own += product(left, right, place / {{ n }}u, column);
+                    }
+                    stage[stage_from + place / {{ n }}u * {{ stage_columns // 4 }}u + column / 4u][column % 4u] = own;
+                }
+                workgroupBarrier();
+                for (var at = lane; at < {{ stage_quads }}u; at += {{ lanes }}u) {
+                    stage[at] = masked(at, {{ member }}u, stage_first, vec2(j * {{ n }}u, i * {{ m }}u));
+                }
+                workgroupBarrier();
+                for (var at = 0u; at < {{ held }}u; at++) {
+                    let place = at * {{ subgroup_lanes }}u + team_lane;
+                    let column = place % {{ n }}u;
+                    sums[(i * {{ column_fragments }}u + j) * {{ held }}u + at] += stage[stage_from + place / {{ n }}u * {{ stage_columns // 4 }}u + column / 4u][column % 4u];
+                }
+            }
+        }
+{% else %}
+{% for i in range(row_fragments) %}
+{% for j in range(column_fragments) %}
+        {
+            var own = {{ result_type }}();
+{% for step in range(steps // k) %}
+            {
+                let left = {{ load_left(i, step, 0) }};
+                let right = {{ load_right(j, step, 0) }};
+                own = subgroupMatrixMultiplyAccumulate(left, right, own);
+            }
+{% endfor %}
+            workgroupBarrier(); // the stage has been read
+            subgroupMatrixStore<row_major>(&stage, stage_from, own, {{ stage_columns // 4 }}u);
+            workgroupBarrier();
+{% set fragment = "vec2(%du, %du)" % (j * n, i * m) %}
+{% for q in range(quads) %}
+            var masked_{{ q }} = vec4<f32>();
+            let at_{{ q }} = lane + {{ q * lanes }}u;
+{% set inside = "if (at_%d < %du) " % (q, stage_quads) if (q + 1) * lanes > stage_quads else "" %}
+            {{ inside }}{ masked_{{ q }} = masked(at_{{ q }}, {{ member }}u, stage_first, {{ fragment }}); }
+{% endfor %}
+{% if not fresh %}
+            workgroupBarrier();
+            subgroupMatrixStore<row_major>(&stage, stage_from, sum_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
+            workgroupBarrier();
+{% endif %}
+{% for q in range(quads) %}
+{% set inside = "if (at_%d < %du) " % (q, stage_quads) if (q + 1) * lanes > stage_quads else "" %}
+            {{ inside }}{ stage[at_{{ q }}] {{ "=" if fresh else "+=" }} masked_{{ q }}; }
+{% endfor %}
+            workgroupBarrier();
+            sum_{{ i }}_{{ j }} = subgroupMatrixLoad<{{ result_type }}, row_major>(&stage, stage_from, {{ stage_columns // 4 }}u);
+        }
+{% endfor %}
+{% endfor %}
+{% endif %}
+{% endmacro %}
+
 {# Writes the sums out, or totals where there are some, a fragment of every subgroup at a time. #}
 {% macro write_sums() %}
 {% if emulated %}

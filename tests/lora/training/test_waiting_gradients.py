@@ -127,6 +127,24 @@ def test_they_read_the_same_where_not_all_is_adapted(
             assert (merged > 0) == (adapter.get("variant") != "dora")
 
 
+def test_dropout_is_no_dispatch_more_on_matrix_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora.forward.rmsnorm.MOST_LOW_BYTES", 0)  # z by dispatches of its own
+    TINY_MODELS["llama"].write_gguf(tmp_path / "model.gguf")
+    without, dropped = (
+        micro_batch(tmp_path / "model.gguf", MATRIX_GPU, _ALL | adapter, precision="f16")
+        for adapter in ({}, {"dropout": 0.1})
+    )
+
+    def kinds(dispatches: Sequence[Dispatch]) -> list[str]:
+        """But for the tiles of products, which plans choose."""
+        return [d.template for d in dispatches if not d.template.startswith("matmul")]
+
+    assert kinds(dropped) == kinds(without)
+    assert {"lora_project_matrix", "lora_backward_matrix"} <= {*kinds(dropped)}
+
+
 def test_none_waits_past_its_layer_where_processes_add_gradients_up(tmp_path: Path) -> None:
     """What is sent to the others is a layer's gradients as soon as they are whole."""
     TINY_MODELS["llama"].write_gguf(tmp_path / "model.gguf")
