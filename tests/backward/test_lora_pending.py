@@ -96,7 +96,11 @@ def run_together(recording: Recording, pair: Pair) -> Program:
     return program
 
 
-@pytest.mark.parametrize("cases", [*PAIRS, WIDE], ids=str)
+def _name(cases: tuple[Case, Case]) -> str:
+    return f"{cases[0].rows} rows, {cases[0].in_use} in use"
+
+
+@pytest.mark.parametrize("cases", [*PAIRS, WIDE], ids=_name)
 def test_as_two_dispatches(recording: Recording, cases: tuple[Case, Case]) -> None:
     recording = with_facts(recording, is_cpu=False)
     pair = run_apart(recording, cases, "f32")
@@ -107,7 +111,7 @@ def test_as_two_dispatches(recording: Recording, cases: tuple[Case, Case]) -> No
     assert pair.written() == expected
 
 
-@pytest.mark.parametrize("cases", [*PAIRS[1:], WIDE], ids=str)
+@pytest.mark.parametrize("cases", [*PAIRS[1:], WIDE], ids=_name)
 def test_as_two_dispatches_on_matrix_units(recording: Recording, cases: tuple[Case, Case]) -> None:
     recording = with_facts(on_matrix_units(recording), is_cpu=False)
     pair = run_apart(recording, cases, "f16")
@@ -117,7 +121,7 @@ def test_as_two_dispatches_on_matrix_units(recording: Recording, cases: tuple[Ca
     assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
 
 
-@pytest.mark.parametrize("cases", PAIRS[1:], ids=str)
+@pytest.mark.parametrize("cases", PAIRS[1:], ids=_name)
 def test_columns_that_are_scaled(recording: Recording, cases: tuple[Case, Case]) -> None:
     recording = with_facts(on_matrix_units(recording), is_cpu=False, most_storage_buffers=16)
     pair = run_apart(recording, (replace(cases[0], dora=True), replace(cases[1], dora=True)), "f16")

@@ -18,10 +18,12 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_attention_backward[lengths12-shape12-tile12]",
         "test_split_heads_and_tiles_of_as_many_teams_agree_bit_for_bit",
     ),
-    # Three of five pairs of groups, on plain kernels and on matrix units.
+    # Other pairs of groups, on plain kernels and on matrix units.
     "backward/test_lora_pending.py": (
-        "in_features=36, rank=8, ranges=((8, 40), (100, 164)), n_slices=1))]",
-        "in_features=36, rank=8, ranges=((0, 16),), n_slices=1))]",
+        "test_as_two_dispatches[65 rows, 40 in use]",
+        "test_as_two_dispatches[65 rows, 0 in use]",
+        "test_as_two_dispatches_on_matrix_units[65 rows, 40 in use]",
+        "test_as_two_dispatches_on_matrix_units[65 rows, 0 in use]",
     ),
     # The first case of products on matrix units, in f16 and in pairs.
     "forward/test_matmul_matrix.py": ("test_on_any_driver[a large rank]",),
