@@ -141,7 +141,11 @@ class Workbench:
                 after=[stand_in(tensor) for tensor in request.after],
                 largest=None if request.largest is None else self._ones(request.largest),
                 dropout=request.dropout
-                and replace(request.dropout, rows=stand_in(request.dropout.rows)),
+                and replace(
+                    request.dropout,
+                    rows=stand_in(request.dropout.rows),
+                    matrices=self._memory.uniform(),
+                ),
                 label=f"{request.label} {plan.name}",
                 then=_on(stand_in, request.then),
             ),

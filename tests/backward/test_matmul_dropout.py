@@ -12,7 +12,11 @@ from lora.forward.dropout import GroupDropout
 from lora.forward.matmul_matrix import takes_dropout
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
+from lora.forward.plans.matmul_plans import Request, noting, plan_of
 from lora.forward.plans.matmul_tiles import MATRIX_TILES, MatrixTile
+from lora.forward.plans.workbench import Workbench
+from lora.shaders.device import Device
+from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import with_facts
@@ -49,6 +53,27 @@ def test_odd_widths_and_large_ranks(recording: Recording) -> None:
     of = with_tile(recording, SMALL)
     check(of, Case(33, 33, 68, 100, rank=20, ranges=((0, 68),), parts=(F16,), dropout=0.1))
     check(of, Case(40, 39, 64, 32, rank=40, ranges=((4, 12), (12, 64)), dropout=0.5))
+
+
+def test_tuning_times_it_on_tensors_of_its_own(recording: Recording, device: Device) -> None:
+    """A step is counted before there is memory: nothing of what it was recorded on can be bound."""
+    memory = CountingMemory(recording.facts)
+    of, requests = with_tile(recording, SMALLEST, on_software=True), list[Request]()
+    counting = replace(of, memory=memory, plans=noting(requests))
+    tensor = tensor_of(F16, random_blocks(F16, 36, 64, 0), 64)
+    extent = memory.extent(20)
+    lora = LoraFactors(memory.empty((8, 64)), memory.empty((28, 4)), 4, 1.0, ((4, 20), (20, 32)))
+    dropout = GroupDropout(0.5, memory.empty((20,), "u32"), memory.constant_uniform((1, 2)))
+    d_y, d_z = (memory.empty((20, n), extent=extent) for n in (36, 8))
+    matmul_backward(
+        Program(counting), d_y, load_matrix(counting, [tensor]), lora=lora,
+        d_z=Dropped(d_z, dropout),
+    )  # fmt: skip
+    (request,) = requests
+    plan = plan_of(of, request)
+    with Workbench(device) as bench:
+        (dispatch,) = bench.program(request, plan, {}).dispatches
+        assert all(one.buffer is not None for one in dispatch.tensors)
 
 
 def test_what_takes_it(recording: Recording) -> None:
