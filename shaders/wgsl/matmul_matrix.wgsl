@@ -237,8 +237,19 @@ fn main(
 {% endif %}
 {% endif %}
 ) {
+{% set tiles_down, tiles_across = (maximum_rows + tile_rows - 1) // tile_rows, (n_columns + tile_columns - 1) // tile_columns %}
+{% set band = [tiles_down, 16] | min %}
+{% if band == 1 %}
     let own_row = group.y * tile_rows;
     let own_column = group.x * tile_columns;
+{% else %}
+    // Down bands of {{ band }} tiles, and then across: those that run together read few tiles of either side from memory.
+    let index = group.y * {{ tiles_across }}u + group.x;
+    let above = index / {{ band * tiles_across }}u * {{ band }}u;
+    let height = min({{ band }}u, {{ tiles_down }}u - above);
+    let own_row = (above + index % {{ band * tiles_across }}u % height) * tile_rows;
+    let own_column = index % {{ band * tiles_across }}u / height * tile_columns;
+{% endif %}
     // Uniform: the whole workgroup leaves before its first barrier.
     if (own_row >= extent.rows) { return; }
     // The last tiles begin so early that they end with the memory, and store only what is theirs.

@@ -26,8 +26,10 @@ SMALL, SMALLEST = MATRIX_TILES[-1], MatrixTile(32, 32, 16, 32, 16)
               out_type="f32", scaled=True), 1),
         (Case(33, 32, 68, 100, parts=(F16,), ranges=((0, 40),), residual=True, out_type="f32",
               scaled=True), 2),
+        (Case(570, 540, 36, 32, ranges=(), parts=(F16,)), 1),  # 16 tiles down, and two
     ],
-    ids=["one row", "stretches", "a large rank", "two parts", "scaled", "scaled stretches"],
+    ids=["one row", "stretches", "a large rank", "two parts", "scaled", "scaled stretches",
+         "two bands"],
 )  # fmt: skip
 def test_on_any_driver(recording: Recording, case: Case, splits: int) -> None:
     """A tile so small that software drivers compile it in seconds."""
