@@ -86,7 +86,7 @@ def _mark_long(items: list[pytest.Item], *, whole: bool) -> None:
     """Those of tests/support/long_cases.py; a file that is collected as a whole must have its."""
     left, files = {(file, end) for file, ends in LONG.items() for end in ends}, set()
     for item in items:
-        file = item.path.relative_to(Path(__file__).parent).as_posix()
+        file = item.path.relative_to(Path(__file__).parent.parent).as_posix()
         files.add(file)
         found = [end for end in LONG.get(file, ()) if item.nodeid.endswith(end)]
         left -= {(file, end) for end in found}
@@ -98,7 +98,7 @@ def _mark_long(items: list[pytest.Item], *, whole: bool) -> None:
 
 
 def _is_there(file: str) -> bool:
-    return (Path(__file__).parent / file).exists()
+    return (Path(__file__).parent.parent / file).exists()
 
 
 def pytest_collection_finish() -> None:
