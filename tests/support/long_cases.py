@@ -70,7 +70,9 @@ LONG: Mapping[str, tuple[str, ...]] = {
     # Sessions side by side, and what is closed.
     "tests/lora/training/test_sessions.py": ("test_a_hundred_sessions_in_turn",),
     # Every kernel against its reference stays (tests/lora/commands/test_devices.py).
-    "tests/lora/checks/test_checked.py": ("test_every_kernel_computes_the_same_when_it_is_checked",),
+    "tests/lora/checks/test_checked.py": (
+        "test_every_kernel_computes_the_same_when_it_is_checked",
+    ),
     # What is measured, without a GPU.
     "tests/benchmarks/test_kernels.py": ("test_a_step_of_a_tiny_model",),
     "tests/benchmarks/test_vs_peft.py": (
