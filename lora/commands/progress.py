@@ -168,7 +168,9 @@ class TrainingProgress(Listener):
             past = History.read(Path(session.config.output) / METRICS)
             for loss in numbers(past.steps, "loss"):  # the average goes on, too
                 self._pace.smooth(loss)
-        self.stage("First step")
+        begins_with_it = session.config.train.eval_at_start and not self._done
+        evaluates = begins_with_it and session.workload.eval_examples
+        self.stage("Evaluating before the first step" if evaluates else "First step")
 
     def step(self, metrics: Metrics) -> bool:
         """Shows one step."""
@@ -202,6 +204,8 @@ class TrainingProgress(Listener):
                 + ("" if name else took)
             )
         self._best = None
+        if self._metrics is None and step == self._resumed_at:
+            self.stage("First step")
         return False
 
     def improved(self, step: int, metric: str, value: float) -> None:
@@ -241,6 +245,15 @@ class TrainingProgress(Listener):
     def rewound(self, step: int) -> None:
         """The steps behind it come again."""
         self._done = step
+
+    def standing(self) -> str:
+        """How far it has come: for the one line of a run that is stopped."""
+        found = f"step {self._done} of {self._total}"
+        if self._metrics is not None:
+            found += f" (loss {self._metrics.loss:.4f}"
+            mean = self._pace.mean_loss
+            found += ")" if mean is None else f", its moving average {mean:.4f})"
+        return found
 
     # -- what it shows ------------------------------------------------------------------------
 

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import re
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
 
-from lora.commands.progress import clock
+from lora.commands.progress import Pace, clock
 from lora.commands.tables import print_rows
 from lora.shaders.errors import plain
 from lora.training.best import FOLDER as BEST
@@ -57,7 +57,8 @@ def summary_rows_of(history: History, best: Mapping[str, Any] | None = None) -> 
         if losses:
             least, at = min(losses)
             rows["loss"] = (
-                f"{losses[0][0]:.4f} → {losses[-1][0]:.4f}, least {least:.4f} at step {at}"
+                f"{losses[0][0]:.4f} → {losses[-1][0]:.4f} (its moving average "
+                f"{moving_average(loss for loss, _ in losses):.4f}), least {least:.4f} at step {at}"
             )
         skipped = sum(1 for line in steps if line.get("skipped"))
         if skipped:
@@ -68,6 +69,14 @@ def summary_rows_of(history: History, best: Mapping[str, Any] | None = None) -> 
     if best:
         rows["best"] = f"{best.get('metric')} {best.get('value'):.4g} after step {best.get('step')}"
     return rows
+
+
+def moving_average(losses: Iterable[float]) -> float:
+    """As the bar has it in the end."""
+    pace = Pace()
+    for loss in losses:
+        pace.smooth(loss)
+    return pace.mean_loss or 0.0
 
 
 def _sets(line: Mapping[str, Any]) -> list[str]:

@@ -94,7 +94,13 @@ def _train(
         together = ["mpiexec", "-n", str(communicator.size)] if communicator.size > 1 else []
         command = shlex.join([*together, "lora", "train", *words, "--resume"])
         if leads:
-            say_last([f"Stopped; saved {stop.checkpoint}.", f"Go on with: {command}"])
+            stands = progress.standing()
+            say_last(
+                [
+                    f"Stopped after {stands}; saved {stop.checkpoint}, an adapter as well.",
+                    f"Go on with: {command}",
+                ]
+            )
         raise typer.Exit(128 + stop.signum) from None
     if leads:
         print_summary(console, session, words, written)

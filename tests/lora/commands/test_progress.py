@@ -36,8 +36,11 @@ def session(
     every: int | None = None,
     threshold: float = 0.0,
     output: str = "nowhere",
+    at_start: bool = False,
 ) -> Any:
-    train = SimpleNamespace(eval_every=every, early_stopping_threshold=threshold)
+    train = SimpleNamespace(
+        eval_every=every, early_stopping_threshold=threshold, eval_at_start=at_start
+    )
     return SimpleNamespace(
         steps_done=done, total_steps=total, config=SimpleNamespace(train=train, output=output),
         workload=SimpleNamespace(eval_examples=[1] * 60),
@@ -66,6 +69,27 @@ def test_prompts_that_are_answered_are_no_step() -> None:
     assert shown(progress, 80)[1].startswith("answering prompt 2/3 … · ")
     progress.sampled(0, [])
     assert shown(progress, 80)[1].startswith("First step … · ")
+
+
+def test_an_evaluation_before_the_first_step_is_named() -> None:
+    progress, _ = on_terminal()
+    progress.started(session(at_start=True))
+    assert shown(progress, 80)[1].startswith("Evaluating before the first step … · ")
+    progress.evaluated(0, EvalResult(1.0, 2.7, 0.5, 0.0, 0, 60, 100, 0))
+    assert shown(progress, 80)[1].startswith("First step … · ")
+    progress, _ = on_terminal()
+    progress.started(session(done=7, at_start=True))  # a resumed run has had it
+    assert shown(progress, 80)[1].startswith("First step … · ")
+
+
+def test_a_run_that_is_stopped_says_where_it_stands() -> None:
+    progress, _ = on_terminal()
+    progress.started(session(total=50))
+    assert progress.standing() == "step 0 of 50"
+    for step, loss in ((1, 2.0), (2, 1.0)):
+        progress.step(metrics(step, loss=loss))
+    # The average of 2 and 1 with weights of 0.09 and 0.1.
+    assert progress.standing() == "step 2 of 50 (loss 1.0000, its moving average 1.4737)"
 
 
 @pytest.mark.parametrize("width", [80, 40])
