@@ -4,7 +4,9 @@ Records the step of a real session over a synthetic model (benchmarks/synthetic.
 dispatch by dispatch with the device's timestamps, so that no shape is written down twice.
 
     python benchmarks/kernels.py [--model SmolLM2-135M Llama-1.2B] [--batch-size 1 4] [--length 512]
-        [--precision f32 f16] [--recompute off]
+        [--precision f32 f16] [--recompute off] [--option dora]
+
+--option is one of benchmarks/options.py: which kernels make it cost what it does.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
+from benchmarks.options import OPTIONS, with_option
 from benchmarks.sessions import describe, markdown_table
 from benchmarks.synthetic import write_models
 from lora.shaders.errors import InputError
@@ -33,9 +36,13 @@ WARM_UP = 2  # steps: every kernel is compiled, and the clocks are up
 
 
 def time_step(
-    model: Path, vocab_size: int, batch_size: int, length: int, precision: str, recompute: str
-) -> dict[str, Any]:
+    model: Path, vocab_size: int, batch_size: int, length: int, precision: str, recompute: str,
+    option: str = "none",
+) -> dict[str, Any]:  # fmt: skip
     """The kernels of one training step and the device's peaks.
+
+    Args:
+        option: of benchmarks/options.py.
 
     Raises:
         InputError: the device has no timestamps, or can't compute in that precision.
@@ -48,6 +55,7 @@ def time_step(
         precision=precision,
         recompute=recompute,
     )
+    config = with_option(config, option)
     examples = as_examples(random_sequences(vocab_size, batch_size * WARM_UP, length))
     with TrainingSession(config, examples=examples) as session:
         list(session.train())
@@ -57,6 +65,7 @@ def time_step(
             "length": length,
             "precision": precision,
             "recompute": recompute,
+            "option": option,
             "device": describe(session.device),
             "peaks": asdict(measure_peaks(session.device)),
             "kernels": [asdict(row) for row in kernels],
@@ -79,7 +88,7 @@ def section(timed: dict[str, Any]) -> list[str]:
         ])  # fmt: skip
     return [
         f"## {timed['batch_size']} × {timed['length']} tokens, {timed['precision']}, "
-        f"recompute {timed['recompute']}: {1e3 * total:.2f} ms of GPU time a step",
+        f"recompute {timed['recompute']}{_named(timed)}: {1e3 * total:.2f} ms of GPU time a step",
         "",
         f"Peaks: {peaks['flops'] / 1e12:.3g} TFLOP/s in a product of our own, "
         f"{peaks['bytes_per_second'] / 1e9:.3g} GB/s in a copy.",
@@ -91,6 +100,11 @@ def section(timed: dict[str, Any]) -> list[str]:
         ),
         "",
     ]  # fmt: skip
+
+
+def _named(timed: dict[str, Any]) -> str:
+    option = timed.get("option", "none")
+    return "" if option == "none" else f", {option}"
 
 
 def write_report(output: Path, name: str, timed: list[dict[str, Any]]) -> None:
@@ -117,19 +131,27 @@ def main() -> None:
     parser.add_argument("--length", nargs="+", type=int, default=[512])
     parser.add_argument("--precision", nargs="+", default=["f32", "f16"], choices=["f32", "f16"])
     parser.add_argument("--recompute", default="off", choices=["on", "off"])
+    parser.add_argument("--option", nargs="+", default=["none"], choices=OPTIONS)
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
-    runs = list(itertools.product(options.batch_size, options.length, options.precision))
+    shapes = itertools.product(options.batch_size, options.length)
+    runs = list(itertools.product(shapes, options.precision, options.option))
     with tempfile.TemporaryDirectory() as folder:
         for name, path in write_models(Path(folder), options.model).items():
             timed = []
-            for batch_size, length, precision in runs:
+            for (batch_size, length), precision, option in runs:
                 vocab_size = SHAPES[name].vocab_size
                 try:
                     timed.append(
                         time_step(
-                            path, vocab_size, batch_size, length, precision, options.recompute
-                        )
+                            path,
+                            vocab_size,
+                            batch_size,
+                            length,
+                            precision,
+                            options.recompute,
+                            option,
+                        )  # fmt: skip
                     )
                 except InputError as error:
                     sys.exit(str(error))

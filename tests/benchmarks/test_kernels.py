@@ -46,6 +46,8 @@ def test_units() -> None:
         "peaks": {"flops": 1e13, "bytes_per_second": 2e12},
         "kernels": [row, row | {"kernel": "rope", "label": "rope", "flops": 0, "seconds": 6e-3}],
     }
+    assert section(timed)[0].startswith("## 1 × 512 tokens, f32, recompute off: 8.00 ms")
+    assert ", recompute off, dora: " in section(timed | {"option": "dora"})[0]
     first, second = [line for line in section(timed) if line.startswith(("| matmul", "| rope"))]
     assert first == "| matmul_tiled | gate_up | 4 | 500.0 | 2.00 | 25.0% | 2.5 | 25% | 500 | 25% |"
     assert second == "| rope |  | 4 | 1500.0 | 6.00 | 75.0% |  |  | 167 | 8% |"
