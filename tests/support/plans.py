@@ -52,10 +52,13 @@ def planned_requests(
 
 @pytest.fixture
 def gpu(device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Device:
-    """The software driver under the name of a GPU, and an empty folder of caches."""
+    """The software driver under the name of a GPU, and an empty folder of caches.
+
+    Without matrix units: where it has them their tiles of a GPU's size compile for minutes.
+    """
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     info = {**device.facts.info, "adapter_type": "DiscreteGPU", "description": "driver 1.0"}
-    facts = replace(device.facts, name="Card 3000", info=info, is_cpu=False)
+    facts = replace(device.facts, name="Card 3000", info=info, is_cpu=False, matrix_shapes=())
     monkeypatch.setattr(device, "facts", facts)
     return device
 

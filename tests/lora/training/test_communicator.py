@@ -56,12 +56,12 @@ Train = Callable[..., tuple[Trained, list[Trained]]]
 
 @pytest.fixture
 def trained(devices: list[Device]) -> Iterator[Train]:
-    """Trains by one process, and by two."""
+    """Trains by one process, and by two; without matrix units, which compile for minutes here."""
     facts = [device.facts for device in devices]
 
     def train(config: Config, is_cpu: bool = True) -> tuple[Trained, list[Trained]]:
         for device in devices:
-            device.facts = replace(device.facts, is_cpu=is_cpu)
+            device.facts = replace(device.facts, is_cpu=is_cpu, matrix_shapes=())
         alone = Trained(config, devices[0], SingleProcess())
         with ThreadPoolExecutor(SIZE) as pool:
             return alone, list(
