@@ -56,7 +56,7 @@ def test_dispatches_of_a_layer(
     [
         # Of two layers: the head, both norms of the upper one, the upper norm of the lowest.
         ("llama", "lora", {}, 4),
-        # DoRA scales the gradient first: what it gives is sized.
+        # DoRA scales the gradient first, but on matrix units: what it gives is sized.
         ("llama", "dora", {"attn_output": 2, "down": 2}, 0),
         ("gemma3", "lora", {}, 0),  # post norms give f16
     ],
@@ -70,7 +70,7 @@ def test_who_sizes_the_gradient(
     TINY_MODELS[name].write_gguf(path)
     facts = replace(
         device.facts, is_cpu=False, features=frozenset({"shader-f16"}), workgroup_memory=49152,
-        most_storage_buffers=16,
+        most_storage_buffers=16, matrix_shapes=(),
     )  # fmt: skip
     config = run_config(
         path, batch_size=1, length=16, steps=1, precision="f16", recompute=recompute

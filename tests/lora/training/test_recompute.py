@@ -29,8 +29,8 @@ GIB = 1 << 30
 
 @pytest.fixture
 def facts(device: Device) -> DeviceFacts:
-    """Of a GPU that tells nothing of its memory."""
-    return replace(device.facts, is_cpu=False, device_memory=None, name="A card")
+    """Of a GPU that tells nothing of its memory, without matrix units."""
+    return replace(device.facts, is_cpu=False, device_memory=None, name="A card", matrix_shapes=())
 
 
 def plan_of(path: Path, facts: DeviceFacts, *overrides: str) -> SessionPlan:
