@@ -2,7 +2,7 @@
 
 y = c ∘ (x · Wᵀ + s · z · Bᵀ) + bias with c = m / ‖W + s · B · A‖, row by row of W. The lengths
 follow the factors from step to step, and count as constants in the gradient. They are found from
-the sum, which nothing stores: a dispatch for each part of W, none of which waits for another.
+the sum, which nothing stores, of matrices of one shape together; no dispatch waits for another.
 """
 
 from __future__ import annotations

@@ -97,7 +97,7 @@ def _train(
             stands = progress.standing()
             say_last(
                 [
-                    f"Stopped after {stands}; saved {stop.checkpoint}, an adapter as well.",
+                    f"Stopped after {stands}; saved {stop.checkpoint}, which --adapter takes, too.",
                     f"Go on with: {command}",
                 ]
             )

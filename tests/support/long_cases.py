@@ -10,7 +10,7 @@ from collections.abc import Mapping
 
 # Of a file, cases by the ends of their ids.
 LONG: Mapping[str, tuple[str, ...]] = {
-    # Another window, split and tile of each kind; heads of 512 by tests of Gemma 4's layers.
+    # Another window, split and tile of each kind; heads of 512 in the check of every kernel.
     "tests/backward/test_attention.py": (
         "test_attention_backward[lengths0-shape0-tile0]",
         "test_attention_backward[lengths3-shape3-tile3]",
@@ -27,7 +27,7 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_as_two_dispatches_on_matrix_units[65 rows, 0 in use]",
         "test_as_two_dispatches_on_matrix_units[130 rows, 129 in use]",
     ),
-    # The first case of products on matrix units, in f16 and in pairs.
+    # Another case of products on matrix units in f16, and in pairs.
     "tests/forward/test_matmul_matrix.py": ("test_on_any_driver[a large rank]",),
     "tests/forward/test_matmul_paired.py": (
         "test_on_any_driver[stretches]",
