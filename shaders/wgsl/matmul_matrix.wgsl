@@ -209,7 +209,7 @@ fn masked(at: u32, member: u32, first: vec2<u32>, fragment: vec2<u32>) -> vec4<f
     let row = first.y + line / {{ m }}u * {{ subgroup_rows }}u + fragment.y + line % {{ m }}u;
     let column = first.x + along / {{ n }}u * {{ subgroup_columns }}u + fragment.x + along % {{ n }}u;
     let key = quad_key(matrix_keys[member], column / 4u);
-    return {{ dropout.scale }} * kept(row_keys[min(row, extent.rows - 1u)], key) * stage[at];
+    return {{ dropout.scale }} * after_dropout(stage[at], row_keys[min(row, extent.rows - 1u)], key);
 }
 
 {% endif %}

@@ -125,8 +125,8 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% endif %}
 {% if masked %}
             let row_key = row_keys[min(row, extent.rows - 1u)];
-            a *= kept(row_key, key_a_{{ u % key_turns }});
-            b *= kept(row_key, key_b_{{ u % key_turns }});
+            a = after_dropout(a, row_key, key_a_{{ u % key_turns }});
+            b = after_dropout(b, row_key, key_b_{{ u % key_turns }});
 {% endif %}
 {% if scaled %}
             long_a_{{ u }} = a;

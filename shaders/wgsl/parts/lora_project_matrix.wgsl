@@ -93,8 +93,8 @@ fn project(index: u32, lane: u32, team: u32) {
         if (at < length) { a = vec4<f32>({{ x_name }}[quad]); }
         if (at + 4u < length) { b = vec4<f32>({{ x_name }}[quad + 1u]); }
 {% if dropout %}
-        a *= kept(row_key_{{ u }}, key_a_{{ u % key_turns }});
-        b *= kept(row_key_{{ u }}, key_b_{{ u % key_turns }});
+        a = after_dropout(a, row_key_{{ u }}, key_a_{{ u % key_turns }});
+        b = after_dropout(b, row_key_{{ u }}, key_b_{{ u % key_turns }});
 {% endif %}
         fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if x_scaled else "packed(a, b)" }};
     }
