@@ -66,6 +66,7 @@ class StepsUnderWay:
         self._pending: deque[Step] = deque()
         self._finished: list[Metrics] = []
         self._held = self._left = False
+        self._running_again = False  # and whatever ended that left steps out
 
     def begin(self, step: Step) -> None:
         """Gives the device one more; returns without waiting for it."""
@@ -90,7 +91,7 @@ class StepsUnderWay:
                 "The device of another process found a gradient that is not finite, and this one's "
                 "did not, in the same sum: one of them computes wrongly."
             )
-        again = list(self._pending)
+        again, self._running_again = list(self._pending), True
         while self._held:
             again[0].tries += 1
             self._held = False
@@ -98,6 +99,7 @@ class StepsUnderWay:
             self._arrived(wait=True)
         for step in again[1:]:
             self._submit(step)
+        self._running_again = False
 
     def settle(self) -> None:
         """As `run_again`, until the device has nothing to do and holds nothing."""
@@ -106,7 +108,13 @@ class StepsUnderWay:
             self.run_again()
 
     def held_at_rest(self) -> bool:
-        """Waits for all results: whether a step waits to be run again then."""
+        """Waits for all results: whether a step waits to be run again then.
+
+        Raises:
+            LoraError: an error ended `run_again`: some of the steps that were done did not count.
+        """
+        if self._running_again:
+            raise LoraError("Steps that were to be run again were not: what is there lacks them.")
         self._arrived(wait=True)
         return self._held and not self._left
 

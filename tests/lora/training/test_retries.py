@@ -236,6 +236,29 @@ def test_an_error_in_a_retry_saves_what_has_counted(
     assert (saved / ADAPTER).read_bytes() == (two / ADAPTER).read_bytes()
 
 
+def test_an_error_between_steps_that_run_again_saves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Step 2 was done, and what was held before it has counted by now; it hasn't itself."""
+    path, run, begun = write_steep(tmp_path), TrainingSession._run_step, []
+
+    def ends(session: TrainingSession, step: Step) -> Any:
+        begun.append(step.number)
+        if begun.count(2) == 2:
+            raise LoraError("spilled")
+        return run(session, step)
+
+    monkeypatch.setattr(TrainingSession, "_run_step", ends)
+    with (
+        caplog.at_level(logging.WARNING),
+        TrainingSession.from_config(path) as session,
+        pytest.raises(LoraError, match="spilled"),
+    ):
+        run_training(session)
+    assert any("what is there lacks them" in line for line in caplog.messages)
+    assert begun[-4:] == [1, 1, 1, 2] and not checkpoints(tmp_path / "run")
+
+
 def test_what_is_held_is_not_saved(tmp_path: Path) -> None:
     """Of processes that have gone apart none can run a step again."""
     path = write_steep(tmp_path)
