@@ -27,8 +27,10 @@ class GuardState:
             MOST_IN_A_ROW of them the device skips whatever follows, until the host has set this
             to 0.
         skipped: steps in all.
-        overflows: those since the last that counted after which the scale fell: their loss was
-            finite.
+        overflows: tries of the step under way after which the scale fell: their loss was finite.
+        held: whether the last of these tries waits to be run again; until then nothing counts, and
+            nothing of this state changes.
+        first_scale: of the step's first try.
     """
 
     scale: float = 1.0
@@ -36,39 +38,41 @@ class GuardState:
     in_a_row: int = 0
     skipped: int = 0
     overflows: int = 0
+    held: bool = False
+    first_scale: float = 1.0
 
     MOST_IN_A_ROW: ClassVar[int] = 3
-    _PLACE: ClassVar[slice] = slice(STATE_AT + 4, STATE_AT + 9)
+    _PLACE: ClassVar[slice] = slice(STATE_AT + 4, STATE_AT + 11)
 
     @classmethod
     def of_metrics(cls, values: np.ndarray) -> GuardState:
         """Out of f32 [METRICS]."""
-        scale, *counts = (float(value) for value in values[cls._PLACE])
-        return cls(scale, *(int(count) for count in counts))
+        scale, *counts, held, first = (float(value) for value in values[cls._PLACE])
+        good_steps, in_a_row, skipped, overflows = map(int, counts)
+        return cls(scale, good_steps, in_a_row, skipped, overflows, held != 0.0, first)
 
     def put_into(self, values: np.ndarray) -> None:
         """Writes it into f32 [METRICS]."""
         counts = self.good_steps, self.in_a_row, self.skipped, self.overflows
-        values[self._PLACE] = [self.scale, *counts]
+        values[self._PLACE] = [self.scale, *counts, float(self.held), self.first_scale]
 
     def as_dict(self) -> dict[str, Any]:
-        """As values that JSON can hold."""
-        found = {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
-        return found | ({"overflows": self.overflows} if self.overflows else {})
+        """As values that JSON can hold: what stays between steps."""
+        return {"scale": self.scale, "good_steps": self.good_steps, "skipped": self.skipped}
 
     @classmethod
     def of_dict(cls, values: Mapping[str, Any]) -> GuardState:
         """Back from there."""
-        counts = (int(values.get(key, 0)) for key in ("skipped", "overflows"))
-        return cls(float(values["scale"]), int(values["good_steps"]), 0, *counts)
+        return cls(float(values["scale"]), int(values["good_steps"]), 0, int(values["skipped"]))
 
 
 @dataclass(frozen=True)
 class Scaling:
     """How the loss scale follows the steps, as torch.amp.GradScaler's, from another beginning.
 
-    And faster: of steps that overflow one behind the other the k-th, counted from 0, makes it
-    2^(2^k) times smaller, so that five take it from where it begins to its least.
+    And no step is lost to it: one that overflows is held, and the host runs it again. Its k-th try,
+    counted from 0, makes the scale 2^(2^k) times smaller, so that five take it from where a run
+    begins to its least.
 
     Attributes:
         begin: the scale of a run's first step.
@@ -88,9 +92,11 @@ def step_guard(
     """Appends, behind `gradient_norm`: whether the step counts, and what the counts then are.
 
     A step counts where the sum of losses and the norm are finite, and it is not behind
-    MOST_IN_A_ROW that weren't; those that a smaller scale may help are none of these. Where the
-    loss is scaled, the norm and the factor that `gradient_norm` found without a scale become
-    those of the true gradient.
+    MOST_IN_A_ROW that weren't. One that a smaller scale may help is held: neither it nor what comes
+    behind it counts until it is begun `again` (`scaled_weight`). One that overflows at the least
+    scale is skipped, and the scale is what it was before its tries. Where the loss is scaled, the
+    norm and the factor that `gradient_norm` found without a scale become those of the true
+    gradient.
 
     Args:
         metrics: [METRICS]: the sum of losses first, from STATE_AT on `gradient_norm`'s state with
@@ -111,13 +117,14 @@ def step_guard(
 def scaled_weight(
     program: Program, metrics: Tensor, weight: Tensor, scaled: Tensor, scaling: Scaling
 ) -> None:
-    """Appends scaled[0] = weight · scale / scaling.begin.
+    """Appends the begin of a step: scaled[0] = weight · scale / scaling.begin, and its tries.
 
     Args:
         metrics: as `step_guard` has it.
-        weight: a uniform whose first word is an f32, with scaling.begin in it.
+        weight: a uniform of f32: the weight, with scaling.begin in it; then whether this is the
+            step that was held, run again (1), or another (0).
         scaled: [4].
     """
     check_shape("scaled_weight scaled", scaled, 4)
-    constants = {"scale_at": STATE_AT + 4, "begin": scaling.begin}
+    constants = {"state": STATE_AT, "begin": scaling.begin}
     program.dispatch("scaled_weight", constants, [weight, metrics, scaled], 1)

@@ -63,6 +63,12 @@ def summary_rows_of(history: History, best: Mapping[str, Any] | None = None) -> 
         skipped = sum(1 for line in steps if line.get("skipped"))
         if skipped:
             rows["skipped"] = f"{skipped} steps, whose loss or gradient was not finite"
+        retried = sum(1 for line in steps if line.get("retried"))
+        if retried:
+            rows["retried"] = (
+                f"{retried} steps, {int(history.sum_of('retried'))} times in all, whose gradients "
+                "the loss scale made too large for f16"
+            )
     if evals:
         rows["evaluation"] = _evaluation(evals)
         rows |= {f"  {name}": _evaluation(evals, f"{name}_") for name in _sets(evals[-1])}

@@ -60,14 +60,14 @@ def save_checkpoint(session: Trained, output: Path) -> Path:
 
     Raises:
         LoraError: the adapter or its moments hold what is no number, or the device has left steps
-            alone since too many in a row were not finite.
+            alone since too many in a row were not finite, or one is still to be run again.
         OSError: it can't be written; those before it stay.
     """
     if session.stream is None:
         raise ValueError("a session without training has no checkpoints")
     path = output / FOLDER / f"step-{session.steps_done:06d}"
     guard = session.guard()
-    if guard.in_a_row >= GuardState.MOST_IN_A_ROW:  # steps behind them were counted, not done
+    if guard.in_a_row >= GuardState.MOST_IN_A_ROW or guard.held:  # those behind were not done
         raise LoraError("The last steps were not finite and changed nothing; they are not saved.")
     flat, moments = session.checked_parameters(), session.moments()
     state = {

@@ -52,7 +52,7 @@ def checked_state(state: dict[str, Any], source: object) -> dict[str, Any]:
             _mapping(source, key, state[key])
     if "guard" in state:
         guard = _mapping(source, "guard", state["guard"])
-        for key in ("good_steps", "skipped", *(k for k in ("overflows",) if k in guard)):
+        for key in ("good_steps", "skipped"):
             whole_number(dict(guard), key, f"{source}: guard")
         scale = guard.get("scale")
         _check(source, "guard.scale", scale, isinstance(scale, float | int) and scale > 0)

@@ -98,14 +98,12 @@ class StepWatch:
         if metrics.skipped:
             self._skipped += 1
             if self._skipped == 1:
-                half = self._precision == "f16"
-                halved = ", and the loss scale falls" if half else ""
-                helped = " that no smaller scale helps" if half else ""
+                tried = ", with any loss scale" if metrics.retried else ""
                 say_once(
                     f"Step {metrics.step}: the loss is {metrics.loss:g} and the gradient's norm "
-                    f"{metrics.grad_norm:g}: the adapter stays as it was{halved}. Steps like it "
+                    f"{metrics.grad_norm:g}{tried}: the adapter stays as it was. Steps like it "
                     "are counted (metrics.jsonl); after "
-                    f"{GuardState.MOST_IN_A_ROW} in a row{helped} the run ends."
+                    f"{GuardState.MOST_IN_A_ROW} in a row the run ends."
                 )
             return metrics.in_a_row == GuardState.MOST_IN_A_ROW
         self._counted += 1

@@ -132,6 +132,8 @@ def follow(session: TrainingSession) -> int:
                 return int(values[0])
             if what == "step":
                 session.take_step()
+            elif what == "again":
+                session.run_again()
             elif what == "evaluate":
                 examples, adapted = values
                 session.evaluate(examples, adapted=adapted)

@@ -35,16 +35,18 @@ class Metrics:
     skipped: bool = False  # its loss or gradient was not finite: the adapter stayed as it was
     ranks: StepOfRanks | None = None  # how the processes fared, where there are several
     in_a_row: int = 0  # steps skipped, this one included, that no smaller loss scale helps
+    retried: int = 0  # tries before this one, whose loss scale was too large for f16
 
     def as_dict(self) -> dict[str, Any]:
         """The fields by name as JSON can hold them: a number that is none is None.
 
-        `skipped` is there where it is so; in place of `ranks`, where there are several,
-        `slowest_rank` and `communication`.
+        `skipped` and `retried` are there where it is so; in place of `ranks`, where there are
+        several, `slowest_rank` and `communication`.
         """
         fields = {key: as_json(value) for key, value in vars(self).items()}
-        if not self.skipped:
-            del fields["skipped"]
+        for key in ("skipped", "retried"):
+            if not fields[key]:
+                del fields[key]
         del fields["ranks"], fields["in_a_row"]
         if self.ranks is not None:
             fields["slowest_rank"] = self.ranks.slowest
@@ -110,6 +112,7 @@ class MetricsAtArrival:
     tokens: int
     trained_tokens: int
     ranks: StepOfRanks | None = None
+    retried: int = 0
 
     def __call__(self, values: np.ndarray) -> Metrics:
         """The metrics; `values` is `Activations.metrics`: the loss first, then the step's state."""
@@ -126,6 +129,7 @@ class MetricsAtArrival:
             skipped=bool(values[STATE_AT + 2] == 0.0),
             ranks=self.ranks,
             in_a_row=int(values[STATE_AT + 6]),
+            retried=self.retried,
         )
 
 

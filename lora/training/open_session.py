@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from lora.adapters.files import load_adapter
 from lora.adapters.peft_files import save_peft_adapter
 from lora.backward.losses import Loss, SupervisedLoss
 from lora.checks.matrix_units import trust_matrix_units
@@ -34,6 +33,7 @@ from lora.training.communicator import Communicator, SingleProcess
 from lora.training.device_state import Seams, SessionPlan, SessionPrograms, SessionTensors
 from lora.training.endings import warn_of_growth
 from lora.training.evaluation import Evaluator, Progress
+from lora.training.kept_state import KeptState
 from lora.training.metrics import EvalResult
 from lora.training.orders import Orders
 from lora.training.placement import device_of
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
     from lora.config.schema import Config
 
 
-class OpenSession(ABC):
+class OpenSession(KeptState, ABC):
     """See `TrainingSession`, whose part without training this is."""
 
     @abstractmethod
@@ -268,6 +268,7 @@ class OpenSession(ABC):
         """
         if examples is not None and not are_tokens(examples):
             examples = self.workload.data.of_rows(examples)
+        self.settle()
         self.orders.give("evaluate", None if examples is None else list(examples), adapted)
         if self._evaluator is None:
             self._evaluator = Evaluator(
@@ -306,6 +307,7 @@ class OpenSession(ABC):
         Raises:
             InputError: the prompt leaves no room in data.max_length, or can't be written.
         """
+        self.settle()
         if self._generator is None:
             adapter = Adapter(
                 self.layout, self.adapter.parameters, self.adapter.dora, self.adapter.tokens
@@ -342,35 +344,6 @@ class OpenSession(ABC):
         """The config with what it left to the device."""
         train = self.config.train.model_copy(update={"precision": self.precision})
         return self.config.model_copy(update={"train": train})
-
-    def parameters(self) -> np.ndarray:
-        """The adapter, f32 [layout.size], after all steps so far."""
-        return self.memory.read(self.adapter.parameters)
-
-    def set_parameters(self, flat: np.ndarray) -> None:
-        """Puts an adapter in place of the present one.
-
-        Args:
-            flat: as `parameters` gives it, f32 [layout.size].
-
-        Raises:
-            ValueError: it has another size.
-        """
-        if flat.shape != (self.layout.size,):
-            raise ValueError(f"got parameters of shape {flat.shape}, not ({self.layout.size},)")
-        values = flat.astype(np.float32, copy=False)
-        self.orders.give("load", values)
-        self.memory.write(self.adapter.parameters, values)
-
-    def load_adapter(self, path: str | Path) -> None:
-        """Puts an adapter of the config's rank and targets in place of the present one.
-
-        Args:
-            path: a PEFT adapter directory, or a GGUF adapter.
-        """
-        self._initial = load_adapter(Path(path), self.layout)
-        self.orders.give("load", self._initial)
-        self.memory.write(self.adapter.parameters, self._initial)
 
     def save(self, directory: str | Path) -> None:
         """Writes the adapter as PEFT does: its weights, adapter_config.json and README.md.

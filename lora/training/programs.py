@@ -161,6 +161,8 @@ class TrainingPrograms:
         loss_weight: the uniform of `loss_weight_words`.
         loss_scale: what gradients of activations are multiplied by at first, and what the host
             puts into `loss_weight`; `begin` exchanges it for the scale of now.
+        scaling: how that follows the gradients, so that a step may have to be run again; None where
+            it stays.
         step_words: the uniform of `lora.optim.adamw.step_words`.
         pieces: `micro_batch` cut where some layer's gradients are whole, each with the sum of its
             slices; none where nothing is combined, since `finish` then sums the slices.
@@ -169,6 +171,7 @@ class TrainingPrograms:
     def __init__(self, recording: Recording, tensors: StepTensors, settings: StepSettings) -> None:
         adapter, act = tensors.adapter, tensors.activations
         scaling = SCALING if recording.precision == "f16" else None
+        self.scaling = scaling
         self.loss_scale = 1.0 if scaling is None else scaling.begin
         first = np.zeros(METRICS, np.float32)
         GuardState(scale=self.loss_scale).put_into(first)
@@ -309,6 +312,15 @@ def _cut(
     return tuple(pieces)
 
 
-def loss_weight_words(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:
-    """The uniform of the loss: the f32 bits of loss_scale / n_trained, u32 [4]."""
-    return np.array([loss_scale / n_trained, 0.0, 0.0, 0.0], np.float32).view(np.uint32)
+def loss_weight_words(
+    n_trained: int, loss_scale: float = 1.0, *, again: bool = False
+) -> np.ndarray:
+    """The uniform of the loss: the f32 bits of loss_scale / n_trained and `again`, u32 [4].
+
+    Args:
+        n_trained: tokens of the step that count.
+        loss_scale: `TrainingPrograms.loss_scale`.
+        again: the step was held (`lora.optim.guard.step_guard`).
+    """
+    words = [loss_scale / n_trained, float(again), 0.0, 0.0]
+    return np.array(words, np.float32).view(np.uint32)

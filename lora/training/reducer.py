@@ -200,9 +200,13 @@ class Reducer:
 
 
 def add_up(parts: Sequence[np.ndarray], total: np.ndarray) -> None:
-    """Writes the sum of f32 [n] each, in their order, in stretches that caches hold."""
-    for start in range(0, len(total), _CHUNK):
-        stretch = slice(start, start + _CHUNK)
-        np.add(parts[0][stretch], parts[1][stretch], out=total[stretch])
-        for part in parts[2:]:
-            np.add(total[stretch], part[stretch], out=total[stretch])
+    """Writes the sum of f32 [n] each, in their order, in stretches that caches hold.
+
+    Some may be infinite or NaN: what comes of such a step is decided on the device.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        for start in range(0, len(total), _CHUNK):
+            stretch = slice(start, start + _CHUNK)
+            np.add(parts[0][stretch], parts[1][stretch], out=total[stretch])
+            for part in parts[2:]:
+                np.add(total[stretch], part[stretch], out=total[stretch])

@@ -210,6 +210,8 @@ def _train(
 def _rescue(session: TrainingSession, output: Path, begun_at: int, error: Exception) -> None:
     """Saves a checkpoint of a run that ends badly, where there is something to save and a place."""
     session.orders.leading = False  # the others may wait for something else
+    if session.communicator.size > 1:
+        session.leave_steps()
     if isinstance(error, DeviceLostError) and not isinstance(error, DeviceFullError):
         last = checkpoints(output)
         there = f"the last checkpoint is {last[-1]}" if last else "there is no checkpoint"

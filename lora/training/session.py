@@ -22,16 +22,16 @@ from lora.shaders.readback import ReadbackRing
 from lora.training.course import train
 from lora.training.device_state import SessionPrograms, replanned
 from lora.training.endings import Culprit, NotFiniteError, StepWatch, device_ended
-from lora.training.exchange import GradientExchange, Sums, stretches
+from lora.training.exchange import GradientExchange, StepOfRanks, Sums, stretches
 from lora.training.fingerprints import Course, fingerprints
-from lora.training.kept_state import KeptState
 from lora.training.learning_rate import LearningRate
 from lora.training.listeners import Listener
-from lora.training.metrics import EvalResult, Metrics, MetricsAtArrival, StepClock
+from lora.training.metrics import EvalResult, Metrics, StepClock
 from lora.training.non_finite import find_in_step
 from lora.training.open_session import OpenSession
 from lora.training.programs import TrainingPrograms, loss_weight_words
 from lora.training.submissions import MeasuredSpeed
+from lora.training.under_way import Step, StepsUnderWay
 
 IN_FLIGHT = 3  # steps that the host may be ahead of the device
 # Steps that can be taken back: those that were skipped in a row, and those under way behind them.
@@ -47,7 +47,7 @@ class _StepBegun:
     batches: Sequence[Batch]
 
 
-class TrainingSession(LearningRate, KeptState, OpenSession):
+class TrainingSession(LearningRate, OpenSession):
     """Holds frozen quantized base weights and f32 A/B adapters on a device, and trains them.
 
     `session.step(batches)` runs forward, backward, clipping and AdamW on the device and returns
@@ -105,7 +105,8 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
         if self.stream is not None:
             self.total_steps = self.stream.total_steps
             self.warmup_steps = self.config.train.resolve_warmup(self.total_steps)
-            self._ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+            ring = ReadbackRing(self.memory, self._act.metrics.n_bytes, slots=IN_FLIGHT)
+            self._under_way = StepsUnderWay(ring, self._act.metrics, self._run_step)
             self._watch = StepWatch(self.precision)
             self._speed = MeasuredSpeed(
                 self._recording, self._act.loss_sum, self.config.train.max_submission_seconds
@@ -169,24 +170,39 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
         Its metrics come out of `train`, or of `finished_steps`, some steps later. One that is not
         finite changes nothing (`Metrics.skipped`), and after three of them in a row no step does:
         `train` and `steps` end with an error then; who calls `step` looks at what has finished.
+        One that only the loss scale is too large for is run again (`Metrics.retried`), in a later
+        call or where results are waited for.
         """
-        programs, train = self._training(), self.config.train
+        programs = self._training()
         for batch in batches:
             self.workload.check(batch, self.inputs.rows.maximum)
         assert self.stream is not None  # as there are programs
         rate = self.learning_rate
-        step = self.steps_done + 1
-        counts = (sum(b.n_trained for b in batches), sum(b.rows for b in batches), self.stop_signal)
-        everyone = self.communicator.gather(counts)
+        held = programs.scaling is not None and self._under_way.held
+        n_trained, n_tokens = (sum(b.n_trained for b in batches), sum(b.rows for b in batches))
+        everyone = self.communicator.gather((n_trained, n_tokens, self.stop_signal, held))
         n_trained, n_tokens = (sum(theirs[i] for theirs in everyone) for i in (0, 1))
         self.stop_asked = max(theirs[2] for theirs in everyone)
-        self.memory.write(programs.loss_weight, loss_weight_words(n_trained, programs.loss_scale))
-        words = step_words(rate, step, (train.betas[0], train.betas[1]))
-        self.memory.write(programs.step_words, words)
+        if any(theirs[3] for theirs in everyone):
+            self._under_way.run_again()
+        number, epoch = self.steps_done + 1, self.stream.epoch
+        self._under_way.begin(Step(number, epoch, rate, n_tokens, n_trained, batches))
+        self.steps_done = number
+
+    def _run_step(self, step: Step) -> StepOfRanks | None:
+        """Has the device compute a step; returns how the processes fared."""
+        programs, train, batches = self._training(), self.config.train, step.batches
+        again = step.tries > 0
+        if again:  # what its tries left is none of this one's
+            self.begin_feedback_anew()
+        words = loss_weight_words(step.trained_tokens, programs.loss_scale, again=again)
+        self.memory.write(programs.loss_weight, words)
+        betas = train.betas[0], train.betas[1]
+        self.memory.write(programs.step_words, step_words(step.learning_rate, step.number, betas))
         begun, ranks = time.perf_counter(), None
         programs.begin.run()
         for batch in batches:
-            self._enter(batch, self._cache, self.steps_done)
+            self._enter(batch, self._cache, step.number - 1)
             if batch is batches[-1] and self._exchange is not None and not self._speed.wanted:
                 ranks = self._exchange.run(programs.pieces, begun, backward=True)
             else:
@@ -194,18 +210,7 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
         if self._exchange is not None and ranks is None:
             ranks = self._exchange.run(programs.pieces, begun, backward=False)
         programs.finish.run()
-        self.steps_done = step
-        self._ring.push(
-            self._act.metrics,
-            MetricsAtArrival(
-                step=step,
-                epoch=self.stream.epoch,
-                learning_rate=rate,
-                tokens=n_tokens,
-                trained_tokens=n_trained,
-                ranks=ranks,
-            ),
-        )
+        return ranks
 
     def _run_micro_batch(self, programs: TrainingPrograms, batch: Batch) -> None:
         self._speed.run(programs.micro_batch, batch.rows / self.workload.maximum_rows)
@@ -219,8 +224,9 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
 
     def finished_steps(self, *, wait: bool = False) -> list[Metrics]:
         """Metrics of the steps that have ended since the last call; with `wait`, of all."""
-        finished: list[Metrics] = self._ring.ready(wait=wait)
-        return finished
+        if wait:
+            self.settle()
+        return self._under_way.finished(wait=wait)
 
     def train(self, listeners: Sequence[Listener] = ()) -> Iterator[Metrics]:
         """Runs the steps that are left, one item a step, in order, and what is due between them.
@@ -336,13 +342,16 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
         Args:
             step: counted from 1; it changed nothing, nor did those after it.
         """
-        batches = self._beginning_of(step).batches
+        batches, guard, programs = self._beginning_of(step).batches, self.guard(), self._training()
+        if programs.scaling is not None:  # what a smaller scale mends is not looked for
+            self.set_guard(replace(guard, scale=programs.scaling.least))
         own = find_in_step(
             self._programs.prefix,
-            self._training(),
+            programs,
             batches,
             lambda batch: self.write_inputs(batch, step - 1),
         )
+        self.set_guard(guard)
         everyone = self.communicator.gather(own)
         return next((culprit for culprit in everyone if culprit is not None), None)
 

@@ -3,10 +3,14 @@
 {% if scaling %}
 // The loss was scaled: norm and factor become those of the true gradient. The scale halves where a
 // step is skipped for its loss, and doubles after {{ scaling.growth_interval }} that count. Where the loss is finite and the norm is not
-// the k-th step in a row, from 0, makes it 2^(2^k) times smaller; with room for that such steps do not halt.
+// the step's k-th try, from 0, makes it 2^(2^k) times smaller, and all is held until the host runs that step again;
+// one that no scale helps is skipped, too, and leaves the scale as it found it.
 {% endif %}
 // Bindings: metrics [128], the sum of losses first; from {{ state }} on state = (norm, factor, finite, 0,
 // scale, good steps, skipped in a row, skipped in all, overflows in a row). One lane.
+{% if scaling %}
+// These are the step's tries that overflowed; behind them: whether all is held, the scale of its first try.
+{% endif %}
 
 @group(0) @binding(0) var<storage, read_write> metrics: array<f32>;
 
@@ -15,7 +19,7 @@ fn is_finite(x: f32) -> bool { return (bitcast<u32>(x) & 0x7f800000u) != 0x7f800
 
 @compute @workgroup_size(1)
 fn main() {
-    let halted = metrics[{{ state + 6 }}] >= {{ most_in_a_row }}.0;
+    let halted = metrics[{{ state + 6 }}] >= {{ most_in_a_row }}.0{% if scaling %} || metrics[{{ state + 9 }}] != 0.0{% endif %};
     let counts = !halted && metrics[{{ state + 2 }}] != 0.0 && is_finite(metrics[0]);
 {% if scaling %}
     let scale = metrics[{{ state + 4 }}];
@@ -46,16 +50,23 @@ fn main() {
 {% endif %}
     } else if (!halted) {
 {% if scaling %}
-        let overflows = u32(metrics[{{ state + 8 }}]);
-        let helps = is_finite(metrics[0]) && scale > {{ scaling.least }};
-        let fall = bitcast<f32>((127u - select(1u, 1u << min(overflows, 6u), helps)) << 23u);
-        metrics[{{ state + 4 }}] = max(fall * scale, {{ scaling.least }});
-        metrics[{{ state + 6 }}] = select(metrics[{{ state + 6 }}] + 1.0, 0.0, helps);
-        metrics[{{ state + 8 }}] = select(0.0, f32(overflows + 1u), helps);
+        let tries = u32(metrics[{{ state + 8 }}]);
+        if (is_finite(metrics[0]) && scale > {{ scaling.least }}) {
+            let fall = bitcast<f32>((127u - (1u << min(tries, 6u))) << 23u);
+            metrics[{{ state + 4 }}] = max(fall * scale, {{ scaling.least }});
+            metrics[{{ state + 8 }}] = f32(tries + 1u);
+            metrics[{{ state + 9 }}] = 1.0;
+        } else {
+            metrics[{{ state + 4 }}] = select(max(0.5 * scale, {{ scaling.least }}), metrics[{{ state + 10 }}], tries > 0u);
+            metrics[{{ state + 6 }}] += 1.0;
+            metrics[{{ state + 7 }}] += 1.0;
+            metrics[{{ state + 8 }}] = 0.0;
+        }
+        metrics[{{ state + 5 }}] = 0.0;
 {% else %}
         metrics[{{ state + 6 }}] += 1.0;
-{% endif %}
         metrics[{{ state + 5 }}] = 0.0;
         metrics[{{ state + 7 }}] += 1.0;
+{% endif %}
     }
 }

@@ -247,16 +247,25 @@ def check_step_guard(recording: Recording, scaled: bool) -> Comparison:
     """Steps of which some are no numbers: exact, but for the norm and the factor."""
     scaling = Scaling(begin=8.0, growth_interval=2, least=4.0, most=16.0) if scaled else None
     metrics, program = recording.memory.empty((METRICS,)), Program(recording)
+    weight, scaled_by = recording.memory.uniform(), recording.memory.empty((4,))
+    if scaling is not None:
+        scaled_weight(program, metrics, weight, scaled_by, scaling)
     step_guard(program, metrics, scaling=scaling, max_norm=1.0)
     limits = None if scaling is None else (8.0, 2, 4.0, 16.0)
     reference = GuardReference(limits, GuardState.MOST_IN_A_ROW)
     values = np.zeros(METRICS, np.float32)
-    GuardState(scale=reference.scale).put_into(values)
+    GuardState(scale=reference.scale, first_scale=reference.first).put_into(values)
     found = [Comparison(0.0, 0.0)]
     nan, infinite = float("nan"), float("inf")
     losses = [1.0, 2.0, nan, 1.0, infinite, 3.0, 1.0, 1.0, 1.0, 1.0, 1.0]
     norms = [24.0, 0.5, 3.0, 9.0, 1.0, infinite, 2.0, 3.0, nan, nan, infinite]
-    for loss, norm in (*zip(losses, norms, strict=True), (1.0, 1.0)):
+    for step, (loss, norm) in enumerate((*zip(losses, norms, strict=True), (1.0, 1.0))):
+        # What is held is run again one step later, so that one comes between.
+        again = scaling is not None and reference.held and step % 2 == 1
+        words = np.array([1.0, float(again), 0.0, 0.0], np.float32)
+        recording.memory.write(weight, words.view(np.uint32))
+        if scaling is not None:
+            reference.begin(again)
         finite = float(np.isfinite(norm))
         values[0], values[STATE_AT : STATE_AT + 4] = loss, (norm, norm, finite, 0.0)
         if scaling is None and finite:  # as gradient_norm leaves it
@@ -265,7 +274,7 @@ def check_step_guard(recording: Recording, scaled: bool) -> Comparison:
         program.run()
         values = recording.memory.read(metrics)
         expected = np.array(reference.step(loss, norm, 1.0))
-        state = values[STATE_AT : STATE_AT + 9]
+        state = values[STATE_AT : STATE_AT + 11]
         found.append(same(state[2:], expected[2:]))
         if finite:
             found.append(compare(state[:2], expected[:2], rtol=1e-6))
@@ -273,15 +282,26 @@ def check_step_guard(recording: Recording, scaled: bool) -> Comparison:
 
 
 def check_scaled_weight(recording: Recording) -> Comparison:
-    """A power of two apart: exact."""
-    weight, metrics = recording.memory.uniform(), np.zeros(METRICS, np.float32)
-    GuardState(scale=64.0).put_into(metrics)
-    bits = np.array([1024 / 77, 0.0, 0.0, 0.0], np.float32)
-    recording.memory.write(weight, bits.view(np.uint32))
+    """A power of two apart: exact; what is held is so until it is begun again."""
+    weight, metrics = recording.memory.uniform(), recording.memory.empty((METRICS,))
     scaled, program = recording.memory.empty((4,)), Program(recording)
-    scaled_weight(program, recording.memory.upload(metrics), weight, scaled, Scaling(1024.0))
-    program.run()
-    return same(recording.memory.read(scaled), (bits / 16).astype(np.float64))
+    scaled_weight(program, metrics, weight, scaled, Scaling(1024.0))
+    found = []
+    for again, held in ((False, False), (False, True), (True, True), (True, False)):
+        values = np.zeros(METRICS, np.float32)
+        before = GuardState(64.0, 5, 1, 2, 3, held, 512.0)
+        before.put_into(values)
+        recording.memory.write(metrics, values)
+        words = np.array([1024 / 77, float(again), 0.0, 0.0], np.float32)
+        recording.memory.write(weight, words.view(np.uint32))
+        program.run()
+        found.append(same(recording.memory.read(scaled)[:1], words[:1] / 16))
+        wanted = replace(before, held=held and not again)
+        if not (again or held):
+            wanted = replace(before, overflows=0, first_scale=64.0)
+        wanted.put_into(values)
+        found.append(same(recording.memory.read(metrics), values))
+    return worst(*found)
 
 
 CHECKS = [

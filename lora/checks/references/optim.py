@@ -39,7 +39,8 @@ class GuardReference:
 
     The scale as torch.amp.GradScaler has it: halved where a step is skipped, doubled after so many
     that counted, between two limits. Where the loss is finite it falls faster, by 2, 4, 16, … for
-    steps one behind the other, and as long as it can fall these are none of those in a row.
+    the tries of one step, and as long as it can fall the step is held in place of skipped. Where
+    nothing helped it is again what it was.
 
     Args:
         scaling: begin, growth_interval, least and most; None where the loss is not scaled.
@@ -49,10 +50,19 @@ class GuardReference:
     def __init__(self, scaling: tuple[float, int, float, float] | None, most_in_a_row: int) -> None:
         self.scaling, self.most_in_a_row = scaling, most_in_a_row
         self.scale = 1.0 if scaling is None else scaling[0]
+        self.first = self.scale
         self.good = self.in_a_row = self.skipped = self.overflows = 0
+        self.held = False
+
+    def begin(self, again: bool) -> None:
+        """A step begins, or the one that was held; as `scaled_weight` where the loss is scaled."""
+        if again:
+            self.held = False
+        elif not self.held:
+            self.overflows, self.first = 0, self.scale
 
     def step(self, loss: float, norm: float, max_norm: float | None) -> list[float]:
-        """The nine values of the state after a step.
+        """The eleven values of the state after a step.
 
         Args:
             loss: of the step.
@@ -60,7 +70,7 @@ class GuardReference:
         """
         norm /= self.scale
         factor = (1.0 if max_norm is None else min(1.0, max_norm / (norm + 1e-6))) / self.scale
-        halted = self.in_a_row >= self.most_in_a_row
+        halted = self.held or self.in_a_row >= self.most_in_a_row
         counts = bool(np.isfinite(loss) and np.isfinite(norm)) and not halted
         _, interval, least, most = self.scaling or (1.0, 0, 1.0, 1.0)
         if counts:
@@ -68,13 +78,16 @@ class GuardReference:
             if self.scaling is not None and self.good >= interval:
                 self.scale, self.good = min(2 * self.scale, most), 0
         elif not halted:
-            helps = bool(np.isfinite(loss)) and self.scaling is not None and self.scale > least
-            fall = 2.0 ** (2 ** min(self.overflows, 6)) if helps else 2.0
-            self.scale = max(self.scale / fall, least)
-            self.overflows = self.overflows + 1 if helps else 0
-            self.in_a_row = 0 if helps else self.in_a_row + 1
-            self.good, self.skipped = 0, self.skipped + 1
+            self.held = bool(np.isfinite(loss)) and self.scaling is not None and self.scale > least
+            self.good = 0
+            if self.held:
+                self.scale = max(self.scale / 2.0 ** (2 ** min(self.overflows, 6)), least)
+                self.overflows += 1
+            else:
+                self.scale = self.first if self.overflows else max(self.scale / 2, least)
+                self.overflows = 0
+                self.in_a_row, self.skipped = self.in_a_row + 1, self.skipped + 1
         return [
             norm, factor, float(counts), 0.0, self.scale, self.good, self.in_a_row, self.skipped,
-            self.overflows,
+            self.overflows, float(self.held), self.first,
         ]  # fmt: skip

@@ -44,6 +44,15 @@ def test_the_summary_has_a_row_for_each_named_set() -> None:
     assert rows["evaluation"] == f"{rows['  a']} (after steps 0 and 1)"
 
 
+def test_the_summary_counts_what_was_skipped_and_tried_again() -> None:
+    step = {"loss": 2.0, "seconds": 1.0, "tokens": 9, "trained_tokens": 4}
+    found = ({"retried": 3}, {}, {"skipped": True}, {"skipped": True, "retried": 5})
+    rows = summary_rows_of(History([{"step": n, **step, **one} for n, one in enumerate(found)]))
+    assert rows["skipped"].startswith("2 steps, ")
+    assert rows["retried"].startswith("2 steps, 8 times in all, ")
+    assert not {"skipped", "retried"} & set(summary_rows_of(History([{"step": 1, **step}])))
+
+
 @pytest.mark.parametrize(
     ("adapter", "form"),
     [

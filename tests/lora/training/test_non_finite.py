@@ -21,6 +21,7 @@ from lora.training import session as session_module
 from lora.training.checkpoint import checkpoints
 from lora.training.endings import NotFiniteError
 from lora.training.metrics import EvalResult
+from lora.training.under_way import Step, StepsUnderWay
 from tests.support.half_tensors import needs_halves
 from tests.support.tiny_run import write_run
 
@@ -36,17 +37,21 @@ def nothing_was_said() -> None:
 
 @pytest.fixture
 def spoil(monkeypatch: pytest.MonkeyPatch) -> Spoil:
-    """Multiplies what each token counts in some steps: by NaN, or by 0."""
-    words = session_module.loss_weight_words
+    """Multiplies what each token counts in some steps, in each of their tries: by NaN, or by 0."""
+    words, submit = session_module.loss_weight_words, StepsUnderWay._submit
 
     def put(factors: dict[int, float]) -> None:
-        done: list[int] = []
+        factor = np.ones(4, np.float32)
 
-        def changed(n_trained: int, loss_scale: float = 1.0) -> np.ndarray:
-            done.append(n_trained)
-            weight = words(n_trained, loss_scale).view(np.float32)
-            return (weight * np.float32(factors.get(len(done), 1.0))).view(np.uint32)
+        def submitted(steps: StepsUnderWay, step: Step) -> None:
+            factor[0] = factors.get(step.number, 1.0)
+            submit(steps, step)
 
+        def changed(n_trained: int, loss_scale: float = 1.0, *, again: bool = False) -> np.ndarray:
+            weight = words(n_trained, loss_scale, again=again).view(np.float32)
+            return (weight * factor).view(np.uint32)
+
+        monkeypatch.setattr(StepsUnderWay, "_submit", submitted)
         monkeypatch.setattr(session_module, "loss_weight_words", changed)
 
     return put
@@ -77,9 +82,11 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(
     lines = [line for line in lines_of(output) if "loss" in line]
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["step"] for line in lines if line.get("skipped")] == [2, 3]
+    tries = 5 if precision == "f16" else 0  # with a smaller scale each time, down to the least
+    assert [line.get("retried", 0) for line in lines] == [0, tries, tries, 0, 0, 0, 0, 0]
     assert lines[1]["grad_norm"] is None and lines[3]["grad_norm"] is not None
     states = [json.loads((p / "state.json").read_text()) for p in checkpoints(output)]
-    scale = 128.0 if precision == "f16" else 1.0
+    scale = 1024.0 if precision == "f16" else 1.0  # no scale helped, so it is as it was
     assert states[-1]["guard"] == {"scale": scale, "good_steps": 5, "skipped": 2}
 
     before, after = (checkpoints(output)[i] / ADAPTER for i in (-2, -1))
@@ -91,11 +98,14 @@ def test_a_skipped_step_is_counted_and_the_run_goes_on(
     assert (output / ADAPTER).read_bytes() == whole
 
 
+@pytest.mark.parametrize("precision", ["f32", "f16"])
 def test_three_in_a_row_end_the_run_with_what_was_good(
-    tmp_path: Path, spoil: Spoil, caplog: pytest.LogCaptureFixture
+    tmp_path: Path, device: Device, spoil: Spoil, caplog: pytest.LogCaptureFixture, precision: str
 ) -> None:
     """Nothing of the steps behind them counts; the checkpoint is that of the last good step."""
-    path = write_run(tmp_path)
+    if precision == "f16":
+        needs_halves(device.facts)
+    path = write_run(tmp_path, train={"precision": precision})
     whole = run_training(TrainingSession.from_config(path, [f"output={tmp_path / 'whole'}"]))
     session = TrainingSession.from_config(path)
     spoil({3: float("nan"), 4: float("nan"), 5: float("nan")})
