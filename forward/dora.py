@@ -22,7 +22,7 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-_ROWS = 4  # of a workgroup that finds lengths: see dora_lengths.wgsl
+_ROWS = 8  # of a workgroup that finds lengths, as in dora_lengths.wgsl: all read A once
 _MOST_LANES, _CPU_LANES = 256, 16
 _MOST_STAGED = 8192  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
 _OTHER_BUFFERS = 3  # that it binds beside the weights

@@ -1,4 +1,5 @@
-{% set block = 4 %}
+{% set block = 8 %}
+{% set quads = block // 4 %}
 // The length of each adapted row of W + s · B · A (Liu et al. 2024, "DoRA"), from the sum itself:
 //   length_j² = Σ_k (W[j, k] + s_g Σ_r B[j, r] · A[g · {{ rank }} + r, k])²
 // inverse[j] = 1 / length_j (0 of a row of zeros), scale[j] = power[j] = magnitude[j] · inverse[j].
@@ -6,7 +7,7 @@
 // Of {{ n_matrices }} matrices of one shape, or parts of them that begin at row {{ first_feature }}. Bindings: weights_i (words of each),
 // factors (a stretch of the adapter), lengths (of all groups), places [matrices]: where A, in vec4s, B and the
 // magnitudes begin in factors, and the scales in lengths; inverses lie {{ inverses_at }} further on, the part's powers {{ powers_at }}.
-// What belongs to no adapted row stays as it is. A workgroup has {{ block }} rows of one member{% if staged %}, whose words it reads first{% endif %}; a lane
+// What belongs to no adapted row stays as it is. A workgroup has {{ block }} rows of one member, which share what is read of A{% if staged %}, whose words it reads first{% endif %}; a lane
 // takes eight columns at once, {{ 8 * lanes }} apart, r in order, and the lanes meet in row_sum.
 
 struct Eight { a: vec4<f32>, b: vec4<f32> }
@@ -32,11 +33,11 @@ fn word(matrix: u32, at: u32) -> u32 {
 {% endif %}
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
-{% set sum_type = "vec4<f32>" %}
+{% set sum_type = "mat%dx4<f32>" % quads %}
 {% include "parts/row_sum.wgsl" %}
 {% set n_groups = members[-1].first_group + members[-1].n_groups %}
 
-var<workgroup> coefficients: array<vec4<f32>, {{ rank }}>; // s_g · B, of the workgroup's rows
+var<workgroup> coefficients: array<mat{{ quads }}x4<f32>, {{ rank }}>; // s_g · B, of the workgroup's rows
 
 fn number(at: u32) -> f32 { return factors[at / 4u][at % 4u]; }
 
@@ -68,7 +69,7 @@ fn main(
     let last = stop - 1u - first; // of the rows that there are
     for (var at = lane; at < {{ block * rank }}u; at += {{ lanes }}u) {
         let row = factor + min(at / {{ rank }}u, last);
-        coefficients[at % {{ rank }}u][at / {{ rank }}u] = scale * number(place.y + row * {{ rank }}u + at % {{ rank }}u);
+        coefficients[at % {{ rank }}u][at / {{ 4 * rank }}u][at / {{ rank }}u % 4u] = scale * number(place.y + row * {{ rank }}u + at % {{ rank }}u);
     }
 {% if staged %}
     for (var at = lane; at < {{ block }}u * row_words; at += {{ lanes }}u) {
@@ -76,7 +77,7 @@ fn main(
     }
 {% endif %}
     workgroupBarrier();
-    var sum = vec4<f32>();
+    var sum = {{ sum_type }}();
     for (var column = 8u * lane; column < columns; column += {{ 8 * lanes }}u) {
         let behind = select(0u, 1u, column + 4u < columns); // of four columns that there are
 {% for i in range(block) %}
@@ -90,16 +91,16 @@ fn main(
             let of_b = factors[at + behind];
             let c = coefficients[r];
 {% for i in range(block) %}
-            a_{{ i }} += c[{{ i }}] * of_a;
-            b_{{ i }} += c[{{ i }}] * of_b;
+            a_{{ i }} += c[{{ i // 4 }}][{{ i % 4 }}] * of_a;
+            b_{{ i }} += c[{{ i // 4 }}][{{ i % 4 }}] * of_b;
 {% endfor %}
         }
-        sum += vec4({% for i in range(block) %}dot(a_{{ i }}, a_{{ i }}){{ ", " if not loop.last }}{% endfor %});
-        sum += f32(behind) * vec4({% for i in range(block) %}dot(b_{{ i }}, b_{{ i }}){{ ", " if not loop.last }}{% endfor %});
+        sum += {{ sum_type }}({% for i in range(block) %}dot(a_{{ i }}, a_{{ i }}){{ ", " if not loop.last }}{% endfor %});
+        sum += f32(behind) * {{ sum_type }}({% for i in range(block) %}dot(b_{{ i }}, b_{{ i }}){{ ", " if not loop.last }}{% endfor %});
     }
     let squares = row_sum(sum, lane);
     if (lane >= {{ block }}u || lane > last) { return; }
-    let square = squares[lane];
+    let square = squares[lane / 4u][lane % 4u];
     let inverse = select(0.0, 1.0 / sqrt(square), square > 0.0);
     let scaled = number(place.z + factor + lane) * inverse;
     let to = place.w + first + lane;
