@@ -47,6 +47,11 @@ def _whole_gradient(_: Device) -> AbstractContextManager[Any]:
     return mock.patch("lora.forward.decoder.head.gradient_halves", lambda *_: False)
 
 
+def _whole_stream(_: Device) -> AbstractContextManager[Any]:
+    """No copy in f16 of the stream's gradient: products and low-rank kernels read the f32."""
+    return mock.patch("lora.backward.scratch.takes_copies", lambda _: False)
+
+
 def _z_apart(_: Device) -> AbstractContextManager[Any]:
     """The z of products after norms by dispatches of their own, however few rows there are."""
     return mock.patch("lora.forward.rmsnorm.MOST_LOW_BYTES", 0)
@@ -67,6 +72,7 @@ VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "gradients of A and B apart from d_z": _few_buffers,
     "z apart from norms": _z_apart,
     "gradient to the logits in f32": _whole_gradient,
+    "gradient of the stream in f32": _whole_stream,
     "head's stretches in powers of two": _powers_of_two,
 }
 

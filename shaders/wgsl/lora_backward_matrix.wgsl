@@ -26,6 +26,10 @@ struct Extent { rows: u32 }
 {% include "parts/dropout.wgsl" %}
 {% endif %}
 {% set after = keys + (2 if dropout else 0) %}
+{% if d_y_copied %}
+@group(0) @binding({{ after }}) var<storage, read> d_y_largest: array<u32>;
+{% set after = after + 1 %}
+{% endif %}
 {% if p_type %}
 @group(0) @binding({{ after }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
 @group(0) @binding({{ after + 1 }}) var<storage, read> scales: array<f32>;

@@ -9,6 +9,9 @@
 // the longer. {{ depth }} rows at a time lie in workgroup memory, as f16; sums are f32, rows ascend. d_z may be far below
 // f16's numbers, where B is small: d_z and z are scaled by a power of two, which follows their largest number.
 // So are x and d_y where they are f32, by that of the rows in workgroup memory.
+{% if d_y_copied %}
+// d_y is the copy that rmsnorm_backward.wgsl writes: the powers of its rows, by d_y_largest [rows], are taken out of z.
+{% endif %}
 {% if dropout %}
 // Of x counts what dropout leaves, for each member of A (parts/dropout.wgsl: row_keys u32 [rows], matrix_keys), whose
 // rows have workgroups of their own.
@@ -35,6 +38,10 @@ struct Extent { rows: u32 }
 {% set next = next + 2 %}
 
 {% include "parts/dropout.wgsl" %}
+{% endif %}
+{% if d_y_copied %}
+@group(0) @binding({{ next }}) var<storage, read> d_y_largest: array<u32>;
+{% set next = next + 1 %}
 {% endif %}
 {% if p_type %}
 @group(0) @binding({{ next }}) var<storage, read> p: array<vec4<{{ p_type }}>>;

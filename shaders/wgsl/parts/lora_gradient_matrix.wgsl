@@ -26,6 +26,14 @@ fn exponent_for(bits: u32) -> u32 {
     return min(267u - exponent, 227u);
 }
 
+{% if d_y_copied %}
+{% from "parts/row_power.wgsl" import row_exponent %}
+// What makes a row of d_y of its copy.
+fn row_back(row: u32) -> f32 {
+    return bitcast<f32>(u32(127 - {{ row_exponent("d_y_largest[min(row, extent.rows - 1u)]") }}) << 23u);
+}
+
+{% endif %}
 fn add_to_gradient(slice: u32, at: u32, value: vec4<f32>) {
 {% for s in range(n_slices) %}
     if (slice == {{ s }}u) { gradient_{{ s }}[at] += value; }
@@ -52,6 +60,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% set scaled = part.long_type == "f32" %}
 {% set masked = dropout and not of_b %}
 {% set columned = p_type and of_b %}
+{% set copied = d_y_copied and of_b %}
 {# Lanes that are whole lines of the longer side keep to their columns, and so to the keys of these. #}
 {% set key_turns = 1 if lanes % (long // 8) == 0 else long_turns %}
 {% set short_units = depth * width // 8 %}
@@ -150,6 +159,11 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
             {
                 if (row < last && at < {{ part.short }}u) { short_a_{{ u }} = {{ part.short_name }}[quad]; }
                 if (row < last && at + 4u < {{ part.short }}u) { short_b_{{ u }} = {{ part.short_name }}[quad + 1u]; }
+{% if copied %}
+                let power = row_back(row);
+                short_a_{{ u }} *= power;
+                short_b_{{ u }} *= power;
+{% endif %}
             }
         }
 {% endfor %}

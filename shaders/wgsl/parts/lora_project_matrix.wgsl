@@ -21,9 +21,11 @@
 {% set scales = members | map(attribute="scale") | unique | list %}
 {# Lanes that are whole lines of x keep to their columns in all turns, and so to the keys of these. #}
 {% set key_turns = 1 if lanes % (depth // 8) == 0 else x_turns %}
+{% set scales_x = x_scaled and x_type == "f32" %}
 {% if x_scaled %}
+{% from "parts/row_power.wgsl" import row_exponent %}
 fn exponent_of(row: u32) -> i32 {
-    return clamp(131 - i32(row_largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
+    return {{ row_exponent("row_largest[min(row, extent.rows - 1u)]") }};
 }
 fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(127 + exponent) << 23u); }
 
@@ -59,7 +61,7 @@ fn project(index: u32, lane: u32, team: u32) {
 {% endif %}
 {% for u in range(x_turns) %}
     var fetched_x_{{ u }} = vec4<u32>();
-{% if x_scaled %}
+{% if scales_x %}
     let x_power_{{ u }} = power(exponent_of(first_row + (lane + {{ u * lanes }}u) / {{ depth // 8 }}u));
 {% endif %}
 {% endfor %}
@@ -96,7 +98,7 @@ fn project(index: u32, lane: u32, team: u32) {
         a *= kept(row_key_{{ u }}, key_a_{{ u % key_turns }});
         b *= kept(row_key_{{ u }}, key_b_{{ u % key_turns }});
 {% endif %}
-        fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if x_scaled else "packed(a, b)" }};
+        fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if scales_x else "packed(a, b)" }};
     }
 {% endfor %}
 {% for u in range(f_turns) %}
