@@ -250,6 +250,7 @@ def plan_gradients(
         if scaled is not None:
             check_shape("lora_gradients p", scaled.p, *d_y.shape)
             p_type, of_units[1]["magnitudes"] = scaled.p.dtype, _magnitudes_at(gradients)
+            of_units[1]["eights"] = False  # whose products with p are wanted
             keys += [scaled.p, scaled.scales, scaled.inverses]
         return Planned(
             "lora_gradient_matrix",
@@ -335,6 +336,7 @@ def _matrix_a(
     return {  # d_z carries the scale already
         "short": width // apart, "short_name": "d_z", "short_stride": width,
         "n_long": in_features, "long_name": "x", "long_stride": x.shape[1], "long_type": x.dtype,
+        "eights": x.dtype == "f16" and x.shape[1] % 8 == 0 and dropout is None,
         "members": members, "n_groups": apart * groups,
         "scale": 1.0 if dropout is None else dropout.scale, "start": 0,
     }  # fmt: skip
@@ -345,6 +347,8 @@ def _matrix_b(
 ) -> dict[str, Any]:
     """The same of d_B, from vec4 `b_start` of a slice on."""
     of_b, groups = [], 0
+    ends = [d_y.shape[1], *(n for member_range in lora.ranges for n in member_range)]
+    by_eights = d_y.dtype == "f16" and not any(n % 8 for n in ends)
     for member, (start, stop) in zip(members, lora.ranges, strict=True):
         of_b.append(
             {
@@ -359,7 +363,7 @@ def _matrix_b(
     return {
         "short": lora.rank, "short_name": "z", "short_stride": lora.a.shape[0],
         "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
-        "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
+        "long_type": d_y.dtype, "eights": by_eights, "members": of_b, "n_groups": groups,
         "scale": lora.scale, "start": b_start,
     }  # fmt: skip
 

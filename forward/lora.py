@@ -197,11 +197,14 @@ def plan_projection(
             for m in members
             for piece in range(pieces)
         ]
+        ends = [x.shape[1], *(n for m in members for n in (m.x_column, m.length))]
+        by_eights = x.dtype == "f16" and dropout is None and not any(n % 8 for n in ends)
         return Planned(
             "lora_project_matrix",
             {
                 **shared,
                 **cut,
+                "x_by_eights": by_eights,
                 "pieces": pieces,
                 "x_scaled": operands.largest is not None,
                 "factor_scaled": operands.scales is not None,

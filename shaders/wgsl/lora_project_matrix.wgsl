@@ -26,7 +26,7 @@
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ "u32" if x_by_eights else x_type }}>>;
 @group(0) @binding(2) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
 {% set next = 4 %}
