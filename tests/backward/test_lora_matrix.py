@@ -46,6 +46,7 @@ COPIED = [
     Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2, copied=True),
     Case(37, 35, 2052, 12, ((0, 1032), (1032, 1044)), 4, 0.25, copied=True),
     Case(65, 0, 36, 8, ((0, 16),), 2, copied=True),
+    Case(65, 63, 200, 8, ((0, 136), (136, 280)), 4, copied=True),  # whole eights
     Case(65, 40, 36, 8, ((8, 40), (40, 104)), 2, dora=True, copied=True),
 ]
 LARGE = Case(200, 199, 580, 16, ((0, 576), (576, 768), (768, 964)), 3)
@@ -254,6 +255,26 @@ def test_two_runs_add_up_and_rows_do_not_depend_on_their_number(recording: Recor
         assert recording.memory.read(getattr(alone, name)).tobytes() == among.tobytes()
 
 
+@pytest.mark.parametrize("rows", [200, 37])
+def test_many_rows_of_a_workgroup(
+    recording: Recording, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with thousands of rows: the bits of fewer in one."""
+    recording = on_matrix_units(recording)
+    case = replace(LARGE, rows=rows, in_use=rows - 1)
+    full, found = halves(LARGE), []
+    values = replace(full, x=full.x[:rows], d_y=full.d_y[:rows])
+    for many in (10**6, 1):
+        monkeypatch.setattr("lora.forward.lora_matrix._MANY_GROUPS", many)
+        recorded = record(recording, case, values, 0.0, "f16", "f16")
+        blocks = [d.constants.get("block_rows") for d in recorded.program.dispatches[:2]]
+        # z of 48 columns takes too much memory.
+        assert blocks == ([16, 64] if many == 1 else [16, 16])
+        recorded.program.run()
+        found.append([recording.memory.read(t).tobytes() for t in (recorded.z, recorded.d_z)])
+    assert found[0] == found[1]
+
+
 def test_where_units_are_taken(recording: Recording) -> None:
     gpu = with_facts(
         replace(recording, precision="f16"),
@@ -273,3 +294,8 @@ def test_where_units_are_taken(recording: Recording) -> None:
     cuts = [projection_cut(gpu, rows, 48, 1, transposed=False) for rows in (16, 512, 2064, 8192)]
     found = [(c["block_rows"], c["columns"], c["depth"]) for c in cuts if c is not None]
     assert found == [(16, 16, 512), (16, 16, 512), (16, 16, 256), (32, 48, 256)]
+    # Many rows of large ranks, and of many columns of d_y, which B is read again for.
+    wide = [projection_cut(gpu, 8192, n, 1, transposed=False) for n in (64, 96)]
+    many = [projection_cut(gpu, 8192, 16, members, transposed=True) for members in (1, 2)]
+    found = [(c["block_rows"], c["columns"], c["depth"]) for c in wide + many if c is not None]
+    assert found == [(16, 64, 256), (16, 96, 128), (32, 16, 256), (64, 16, 128)]
