@@ -52,6 +52,11 @@ def _whole_stream(_: Device) -> AbstractContextManager[Any]:
     return mock.patch("lora.backward.scratch.takes_copies", lambda _: False)
 
 
+def _whole_head_input(_: Device) -> AbstractContextManager[Any]:
+    """What the head is given in f32, whose rows are sized by a dispatch for each chunk."""
+    return mock.patch("lora.forward.decoder.head.takes_copies", lambda _: False)
+
+
 def _z_apart(_: Device) -> AbstractContextManager[Any]:
     """The z of products after norms by dispatches of their own, however few rows there are."""
     return mock.patch("lora.forward.rmsnorm.MOST_LOW_BYTES", 0)
@@ -73,6 +78,7 @@ VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "z apart from norms": _z_apart,
     "gradient to the logits in f32": _whole_gradient,
     "gradient of the stream in f32": _whole_stream,
+    "the head's input in f32": _whole_head_input,
     "head's stretches in powers of two": _powers_of_two,
 }
 

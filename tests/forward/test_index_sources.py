@@ -97,6 +97,7 @@ SOURCES = {
         "x_largest": _LARGEST,
         "row_keys": _KEYS,
     },
+    "rmsnorm.wgsl": {"y": _HALVES, "largest": _LARGEST},
     "rmsnorm_backward.wgsl": {"slots": _INPUTS, "largest": _LARGEST, "halves": _HALVES},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "row_bounds.wgsl": {"weights": _WEIGHTS},
@@ -144,6 +145,7 @@ def test_nothing_else_writes_what_indexes() -> None:
         "forward/dropout.py", "forward/embedding_noise.py",  # keys that are hashed
         "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
         "backward/scratch.py", "backward/rmsnorm.py",  # sizes of rows, as bits
+        "forward/decoder/head.py", "forward/rmsnorm.py",  # the same
     }  # fmt: skip
     assert makers <= known | {name for name in makers if name.startswith("lora/checks/")}
 

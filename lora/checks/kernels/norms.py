@@ -46,9 +46,12 @@ from lora.shaders.recording import Recording
 ROWS, IN_USE, EPSILON = 19, 18, 1e-5
 
 
-def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
-    """A sum of squares in a tree; the sum with the residual is rounded at up to 8."""
-    if dtype == "f16":
+def check_rmsnorm(recording: Recording, width: int, dtype: str, sized: bool = False) -> Comparison:
+    """A sum of squares in a tree; the sum with the residual is rounded at up to 8.
+
+    With `sized` its rows are scaled on their way into f16: at most 32 then, rounded to 2^-11.
+    """
+    if dtype == "f16" or sized:
         needs_half(recording)
     x, weight, past = (
         rounded(normal(1, ROWS, width), dtype),
@@ -56,13 +59,24 @@ def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
         normal(3, ROWS, width),
     )
     extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
-    out = typed_marked(recording, dtype, extent, width)
+    out = typed_marked(recording, "f16" if sized else dtype, extent, width)
+    sizes = recording.memory.upload(np.full(ROWS, 7, np.uint32)) if sized else None
     rmsnorm(
         program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
-        residual=activation(recording, past, extent), out=out,
+        residual=activation(recording, past, extent), out=out, sizes=sizes,
     )  # fmt: skip
     program.run()
     result, expected = recording.memory.read(out), rmsnorm_reference(x, weight, EPSILON) + past
+    if sizes is not None:
+        largest = recording.memory.read(sizes)[:IN_USE].view(np.float32)
+        wanted = np.abs(expected[:IN_USE]).max(axis=1)
+        powers = 2.0 ** (4 - np.floor(np.log2(largest.astype(np.float64))))
+        scaled = powers[:, None] * expected[:IN_USE]
+        return worst(
+            compare(largest, wanted, rtol=2e-6, atol=2e-6),
+            compare(result[:IN_USE], scaled, rtol=2.0**-10, atol=1e-4),
+            untouched(result[IN_USE:]),
+        )
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], rtol=2e-6, atol=2e-6),
         untouched(result[IN_USE:]),
@@ -245,6 +259,8 @@ CHECKS = [
     ),
     Check("rmsnorm_backward", f"{ROWS}x576 with a copy in f16",
           partial(check_rmsnorm_backward, width=576, dtype="f32", copied=True)),
+    Check("rmsnorm", f"{ROWS}x576 of rows that are scaled",
+          partial(check_rmsnorm, width=576, dtype="f32", sized=True)),
     Check("rmsnorm", f"{ROWS}x576 with z", check_low_rank),
     *(
         Check("rmsnorm_backward", f"{ROWS}x{width} of picked rows",

@@ -112,11 +112,46 @@ def test_who_has_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for path, kind, train in cases:
         found = micro_batch(path, kind, ALL, **train)
         assert not any(d.constants.get("copied") for d in found)
-        assert not any(t.dtype == "f16" and d.constants.get("x_scaled")
-                       for d in found for t in d.tensors[1:2])  # fmt: skip
+        assert not any(
+            d.tensors[1].dtype == "f16" and d.constants.get("x_scaled")
+            for d in found
+            if not d.label.endswith("head")
+        )
     with_it = micro_batch(llama, MATRIX_GPU, ALL, **F16)
     monkeypatch.setattr("lora.backward.scratch.takes_copies", lambda _: False)
     without = micro_batch(llama, MATRIX_GPU, ALL, **F16)
     assert [d.label for d in without] == [d.label for d in with_it]
     assert any(d.constants.get("copied") for d in with_it)
     assert not any(d.constants.get("copied") for d in without)
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter", "precision", "scaled"),
+    [
+        ("llama", ALL, "f16", True),
+        ("gemma3", ALL, "f16", True),
+        ("llama_head", {"targets": ["q_proj", "lm_head"]}, "f16", False),
+        ("gemma2", {"trainable_tokens": [5, 9]}, "f16", False),
+        ("llama", ALL, "f32", False),
+    ],
+)
+def test_what_the_head_is_given(
+    name: str, adapter: dict[str, Any], precision: str, scaled: bool, tmp_path: Path
+) -> None:
+    """f16, of rows that the norm scales, where a product alone reads it: nothing is sized apart."""
+    TINY_MODELS[name].write_gguf(tmp_path / "model.gguf")
+    train = {"precision": precision, "recompute": "off"}
+    for kind in (MATRIX_GPU, LARGE_GPU):
+        found = micro_batch(tmp_path / "model.gguf", kind, adapter, **train)
+        heads = [d for d in found if d.label.endswith("head") and d.template.startswith("matmul")]
+        norms = [d for d in found if d.template == "rmsnorm" and d.constants["sized"]]
+        here = scaled and kind is MATRIX_GPU
+        assert heads and len(norms) == here
+        for head in heads:
+            x = head.tensors[1]
+            assert (x.dtype == "f16") == here
+            if here:
+                assert head.constants["x_scaled"] and x.buffer is norms[0].tensors[3].buffer
+                assert any(t.buffer is norms[0].tensors[4].buffer for t in head.tensors)
+        if here:
+            assert not any(d.template == "largest_of_rows" for d in found)
