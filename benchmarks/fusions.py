@@ -62,6 +62,11 @@ def _z_apart(_: Device) -> AbstractContextManager[Any]:
     return mock.patch("lora.forward.rmsnorm.MOST_LOW_BYTES", 0)
 
 
+def _more_logits(_: Device) -> AbstractContextManager[Any]:
+    """Twice as many rows of logits at once on matrix units, where a step has so many."""
+    return mock.patch("lora.forward.decoder.head.MATRIX_CHUNK_ROWS", 1024)
+
+
 @contextmanager
 def _powers_of_two(_: Device) -> Iterator[None]:
     """A contraction over the vocabulary in 16 or 32 stretches."""
@@ -80,6 +85,7 @@ VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "gradient of the stream in f32": _whole_stream,
     "the head's input in f32": _whole_head_input,
     "head's stretches in powers of two": _powers_of_two,
+    "1,024 rows of logits at once": _more_logits,
 }
 
 
