@@ -19,8 +19,13 @@ def rmsnorm_backward_reference(
 
 
 def scaled_halves(rows: np.ndarray) -> np.ndarray:
-    """f32 [rows, width] as tiles of f16 hold it: each row's largest number at 2^4 … 2^5."""
+    """f32 [rows, width] as tiles of f16 hold it: `scaled_rows`, rounded to the nearest."""
+    with np.errstate(invalid="ignore"):
+        return scaled_rows(rows).astype(np.float16)
+
+
+def scaled_rows(rows: np.ndarray) -> np.ndarray:
+    """f32 [rows, width] times the powers of two that bring each row's largest to 2^4 … 2^5, f64."""
     largest = np.abs(rows).max(axis=1).astype(np.float32).view(np.uint32)
     exponents = np.clip(131 - (largest >> 23).astype(np.int32), -126, 126)
-    with np.errstate(invalid="ignore"):
-        return np.ldexp(rows.astype(np.float64), exponents[:, None]).astype(np.float16)
+    return np.ldexp(rows.astype(np.float64), exponents[:, None])
