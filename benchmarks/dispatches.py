@@ -76,7 +76,7 @@ def dispatches_of(plan: SessionPlan) -> list[Dispatch]:
     """Those of a step of one micro-batch, in order."""
     training = plan.programs.training
     assert training is not None
-    programs = training.begin, *plan.programs.step
+    programs = plan.programs.step
     return [dispatch for program in programs for dispatch in program.dispatches]
 
 

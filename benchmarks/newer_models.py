@@ -199,7 +199,8 @@ def compare(
     """Times one model: ours at every size, then PEFT's two variants."""
     for case in cases:
         for precision in options.precision.split(","):
-            for recompute in options.recompute.split(","):
+            kept = case.length <= options.longest_kept
+            for recompute in options.recompute.split(",") if kept else ["on"]:
                 label = f"ours {precision}, recompute {recompute}"
                 try:
                     with tempfile.TemporaryDirectory() as adapter:
@@ -209,9 +210,9 @@ def compare(
                     continue
                 keep(name, case, label, result)
     if isinstance(SHAPES[name], Qwen35Shape):
-        for case in cases:
-            for precision in options.precision.split(","):
-                print(f"{name} {case}: {delta_share(path, name, case, precision)}", flush=True)
+        longest = max(cases, key=lambda case: case.length)  # where their share is the largest
+        for precision in options.precision.split(","):
+            print(f"{name} {longest}: {delta_share(path, name, longest, precision)}", flush=True)
     if options.no_peft:
         return
     if isinstance(SHAPES[name], Qwen35Shape):
@@ -223,6 +224,8 @@ def compare(
         return
     for checkpointing in (False, True):
         for case in cases:
+            if not checkpointing and case.length > options.longest_kept:
+                continue
             label = "PEFT bf16" + (", checkpointing" if checkpointing else "")
             try:
                 result = peft(base, case, case.data(name), checkpointing=checkpointing)
@@ -253,6 +256,8 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", default=["1x512", "4x512"], metavar="BATCHxLENGTH")
     parser.add_argument("--precision", default="f32,f16", help="of ours")
     parser.add_argument("--recompute", default="on,off", help="of ours")
+    parser.add_argument("--longest-kept", type=int, default=10**6, metavar="LENGTH",
+                        help="beyond it only what computes activations again is timed")
     parser.add_argument("--steps", type=int, default=12)
     parser.add_argument("--no-peft", action="store_true")
     parser.add_argument("--output", type=Path, help="a JSON file, written after every measurement")

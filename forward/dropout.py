@@ -161,9 +161,9 @@ def mask(rows: np.ndarray, matrix: int, width: int, probability: float) -> np.nd
         width: columns, a multiple of 4.
     """
     quads = np.arange(width // 4, dtype=np.uint32)
-    keys = _lowbias(np.uint32(matrix) + quads * np.uint32(0x9E3779B9))
-    first = _lowbias(rows[:, None] ^ keys)
-    second = _lowbias(first ^ np.uint32(0x85EBCA6B))
+    first = _lowbias(rows[:, None] ^ (np.uint32(matrix) + quads * np.uint32(0x9E3779B9)))
+    product = first * np.uint32(0xC2B2AE3D)
+    second = product ^ (product >> np.uint32(16))
     half = np.uint32(0xFFFF)
     bits = np.stack([first & half, first >> 16, second & half, second >> 16], axis=-1)
     kept: np.ndarray = bits.reshape(len(rows), width) >= threshold_of(probability)
@@ -173,7 +173,7 @@ def mask(rows: np.ndarray, matrix: int, width: int, probability: float) -> np.nd
 def hashed_columns(rows: np.ndarray, matrix: int, width: int) -> np.ndarray:
     """A hash of each element, u32 [rows, width]: `mixed(row ^ quad_key(matrix, column))`."""
     columns = np.arange(width, dtype=np.uint32) * np.uint32(0x9E3779B9)
-    return _lowbias(rows[:, None] ^ _lowbias(np.uint32(matrix) + columns))
+    return _lowbias(rows[:, None] ^ (np.uint32(matrix) + columns))
 
 
 def _lowbias(values: np.ndarray) -> np.ndarray:

@@ -25,8 +25,10 @@ from lora.shaders.tensor import Tensor
 # The logits that exist at one time: so many bytes, or those of so many rows where that is more. On
 # an H200 half as many rows cost a step of Gemma 3 270M 6%, four times as many would save 3%.
 CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 128
-# Matrix units want more of them for the time that decoding a tile of weights takes.
-MATRIX_CHUNK_ROWS = 512
+# Matrix units want more of them for the time that decoding a tile of weights takes. Where a
+# micro-batch has no more than these it is small, and logits of a vocabulary of 248,320 would be a
+# quarter of all memory: there half of them are made at once.
+MATRIX_CHUNK_ROWS, MATRIX_CHUNK_BYTES = 512, 256 << 20
 _HEAD_BINDINGS = 4  # of its product, beside the sizes of its rows: x, W, its powers, the logits
 
 
@@ -35,6 +37,8 @@ def chunk_size(recording: Recording, logits_size: int, maximum_targets: int) -> 
     row_bytes = 4 * logits_size
     on_units = recording.half_products and has_matrix_units(recording.facts)
     rows = MATRIX_CHUNK_ROWS if on_units else CHUNK_ROWS
+    if on_units and maximum_targets <= rows and rows * row_bytes > MATRIX_CHUNK_BYTES:
+        rows //= 2
     most = min(max(CHUNK_BYTES, rows * row_bytes), recording.facts.max_binding) // row_bytes
     most = max(CHUNK_ALIGNMENT, most // CHUNK_ALIGNMENT * CHUNK_ALIGNMENT)
     n_chunks = -(-maximum_targets // most)

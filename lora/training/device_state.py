@@ -170,8 +170,12 @@ class SessionPrograms:
 
     @property
     def step(self) -> tuple[Program, ...]:
-        """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
-        return self.prefix, *(() if self.training is None else self.training.all[1:])
+        """What runs on the device in a step: what it begins with, DoRA's lengths among it, the
+        frozen prefix, a micro-batch, the optimizer."""
+        if self.training is None:
+            return (self.prefix,)
+        begin, *others = self.training.all
+        return begin, self.prefix, *others
 
 
 @dataclass(frozen=True)

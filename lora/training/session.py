@@ -368,5 +368,6 @@ class TrainingSession(LearningRate, KeptState, OpenSession):
             raise device_ended(error, self.steps_done, name, alone=alone) from error
 
     def step_programs(self) -> tuple[Program, ...]:
-        """What runs on the device in a step: the frozen prefix, a micro-batch, the optimizer."""
+        """What runs on the device in a step: what begins it, the frozen prefix, a micro-batch, the
+        optimizer."""
         return self._programs.step

@@ -50,7 +50,7 @@ fn main(
         }
         let key = quad_key(matrix_keys[{{ g }}], quad);
 {% for i in range(lane_rows) %}
-        total_{{ i }} += kept(row_keys[row_{{ i }}], key) * sum_{{ i }};
+        total_{{ i }} += after_dropout(sum_{{ i }}, row_keys[row_{{ i }}], key);
 {% endfor %}
     }
 {% endfor %}

@@ -203,14 +203,17 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% endmacro %}
 
 {% if dropout and members %}
-// Puts a member's mask on four numbers of the stage, of the fragments from (row, column) on.
-fn masked(at: u32, member: u32, first: vec2<u32>, fragment: vec2<u32>) -> vec4<f32> {
+// The key of the row of four numbers of the stage, of the fragments from `first` on.
+fn row_key_of(at: u32, first: u32) -> u32 {
     let line = at / {{ stage_columns // 4 }}u;
+    return row_keys[min(first + line / {{ m }}u * {{ subgroup_rows }}u + line % {{ m }}u, extent.rows - 1u)];
+}
+
+// Which of them a member's mask keeps; their fragments begin at column `first`.
+fn kept_in_stage(at: u32, row_key: u32, member: u32, first: u32) -> vec4<bool> {
     let along = at % {{ stage_columns // 4 }}u * 4u;
-    let row = first.y + line / {{ m }}u * {{ subgroup_rows }}u + fragment.y + line % {{ m }}u;
-    let column = first.x + along / {{ n }}u * {{ subgroup_columns }}u + fragment.x + along % {{ n }}u;
-    let key = quad_key(matrix_keys[member], column / 4u);
-    return {{ dropout.scale }} * kept(row_keys[min(row, extent.rows - 1u)], key) * stage[at];
+    let column = first + along / {{ n }}u * {{ subgroup_columns }}u + along % {{ n }}u;
+    return kept(row_key, quad_key(matrix_keys[member], column / 4u));
 }
 
 {% endif %}

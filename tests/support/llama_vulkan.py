@@ -101,13 +101,19 @@ class LlamaVulkan:
     model: Path
     adapter: Path | None = None
 
-    def logits(self, rows: Sequence[Sequence[int]], first: int = 0) -> list[np.ndarray]:
-        """Logits f32 [positions from `first` on, vocab_size] of each row, computed at once.
+    def logits(
+        self, rows: Sequence[Sequence[int]], first: int = 0, *, singly: bool = False
+    ) -> list[np.ndarray]:
+        """Logits f32 [positions from `first` on, vocab_size] of each row.
+
+        Args:
+            singly: a token at a time. Layers that share other layers' keys attend on the Vulkan
+                device whatever is asked for (`Running`), and it rounds several queries to f16.
 
         Raises:
             NoLlamaVulkan: there is no Vulkan build, or no device for it.
         """
-        _, answers = self._ask("logits", rows, first=first)
+        _, answers = self._ask("logits", rows, first=first, singly=singly)
         return [answers[f"logits{i}"] for i in range(len(rows))]
 
     def continuations(
@@ -353,7 +359,9 @@ class Running:
             of_context.type_k = of_context.type_v = _F32
             # Its product with the keys rounds queries to f16, and keys of several heads; so it lies
             # up to 1.5e-2 from ours, and with flash attention as far. Attention alone is left to
-            # its CPU backend, which computes it in f32.
+            # its CPU backend, which computes it in f32; but of a layer that writes no keys of its
+            # own (Gemma 4's E-types) the scheduler leaves only the sum's copy there. A single
+            # query is not permuted and not rounded.
             of_context.offload_kqv = False
             of_context.flash_attn_type = _NO_FLASH_ATTENTION
             of_context.n_threads = of_context.n_threads_batch = 1  # others would spin
@@ -391,11 +399,17 @@ class Running:
         return rows[0][None] if len(rows) == 1 else np.stack(rows)
 
 
-def answer_logits(run: Running, rows: list[list[int]], folder: Path, first: int) -> None:
+def answer_logits(
+    run: Running, rows: list[list[int]], folder: Path, first: int, singly: bool
+) -> None:
     """Logits of whole rows."""
     for index, row in enumerate(rows):
         run.forget()
-        np.save(folder / f"logits{index}.npy", run.decode(row, range(first, len(row))))
+        if singly:
+            logits = np.stack([run.decode([token], range(1))[0].copy() for token in row])[first:]
+        else:
+            logits = run.decode(row, range(first, len(row)))
+        np.save(folder / f"logits{index}.npy", logits)
 
 
 def answer_continuations(run: Running, rows: list[list[int]], folder: Path, n_tokens: int) -> None:

@@ -380,7 +380,7 @@ def _training(plan: SessionPlan) -> list[Program]:
     ]
     dora = step.adapter.dora
     lengths = [] if dora is None else [dora.update]
-    return [training.begin, *plan.programs.step, *evaluations, *lengths]
+    return [*plan.programs.step, *evaluations, *lengths]
 
 
 def _text(plan: SessionPlan) -> list[Program]:

@@ -29,7 +29,7 @@ fn set_gradient(slice: u32, at: u32, value: vec4<f32>) {
             let row_key_{{ u }} = row_keys[m + {{ u * splits }}u];
 {% endif %}
 {% for b in range(quads) %}
-            let r_{{ u }}_{{ b }} = vec4<f32>({{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u]){{ " * kept(row_key_%d, key_%d)" % (u, b) if part.masked }};
+            let r_{{ u }}_{{ b }} = {{ "after_dropout(" if part.masked }}vec4<f32>({{ part.right }}[(m + {{ u * splits }}u) * {{ part.right_stride // 4 }}u + right_quad + {{ b }}u]){{ ", row_key_%d, key_%d)" % (u, b) if part.masked }};
 {% endfor %}
 {% endfor %}
 {% for u in range(count) %}

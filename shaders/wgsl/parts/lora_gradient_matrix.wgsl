@@ -190,8 +190,8 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
             var part_a_{{ u }} = vec4<f32>(long_a_{{ u }});
             var part_b_{{ u }} = vec4<f32>(long_b_{{ u }});
 {% if masked %}
-            part_a_{{ u }} *= kept(row_key_{{ u }}, key_a_{{ u % key_turns }});
-            part_b_{{ u }} *= kept(row_key_{{ u }}, key_b_{{ u % key_turns }});
+            part_a_{{ u }} = after_dropout(part_a_{{ u }}, row_key_{{ u }}, key_a_{{ u % key_turns }});
+            part_b_{{ u }} = after_dropout(part_b_{{ u }}, row_key_{{ u }}, key_b_{{ u % key_turns }});
 {% endif %}
 {% endfor %}
 {% for u in range(short_turns) %}

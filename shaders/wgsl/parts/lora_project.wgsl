@@ -18,7 +18,7 @@ const column_blocks = {{ members | length * (columns // block_columns) }}u;
         let key_{{ u }} = quad_key(matrix, k / 4u + {{ u * splits }}u);
 {% endif %}
 {% for i in range(lane_rows) %}
-        let v_{{ u }}_{{ i }} = vec4<f32>({{ x_name }}[x_{{ i }} + k / 4u + {{ u * splits }}u]){{ " * kept(row_key_%d, key_%d)" % (i, u) if dropout }};
+        let v_{{ u }}_{{ i }} = {{ "after_dropout(" if dropout }}vec4<f32>({{ x_name }}[x_{{ i }} + k / 4u + {{ u * splits }}u]){{ ", row_key_%d, key_%d)" % (i, u) if dropout }};
 {% endfor %}
 {% if transposed %}
         let at_{{ u }} = ((factor_row + k + {{ 4 * u * splits }}u) * {{ factor_stride }}u + column) / 4u;

@@ -136,8 +136,8 @@ fn project(index: u32, lane: u32, team: u32) {
         var of_x_a_{{ u }} = vec4<f32>(x_a_{{ u }});
         var of_x_b_{{ u }} = vec4<f32>(x_b_{{ u }});
 {% if dropout %}
-        of_x_a_{{ u }} *= kept(row_key_{{ u }}, key_a_{{ u % key_turns }});
-        of_x_b_{{ u }} *= kept(row_key_{{ u }}, key_b_{{ u % key_turns }});
+        of_x_a_{{ u }} = after_dropout(of_x_a_{{ u }}, row_key_{{ u }}, key_a_{{ u % key_turns }});
+        of_x_b_{{ u }} = after_dropout(of_x_b_{{ u }}, row_key_{{ u }}, key_b_{{ u % key_turns }});
 {% endif %}
         let fetched_x_{{ u }} = {{ "packed(x_power_%d * of_x_a_%d, x_power_%d * of_x_b_%d)" % (u, u, u, u) if scales_x else "packed(of_x_a_%d, of_x_b_%d)" % (u, u) }};
 {% endfor %}

@@ -11,6 +11,9 @@ through the stage, where its mask is put on it.
 {% if splits > 1 %}
     if (group.z == 0u) {
 {% endif %}
+{% if dropout and not paired %}
+{{ parts.fetch_row_keys() }}
+{% endif %}
 {% for member in members %}
 {% if not transposed %}
     if (first_column < {{ member.stop }}u && first_column + tile_columns > {{ member.start }}u) {

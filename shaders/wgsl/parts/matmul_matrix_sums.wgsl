@@ -119,11 +119,19 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
 {% endif %}
 {% endmacro %}
 
+{# Before add_masked: the keys of the rows that a lane masks. #}
+{% macro fetch_row_keys() %}
+{% for i in range(row_fragments if not emulated else 0) %}
+{% for q in range((stage_quads + lanes - 1) // lanes) %}
+    let row_key_{{ i }}_{{ q }} = row_key_of(lane + {{ q * lanes }}u, first_row + {{ i * m }}u);
+{% endfor %}
+{% endfor %}
+{% endmacro %}
+
 {# Adds the product of the first `steps` of the tiles' depth under a member's mask, a fragment of every subgroup at a
    time. `fresh`: nothing has been added before. #}
 {% macro add_masked(steps, member, fresh) %}
 {% set quads = (stage_quads + lanes - 1) // lanes %}
-        let stage_first = vec2(first_column, first_row);
 {% if emulated %}
         for (var i = 0u; i < {{ row_fragments }}u; i++) {
             for (var j = 0u; j < {{ column_fragments }}u; j++) {
@@ -141,7 +149,9 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
                 }
                 workgroupBarrier();
                 for (var at = lane; at < {{ stage_quads }}u; at += {{ lanes }}u) {
-                    stage[at] = masked(at, {{ member }}u, stage_first, vec2(j * {{ n }}u, i * {{ m }}u));
+                    let row_key = row_key_of(at, first_row + i * {{ m }}u);
+                    let kept_here = kept_in_stage(at, row_key, {{ member }}u, first_column + j * {{ n }}u);
+                    stage[at] = select(vec4(0.0), {{ dropout.scale }} * stage[at], kept_here);
                 }
                 workgroupBarrier();
                 for (var at = 0u; at < {{ held }}u; at++) {
@@ -155,6 +165,11 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
 {% for i in range(row_fragments) %}
 {% for j in range(column_fragments) %}
         {
+            // Masks first: they wait for no barrier.
+{% for q in range(quads) %}
+            let at_{{ q }} = lane + {{ q * lanes }}u;
+            let kept_{{ q }} = kept_in_stage(at_{{ q }}, row_key_{{ i }}_{{ q }}, {{ member }}u, first_column + {{ j * n }}u);
+{% endfor %}
             var own = {{ result_type }}();
 {% for step in range(steps // k) %}
             {
@@ -166,12 +181,10 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
             workgroupBarrier(); // the stage has been read
             subgroupMatrixStore<row_major>(&stage, stage_from, own, {{ stage_columns // 4 }}u);
             workgroupBarrier();
-{% set fragment = "vec2(%du, %du)" % (j * n, i * m) %}
 {% for q in range(quads) %}
             var masked_{{ q }} = vec4<f32>();
-            let at_{{ q }} = lane + {{ q * lanes }}u;
 {% set inside = "if (at_%d < %du) " % (q, stage_quads) if (q + 1) * lanes > stage_quads else "" %}
-            {{ inside }}{ masked_{{ q }} = masked(at_{{ q }}, {{ member }}u, stage_first, {{ fragment }}); }
+            {{ inside }}{ masked_{{ q }} = select(vec4(0.0), {{ dropout.scale }} * stage[at_{{ q }}], kept_{{ q }}); }
 {% endfor %}
 {% if not fresh %}
             workgroupBarrier();
