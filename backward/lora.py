@@ -14,6 +14,7 @@ from lora.forward.dropout import GroupDropout
 from lora.forward.lora import Operands, Projection, plan_projection
 from lora.forward.lora_matrix import gradient_cut, projection_cut
 from lora.forward.model.factors import LoraFactors
+from lora.forward.part_product import SizedRows
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Planned, Program
@@ -58,32 +59,30 @@ class _Member:
 
 def lora_project_gradient(
     program: Program,
-    d_y: Tensor,
+    d_y: Tensor | SizedRows,
     lora: LoraFactors,
     *,
     out: Tensor | None = None,
-    largest: Tensor | None = None,
 ) -> Tensor:  # [rows, members · rank]
     """Appends d_z_g = scale · d_y_g · B_g for all members in one dispatch.
 
     Args:
-        d_y: [rows, out_features of the whole group], f32 or f16.
+        d_y: [rows, out_features of the whole group], f32 or f16; with their sizes rows of f32 are
+            scaled for matrix units, which read a copy of f16 in their place where there is one.
         lora: B [sum of the members' out_features, rank].
         out: where to write; a new tensor by default.
-        largest: u32 [rows], what `row_scales` finds of d_y; None where rows are taken as they are.
     """
-    width = lora.n_members * lora.rank
-    d_z = out if out is not None else activation(program, extent_of(d_y), width)
-    plan_project_gradient(program.recording, d_y, lora, d_z, largest).append(program)
+    width, rows = lora.n_members * lora.rank, d_y.rows if isinstance(d_y, SizedRows) else d_y
+    d_z = out if out is not None else activation(program, extent_of(rows), width)
+    plan_project_gradient(program.recording, d_y, lora, d_z).append(program)
     return d_z
 
 
 def plan_project_gradient(
     recording: Recording,
-    d_y: Tensor,
+    d_y: Tensor | SizedRows,
     lora: LoraFactors,
     out: Tensor,
-    largest: Tensor | None = None,
     scales: Tensor | None = None,
 ) -> Planned:
     """What `lora_project_gradient` appends; with `scales` of d_y's columns d_z of their products.
@@ -91,16 +90,21 @@ def plan_project_gradient(
     Args:
         scales: f32 [columns of d_y], where `scales_columns` says so; None for ones.
     """
+    given = d_y if isinstance(d_y, SizedRows) else SizedRows(d_y, None)
     _check_factors(lora)
-    _check_output_columns(d_y, lora)
-    check_shape("lora_project_gradient output", out, d_y.shape[0], lora.n_members * lora.rank)
+    _check_output_columns(given.rows, lora)
+    check_shape(
+        "lora_project_gradient output", out, given.rows.shape[0], lora.n_members * lora.rank
+    )
     members = [
         Projection(start, lora.first_feature(index), stop - start, lora.projection_scale(index))
         for index, (start, stop) in enumerate(lora.ranges)
     ]
     return plan_projection(
         recording,
-        Operands(d_y, lora.b, out, largest=largest, scales=scales),
+        Operands(
+            given.rows, lora.b, out, largest=given.largest, halves=given.halves, scales=scales
+        ),
         members,
         transposed=True,
         scale=lora.scale,
@@ -145,17 +149,23 @@ class GroupGradients:
     """The gradients of one group's factors; attributes as the arguments of `lora_gradients`.
 
     Attributes:
+        d_y: where it has a copy in f16 matrix units read that, but where it is scaled.
         scaled: where d_y is not the products' gradient yet, and gradients have magnitudes.
     """
 
     x: Tensor
     z: Tensor
-    d_y: Tensor
+    d_y: Tensor | SizedRows
     d_z: Tensor
     lora: LoraFactors
     gradients: Sequence[LoraFactors]
     dropout: GroupDropout | None = None
     scaled: ScaledGradient | None = None
+
+    @property
+    def sized(self) -> SizedRows:
+        """d_y, with sizes where it has any."""
+        return self.d_y if isinstance(self.d_y, SizedRows) else SizedRows(self.d_y, None)
 
 
 def lora_gradients(
@@ -194,7 +204,7 @@ def plan_gradients(
     Args:
         tuning: of plain kernels; None for the device's kind.
     """
-    x, z, d_y, d_z, lora = group.x, group.z, group.d_y, group.d_z, group.lora
+    x, z, d_y, d_z, lora = group.x, group.z, group.sized.rows, group.d_z, group.lora
     gradients, dropout = group.gradients, group.dropout
     _check_factors(lora)
     _check_output_columns(d_y, lora)
@@ -226,6 +236,12 @@ def plan_gradients(
     masks = None if dropout is None else dropout.constants
     cut = gradient_cut(recording, (lora.a.shape[0] if dropout is None else lora.rank, lora.rank))
     if cut is not None:
+        halves, sizes = group.sized.halves, group.sized.largest
+        copied = scaled is None and halves is not None and sizes is not None
+        if scaled is None and halves is not None and sizes is not None:
+            check_shape("lora_gradients halves", halves, *d_y.shape)
+            tensors[3] = d_y = halves
+            keys.append(sizes)
         of_units = [
             _matrix_a(x, lora, dropout, cut["long"]),
             _matrix_b(d_y, lora, members, b_start // 16, cut["long"]),
@@ -234,6 +250,7 @@ def plan_gradients(
         if scaled is not None:
             check_shape("lora_gradients p", scaled.p, *d_y.shape)
             p_type, of_units[1]["magnitudes"] = scaled.p.dtype, _magnitudes_at(gradients)
+            of_units[1]["eights"] = False  # whose products with p are wanted
             keys += [scaled.p, scaled.scales, scaled.inverses]
         return Planned(
             "lora_gradient_matrix",
@@ -242,6 +259,7 @@ def plan_gradients(
                 "parts": of_units,
                 "dropout": masks,
                 "p_type": p_type,
+                "d_y_copied": copied,
                 **cut,
             },
             [*tensors, *keys],
@@ -318,6 +336,7 @@ def _matrix_a(
     return {  # d_z carries the scale already
         "short": width // apart, "short_name": "d_z", "short_stride": width,
         "n_long": in_features, "long_name": "x", "long_stride": x.shape[1], "long_type": x.dtype,
+        "eights": x.dtype == "f16" and x.shape[1] % 8 == 0 and dropout is None,
         "members": members, "n_groups": apart * groups,
         "scale": 1.0 if dropout is None else dropout.scale, "start": 0,
     }  # fmt: skip
@@ -328,6 +347,8 @@ def _matrix_b(
 ) -> dict[str, Any]:
     """The same of d_B, from vec4 `b_start` of a slice on."""
     of_b, groups = [], 0
+    ends = [d_y.shape[1], *(n for member_range in lora.ranges for n in member_range)]
+    by_eights = d_y.dtype == "f16" and not any(n % 8 for n in ends)
     for member, (start, stop) in zip(members, lora.ranges, strict=True):
         of_b.append(
             {
@@ -342,7 +363,7 @@ def _matrix_b(
     return {
         "short": lora.rank, "short_name": "z", "short_stride": lora.a.shape[0],
         "n_long": lora.b.shape[0], "long_name": "d_y", "long_stride": d_y.shape[1],
-        "long_type": d_y.dtype, "members": of_b, "n_groups": groups,
+        "long_type": d_y.dtype, "eights": by_eights, "members": of_b, "n_groups": groups,
         "scale": lora.scale, "start": b_start,
     }  # fmt: skip
 

@@ -56,11 +56,9 @@ class PendingGradients:
         scales: Tensor | None = None,
     ) -> None:
         """Appends d_z of a group (`plan_project_gradient`), and the gradients that wait."""
-        projection = plan_project_gradient(
-            program.recording, d_y.rows, lora, out, d_y.largest, scales
-        )
+        projection = plan_project_gradient(program.recording, d_y, lora, out, scales)
         if self._waiting is not None:
-            rows = extent_of(self._waiting.d_y)
+            rows = extent_of(self._waiting.sized.rows)
             both = None
             if extent_of(d_y.rows) is rows:
                 both = _merged(program.recording, self._waiting, projection)

@@ -43,8 +43,9 @@ def matmul_backward(
     """Appends d_x = d_y · W + d_z · A, decoding W inside the kernel's tiles.
 
     Args:
-        d_y: [rows, out_features]; with their sizes rows of f32 are scaled for tiles of f16; in
-            blocks where `takes_blocks` says so.
+        d_y: [rows, out_features]; with their sizes rows of f32 are scaled for tiles of f16, which
+            read a copy of f16 in their place where there is one; in blocks where `takes_blocks`
+            says so.
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
         d_z: [rows, members · rank], the gradient to z = x · Aᵀ, needed with `lora`; with the
@@ -58,7 +59,7 @@ def matmul_backward(
     if isinstance(d_z, Dropped):
         dropout, d_z = d_z.dropout, d_z.d_z
     if isinstance(d_y, SizedRows):
-        largest, d_y = d_y.largest, d_y.rows
+        largest, d_y = d_y.largest, d_y.of_units
     elif isinstance(d_y, InBlocks):
         block, d_y = d_y.block, d_y.tensor
         if not takes_blocks(program.recording, matrix, block) or d_y.dtype != "f16":

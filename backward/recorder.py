@@ -35,25 +35,31 @@ class StreamGradient:
     Attributes:
         rows: f32 [rows, hidden_size].
         largest: u32 [rows], where their sizes go; None where no product asks for them.
+        halves: f16 [rows, hidden_size], where their copy for matrix units goes (`SizedRows`),
+            together with their sizes; None where kernels read the rows themselves.
         sized: whether they are there, as far as the program is recorded.
     """
 
     rows: Tensor
     largest: Tensor | None
+    halves: Tensor | None = None
     sized: bool = False
 
     def write(self, *, asked: bool = False) -> SizedRows:
         """Where its next writer is to write it.
 
         Args:
-            asked: whether that can write the sizes, too, and the next reader asks for them.
+            asked: whether that can write the sizes and the copy, too, and the next reader asks for
+                them.
         """
         self.sized = asked and self.largest is not None
         return self.read()
 
     def read(self) -> SizedRows:
-        """The rows as they are, with their sizes where these are known."""
-        return SizedRows(self.rows, self.largest if self.sized else None)
+        """The rows as they are, with their sizes and the copy where these are known."""
+        if not self.sized:
+            return SizedRows(self.rows, None)
+        return SizedRows(self.rows, self.largest, self.halves)
 
 
 @dataclass(frozen=True)
@@ -207,24 +213,23 @@ class BackwardRecorder:
         lora = self.weights.powers.factors(group, self.shared.factors.get((self.layer, group)))
         z, d_z, wanted = self.z.get(group), None, group != self.last
         dropout: GroupDropout | None = None
-        largest = d_y.largest if isinstance(d_y, SizedRows) else None
-        d_y = d_y.rows if isinstance(d_y, SizedRows) else d_y
+        given = d_y if isinstance(d_y, SizedRows) else SizedRows(d_y, None)
         matrix, scaled = self.weights.matrices[group], None
         if lora is not None and lora.dora is not None:
-            rows = d_y.shape[0]
-            if scales_columns(self.program.recording, rows, lora):
+            if scales_columns(self.program.recording, given.rows.shape[0], lora):
                 dora = lora.dora
                 scaled = ScaledGradient(self.products[group], dora.scales, dora.inverses)
                 matrix = with_powers(matrix, dora.powers)
             else:
-                d_y, largest = self._scaled(group, d_y, lora), None
+                given = SizedRows(self._scaled(group, given.rows, lora), None)
         # The stream's gradient may be far from what f16 holds (Qwen3, GLM, Gemma: unsloth-zoo#866).
-        if largest is None:
-            largest = row_scales(self.program, d_y, N_OTHERS, f"{group}_backward")
+        if given.largest is None:
+            largest = row_scales(self.program, given.rows, N_OTHERS, f"{group}_backward")
+            given = SizedRows(given.rows, largest)
         if lora is not None:
             d_z = pending.free(self.shared.scratch.d_z[lora.n_members * lora.rank])
             scales = None if scaled is None else scaled.scales
-            pending.project(self.program, SizedRows(d_y, largest), lora, d_z, scales)
+            pending.project(self.program, given, lora, d_z, scales)
             if self.shared.dropout is not None:
                 dropout = self.shared.dropout.of(self.layer, group)
             if self.shares and isinstance(before, SourceBefore):
@@ -232,8 +237,7 @@ class BackwardRecorder:
         else:
             pending.flush(self.program)
         if wanted:
-            sized = SizedRows(d_y, largest)
-            product = InputGradient(sized, matrix, lora, d_z, dropout)
+            product = InputGradient(given, matrix, lora, d_z, dropout)
             if isinstance(before, AddBefore):
                 product.record(self.program, before.out, Accumulate(), f"{group}_backward")
             else:
@@ -243,7 +247,7 @@ class BackwardRecorder:
         if lora is not None and z is not None and d_z is not None:
             slices = self.shared.gradients[self.layer, group]
             pending.add(
-                self.program, GroupGradients(source, z, d_y, d_z, lora, slices, dropout, scaled)
+                self.program, GroupGradients(source, z, given, d_z, lora, slices, dropout, scaled)
             )
             if lora.dora is not None and scaled is None:  # its d_y is the next group's scratch
                 pending.flush(self.program)

@@ -60,7 +60,7 @@ def rmsnorm_backward(
         d_y: [rows, width], f32 or f16, the gradient to the norm's output.
         residual: f32 [rows, width], the gradient that flows past the norm; may be `out` itself.
         out: where to write, f32 or f16; a new f32 tensor by default. Where sizes go with its rows,
-            they are written, too: what `largest_of_rows` would find.
+            they are written, too: what `largest_of_rows` would find. So is the copy in f16.
         stretches: where given, d_y is their sum, rounded as d_y would hold it, and d_y itself is
             neither read nor written.
         normed: [rows, width], f32 or f16; where given, what the norm gave is written there again,
@@ -113,7 +113,7 @@ def picked_rmsnorm_backward(
         x: [any rows, width], what the norm was given.
         d_y: as x, the gradient to the norm's output.
         slots: u32 [rows], each row's place in x, or NO_ROW; no row is picked twice.
-        out: [rows, width], where to write; its sizes, too, where there are any.
+        out: [rows, width], where to write; its sizes and its copy in f16, too, where there are any.
     """
     d_x, width = out.rows, x.shape[1]
     extent = extent_of(d_x)
@@ -134,13 +134,20 @@ def picked_rmsnorm_backward(
 
 
 def _sizes(out: SizedRows) -> list[Tensor]:
-    """Where the sizes of the rows go that are written; empty where nobody asks for them."""
+    """Where the sizes of the rows go that are written, and then their copy; empty without."""
     if out.largest is None:
+        if out.halves is not None:
+            raise ValueError("rmsnorm_backward: a copy in f16 goes with the sizes of its rows")
         return []
     check_shape("rmsnorm_backward sizes", out.largest, out.rows.shape[0])
     if out.rows.dtype != "f32" or out.largest.dtype != "u32":
         raise ValueError("rmsnorm_backward: sizes are u32, of rows of f32")
-    return [out.largest]
+    if out.halves is None:
+        return [out.largest]
+    check_shape("rmsnorm_backward copy", out.halves, *out.rows.shape)
+    if out.halves.dtype != "f16":
+        raise ValueError(f"rmsnorm_backward: a copy in {out.halves.dtype}, expected f16")
+    return [out.largest, out.halves]
 
 
 def _constants(
@@ -158,4 +165,5 @@ def _constants(
         "lanes": row_lanes(recording, width),
         "epsilon": norm.epsilon,
         "sized": out.largest is not None,
+        "copied": out.halves is not None,
     }

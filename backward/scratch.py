@@ -6,6 +6,7 @@ from lora.backward.blocks import BLOCKS_BACKWARD
 from lora.backward.lora import scales_columns
 from lora.backward.lora_pending import gradients_wait
 from lora.backward.recorder import N_OTHERS, Scratch, StreamGradient
+from lora.forward.matmul_matrix import takes_copies
 from lora.forward.matmul_paired import scales_rows
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
@@ -40,11 +41,13 @@ def allocate_scratch(
         lowest = 0
     # Below the lowest adapted layer nobody asks for the gradients of keys and values.
     kept = {donor: a.layers[donor].mixer for donor in a.donors if donor >= lowest}
-    sizes = None  # behind post norms no product reads the stream's gradient
+    sizes = halves = None  # behind post norms no product reads the stream's gradient
     if scales_rows(recording, "f32", N_OTHERS) and not all(s.post_norms for s in a.layers):
         sizes = recording.memory.empty((rows.maximum,), "u32")
+        if takes_copies(recording):
+            halves = tensor(a.hidden_size, "f16")
     return Scratch(
-        stream=StreamGradient(tensor(a.hidden_size, "f32"), sizes),
+        stream=StreamGradient(tensor(a.hidden_size, "f32"), sizes, halves),
         d_normed=tensor(a.hidden_size),
         d_output=tensor(a.hidden_size) if any(spec.norms_outputs for spec in a.layers) else None,
         blocks={

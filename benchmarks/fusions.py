@@ -47,9 +47,24 @@ def _whole_gradient(_: Device) -> AbstractContextManager[Any]:
     return mock.patch("lora.forward.decoder.head.gradient_halves", lambda *_: False)
 
 
+def _whole_stream(_: Device) -> AbstractContextManager[Any]:
+    """No copy in f16 of the stream's gradient: products and low-rank kernels read the f32."""
+    return mock.patch("lora.backward.scratch.takes_copies", lambda _: False)
+
+
+def _whole_head_input(_: Device) -> AbstractContextManager[Any]:
+    """What the head is given in f32, whose rows are sized by a dispatch for each chunk."""
+    return mock.patch("lora.forward.decoder.head.takes_copies", lambda _: False)
+
+
 def _z_apart(_: Device) -> AbstractContextManager[Any]:
     """The z of products after norms by dispatches of their own, however few rows there are."""
     return mock.patch("lora.forward.rmsnorm.MOST_LOW_BYTES", 0)
+
+
+def _more_logits(_: Device) -> AbstractContextManager[Any]:
+    """Twice as many rows of logits at once on matrix units, where a step has so many."""
+    return mock.patch("lora.forward.decoder.head.MATRIX_CHUNK_ROWS", 1024)
 
 
 @contextmanager
@@ -67,7 +82,10 @@ VARIANTS: Mapping[str, Callable[[Device], AbstractContextManager[Any]]] = {
     "gradients of A and B apart from d_z": _few_buffers,
     "z apart from norms": _z_apart,
     "gradient to the logits in f32": _whole_gradient,
+    "gradient of the stream in f32": _whole_stream,
+    "the head's input in f32": _whole_head_input,
     "head's stretches in powers of two": _powers_of_two,
+    "1,024 rows of logits at once": _more_logits,
 }
 
 

@@ -124,6 +124,7 @@ class Operands:
         z: [rows, members · columns], every member as many columns as another.
         dropout: of x, for each member; None for none.
         largest: u32 [rows], bits of the largest numbers of rows of an f32 x, for tiles of f16.
+        halves: f16 as x, which has them scaled (`SizedRows.halves`), for matrix units; or None.
         scales: f32 [columns of x], what rows of a transposed factor are multiplied by, on matrix
             units; None for ones.
     """
@@ -133,6 +134,7 @@ class Operands:
     z: Tensor
     dropout: GroupDropout | None = None
     largest: Tensor | None = None
+    halves: Tensor | None = None
     scales: Tensor | None = None
 
 
@@ -168,6 +170,11 @@ def plan_projection(
     widths += [n for m in members for n in (m.x_column, m.length)]
     if any(n % 4 for n in widths) or columns * len(members) != z.shape[1]:
         raise ValueError(f"{label}: widths must be multiples of 4: {x.shape}, {z.shape}, {members}")
+    rows, n_members = extent.maximum, len(members)
+    cut = projection_cut(recording, rows, columns, n_members, transposed=transposed)
+    if cut is not None and operands.halves is not None:
+        check_shape(f"{label} halves", operands.halves, *x.shape)
+        x = operands.halves
     shared = {
         "transposed": transposed,
         "members": [{**asdict(m), "scale": scale * m.scale} for m in members],
@@ -177,9 +184,7 @@ def plan_projection(
         "factor_stride": factor.shape[1],
         "dropout": None if dropout is None else dropout.constants,
     }
-    rows, n_members = extent.maximum, len(members)
     flops = 2 * rows * columns * sum(m.length for m in members)
-    cut = projection_cut(recording, rows, columns, n_members, transposed=transposed)
     keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     if cut is not None:
         pieces = columns // cut["columns"]  # which the kernel takes for members
@@ -192,11 +197,14 @@ def plan_projection(
             for m in members
             for piece in range(pieces)
         ]
+        ends = [x.shape[1], *(n for m in members for n in (m.x_column, m.length))]
+        by_eights = x.dtype == "f16" and dropout is None and not any(n % 8 for n in ends)
         return Planned(
             "lora_project_matrix",
             {
                 **shared,
                 **cut,
+                "x_by_eights": by_eights,
                 "pieces": pieces,
                 "x_scaled": operands.largest is not None,
                 "factor_scaled": operands.scales is not None,

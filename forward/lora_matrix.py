@@ -14,8 +14,11 @@ from lora.shaders.webgpu import MatrixShape
 
 _SUBGROUPS = 8  # of a workgroup: they share a projection's contraction, a gradient's longer side
 _PAD = 8  # f16 by which a tile's rows are longer, off each other's banks
-# Rows of a workgroup of a projection: the first that makes enough workgroups.
+# Rows of a workgroup of a projection: the first that makes enough workgroups and fits. Each reads
+# all of the factor: 16 columns of f32 are as many bytes as 32 rows of f16.
 _BLOCKS, _ENOUGH_GROUPS = (32, 16), 132
+_LARGE_BLOCK, _MANY_GROUPS = 64, 256
+_LARGE_DEPTH = 128  # which smaller fragments don't come to, whose devices have less memory, too
 # B begins at zero and may stay below f16's normal numbers for long; one above 64 becomes infinite.
 _SCALE_OF_B = 1024.0
 _GRADIENT_ROWS = 64  # in workgroup memory at a time
@@ -51,8 +54,9 @@ def projection_cut(
     """What lora_project_matrix.wgsl needs of its cut; None where it is left to plain kernels.
 
     A row's sums depend on none of it: a subgroup takes every eighth fragment of the contraction,
-    however many lie in workgroup memory at a time. Where rows make too few workgroups for a GPU,
-    each is of fewer columns (`columns` of the cut) and takes longer stretches.
+    however many lie in workgroup memory at a time. Where rows make too few workgroups for a GPU, or
+    more columns don't fit, each is of fewer columns (`columns` of the cut); the few take longer
+    stretches.
 
     Args:
         rows: recorded rows.
@@ -64,27 +68,35 @@ def projection_cut(
     if shape is None:
         return None
     narrow = shape.n if columns % shape.n == 0 and not transposed else columns
-    for block, piece in ((_BLOCKS[0], columns), (_BLOCKS[1], columns), (_BLOCKS[1], narrow)):
+    for block, piece, enough in (
+        (_LARGE_BLOCK, columns, _MANY_GROUPS),
+        (_BLOCKS[0], columns, _ENOUGH_GROUPS),
+        (_BLOCKS[1], columns, _ENOUGH_GROUPS),
+        (_BLOCKS[1], narrow, 0),
+    ):
         n_groups = -(-rows // block) * n_members * (columns // piece)
-        if n_groups >= _ENOUGH_GROUPS:
-            break
-    width = -(-piece // shape.n) * shape.n
-    # d_z shares its dispatch with gradients, of which two workgroups then fit a multiprocessor.
-    for times in (4, 2, 1) if n_groups <= _ENOUGH_GROUPS and not transposed else (2, 1):
-        depth = times * _SUBGROUPS * shape.k
-        line = 2 * (depth + _PAD)
-        factor = 2 * depth * (width + _PAD) if transposed else width * line
-        in_use = max(block * line + factor, 4 * _SUBGROUPS * block * width)
-        if _fits(recording, shape, in_use):
-            return {
-                **_of_shape(recording, shape),
-                "subgroups": _SUBGROUPS,
-                "depth": depth,
-                "block_rows": block,
-                "columns": piece,
-                "tiles": in_use // 16,
-                "factor_scale": _SCALE_OF_B if transposed else 1.0,
-            }
+        if n_groups < enough:
+            continue
+        width = -(-piece // shape.n) * shape.n
+        # d_z shares its dispatch with gradients, of which two workgroups then fit a multiprocessor.
+        depths = (4, 2, 1) if n_groups <= _ENOUGH_GROUPS and not transposed else (2, 1)
+        for times in (1,) if block == _LARGE_BLOCK else depths:
+            depth = times * _SUBGROUPS * shape.k
+            if block == _LARGE_BLOCK and depth < _LARGE_DEPTH:
+                continue
+            line = 2 * (depth + _PAD)
+            factor = 2 * depth * (width + _PAD) if transposed else width * line
+            in_use = max(block * line + factor, 4 * _SUBGROUPS * block * width)
+            if _fits(recording, shape, in_use):
+                return {
+                    **_of_shape(recording, shape),
+                    "subgroups": _SUBGROUPS,
+                    "depth": depth,
+                    "block_rows": block,
+                    "columns": piece,
+                    "tiles": in_use // 16,
+                    "factor_scale": _SCALE_OF_B if transposed else 1.0,
+                }
     return None
 
 

@@ -41,7 +41,11 @@ def matmul(
     others = (x, y, matrix.parts[0].words, product.z, lora and lora.b, product.residual,
               product.bias, matrix.parts[0].powers, scaled and scaled.scales,
               scaled and scaled.kept)  # fmt: skip
-    x_largest = row_scales(program, x, sum(tensor is not None for tensor in others), label)
+    x_largest = product.x_largest
+    if x_largest is None:
+        x_largest = row_scales(program, x, sum(tensor is not None for tensor in others), label)
+    elif x.dtype != "f16":
+        raise ValueError(f"{label}: rows that are scaled already are f16, not {x.dtype}")
     for part in matrix.parts:
         one = PartProduct(
             x,

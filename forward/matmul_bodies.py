@@ -65,12 +65,17 @@ def _paired_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
     return () if half else tuple(t for t in PAIRED_TILES if t.workgroup_bytes <= room)
 
 
+def _for_units(one: PartProduct) -> bool:
+    """Whether a product is recorded so for matrix units alone."""
+    return bool(one.x_block) or one.dropout is not None or one.copied
+
+
 def _fits_wide(recording: Recording, one: PartProduct) -> bool:
-    return recording.facts.is_cpu and not one.x_block and one.dropout is None
+    return recording.facts.is_cpu and not _for_units(one)
 
 
 def _fits_tiled(recording: Recording, one: PartProduct) -> bool:
-    return not recording.facts.is_cpu and not one.x_block and one.dropout is None
+    return not recording.facts.is_cpu and not _for_units(one)
 
 
 # Of those that fit the first computes; where it has tiles, plans choose among those of all.
@@ -108,6 +113,8 @@ def record_product(program: Program, one: PartProduct, then: Follower | None, la
         raise ValueError(f"{label}: {names} take no x in blocks")
     if one.dropout is not None and not {"matrix", "decoded"} & {*names}:
         raise ValueError(f"{label}: {names} take no dropout")
+    if one.copied and not {"matrix", "decoded"} & {*names}:
+        raise ValueError(f"{label}: {names} take no rows of f16 that are scaled")
     terms = one.contraction + len(one.members) * one.rank
     request = Request(
         record=record_request,

@@ -69,6 +69,11 @@ def takes_dropout(recording: Recording) -> bool:
     return recording.half_products and takes_units(recording)
 
 
+def takes_copies(recording: Recording) -> bool:
+    """Whether kernels of training read rows of f32 as `SizedRows.halves`, where there are any."""
+    return recording.precision == "f16" and recording.half_products and takes_units(recording)
+
+
 def fits_matrix(recording: Recording, _: PartProduct) -> bool:
     """Where products are in f16 on a GPU that has such units: factors are f16 there, sums f32."""
     return recording.half_products and has_matrix_units(recording.facts)

@@ -68,10 +68,18 @@ class SizedRows:
     Attributes:
         rows: f32 [rows, columns].
         largest: u32 [rows], what `row_scales` finds; None where rows are taken as they are.
+        halves: f16 [rows, columns], each row times the power of two that its size asks for, as
+            tiles of f16 hold it; None where there is no such copy.
     """
 
     rows: Tensor
     largest: Tensor | None
+    halves: Tensor | None = None
+
+    @property
+    def of_units(self) -> Tensor:
+        """What kernels on matrix units read: the copy, where there is one."""
+        return self.rows if self.halves is None else self.halves
 
 
 @dataclass(frozen=True)
@@ -86,7 +94,8 @@ class PartProduct:
         place: where the part's columns begin in x and out, where there are several parts.
         members: the adapted stretches of columns; see the body of matmul_wide.wgsl.
         bias, softcap, scaled: see `Product`; the bias's columns are those of out.
-        x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are.
+        x_largest: u32 [rows], of `row_scales`; None where rows of x are taken as they are. Rows of
+            f16 that have sizes are multiplied by their powers already (`SizedRows.halves`).
         carried: whether low has the members' scales in it, and so the powers of their rows.
         epilogue: "write", "residual" (out = residual + …) or "accumulate" (out += …).
         x_block: of x's columns that are `InBlocks`; 0 where they are not.
@@ -114,6 +123,11 @@ class PartProduct:
     carried: bool = False
     x_block: int = 0
     dropout: GroupDropout | None = None
+
+    @property
+    def copied(self) -> bool:
+        """Whether x is `SizedRows.halves`."""
+        return self.x_largest is not None and self.x.dtype == "f16"
 
     @property
     def n_columns(self) -> int:

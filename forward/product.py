@@ -43,6 +43,8 @@ class Product:
 
     Attributes:
         x: [rows, in_features]; a row of whole numbers for `matmul_int_row`.
+        x_largest: u32 [rows], where rows of x are f16 that is scaled already (`SizedRows.halves`),
+            for matrix units; None for others.
         matrix: W [out_features, in_features].
         lora: the factors of the adapted members of W, or None.
         z: [rows, members · rank] = norm(x) · Aᵀ, needed with `lora`.
@@ -66,6 +68,7 @@ class Product:
     gate: str | None = None
     norm: Norm | None = None
     scaled: ScaledColumns | None = None
+    x_largest: Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -100,8 +103,8 @@ class Product:
         """Refuses what no product of one row can do."""
         matrix = self.matrix
         self.check(1, label)
-        if self.scaled is not None:
-            raise ValueError(f"{label}: columns are scaled of many rows")
+        if self.scaled is not None or self.x_largest is not None:
+            raise ValueError(f"{label}: columns and x are scaled of many rows")
         if self.gate is not None:
             check_activation(self.gate)
             if not can_gate(matrix) or self.softcap is not None or self.residual is not None:

@@ -100,6 +100,7 @@ def rmsnorm(
     out: Tensor | None = None,
     stretches: Stretches | None = None,
     low: LowRank | None = None,
+    sizes: Tensor | None = None,
 ) -> Tensor:  # [rows, width]
     """Appends y = x / sqrt(mean(x²) + epsilon) · weight + residual, row by row.
 
@@ -110,6 +111,8 @@ def rmsnorm(
         out: where to write, f32 or f16; a new f32 tensor by default.
         stretches: where given, x is first written as their sum (scaled, and its residual).
         low: where given, z of y as it is stored is written, too.
+        sizes: u32 [rows]; where given, `out` is f16 and has y as `SizedRows.halves` does, and this
+            is written with the sizes that go with it. Not with stretches or z.
     """
     width = x.shape[1]
     check_shape("rmsnorm weight", norm.weight, width)
@@ -133,6 +136,11 @@ def rmsnorm(
             check_shape("rmsnorm product", stretches.kept, x.shape[0], width)
             kept_type = stretches.kept.dtype
             tensors += [stretches.scales, stretches.kept]
+    if sizes is not None:
+        check_shape("rmsnorm sizes", sizes, x.shape[0])
+        if y.dtype != "f16" or sizes.dtype != "u32" or stretches is not None or low is not None:
+            raise ValueError("rmsnorm: u32 sizes go with f16 alone, without stretches or z")
+        tensors.append(sizes)
     low_width = 0
     if low is not None:
         low_width = low.lora.a.shape[0]
@@ -151,6 +159,7 @@ def rmsnorm(
         "maximum_rows": extent.maximum if stretches else 0,
         "x_residual": stretches is not None and stretches.residual is not None,
         "kept_type": kept_type,
+        "sized": sizes is not None,
         "low_width": low_width,
         "sharing": _SHARING,
     }

@@ -9,7 +9,8 @@ from lora.forward.dropout import Dropout, GroupDropout
 from lora.forward.gather import gather_rows
 from lora.forward.lora import lora_project
 from lora.forward.matmul import matmul
-from lora.forward.matmul_matrix import has_matrix_units, takes_blocks
+from lora.forward.matmul_matrix import has_matrix_units, takes_blocks, takes_copies
+from lora.forward.matmul_paired import scales_rows
 from lora.forward.model.adaptable import HEAD_GROUP
 from lora.forward.model.factors import Factors
 from lora.forward.model.frozen_model import Model
@@ -28,6 +29,7 @@ CHUNK_BYTES, CHUNK_ROWS = 64 << 20, 128
 # micro-batch has no more than these it is small, and logits of a vocabulary of 248,320 would be a
 # quarter of all memory: there half of them are made at once.
 MATRIX_CHUNK_ROWS, MATRIX_CHUNK_BYTES = 512, 256 << 20
+_HEAD_BINDINGS = 4  # of its product, beside the sizes of its rows: x, W, its powers, the logits
 
 
 def chunk_size(recording: Recording, logits_size: int, maximum_targets: int) -> int:
@@ -57,17 +59,28 @@ def gradient_halves(recording: Recording, model: Model, factors: Factors) -> boo
     return takes_blocks(recording, model.head, GPU_BLOCK)
 
 
+def scales_input(recording: Recording, model: Model, factors: Factors) -> bool:
+    """Whether what the head is given is f16, of rows that are scaled: if only a product reads it.
+
+    A tile makes the same of rows of f32, whose sizes are a dispatch of their own.
+    """
+    if factors.get((model.architecture.n_layers, "head")) is not None or factors.tokens is not None:
+        return False
+    return takes_copies(recording) and scales_rows(recording, "f32", _HEAD_BINDINGS)
+
+
 @dataclass(frozen=True)
 class HeadActivations:
     """What the head computes: the rows that have a target, compactly, and a chunk of logits."""
 
     picked: Tensor  # [targets, hidden_size], the residual stream of those rows
-    normed: Tensor  # [targets, hidden_size]
+    normed: Tensor  # [targets, hidden_size], f32, or as `scales_input` says
     z: Tensor | None  # [targets, rank], where the head is adapted
     logits: Tensor  # [chunk, logits_size]; turned into their gradient in place
     losses: Tensor  # [targets], −log-probability of each label
     correct: Tensor  # [targets]: 1 where the label is the argmax
     own: Tensor | None = None  # [chunk, tokens in whole quads], where rows of the head are trained
+    sizes: Tensor | None = None  # u32 [targets], of rows of `normed` that are scaled
     halves: bool = False  # whether the gradient takes half of the logits' place, as f16
 
     @classmethod
@@ -78,17 +91,17 @@ class HeadActivations:
         a, targets = model.architecture, inputs.targets
         lora = factors.get((a.n_layers, "head"))
 
-        def tensor(*shape: int) -> Tensor:
-            return recording.memory.empty((targets.maximum, *shape), extent=targets)
+        def tensor(*shape: int, dtype: str = "f32") -> Tensor:
+            return recording.memory.empty((targets.maximum, *shape), dtype, extent=targets)
 
         start, stop, extent = inputs.chunks[0]
-        own, tokens = None, factors.tokens
+        own, tokens, scaled = None, factors.tokens, scales_input(recording, model, factors)
         if tokens is not None and tokens.in_head:
             shape = stop - start, tokens.rows.shape[0]
             own = recording.memory.empty(shape, extent=extent, purpose="logits")
         return cls(
             picked=tensor(a.hidden_size),
-            normed=tensor(a.hidden_size),
+            normed=tensor(a.hidden_size, dtype="f16" if scaled else "f32"),
             z=None if lora is None else tensor(lora.rank),
             logits=recording.memory.empty(
                 (stop - start, a.logits_size), extent=extent, purpose="logits"
@@ -96,6 +109,7 @@ class HeadActivations:
             losses=tensor(),
             correct=tensor(),
             own=own,
+            sizes=tensor(dtype="u32") if scaled else None,
             halves=gradient_halves(recording, model, factors),
         )
 
@@ -105,7 +119,7 @@ def record_head_input(
 ) -> None:
     """Appends: the rows of x [rows, hidden_size] that have a target, and their final norm."""
     gather_rows(program, x, inputs.target_rows, inputs.targets, out=act.picked)
-    rmsnorm(program, act.picked, model.output_norm, out=act.normed)
+    rmsnorm(program, act.picked, model.output_norm, out=act.normed, sizes=act.sizes)
 
 
 def chunk_of(tensor: Tensor, inputs: Inputs, index: int) -> Tensor:
@@ -149,7 +163,8 @@ def record_logits(
         own = None if dropout is None else head_dropout(dropout, model, inputs, index)
         lora_project(program, normed, lora, out=z, dropout=own, label="head.z")
     softcap = model.architecture.logit_softcap
-    product = Product(normed, model.head, lora=lora, z=z, softcap=softcap)
+    sizes = None if act.sizes is None else chunk_of(act.sizes, inputs, index)
+    product = Product(normed, model.head, lora=lora, z=z, softcap=softcap, x_largest=sizes)
     matmul(program, product, out=logits, label="head")
     of_tokens = own_logits(act, inputs, index)
     if factors.tokens is not None and of_tokens is not None:

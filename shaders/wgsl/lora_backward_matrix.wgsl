@@ -11,9 +11,9 @@
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ parts[0].long_type }}>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ "u32" if parts[0].eights else parts[0].long_type }}>>;
 @group(0) @binding(2) var<storage, read> z: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ parts[1].long_type }}>>;
+@group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ "u32" if parts[1].eights else parts[1].long_type }}>>;
 @group(0) @binding(4) var<storage, read> d_z: array<vec4<f32>>;
 {% for s in range(n_slices) %}
 @group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
@@ -26,13 +26,17 @@ struct Extent { rows: u32 }
 {% include "parts/dropout.wgsl" %}
 {% endif %}
 {% set after = keys + (2 if dropout else 0) %}
+{% if d_y_copied %}
+@group(0) @binding({{ after }}) var<storage, read> d_y_largest: array<u32>;
+{% set after = after + 1 %}
+{% endif %}
 {% if p_type %}
 @group(0) @binding({{ after }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
 @group(0) @binding({{ after + 1 }}) var<storage, read> scales: array<f32>;
 @group(0) @binding({{ after + 2 }}) var<storage, read> inverses: array<vec4<f32>>;
 {% set after = after + 3 %}
 {% endif %}
-@group(0) @binding({{ after }}) var<storage, read> next_d_y: array<vec4<{{ projection.x_type }}>>;
+@group(0) @binding({{ after }}) var<storage, read> next_d_y: array<vec4<{{ "u32" if projection.x_by_eights else projection.x_type }}>>;
 @group(0) @binding({{ after + 1 }}) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding({{ after + 2 }}) var<storage, read_write> next_d_z: array<vec4<f32>>;
 {% if projection.x_scaled %}

@@ -8,7 +8,11 @@
 // A workgroup has {{ long }} elements along a gradient's longer side and all along its shorter one, a subgroup {{ n }} along
 // the longer. {{ depth }} rows at a time lie in workgroup memory, as f16; sums are f32, rows ascend. d_z may be far below
 // f16's numbers, where B is small: d_z and z are scaled by a power of two, which follows their largest number.
+// x and d_y are bound as eights of f16 where they are, and nothing is done to them on the way.
 // So are x and d_y where they are f32, by that of the rows in workgroup memory.
+{% if d_y_copied %}
+// d_y is the copy that rmsnorm_backward.wgsl writes: the powers of its rows, by d_y_largest [rows], are taken out of z.
+{% endif %}
 {% if dropout %}
 // Of x counts what dropout leaves, for each member of A (parts/dropout.wgsl: row_keys u32 [rows], matrix_keys), whose
 // rows have workgroups of their own.
@@ -21,9 +25,9 @@
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ parts[0].long_type }}>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ "u32" if parts[0].eights else parts[0].long_type }}>>;
 @group(0) @binding(2) var<storage, read> z: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ parts[1].long_type }}>>;
+@group(0) @binding(3) var<storage, read> d_y: array<vec4<{{ "u32" if parts[1].eights else parts[1].long_type }}>>;
 @group(0) @binding(4) var<storage, read> d_z: array<vec4<f32>>;
 {% for s in range(n_slices) %}
 @group(0) @binding({{ 5 + s }}) var<storage, read_write> gradient_{{ s }}: array<vec4<f32>>;
@@ -35,6 +39,10 @@ struct Extent { rows: u32 }
 {% set next = next + 2 %}
 
 {% include "parts/dropout.wgsl" %}
+{% endif %}
+{% if d_y_copied %}
+@group(0) @binding({{ next }}) var<storage, read> d_y_largest: array<u32>;
+{% set next = next + 1 %}
 {% endif %}
 {% if p_type %}
 @group(0) @binding({{ next }}) var<storage, read> p: array<vec4<{{ p_type }}>>;

@@ -13,7 +13,7 @@
 // smallest. A row's sums do not depend on the block that it is in.
 {% if x_scaled %}
 // Rows of x are scaled by the power of two that brings their largest number, of the bits in row_largest [rows], to
-// 2^4 … 2^5, as the products do that read it (matmul_bindings.wgsl).
+// 2^4 … 2^5, as the products do that read it (matmul_bindings.wgsl); of f16 they are so already.
 {% endif %}
 {% if factor_scaled %}
 // F_g[j, k] counts factor_scales[x_column_g + k] times, of the columns of x.
@@ -26,7 +26,7 @@
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
-@group(0) @binding(1) var<storage, read> x: array<vec4<{{ x_type }}>>;
+@group(0) @binding(1) var<storage, read> x: array<vec4<{{ "u32" if x_by_eights else x_type }}>>;
 @group(0) @binding(2) var<storage, read> factor: array<vec4<f32>>;
 @group(0) @binding(3) var<storage, read_write> z: array<vec4<f32>>;
 {% set next = 4 %}

@@ -90,14 +90,15 @@ lane / {{ eights }}u
 {%- endif %}
 {% endmacro %}
 {# What is fetched: eight numbers as the tiles hold them, or as they are. #}
-{% set x_held = "Eight" if paired or x_scaled else "vec4<u32>" %}
+{% set scales_x = x_scaled and x_type == "f32" %}
+{% set x_held = "Eight" if paired or scales_x else "vec4<u32>" %}
 {% set w_pairs = paired and not w_exact %}
 {% set w_held = "Eight" if w_pairs else "vec4<u32>" %}
 
 {% if whole %}
 // Eight numbers of x from the quad `at` on.
 fn eight_of_x(at: u32) -> {{ x_held }} {
-{% if paired or x_scaled %}
+{% if paired or scales_x %}
     return Eight(vec4<f32>(x[at]), vec4<f32>(x[at + 1u]));
 {% elif x_by_eights %}
     return x[at / 2u];
@@ -108,7 +109,7 @@ fn eight_of_x(at: u32) -> {{ x_held }} {
 {% else %}
 // Eight numbers of x from the quad `at` on, column `column` of the contraction; beyond it zeros.
 fn eight_of_x(at: u32, column: u32, last: u32) -> {{ x_held }} {
-{% if paired or x_scaled %}
+{% if paired or scales_x %}
     let a = vec4<f32>(x[min(at, last)]);
     let b = vec4<f32>(x[min(at + 1u, last)]);
     return Eight(select(vec4<f32>(), a, column < contraction), select(vec4<f32>(), b, column + 4u < contraction));
@@ -184,7 +185,7 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% if paired %}
         x_tile[{{ to }}] = x_pair_{{ i }}.upper;
         x_tile[{{ to }} + {{ x_lower }}u] = x_pair_{{ i }}.lower;
-{% elif x_scaled %}
+{% elif scales_x %}
         x_tile[{{ to }}] = vec4(packed(fetched_x_{{ i }}.a * x_power_{{ i }}), packed(fetched_x_{{ i }}.b * x_power_{{ i }}));
 {% else %}
         x_tile[{{ to }}] = fetched_x_{{ i }};
@@ -289,7 +290,7 @@ fn main(
 {% set row = "first_row + x_row + %du" % (i * x_lines) %}
 {% if paired %}
     let x_power_{{ i }} = power(row_exponent({{ row }}));
-{% elif x_scaled %}
+{% elif scales_x %}
     let x_power_{{ i }} = x_power({{ row }});
 {% endif %}
 {% endfor %}

@@ -8,6 +8,11 @@
 // partial sums [{{ splits }}, maximum rows, width] that a product leaves.{% if kept_type %} Before scales [width] it goes to kept [rows, width], too.{% endif %}
 
 {% endif %}
+{% if sized %}
+// y is f16 as the tiles of matmul_matrix.wgsl would hold it, two in a u32: each row times the power of two that brings its
+// largest number to 2^4 … 2^5. largest u32 [rows] are the bits of that number.
+
+{% endif %}
 {% if low_width %}
 // z [rows, {{ low_width }}] is written here, too: z[m, j] = Σ_i y[m, i] · a[j, i], of y as it is stored. {{ sharing }} lanes share a sum,
 // of every {{ sharing }} quads one each; their sums meet in workgroup memory, in order.
@@ -22,7 +27,7 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> partial: array<vec4<f32>>;
 {% endif %}
 @group(0) @binding(2) var<storage, read> weight: array<vec4<f32>>;
-@group(0) @binding(3) var<storage, read_write> y: array<vec4<{{ out_type }}>>;
+@group(0) @binding(3) var<storage, read_write> y: array<{{ "vec2<u32>" if sized else "vec4<%s>" % out_type }}>;
 {% if residual %}
 @group(0) @binding(4) var<storage, read> residual: array<vec4<f32>>;
 {% endif %}
@@ -37,6 +42,11 @@ struct Extent { rows: u32 }
 {% endif %}
 {% endif %}
 
+{% if sized %}
+@group(0) @binding({{ 4 + residual }}) var<storage, read_write> largest: array<u32>;
+
+var<workgroup> largest_bits: atomic<u32>;
+{% endif %}
 {% if low_width %}
 {% set after = 4 + residual + ((1 + x_residual + (2 if kept_type else 0)) if splits > 1 else 0) %}
 @group(0) @binding({{ after }}) var<storage, read> a: array<vec4<f32>>; // [{{ low_width }}, {{ width }}]
@@ -55,6 +65,7 @@ var<workgroup> low_sums: array<f32, {{ turns * lanes }}>; // [turns, lanes]
 {% set steps = (quads + lanes - 1) // lanes %}
 {% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "parts/stored.wgsl" import stored %}
+{% from "parts/row_power.wgsl" import row_exponent %}
 {% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -66,6 +77,9 @@ fn main(
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
     let base = row * {{ quads }}u + lane;
+{% if sized %}
+    if (lane == 0u) { atomicStore(&largest_bits, 0u); } // row_sum has a barrier
+{% endif %}
     // All at once, so that the loads wait for memory together.
 {% if splits == 1 %}
 {{ load_row("value", "x", "base", quads, lanes) }}
@@ -104,7 +118,24 @@ x[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, x_type) }};
     squares += value_{{ s }} * value_{{ s }};
 {% endfor %}
     let rstd = inverseSqrt(row_sum(dot(squares, vec4(1.0)), lane) / {{ width }}.0 + {{ epsilon }});
+{% if sized %}
+    var own_bits = vec4<u32>();
 {% for s in range(steps) %}
+    let normed_{{ s }} = {{ "past_%d + " % s if residual }}value_{{ s }} * rstd * w_{{ s }};
+    own_bits = max(own_bits, bitcast<vec4<u32>>(abs(normed_{{ s }}))); // of lanes past the row 0
+{% endfor %}
+    atomicMax(&largest_bits, max(max(own_bits.x, own_bits.y), max(own_bits.z, own_bits.w)));
+    workgroupBarrier();
+    let row_bits = atomicLoad(&largest_bits);
+    if (lane == 0u) { largest[row] = row_bits; }
+    let power = bitcast<f32>(u32(127 + {{ row_exponent("row_bits") }}) << 23u);
+{% for s in range(steps) %}
+{% call store_row(s, quads, lanes) %}
+y[base + {{ s * lanes }}u] = vec2(pack2x16float(power * normed_{{ s }}.xy), pack2x16float(power * normed_{{ s }}.zw));
+{% endcall %}
+{% endfor %}
+{% endif %}
+{% for s in range(steps if not sized else 0) %}
 {% set normed = stored(("past_%d + " % s if residual else "") ~ "value_%d * rstd * w_%d" % (s, s), out_type) %}
 {% if low_width %}
     let normed_{{ s }} = {{ normed }};

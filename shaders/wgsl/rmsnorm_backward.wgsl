@@ -10,6 +10,10 @@
 {% if sized %}
 // largest u32 [rows] is what largest_of_rows.wgsl would find of d_x: the bits of max_i |d_x[m, i]|.
 {% endif %}
+{% if copied %}
+// halves [rows, width] of f16, two in a u32, are d_x as the tiles of matmul_matrix.wgsl would hold it: each row times
+// the power of two that brings its largest number to 2^4 … 2^5.
+{% endif %}
 {% if picked %}
 // The norm was given some rows alone: x and d_y have those of row m in row slots[m], and d_x[m] = 0 where slots[m] is
 // 0xffffffff; slots u32 [rows].
@@ -42,8 +46,12 @@ struct Extent { rows: u32 }
 
 var<workgroup> largest_bits: atomic<u32>;
 {% endif %}
+{% set after_sizes = after + (1 if normed_type else 0) + (1 if sized else 0) %}
+{% if copied %}
+@group(0) @binding({{ after_sizes }}) var<storage, read_write> halves: array<vec2<u32>>;
+{% endif %}
 {% if picked %}
-@group(0) @binding({{ after + (1 if normed_type else 0) + (1 if sized else 0) }}) var<storage, read> slots: array<u32>;
+@group(0) @binding({{ after_sizes + (1 if copied else 0) }}) var<storage, read> slots: array<u32>;
 {% endif %}
 
 {% set quads = width // 4 %}
@@ -52,6 +60,7 @@ var<workgroup> largest_bits: atomic<u32>;
 {% set given = "given" if picked else "base" %}
 {% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "parts/stored.wgsl" import stored %}
+{% from "parts/row_power.wgsl" import row_exponent %}
 {% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -68,7 +77,7 @@ fn main(
     if (slot == 0xffffffffu) {
 {% for s in range(steps) %}
 {% call store_row(s, quads, lanes) %}
-d_x[base + {{ s * lanes }}u] = vec4<{{ out_type }}>();
+d_x[base + {{ s * lanes }}u] = vec4<{{ out_type }}>();{{ " halves[base + %du] = vec2(0u);" % (s * lanes) if copied }}
 {% endcall %}
 {% endfor %}
 {% if sized %}
@@ -130,5 +139,13 @@ normed[base + {{ s * lanes }}u] = {{ stored("value_%d * rstd * w_%d" % (s, s), n
     atomicMax(&largest_bits, max(max(own_bits.x, own_bits.y), max(own_bits.z, own_bits.w)));
     workgroupBarrier();
     if (lane == 0u) { largest[row] = atomicLoad(&largest_bits); }
+{% endif %}
+{% if copied %}
+    let power = bitcast<f32>(u32(127 + {{ row_exponent("atomicLoad(&largest_bits)") }}) << 23u);
+{% for s in range(steps) %}
+{% call store_row(s, quads, lanes) %}
+halves[base + {{ s * lanes }}u] = vec2(pack2x16float(power * d_x_{{ s }}.xy), pack2x16float(power * d_x_{{ s }}.zw));
+{% endcall %}
+{% endfor %}
 {% endif %}
 }

@@ -40,6 +40,15 @@ SCALED = [
     Case(70, 69, 36, 8, ((0, 300), (300, 316)), 4, member_scales=(0.5, 3.0), dora=True),
     Case(65, 0, 36, 8, ((0, 16),), 2, dora=True),
 ]
+# Of rows of f32 that have a copy in f16.
+COPIED = [
+    Case(1, 1, 4, 4, ((0, 4),), copied=True),
+    Case(65, 40, 260, 16, ((8, 40), (100, 164)), 2, copied=True),
+    Case(37, 35, 2052, 12, ((0, 1032), (1032, 1044)), 4, 0.25, copied=True),
+    Case(65, 0, 36, 8, ((0, 16),), 2, copied=True),
+    Case(65, 63, 200, 8, ((0, 136), (136, 280)), 4, copied=True),  # whole eights
+    Case(65, 40, 36, 8, ((8, 40), (40, 104)), 2, dora=True, copied=True),
+]
 LARGE = Case(200, 199, 580, 16, ((0, 576), (576, 768), (768, 964)), 3)
 
 
@@ -124,7 +133,7 @@ def check_magnitudes(recording: Recording, case: Case, d_y: np.ndarray, recorded
     assert (np.abs(found - expected) <= 2.0**-22 * np.sqrt(case.rows) * size).all()
 
 
-@pytest.mark.parametrize("case", [*CASES, *DROPPED, *SCALED], ids=str)
+@pytest.mark.parametrize("case", [*CASES, *DROPPED, *SCALED, *COPIED], ids=str)
 def test_against_float64(recording: Recording, case: Case) -> None:
     recording = on_matrix_units(recording)
     values = halves(case)
@@ -190,10 +199,11 @@ def test_what_is_below_f16_is_kept(recording: Recording) -> None:
     assert np.abs(found_b - d_b).max() < 2e-3 * np.abs(d_b).max()
 
 
-def test_rows_of_f32_have_any_size(recording: Recording) -> None:
+@pytest.mark.parametrize("copied", [False, True])
+def test_rows_of_f32_have_any_size(recording: Recording, copied: bool) -> None:
     """The residual stream's gradient may pass what f16 holds, and be below it beside that."""
     recording = on_matrix_units(recording, on_software=True)
-    case = Case(70, 69, 40, 8, ((0, 24), (24, 40)), 2)
+    case = Case(70, 69, 40, 8, ((0, 24), (24, 40)), 2, copied=copied)
     full = halves(case)
     sizes = 10.0 ** np.random.default_rng(5).integers(-12, 12, (case.rows, 1))
     values = replace(full, d_y=(full.d_y * sizes).astype(np.float32))
@@ -204,6 +214,10 @@ def test_rows_of_f32_have_any_size(recording: Recording) -> None:
         values.x[used], values.d_y[used], values.a, values.b, case.ranges, SCALE
     )
     found_z = recording.memory.read(recorded.d_z)[used]
+    if copied:  # the same numbers in the same order
+        rows = record(recording, replace(case, copied=False), values, 0.0, "f16", "f32")
+        rows.program.run()
+        assert recording.memory.read(rows.d_z)[used].tobytes() == found_z.tobytes()
     # Rows of d_y are rounded to 2^-12 of their numbers each: of d_z no row is lost beside others.
     row = np.abs(d_z).max(axis=1, keepdims=True)
     assert (np.abs(found_z - d_z) < 2e-3 * row).all()
@@ -241,6 +255,26 @@ def test_two_runs_add_up_and_rows_do_not_depend_on_their_number(recording: Recor
         assert recording.memory.read(getattr(alone, name)).tobytes() == among.tobytes()
 
 
+@pytest.mark.parametrize("rows", [200, 37])
+def test_many_rows_of_a_workgroup(
+    recording: Recording, rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with thousands of rows: the bits of fewer in one."""
+    recording = on_matrix_units(recording)
+    case = replace(LARGE, rows=rows, in_use=rows - 1)
+    full, found = halves(LARGE), []
+    values = replace(full, x=full.x[:rows], d_y=full.d_y[:rows])
+    for many in (10**6, 1):
+        monkeypatch.setattr("lora.forward.lora_matrix._MANY_GROUPS", many)
+        recorded = record(recording, case, values, 0.0, "f16", "f16")
+        blocks = [d.constants.get("block_rows") for d in recorded.program.dispatches[:2]]
+        # z of 48 columns takes too much memory.
+        assert blocks == ([16, 64] if many == 1 else [16, 16])
+        recorded.program.run()
+        found.append([recording.memory.read(t).tobytes() for t in (recorded.z, recorded.d_z)])
+    assert found[0] == found[1]
+
+
 def test_where_units_are_taken(recording: Recording) -> None:
     gpu = with_facts(
         replace(recording, precision="f16"),
@@ -260,3 +294,8 @@ def test_where_units_are_taken(recording: Recording) -> None:
     cuts = [projection_cut(gpu, rows, 48, 1, transposed=False) for rows in (16, 512, 2064, 8192)]
     found = [(c["block_rows"], c["columns"], c["depth"]) for c in cuts if c is not None]
     assert found == [(16, 16, 512), (16, 16, 512), (16, 16, 256), (32, 48, 256)]
+    # Many rows of large ranks, and of many columns of d_y, which B is read again for.
+    wide = [projection_cut(gpu, 8192, n, 1, transposed=False) for n in (64, 96)]
+    many = [projection_cut(gpu, 8192, 16, members, transposed=True) for members in (1, 2)]
+    found = [(c["block_rows"], c["columns"], c["depth"]) for c in wide + many if c is not None]
+    assert found == [(16, 64, 256), (16, 96, 128), (32, 16, 256), (64, 16, 128)]

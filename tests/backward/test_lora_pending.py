@@ -85,12 +85,13 @@ def run_together(recording: Recording, pair: Pair) -> Program:
     assert not program.dispatches
     second = pair.second
     scales = None if second.scaled is None else second.scaled.scales
-    pending.project(program, SizedRows(second.d_y, None), second.lora, second.d_z, scales)
+    pending.project(program, second.sized, second.lora, second.d_z, scales)
     pending.flush(program)
     (dispatch,) = program.dispatches
     assert dispatch.template.startswith("lora_backward")
     uniforms = 2 if pair.first.dropout else 1
     more = 0 if second.scaled is None else 4
+    more += sum(one.sized.largest is not None for one in (pair.first, second))
     assert len(dispatch.tensors) - uniforms <= STORAGE_BUFFERS + more
     program.run()
     return program
@@ -121,6 +122,23 @@ def test_as_two_dispatches_on_matrix_units(recording: Recording, cases: tuple[Ca
     assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
 
 
+@pytest.mark.parametrize(("first", "second"), [(True, False), (False, True)])
+def test_of_a_copy_in_f16(recording: Recording, first: bool, second: bool) -> None:
+    """The stream's gradient is what waits, or what comes next."""
+    recording = with_facts(on_matrix_units(recording), is_cpu=False)
+    cases = PAIRS[1]
+    pair = run_apart(
+        recording, (replace(cases[0], copied=first), replace(cases[1], copied=second)), "f32"
+    )
+    expected = pair.written()
+    pair.forget()
+    (dispatch,) = run_together(recording, pair).dispatches
+    assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
+    assert dispatch.constants["d_y_copied"] == first
+    of_z = dispatch.constants["projection"]
+    assert (of_z["x_type"], of_z["x_scaled"]) == (("f16", True) if second else ("f32", False))
+
+
 @pytest.mark.parametrize("cases", PAIRS[1:], ids=_name)
 def test_columns_that_are_scaled(recording: Recording, cases: tuple[Case, Case]) -> None:
     recording = with_facts(on_matrix_units(recording), is_cpu=False, most_storage_buffers=16)
@@ -141,9 +159,10 @@ def test_with_rows_of_f32_that_are_sized(recording: Recording) -> None:
     second = record(recording, cases[1], values, 0.0, "f16", "f32", extent=first.x.extent)
     first.program.run()
     sizing = Program(recording)
-    largest = row_scales(sizing, second.d_y, 6, "second")
-    assert largest is not None
-    lora_project_gradient(sizing, second.d_y, second.lora, out=second.d_z, largest=largest)
+    rows = second.sized.rows
+    sized = SizedRows(rows, row_scales(sizing, rows, 6, "second"))
+    assert sized.largest is not None
+    lora_project_gradient(sizing, sized, second.lora, out=second.d_z)
     sizing.run()
     pair = Pair(first, second, values)
     expected = pair.written()
@@ -151,7 +170,7 @@ def test_with_rows_of_f32_that_are_sized(recording: Recording) -> None:
     pair.forget()
     program, pending = Program(recording), PendingGradients()
     pending.add(program, pair.group())
-    pending.project(program, SizedRows(second.d_y, largest), second.lora, second.d_z)
+    pending.project(program, sized, second.lora, second.d_z)
     pending.flush(program)
     (dispatch,) = program.dispatches
     assert dispatch.template == "lora_backward_matrix"
@@ -160,7 +179,7 @@ def test_with_rows_of_f32_that_are_sized(recording: Recording) -> None:
     few = with_facts(recording, most_storage_buffers=len(dispatch.tensors) - 2)
     apart = Program(few)
     pending.add(apart, pair.group())
-    pending.project(apart, SizedRows(second.d_y, largest), second.lora, second.d_z)
+    pending.project(apart, sized, second.lora, second.d_z)
     assert len(apart.dispatches) == 2
 
 
@@ -168,11 +187,13 @@ def test_on_any_driver(recording: Recording) -> None:
     """Also by software that has units."""
     recording = with_facts(on_matrix_units(recording, on_software=True), is_cpu=False)
     cases = Case(20, 19, 40, 8, ((0, 24),), 2), Case(20, 19, 16, 8, ((0, 40),))
-    pair = run_apart(recording, cases, "f16")
-    expected = pair.written()
-    pair.forget()
-    (dispatch,) = run_together(recording, pair).dispatches
-    assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
+    for copied in (False, True):
+        first, second = (replace(case, copied=copied) for case in cases)
+        pair = run_apart(recording, (first, second), "f16")
+        expected = pair.written()
+        pair.forget()
+        (dispatch,) = run_together(recording, pair).dispatches
+        assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
 
 
 def test_halves(recording: Recording) -> None:
@@ -234,7 +255,7 @@ def test_what_waits_and_what_does_not(recording: Recording) -> None:
         pending.add(program, group)
         both = (first.d_z, second.d_z)
         assert pending.free(both) is both[program.dispatches == []]
-        pending.project(program, SizedRows(second.d_y, None), second.lora, second.d_z)
+        pending.project(program, second.sized, second.lora, second.d_z)
         pending.flush(program)
         return [dispatch.template for dispatch in program.dispatches]
 

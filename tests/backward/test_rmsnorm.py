@@ -7,7 +7,11 @@ import pytest
 
 from lora.backward.rmsnorm import picked_rmsnorm_backward, rmsnorm_backward
 from lora.checks.references.gather import gather_backward_reference
-from lora.checks.references.rmsnorm import rmsnorm_backward_reference, rmsnorm_reference
+from lora.checks.references.rmsnorm import (
+    rmsnorm_backward_reference,
+    rmsnorm_reference,
+    scaled_halves,
+)
 from lora.forward.gather import gather_rows
 from lora.forward.matmul_paired import largest_of_rows
 from lora.forward.model.inputs import NO_ROW
@@ -149,10 +153,13 @@ class SizedCase:
     splits: int = 1
     again: bool = False
 
-    def run(self, *, sized: bool) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """The gradient, the bits of its rows' largest, and the gradient by float64.
+    def run(
+        self, *, sized: bool, copied: bool = False
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """The gradient, the bits of its rows' largest, the gradient by float64, and the copy.
 
-        Of a second dispatch where they are not `sized`. Outputs are ranges of larger buffers.
+        Sizes are of a second dispatch where they are not `sized`; the copy is stale where it is not
+        `copied`. Outputs are ranges of larger buffers.
         """
         memory, rng = self.recording.memory, np.random.default_rng(self.width)
         extent = extent_in_use(self.recording, self.rows, self.in_use)
@@ -166,6 +173,8 @@ class SizedCase:
         out = past_t if self.residual == "in place" else self._range("f32", extent, self.width)
         sizes = self._range("u32", extent)
         memory.write(sizes, np.full(self.rows, STALE, np.uint32))
+        halves = self._range("f16", extent, self.width)
+        memory.write(halves, np.full(shape, MARKER, np.float32))
         stretches = None
         if self.splits > 1:
             partial = memory.upload(d_y.reshape(-1, self.width))
@@ -175,14 +184,16 @@ class SizedCase:
             program, activation(self.recording, x, extent), norm,
             activation(self.recording, d_y[0], extent),
             residual=None if self.residual == "none" else past_t,
-            out=SizedRows(out, sizes if sized else None), stretches=stretches,
+            out=SizedRows(out, sizes if sized else None, halves if copied else None),
+            stretches=stretches,
             normed=self._range("f32", extent, self.width) if self.again else None,
         )  # fmt: skip
         if not sized:
             largest_of_rows(program, out, self.width, None, out=sizes, label="apart")
         found = run_twice(program, out)
         wanted = rmsnorm_backward_reference(x, weight, d_y.sum(axis=0, dtype=np.float64), EPSILON)
-        return found, memory.read(sizes), wanted + (past if self.residual != "none" else 0)
+        wanted += past if self.residual != "none" else 0
+        return found, memory.read(sizes), wanted, memory.read(halves)
 
     def _range(self, dtype: str, extent: Extent, *columns: int) -> Tensor:
         """The middle third of a tensor."""
@@ -209,8 +220,8 @@ def test_the_sizes_of_its_rows(
     """Those that a dispatch of their own finds, beside the same gradient, bit for bit."""
     recording = with_facts(recording, is_cpu=is_cpu)
     case = SizedCase(recording, rows, in_use, width, residual, splits, again)
-    found, sizes, wanted = case.run(sized=True)
-    apart, sizes_apart, _ = case.run(sized=False)
+    found, sizes, wanted, _ = case.run(sized=True)
+    apart, sizes_apart, _, _ = case.run(sized=False)
     assert found.tobytes() == apart.tobytes() and sizes.tobytes() == sizes_apart.tobytes()
     largest = sizes.view(np.float32)[:in_use]
     assert (largest == np.abs(found[:in_use]).max(axis=1)).all() and (sizes[in_use:] == STALE).all()
@@ -219,33 +230,68 @@ def test_the_sizes_of_its_rows(
     np.testing.assert_allclose(found[:in_use] / of_row, wanted[:in_use] / of_row, atol=1e-5)
 
 
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+@pytest.mark.parametrize(
+    ("rows", "in_use", "width", "residual", "splits", "again"),
+    [
+        (1, 1, 4, "none", 1, False),
+        (3, 2, 36, "separate", 1, True),
+        (67, 66, 100, "in place", 3, False),
+        (3, 2, 2052, "in place", 1, True),
+    ],
+)
+def test_a_copy_in_f16(
+    recording: Recording, rows: int, in_use: int, width: int, residual: str, splits: int,
+    again: bool, is_cpu: bool,
+) -> None:  # fmt: skip
+    """What tiles of f16 make of the rows; these and their sizes have the bits that they had."""
+    needs_halves(recording.facts)
+    case = SizedCase(
+        with_facts(recording, is_cpu=is_cpu), rows, in_use, width, residual, splits, again
+    )
+    found, sizes, _, halves = case.run(sized=True, copied=True)
+    alone, sizes_alone, _, stale = case.run(sized=True)
+    assert found.tobytes() == alone.tobytes() and sizes.tobytes() == sizes_alone.tobytes()
+    assert halves[:in_use].tobytes() == scaled_halves(found[:in_use]).tobytes()
+    assert (halves[in_use:] == stale[in_use:]).all() and (stale == MARKER).all()
+    assert (np.abs(halves[:in_use]).max(axis=1) >= 16).all()
+
+
 def test_the_size_of_a_row_that_is_no_number(recording: Recording) -> None:
-    """Its bits are larger than those of infinity, for a product to show it."""
+    """Its bits are larger than those of infinity, for a product to show it; so does its copy."""
+    needs_halves(recording.facts)
     extent, memory = recording.memory.extent(3), recording.memory
     d_y = np.ones((3, 36), np.float32)
     d_y[1, 30], d_y[2, 7] = np.inf, np.nan
     out, sizes = marked(recording, extent, 36), memory.empty((3,), "u32", extent=extent)
+    halves = memory.empty((3, 36), "f16", extent=extent)
     program = Program(recording)
     rmsnorm_backward(
         program, activation(recording, np.ones((3, 36), np.float32), extent),
         Norm(memory.upload(np.ones(36)), EPSILON), activation(recording, d_y, extent),
-        out=SizedRows(out, sizes),
+        out=SizedRows(out, sizes, halves),
     )  # fmt: skip
     program.run()
-    found = memory.read(sizes)
+    found, copy = memory.read(sizes), memory.read(halves)
     assert found[0] < 0x7F800000 <= found[1] and found[2] > 0x7F800000
+    assert np.isfinite(copy).all(axis=1).tolist() == [True, False, False]
 
 
-@pytest.mark.parametrize("wrong", ["f16", "f32 sizes", "shape"])
+@pytest.mark.parametrize("wrong", ["f16", "f32 sizes", "shape", "no sizes", "copy", "copy's shape"])
 def test_sizes_of_another_kind_are_refused(recording: Recording, wrong: str) -> None:
     extent, memory = recording.memory.extent(2), recording.memory
     out = memory.empty((2, 36), "f16" if wrong == "f16" else "f32", extent=extent)
     dtype, n = ("f32" if wrong == "f32 sizes" else "u32"), 3 if wrong == "shape" else 2
     x = activation(recording, np.ones((2, 36), np.float32), extent)
-    with pytest.raises(ValueError, match="sizes"):
+    sizes = None if wrong == "no sizes" else memory.empty((n,), dtype)
+    halves = None
+    if wrong in ("no sizes", "copy", "copy's shape"):
+        columns = 32 if wrong == "copy's shape" else 36
+        halves = memory.empty((2, columns), "f32" if wrong == "copy" else "f16")
+    with pytest.raises(ValueError, match="sizes|copy"):
         rmsnorm_backward(
             Program(recording), x, Norm(memory.upload(np.ones(36)), EPSILON), x,
-            out=SizedRows(out, memory.empty((n,), dtype)),
+            out=SizedRows(out, sizes, halves),
         )  # fmt: skip
 
 
@@ -266,18 +312,18 @@ def test_reference_of_picked_rows_is_the_derivative() -> None:
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize(
-    ("rows", "in_use", "n_picked", "width", "sized"),
+    ("rows", "in_use", "n_picked", "width", "sized", "copied"),
     [
-        (1, 1, 1, 4, True),
-        (3, 2, 0, 36, False),
-        (67, 66, 20, 100, True),
-        (130, 130, 129, 576, False),
-        (5, 4, 3, 2052, True),
+        (1, 1, 1, 4, True, False),
+        (3, 2, 0, 36, False, False),
+        (67, 66, 20, 100, True, True),
+        (130, 130, 129, 576, False, False),
+        (5, 4, 3, 2052, True, True),
     ],
 )
 def test_picked_rows(
     recording: Recording, rows: int, in_use: int, n_picked: int, width: int, sized: bool,
-    is_cpu: bool,
+    copied: bool, is_cpu: bool,
 ) -> None:  # fmt: skip
     """To the bits of the norm's gradient and a gather after it; other rows get zeros."""
     recording = with_facts(recording, is_cpu=is_cpu)
@@ -295,7 +341,11 @@ def test_picked_rows(
     d_x, apart = (marked(recording, extent, width) for _ in range(2))
     sizes = memory.upload(np.full(rows, STALE, np.uint32))
     program, two = Program(recording), Program(recording)
-    out = SizedRows(d_x, sizes if sized else None)
+    halves = None
+    if copied:
+        needs_halves(recording.facts)
+        halves = typed_marked(recording, "f16", extent, width)
+    out = SizedRows(d_x, sizes if sized else None, halves)
     picked_rmsnorm_backward(program, x_t, norm, d_t, slots_t, out)
     result = run_twice(program, d_x)
     gather_rows(two, rmsnorm_backward(two, x_t, norm, d_t), slots_t, extent, out=apart)
@@ -306,6 +356,10 @@ def test_picked_rows(
     # As in test_rmsnorm_backward.
     np.testing.assert_allclose(result[:in_use], expected[:in_use], rtol=1e-5, atol=3e-6)
     assert (result[in_use:] == MARKER).all()
+    if halves is not None:
+        copy = memory.read(halves)
+        assert copy[:in_use].tobytes() == scaled_halves(result[:in_use]).tobytes()
+        assert (copy[in_use:] == MARKER).all()
     largest = np.abs(result).max(axis=1).view(np.uint32)
     assert (
         memory.read(sizes) == np.where(sized & (np.arange(rows) < in_use), largest, STALE)

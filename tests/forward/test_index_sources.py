@@ -79,9 +79,13 @@ SOURCES = {
     "lora_backward.wgsl": {"row_keys": _KEYS},
     "lora_gradient.wgsl": {"row_keys": _KEYS},
     "lora_project.wgsl": {"row_keys": _KEYS},
-    "lora_backward_matrix.wgsl": {"row_largest": _LARGEST, "row_keys": _KEYS},
+    "lora_backward_matrix.wgsl": {
+        "row_largest": _LARGEST,
+        "d_y_largest": _LARGEST,
+        "row_keys": _KEYS,
+    },
     "lora_project_matrix.wgsl": {"row_largest": _LARGEST, "row_keys": _KEYS},
-    "lora_gradient_matrix.wgsl": {"row_keys": _KEYS},
+    "lora_gradient_matrix.wgsl": {"d_y_largest": _LARGEST, "row_keys": _KEYS},
     "kv_store.wgsl": {"positions": _STEP},
     "matmul_int_row.wgsl": {"row": _INT_ROW, "weights": _WEIGHTS, "int_row": _INT_ROW},
     "matmul_row.wgsl": {"weights": _WEIGHTS},
@@ -93,7 +97,8 @@ SOURCES = {
         "x_largest": _LARGEST,
         "row_keys": _KEYS,
     },
-    "rmsnorm_backward.wgsl": {"slots": _INPUTS, "largest": _LARGEST},
+    "rmsnorm.wgsl": {"y": _HALVES, "largest": _LARGEST},
+    "rmsnorm_backward.wgsl": {"slots": _INPUTS, "largest": _LARGEST, "halves": _HALVES},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "row_bounds.wgsl": {"weights": _WEIGHTS},
     "scale_rows.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
@@ -140,6 +145,7 @@ def test_nothing_else_writes_what_indexes() -> None:
         "forward/dropout.py", "forward/embedding_noise.py",  # keys that are hashed
         "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
         "backward/scratch.py", "backward/rmsnorm.py",  # sizes of rows, as bits
+        "forward/decoder/head.py", "forward/rmsnorm.py",  # the same
     }  # fmt: skip
     assert makers <= known | {name for name in makers if name.startswith("lora/checks/")}
 

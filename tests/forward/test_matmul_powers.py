@@ -9,6 +9,7 @@ import pytest
 from gguf import GGMLQuantizationType
 
 from lora.backward.matmul import matmul_backward
+from lora.checks.references.rmsnorm import scaled_halves
 from lora.forward.matmul import matmul
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
@@ -145,3 +146,52 @@ def test_both_directions(recording: Recording, name: str, x_type: str) -> None:
         bound = 2**-10 if case.body != "tiled" else 2**-7
         assert np.isfinite(found).all()
         assert (np.abs(found - right[: case.in_use]) <= bound * most[: case.in_use]).all()
+
+
+@pytest.mark.parametrize("name", list(CASES)[3:])
+def test_a_copy_in_f16_gives_the_bits_of_its_rows(recording: Recording, name: str) -> None:
+    """What a norm has written of the stream's gradient in place of what tiles make of it."""
+    case = CASES[name]
+    recording = recorded(recording, case)
+    memory, rng = recording.memory, np.random.default_rng(0)
+    n_out = case.n_out * len(case.parts)
+    tensors = [
+        tensor_of(kind, random_blocks(kind, case.n_out, case.n_in, index), case.n_in)
+        for index, kind in enumerate(case.parts)
+    ]
+    matrix = load_matrix(recording, tensors)
+    extent = extent_in_use(recording, case.rows, case.in_use)
+    d_y = rng.normal(size=(case.rows, n_out)) * 10.0 ** rng.integers(-12, 12, (case.rows, 1))
+    d_y = d_y.astype(np.float32)
+    rows, halves = (memory.empty(d_y.shape, t, extent=extent) for t in ("f32", "f16"))
+    d_z = memory.empty((case.rows, 8), "f32", extent=extent)
+    for tensor, values in ((rows, d_y), (halves, scaled_halves(d_y)), (d_z, d_y[:, :8])):
+        memory.write(tensor, values)
+    a, b = (rng.normal(size=s).astype(np.float32) for s in ((8, case.n_in), (n_out - 12, 8)))
+    lora = LoraFactors(memory.upload(a), memory.upload(b), 8, SCALE, ((4, n_out - 8),))
+    found = []
+    for copy in (None, halves):
+        program = Program(recording)
+        d_x = memory.empty((case.rows, case.n_in), "f32", extent=extent)
+        largest = row_scales(program, rows, 6, "d_y")
+        given = SizedRows(rows, largest, copy)
+        matmul_backward(program, given, matrix, lora=lora, d_z=d_z, out=d_x)
+        product = next(d for d in program.dispatches if d.template == "matmul_matrix")
+        assert product.constants["x_type"] == ("f32" if copy is None else "f16")
+        program.run()
+        found.append(memory.read(d_x)[: case.in_use])
+    assert np.abs(found[0]).min() > 0 and found[0].tobytes() == found[1].tobytes()
+
+
+def test_only_units_take_a_copy(recording: Recording) -> None:
+    case = CASES["tiled"]
+    recording = recorded(recording, case)
+    data = random_blocks(F32, case.n_out, case.n_in, 0)
+    matrix = load_matrix(recording, [tensor_of(F32, data, case.n_in)])
+    extent = recording.memory.extent(2)
+    rows, halves = (
+        recording.memory.empty((2, case.n_out), t, extent=extent) for t in ("f32", "f16")
+    )
+    given = SizedRows(rows, recording.memory.empty((2,), "u32"), halves)
+    with pytest.raises(ValueError, match="no rows of f16 that are scaled"):
+        matmul_backward(Program(recording), given, matrix)

@@ -5,7 +5,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from lora.checks.references.rmsnorm import rmsnorm_reference
+from lora.checks.references.rmsnorm import rmsnorm_reference, scaled_halves
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.plans.stretches import Stretches
@@ -189,3 +189,62 @@ def test_where_a_norm_writes_z(recording: Recording) -> None:
     assert not writes_low_rank(with_facts(gpu, workgroup_memory=8192), 1, lora)
     scaled = replace(lora, member_scales=(1.0, 2.0, 1.0))
     assert not writes_low_rank(gpu, 1, scaled)
+
+
+# -- as f16, of rows that are scaled ----------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
+@pytest.mark.parametrize("with_residual", [False, True])
+@pytest.mark.parametrize(("rows", "in_use", "width"), SHAPES[:-1])
+def test_rows_that_are_scaled(
+    recording: Recording, rows: int, in_use: int, width: int, with_residual: bool, is_cpu: bool
+) -> None:
+    """What tiles of f16 make of the same norm in f32, and what they would look for."""
+    needs_halves(recording.facts)
+    recording = with_facts(recording, is_cpu=is_cpu)
+    memory, rng = recording.memory, np.random.default_rng(width)
+    x, past = (rng.normal(size=(rows, width)).astype(np.float32) for _ in range(2))
+    norm = Norm(memory.upload((1e6 * rng.normal(size=width)).astype(np.float32)), 1e-5)
+    extent = extent_in_use(recording, rows, in_use)
+    x_t, past_t = (activation(recording, values, extent) for values in (x, past))
+    y, halves = (typed_marked(recording, dtype, extent, width) for dtype in ("f32", "f16"))
+    sizes = memory.upload(np.full(rows, 7, np.uint32))
+    program, residual = Program(recording), past_t if with_residual else None
+    rmsnorm(program, x_t, norm, residual=residual, out=y)
+    rmsnorm(program, x_t, norm, residual=residual, out=halves, sizes=sizes)
+    found = run_twice(program, halves)
+    whole = memory.read(y)[:in_use]
+    assert np.abs(whole).max() > 65504  # which f16 does not hold
+    assert found[:in_use].tobytes() == scaled_halves(whole).tobytes()
+    assert (found[in_use:] == MARKER).all()
+    largest = memory.read(sizes)
+    assert (largest[:in_use].view(np.float32) == np.abs(whole).max(axis=1)).all()
+    assert (largest[in_use:] == 7).all()
+
+
+def test_a_scaled_row_that_is_no_number_stays_none(recording: Recording) -> None:
+    needs_halves(recording.facts)
+    memory, extent = recording.memory, recording.memory.extent(2)
+    x = np.ones((2, 36), np.float32)
+    x[1, 30] = np.nan
+    halves, sizes = typed_marked(recording, "f16", extent, 36), memory.empty((2,), "u32")
+    program, norm = Program(recording), Norm(memory.upload(np.ones(36)), 1e-5)
+    rmsnorm(program, activation(recording, x, extent), norm, out=halves, sizes=sizes)
+    program.run()
+    assert np.isfinite(memory.read(halves)).all(axis=1).tolist() == [True, False]
+    assert memory.read(sizes)[0] < 0x7F800000 < memory.read(sizes)[1]
+
+
+@pytest.mark.parametrize("wrong", ["f32", "f32 sizes", "shape", "stretches"])
+def test_sizes_that_go_with_nothing_are_refused(recording: Recording, wrong: str) -> None:
+    memory, extent = recording.memory, recording.memory.extent(2)
+    x = activation(recording, np.ones((2, 36), np.float32), extent)
+    out = memory.empty((2, 36), "f32" if wrong == "f32" else "f16", extent=extent)
+    sizes = memory.empty((3 if wrong == "shape" else 2,), "f32" if wrong == "f32 sizes" else "u32")
+    stretches = Stretches(memory.empty((4, 36)), 2) if wrong == "stretches" else None
+    with pytest.raises(ValueError, match="sizes"):
+        rmsnorm(
+            Program(recording), x, Norm(memory.upload(np.ones(36)), 1e-5), out=out, sizes=sizes,
+            stretches=stretches,
+        )  # fmt: skip

@@ -13,10 +13,12 @@ from lora.backward.lora import (
     plan_gradients,
     plan_project_gradient,
 )
+from lora.checks.references.rmsnorm import scaled_halves
 from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.lora import lora_project
 from lora.forward.matmul_paired import row_scales
 from lora.forward.model.factors import LoraFactors
+from lora.forward.part_product import SizedRows
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Extent, Tensor
@@ -34,6 +36,7 @@ class Case:
         dropout: its probability, before each member.
         member_scales: as of LoraFactors, whose scale is then 1.
         dora: whether d_y is the gradient to columns that DoRA has scaled, on matrix units.
+        copied: whether d_y, of f32, has a copy in f16, of rows that are scaled.
     """
 
     rows: int
@@ -45,6 +48,7 @@ class Case:
     dropout: float = 0.0
     member_scales: tuple[float, ...] = ()
     dora: bool = False
+    copied: bool = False
 
     @property
     def columns(self) -> np.ndarray:
@@ -129,10 +133,15 @@ class Recorded:
     d_z: Tensor
     slices: Sequence[LoraFactors]
     x: Tensor
-    d_y: Tensor
+    d_y: Tensor | SizedRows
     lora: LoraFactors
     dropout: GroupDropout | None = None
     scaled: ScaledGradient | None = None
+
+    @property
+    def sized(self) -> SizedRows:
+        """d_y, with sizes where it has any."""
+        return self.d_y if isinstance(self.d_y, SizedRows) else SizedRows(self.d_y, None)
 
 
 def record(
@@ -192,14 +201,15 @@ def record(
         scales, inverses = (recording.memory.upload(values) for values in case.columns)
         scaled = ScaledGradient(activation(case.p, d_y_type), scales, inverses)
     z = lora_project(program, x, lora, dropout=dropout)
-    largest = row_scales(program, d_y, 6, "d_y")
+    sized = SizedRows(d_y, row_scales(program, d_y, 6, "d_y"))
+    if case.copied:  # of memory of its own: that of sizes is shared
+        largest = recording.memory.upload(np.abs(values.d_y).max(axis=1).view(np.uint32))
+        sized = SizedRows(d_y, largest, activation(scaled_halves(values.d_y), "f16"))
     d_z = recording.memory.empty((case.rows, case.width), extent=extent)
-    projection = plan_project_gradient(
-        recording, d_y, lora, d_z, largest, None if scaled is None else scaled.scales
-    )
-    projection.append(program)
-    group = GroupGradients(x, z, d_y, d_z, lora, slices, dropout, scaled)
+    scales = None if scaled is None else scaled.scales
+    plan_project_gradient(recording, sized, lora, d_z, scales).append(program)
+    group = GroupGradients(x, z, sized if case.copied else d_y, d_z, lora, slices, dropout, scaled)
     plan_gradients(recording, group).append(program)
     for tensor in (z, d_z):
         recording.memory.write(tensor, np.full(tensor.shape, UNTOUCHED))
-    return Recorded(program, z, d_z, slices, x, d_y, lora, dropout, scaled)
+    return Recorded(program, z, d_z, slices, x, group.d_y, lora, dropout, scaled)

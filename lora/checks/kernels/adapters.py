@@ -35,6 +35,7 @@ from lora.checks.references.optim import (
     GuardReference,
     clip_reference,
 )
+from lora.checks.references.rmsnorm import scaled_halves
 from lora.checks.tensors import (
     MARKER,
     activation,
@@ -77,7 +78,11 @@ def factors_on(recording: Recording, a: np.ndarray, b: np.ndarray) -> LoraFactor
 
 
 def check_matrix(
-    recording: Recording, waiting: bool = False, dropped: float = 0.0, scaled: bool = False
+    recording: Recording,
+    waiting: bool = False,
+    dropped: float = 0.0,
+    scaled: bool = False,
+    copied: bool = False,
 ) -> Comparison:
     """The same on matrix units."""
     if shape_on(recording.facts) is None:
@@ -88,7 +93,7 @@ def check_matrix(
         raise NotHereError("its matrix units, or its workgroups, are too small")
     if scaled and on_units.facts.most_storage_buffers < SCALED_BUFFERS:
         raise NotHereError(f"a kernel has fewer than {SCALED_BUFFERS} storage buffers")
-    return check_lora(on_units, "f16", waiting, dropped, scaled)
+    return check_lora(on_units, "f16", waiting, dropped, scaled, copied)
 
 
 def _reference(
@@ -115,11 +120,13 @@ def check_lora(
     waiting: bool = False,
     dropped: float = 0.0,
     scaled: bool = False,
+    copied: bool = False,
 ) -> Comparison:
     """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far.
 
     With `waiting` d_A and d_B in one dispatch with a d_z; with dropout of this probability; with
-    columns of d_y `scaled` by powers of two, and the gradient of magnitudes.
+    columns of d_y `scaled` by powers of two, and the gradient of magnitudes; of d_y in f32 that is
+    `copied` into f16, its rows scaled.
 
     On matrix units factors are f16, here numbers that f16 has; in the sums over rows z and d_z are
     rounded to 2^-12, independently: the worst of thousands is off by four standard deviations.
@@ -150,14 +157,19 @@ def check_lora(
         vectors = [recording.memory.upload(values) for values in columns]
         columns_t = ScaledGradient(typed(recording, p, dtype, extent), *vectors)
     scales = None if columns_t is None else columns_t.scales
+    given = SizedRows(d_y_t, None)
+    if copied:
+        largest = recording.memory.upload(np.abs(d_y).max(axis=1).view(np.uint32))
+        halves = typed(recording, scaled_halves(d_y).astype(np.float32), "f16", extent)
+        given = SizedRows(typed(recording, d_y, "f32", extent), largest, halves)
     lora_project(program, x_t, lora, out=z, dropout=dropout)
-    plan_project_gradient(recording, d_y_t, lora, d_z, scales=scales).append(program)
-    group = GroupGradients(x_t, z, d_y_t, d_z, lora, slices, dropout, columns_t)
+    plan_project_gradient(recording, given, lora, d_z, scales=scales).append(program)
+    group = GroupGradients(x_t, z, given, d_z, lora, slices, dropout, columns_t)
     if waiting:
         pending = PendingGradients()
         pending.add(program, group)
         d_z = typed_marked(recording, "f32", extent, 2 * RANK)
-        pending.project(program, SizedRows(d_y_t, None), lora, d_z, scales)
+        pending.project(program, given, lora, d_z, scales)
         pending.flush(program)
     else:
         plan_gradients(recording, group).append(program)
@@ -323,6 +335,10 @@ CHECKS = [
           partial(check_matrix, dropped=0.25)),
     Check("lora_backward_matrix", f"dropout, {ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, waiting=True, dropped=0.25)),
+    Check("lora_matrix", f"rows that are scaled, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, copied=True)),
+    Check("lora_backward_matrix", f"rows that are scaled, {ROWS}x{IN_FEATURES} rank {RANK}",
+          partial(check_matrix, waiting=True, copied=True)),
     Check("gradient_norm", "1x65600", partial(check_gradient_norm, n_slices=1), as_cpu=True),
     Check("gradient_norm", "4x65600", partial(check_gradient_norm, n_slices=4)),
     Check("step_guard", "12 steps", partial(check_step_guard, scaled=False)),

@@ -17,7 +17,11 @@ from lora.checks.references.head_norm_rope import (
     head_norm_rope_reference,
 )
 from lora.checks.references.matmul import error_bound
-from lora.checks.references.rmsnorm import rmsnorm_backward_reference, rmsnorm_reference
+from lora.checks.references.rmsnorm import (
+    rmsnorm_backward_reference,
+    rmsnorm_reference,
+    scaled_rows,
+)
 from lora.checks.tensors import (
     activation,
     extent_in_use,
@@ -42,9 +46,12 @@ from lora.shaders.recording import Recording
 ROWS, IN_USE, EPSILON = 19, 18, 1e-5
 
 
-def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
-    """A sum of squares in a tree; the sum with the residual is rounded at up to 8."""
-    if dtype == "f16":
+def check_rmsnorm(recording: Recording, width: int, dtype: str, sized: bool = False) -> Comparison:
+    """A sum of squares in a tree; the sum with the residual is rounded at up to 8.
+
+    With `sized` its rows are scaled on their way into f16: at most 32 then, rounded to 2^-11.
+    """
+    if dtype == "f16" or sized:
         needs_half(recording)
     x, weight, past = (
         rounded(normal(1, ROWS, width), dtype),
@@ -52,35 +59,50 @@ def check_rmsnorm(recording: Recording, width: int, dtype: str) -> Comparison:
         normal(3, ROWS, width),
     )
     extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
-    out = typed_marked(recording, dtype, extent, width)
+    out = typed_marked(recording, "f16" if sized else dtype, extent, width)
+    sizes = recording.memory.upload(np.full(ROWS, 7, np.uint32)) if sized else None
     rmsnorm(
         program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
-        residual=activation(recording, past, extent), out=out,
+        residual=activation(recording, past, extent), out=out, sizes=sizes,
     )  # fmt: skip
     program.run()
     result, expected = recording.memory.read(out), rmsnorm_reference(x, weight, EPSILON) + past
+    if sizes is not None:
+        largest = recording.memory.read(sizes)[:IN_USE].view(np.float32)
+        wanted = np.abs(expected[:IN_USE]).max(axis=1)
+        powers = 2.0 ** (4 - np.floor(np.log2(largest.astype(np.float64))))
+        scaled = powers[:, None] * expected[:IN_USE]
+        return worst(
+            compare(largest, wanted, rtol=2e-6, atol=2e-6),
+            compare(result[:IN_USE], scaled, rtol=2.0**-10, atol=1e-4),
+            untouched(result[IN_USE:]),
+        )
     return worst(
         compare(result[:IN_USE], expected[:IN_USE], rtol=2e-6, atol=2e-6),
         untouched(result[IN_USE:]),
     )
 
 
-def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comparison:
+def check_rmsnorm_backward(
+    recording: Recording, width: int, dtype: str, copied: bool = False
+) -> Comparison:
     """Two sums of `width` terms, then a difference of numbers of about |d_y| rstd.
 
-    What the norm gave is written again, as good as in the forward, and sizes of rows of f32.
+    What the norm gave is written again, as good as in the forward, and sizes of rows of f32;
+    `copied` says whether their copy in f16 is, which is those rows rounded up or down.
     """
-    if dtype == "f16":
+    if dtype == "f16" or copied:
         needs_half(recording)
     x, d_y, past = (rounded(normal(seed, ROWS, width), dtype) for seed in (4, 5, 6))
     weight, extent = normal(7, width), extent_in_use(recording, ROWS, IN_USE)
     out, program = typed(recording, past, dtype, extent), Program(recording)  # in place
     again = typed_marked(recording, dtype, extent, width)
     sizes = recording.memory.upload(np.full(ROWS, 7, np.uint32))
+    halves = typed_marked(recording, "f16", extent, width) if copied else None
     rmsnorm_backward(
         program, typed(recording, x, dtype, extent), Norm(recording.memory.upload(weight), EPSILON),
         typed(recording, d_y, dtype, extent), residual=out,
-        out=SizedRows(out, sizes if dtype == "f32" else None), normed=again,
+        out=SizedRows(out, sizes if dtype == "f32" else None, halves), normed=again,
     )  # fmt: skip
     program.run()
     result, normed = (recording.memory.read(tensor) for tensor in (out, again))
@@ -89,7 +111,16 @@ def check_rmsnorm_backward(recording: Recording, width: int, dtype: str) -> Comp
     largest = np.full(ROWS, 7, np.uint32)
     if dtype == "f32":
         largest[:IN_USE] = np.abs(result[:IN_USE]).max(axis=1).view(np.uint32)
+    found = []
+    if halves is not None:
+        copy = recording.memory.read(halves)
+        rows = scaled_rows(result[:IN_USE])
+        found = [
+            compare(copy[:IN_USE], rows, rtol=2.0**-10, atol=2.0**-24),
+            untouched(copy[IN_USE:]),
+        ]
     return worst(
+        *found,
         same(recording.memory.read(sizes), largest),
         compare(result[:IN_USE], expected[:IN_USE], rtol=1e-5, atol=3e-6),
         same(result[IN_USE:], past[IN_USE:]),
@@ -230,6 +261,10 @@ CHECKS = [
             (100, "f32", True), (576, "f32", False), (2052, "f32", False), (100, "f16", False),
         )
     ),
+    Check("rmsnorm_backward", f"{ROWS}x576 with a copy in f16",
+          partial(check_rmsnorm_backward, width=576, dtype="f32", copied=True)),
+    Check("rmsnorm", f"{ROWS}x576 of rows that are scaled",
+          partial(check_rmsnorm, width=576, dtype="f32", sized=True)),
     Check("rmsnorm", f"{ROWS}x576 with z", check_low_rank),
     *(
         Check("rmsnorm_backward", f"{ROWS}x{width} of picked rows",

@@ -21,6 +21,7 @@ from lora.checks.comparison import (
     worst,
 )
 from lora.checks.references.matmul import error_bound, matmul_reference
+from lora.checks.references.rmsnorm import scaled_halves
 from lora.checks.tensors import (
     MARKER,
     activation,
@@ -38,7 +39,7 @@ from lora.forward.matmul_paired import largest_of_rows
 from lora.forward.model.balance import record_row_bounds
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import record_largest
-from lora.forward.part_product import Place
+from lora.forward.part_product import Place, SizedRows
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
@@ -54,6 +55,7 @@ from lora.forward.plans.matmul_tiles import (
 from lora.forward.product import Product
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
+from lora.shaders.tensor import Tensor
 
 ROWS, IN_USE, RANK, SCALE = 67, 66, 4, 1.5
 OUT_FEATURES, RANGES, KEYS = 68, ((0, 36), (40, 68)), (11, 12)
@@ -67,10 +69,12 @@ def check_matmul(
     splits: int = 1,
     powered: bool = False,
     dropped: float = 0.0,
+    copied: bool = False,
 ) -> Comparison:
     """y with its low-rank part, bias and residual, and d_x; with powers of W's rows, too.
 
-    And with dropout of this probability before A, whose masks d_x has.
+    And with dropout of this probability before A, whose masks d_x has; of a gradient in f32 that
+    is `copied` into f16, its rows scaled.
 
     In f16 a tile's numbers are rounded to 2^-12, and so is each addition to a sum of at most 32
     products. These walk to four such roundings of a product for each of the sum's sqrt(terms), and
@@ -127,8 +131,13 @@ def check_matmul(
         uniform = recording.memory.constant_uniform(KEYS)
         dropout = GroupDropout(dropped, activation(recording, keys, extent), uniform)
     d_z_t = activation(recording, d_z, extent)
+    given: Tensor | SizedRows = typed(recording, d_y, dtype, extent)
+    if copied:
+        sizes = recording.memory.upload(np.abs(d_y).max(axis=1).view(np.uint32))
+        halves = typed(recording, scaled_halves(d_y).astype(np.float32), "f16", extent)
+        given = SizedRows(typed(recording, d_y, "f32", extent), sizes, halves)
     matmul_backward(
-        program, typed(recording, d_y, dtype, extent), matrix, lora=lora,
+        program, given, matrix, lora=lora,
         d_z=d_z_t if dropout is None else Dropped(d_z_t, dropout), out=d_x,
     )  # fmt: skip
     program.run()
@@ -243,6 +252,8 @@ CHECKS = [
     ),
     Check("matmul_matrix", f"dropout, {MATRIX_TILES[-1].name}",
           partial(check_matmul, kind=Q4_K, columns=256, tile=MATRIX_TILES[-1], dropped=0.25)),
+    Check("matmul_matrix", f"rows that are scaled, {MATRIX_TILES[-1].name}",
+          partial(check_matmul, kind=Q4_K, columns=256, tile=MATRIX_TILES[-1], copied=True)),
     Check("row_bounds", f"{OUT_FEATURES}x256 Q4_0", partial(check_row_bounds, kind=Q4_0)),
     Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
     Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),

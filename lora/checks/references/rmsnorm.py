@@ -16,3 +16,16 @@ def rmsnorm_backward_reference(
     x, g = x.astype(np.float64), d_y.astype(np.float64) * weight
     rstd = 1 / np.sqrt((x * x).mean(axis=1, keepdims=True) + epsilon)
     return rstd * (g - x * rstd**2 * (g * x).mean(axis=1, keepdims=True))
+
+
+def scaled_halves(rows: np.ndarray) -> np.ndarray:
+    """f32 [rows, width] as tiles of f16 hold it: `scaled_rows`, rounded to the nearest."""
+    with np.errstate(invalid="ignore"):
+        return scaled_rows(rows).astype(np.float16)
+
+
+def scaled_rows(rows: np.ndarray) -> np.ndarray:
+    """f32 [rows, width] times the powers of two that bring each row's largest to 2^4 … 2^5, f64."""
+    largest = np.abs(rows).max(axis=1).astype(np.float32).view(np.uint32)
+    exponents = np.clip(131 - (largest >> 23).astype(np.int32), -126, 126)
+    return np.ldexp(rows.astype(np.float64), exponents[:, None])

@@ -26,6 +26,25 @@ fn exponent_for(bits: u32) -> u32 {
     return min(267u - exponent, 227u);
 }
 
+{% if d_y_copied %}
+{% from "parts/row_power.wgsl" import row_exponent %}
+// What makes a row of d_y of its copy.
+fn row_back(largest_bits: u32) -> f32 {
+    return bitcast<f32>(u32(127 - {{ row_exponent("largest_bits") }}) << 23u);
+}
+
+{% endif %}
+{# Of the lanes of a subgroup one goes on: of 256 on one number each would wait for all before. #}
+{% macro note_largest(at, bits) %}
+{% if emulated %}
+atomicMax(&largest[{{ at }}], {{ bits }});
+{%- else %}
+{
+                    let most = subgroupMax({{ bits }});
+                    if (subgroupElect()) { atomicMax(&largest[{{ at }}], most); }
+                }
+{%- endif %}
+{% endmacro %}
 fn add_to_gradient(slice: u32, at: u32, value: vec4<f32>) {
 {% for s in range(n_slices) %}
     if (slice == {{ s }}u) { gradient_{{ s }}[at] += value; }
@@ -45,6 +64,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
     let stretch = (extent.rows + {{ n_slices - 1 }}u) / {{ n_slices }}u;
     let first = slice * stretch;
     let last = min(first + stretch, extent.rows);
+    let last_row = max(last, 1u) - 1u;
 {% for part in parts %}
 {% set of_b = loop.index0 %}
 {% set width = (part.short + n - 1) // n * n %}
@@ -52,6 +72,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% set scaled = part.long_type == "f32" %}
 {% set masked = dropout and not of_b %}
 {% set columned = p_type and of_b %}
+{% set copied = d_y_copied and of_b %}
 {# Lanes that are whole lines of the longer side keep to their columns, and so to the keys of these. #}
 {% set key_turns = 1 if lanes % (long // 8) == 0 else long_turns %}
 {% set short_units = depth * width // 8 %}
@@ -84,16 +105,26 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         let key_b_{{ u }} = quad_key(matrix_keys[member], key_at_{{ u }} + 1u);
 {% endfor %}
 {% for u in range(long_turns) %}
-{% if scaled %}
-        var long_a_{{ u }} = vec4<f32>();
-        var long_b_{{ u }} = vec4<f32>();
-{% else %}
+{% if part.eights %}
         var fetched_{{ u }} = vec4<u32>();
+{% else %}
+        var long_a_{{ u }} = vec4<{{ part.long_type }}>();
+        var long_b_{{ u }} = vec4<{{ part.long_type }}>();
+{% endif %}
+{% if columned %}
+        var p_a_{{ u }} = vec4<{{ p_type }}>();
+        var p_b_{{ u }} = vec4<{{ p_type }}>();
+{% endif %}
+{% if masked %}
+        var row_key_{{ u }} = 0u;
 {% endif %}
 {% endfor %}
 {% for u in range(short_turns) %}
         var short_a_{{ u }} = vec4<f32>();
         var short_b_{{ u }} = vec4<f32>();
+{% if copied %}
+        var size_{{ u }} = 0u;
+{% endif %}
 {% endfor %}
 {% if columned %}
         // Of d_y · p, in the columns that a lane fetches in all its turns.
@@ -107,72 +138,98 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         var sum_{{ f }} = {{ result_type }}();
 {% endfor %}
 {% endif %}
-{# Rows past the stretch, and columns past a member's, are zero. #}
+{# Loads all of a tile, none behind a branch or a conversion: each would wait for the one before. What lies outside is
+   read inside, and counts for nothing (`convert`, and what is stored). #}
 {% macro fetch(start) %}
 {% for u in range(long_turns) %}
         {
             let unit = lane + {{ u * lanes }}u;
-            let row = {{ start }} + unit / {{ long // 8 }}u;
+            let row = min({{ start }} + unit / {{ long // 8 }}u, last_row);
             let at = unit % {{ long // 8 }}u * 8u;
-            let quad = (row * {{ part.long_stride }}u + long_column + at) / 4u;
-            var a = vec4<f32>();
-            var b = vec4<f32>();
-            if (row < last && begin + at < end) { a = vec4<f32>({{ part.long_name }}[quad]); }
-            if (row < last && begin + at + 4u < end) { b = vec4<f32>({{ part.long_name }}[quad + 1u]); }
+{% if part.eights %}
+            fetched_{{ u }} = {{ part.long_name }}[(row * {{ part.long_stride }}u + long_column + min(at, end - begin - 8u)) / 8u];
+{% else %}
+            let quad = (row * {{ part.long_stride }}u + long_column + min(at, end - begin - 4u)) / 4u;
+            let next = (row * {{ part.long_stride }}u + long_column + min(at + 4u, end - begin - 4u)) / 4u;
+            long_a_{{ u }} = {{ part.long_name }}[quad];
+            long_b_{{ u }} = {{ part.long_name }}[next];
+{% endif %}
 {% if columned %}
-            if (row < last && begin + at < end) { magnitudes_a += a * vec4<f32>(p[quad]); }
-            if (row < last && begin + at + 4u < end) { magnitudes_b += b * vec4<f32>(p[quad + 1u]); }
+            p_a_{{ u }} = p[quad];
+            p_b_{{ u }} = p[next];
 {% endif %}
 {% if masked %}
-            let row_key = row_keys[min(row, extent.rows - 1u)];
-            a = after_dropout(a, row_key, key_a_{{ u % key_turns }});
-            b = after_dropout(b, row_key, key_b_{{ u % key_turns }});
-{% endif %}
-{% if scaled %}
-            long_a_{{ u }} = a;
-            long_b_{{ u }} = b;
-{% else %}
-            fetched_{{ u }} = packed(a, b);
+            row_key_{{ u }} = row_keys[row];
 {% endif %}
         }
 {% endfor %}
 {% for u in range(short_turns) %}
         {
-            let unit = lane + {{ u * lanes }}u;
-            let row = {{ start }} + unit / {{ width // 8 }}u;
+            let unit = min(lane + {{ u * lanes }}u, {{ short_units - 1 }}u);
+            let row = min({{ start }} + unit / {{ width // 8 }}u, last_row);
             let at = unit % {{ width // 8 }}u * 8u;
-            let quad = (row * {{ part.short_stride }}u + short_column + at) / 4u;
-            short_a_{{ u }} = vec4<f32>();
-            short_b_{{ u }} = vec4<f32>();
-{% if (u + 1) * lanes > short_units %}
-            if (unit < {{ short_units }}u)
+            let quad = (row * {{ part.short_stride }}u + short_column) / 4u;
+            short_a_{{ u }} = {{ part.short_name }}[quad + min(at, {{ part.short - 4 }}u) / 4u];
+            short_b_{{ u }} = {{ part.short_name }}[quad + min(at + 4u, {{ part.short - 4 }}u) / 4u];
+{% if copied %}
+            size_{{ u }} = d_y_largest[row];
 {% endif %}
-            {
-                if (row < last && at < {{ part.short }}u) { short_a_{{ u }} = {{ part.short_name }}[quad]; }
-                if (row < last && at + 4u < {{ part.short }}u) { short_b_{{ u }} = {{ part.short_name }}[quad + 1u]; }
-            }
         }
+{% endfor %}
+{% endmacro %}
+{# Makes of what was loaded, from row `begun` on, what the tiles take. Rows past the stretch are zero on the shorter side. #}
+{% macro convert() %}
+{% for u in range(long_turns if not part.eights else 0) %}
+{% if columned %}
+            {
+                let used = vec4<bool>(begun + (lane + {{ u * lanes }}u) / {{ long // 8 }}u < last);
+                magnitudes_a += select(vec4<f32>(), vec4<f32>(long_a_{{ u }}) * vec4<f32>(p_a_{{ u }}), used);
+                magnitudes_b += select(vec4<f32>(), vec4<f32>(long_b_{{ u }}) * vec4<f32>(p_b_{{ u }}), used);
+            }
+{% endif %}
+            var part_a_{{ u }} = vec4<f32>(long_a_{{ u }});
+            var part_b_{{ u }} = vec4<f32>(long_b_{{ u }});
+{% if masked %}
+            part_a_{{ u }} = after_dropout(part_a_{{ u }}, row_key_{{ u }}, key_a_{{ u % key_turns }});
+            part_b_{{ u }} = after_dropout(part_b_{{ u }}, row_key_{{ u }}, key_b_{{ u % key_turns }});
+{% endif %}
+{% endfor %}
+{% for u in range(short_turns) %}
+            {
+                let unit = lane + {{ u * lanes }}u;
+                let at = unit % {{ width // 8 }}u * 8u;
+                let used = unit < {{ short_units }}u && begun + unit / {{ width // 8 }}u < last;
+{% if copied %}
+                let power = row_back(size_{{ u }});
+                short_a_{{ u }} *= power;
+                short_b_{{ u }} *= power;
+{% endif %}
+                short_a_{{ u }} = select(vec4<f32>(), short_a_{{ u }}, used && at < {{ part.short }}u);
+                short_b_{{ u }} = select(vec4<f32>(), short_b_{{ u }}, used && at + 4u < {{ part.short }}u);
+            }
 {% endfor %}
 {% endmacro %}
         var exponent = {{ "354u" if scaled else "227u" }}; // of what the sums are scaled by{{ ", and 127" if scaled }}
         var turn = 0u;
         {{ fetch("first") }}
+        workgroupBarrier(); // behind it `largest` begins
         for (var begun = first; begun < last; begun += {{ depth }}u) {
-            workgroupBarrier();
+{{ convert() }}
             {
                 var bits = 0u;
 {% for u in range(short_turns) %}
                 bits = max(bits, largest_of(short_a_{{ u }}, short_b_{{ u }}));
 {% endfor %}
-                atomicMax(&largest[turn], bits);
+                {{ note_largest("turn", "bits") }}
 {% if scaled %}
                 var long_bits = 0u;
 {% for u in range(long_turns) %}
-                long_bits = max(long_bits, largest_of(long_a_{{ u }}, long_b_{{ u }}));
+                long_bits = max(long_bits, largest_of(part_a_{{ u }}, part_b_{{ u }}));
 {% endfor %}
-                atomicMax(&largest[2u + turn], long_bits);
+                {{ note_largest("2u + turn", "long_bits") }}
 {% endif %}
             }
+            // Behind this barrier the tiles are free, too.
 {% if emulated %}
             workgroupBarrier();
             let bits = atomicLoad(&largest[turn]);
@@ -205,7 +262,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% endif %}
             {
                 let unit = lane + {{ u * lanes }}u;
-                tiles[unit / {{ long // 8 }}u * {{ long_step }}u + unit % {{ long // 8 }}u] = {{ "packed(long_factor * long_a_%d, long_factor * long_b_%d)" % (u, u) if scaled else "fetched_%d" % u }};
+                tiles[unit / {{ long // 8 }}u * {{ long_step }}u + unit % {{ long // 8 }}u] = {{ "packed(long_factor * part_a_%d, long_factor * part_b_%d)" % (u, u) if scaled else "fetched_%d" % u if part.eights else "packed(part_a_%d, part_b_%d)" % (u, u) }};
             }
 {% endfor %}
 {% for u in range(short_turns) %}

@@ -21,9 +21,11 @@
 {% set scales = members | map(attribute="scale") | unique | list %}
 {# Lanes that are whole lines of x keep to their columns in all turns, and so to the keys of these. #}
 {% set key_turns = 1 if lanes % (depth // 8) == 0 else x_turns %}
+{% set scales_x = x_scaled and x_type == "f32" %}
 {% if x_scaled %}
+{% from "parts/row_power.wgsl" import row_exponent %}
 fn exponent_of(row: u32) -> i32 {
-    return clamp(131 - i32(row_largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
+    return {{ row_exponent("row_largest[min(row, extent.rows - 1u)]") }};
 }
 fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(127 + exponent) << 23u); }
 
@@ -58,13 +60,22 @@ fn project(index: u32, lane: u32, team: u32) {
 {% endfor %}
 {% endif %}
 {% for u in range(x_turns) %}
+{% if x_by_eights %}
     var fetched_x_{{ u }} = vec4<u32>();
-{% if x_scaled %}
+{% else %}
+    var x_a_{{ u }} = vec4<{{ x_type }}>();
+    var x_b_{{ u }} = vec4<{{ x_type }}>();
+{% endif %}
+{% if scales_x %}
     let x_power_{{ u }} = power(exponent_of(first_row + (lane + {{ u * lanes }}u) / {{ depth // 8 }}u));
 {% endif %}
 {% endfor %}
 {% for u in range(f_turns) %}
-    var fetched_f_{{ u }} = vec4<u32>();
+    var f_a_{{ u }} = vec4<f32>();
+    var f_b_{{ u }} = vec4<f32>();
+{% if factor_scaled %}
+    var of_column_{{ u }} = 0.0;
+{% endif %}
 {% endfor %}
 {% if emulated %}
     var sums = array<f32, {{ row_fragments * column_fragments * held }}>();
@@ -75,60 +86,85 @@ fn project(index: u32, lane: u32, team: u32) {
 {% endfor %}
 {% endfor %}
 {% endif %}
-{# What lies past the end of the contraction, or of the columns, is zero. #}
+{# Loads all of a tile, none behind a branch or a conversion: each would wait for the one before. What lies outside is
+   read inside: past the end of the contraction, or of the columns, `convert` makes the factor zero. #}
 {% macro fetch(start) %}
-{% for u in range(key_turns if dropout else 0) %}
-    let key_at_{{ u }} = ({{ start }} + (lane + {{ u * lanes }}u) % {{ depth // 8 }}u * 8u) / 4u;
-    let key_a_{{ u }} = quad_key(matrix, key_at_{{ u }});
-    let key_b_{{ u }} = quad_key(matrix, key_at_{{ u }} + 1u);
-{% endfor %}
 {% for u in range(x_turns) %}
     {
-        let unit = lane + {{ u * lanes }}u;
+        let unit = min(lane + {{ u * lanes }}u, {{ x_units - 1 }}u);
         let at = {{ start }} + unit % {{ depth // 8 }}u * 8u;
         let row = min(first_row + unit / {{ depth // 8 }}u, extent.rows - 1u);
-        let quad = (row * {{ x_stride }}u + x_column + at) / 4u;
-        var a = vec4<f32>();
-        var b = vec4<f32>();
-        if (at < length) { a = vec4<f32>({{ x_name }}[quad]); }
-        if (at + 4u < length) { b = vec4<f32>({{ x_name }}[quad + 1u]); }
-{% if dropout %}
-        a = after_dropout(a, row_key_{{ u }}, key_a_{{ u % key_turns }});
-        b = after_dropout(b, row_key_{{ u }}, key_b_{{ u % key_turns }});
+        let line = row * {{ x_stride }}u + x_column;
+{% if x_by_eights %}
+        fetched_x_{{ u }} = {{ x_name }}[(line + min(at, length - 8u)) / 8u];
+{% else %}
+        x_a_{{ u }} = {{ x_name }}[(line + min(at, length - 4u)) / 4u];
+        x_b_{{ u }} = {{ x_name }}[(line + min(at + 4u, length - 4u)) / 4u];
 {% endif %}
-        fetched_x_{{ u }} = {{ "packed(x_power_%d * a, x_power_%d * b)" % (u, u) if x_scaled else "packed(a, b)" }};
     }
 {% endfor %}
 {% for u in range(f_turns) %}
     {
-        let unit = lane + {{ u * lanes }}u;
-        var a = vec4<f32>();
-        var b = vec4<f32>();
+        let unit = min(lane + {{ u * lanes }}u, {{ f_units - 1 }}u);
 {% if transposed %}
-        let at = {{ start }} + unit / {{ width // 8 }}u;
+        let at = min({{ start }} + unit / {{ width // 8 }}u, length - 1u);
         let column = unit % {{ width // 8 }}u * 8u;
-        let quad = ((factor_row + at) * {{ factor_stride }}u + column) / 4u;
-        if (at < length && column < {{ columns }}u) { a = factor[quad]; }
-        if (at < length && column + 4u < {{ columns }}u) { b = factor[quad + 1u]; }
+        let line = (factor_row + at) * {{ factor_stride }}u;
+        f_a_{{ u }} = factor[(line + min(column, {{ columns - 4 }}u)) / 4u];
+        f_b_{{ u }} = factor[(line + min(column + 4u, {{ columns - 4 }}u)) / 4u];
 {% if factor_scaled %}
-        let of_column = factor_scales[x_column + min(at, length - 1u)];
-        a *= of_column;
-        b *= of_column;
+        of_column_{{ u }} = factor_scales[x_column + at];
 {% endif %}
 {% else %}
         let at = {{ start }} + unit % {{ depth // 8 }}u * 8u;
-        let column = unit / {{ depth // 8 }}u;
-        let quad = ((factor_row + column) * {{ factor_stride }}u + at) / 4u;
-        if (column < {{ columns }}u && at < length) { a = factor[quad]; }
-        if (column < {{ columns }}u && at + 4u < length) { b = factor[quad + 1u]; }
+        let column = min(unit / {{ depth // 8 }}u, {{ columns - 1 }}u);
+        let line = (factor_row + column) * {{ factor_stride }}u;
+        f_a_{{ u }} = factor[(line + min(at, length - 4u)) / 4u];
+        f_b_{{ u }} = factor[(line + min(at + 4u, length - 4u)) / 4u];
 {% endif %}
-        fetched_f_{{ u }} = packed({{ factor_scale }} * a, {{ factor_scale }} * b);
     }
+{% endfor %}
+{% endmacro %}
+{# Makes of what was loaded, from step `begun` on, what the tiles take. #}
+{% macro convert() %}
+{% for u in range(key_turns if dropout else 0) %}
+        let key_at_{{ u }} = (begun + (lane + {{ u * lanes }}u) % {{ depth // 8 }}u * 8u) / 4u;
+        let key_a_{{ u }} = quad_key(matrix, key_at_{{ u }});
+        let key_b_{{ u }} = quad_key(matrix, key_at_{{ u }} + 1u);
+{% endfor %}
+{% for u in range(x_turns if not x_by_eights else 0) %}
+        var of_x_a_{{ u }} = vec4<f32>(x_a_{{ u }});
+        var of_x_b_{{ u }} = vec4<f32>(x_b_{{ u }});
+{% if dropout %}
+        of_x_a_{{ u }} = after_dropout(of_x_a_{{ u }}, row_key_{{ u }}, key_a_{{ u % key_turns }});
+        of_x_b_{{ u }} = after_dropout(of_x_b_{{ u }}, row_key_{{ u }}, key_b_{{ u % key_turns }});
+{% endif %}
+        let fetched_x_{{ u }} = {{ "packed(x_power_%d * of_x_a_%d, x_power_%d * of_x_b_%d)" % (u, u, u, u) if scales_x else "packed(of_x_a_%d, of_x_b_%d)" % (u, u) }};
+{% endfor %}
+{% for u in range(f_turns) %}
+        let unit_{{ u }} = lane + {{ u * lanes }}u;
+{% if transposed %}
+        let used_{{ u }} = begun + unit_{{ u }} / {{ width // 8 }}u < length;
+        let column_{{ u }} = unit_{{ u }} % {{ width // 8 }}u * 8u;
+        let used_a_{{ u }} = used_{{ u }} && column_{{ u }} < {{ columns }}u;
+        let used_b_{{ u }} = used_{{ u }} && column_{{ u }} + 4u < {{ columns }}u;
+{% else %}
+        let at_{{ u }} = begun + unit_{{ u }} % {{ depth // 8 }}u * 8u;
+        let used_{{ u }} = unit_{{ u }} / {{ depth // 8 }}u < {{ columns }}u;
+        let used_a_{{ u }} = used_{{ u }} && at_{{ u }} < length;
+        let used_b_{{ u }} = used_{{ u }} && at_{{ u }} + 4u < length;
+{% endif %}
+{% set times = "%s * of_column_%d * " % (factor_scale, u) if factor_scaled else "%s * " % factor_scale %}
+        let fetched_f_{{ u }} = packed(
+            select(vec4<f32>(), {{ times }}f_a_{{ u }}, used_a_{{ u }}),
+            select(vec4<f32>(), {{ times }}f_b_{{ u }}, used_b_{{ u }}),
+        );
 {% endfor %}
 {% endmacro %}
 
     {{ fetch("0u") }}
     for (var begun = 0u; begun < length; begun += {{ depth }}u) {
+{{ convert() }}
         workgroupBarrier();
 {% for u in range(x_turns) %}
 {% if (u + 1) * lanes > x_units %}

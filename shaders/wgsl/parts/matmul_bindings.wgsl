@@ -2,7 +2,7 @@
 // x_type and out_type (f32 or f16), all other numbers f32. x_by_eights, w_by_eights: f16, eight an element.
 //
 // x_scaled: x [rows] are f32 in tiles of f16, each row multiplied by the power of two that brings its largest
-// number, whose bits x_largest [rows] has, to 2^4 … 2^5; what comes out is divided by it again.
+// number, whose bits x_largest [rows] has, to 2^4 … 2^5; what comes out is divided by it again. Rows of f16 are so already.
 // powered: powers [rows of W + 2]. Row n of W is multiplied by powers[n], the factor of the low-rank part by
 // the one behind them, what comes out by the last.
 
@@ -81,8 +81,9 @@ fn powered8(row: u32, k: u32) -> Eight {
 
 // What the numbers of a row of x are multiplied by, and what its sums are.
 {% if x_scaled %}
+{% from "parts/row_power.wgsl" import row_exponent %}
 fn x_exponent(row: u32) -> i32 {
-    return clamp(131 - i32(x_largest[min(row, extent.rows - 1u)] >> 23u), -126, 126);
+    return {{ row_exponent("x_largest[min(row, extent.rows - 1u)]") }};
 }
 fn x_power(row: u32) -> f32 { return bitcast<f32>(u32(127 + x_exponent(row)) << 23u); }
 {% endif %}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -13,50 +12,25 @@ import pytest
 
 from lora.forward.rmsnorm import MOST_LOW_BYTES
 from lora.shaders.device import Device
-from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Dispatch
-from lora.shaders.templates import render
-from lora.shaders.webgpu import Use
 from lora.training.communicator import SingleProcess
 from lora.training.device_state import Seams
+from tests.support.places import Places, written
 from tests.support.renderings import LARGE_GPU, MATRIX_GPU, Kind
 from tests.support.tiny_models import TINY_MODELS
 from tests.support.tiny_ours import gradients, open_session
 from tests.support.tiny_sessions import micro_batch
 
-_BINDING = re.compile(r"@binding\((\d+)\)\s*var<([^>]+)>")
 _ALL = {"layers": "all", "targets": "all-linear"}
 _WITHOUT_PRE_NORMS = ("olmo2", "olmo3", "exaone4")
-_WRITTEN: dict[str, frozenset[int]] = {}  # bindings, by kernel
 _MERGED = ("lora_backward", "lora_backward_matrix")
 _GRADIENTS = ("lora_gradient", "lora_gradient_matrix", *_MERGED)
-
-
-class Places(CountingMemory):
-    """Memory that only counts, but tells tensors' buffers from each other."""
-
-    def _buffer(self, n_bytes: int, use: Use) -> Any:
-        return object()
-
-    def inner(self) -> Places:
-        within = Places(self.facts, self)
-        within.allocated = self.allocated
-        return within
 
 
 class _TwoProcesses(SingleProcess):
     """As far as recording asks."""
 
     size = 2
-
-
-def written(dispatch: Dispatch) -> frozenset[int]:
-    """Which bindings a kernel writes."""
-    key = f"{dispatch.template} {sorted(dispatch.constants.items())!r}"
-    if key not in _WRITTEN:
-        found = _BINDING.findall(render(dispatch.template, dict(dispatch.constants)))
-        _WRITTEN[key] = frozenset(int(n) for n, kind in found if "read_write" in kind)
-    return _WRITTEN[key]
 
 
 def what_gradients_read(dispatches: Sequence[Dispatch]) -> list[list[str]]:
