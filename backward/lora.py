@@ -234,10 +234,12 @@ def plan_gradients(
     tensors = [extent.uniform, x, z, d_y, d_z, *whole]
     keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     masks = None if dropout is None else dropout.constants
-    cut = gradient_cut(recording, (lora.a.shape[0] if dropout is None else lora.rank, lora.rank))
+    halves, sizes = group.sized.halves, group.sized.largest
+    copied = scaled is None and halves is not None and sizes is not None
+    of_f16 = scaled is None and x.dtype == "f16" and (copied or d_y.dtype == "f16")
+    shorts = lora.a.shape[0] if dropout is None else lora.rank, lora.rank
+    cut = gradient_cut(recording, shorts, extent.maximum // len(gradients) if of_f16 else 0)
     if cut is not None:
-        halves, sizes = group.sized.halves, group.sized.largest
-        copied = scaled is None and halves is not None and sizes is not None
         if scaled is None and halves is not None and sizes is not None:
             check_shape("lora_gradients halves", halves, *d_y.shape)
             tensors[3] = d_y = halves

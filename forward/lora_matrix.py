@@ -21,7 +21,9 @@ _LARGE_BLOCK, _MANY_GROUPS = 64, 256
 _LARGE_DEPTH = 128  # which smaller fragments don't come to, whose devices have less memory, too
 # B begins at zero and may stay below f16's normal numbers for long; one above 64 becomes infinite.
 _SCALE_OF_B = 1024.0
-_GRADIENT_ROWS = 64  # in workgroup memory at a time
+# Rows of a gradient's tiles, in workgroup memory at a time. Each tile waits for memory once: of a
+# long stretch of them larger ones pay, of f16 that a lane can hold until they come.
+_GRADIENT_ROWS, _LONG_GRADIENT_ROWS, _LONG_STRETCH = 64, 128, 512
 
 
 def _shape(recording: Recording) -> MatrixShape | None:
@@ -100,20 +102,25 @@ def projection_cut(
     return None
 
 
-def gradient_cut(recording: Recording, shorts: Sequence[int]) -> dict[str, Any] | None:
+def gradient_cut(
+    recording: Recording, shorts: Sequence[int], stretch: int = 0
+) -> dict[str, Any] | None:
     """What lora_gradient_matrix.wgsl needs of its cut; None where it is left to plain kernels.
 
     Args:
         shorts: the lengths of the gradients' shorter sides.
+        stretch: recorded rows that a workgroup sums, where both longer sides are f16; else 0.
     """
     shape = _shape(recording)
     if shape is None:
         return None
     long = _SUBGROUPS * shape.n
     width = -(-max(shorts) // shape.n) * shape.n
-    tiles = 2 * _GRADIENT_ROWS * (long + _PAD + width + _PAD)
-    in_use = max(tiles, 4 * _SUBGROUPS * shape.m * shape.n)
-    if not _fits(recording, shape, in_use + 16):
-        return None
-    cut = {"long": long, "depth": _GRADIENT_ROWS, "tiles": in_use // 16}
-    return {**_of_shape(recording, shape), **cut}
+    for depth in (_LONG_GRADIENT_ROWS, _GRADIENT_ROWS):
+        tiles = 2 * depth * (long + _PAD + width + _PAD)
+        in_use = max(tiles, 4 * _SUBGROUPS * shape.m * shape.n)
+        worth = depth == _GRADIENT_ROWS or stretch >= _LONG_STRETCH
+        if worth and _fits(recording, shape, in_use + 16):
+            cut = {"long": long, "depth": depth, "tiles": in_use // 16}
+            return {**_of_shape(recording, shape), **cut}
+    return None

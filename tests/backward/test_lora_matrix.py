@@ -275,6 +275,25 @@ def test_many_rows_of_a_workgroup(
     assert found[0] == found[1]
 
 
+@pytest.mark.parametrize("case", [
+    Case(200, 199, 260, 8, ((0, 132), (132, 200)), 1),
+    Case(140, 129, 40, 8, ((0, 24), (24, 40)), 2, dropout=0.3),
+    Case(300, 270, 200, 8, ((0, 136), (136, 280)), 2, copied=True),
+], ids=str)  # fmt: skip
+def test_large_tiles_of_long_stretches(
+    recording: Recording, case: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As with thousands of rows of f16."""
+    monkeypatch.setattr("lora.forward.lora_matrix._LONG_STRETCH", 1)
+    recording = with_facts(on_matrix_units(recording), workgroup_memory=49152)
+    values = halves(case)
+    recorded = record(recording, case, values, 0.0, "f16", "f32" if case.copied else "f16")
+    gradients = [d for d in recorded.program.dispatches if "n_slices" in d.constants]
+    assert [d.constants["depth"] for d in gradients] == [128]
+    recorded.program.run()
+    check(recording, case, values, recorded)
+
+
 def test_where_units_are_taken(recording: Recording) -> None:
     gpu = with_facts(
         replace(recording, precision="f16"),
@@ -294,6 +313,11 @@ def test_where_units_are_taken(recording: Recording) -> None:
     cuts = [projection_cut(gpu, rows, 48, 1, transposed=False) for rows in (16, 512, 2064, 8192)]
     found = [(c["block_rows"], c["columns"], c["depth"]) for c in cuts if c is not None]
     assert found == [(16, 16, 512), (16, 16, 512), (16, 16, 256), (32, 48, 256)]
+    tiles = [
+        gradient_cut(gpu, shorts, rows)
+        for shorts, rows in (((32, 16), 511), ((32, 16), 512), ((48, 16), 512))
+    ]
+    assert [cut and cut["depth"] for cut in tiles] == [64, 128, 64]  # the last for its memory
     # Many rows of large ranks, and of many columns of d_y, which B is read again for.
     wide = [projection_cut(gpu, 8192, n, 1, transposed=False) for n in (64, 96)]
     many = [projection_cut(gpu, 8192, 16, members, transposed=True) for members in (1, 2)]
