@@ -95,7 +95,7 @@ def record_matrix(
         "w_exact": False,
         "w_powered": request.constants["powered"] and not decoded,
     }
-    record_passes(program, request, plan, "matmul_matrix", constants)
+    record_passes(program, request, plan, "matmul_matrix", constants, in_scratch=decoded)
 
 
 def fragments_on(facts: DeviceFacts) -> dict[str, Any]:

@@ -13,12 +13,19 @@ from lora.shaders.program import Program
 
 
 def record_passes(
-    program: Program, request: Request, plan: Plan, template: str, more: Mapping[str, Any]
+    program: Program,
+    request: Request,
+    plan: Plan,
+    template: str,
+    more: Mapping[str, Any],
+    *,
+    in_scratch: bool = False,
 ) -> None:
     """Appends a product by a template that computes one tile a workgroup, and what follows it.
 
     Args:
         more: constants of the template beside the request's, the tile's and the stretches'.
+        in_scratch: whether the weights lie in scratch memory.
     """
     extent, out, label, flops = request.extent, request.out, request.label, request.flops
     after, then, recording = request.after, request.then, program.recording
@@ -38,7 +45,7 @@ def record_passes(
         if then is not None:
             then.record(program, out)
         return
-    partial = recording.memory.scratch((splits * extent.maximum, n_columns))
+    partial = recording.memory.scratch((splits * extent.maximum, n_columns), beside=in_scratch)
     first_pass = constants | {
         "epilogue": "write", "bias": False, "softcap": None, "scaled": None,
         "out_stride": n_columns, "out_type": "f32",

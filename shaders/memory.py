@@ -45,7 +45,7 @@ class Memory(ABC):
         self.facts = facts
         self.allocated: Counter[str] = Counter()
         self._outer = outer
-        self._scratch: list[Tensor] = []
+        self._scratch: tuple[list[Tensor], list[Tensor]] = ([], [])
         self._constants: dict[tuple[int, ...], Tensor] = {}
         self._of_rows: dict[int, Tensor] = {}
 
@@ -131,17 +131,21 @@ class Memory(ABC):
         self.allocated[purpose] += n_bytes
         return Tensor(buffer, 0, tuple(shape), dtype, extent)
 
-    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+    def scratch(self, shape: tuple[int, ...], *, beside: bool = False) -> Tensor:
         """An f32 tensor for what one dispatch leaves to the next: all share the same memory.
 
         Ask for the largest first: the memory of smaller ones is not given back.
+
+        Args:
+            beside: of other memory, for what is in use together with the first.
         """
         if self._outer is not None:
-            return self._outer.scratch(shape)
-        fitting = [tensor for tensor in self._scratch if tensor.size >= math.prod(shape)]
+            return self._outer.scratch(shape, beside=beside)
+        shared = self._scratch[beside]
+        fitting = [tensor for tensor in shared if tensor.size >= math.prod(shape)]
         if not fitting:
             fitting = [self.empty(shape, purpose="scratch")]
-            self._scratch += fitting
+            shared += fitting
         return replace(min(fitting, key=lambda tensor: tensor.size), shape=shape)
 
     def row_scratch(self, rows: int) -> Tensor:
@@ -153,9 +157,10 @@ class Memory(ABC):
         return self._of_rows[rows]
 
     @property
-    def largest_scratch(self) -> int:
-        """Elements of the largest scratch tensor so far."""
-        return max((tensor.size for tensor in self._scratch), default=0)
+    def largest_scratch(self) -> tuple[int, int]:
+        """Elements of the largest scratch tensor so far, and of the largest beside it."""
+        first, beside = (max((t.size for t in shared), default=0) for shared in self._scratch)
+        return first, beside
 
     def upload(self, array: np.ndarray, *, purpose: str = "weights") -> Tensor:
         """A new tensor with the array's contents (float → f32, integer → u32)."""
@@ -317,7 +322,8 @@ class Arena(Memory):
         for buffer in self._buffers:
             buffer.destroy()
         self._buffers.clear()
-        self._scratch.clear()
+        for shared in self._scratch:
+            shared.clear()
         self._constants.clear()
         self._of_rows.clear()
         self.allocated.clear()
@@ -340,12 +346,13 @@ class CountingMemory(Memory):
 
     holds_data = False
 
-    def scratch(self, shape: tuple[int, ...]) -> Tensor:
+    def scratch(self, shape: tuple[int, ...], *, beside: bool = False) -> Tensor:
         """As there; a larger one takes the place of the one before."""
-        if self._outer is None and math.prod(shape) > self.largest_scratch:
-            self._scratch.clear()
-            del self.allocated["scratch"]
-        return super().scratch(shape)
+        if self._outer is None and math.prod(shape) > self.largest_scratch[beside]:
+            for smaller in self._scratch[beside]:
+                self.allocated["scratch"] -= padded_bytes(smaller.shape, smaller.dtype)
+            self._scratch[beside].clear()
+        return super().scratch(shape, beside=beside)
 
     def _buffer(self, n_bytes: int, use: Use) -> Any:
         return None

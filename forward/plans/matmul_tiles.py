@@ -54,7 +54,6 @@ class Tile:
     item_bytes: int = 4
     buffers: int = 1
     body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
-    in_stretches: ClassVar[bool] = True  # whether it can compute a contraction in stretches
     weight_time: ClassVar[float] = 0.0  # microseconds for each million weights, beside its steps
 
     @property
@@ -116,10 +115,9 @@ class MatrixTile(Tile):
 
 @dataclass(frozen=True)
 class DecodedTile(MatrixTile):
-    """As those, of weights that are decoded beforehand. Scratch memory has room for these alone."""
+    """As those, of weights that are decoded beforehand, into scratch memory."""
 
     body: ClassVar[str] = "decoded"
-    in_stretches: ClassVar[bool] = False
     weight_time: ClassVar[float] = 0.9  # half a byte read and two written, at 3 TB/s
 
     @property
@@ -269,8 +267,6 @@ class PlanSpace(NamedTuple):
 
     def splits(self, tile: Tile) -> list[int]:
         """The numbers of stretches worth a thought, ascending."""
-        if not tile.in_stretches:
-            return [1]
         fine: set[int] = set()
         if self.contraction >= _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT:
             fine = {*_FINE_SPLITS, *self._filling(tile)}

@@ -186,7 +186,7 @@ class SessionPlan:
         facts: of the device that it is for.
         requests: the products of a step, each as often as it occurs.
         allocated: bytes by purpose.
-        largest_scratch: elements.
+        largest_scratch: elements; of the memory beside it, too.
     """
 
     workload: Workload
@@ -195,7 +195,7 @@ class SessionPlan:
     programs: SessionPrograms
     requests: Sequence[Request]
     allocated: Counter[str]
-    largest_scratch: int
+    largest_scratch: tuple[int, int]
 
     @classmethod
     def of(

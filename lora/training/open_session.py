@@ -123,8 +123,9 @@ class OpenSession(KeptState, ABC):
             memory=self.memory, precision=self.precision, plans=self._found
         )
         try:
-            if plan.largest_scratch:
-                self.memory.scratch((plan.largest_scratch,))
+            for beside, size in enumerate(plan.largest_scratch):
+                if size:
+                    self.memory.scratch((size,), beside=bool(beside))
             stage("Loading the model")
             recomputed = plan.tensors.recomputed
             tensors = SessionTensors.allocate(self._recording, workload, recomputed)

@@ -52,7 +52,9 @@ def test_every_type(recording: Recording, kind: Type) -> None:
     assert (words[rows:] == 7).all()
 
 
-def products(recording: Recording, tile: MatrixTile) -> tuple[list[np.ndarray], set[str]]:
+def products(
+    recording: Recording, tile: MatrixTile, splits: int
+) -> tuple[list[np.ndarray], set[str]]:
     """A product and its gradient by one tile, and the kernels of both."""
     rows, n_out, n_in = 21, 36, 64
     blocks = random_blocks(Type.Q8_0, n_out, n_in, 0)
@@ -61,7 +63,7 @@ def products(recording: Recording, tile: MatrixTile) -> tuple[list[np.ndarray], 
     extent = extent_in_use(recording, rows, rows - 1)
 
     def plans(request: Request) -> Plan:
-        return Plan(tile, *cut(request.constants["contraction"], 1, tile.depth))
+        return Plan(tile, *cut(request.constants["contraction"], splits, tile.depth))
 
     own = replace(recording, precision="f16", body="matrix", plans=plans)
     found, templates = [], set()
@@ -79,13 +81,15 @@ def products(recording: Recording, tile: MatrixTile) -> tuple[list[np.ndarray], 
     return found, templates
 
 
-def test_the_same_to_the_last_bit(recording: Recording) -> None:
+@pytest.mark.parametrize("splits", [1, 2])
+def test_the_same_to_the_last_bit(recording: Recording, splits: int) -> None:
     """Of tiles that software drivers compile in seconds; test_matmul_matrix.py has float64's."""
     needs_halves(recording.facts)
-    in_tiles, templates = products(recording, MatrixTile(*SIZES))
+    in_tiles, templates = products(recording, MatrixTile(*SIZES), splits)
     assert "decode_weights" not in templates
-    beforehand, templates = products(recording, DecodedTile(*SIZES))
+    beforehand, templates = products(recording, DecodedTile(*SIZES), splits)
     assert {"decode_weights", "matmul_matrix"} <= templates
+    assert ("matmul_reduce" in templates) == (splits > 1)
     for ours, theirs in zip(beforehand, in_tiles, strict=True):
         assert (ours == theirs).all()
 

@@ -112,7 +112,10 @@ def test_inner_memory_shares_scratch_and_constants(device: Device) -> None:
         within = outer.inner()
         assert within.scratch((10,)).buffer is large.buffer
         assert within.constant_uniform((1, 2)) is outer.constant_uniform((1, 2))
-        assert outer.largest_scratch == 1000 and within.largest_scratch == 0
+        other = within.scratch((50,), beside=True)
+        assert other.buffer is outer.scratch((40,), beside=True).buffer
+        assert outer.holds_data == (other.buffer is not large.buffer)
+        assert outer.largest_scratch == (1000, 50) and within.largest_scratch == (0, 0)
 
 
 def test_counting_is_as_on_the_device(device: Device) -> None:
@@ -123,8 +126,9 @@ def test_counting_is_as_on_the_device(device: Device) -> None:
             memory.upload(np.zeros(77), purpose="weights")
             inner.empty((5, 7), "f16", purpose="within")
             memory.scratch((65,))
+            memory.scratch((70,), beside=True)
         real = arena.allocated + within[0].allocated
-        assert counted.allocated == real == {"weights": 512, "within": 256, "scratch": 512}
+        assert counted.allocated == real == {"weights": 512, "within": 256, "scratch": 1024}
     for use in (lambda: counted.read(counted.empty((4,))), lambda: counted.handle):
         with pytest.raises(ValueError, match="only counts"):
             use()
