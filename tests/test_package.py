@@ -52,9 +52,9 @@ print(json.dumps({"files": files, "others": others}))
 def run(*command: object, cwd: Path) -> str:
     """Runs a command outside the repository; returns what it prints, and shows why it failed."""
     left_out = {"PYTHONPATH"}
-    if os.environ["LORA_WEBGPU"] == "dawn":
+    if "/.dawn/" in os.environ.get("VK_DRIVER_FILES", ""):
         # A new environment's Python is the system's, whose glibc may be too old for the driver that
-        # `make test-dawn` unpacks: what is installed runs on the system's driver there.
+        # scripts/dawn_driver.sh unpacks: what is installed runs on the system's driver there.
         left_out |= {"LORA_WEBGPU", "VK_DRIVER_FILES"}
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     result = subprocess.run(
