@@ -55,6 +55,7 @@ class Tile:
     buffers: int = 1
     body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
     weight_time: ClassVar[float] = 0.0  # microseconds for each million weights, beside its steps
+    least_cut: ClassVar[int] = 0  # the shortest contraction that it computes in stretches
 
     @property
     def workgroup_bytes(self) -> int:
@@ -119,6 +120,8 @@ class DecodedTile(MatrixTile):
 
     body: ClassVar[str] = "decoded"
     weight_time: ClassVar[float] = 0.9  # half a byte read and two written, at 3 TB/s
+    # Few rows of a head: a decoding of its own costs those of a layer more than it gives.
+    least_cut: ClassVar[int] = _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT
 
     @property
     def name(self) -> str:
@@ -267,6 +270,8 @@ class PlanSpace(NamedTuple):
 
     def splits(self, tile: Tile) -> list[int]:
         """The numbers of stretches worth a thought, ascending."""
+        if self.contraction < tile.least_cut:
+            return [1]
         fine: set[int] = set()
         if self.contraction >= _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT:
             fine = {*_FINE_SPLITS, *self._filling(tile)}

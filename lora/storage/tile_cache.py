@@ -105,6 +105,8 @@ def plan_of_entry(facts: DeviceFacts, product: ProductShape, entry: Any) -> Plan
     covers = (splits - 1) * length < product.contraction <= splits * length
     if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
         return None
+    if splits > 1 and product.contraction < tile.least_cut:
+        return None
     if not whole or not covers or tile.workgroup_bytes > facts.workgroup_memory:
         return None
     return Plan(tile, splits, length)

@@ -20,7 +20,14 @@ from lora.forward.plans.matmul_plans import (
     Request,
     plan_of,
 )
-from lora.forward.plans.matmul_tiles import PAIRED_TILES, Plan, candidates, choose_plan
+from lora.forward.plans.matmul_tiles import (
+    DECODED_TILES,
+    PAIRED_TILES,
+    Plan,
+    candidates,
+    choose_plan,
+    cut,
+)
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
 from lora.shaders.facts import DeviceFacts
@@ -250,6 +257,16 @@ def test_plans_of_products_in_pairs(gpu: Device, monkeypatch: pytest.MonkeyPatch
     product = requests[0].product
     assert plan_of_entry(gpu.facts, product, entry) == Plan(PAIRED_TILES[-1], 1, 1024)
     assert plan_of_entry(without, product, entry) is None
+
+
+def test_decoded_weights_go_in_stretches_along_a_vocabulary_alone(gpu: Device) -> None:
+    facts = replace(gpu.facts, matrix_shapes=(EMULATED,), workgroup_memory=49152)
+    (request, *_) = planned_requests(gpu.facts, [(256, 512, 1024)], "f16")
+    for contraction, taken in ((1024, False), (65536, True)):
+        product = replace(request.product, contraction=contraction)
+        plan = Plan(DECODED_TILES[0], *cut(contraction, 4, 32))
+        assert plan.splits == 4
+        assert plan_of_entry(facts, product, entry_of(plan)) == (plan if taken else None)
 
 
 def test_without_a_place_to_keep_them_the_model_chooses(
