@@ -234,16 +234,17 @@ def plan_gradients(
     tensors = [extent.uniform, x, z, d_y, d_z, *whole]
     keys = [] if dropout is None else [dropout.rows, dropout.matrices]
     masks = None if dropout is None else dropout.constants
-    halves, sizes = group.sized.halves, group.sized.largest
-    copied = scaled is None and halves is not None and sizes is not None
-    of_f16 = scaled is None and x.dtype == "f16" and (copied or d_y.dtype == "f16")
+    halves = group.sized.halves if scaled is None else None
+    read = d_y if halves is None else halves  # by matrix units
+    of_f16 = scaled is None and x.dtype == read.dtype == "f16"
     shorts = lora.a.shape[0] if dropout is None else lora.rank, lora.rank
     cut = gradient_cut(recording, shorts, extent.maximum // len(gradients) if of_f16 else 0)
     if cut is not None:
-        if scaled is None and halves is not None and sizes is not None:
-            check_shape("lora_gradients halves", halves, *d_y.shape)
-            tensors[3] = d_y = halves
-            keys.append(sizes)
+        check_shape("lora_gradients halves", read, *d_y.shape)
+        tensors[3] = d_y = read
+        if halves is not None:
+            assert group.sized.largest is not None  # which goes with a copy
+            keys.append(group.sized.largest)
         of_units = [
             _matrix_a(x, lora, dropout, cut["long"]),
             _matrix_b(d_y, lora, members, b_start // 16, cut["long"]),
@@ -261,7 +262,7 @@ def plan_gradients(
                 "parts": of_units,
                 "dropout": masks,
                 "p_type": p_type,
-                "d_y_copied": copied,
+                "d_y_copied": halves is not None,
                 **cut,
             },
             [*tensors, *keys],

@@ -68,7 +68,7 @@ class Step:
         handle = self._session.device.memory.handle
         times = 1 + _LAUNCHES // len(launches)
         best, whole = math.inf, 0.0
-        while whole < seconds:
+        while best == math.inf or whole < seconds:
             encoder = handle.encoder()
             queries = handle.query_set(2)
             encoder.dispatches(launches * times, (queries, 0, 1))
@@ -87,7 +87,7 @@ class Step:
         programs = [program for program in self._programs if program.commands]
         self._run(programs, 2)
         n, begun = 0, time.perf_counter()
-        while time.perf_counter() - begun < seconds:
+        while n == 0 or time.perf_counter() - begun < seconds:
             self._run(programs, 8)
             n += 8
         found = (time.perf_counter() - begun) / n

@@ -45,16 +45,22 @@ def chunk_size(recording: Recording, logits_size: int, maximum_targets: int) -> 
     return -(-maximum_targets // (n_chunks * CHUNK_ALIGNMENT)) * CHUNK_ALIGNMENT
 
 
+def _is_trained(model: Model, factors: Factors) -> bool:
+    """Whether other kernels than products read what a head is given, and the logits' gradient."""
+    of_head = factors.get((model.architecture.n_layers, "head"))
+    return of_head is not None or factors.tokens is not None
+
+
 def gradient_halves(recording: Recording, model: Model, factors: Factors) -> bool:
     """Whether the gradient to the logits is f16: where the product alone reads it, by such tiles.
 
     These round it to f16 anyway: what comes of it has the same bits, at half the traffic. It is
-    (p − [label]) · weight, at most the loss scale by size; beyond f16's numbers a step is skipped.
+    (p − [label]) · weight, at most the loss scale by size; beyond f16's numbers a step is run again
+    with a smaller one.
     """
-    a = model.architecture
     if recording.precision != "f16" or recording.facts.is_cpu:
         return False
-    if factors.get((a.n_layers, "head")) is not None or factors.tokens is not None:
+    if _is_trained(model, factors):
         return False
     return takes_blocks(recording, model.head, GPU_BLOCK)
 
@@ -64,7 +70,7 @@ def scales_input(recording: Recording, model: Model, factors: Factors) -> bool:
 
     A tile makes the same of rows of f32, whose sizes are a dispatch of their own.
     """
-    if factors.get((model.architecture.n_layers, "head")) is not None or factors.tokens is not None:
+    if _is_trained(model, factors):
         return False
     return takes_copies(recording) and scales_rows(recording, "f32", _HEAD_BINDINGS)
 

@@ -65,7 +65,7 @@ var<workgroup> low_sums: array<f32, {{ turns * lanes }}>; // [turns, lanes]
 {% set steps = (quads + lanes - 1) // lanes %}
 {% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "parts/stored.wgsl" import stored %}
-{% from "parts/row_power.wgsl" import row_exponent %}
+{% from "parts/row_power.wgsl" import store_scaled %}
 {% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -128,12 +128,7 @@ x[base + {{ s * lanes }}u] = {{ stored("value_%d" % s, x_type) }};
     workgroupBarrier();
     let row_bits = atomicLoad(&largest_bits);
     if (lane == 0u) { largest[row] = row_bits; }
-    let power = bitcast<f32>(u32(127 + {{ row_exponent("row_bits") }}) << 23u);
-{% for s in range(steps) %}
-{% call store_row(s, quads, lanes) %}
-y[base + {{ s * lanes }}u] = vec2(pack2x16float(power * normed_{{ s }}.xy), pack2x16float(power * normed_{{ s }}.zw));
-{% endcall %}
-{% endfor %}
+{{ store_scaled("y", "normed", "row_bits", quads, lanes) }}
 {% endif %}
 {% for s in range(steps if not sized else 0) %}
 {% set normed = stored(("past_%d + " % s if residual else "") ~ "value_%d * rstd * w_%d" % (s, s), out_type) %}

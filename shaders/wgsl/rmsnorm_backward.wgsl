@@ -60,7 +60,7 @@ var<workgroup> largest_bits: atomic<u32>;
 {% set given = "given" if picked else "base" %}
 {% from "parts/row_parts.wgsl" import load_row, round_row, store_row %}
 {% from "parts/stored.wgsl" import stored %}
-{% from "parts/row_power.wgsl" import row_exponent %}
+{% from "parts/row_power.wgsl" import store_scaled %}
 {% include "parts/row_sum.wgsl" %}
 
 @compute @workgroup_size({{ lanes }})
@@ -141,11 +141,6 @@ normed[base + {{ s * lanes }}u] = {{ stored("value_%d * rstd * w_%d" % (s, s), n
     if (lane == 0u) { largest[row] = atomicLoad(&largest_bits); }
 {% endif %}
 {% if copied %}
-    let power = bitcast<f32>(u32(127 + {{ row_exponent("atomicLoad(&largest_bits)") }}) << 23u);
-{% for s in range(steps) %}
-{% call store_row(s, quads, lanes) %}
-halves[base + {{ s * lanes }}u] = vec2(pack2x16float(power * d_x_{{ s }}.xy), pack2x16float(power * d_x_{{ s }}.zw));
-{% endcall %}
-{% endfor %}
+{{ store_scaled("halves", "d_x", "atomicLoad(&largest_bits)", quads, lanes) }}
 {% endif %}
 }

@@ -201,18 +201,21 @@ class SizedCase:
         return whole.slice(64, 64 + extent.maximum)
 
 
+_SIZED = ("rows", "in_use", "width", "residual", "splits", "again")
+_SIZED_CASES = [
+    (1, 1, 4, "none", 1, False),
+    (3, 2, 36, "separate", 1, True),
+    (67, 66, 100, "in place", 3, False),
+    (3, 2, 2052, "in place", 1, True),
+]
+
+
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
 @pytest.mark.parametrize(
-    ("rows", "in_use", "width", "residual", "splits", "again"),
-    [
-        (1, 1, 4, "none", 1, False),
-        (3, 2, 36, "separate", 1, True),
-        (67, 66, 100, "in place", 3, False),
-        (19, 17, 576, "in place", 2, True),
-        (3, 2, 2052, "none", 1, True),
-        (2, 2, 1028, "separate", 2, False),
-    ],
-)
+    _SIZED,
+    [*_SIZED_CASES, (19, 17, 576, "in place", 2, True), (3, 2, 2052, "none", 1, True),
+     (2, 2, 1028, "separate", 2, False)],
+)  # fmt: skip
 def test_the_sizes_of_its_rows(
     recording: Recording, rows: int, in_use: int, width: int, residual: str, splits: int,
     again: bool, is_cpu: bool,
@@ -231,15 +234,7 @@ def test_the_sizes_of_its_rows(
 
 
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's lanes", "GPU's lanes"])
-@pytest.mark.parametrize(
-    ("rows", "in_use", "width", "residual", "splits", "again"),
-    [
-        (1, 1, 4, "none", 1, False),
-        (3, 2, 36, "separate", 1, True),
-        (67, 66, 100, "in place", 3, False),
-        (3, 2, 2052, "in place", 1, True),
-    ],
-)
+@pytest.mark.parametrize(_SIZED, _SIZED_CASES)
 def test_a_copy_in_f16(
     recording: Recording, rows: int, in_use: int, width: int, residual: str, splits: int,
     again: bool, is_cpu: bool,
