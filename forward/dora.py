@@ -22,7 +22,7 @@ from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-_ROWS = 8  # of a workgroup that finds lengths, as in dora_lengths.wgsl: all read A once
+_ROWS = 8  # of a workgroup that finds lengths: all read A once
 _MOST_LANES, _CPU_LANES = 256, 16
 _MOST_STAGED = 8192  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
 _OTHER_BUFFERS = 3  # that it binds beside the weights
@@ -218,6 +218,8 @@ def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
                 "first_feature": part.first_feature,
                 "rank": lora.rank,
                 "members": members,
+                "block": _ROWS,
+                "whole_eights": recording.facts.is_cpu,
                 "lanes": _lanes(recording, matrix.in_features),
                 "inverses_at": (dora.inverses.offset - dora.scales.offset) // 4,
                 "powers_at": (powers.offset - dora.scales.offset) // 4,
@@ -273,9 +275,12 @@ def _record(program: Program, batch: Sequence[_Rows]) -> None:
 
 
 def _lanes(recording: Recording, columns: int) -> int:
-    """Of a workgroup: as many as there are eights of columns, or a whole part of these."""
+    """Of a workgroup: as many as there are fours of columns, or a whole part of these.
+
+    Half of them, in whole subgroups, have the lower fours of eights, the others the upper ones.
+    """
     if recording.facts.is_cpu:
         return _CPU_LANES
     eights = -(-columns // 8)
-    turns = -(-eights // _MOST_LANES)
-    return max(64, -(-eights // (32 * turns)) * 32)
+    turns = -(-eights // (_MOST_LANES // 2))
+    return 2 * -(-eights // (32 * turns)) * 32

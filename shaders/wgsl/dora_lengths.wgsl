@@ -1,5 +1,5 @@
-{% set block = 8 %}
 {% set quads = block // 4 %}
+{% set eights_at_once = lanes if whole_eights else lanes // 2 %}
 // The length of each adapted row of W + s · B · A (Liu et al. 2024, "DoRA"), from the sum itself:
 //   length_j² = Σ_k (W[j, k] + s_g Σ_r B[j, r] · A[g · {{ rank }} + r, k])²
 // inverse[j] = 1 / length_j (0 of a row of zeros), scale[j] = power[j] = magnitude[j] · inverse[j].
@@ -8,8 +8,10 @@
 // factors (a stretch of the adapter), lengths (of all groups), places [matrices]: where A, in vec4s, B and the
 // magnitudes begin in factors, and the scales in lengths; inverses lie {{ inverses_at }} further on, the part's powers {{ powers_at }}.
 // What belongs to no adapted row stays as it is. A workgroup has {{ block }} rows of one member, which share what is read of A{% if staged %}, whose words it reads first{% endif %}; a lane
-// takes eight columns at once, {{ 8 * lanes }} apart, r in order, and the lanes meet in row_sum.
+// takes {{ "eight columns" if whole_eights else "half of an eight of columns" }} at once, {{ 8 * eights_at_once }} apart, r in order, and the lanes meet in row_sum.
 
+{% macro row(i) %}{{ "%du" % i if staged else "first + min(%du, last)" % i }}{% endmacro %}
+{% set unrolled = 1 if whole_eights or rank % 4 else 4 %}
 struct Eight { a: vec4<f32>, b: vec4<f32> }
 
 {% for i in range(n_matrices) %}
@@ -23,13 +25,6 @@ const columns = {{ columns }}u;
 const row_words = {{ row_words }}u;
 {% if staged %}
 var<workgroup> weights: array<u32, {{ block * row_words + 4 }}>; // of the workgroup's rows, and what an eight may read behind
-
-fn word(matrix: u32, at: u32) -> u32 {
-{% for i in range(1, n_matrices) %}
-    if (matrix == {{ i }}u) { return weights_{{ i }}[at]; }
-{% endfor %}
-    return weights_0[at];
-}
 {% endif %}
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
@@ -72,31 +67,71 @@ fn main(
         coefficients[at % {{ rank }}u][at / {{ 4 * rank }}u][at / {{ rank }}u % 4u] = scale * number(place.y + row * {{ rank }}u + at % {{ rank }}u);
     }
 {% if staged %}
-    for (var at = lane; at < {{ block }}u * row_words; at += {{ lanes }}u) {
-        weights[at] = word(matrix, (first + min(at / row_words, last)) * row_words + at % row_words);
+    // Loads of a matrix are under way together: none is behind a branch of its own.
+    let begin = first * row_words;
+    let most = begin + (last + 1u) * row_words - 1u; // of rows that there are
+{% for i in range(n_matrices) %}
+    {{ "if" if i == 0 else "} else if" }} (matrix == {{ i }}u) {
+{% for n in range(0, block * row_words, 8 * lanes) %}
+{% set loads = [8, -(-(block * row_words - n) // lanes)] | min %}
+{% for k in range(loads) %}
+        let word_{{ n + k }} = weights_{{ i }}[min(begin + {{ n + k * lanes }}u + lane, most)];
+{% endfor %}
+{% for k in range(loads) %}
+{% set all_lanes = n + (k + 1) * lanes <= block * row_words %}
+        {{ "" if all_lanes else "if (%du + lane < %du) { " % (n + k * lanes, block * row_words) }}weights[{{ n + k * lanes }}u + lane] = word_{{ n + k }};{{ "" if all_lanes else " }" }}
+{% endfor %}
+{% endfor %}
+{% endfor %}
     }
 {% endif %}
     workgroupBarrier();
+{% set halves = ["a", "b"] if whole_eights else ["a"] %}
     var sum = {{ sum_type }}();
+{% if whole_eights %}
     for (var column = 8u * lane; column < columns; column += {{ 8 * lanes }}u) {
         let behind = select(0u, 1u, column + 4u < columns); // of four columns that there are
 {% for i in range(block) %}
-        let w_{{ i }} = decode8({{ "%du" % i if staged else "first + min(%du, last)" % i }}, column);
+        let w_{{ i }} = decode8({{ row(i) }}, column);
         var a_{{ i }} = w_{{ i }}.a;
         var b_{{ i }} = w_{{ i }}.b;
 {% endfor %}
-        for (var r = 0u; r < {{ rank }}u; r += 1u) {
-            let at = place.x + ((low + r) * columns + column) / 4u;
-            let of_a = factors[at];
-            let of_b = factors[at + behind];
-            let c = coefficients[r];
+{% else %}
+    let upper = lane >= {{ lanes // 2 }}u; // of an eight: neighbouring lanes have the same half
+    for (var eight = lane % {{ lanes // 2 }}u; 8u * eight + select(0u, 4u, upper) < columns; eight += {{ lanes // 2 }}u) {
+        let column = 8u * eight + select(0u, 4u, upper);
 {% for i in range(block) %}
-            a_{{ i }} += c[{{ i // 4 }}][{{ i % 4 }}] * of_a;
-            b_{{ i }} += c[{{ i // 4 }}][{{ i % 4 }}] * of_b;
+        var a_{{ i }}: vec4<f32>;
+{% endfor %}
+        if (upper) {
+{% for i in range(block) %}
+            a_{{ i }} = decode8({{ row(i) }}, 8u * eight).b;
+{% endfor %}
+        } else {
+{% for i in range(block) %}
+            a_{{ i }} = decode8({{ row(i) }}, 8u * eight).a;
 {% endfor %}
         }
-        sum += {{ sum_type }}({% for i in range(block) %}dot(a_{{ i }}, a_{{ i }}){{ ", " if not loop.last }}{% endfor %});
-        sum += f32(behind) * {{ sum_type }}({% for i in range(block) %}dot(b_{{ i }}, b_{{ i }}){{ ", " if not loop.last }}{% endfor %});
+{% endif %}
+        for (var r = 0u; r < {{ rank }}u; r += {{ unrolled }}u) {
+            let at = place.x + ((low + r) * columns + column) / 4u;
+{% for u in range(unrolled) %}
+{% for half in halves %}
+            let of_{{ half }}_{{ u }} = factors[at + {{ u }}u * (columns / 4u){{ " + behind" if half == "b" }}];
+{% endfor %}
+{% endfor %}
+{% for u in range(unrolled) %}
+            let c_{{ u }} = coefficients[r + {{ u }}u];
+{% for i in range(block) %}
+{% for half in halves %}
+            {{ half }}_{{ i }} += c_{{ u }}[{{ i // 4 }}][{{ i % 4 }}] * of_{{ half }}_{{ u }};
+{% endfor %}
+{% endfor %}
+{% endfor %}
+        }
+{% for half in halves %}
+        sum += {{ "f32(behind) * " if half == "b" }}{{ sum_type }}({% for i in range(block) %}dot({{ half }}_{{ i }}, {{ half }}_{{ i }}){{ ", " if not loop.last }}{% endfor %});
+{% endfor %}
     }
     let squares = row_sum(sum, lane);
     if (lane >= {{ block }}u || lane > last) { return; }
