@@ -18,13 +18,17 @@ from lora.forward.model.frozen_model import Model
 from lora.forward.model.weights import FrozenMatrix
 from lora.forward.part_product import adapted_members
 from lora.shaders.activations import check_f32, check_shape, extent_of
+from lora.shaders.facts import DeviceFacts
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from lora.shaders.tensor import Tensor
 
-_ROWS = 8  # of a workgroup that finds lengths: all read A once
+_ROWS = 8  # of a team of lanes that finds lengths: all read A once
 _MOST_LANES, _CPU_LANES = 256, 16
-_MOST_STAGED = 8192  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
+_MOST_STAGED = 16000  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
+_SUM_BYTES = (
+    9216 + 16
+)  # of workgroup memory: where lanes meet, and what an eight may read behind rows
 _OTHER_BUFFERS = 3  # that it binds beside the weights
 
 
@@ -202,11 +206,12 @@ def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
     check_shape("row_lengths factor", lora.a, None, matrix.in_features)
     check_shape("row_lengths scales", dora.scales, matrix.out_features)
     for part, powers in zip(matrix.parts, dora.powers, strict=True):
+        teams, team_lanes = _teams(recording, matrix, part.words.shape[1], lora.rank)
         members: list[dict[str, Any]] = []
         n_groups = 0
         for member in adapted_members(lora, part):
             scale = lora.scale * lora.projection_scale(member["low_start"] // lora.rank)
-            of_member = -(-(member["stop"] - member["start"]) // _ROWS)
+            of_member = -(-(member["stop"] - member["start"]) // (_ROWS * teams))
             more = {"scale": scale, "first_group": n_groups, "n_groups": of_member}
             members.append({**member, **more})
             n_groups += of_member
@@ -220,7 +225,8 @@ def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
                 "members": members,
                 "block": _ROWS,
                 "whole_eights": recording.facts.is_cpu,
-                "lanes": _lanes(recording, matrix.in_features),
+                "teams": teams,
+                "team_lanes": team_lanes,
                 "inverses_at": (dora.inverses.offset - dora.scales.offset) // 4,
                 "powers_at": (powers.offset - dora.scales.offset) // 4,
             }
@@ -231,8 +237,8 @@ def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
 def _batches(recording: Recording, rows: Sequence[_Rows]) -> Iterator[Sequence[_Rows]]:
     """As many as a dispatch takes, of rows that are alike."""
     facts, most = recording.facts, 1
-    staged = 4 * (_ROWS * rows[0].constants["row_words"] + 4)
-    if not facts.is_cpu and staged <= _MOST_STAGED:
+    constants = rows[0].constants
+    if not facts.is_cpu and _fits(facts, 1, constants["row_words"], constants["rank"]):
         most = facts.most_storage_buffers - _OTHER_BUFFERS
     batch: list[_Rows] = []
     for one in rows:
@@ -274,13 +280,28 @@ def _record(program: Program, batch: Sequence[_Rows]) -> None:
     )
 
 
-def _lanes(recording: Recording, columns: int) -> int:
-    """Of a workgroup: as many as there are fours of columns, or a whole part of these.
+def _teams(
+    recording: Recording, matrix: FrozenMatrix, row_words: int, rank: int
+) -> tuple[int, int]:
+    """Of a workgroup, and the lanes of each: where no lane is without columns, or the fewest are.
 
-    Half of them, in whole subgroups, have the lower fours of eights, the others the upper ones.
+    Half of a team's lanes have the lower fours of eights of columns, the others the upper ones.
     """
-    if recording.facts.is_cpu:
-        return _CPU_LANES
-    eights = -(-columns // 8)
-    turns = -(-eights // (_MOST_LANES // 2))
-    return 2 * -(-eights // (32 * turns)) * 32
+    facts = recording.facts
+    if facts.is_cpu:
+        return 1, _CPU_LANES
+    staged = row_words if _fits(facts, 1, row_words, rank) else 0
+    most = min(_MOST_LANES, facts.most_lanes)
+    teams = max(
+        n for n in (1, 2, 3, 4) if n == 1 or (most >= 64 * n and _fits(facts, n, staged, rank))
+    )
+    fours = 2 * -(-matrix.in_features // 8)
+    lanes = range(most // teams // 16 * 16, 32, -16)
+    return teams, min(lanes, key=lambda n: -(-fours // n) * n)
+
+
+def _fits(facts: DeviceFacts, teams: int, row_words: int, rank: int) -> bool:
+    """Whether a workgroup's memory has room for its teams' rows, and for what multiplies A's."""
+    rows = 4 * _ROWS * teams * row_words
+    least = _SUM_BYTES + 4 * _ROWS * teams * rank
+    return rows <= _MOST_STAGED and rows + least <= facts.workgroup_memory

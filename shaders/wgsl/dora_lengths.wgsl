@@ -1,5 +1,7 @@
 {% set quads = block // 4 %}
-{% set eights_at_once = lanes if whole_eights else lanes // 2 %}
+{% set rows = block * teams %}
+{% set lanes = team_lanes * teams %}
+{% set eights_at_once = team_lanes if whole_eights else team_lanes // 2 %}
 // The length of each adapted row of W + s · B · A (Liu et al. 2024, "DoRA"), from the sum itself:
 //   length_j² = Σ_k (W[j, k] + s_g Σ_r B[j, r] · A[g · {{ rank }} + r, k])²
 // inverse[j] = 1 / length_j (0 of a row of zeros), scale[j] = power[j] = magnitude[j] · inverse[j].
@@ -7,10 +9,12 @@
 // Of {{ n_matrices }} matrices of one shape, or parts of them that begin at row {{ first_feature }}. Bindings: weights_i (words of each),
 // factors (a stretch of the adapter), lengths (of all groups), places [matrices]: where A, in vec4s, B and the
 // magnitudes begin in factors, and the scales in lengths; inverses lie {{ inverses_at }} further on, the part's powers {{ powers_at }}.
-// What belongs to no adapted row stays as it is. A workgroup has {{ block }} rows of one member, which share what is read of A{% if staged %}, whose words it reads first{% endif %}; a lane
-// takes {{ "eight columns" if whole_eights else "half of an eight of columns" }} at once, {{ 8 * eights_at_once }} apart, r in order, and the lanes meet in row_sum.
+// What belongs to no adapted row stays as it is. A workgroup has {{ rows }} rows of one member{% if staged %}, whose words it reads first{% endif %}, a team of
+// {{ team_lanes }} lanes {{ block }} of them. What is read of A counts for all rows of a team, and the other teams find it in the cache. A lane
+// takes {{ "eight columns" if whole_eights else "half of an eight of columns" }} at once, {{ 8 * eights_at_once }} apart, r in order, and the lanes of a team meet in row_sum.
 
-{% macro row(i) %}{{ "%du" % i if staged else "first + min(%du, last)" % i }}{% endmacro %}
+{# Of weights: a staged one by its place in workgroup memory. #}
+{% macro row(i) %}{{ "" if staged else "first + " }}min(team * {{ block }}u + {{ i }}u, last){% endmacro %}
 {% set unrolled = 1 if whole_eights or rank % 4 else 4 %}
 struct Eight { a: vec4<f32>, b: vec4<f32> }
 
@@ -24,15 +28,16 @@ struct Eight { a: vec4<f32>, b: vec4<f32> }
 const columns = {{ columns }}u;
 const row_words = {{ row_words }}u;
 {% if staged %}
-var<workgroup> weights: array<u32, {{ block * row_words + 4 }}>; // of the workgroup's rows, and what an eight may read behind
+var<workgroup> weights: array<u32, {{ rows * row_words + 4 }}>; // of the workgroup's rows, and what an eight may read behind
 {% endif %}
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
 {% set sum_type = "mat%dx4<f32>" % quads %}
+{% set sum_lanes = team_lanes %}
 {% include "parts/row_sum.wgsl" %}
 {% set n_groups = members[-1].first_group + members[-1].n_groups %}
 
-var<workgroup> coefficients: array<mat{{ quads }}x4<f32>, {{ rank }}>; // s_g · B, of the workgroup's rows
+var<workgroup> coefficients: array<mat{{ quads }}x4<f32>, {{ teams * rank }}>; // s_g · B, of each team's rows
 
 fn number(at: u32) -> f32 { return factors[at / 4u][at % 4u]; }
 
@@ -47,24 +52,27 @@ fn main(
     if (matrix >= {{ n_matrices }}u) { return; }
     let index = whole % {{ n_groups }}u;
     let place = places[matrix];
-    var first = {{ members[0].start }}u + index * {{ block }}u; // of the part's rows
+    var first = {{ members[0].start }}u + index * {{ rows }}u; // of the part's rows
     var stop = {{ members[0].stop }}u;
     var low = {{ members[0].low_start }}u; // of A's rows
-    var factor = {{ members[0].factor_start }}u + index * {{ block }}u; // of B's rows
+    var factor = {{ members[0].factor_start }}u + index * {{ rows }}u; // of B's rows
     var scale = {{ members[0].scale }};
 {% for m in members[1:] %}
     if (index >= {{ m.first_group }}u) {
-        first = {{ m.start }}u + (index - {{ m.first_group }}u) * {{ block }}u;
+        first = {{ m.start }}u + (index - {{ m.first_group }}u) * {{ rows }}u;
         stop = {{ m.stop }}u;
         low = {{ m.low_start }}u;
-        factor = {{ m.factor_start }}u + (index - {{ m.first_group }}u) * {{ block }}u;
+        factor = {{ m.factor_start }}u + (index - {{ m.first_group }}u) * {{ rows }}u;
         scale = {{ m.scale }};
     }
 {% endfor %}
     let last = stop - 1u - first; // of the rows that there are
-    for (var at = lane; at < {{ block * rank }}u; at += {{ lanes }}u) {
-        let row = factor + min(at / {{ rank }}u, last);
-        coefficients[at % {{ rank }}u][at / {{ 4 * rank }}u][at / {{ rank }}u % 4u] = scale * number(place.y + row * {{ rank }}u + at % {{ rank }}u);
+    let team = lane / {{ team_lanes }}u;
+    let team_lane = lane % {{ team_lanes }}u;
+    for (var at = lane; at < {{ rows * rank }}u; at += {{ lanes }}u) {
+        let row = at / {{ rank }}u;
+        let r = at % {{ rank }}u;
+        coefficients[row / {{ block }}u * {{ rank }}u + r][row % {{ block }}u / 4u][row % 4u] = scale * number(place.y + (factor + min(row, last)) * {{ rank }}u + r);
     }
 {% if staged %}
     // Loads of a matrix are under way together: none is behind a branch of its own.
@@ -72,14 +80,14 @@ fn main(
     let most = begin + (last + 1u) * row_words - 1u; // of rows that there are
 {% for i in range(n_matrices) %}
     {{ "if" if i == 0 else "} else if" }} (matrix == {{ i }}u) {
-{% for n in range(0, block * row_words, 8 * lanes) %}
-{% set loads = [8, -(-(block * row_words - n) // lanes)] | min %}
+{% for n in range(0, rows * row_words, 8 * lanes) %}
+{% set loads = [8, -(-(rows * row_words - n) // lanes)] | min %}
 {% for k in range(loads) %}
-        let word_{{ n + k }} = weights_{{ i }}[min(begin + {{ n + k * lanes }}u + lane, most)];
+        let word_{{ n }}_{{ k }} = weights_{{ i }}[min(begin + {{ n + k * lanes }}u + lane, most)];
 {% endfor %}
 {% for k in range(loads) %}
-{% set all_lanes = n + (k + 1) * lanes <= block * row_words %}
-        {{ "" if all_lanes else "if (%du + lane < %du) { " % (n + k * lanes, block * row_words) }}weights[{{ n + k * lanes }}u + lane] = word_{{ n + k }};{{ "" if all_lanes else " }" }}
+{% set all_lanes = n + (k + 1) * lanes <= rows * row_words %}
+        {{ "" if all_lanes else "if (%du + lane < %du) { " % (n + k * lanes, rows * row_words) }}weights[{{ n + k * lanes }}u + lane] = word_{{ n }}_{{ k }};{{ "" if all_lanes else " }" }}
 {% endfor %}
 {% endfor %}
 {% endfor %}
@@ -89,7 +97,7 @@ fn main(
 {% set halves = ["a", "b"] if whole_eights else ["a"] %}
     var sum = {{ sum_type }}();
 {% if whole_eights %}
-    for (var column = 8u * lane; column < columns; column += {{ 8 * lanes }}u) {
+    for (var column = 8u * team_lane; column < columns; column += {{ 8 * team_lanes }}u) {
         let behind = select(0u, 1u, column + 4u < columns); // of four columns that there are
 {% for i in range(block) %}
         let w_{{ i }} = decode8({{ row(i) }}, column);
@@ -97,8 +105,8 @@ fn main(
         var b_{{ i }} = w_{{ i }}.b;
 {% endfor %}
 {% else %}
-    let upper = lane >= {{ lanes // 2 }}u; // of an eight: neighbouring lanes have the same half
-    for (var eight = lane % {{ lanes // 2 }}u; 8u * eight + select(0u, 4u, upper) < columns; eight += {{ lanes // 2 }}u) {
+    let upper = team_lane >= {{ eights_at_once }}u; // of an eight: neighbouring lanes have the same half
+    for (var eight = team_lane % {{ eights_at_once }}u; 8u * eight + select(0u, 4u, upper) < columns; eight += {{ eights_at_once }}u) {
         let column = 8u * eight + select(0u, 4u, upper);
 {% for i in range(block) %}
         var a_{{ i }}: vec4<f32>;
@@ -121,7 +129,7 @@ fn main(
 {% endfor %}
 {% endfor %}
 {% for u in range(unrolled) %}
-            let c_{{ u }} = coefficients[r + {{ u }}u];
+            let c_{{ u }} = coefficients[team * {{ rank }}u + r + {{ u }}u];
 {% for i in range(block) %}
 {% for half in halves %}
             {{ half }}_{{ i }} += c_{{ u }}[{{ i // 4 }}][{{ i % 4 }}] * of_{{ half }}_{{ u }};
@@ -134,11 +142,12 @@ fn main(
 {% endfor %}
     }
     let squares = row_sum(sum, lane);
-    if (lane >= {{ block }}u || lane > last) { return; }
-    let square = squares[lane / 4u][lane % 4u];
+    let own = team * {{ block }}u + team_lane; // of the workgroup's rows
+    if (team_lane >= {{ block }}u || own > last) { return; }
+    let square = squares[team_lane / 4u][team_lane % 4u];
     let inverse = select(0.0, 1.0 / sqrt(square), square > 0.0);
-    let scaled = number(place.z + factor + lane) * inverse;
-    let to = place.w + first + lane;
+    let scaled = number(place.z + factor + own) * inverse;
+    let to = place.w + first + own;
     lengths[to + {{ first_feature }}u] = scaled;
     lengths[to + {{ inverses_at + first_feature }}u] = inverse;
     lengths[to + {{ powers_at }}u] = scaled;

@@ -167,6 +167,25 @@ def test_matrices_that_are_alike_share_a_dispatch(
     assert len(check_lengths(small, mixed)) > 2 * -(-7 // most)
 
 
+@pytest.mark.parametrize(
+    ("kind", "n_in", "room", "teams"),
+    [
+        ("Q4_1", 576, 32768, 4),
+        ("Q4_1", 576, 16384, 2),
+        ("Q4_1", 1536, 32768, 2),
+        ("F16", 1536, 32768, 4),  # not staged: its rows alone fill a workgroup's memory
+    ],
+)
+def test_teams_of_a_workgroup_fit_its_memory(
+    recording: Recording, kind: str, n_in: int, room: int, teams: int
+) -> None:
+    recording = with_facts(recording, is_cpu=False, workgroup_memory=room, most_lanes=256)
+    alike = [Group((kind,), 60, n_in, 16, ((0, 20), (20, 51)), seed) for seed in range(2)]
+    dispatches = check_lengths(recording, alike)
+    assert {d.constants["teams"] for d in dispatches} == {teams}
+    assert len(dispatches) == (2 if kind == "F16" else 1)
+
+
 def test_a_row_of_zeros_has_no_inverse(recording: Recording) -> None:
     kind, memory = GGMLQuantizationType.F16, recording.memory
     matrix = load_matrix(recording, [tensor_of(kind, np.zeros((4, 64), np.uint8), 32)])
