@@ -27,9 +27,9 @@ from lora.shaders.device import COMPILING_THREADS, Device
 from lora.shaders.errors import DeviceMemoryError, GPUError
 from lora.shaders.tensor import Tensor
 
-TUNING_SECONDS = 2.0  # that the first start of a training may take longer
+TUNING_SECONDS = 4.0  # that the first start of a training may take longer
 _COMPILING_SHARE = 0.6  # of them, for kernels that training might not need
-_WARM_UP_SECONDS = 0.1  # an idle GPU clocks low, and takes a while to speed up
+_WARM_UP_SECONDS = 0.3  # an idle GPU clocks low, and takes a while to speed up
 _ROUNDS = 5  # times that every candidate is timed
 _FEWEST_ROUNDS = 3  # fewer decide nothing
 _MARGIN = 0.03  # by which another plan must be faster than the model's

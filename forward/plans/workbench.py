@@ -22,7 +22,7 @@ from lora.shaders.recording import MAX_SUBMISSION_FLOPS, Recording
 from lora.shaders.tensor import Extent, Tensor
 from lora.shaders.webgpu import Launch
 
-_MOST_REPEATS = 16  # of a program in one pass
+_MOST_REPEATS = 64  # of a program in one pass
 _MOST_LONG_REPEATS = 500
 _UNIFORM = re.compile(r"@binding\((\d+)\) var<uniform>")
 _PATTERN_BYTES = 4 << 20  # of ordinary numbers, copied into every stand-in
@@ -45,7 +45,7 @@ class Stopwatch:
         self._handle = device.handle
         self._stamps = "timestamp-query" in device.facts.features
         self._most = _MOST_REPEATS if shortest is None else _MOST_LONG_REPEATS
-        self._shortest = shortest or (150e-6 if self._stamps else 10e-3)
+        self._shortest = shortest or (600e-6 if self._stamps else 10e-3)
 
     def repeats(self, once: float) -> int:
         """How often to run what takes `once` seconds for a pass that is long enough."""

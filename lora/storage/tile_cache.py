@@ -225,7 +225,7 @@ def find_tiles(
         setting: `train.tuning`: off for the model's choices alone, which depend on nothing else;
             auto for those that are kept in the user's cache.
         requests: all products that training will run; plans that are not known yet are looked
-            for, which takes some 2 seconds once. None (for evaluation and generation) looks for
+            for, which takes some 4 seconds once. None (for evaluation and generation) looks for
             none.
     """
     if setting == "off" or device.facts.info["adapter_type"] == "CPU":

@@ -177,8 +177,8 @@ def test_a_few_candidates_where_time_is_short(device: Device) -> None:
     third, last = f"{request.label} {plans[2].name}", f"{request.label} {plans[-1].name}"
     speeds = {third: 8e-3, last: 1e-3}
     watch = FakeStopwatch(device, lambda label: speeds.get(label, 1e-2))
-    # 0.1 s of warm-up, then five rounds of three at 10 ms are 0.15 s.
-    found = tune(device, [request], seconds=0.28, stopwatch=watch, clock=watch.clock)
+    # 0.3 s of warm-up, then five rounds of three at 10 ms are 0.15 s.
+    found = tune(device, [request], seconds=0.48, stopwatch=watch, clock=watch.clock)
     assert found == {request.product: plans[2]}
     assert last not in watch.labels
 
@@ -230,7 +230,7 @@ def test_the_real_stopwatch(device: Device, stamps: bool, monkeypatch: pytest.Mo
         times = np.array([watch(programs, 2) for _ in range(5)])
     # The smallest of each, since other processes share the cores.
     assert 0 < times[:, 0].min() < times[:, 1].min()
-    assert watch.repeats(1e9) == 1 < watch.repeats(1e-6) <= 16
+    assert watch.repeats(1e9) == 1 < watch.repeats(1e-6) <= 64
 
 
 def test_a_product_is_timed_with_its_norm(device: Device) -> None:
