@@ -339,7 +339,7 @@ def _matrix_a(
     return {  # d_z carries the scale already
         "short": width // apart, "short_name": "d_z", "short_stride": width,
         "n_long": in_features, "long_name": "x", "long_stride": x.shape[1], "long_type": x.dtype,
-        "eights": x.dtype == "f16" and x.shape[1] % 8 == 0 and dropout is None,
+        "eights": x.dtype == "f16" and x.shape[1] % 8 == 0,
         "members": members, "n_groups": apart * groups,
         "scale": 1.0 if dropout is None else dropout.scale, "start": 0,
     }  # fmt: skip

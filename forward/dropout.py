@@ -24,6 +24,9 @@ from lora.shaders.tensor import Tensor
 
 _STEPS = 1 << 16  # of a probability
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+# As in parts/dropout.wgsl: odd factors of a column's number, of the first round, of the words'.
+_COLUMN, _BEGIN, _HALF = np.uint32(0x9E3779B9), np.uint32(0x7FEB352D), np.uint32(0xFFFF)
+_WORDS = tuple(map(np.uint32, (0x846CA68B, 0xC2B2AE3D, 0x27D4EB2F, 0x165667B1)))
 
 
 def threshold_of(probability: float) -> int:
@@ -160,19 +163,25 @@ def mask(rows: np.ndarray, matrix: int, width: int, probability: float) -> np.nd
         matrix: the key of the matrix.
         width: columns, a multiple of 4.
     """
-    quads = np.arange(width // 4, dtype=np.uint32)
-    first = _lowbias(rows[:, None] ^ (np.uint32(matrix) + quads * np.uint32(0x9E3779B9)))
-    product = first * np.uint32(0xC2B2AE3D)
-    second = product ^ (product >> np.uint32(16))
-    half = np.uint32(0xFFFF)
-    bits = np.stack([first & half, first >> 16, second & half, second >> 16], axis=-1)
-    kept: np.ndarray = bits.reshape(len(rows), width) >= threshold_of(probability)
+    eights = np.arange(-(-width // 8), dtype=np.uint32) * _COLUMN
+    keys = rows[:, None] ^ (np.uint32(matrix) + eights | np.uint32(1))
+    words = [_round(_round(keys, _BEGIN), factor) for factor in _WORDS]
+    bits = np.stack([half for word in words for half in (word & _HALF, word >> 16)], axis=-1)
+    bits = bits.reshape(len(rows), 8 * len(eights))[:, :width]
+    kept: np.ndarray = bits >= threshold_of(probability)
     return kept
 
 
+def _round(values: np.ndarray, factor: np.uint32) -> np.ndarray:
+    """`round_of` of parts/dropout.wgsl."""
+    with np.errstate(over="ignore"):
+        product = values * factor
+    return product ^ (product >> np.uint32(16))
+
+
 def hashed_columns(rows: np.ndarray, matrix: int, width: int) -> np.ndarray:
-    """A hash of each element, u32 [rows, width]: `mixed(row ^ quad_key(matrix, column))`."""
-    columns = np.arange(width, dtype=np.uint32) * np.uint32(0x9E3779B9)
+    """A hash of each element, u32 [rows, width]: `mixed(row ^ column_key(matrix, column))`."""
+    columns = np.arange(width, dtype=np.uint32) * _COLUMN
     return _lowbias(rows[:, None] ^ (np.uint32(matrix) + columns))
 
 

@@ -198,7 +198,7 @@ def plan_projection(
             for piece in range(pieces)
         ]
         ends = [x.shape[1], *(n for m in members for n in (m.x_column, m.length))]
-        by_eights = x.dtype == "f16" and dropout is None and not any(n % 8 for n in ends)
+        by_eights = x.dtype == "f16" and not any(n % 8 for n in ends)
         return Planned(
             "lora_project_matrix",
             {

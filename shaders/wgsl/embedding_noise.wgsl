@@ -25,6 +25,6 @@ fn main(
     if (row >= extent.rows || magnitudes[row] == 0.0) { return; }
     let quad = index % {{ quads }}u;
     let key = row_keys[row];
-    let u = vec4<f32>({% for c in range(4) %}f32(mixed(key ^ quad_key({{ key }}u, 4u * quad + {{ c }}u)) >> 8u){{ ", " if not loop.last }}{% endfor %}) * 0x1p-24;
+    let u = vec4<f32>({% for c in range(4) %}f32(mixed(key ^ column_key({{ key }}u, 4u * quad + {{ c }}u)) >> 8u){{ ", " if not loop.last }}{% endfor %}) * 0x1p-24;
     x[index] += magnitudes[row] * (2.0 * u - 1.0);
 }

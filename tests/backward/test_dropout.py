@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -139,17 +141,33 @@ def test_masks_keep_what_the_probability_says_and_differ() -> None:
         assert (one == other).mean() == pytest.approx(0.5, abs=0.01)
 
 
+def outcomes_differ(fours: np.ndarray, p: float) -> float:
+    """Chi-squared of the sixteen outcomes of four booleans against independent ones."""
+    outcomes = np.bincount(np.ravel(fours @ [1, 2, 4, 8]).astype(int), minlength=16)
+    n_kept = np.array([bin(outcome).count("1") for outcome in range(16)])
+    expected = outcomes.sum() * (1 - p) ** n_kept * p ** (4 - n_kept)
+    return float(np.sum((outcomes - expected) ** 2 / expected))
+
+
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
-def test_columns_are_dropped_independently(p: float) -> None:
-    """All sixteen outcomes of four neighbouring columns, out of one hash, and of columns of two
-    quads, by a chi-squared test: a generator as good as random passes the bound of 56 but once in a
-    million times."""
-    kept = mask(row_keys(3, 0, range(64), [256] * 64), KEYS[0], 64, p).reshape(-1, 16, 4)
-    for four in (kept, np.roll(kept, (1, 1), (1, 2)), kept.transpose(0, 2, 1).reshape(-1, 4, 4, 4)):
-        outcomes = np.bincount(np.ravel(four @ [1, 2, 4, 8]).astype(int), minlength=16)
-        n_kept = np.array([bin(outcome).count("1") for outcome in range(16)])
-        expected = outcomes.sum() * (1 - p) ** n_kept * p ** (4 - n_kept)
-        assert np.sum((outcomes - expected) ** 2 / expected) < 56
+@pytest.mark.parametrize("matrix", KEYS)
+def test_columns_are_dropped_independently(matrix: int, p: float) -> None:
+    """All outcomes of four columns of an eight, which come out of one round, of columns of other
+    eights, of rows and of both, by a chi-squared test: a generator as good as random passes the
+    bound of 64 but once in twenty million times."""
+    keys = row_keys(3, 0, range(64), [256] * 64)
+    kept = mask(keys, matrix, 64, p)
+    eights = kept.reshape(-1, 8)
+    for columns in itertools.combinations(range(8), 4):
+        assert outcomes_differ(eights[:, columns], p) < 64, columns
+    for apart in (1, 2, 3, 8, 16, 17, 31):
+        along = np.stack([np.roll(kept, n * apart, 1) for n in range(4)], -1)
+        assert outcomes_differ(along, p) < 64, apart
+        down = np.stack([np.roll(kept, n * apart, 0) for n in range(4)], -1)
+        assert outcomes_differ(down, p) < 64, apart
+        corners = [kept, np.roll(kept, apart, 0), np.roll(kept, apart, 1)]
+        square = np.stack([*corners, np.roll(kept, (apart, apart), (0, 1))], -1)
+        assert outcomes_differ(square, p) < 64, apart
 
 
 def test_keys_follow_the_example_and_not_its_place() -> None:

@@ -83,6 +83,7 @@ def check_matrix(
     dropped: float = 0.0,
     scaled: bool = False,
     copied: bool = False,
+    in_features: int = IN_FEATURES,
 ) -> Comparison:
     """The same on matrix units."""
     if shape_on(recording.facts) is None:
@@ -93,7 +94,7 @@ def check_matrix(
         raise NotHereError("its matrix units, or its workgroups, are too small")
     if scaled and on_units.facts.most_storage_buffers < SCALED_BUFFERS:
         raise NotHereError(f"a kernel has fewer than {SCALED_BUFFERS} storage buffers")
-    return check_lora(on_units, "f16", waiting, dropped, scaled, copied)
+    return check_lora(on_units, "f16", waiting, dropped, scaled, copied, in_features)
 
 
 def _reference(
@@ -105,7 +106,7 @@ def _reference(
         low, of_b = slice(member * RANK, (member + 1) * RANK), slice(row, row + stop - start)
         left = x.astype(np.float64)
         if dropped:
-            left *= mask(keys, KEYS[member], IN_FEATURES, dropped) * scale_of(dropped)
+            left *= mask(keys, KEYS[member], x.shape[1], dropped) * scale_of(dropped)
         ranges = [(0, stop - start)]
         d = gradients_reference(left, d_y[:, start:stop], a[low], b[of_b], ranges, SCALE)
         found.append((left @ a[low].T, *d))
@@ -121,6 +122,7 @@ def check_lora(
     dropped: float = 0.0,
     scaled: bool = False,
     copied: bool = False,
+    in_features: int = IN_FEATURES,
 ) -> Comparison:
     """z, d_z, d_A and d_B: sums of products, each addition rounded to 2^-24 of the sum so far.
 
@@ -137,10 +139,10 @@ def check_lora(
     if waiting and not gradients_wait(recording):
         raise NotHereError(f"a kernel has fewer than {STORAGE_BUFFERS} storage buffers")
     x, d_y = (
-        rounded(normal(seed, ROWS, n), dtype) for seed, n in ((1, IN_FEATURES), (2, OUT_FEATURES))
+        rounded(normal(seed, ROWS, n), dtype) for seed, n in ((1, in_features), (2, OUT_FEATURES))
     )
     kept = "f16" if on_units else "f32"
-    a, b = rounded(normal(3, 2 * RANK, IN_FEATURES), kept), rounded(normal(4, N_B, RANK), kept)
+    a, b = rounded(normal(3, 2 * RANK, in_features), kept), rounded(normal(4, N_B, RANK), kept)
     extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
     lora = factors_on(recording, a, b)
     slices = [factors_on(recording, np.zeros_like(a), np.zeros_like(b)) for _ in range(2)]
@@ -184,10 +186,10 @@ def check_lora(
     x_size, d_y_size, a_size, b_size = (np.abs(v) for v in (x[used], d_y[used], a, b))
     z_expected, *expected = _reference(x[used], d_y[used], a, b, keys[used], dropped)
     z_size, *sizes = _reference(x_size, d_y_size, a_size, b_size, keys[used], dropped)
-    terms = (132, IN_USE + 132, IN_USE + IN_FEATURES)
+    terms = (132, IN_USE + 132, IN_USE + in_features)
     factor = 16 if on_units else 4  # units truncate sums; as in their kernels' tests
     bounds = [factor * error_bound(size, n) for size, n in zip(sizes, terms, strict=True)]
-    z_bound = factor * error_bound(z_size, IN_FEATURES)
+    z_bound = factor * error_bound(z_size, in_features)
     if on_units:
         bounds = [
             bound + (4 * 2.0**-11 * size / IN_USE**0.5 if of_rows else 0.0)
@@ -335,6 +337,8 @@ CHECKS = [
           partial(check_matrix, dropped=0.25)),
     Check("lora_backward_matrix", f"dropout, {ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, waiting=True, dropped=0.25)),
+    Check("lora_backward_matrix", f"dropout of eights, {ROWS}x{IN_FEATURES + 4} rank {RANK}",
+          partial(check_matrix, waiting=True, dropped=0.25, in_features=IN_FEATURES + 4)),
     Check("lora_matrix", f"rows that are scaled, {ROWS}x{IN_FEATURES} rank {RANK}",
           partial(check_matrix, copied=True)),
     Check("lora_backward_matrix", f"rows that are scaled, {ROWS}x{IN_FEATURES} rank {RANK}",

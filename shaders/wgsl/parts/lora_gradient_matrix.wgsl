@@ -100,9 +100,13 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         }
 {% endfor %}
 {% for u in range(key_turns if masked else 0) %}
-        let key_at_{{ u }} = (begin + (lane + {{ u * lanes }}u) % {{ long // 8 }}u * 8u) / 4u;
-        let key_a_{{ u }} = quad_key(matrix_keys[member], key_at_{{ u }});
-        let key_b_{{ u }} = quad_key(matrix_keys[member], key_at_{{ u }} + 1u);
+        let key_at_{{ u }} = begin / 8u + (lane + {{ u * lanes }}u) % {{ long // 8 }}u;
+{% if part.eights %}
+        let key_{{ u }} = eight_key(matrix_keys[member], key_at_{{ u }});
+{% else %}
+        let key_a_{{ u }} = quad_key(matrix_keys[member], 2u * key_at_{{ u }});
+        let key_b_{{ u }} = quad_key(matrix_keys[member], 2u * key_at_{{ u }} + 1u);
+{% endif %}
 {% endfor %}
 {% for u in range(long_turns) %}
 {% if part.eights %}
@@ -179,6 +183,9 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% endmacro %}
 {# Makes of what was loaded, from row `begun` on, what the tiles take. Rows past the stretch are zero on the shorter side. #}
 {% macro convert() %}
+{% for u in range(long_turns if part.eights and masked else 0) %}
+            fetched_{{ u }} = eight_after_dropout(fetched_{{ u }}, row_key_{{ u }}, key_{{ u % key_turns }});
+{% endfor %}
 {% for u in range(long_turns if not part.eights else 0) %}
 {% if columned %}
             {

@@ -128,9 +128,16 @@ fn project(index: u32, lane: u32, team: u32) {
 {# Makes of what was loaded, from step `begun` on, what the tiles take. #}
 {% macro convert() %}
 {% for u in range(key_turns if dropout else 0) %}
-        let key_at_{{ u }} = (begun + (lane + {{ u * lanes }}u) % {{ depth // 8 }}u * 8u) / 4u;
-        let key_a_{{ u }} = quad_key(matrix, key_at_{{ u }});
-        let key_b_{{ u }} = quad_key(matrix, key_at_{{ u }} + 1u);
+        let key_at_{{ u }} = begun / 8u + (lane + {{ u * lanes }}u) % {{ depth // 8 }}u;
+{% if x_by_eights %}
+        let key_{{ u }} = eight_key(matrix, key_at_{{ u }});
+{% else %}
+        let key_a_{{ u }} = quad_key(matrix, 2u * key_at_{{ u }});
+        let key_b_{{ u }} = quad_key(matrix, 2u * key_at_{{ u }} + 1u);
+{% endif %}
+{% endfor %}
+{% for u in range(x_turns if x_by_eights and dropout else 0) %}
+        fetched_x_{{ u }} = eight_after_dropout(fetched_x_{{ u }}, row_key_{{ u }}, key_{{ u % key_turns }});
 {% endfor %}
 {% for u in range(x_turns if not x_by_eights else 0) %}
         var of_x_a_{{ u }} = vec4<f32>(x_a_{{ u }});
