@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 from lora.forward.heads import Rotation
 from lora.forward.plans.stretches import Stretches, stretch_constants
@@ -21,7 +22,7 @@ class RopeAfter:
     rotation: Rotation
     n_rotated_heads: int
     head_size: int
-    scales_columns = False
+    scales_columns = True
 
     def record(self, program: Program, product: Tensor, stretches: Stretches | None = None) -> None:
         """See `Follower`; the product is written in either case."""
@@ -70,8 +71,8 @@ def rope(
         n_rotated_heads: q and k heads together; what follows them is left alone.
         head_size: columns of a head; only its first rope_dimensions turn.
         inverse: turn back (the backward pass).
-        source: where given, qkv is first their sum, or its columns of k and v are; of heads as
-            `turns_whole` says.
+        source: where given, qkv is first their sum (scaled), or its columns of k and v are; of
+            heads as `turns_whole` says.
     """
     extent, positions, tables = extent_of(qkv), rotation.positions, rotation.tables
     check_shape("rope positions", positions, qkv.shape[0])
@@ -104,20 +105,30 @@ def rope(
             raise ValueError(f"rope: heads of {head_size} with {half} pairs take no sums")
         units += (qkv.shape[1] - n_rotated_heads * head_size) // 4
         tensors, label = [*tensors, source.partial], f"reduce_{label}"
+        if isinstance(source, Stretches) and source.scales is not None and source.kept is not None:
+            tensors += [source.scales, source.kept]
     n_groups = -(-extent.maximum * units // lanes)
     program.dispatch("rope", constants, tensors, n_groups, label=label)
 
 
 def _source_constants(
     source: Stretches | HeadSums | None, qkv: Tensor, n_rotated_heads: int, head_size: int
-) -> dict[str, int]:
+) -> dict[str, Any]:
     """The template constants of what is turned: qkv itself, its stretches, or sums of heads."""
     rows, width = qkv.shape
     if not isinstance(source, HeadSums):
-        return {**stretch_constants("rope", source, rows, width), "n_heads": 0, "n_kv_heads": 0}
+        no_sums = {"n_heads": 0, "n_kv_heads": 0, "kept_type": None}
+        if source is None or source.scales is None or source.kept is None:
+            return {**no_sums, **stretch_constants("rope", source, rows, width)}
+        check_shape("rope scales", source.scales, width)
+        check_shape("rope product", source.kept, rows, width)
+        plain = replace(source, scales=None, kept=None)
+        kept_type = source.kept.dtype
+        return {**no_sums, **stretch_constants("rope", plain, rows, width), "kept_type": kept_type}
     n_heads, n_kv_heads = source.n_heads, source.n_kv_heads
     check_shape("rope sums", source.partial, rows, 2 * n_heads * head_size)
     fits = n_rotated_heads == n_heads + n_kv_heads and n_heads % n_kv_heads == 0
     if not fits or width != (n_heads + 2 * n_kv_heads) * head_size:
         raise ValueError(f"rope: sums of {n_heads} heads for {n_kv_heads} do not fit {qkv.shape}")
-    return {"splits": 1, "maximum_rows": 0, "n_heads": n_heads, "n_kv_heads": n_kv_heads}
+    sums = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "kept_type": None}
+    return {"splits": 1, "maximum_rows": 0, **sums}

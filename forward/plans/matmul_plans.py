@@ -8,7 +8,7 @@ model of forward/plans/matmul_tiles.py says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from lora.forward.plans.matmul_tiles import Plan, PlanSpace, Tile, choose_plan
@@ -29,7 +29,11 @@ class ProductShape:
         rows: the most that the output can have, rounded up to whole smallest tiles.
         members: adapted ranges of the part.
         half: whether the tiles are of f16.
+        epilogue: with " scaled" where the columns are scaled, and what follows can't do that to
+            stretches.
         normed: whether a norm or a gate follows, which may add stretches up.
+
+    Dropout is none of it: what its masks cost depends little on the plan.
     """
 
     rows: int
@@ -97,12 +101,22 @@ class Request:
             members=len(c["members"]),
             rank=c["rank"] if c["members"] else 0,
             placed=c["placed"],
-            epilogue=c["epilogue"] + ("" if self.dropout is None else " masked"),
+            epilogue=c["epilogue"] + (" scaled" if self._scaled_apart else ""),
             x_type=c["x_type"] + (" in blocks" if c["x_block"] else ""),
             out_type=c["out_type"],
             half=self.half,
             normed=self.then is not None,
         )
+
+    @property
+    def unmasked(self) -> Request:
+        """The same without dropout."""
+        return replace(self, dropout=None, constants={**self.constants, "dropout": None})
+
+    @property
+    def _scaled_apart(self) -> bool:
+        scales_columns = self.then is not None and self.then.scales_columns
+        return self.constants["scaled"] is not None and not scales_columns
 
     def space(self, facts: DeviceFacts) -> PlanSpace:
         """The plans that there are for it on a device."""

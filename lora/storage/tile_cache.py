@@ -122,7 +122,12 @@ class TileCache:
 
     def __init__(self, device: Device, folder: Path | None = None) -> None:
         self._device = device
-        self._identity = circumstances(device.facts)
+        # Where units are left alone plans are found without them, which are none once they aren't.
+        units = {
+            "matrix_units": bool(device.facts.matrix_shapes),
+            "left_alone": sorted(device.facts.distrusted),
+        }
+        self._identity = circumstances(device.facts) | units
         digest = hashlib.sha256(json.dumps(self._identity).encode()).hexdigest()[:16]
         self.path = (folder or cache_folder()) / f"tiles-{digest}.json"
         self._plans: dict[str, Any] = {}

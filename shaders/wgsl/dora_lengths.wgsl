@@ -15,7 +15,7 @@
 
 {# Of weights: a staged one by its place in workgroup memory. #}
 {% macro row(i) %}{{ "" if staged else "first + " }}min(team * {{ block }}u + {{ i }}u, last){% endmacro %}
-{% set unrolled = 1 if whole_eights or rank % 4 else 4 %}
+{% set unrolled = 1 if whole_eights or rank % 4 else 4 if rank % 8 else 8 %}
 struct Eight { a: vec4<f32>, b: vec4<f32> }
 
 {% for i in range(n_matrices) %}

@@ -7,7 +7,8 @@
 {% if splits > 1 %}
 // What is turned is Σ_s partial[s, m, i], in the order of matmul_reduce.wgsl, of the partial sums
 // [{{ splits }}, maximum rows, stride] that a product leaves, rounded as qkv would hold it. Columns that do not turn are
-// that sum: one lane a vector.
+// that sum: one lane a vector.{% if kept_type %} Before scales [stride], which each sum is multiplied by first, it goes to kept [rows, stride], too.{% endif %}
+
 {% elif n_heads %}
 // Columns of k and v are first Σ_h partial[m, 0, h] and Σ_h partial[m, 1, h] over the query heads h that share the key head, in
 // the order of attention_backward_kv_sum.wgsl, partial [rows, 2, n_heads head_size], rounded as qkv would hold them. One
@@ -29,8 +30,23 @@ struct Extent { rows: u32 }
 @group(0) @binding(4) var<storage, read> partial: array<vec4<f32>>;
 {% from "parts/row_parts.wgsl" import added %}
 {% endif %}
+{% if kept_type %}
+@group(0) @binding(5) var<storage, read> scales: array<vec4<f32>>;
+@group(0) @binding(6) var<storage, read_write> kept: array<vec4<{{ kept_type }}>>;
+{% endif %}
 {% if splits > 1 %}
-{% macro total(at) %}{{ stored(added("partial", at, 0, splits, maximum_rows * stride // 4), qkv_type) }}{% endmacro %}
+
+// Of a vector of columns of a row, as qkv holds it.
+fn total(at: u32) -> vec4<{{ qkv_type }}> {
+    let sum = {{ added("partial", "at", 0, splits, maximum_rows * stride // 4) }};
+{% if kept_type %}
+    kept[at] = {{ stored("sum", kept_type) }};
+    let scaled = scales[at % {{ stride // 4 }}u] * sum;
+    return {{ stored("scaled", qkv_type) }};
+{% else %}
+    return {{ stored("sum", qkv_type) }};
+{% endif %}
+}
 {% elif n_heads %}
 {% set quads = head_size // 4 %}
 {% set shared_heads = n_heads // n_kv_heads %}
@@ -61,7 +77,7 @@ fn main(
         let column = unit - row_units;
         let at = row * {{ stride // 4 }}u + {{ n_rotated_heads * head_size // 4 }}u + column;
 {% if splits > 1 %}
-        qkv[at] = {{ total("at") }};
+        qkv[at] = total(at);
 {% else %}
         let of_v = head_sum(row, {{ n_kv_heads }}u + column / {{ quads }}u, column % {{ quads }}u);
         qkv[at] = {{ stored("of_v", qkv_type) }};
@@ -99,8 +115,8 @@ fn main(
     let first = {{ type }}(qkv[at_a]);
     let second = {{ type }}(qkv[at_b]);
 {% else %}
-    let first = {{ type }}({{ total("at_a") }});
-    let second = {{ type }}({{ total("at_b") }});
+    let first = {{ type }}(total(at_a));
+    let second = {{ type }}(total(at_b));
 {% endif %}
 {% if unit == 4 %}
     let table = 2u * (positions[row] * units + j);

@@ -71,9 +71,13 @@ def test_tuning_times_it_on_tensors_of_its_own(recording: Recording, device: Dev
     )  # fmt: skip
     (request,) = requests
     plan = plan_of(of, request)
+    plain = request.unmasked  # whose plan it takes, and which is timed for it
+    assert plain.product == request.product
     with Workbench(device) as bench:
-        (dispatch,) = bench.program(request, plan, {}).dispatches
-        assert all(one.buffer is not None for one in dispatch.tensors)
+        for one, masks in ((request, True), (plain, False)):
+            (dispatch,) = bench.program(one, plan, {}).dispatches
+            assert all(tensor.buffer is not None for tensor in dispatch.tensors)
+            assert (dispatch.constants["dropout"] is not None) == masks
 
 
 def test_what_takes_it(recording: Recording) -> None:

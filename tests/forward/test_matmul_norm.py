@@ -18,7 +18,7 @@ from lora.forward.matmul import matmul
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
 from lora.forward.model.weights import load_matrix
-from lora.forward.plans.matmul_plans import Request
+from lora.forward.plans.matmul_plans import Request, noting
 from lora.forward.plans.matmul_tiles import TILES, Plan, PlanSpace, cut
 from lora.forward.product import Product, ScaledColumns
 from lora.forward.rmsnorm import (
@@ -216,6 +216,18 @@ def test_the_norm_scales_columns_of_stretches(
     assert kernels == ["matmul_tiled", "rmsnorm"]
     assert same(tiled, (*types, types[1]), found, wanted)
     assert not np.array_equal(plain[0], found[0])
+
+
+def test_columns_that_are_scaled_in_a_pass_of_their_own_count_for_the_plan(
+    tiled: Recording,
+) -> None:
+    """Where what follows does not scale them stretches cost a dispatch more."""
+    requests: list[Request] = []
+    case = Case(replace(tiled, plans=noting(requests)), 64)
+    for apart, scaled in ((False, False), (False, True), (True, True)):
+        case.forward(("f32", "f32"), past_of="none", apart=apart, scaled=scaled)
+    epilogues = [request.product.epilogue for request in requests]
+    assert epilogues == ["write", "write", "write scaled"]
 
 
 @pytest.mark.parametrize(("width", "splits", "in_place", "types"), BACKWARD)

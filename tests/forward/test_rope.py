@@ -1,5 +1,7 @@
 """Rotary embedding against float64 numpy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -111,6 +113,36 @@ def test_a_product_in_stretches(
     found, expected = recording.memory.read(at_once), recording.memory.read(apart)
     assert same(recording, [dtype], [found], [expected], roundings=2)  # with a sum of two products
     assert (found[:17] != MARKER).all() and (found[17:] == MARKER).all()
+
+
+@pytest.mark.parametrize("interleaved", [True, False])
+@pytest.mark.parametrize("dtype", ["f32", "f16"])
+def test_columns_of_a_product_in_stretches_are_scaled(
+    recording: Recording, dtype: str, interleaved: bool
+) -> None:
+    """As DoRA's are; what was summed is kept as it was before."""
+    if dtype == "f16":
+        needs_halves(recording.facts)
+    extent, positions = extent_in_use(recording, 19, 17), np.arange(19, dtype=np.uint32) * 61
+    tables = recording.memory.upload(Rope(10000.0, 16, interleaved).tables(2000))
+    rotation = Rotation(activation(recording, positions, extent), tables, interleaved)
+    after, program, found = RopeAfter(rotation, 3, 16), Program(recording), []
+    scales = recording.memory.upload(np.linspace(0.5, 3, 64, dtype=np.float32))
+    for at_once in (False, True):
+        out, kept = (typed_marked(recording, dtype, extent, 64) for _ in range(2))
+        plain = in_stretches(recording, 3, 19, 64)
+        stretches = replace(plain, scales=scales, kept=kept)
+        if at_once:
+            after.record(program, out, stretches)
+        else:
+            finish(program, stretches, out)
+            after.record(program, out)
+        found.append((out, kept))
+    assert after.scales_columns and len(program.dispatches) == 3
+    program.run()
+    expected, values = ([recording.memory.read(t) for t in pair] for pair in found)
+    assert same(recording, [dtype] * 2, values, expected, roundings=2)
+    assert all((v[:17] != MARKER).mean() > 0.99 and (v[17:] == MARKER).all() for v in values)
 
 
 def test_heads_that_turn_in_part_take_no_stretches(recording: Recording) -> None:

@@ -25,13 +25,15 @@ def in_stretches(recording: Recording, splits: int, rows: int, width: int) -> St
 def finish(program: Program, stretches: Stretches, out: Tensor) -> None:
     """Appends the second pass of a product, which the kernels that are tested do without."""
     extent, (_, width) = extent_of(out), out.shape
+    after = [t for t in (stretches.scales, stretches.kept) if t is not None]
     constants = {
         "splits": stretches.splits, "n_columns": width, "maximum_rows": extent.maximum,
         "out_stride": width, "epilogue": "write", "bias": False, "softcap": None,
-        "scaled": None, "placed": False, "out_type": out.dtype,
+        "scaled": stretches.kept and {"kept_type": stretches.kept.dtype},
+        "placed": False, "out_type": out.dtype,
     }  # fmt: skip
     program.dispatch(
-        "matmul_reduce", constants, [extent.uniform, stretches.partial, out],
+        "matmul_reduce", constants, [extent.uniform, stretches.partial, out, *after],
         -(-extent.maximum * width // 256),
     )  # fmt: skip
 

@@ -123,6 +123,8 @@ def test_more_time_looks_again_at_what_less_time_found(gpu: Device) -> None:
         "version",
         "kernel",
         "precision",
+        "matrix_shapes",
+        "distrusted",
     ],
 )
 def test_what_is_found_holds_for_one_device_driver_and_kernel(
@@ -141,6 +143,7 @@ def test_what_is_found_holds_for_one_device_driver_and_kernel(
     else:
         values: dict[str, Any] = {"name": "Card 4000", "workgroup_memory": 16384}
         values |= {"implementation": "another", "version": "0.99"}
+        values |= {"matrix_shapes": (EMULATED,), "distrusted": frozenset({"low rank"})}
         monkeypatch.setattr(gpu, "facts", replace(gpu.facts, **{other: values[other]}))
     cache = TileCache(gpu)
     cache.load()
