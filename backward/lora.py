@@ -139,9 +139,11 @@ def scales_columns(recording: Recording, rows: int, lora: LoraFactors) -> bool:
     projects = projection_cut(recording, rows, lora.rank, lora.n_members, transposed=True)
     if cut is None or projects is None or facts.most_storage_buffers < SCALED_BUFFERS:
         return False
-    lanes = cut["long"] // cut["n"] * cut["subgroup_lanes"]
-    # A lane keeps to its columns, and what they come to fits into the tiles.
-    return lanes % (cut["long"] // 8) == 0 and 2 * lanes <= cut["tiles"]
+    subgroups = cut["long"] // cut["n"]
+    lanes = subgroups * cut["subgroup_lanes"]
+    # A lane keeps to its columns; what they come to fits into the tiles, behind the fragments.
+    room = cut["tiles"] - subgroups * cut["m"] * cut["n"] // 4
+    return lanes % (cut["long"] // 8) == 0 and 2 * lanes <= room
 
 
 @dataclass(frozen=True)
@@ -253,7 +255,7 @@ def plan_gradients(
         if scaled is not None:
             check_shape("lora_gradients p", scaled.p, *d_y.shape)
             p_type, of_units[1]["magnitudes"] = scaled.p.dtype, _magnitudes_at(gradients)
-            of_units[1]["eights"] = False  # whose products with p are wanted
+            of_units[1]["eights"] &= p_type == "f16"  # as d_y's products with p are wanted
             keys += [scaled.p, scaled.scales, scaled.inverses]
         return Planned(
             "lora_gradient_matrix",

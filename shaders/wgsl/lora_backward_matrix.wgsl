@@ -31,7 +31,7 @@ struct Extent { rows: u32 }
 {% set after = after + 1 %}
 {% endif %}
 {% if p_type %}
-@group(0) @binding({{ after }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
+@group(0) @binding({{ after }}) var<storage, read> p: array<vec4<{{ "u32" if parts[1].eights else p_type }}>>;
 @group(0) @binding({{ after + 1 }}) var<storage, read> scales: array<f32>;
 @group(0) @binding({{ after + 2 }}) var<storage, read> inverses: array<vec4<f32>>;
 {% set after = after + 3 %}

@@ -45,7 +45,7 @@ struct Extent { rows: u32 }
 {% set next = next + 1 %}
 {% endif %}
 {% if p_type %}
-@group(0) @binding({{ next }}) var<storage, read> p: array<vec4<{{ p_type }}>>;
+@group(0) @binding({{ next }}) var<storage, read> p: array<vec4<{{ "u32" if parts[1].eights else p_type }}>>;
 @group(0) @binding({{ next + 1 }}) var<storage, read> scales: array<f32>;
 @group(0) @binding({{ next + 2 }}) var<storage, read> inverses: array<vec4<f32>>;
 {% endif %}

@@ -8,6 +8,7 @@
 {% set most_width = (most_short + n - 1) // n * n %}
 {% set short_at = depth * long_step %}
 {% set stage_size = subgroups * m * n // 4 %}
+{% set stage_turns = (stage_size + lanes - 1) // lanes %}
 {% set long_units = depth * long // 8 %}
 {% set long_turns = (long_units + lanes - 1) // lanes %}
 {% set held = m * n // subgroup_lanes %}
@@ -45,6 +46,10 @@ atomicMax(&largest[{{ at }}], {{ bits }});
                 }
 {%- endif %}
 {% endmacro %}
+{% if p_type and parts[1].eights %}
+fn four_of(words: vec2<u32>) -> vec4<f32> { return vec4(unpack2x16float(words.x), unpack2x16float(words.y)); }
+
+{% endif %}
 fn add_to_gradient(slice: u32, at: u32, value: vec4<f32>) {
 {% for s in range(n_slices) %}
     if (slice == {{ s }}u) { gradient_{{ s }}[at] += value; }
@@ -115,7 +120,9 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         var long_a_{{ u }} = vec4<{{ part.long_type }}>();
         var long_b_{{ u }} = vec4<{{ part.long_type }}>();
 {% endif %}
-{% if columned %}
+{% if columned and part.eights %}
+        var p_{{ u }} = vec4<u32>();
+{% elif columned %}
         var p_a_{{ u }} = vec4<{{ p_type }}>();
         var p_b_{{ u }} = vec4<{{ p_type }}>();
 {% endif %}
@@ -134,6 +141,11 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         // Of d_y · p, in the columns that a lane fetches in all its turns.
         var magnitudes_a = vec4<f32>();
         var magnitudes_b = vec4<f32>();
+        // What the end multiplies by, asked for in time.
+{% for u in range(stage_turns) %}
+        let column_scale_{{ u }} = scales[long_column + min((lane + {{ u * lanes }}u) / {{ n // 4 }}u, end - begin - 1u)];
+{% endfor %}
+        let own_inverses = inverses[long_column / 4u + min(lane, (end - begin) / 4u - 1u)];
 {% endif %}
 {% if emulated %}
         var sums = array<f32, {{ fragments * held }}>();
@@ -151,14 +163,18 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
             let row = min({{ start }} + unit / {{ long // 8 }}u, last_row);
             let at = unit % {{ long // 8 }}u * 8u;
 {% if part.eights %}
-            fetched_{{ u }} = {{ part.long_name }}[(row * {{ part.long_stride }}u + long_column + min(at, end - begin - 8u)) / 8u];
+            let eight = (row * {{ part.long_stride }}u + long_column + min(at, end - begin - 8u)) / 8u;
+            fetched_{{ u }} = {{ part.long_name }}[eight];
+{% if columned %}
+            p_{{ u }} = p[eight];
+{% endif %}
 {% else %}
             let quad = (row * {{ part.long_stride }}u + long_column + min(at, end - begin - 4u)) / 4u;
             let next = (row * {{ part.long_stride }}u + long_column + min(at + 4u, end - begin - 4u)) / 4u;
             long_a_{{ u }} = {{ part.long_name }}[quad];
             long_b_{{ u }} = {{ part.long_name }}[next];
 {% endif %}
-{% if columned %}
+{% if columned and not part.eights %}
             p_a_{{ u }} = p[quad];
             p_b_{{ u }} = p[next];
 {% endif %}
@@ -185,6 +201,13 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
 {% macro convert() %}
 {% for u in range(long_turns if part.eights and masked else 0) %}
             fetched_{{ u }} = eight_after_dropout(fetched_{{ u }}, row_key_{{ u }}, key_{{ u % key_turns }});
+{% endfor %}
+{% for u in range(long_turns if part.eights and columned else 0) %}
+            {
+                let used = vec4<bool>(begun + (lane + {{ u * lanes }}u) / {{ long // 8 }}u < last);
+                magnitudes_a += select(vec4<f32>(), four_of(fetched_{{ u }}.xy) * four_of(p_{{ u }}.xy), used);
+                magnitudes_b += select(vec4<f32>(), four_of(fetched_{{ u }}.zw) * four_of(p_{{ u }}.zw), used);
+            }
 {% endfor %}
 {% for u in range(long_turns if not part.eights else 0) %}
 {% if columned %}
@@ -332,11 +355,10 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
         let back = {{ part.scale }} * bitcast<f32>((254u - exponent) << 23u);
 {% endif %}
 {% set back = "back * (rest * bitcast<vec4<f32>>(tiles[unit]))" if scaled else "back * bitcast<vec4<f32>>(tiles[unit])" %}
-{% if columned %}
-{% set back = "scales[long_column + i - begin] * " ~ back %}
-{% endif %}
 {% macro store(fragment) %}
-            for (var unit = lane; unit < {{ stage_size }}u; unit += lanes) {
+{% for u in range(stage_turns) %}
+            {{ "if (lane < %du) " % (stage_size - u * lanes) if (u + 1) * lanes > stage_size }}{
+                let unit = lane + {{ u * lanes }}u;
                 let owner = unit / {{ m * n // 4 }}u;
                 let row = unit % {{ m * n // 4 }}u * 4u / {{ n }}u;
                 let column = unit % {{ m * n // 4 }}u * 4u % {{ n }}u;
@@ -344,7 +366,7 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
                 let i = begin + owner * {{ m }}u + row;
                 let j = {{ fragment }} * {{ n }}u + column;
                 if (i < end && j < {{ part.short }}u) {
-                    add_to_gradient(slice, {{ part.start }}u + (i * {{ part.short }}u + j) / 4u, {{ back }});
+                    add_to_gradient(slice, {{ part.start }}u + (i * {{ part.short }}u + j) / 4u, {{ "column_scale_%d * " % u if columned }}{{ back }});
                 }
 {% else %}
                 let i = {{ fragment }} * {{ m }}u + row;
@@ -353,6 +375,21 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
                     add_to_gradient(slice, {{ part.start }}u + ({{ "(short_column + i)" if masked else "i" }} * {{ part.n_long }}u + j) / 4u, {{ back }});
                 }
 {% endif %}
+            }
+{% endfor %}
+{% endmacro %}
+{# What the columns' lanes have of the magnitudes, behind the fragments; then their sums. #}
+{% macro put_magnitudes() %}
+        tiles[{{ stage_size }}u + 2u * lane] = bitcast<vec4<u32>>(magnitudes_a);
+        tiles[{{ stage_size }}u + 2u * lane + 1u] = bitcast<vec4<u32>>(magnitudes_b);
+{% endmacro %}
+{% macro add_magnitudes() %}
+            if (lane < {{ long // 4 }}u && 4u * lane < end - begin) {
+                var sum = vec4<f32>();
+{% for line in range(0, 2 * lanes, long // 4) %}
+                sum += bitcast<vec4<f32>>(tiles[{{ stage_size + line }}u + lane]);
+{% endfor %}
+                add_to_gradient(slice, {{ part.magnitudes }}u + begin / 4u + lane, own_inverses * sum);
             }
 {% endmacro %}
 {% if emulated %}
@@ -365,31 +402,27 @@ fn add_gradients(tile_index: u32, slice: u32, lane: u32, team: u32) {
             workgroupBarrier();
 {{ store("f") }}
         }
+{% if columned %}
+        workgroupBarrier();
+{{ put_magnitudes() }}
+        workgroupBarrier();
+{{ add_magnitudes() }}
+{% endif %}
 {% else %}
 {% for f in range(fragments) %}
         workgroupBarrier();
         subgroupMatrixStore<row_major>(&tiles, team * {{ m * n // 4 }}u, sum_{{ f }}, {{ n // 4 }}u);
+{% if columned and f == 0 %}
+{{ put_magnitudes() }}
+{% endif %}
         workgroupBarrier();
         {
+{% if columned and f == 0 %}
+{{ add_magnitudes() }}
+{% endif %}
 {{ store("%du" % f) }}
         }
 {% endfor %}
-{% endif %}
-{% if columned %}
-        workgroupBarrier();
-        tiles[2u * lane] = bitcast<vec4<u32>>(magnitudes_a);
-        tiles[2u * lane + 1u] = bitcast<vec4<u32>>(magnitudes_b);
-        workgroupBarrier();
-        for (var unit = lane; unit < {{ long // 4 }}u; unit += lanes) {
-            var sum = vec4<f32>();
-            for (var line = 0u; line < {{ 2 * lanes }}u; line += {{ long // 4 }}u) {
-                sum += bitcast<vec4<f32>>(tiles[line + unit]);
-            }
-            let i = begin + 4u * unit;
-            if (i < end) {
-                add_to_gradient(slice, {{ part.magnitudes }}u + i / 4u, inverses[long_column / 4u + unit] * sum);
-            }
-        }
 {% endif %}
 {% endfor %}
     }
