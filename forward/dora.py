@@ -7,6 +7,7 @@ the sum, which nothing stores, of matrices of one shape together; no dispatch wa
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -26,9 +27,9 @@ from lora.shaders.tensor import Tensor
 _ROWS = 8  # of a team of lanes that finds lengths: all read A once
 _MOST_LANES, _CPU_LANES = 256, 16
 _MOST_STAGED = 16000  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
-_SUM_BYTES = (
-    9216 + 16
-)  # of workgroup memory: where lanes meet, and what an eight may read behind rows
+_SUM_BYTES = 4608 + 16  # of workgroup memory: where lanes meet, what an eight reads behind rows
+_AT_ONCE = 8  # rows of A that a lane loads before it uses the first
+_MOST_TEAMS = 4
 _OTHER_BUFFERS = 3  # that it binds beside the weights
 
 
@@ -225,6 +226,7 @@ def _rows_of(recording: Recording, group: DoraGroup) -> Iterator[_Rows]:
                 "members": members,
                 "block": _ROWS,
                 "whole_eights": recording.facts.is_cpu,
+                "unrolled": 1 if recording.facts.is_cpu else math.gcd(lora.rank, _AT_ONCE),
                 "teams": teams,
                 "team_lanes": team_lanes,
                 "inverses_at": (dora.inverses.offset - dora.scales.offset) // 4,
@@ -293,7 +295,9 @@ def _teams(
     staged = row_words if _fits(facts, 1, row_words, rank) else 0
     most = min(_MOST_LANES, facts.most_lanes)
     teams = max(
-        n for n in (1, 2, 3, 4) if n == 1 or (most >= 64 * n and _fits(facts, n, staged, rank))
+        n
+        for n in range(1, _MOST_TEAMS + 1)
+        if n == 1 or (most >= 64 * n and _fits(facts, n, staged, rank))
     )
     fours = 2 * -(-matrix.in_features // 8)
     lanes = range(most // teams // 16 * 16, 32, -16)

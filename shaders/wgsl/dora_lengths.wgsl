@@ -15,7 +15,6 @@
 
 {# Of weights: a staged one by its place in workgroup memory. #}
 {% macro row(i) %}{{ "" if staged else "first + " }}min(team * {{ block }}u + {{ i }}u, last){% endmacro %}
-{% set unrolled = 1 if whole_eights or rank % 4 else 4 if rank % 8 else 8 %}
 struct Eight { a: vec4<f32>, b: vec4<f32> }
 
 {% for i in range(n_matrices) %}
@@ -32,12 +31,15 @@ var<workgroup> weights: array<u32, {{ rows * row_words + 4 }}>; // of the workgr
 {% endif %}
 
 {% include "decode/" ~ quantization ~ ".wgsl" %}
-{% set sum_type = "mat%dx4<f32>" % quads %}
+{% set block_type = "mat%dx4<f32>" % quads %}
+{# In turns, which takes less of a workgroup's memory, where row_sum may be called more than once. #}
+{% set in_turns = team_lanes > 32 %}
+{% set sum_type = "vec4<f32>" if in_turns else block_type %}
 {% set sum_lanes = team_lanes %}
 {% include "parts/row_sum.wgsl" %}
 {% set n_groups = members[-1].first_group + members[-1].n_groups %}
 
-var<workgroup> coefficients: array<mat{{ quads }}x4<f32>, {{ teams * rank }}>; // s_g · B, of each team's rows
+var<workgroup> coefficients: array<{{ block_type }}, {{ teams * rank }}>; // s_g · B, of each team's rows
 
 fn number(at: u32) -> f32 { return factors[at / 4u][at % 4u]; }
 
@@ -69,13 +71,12 @@ fn main(
     let last = stop - 1u - first; // of the rows that there are
     let team = lane / {{ team_lanes }}u;
     let team_lane = lane % {{ team_lanes }}u;
-    for (var at = lane; at < {{ rows * rank }}u; at += {{ lanes }}u) {
-        let row = at / {{ rank }}u;
-        let r = at % {{ rank }}u;
-        coefficients[row / {{ block }}u * {{ rank }}u + r][row % {{ block }}u / 4u][row % 4u] = scale * number(place.y + (factor + min(row, last)) * {{ rank }}u + r);
-    }
+{% set b_turns = -(-rows * rank // lanes) %}
+{% for u in range(b_turns) %}
+    let b_{{ u }} = number(place.y + (factor + min((lane + {{ u * lanes }}u) / {{ rank }}u, last)) * {{ rank }}u + (lane + {{ u * lanes }}u) % {{ rank }}u);
+{% endfor %}
 {% if staged %}
-    // Loads of a matrix are under way together: none is behind a branch of its own.
+    // Loads of a matrix are under way together, and with those of B: none is behind a branch of its own.
     let begin = first * row_words;
     let most = begin + (last + 1u) * row_words - 1u; // of rows that there are
 {% for i in range(n_matrices) %}
@@ -93,9 +94,16 @@ fn main(
 {% endfor %}
     }
 {% endif %}
+{% for u in range(b_turns) %}
+    {{ "if (lane < %du) " % (rows * rank - u * lanes) if (u + 1) * lanes > rows * rank }}{
+        let row = (lane + {{ u * lanes }}u) / {{ rank }}u;
+        let r = (lane + {{ u * lanes }}u) % {{ rank }}u;
+        coefficients[row / {{ block }}u * {{ rank }}u + r][row % {{ block }}u / 4u][row % 4u] = scale * b_{{ u }};
+    }
+{% endfor %}
     workgroupBarrier();
 {% set halves = ["a", "b"] if whole_eights else ["a"] %}
-    var sum = {{ sum_type }}();
+    var sum = {{ block_type }}();
 {% if whole_eights %}
     for (var column = 8u * team_lane; column < columns; column += {{ 8 * team_lanes }}u) {
         let behind = select(0u, 1u, column + 4u < columns); // of four columns that there are
@@ -138,10 +146,14 @@ fn main(
 {% endfor %}
         }
 {% for half in halves %}
-        sum += {{ "f32(behind) * " if half == "b" }}{{ sum_type }}({% for i in range(block) %}dot({{ half }}_{{ i }}, {{ half }}_{{ i }}){{ ", " if not loop.last }}{% endfor %});
+        sum += {{ "f32(behind) * " if half == "b" }}{{ block_type }}({% for i in range(block) %}dot({{ half }}_{{ i }}, {{ half }}_{{ i }}){{ ", " if not loop.last }}{% endfor %});
 {% endfor %}
     }
+{% if in_turns %}
+    let squares = {{ block_type }}({% for q in range(quads) %}row_sum(sum[{{ q }}], lane){{ ", " if not loop.last }}{% endfor %});
+{% else %}
     let squares = row_sum(sum, lane);
+{% endif %}
     let own = team * {{ block }}u + team_lane; // of the workgroup's rows
     if (team_lane >= {{ block }}u || own > last) { return; }
     let square = squares[team_lane / 4u][team_lane % 4u];

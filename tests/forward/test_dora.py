@@ -171,7 +171,7 @@ def test_matrices_that_are_alike_share_a_dispatch(
     ("kind", "n_in", "room", "teams"),
     [
         ("Q4_1", 576, 32768, 4),
-        ("Q4_1", 576, 16384, 2),
+        ("Q4_1", 576, 16384, 3),
         ("Q4_1", 1536, 32768, 2),
         ("F16", 1536, 32768, 4),  # not staged: its rows alone fill a workgroup's memory
     ],
