@@ -84,7 +84,7 @@ def head_halves(
         sizes=memory.row_scratch(n_heads),
         keys_at=keys_at,
     )
-    largest = replace(memory.scratch((n_heads, stretches), beside=True), dtype="u32")
+    largest = replace(memory.scratch((n_heads, stretches), beside=1), dtype="u32")
     constants: dict[str, Any] = {
         "n_heads": heads.n_heads,
         "n_kv_heads": heads.n_kv_heads,

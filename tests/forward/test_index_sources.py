@@ -80,6 +80,7 @@ SOURCES = {
     "embedding_scatter.wgsl": {"tokens": _INPUTS, "order": _INPUTS},
     "embedding_noise.wgsl": {"row_keys": _KEYS},
     "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
+    "halve_rows.wgsl": {"halves": _HALVES, "largest": _LARGEST},
     "head_halves.wgsl": {"largest": _LARGEST, "halves": _HALVES, "sizes": _LARGEST},
     "head_sizes.wgsl": {"largest": _LARGEST},
     "int_row.wgsl": {"int_row": _INT_ROW},

@@ -327,11 +327,11 @@ def _record(
 
 
 def _record_text(path: Path, kinds: Sequence[Kind]) -> Run:
-    """Text of a model on devices of some kinds."""
+    """Text of a model on devices of some kinds, in pieces of many rows."""
 
     def run(found: Found) -> None:
         for kind in kinds:
-            keep(kind, _text(_plan(kind, path, _ALL, F32)), found)
+            keep(kind, _text(_plan(kind, path, _ALL, F32, _LONG)), found)
 
     return run
 
