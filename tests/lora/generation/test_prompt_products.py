@@ -129,6 +129,25 @@ def test_logits_with_products_in_halves(recording: Recording, tmp_path: Path) ->
     assert 0 < worst < 1e-2  # rounded factors, and no more than that
 
 
+def test_units_are_asked_about(
+    device: Device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As before training, and before anything is recorded; products in f32 take none."""
+    TINY_MODELS["qwen3"].write_gguf(tmp_path / "model.gguf")
+    asked: list[str | int] = []
+
+    def trust(opened: Device, wanted: str | int) -> None:
+        asked.append(wanted)
+        raise InterruptedError
+
+    monkeypatch.setattr("lora.checks.matrix_units.trust_matrix_units", trust)
+    monkeypatch.setattr("lora.generation.opening.check_half_products", lambda _: None)
+    with pytest.raises(InterruptedError):
+        open_generator(str(tmp_path / "model.gguf"), device=Wanted(products="f16"))
+    open_generator(str(tmp_path / "model.gguf"), max_length=64).close()
+    assert asked == ["auto"]
+
+
 def test_refused_where_there_are_none(device: Device, tmp_path: Path) -> None:
     """Before the model is read: CPU devices have one body for products, in f32."""
     if not device.facts.is_cpu:
