@@ -33,8 +33,9 @@ struct Extent { rows: u32 }
 @group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;
 {% from "parts/row_power.wgsl" import row_exponent %}
 
-// What takes the power out of a head's numbers again.
-fn power_back(head: u32) -> f32 { return bitcast<f32>(u32(127 - {{ row_exponent("sizes[head]") }}) << 23u); }
+// Of what a head's numbers are multiplied by.
+fn power_exponent(head: u32) -> i32 { return {{ row_exponent("sizes[head]") }}; }
+fn power_of(exponent: i32) -> f32 { return bitcast<f32>(u32(127 + exponent) << 23u); }
 {% else %}
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> segments: array<vec2<u32>>;
@@ -63,9 +64,10 @@ const lowest = -3.0e38; // below every score, and its own difference is 0 where 
     let v_column = k_column + {{ n_kv_heads * parts.eights }}u;
 {% if cached %}
     let begin = positions[0];
-    let q_power = power_back(head);
-    let k_power = power_back({{ n_heads }}u + kv_head);
-    let v_power = power_back({{ n_heads + n_kv_heads }}u + kv_head);
+    // Of q's power and k's: beyond f32's range scores are as good as zero, or as infinite.
+    let exponent = power_exponent(head) + power_exponent({{ n_heads }}u + kv_head);
+    let score_power = power_of(clamp(-exponent, -126, 127));
+    let v_power = power_of(-power_exponent({{ n_heads + n_kv_heads }}u + kv_head));
 {% endif %}
     {{ parts.declare_teams(sources) }}
     {{ parts.declare_fetched() }}

@@ -147,12 +147,21 @@ def test_on_any_driver(recording: Recording) -> None:
 
 
 @pytest.mark.parametrize(
-    "sizes", [(2.0**-40, 2.0**40, 2.0**60), (2.0**30, 2.0**-30, 2.0**-50)], ids=["large", "small"]
+    ("sizes", "scale"),
+    [
+        ((2.0**-40, 2.0**40, 2.0**60), 0.125),
+        ((2.0**30, 2.0**-30, 2.0**-50), 0.125),
+        ((2.0**125, 2.0**-113, 1.0), 2.0**-15),
+    ],
+    ids=["large", "small", "as far as f32 goes"],
 )
-def test_beyond_the_range_of_f16(recording: Recording, sizes: tuple[float, float, float]) -> None:
+def test_beyond_the_range_of_f16(
+    recording: Recording, sizes: tuple[float, float, float], scale: float
+) -> None:
     """Each head has a power of its own: no key and no value passes the range, or falls below it."""
-    text, recording = Text.random(PLAIN, 103, sizes), for_prompts(recording)
-    check(recording, PLAIN, text, [33, 103], cut_of(recording, PLAIN, 64))
+    heads, recording = replace(PLAIN, scale=scale), for_prompts(recording)
+    text = Text.random(heads, 103, sizes)
+    check(recording, heads, text, [33, 103], cut_of(recording, heads, 64))
 
 
 def test_scores_that_grow(recording: Recording) -> None:

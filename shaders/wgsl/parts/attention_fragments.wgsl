@@ -367,11 +367,11 @@ place of four numbers in `tiles`, with their `row` of the block, their `column` 
 
 {#
 Scores from products: the vec4 `{s}` becomes the scaled, and capped, score; with a cap `{t}` is its
-tanh. Of a cache's, q and k are first what they were before q_power and k_power, one after the other, lest these overflow.
+tanh. Of copies of a cache score_power takes out what q and k were multiplied by.
 #}
 {% macro scale_score(s, t) %}
 {% if cached %}
-            {{ s }} = {{ s }} * q_power * k_power;
+            {{ s }} *= score_power;
 {% endif %}
 {% if softcap %}
             // Some drivers' tanh overflows; beyond ±10 it is ±1 in f32.
