@@ -13,6 +13,8 @@ from lora.forward.attention_prompt import FEWEST_ROWS
 from lora.forward.gguf.file import GGUFFile
 from lora.forward.model.architecture import Architecture
 from lora.forward.model.frozen_model import load_model
+from lora.forward.plans.matmul_plans import Request
+from lora.forward.plans.matmul_tiles import MatrixTile, Plan, cut
 from lora.generation.engine import DecodeEngine
 from lora.generation.opening import open_generator
 from lora.shaders.choice import Wanted
@@ -26,6 +28,7 @@ from tests.support.renderings import LARGE_GPU, MATRIX_GPU, Kind
 from tests.support.tiny_models import TINY_MODELS
 
 ROOM = 5000
+SMALLEST = MatrixTile(32, 32, 16, 32, 16)
 
 
 def engine_on(kind: Kind, folder: Path, products: str | None) -> DecodeEngine:
@@ -62,6 +65,11 @@ def test_pieces(tmp_path: Path, kind: Kind, products: str | None, rows: int, bod
     assert not {"matmul_matrix", "matmul_tiled"} & templates_of(engine, one_row=True)
 
 
+def by_smallest_tile(request: Request) -> Plan:
+    """What software compiles soonest."""
+    return Plan(SMALLEST, *cut(request.constants["contraction"], 1, SMALLEST.depth))
+
+
 def test_attention_of_pieces(tmp_path: Path) -> None:
     """On units, where products are in f16 and rows are many; else as ever."""
     found = []
@@ -90,7 +98,9 @@ def test_a_piece_of_few_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 def test_logits_of_pieces_that_attend_on_units(recording: Recording, tmp_path: Path) -> None:
     """In plain WGSL in their place: each piece sees those before it, of many rows and of few."""
-    halves = replace(on_matrix_units(recording), precision="f32", products="f16")
+    halves = replace(
+        on_matrix_units(recording), precision="f32", products="f16", plans=by_smallest_tile
+    )
     TINY_MODELS["gemma2_q8_0"].write_gguf(tmp_path / "model.gguf")  # caps, windows and none
     gguf_file = GGUFFile(tmp_path / "model.gguf")
     architecture = Architecture.from_gguf(gguf_file)
