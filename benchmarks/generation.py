@@ -6,13 +6,14 @@ file, or a shape: one layer of it is written with random weights and copied on t
 layer into memory of its own.
 
     python benchmarks/generation.py [--model Llama-1B Llama-8B] [--prompt 512] [--tokens 128]
-        [--type Q4_0] [--llama-cpp] [--sweep]
+        [--type Q4_0] [--precision f16] [--llama-cpp] [--sweep] [--prompt-kernels]
 
 `--llama-cpp` measures llama.cpp beside it, on the very file (of a shape: one with all its layers is
 written): its Vulkan build (tests/support/llama_vulkan.py), bare and under a random adapter; where
 that can't be had, or our device is a CPU, xllamacpp's CPU build too, as its server reports it. The
 first new token counts to the prompt on both sides, and both choose greedily. `--sweep` times the
-products of one row under other tilings than are chosen.
+products of one row under other tilings than are chosen, `--prompt-kernels` the kernels of a
+prompt's last piece, too.
 """
 
 from __future__ import annotations
@@ -271,16 +272,25 @@ def step_programs(generator: TextGenerator, adapter: str | None) -> tuple[Progra
     return engine._programs_of(adapter, engine._tensors.step)
 
 
+def piece_programs(generator: TextGenerator, adapter: str | None) -> tuple[Program, Program]:
+    """What the GPU did for the last piece of a prompt: layers and head."""
+    engine = generator._engine
+    of_pieces = adapter, engine.piece_rows
+    found = [of for (*of_what, _, _), of in engine._programs.items() if (*of_what,) == of_pieces]
+    return found[-1]
+
+
 def kernel_table(
-    generator: TextGenerator, adapter: str | None
+    generator: TextGenerator, programs: Sequence[Program]
 ) -> tuple[float, list[dict[str, Any]]]:
-    """GPU time of one new token, the last step once more, and of its kernels.
+    """GPU time of programs, the last new token or piece once more, and of their kernels.
 
     A kernel's is by what the step is shorter without it: timed alone each would seem some 3 µs
     longer, which is much beside 5.
 
     Returns:
-        seconds of the step; of each kernel calls, ms and GB/s of weights.
+        seconds of the step; of each kernel calls, ms, GB/s of weights and TFLOP/s of what was
+        recorded, the rows that are not in use and the keys that are not seen among it.
     """
     handle = generator._engine._memory.handle
     words = {
@@ -288,7 +298,7 @@ def kernel_table(
         for matrix in matrices_of(generator._model)
         for part in matrix.parts
     }
-    step = [d for program in step_programs(generator, adapter) for d in program.dispatches]
+    step = [d for program in programs for d in program.dispatches]
     kinds: dict[tuple[str, str], list[Dispatch]] = defaultdict(list)
     for dispatch in step:
         label = re.sub(r"^(layers\.\d+|head)\.", "", dispatch.label)
@@ -302,7 +312,8 @@ def kernel_table(
         reads = template.startswith("matmul") and n_bytes > 0 and seconds > 0
         rows.append(
             {"kernel": template, "label": label, "calls": len(calls), "ms": 1e3 * seconds,
-             "GB/s": n_bytes / seconds / 1e9 if reads else None}
+             "GB/s": n_bytes / seconds / 1e9 if reads else None,
+             "TFLOP/s": sum(call.flops for call in calls) / seconds / 1e12 if seconds else None}
         )  # fmt: skip
     return whole, sorted(rows, key=lambda row: -row["ms"])
 
@@ -414,7 +425,8 @@ def report(options: argparse.Namespace, name: str, results: dict[str, Any]) -> s
         f"token reads {n_bytes / 2**20:,.0f} MiB of weights; large reads reach "
         f"{speeds['read'] / 1e9:,.1f} GB/s, copies {speeds['copy'] / 1e9:,.1f} (read and written). "
         f"Shares are of the higher, which bounds new tokens at {bandwidth / n_bytes:,.0f}/s. In "
-        "f32 but for the weights; keys and values f32.",
+        f"f32 but for the weights and a prompt's products ({options.precision}); keys and values "
+        "f32.",
         "",
         "| | prompt, tokens/s | new, tokens/s | weights, GB/s | share | GPU ms a token | "
         "dispatches | encoding, ms |",
@@ -459,6 +471,21 @@ def report(options: argparse.Namespace, name: str, results: dict[str, Any]) -> s
                 f"| {kernel['kernel']} | {kernel['label']} | {kernel['calls']} | "
                 f"{kernel['ms']:.3f} | {shares} |"
             )
+    for label, piece in results["prompt_kernels"].items():
+        lines += [
+            "",
+            f"GPU time of the prompt's last piece by kernel ({label}, {piece['gpu_ms']:,.1f} ms), "
+            "by what it takes without each; TFLOP/s of what was recorded:",
+            "",
+            "| kernel | label | calls | ms | TFLOP/s |",
+            "| --- | --- | --- | --- | --- |",
+        ]
+        for kernel in piece["kernels"]:
+            flops = f"{kernel['TFLOP/s']:,.1f}" if kernel["TFLOP/s"] else ""
+            lines.append(
+                f"| {kernel['kernel']} | {kernel['label']} | {kernel['calls']} | "
+                f"{kernel['ms']:.3f} | {flops} |"
+            )
     if results["sweep"]:
         lines += ["", "Products of one row under other tilings:", ""]
         lines += [
@@ -502,6 +529,7 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
         "weight_bytes": sum(matrix.n_bytes for matrix in matrices_of(model)),
         "ours": {},
         "kernels": {},
+        "prompt_kernels": {},
         "sweep": [],
     }
     timed = "timestamp-query" in device.facts.features
@@ -509,8 +537,13 @@ def run(options: argparse.Namespace, device: Device, name: str, folder: Path) ->
     for label, adapter in ((BARE, None), (ADAPTED, "adapter")):
         row: dict[str, Any] = measure(generator, prompt, options.tokens, adapter)
         if timed:
-            seconds, results["kernels"][label] = kernel_table(generator, adapter)
+            of_step = step_programs(generator, adapter)
+            seconds, results["kernels"][label] = kernel_table(generator, of_step)
             row["gpu_ms"] = 1e3 * seconds
+            if options.prompt_kernels:
+                of_piece = piece_programs(generator, adapter)
+                seconds, kernels = kernel_table(generator, of_piece)
+                results["prompt_kernels"][label] = {"gpu_ms": 1e3 * seconds, "kernels": kernels}
         programs = step_programs(generator, adapter)
         row["dispatches"] = sum(len(program.commands) for program in programs)
         row["encode_ms"] = 1e3 * encode_seconds(generator, adapter)
@@ -552,6 +585,9 @@ def main() -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--llama-cpp", action="store_true")
     parser.add_argument("--sweep", action="store_true", help="other tilings of the products, too")
+    parser.add_argument(
+        "--prompt-kernels", action="store_true", help="times of a piece's kernels, too"
+    )
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results"))
     options = parser.parse_args()
     for name in options.model:

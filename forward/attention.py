@@ -103,7 +103,8 @@ def attention_constants(qkv: Tensor, segments: Tensor, heads: Heads) -> dict[str
 
 def matrix_constants(constants: dict[str, Any]) -> dict[str, Any]:
     """Of `attention_constants`, what the kernels on matrix units have in common."""
-    return {name: value for name, value in constants.items() if name != "half_scale"}
+    found = {name: value for name, value in constants.items() if name != "half_scale"}
+    return {**found, "cached": False}
 
 
 @dataclass(frozen=True)

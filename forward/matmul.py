@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from lora.forward.halve_rows import halve_rows, takes_row_copies
 from lora.forward.matmul_bodies import record_product
 from lora.forward.matmul_paired import row_scales
 from lora.forward.part_product import PartProduct, Place, adapted_members
@@ -41,9 +42,12 @@ def matmul(
     others = (x, y, matrix.parts[0].words, product.z, lora and lora.b, product.residual,
               product.bias, matrix.parts[0].powers, scaled and scaled.scales,
               scaled and scaled.kept)  # fmt: skip
-    x_largest = product.x_largest
-    if x_largest is None:
-        x_largest = row_scales(program, x, sum(tensor is not None for tensor in others), label)
+    x_largest, n_others = product.x_largest, sum(tensor is not None for tensor in others)
+    if x_largest is None and takes_row_copies(program.recording, x, n_others):
+        sized = halve_rows(program, x, label=label)
+        x, x_largest = sized.of_units, sized.largest
+    elif x_largest is None:
+        x_largest = row_scales(program, x, n_others, label)
     elif x.dtype != "f16":
         raise ValueError(f"{label}: rows that are scaled already are f16, not {x.dtype}")
     for part in matrix.parts:

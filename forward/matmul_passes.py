@@ -45,7 +45,7 @@ def record_passes(
         if then is not None:
             then.record(program, out)
         return
-    partial = recording.memory.scratch((splits * extent.maximum, n_columns), beside=in_scratch)
+    partial = recording.memory.scratch((splits * extent.maximum, n_columns), beside=int(in_scratch))
     first_pass = constants | {
         "epilogue": "write", "bias": False, "softcap": None, "scaled": None,
         "out_stride": n_columns, "out_type": "f32",

@@ -18,6 +18,7 @@ from lora.shaders.tensor import Extent, Tensor, item_bytes
 from lora.shaders.webgpu import BindGroup, Buffer, OpenDevice, Pipeline, Use
 
 ALIGNMENT = 256  # the largest offset alignment that WebGPU may ask of a binding
+_N_SCRATCH = 3  # scratch memories that a dispatch may use together
 UPLOAD_PIECE = 8 << 20  # bytes: the staging memory of an upload never exceeds a few of these
 
 
@@ -45,7 +46,7 @@ class Memory(ABC):
         self.facts = facts
         self.allocated: Counter[str] = Counter()
         self._outer = outer
-        self._scratch: tuple[list[Tensor], list[Tensor]] = ([], [])
+        self._scratch: tuple[list[Tensor], ...] = tuple([] for _ in range(_N_SCRATCH))
         self._constants: dict[tuple[int, ...], Tensor] = {}
         self._of_rows: dict[int, Tensor] = {}
 
@@ -131,13 +132,14 @@ class Memory(ABC):
         self.allocated[purpose] += n_bytes
         return Tensor(buffer, 0, tuple(shape), dtype, extent)
 
-    def scratch(self, shape: tuple[int, ...], *, beside: bool = False) -> Tensor:
+    def scratch(self, shape: tuple[int, ...], *, beside: int = 0) -> Tensor:
         """An f32 tensor for what one dispatch leaves to the next: all share the same memory.
 
         Ask for the largest first: the memory of smaller ones is not given back.
 
         Args:
-            beside: of other memory, for what is in use together with the first.
+            beside: which other memory, for what is in use together with the first: 1 of sums, where
+                weights are decoded into that, 2 of rows in f16.
         """
         if self._outer is not None:
             return self._outer.scratch(shape, beside=beside)
@@ -157,10 +159,9 @@ class Memory(ABC):
         return self._of_rows[rows]
 
     @property
-    def largest_scratch(self) -> tuple[int, int]:
-        """Elements of the largest scratch tensor so far, and of the largest beside it."""
-        first, beside = (max((t.size for t in shared), default=0) for shared in self._scratch)
-        return first, beside
+    def largest_scratch(self) -> tuple[int, ...]:
+        """Elements of the largest scratch tensor so far, and of the largest ones beside it."""
+        return tuple(max((t.size for t in shared), default=0) for shared in self._scratch)
 
     def upload(self, array: np.ndarray, *, purpose: str = "weights") -> Tensor:
         """A new tensor with the array's contents (float → f32, integer → u32)."""
@@ -346,7 +347,7 @@ class CountingMemory(Memory):
 
     holds_data = False
 
-    def scratch(self, shape: tuple[int, ...], *, beside: bool = False) -> Tensor:
+    def scratch(self, shape: tuple[int, ...], *, beside: int = 0) -> Tensor:
         """As there; a larger one takes the place of the one before."""
         if self._outer is None and math.prod(shape) > self.largest_scratch[beside]:
             for smaller in self._scratch[beside]:

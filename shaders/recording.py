@@ -40,8 +40,9 @@ class Recording:
         memory: who owns the tensors that recording asks for; one that only counts makes programs
             that cannot run, from which sizes, products and kernels are read.
         precision: of tiles and activations: f32, or f16 where the device has shader-f16.
-        products: f16: tiles of products are f16, whatever is between them; f32: they are, and plain
-            ones, also where there are matrix units; None: as the precision.
+        products: f16: tiles of products are f16, whatever is between them (and what a text's
+            attention multiplies on matrix units); f32: they are, and plain ones, also where there
+            are matrix units; None: as the precision.
         body: of products, a name of forward/matmul_bodies.py; None: by the device.
         plans: asked for the tile of each product that is recorded (forward/plans/matmul_plans.py);
             None, as an answer too, leaves it to the model of the time.

@@ -45,6 +45,7 @@ class Step:
         factors: of the adapter; empty for the bare model.
         caches: from `allocate_caches`.
         opening: whether the text begins with them.
+        few: whether they are fewer than matrix units attend with (`FEWEST_ROWS`).
     """
 
     model: Model
@@ -53,6 +54,7 @@ class Step:
     act: StepActivations
     caches: tuple[Any, ...]
     opening: bool = False
+    few: bool = False
 
 
 def record_step(program: Program, step: Step) -> None:
@@ -75,7 +77,7 @@ def record_step(program: Program, step: Step) -> None:
             with program.scope(f"layers.{layer}"):
                 record_row_layer(recorder, act)
         return
-    context = AfterCache(inputs, step.caches, act.per_layer, step.opening)
+    context = AfterCache(inputs, step.caches, act.per_layer, step.opening, step.few)
     walk = Walk(model, step.factors, context)
     acts = {}
     for layer in layers:

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 from lora.forward.attention import attention
 from lora.forward.attention_decode import attention_decode
+from lora.forward.attention_prompt import attention_prompt, prompt_cut
 from lora.forward.copy_columns import copy_columns
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.dora import scale_columns
@@ -118,12 +119,14 @@ class AfterCache:
         per_layer: see `Context`.
         opening: whether the text begins with these rows: they see each other and nothing else, so
             that the attention of training serves, by tiles.
+        few: whether so few rows are in use that matrix units are no gain to their attention.
     """
 
     inputs: StepInputs
     caches: tuple[Any, ...]
     per_layer: Tensor | None = None
     opening: bool = False
+    few: bool = False
 
     @property
     def positions(self) -> Tensor:
@@ -142,12 +145,18 @@ class AfterCache:
 
     def attend(self, program: Program, layer: int, heads: Heads, act: Attending) -> None:
         """See `Context`."""
-        segments = self.inputs.segments
+        segments, cache, rows = self.inputs.segments, self.caches[layer], act.qkv.shape[0]
+        cut = None if self.few else prompt_cut(program.recording, rows, heads, self.inputs.room)
+        if cut is not None:
+            keep(program, self.inputs, cache, heads, act)
+            positions = self.inputs.positions
+            attention_prompt(program, act.qkv, positions, cache, heads, cut, out=act.attended)
+            return
         if self.opening and segments is not None and act.keys_of is None:
-            keep(program, self.inputs, self.caches[layer], heads, act)
+            keep(program, self.inputs, cache, heads, act)
             attention(program, act.qkv, segments, heads, out=act.attended, lse=act.lse)
             return
-        keep_and_attend(program, self.inputs, self.caches[layer], heads, act)
+        keep_and_attend(program, self.inputs, cache, heads, act)
 
 
 def keep(program: Program, inputs: StepInputs, cache: Any, heads: Heads, act: Attending) -> None:

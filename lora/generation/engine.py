@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from lora.forward.attention_prompt import FEWEST_ROWS, attends_on_units
 from lora.forward.decoder.decode_step import Step, allocate_caches, record_step, record_step_head
 from lora.forward.decoder.step_inputs import StepInputs
 from lora.forward.decoder.step_tensors import StepActivations, StepHead
@@ -134,7 +135,7 @@ class DecodeEngine:
         self.recurrent = bool(self._tensors.snapshots)
         self.waits = self.is_cpu or model.host_table is not None or self.recurrent
         self.piece_rows = self._tensors.pieces.rows.maximum
-        self._programs: dict[tuple[str | None, int, bool], tuple[Program, Program]] = {}
+        self._programs: dict[tuple[str | None, int, bool, bool], tuple[Program, Program]] = {}
         self._prepared: dict[str | None, Commands] = {}  # by adapter
         self._copies: dict[tuple[int, bool], Program] = {}
 
@@ -160,7 +161,8 @@ class DecodeEngine:
         pieces.write(self._memory, tokens, first_position, first_rope_row)
         # CPU devices compile the kernel that walks the cache a row at a time more quickly.
         opening = first_position == 0 and not self._recording.facts.is_cpu
-        layers, head = self._programs_of(adapter, pieces, opening=opening)
+        few = attends_on_units(self._recording) and len(tokens) < FEWEST_ROWS
+        layers, head = self._programs_of(adapter, pieces, opening=opening, few=few)
         layers.run()
         if with_head:
             head.run()
@@ -215,20 +217,25 @@ class DecodeEngine:
         self._copies[slot, back].run()
 
     def _programs_of(
-        self, adapter: str | None, inputs: StepInputs, *, opening: bool = False
+        self,
+        adapter: str | None,
+        inputs: StepInputs,
+        *,
+        opening: bool = False,
+        few: bool = False,
     ) -> tuple[Program, Program]:
-        """Layers and head for one adapter and size, recorded once."""
+        """Layers and head for one adapter, size and way of attention, recorded once."""
         rows = inputs.rows.maximum
-        if (adapter, rows, opening) not in self._programs:
+        if (adapter, rows, opening, few) not in self._programs:
             factors = Factors() if adapter is None else self.adapters[adapter].factors
             layers, head = Program(self._recording), Program(self._recording)
             tensors = self._tensors
             act = tensors.activations[rows]
-            step = Step(self._model, inputs, factors, act, tensors.caches, opening)
+            step = Step(self._model, inputs, factors, act, tensors.caches, opening, few)
             record_step(layers, step)
             record_step_head(head, step, tensors.head)
-            self._programs[adapter, rows, opening] = layers, head
-        return self._programs[adapter, rows, opening]
+            self._programs[adapter, rows, opening, few] = layers, head
+        return self._programs[adapter, rows, opening, few]
 
     def close(self) -> None:
         """Gives back all but the model and the adapters."""

@@ -100,13 +100,16 @@ def open_generator(
     else:
         owner = opened = Device(wanted.device, webgpu=wanted.webgpu)
         memory = opened.arena()
-    recording = opened.recording(memory=memory, plans=find_tiles(opened, "auto"))
     try:
+        products = "f32"  # not on matrix units, of which no child was asked whether they are right
         if not isinstance(wanted, Device) and wanted.products == "f16":
+            from lora.checks.matrix_units import trust_matrix_units  # with all of their kernels
+
             check_half_products(opened.facts)
-            recording = replace(recording, products="f16")
-        else:  # nothing here asked a child whether the matrix units can be trusted
-            recording = replace(recording, products="f32")
+            trust_matrix_units(opened, wanted.device)
+            products = "f16"
+        recording = opened.recording(memory=memory, plans=find_tiles(opened, "auto"))
+        recording = replace(recording, products=products)
         try:
             loaded = load_model(recording, gguf_file, architecture, room)
         except DeviceMemoryError as error:

@@ -195,7 +195,7 @@ class SessionPlan:
     programs: SessionPrograms
     requests: Sequence[Request]
     allocated: Counter[str]
-    largest_scratch: tuple[int, int]
+    largest_scratch: tuple[int, ...]
 
     @classmethod
     def of(

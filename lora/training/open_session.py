@@ -125,7 +125,7 @@ class OpenSession(KeptState, ABC):
         try:
             for beside, size in enumerate(plan.largest_scratch):
                 if size:
-                    self.memory.scratch((size,), beside=bool(beside))
+                    self.memory.scratch((size,), beside=beside)
             stage("Loading the model")
             recomputed = plan.tensors.recomputed
             tensors = SessionTensors.allocate(self._recording, workload, recomputed)

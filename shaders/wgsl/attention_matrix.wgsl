@@ -4,6 +4,11 @@
 //
 // Bindings, f16 in eights: qkv [rows, (n_heads + 2 n_kv_heads) head_size], out [rows, n_heads head_size];
 // segments [rows, 2] (first row and end of the row's example), lse [rows, n_heads].
+{% if cached %}
+// Of a text's new rows, which see the keys of all rows before them: q, and k and v [room, 2 n_kv_heads head_size] from row
+// {{ keys_at }} of eights on, lie in halves, each head multiplied by a power of two as sizes [n_heads + 2 n_kv_heads] says
+// (head_halves.wgsl); positions [rows] ascend by one; out is f32, and there is no lse.
+{% endif %}
 // One workgroup a head and block of {{ block }} query rows, example by example; keys ascend in steps of {{ walk }}
 // counted from the example's first row. Products of f16 are exact, their sums f32 in the units' order;
 // weights are f16. Fragments can't be scaled row by row, so the maximum that weights refer to stays until
@@ -12,17 +17,31 @@
 // its sums as they are, and whether a row's sums are scaled depends on that row alone.
 {% set products, outputs, out_tile_at = 1, 1, walk * (head_size // 8 + 1) %}
 {% import "parts/attention_fragments.wgsl" as parts with context %}
-{% set qkv_eights = stride // 2 %}
 {% set out_eights = n_heads * parts.eights %}
-{% set sources = [["qkv", qkv_eights, "q_column"]] %}
-{% set pieces = [["qkv", qkv_eights, "k_column"], ["qkv", qkv_eights, "v_column"]] %}
+{% set q_eights = out_eights if cached else stride // 2 %}
+{% set kv_eights = 2 * n_kv_heads * parts.eights if cached else stride // 2 %}
+{% set source = "halves" if cached else "qkv" %}
+{% set sources = [[source, q_eights, "q_column"]] %}
+{% set pieces = [[source, kv_eights, "k_column"], [source, kv_eights, "v_column"]] %}
 struct Extent { rows: u32 }
 
 @group(0) @binding(0) var<uniform> extent: Extent;
+{% if cached %}
+@group(0) @binding(1) var<storage, read> halves: array<vec4<u32>>;
+@group(0) @binding(2) var<storage, read> sizes: array<u32>;
+@group(0) @binding(3) var<storage, read> positions: array<u32>;
+@group(0) @binding(4) var<storage, read_write> out: array<vec4<f32>>;
+{% from "parts/row_power.wgsl" import row_exponent %}
+
+// Of what a head's numbers are multiplied by.
+fn power_exponent(head: u32) -> i32 { return {{ row_exponent("sizes[head]") }}; }
+fn power_of(exponent: i32) -> f32 { return bitcast<f32>(u32(127 + exponent) << 23u); }
+{% else %}
 @group(0) @binding(1) var<storage, read> qkv: array<vec4<u32>>;
 @group(0) @binding(2) var<storage, read> segments: array<vec2<u32>>;
 @group(0) @binding(3) var<storage, read_write> out: array<vec4<u32>>;
 @group(0) @binding(4) var<storage, read_write> lse: array<f32>;
+{% endif %}
 
 {{ parts.declare_tiles() }}
 var<workgroup> factors: array<f32, {{ block * parts.chunks }}>; // of rows, for each chunk
@@ -40,8 +59,16 @@ const lowest = -3.0e38; // below every score, and its own difference is 0 where 
     // The last block begins so early that it ends with the memory, and stores only what is its own.
     let first = min(own, {{ maximum_rows - block }}u);
     let q_column = head * {{ parts.eights }}u;
-    let k_column = ({{ n_heads }}u + head / {{ n_heads // n_kv_heads }}u) * {{ parts.eights }}u;
+    let kv_head = head / {{ n_heads // n_kv_heads }}u;
+    let k_column = {{ keys_at if cached else out_eights }}u + kv_head * {{ parts.eights }}u;
     let v_column = k_column + {{ n_kv_heads * parts.eights }}u;
+{% if cached %}
+    let begin = positions[0];
+    // Of q's power and k's: beyond f32's range scores are as good as zero, or as infinite.
+    let exponent = power_exponent(head) + power_exponent({{ n_heads }}u + kv_head);
+    let score_power = power_of(clamp(-exponent, -126, 127));
+    let v_power = power_of(-power_exponent({{ n_heads + n_kv_heads }}u + kv_head));
+{% endif %}
     {{ parts.declare_teams(sources) }}
     {{ parts.declare_fetched() }}
 {% for q in range(parts.turns) %}
@@ -65,7 +92,7 @@ const lowest = -3.0e38; // below every score, and its own difference is 0 where 
             workgroupBarrier();
 {% for q in range(parts.turns) %}
             var highest_{{ q }} = lowest;
-            let to_{{ q }} = min(row_{{ q }}, stop - 1u);
+            let to_{{ q }} = min({{ parts.place_of("row_%d" % q) }}, stop - 1u);
 {% for x in range(parts.chunk // 4) %}
             var s_{{ q }}_{{ x }} = vec4<f32>();
 {% endfor %}
@@ -131,7 +158,7 @@ const lowest = -3.0e38; // below every score, and its own difference is 0 where 
             }
     {{ parts.add_weighted() }}
         }
-        part = stop;
+        part = {{ "last" if cached else "stop" }};
     }
 
     workgroupBarrier();
@@ -140,19 +167,27 @@ const lowest = -3.0e38; // below every score, and its own difference is 0 where 
     { factors[chunk_{{ q }} * block + local_{{ q }}] = total_{{ q }}; }
 {% endfor %}
     workgroupBarrier();
+{% if not cached %}
 {% for q in range(parts.turns) %}
     if (chunk_{{ q }} == 0u && row_{{ q }} >= own && row_{{ q }} < last) {
         let total = factors[local_{{ q }}]{% for c in range(1, parts.chunks) %} + factors[local_{{ q }} + {{ c * block }}u]{% endfor %};
         lse[row_{{ q }} * {{ n_heads }}u + head] = max_{{ q }} + log(total);
     }
 {% endfor %}
+{% endif %}
 {% set storing %}
                 if (first + row >= own && first + row < last) {
                     let total = factors[row]{% for c in range(1, parts.chunks) %} + factors[row + {{ c * block }}u]{% endfor %};
+{% if cached %}
+                    let at = (first + row) * {{ 2 * out_eights }}u + 2u * q_column + column / 4u;
+                    out[at] = bitcast<vec4<f32>>(tiles[unit]) / total * v_power;
+                    out[at + 1u] = bitcast<vec4<f32>>(tiles[unit + 1u]) / total * v_power;
+{% else %}
                     out[(first + row) * {{ out_eights }}u + q_column + column / 8u] = packed(
                         bitcast<vec4<f32>>(tiles[unit]) / total,
                         bitcast<vec4<f32>>(tiles[unit + 1u]) / total,
                     );
+{% endif %}
                 }
 {% endset %}
 {{ parts.through_stage(storing) }}

@@ -34,7 +34,14 @@ SOURCES = {
     },
     "argmax.wgsl": {"token": _ARGMAX},
     "attention.wgsl": {"segments": f"{_INPUTS}, {_STEP}"},
-    "attention_matrix.wgsl": {"segments": _INPUTS, "qkv": _HALVES, "out": _HALVES},
+    "attention_matrix.wgsl": {
+        "segments": _INPUTS,
+        "qkv": _HALVES,
+        "out": _HALVES,
+        "halves": _HALVES,
+        "sizes": _LARGEST,
+        "positions": _STEP,
+    },
     "attention_matrix_backward_kv.wgsl": {"segments": _INPUTS, "qkv": _HALVES, "d_out": _HALVES},
     "attention_matrix_backward_q.wgsl": {
         "segments": _INPUTS,
@@ -73,6 +80,9 @@ SOURCES = {
     "embedding_scatter.wgsl": {"tokens": _INPUTS, "order": _INPUTS},
     "embedding_noise.wgsl": {"row_keys": _KEYS},
     "gather.wgsl": {"indices": f"{_INPUTS}, {_STEP}"},
+    "halve_rows.wgsl": {"halves": _HALVES, "largest": _LARGEST},
+    "head_halves.wgsl": {"largest": _LARGEST, "halves": _HALVES, "sizes": _LARGEST},
+    "head_sizes.wgsl": {"largest": _LARGEST},
     "int_row.wgsl": {"int_row": _INT_ROW},
     "largest_of_rows.wgsl": {"largest": _LARGEST},
     "largest_weights.wgsl": {"weights": _WEIGHTS},
@@ -89,6 +99,7 @@ SOURCES = {
     "kv_store.wgsl": {"positions": _STEP},
     "matmul_int_row.wgsl": {"row": _INT_ROW, "weights": _WEIGHTS, "int_row": _INT_ROW},
     "matmul_row.wgsl": {"weights": _WEIGHTS},
+    "parts/cached_heads.wgsl": {"positions": _STEP},
     "parts/head_bindings.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
     "parts/matmul_bindings.wgsl": {
         "weights": _WEIGHTS,
@@ -142,6 +153,7 @@ def test_nothing_else_writes_what_indexes() -> None:
         "shaders/memory.py", "shaders/tensor.py", "shaders/program_data.py",
         "shaders/activations.py",
         "forward/attention.py",  # tests that they are u32
+        "forward/attention_prompt.py",  # sizes and eights of f16, as bits
         "forward/dropout.py", "forward/embedding_noise.py",  # keys that are hashed
         "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
         "backward/scratch.py", "backward/rmsnorm.py",  # sizes of rows, as bits

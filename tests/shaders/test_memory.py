@@ -112,10 +112,10 @@ def test_inner_memory_shares_scratch_and_constants(device: Device) -> None:
         within = outer.inner()
         assert within.scratch((10,)).buffer is large.buffer
         assert within.constant_uniform((1, 2)) is outer.constant_uniform((1, 2))
-        other = within.scratch((50,), beside=True)
-        assert other.buffer is outer.scratch((40,), beside=True).buffer
-        assert outer.holds_data == (other.buffer is not large.buffer)
-        assert outer.largest_scratch == (1000, 50) and within.largest_scratch == (0, 0)
+        other, third = within.scratch((50,), beside=1), within.scratch((60,), beside=2)
+        assert other.buffer is outer.scratch((40,), beside=1).buffer
+        assert outer.holds_data == (len({id(t.buffer) for t in (large, other, third)}) == 3)
+        assert outer.largest_scratch == (1000, 50, 60) and not any(within.largest_scratch)
 
 
 def test_counting_is_as_on_the_device(device: Device) -> None:

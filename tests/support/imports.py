@@ -35,8 +35,8 @@ MAY_IMPORT["lora/config"] |= {"optim"}  # the words of its schedules
 MAY_IMPORT["lora/export"] -= {"lora/generation"}
 MAY_IMPORT["lora/training"] = MAY_IMPORT["lora/training"] - {"lora/export"} | {"backward", "optim"}
 MAY_IMPORT["lora/checks"] = _FORWARD | {"backward", "optim", "lora/storage"}
-MAY_IMPORT["lora/training"] |= {"lora/checks"}
-MAY_IMPORT["lora/commands"] |= {"lora/checks"}
+for _wing in ("generation", "training", "commands"):
+    MAY_IMPORT[f"lora/{_wing}"] |= {"lora/checks"}
 MAY_IMPORT["lora"] = {name for name in MAY_IMPORT if name.startswith("lora/")} | {"shaders"}
 
 

@@ -253,6 +253,8 @@ def _runs(folder: Path) -> Iterator[Run]:
     post_norms, path = TINY_MODELS["gemma2_q8_0"], folder / "wide.gguf"
     replace(post_norms, config=post_norms.config | {"hidden_size": 512}).write_gguf(path)
     yield _record(path, (LARGE_GPU,), (F32,))
+    # Prompts on matrix units, with windows, caps and heads of whole fragments.
+    yield _record_text(path, (MATRIX_GPU, SMALL_MATRICES))
     # Types that differ within a stack; the largest heads.
     path = folder / "mixed.gguf"
     write_tiny_llama(
@@ -320,6 +322,16 @@ def _record(
                 keep(kind, _training(plan), found)
                 if train is F32:  # text has no other
                     keep(kind, _text(plan), found)
+
+    return run
+
+
+def _record_text(path: Path, kinds: Sequence[Kind]) -> Run:
+    """Text of a model on devices of some kinds, in pieces of many rows."""
+
+    def run(found: Found) -> None:
+        for kind in kinds:
+            keep(kind, _text(_plan(kind, path, _ALL, F32, _LONG)), found)
 
     return run
 
@@ -394,9 +406,12 @@ def _text(plan: SessionPlan) -> list[Program]:
     return [
         program
         for name in (None, "adapter")
-        for steps, opening in ((pieces, True), (pieces, False), (step, False))
-        for program in engine._programs_of(name, steps, opening=opening)
-    ]
+        for steps, opening, few in (
+            (pieces, True, False), (pieces, False, False), (pieces, False, True),
+            (step, False, False),
+        )
+        for program in engine._programs_of(name, steps, opening=opening, few=few)
+    ]  # fmt: skip
 
 
 def _counting(plan: SessionPlan, precision: str = "f32") -> Recording:

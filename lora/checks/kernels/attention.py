@@ -42,6 +42,7 @@ from lora.forward.attention_decode import (
     attention_decode_row,
 )
 from lora.forward.attention_matrix import choose_cut
+from lora.forward.attention_prompt import attention_prompt, head_halves, prompt_cut
 from lora.forward.heads import Heads
 from lora.forward.matmul_matrix import shape_on
 from lora.forward.model.kv_cache import LayerCache, store_keys_values
@@ -136,11 +137,84 @@ def check_kv_store(recording: Recording) -> Comparison:
     )
 
 
-def check_attention_decode(recording: Recording, heads: Heads) -> Comparison:
-    """Rows at the edges of blocks; 1e-5 covers the roundings of scores of 256 columns."""
+def text_of(recording: Recording, heads: Heads) -> tuple[LayerCache, np.ndarray, np.ndarray]:
+    """A cache that is filled with ROOM keys and values, and these [ROOM, kv_size]."""
     kv_size = heads.n_kv_heads * heads.head_size
     keys, values = normal(4, ROOM, kv_size), normal(5, ROOM, kv_size)
-    cache = LayerCache(recording.memory.upload(as_keys_lie(keys)), recording.memory.upload(values))
+    uploaded = (recording.memory.upload(numbers) for numbers in (as_keys_lie(keys), values))
+    return LayerCache(*uploaded), keys, values
+
+
+def check_head_halves(recording: Recording, heads: Heads) -> Comparison:
+    """Each head by the power of its largest number, to one of f16's neighbours."""
+    rows, in_use, begin = 40, 37, 90
+    cache, keys, values = text_of(recording, heads)
+    sizes = 2.0 ** np.array([-30, 70, 3])[: heads.n_heads]
+    q = normal(6, rows, heads.query_size).reshape(rows, heads.n_heads, -1) * sizes[:, None]
+    qkv = np.concatenate([q.reshape(rows, -1), normal(7, rows, 2 * keys.shape[1])], axis=1)
+    qkv[in_use:] = 1e30  # no head's largest
+    extent, program = extent_in_use(recording, rows, in_use), Program(recording)
+    halves = head_halves(
+        program, activation(recording, qkv.astype(np.float32), extent),
+        activation(recording, begin + np.arange(rows, dtype=np.uint32), extent), cache, heads,
+    )  # fmt: skip
+    program.run()
+    found, n = (
+        recording.memory.read(halves.eights).view(np.float16).astype(np.float64),
+        begin + in_use,
+    )
+    powers = recording.memory.read(halves.sizes).view(np.float32)
+    results = []
+    queries = found[: halves.keys_at].reshape(rows, heads.n_heads, -1)[:in_use]
+    cached = found[halves.keys_at :].reshape(ROOM, 2 * heads.n_kv_heads, -1)[:n]
+    given = np.concatenate([keys, values], axis=1).reshape(ROOM, 2 * heads.n_kv_heads, -1)[:n]
+    seen = 0 if heads.window is None else (begin + 1 - heads.window) // 64 * 64
+    exact = [*q[:in_use].swapaxes(0, 1), *given[seen:].swapaxes(0, 1)]
+    copies = [*queries.swapaxes(0, 1), *cached[seen:].swapaxes(0, 1)]
+    for head, (numbers, copy) in enumerate(zip(exact, copies, strict=True)):
+        largest = np.abs(numbers.astype(np.float32)).max()
+        power = 2.0 ** (4 - np.floor(np.log2(np.float64(largest))))
+        expected = numbers.astype(np.float32) * power
+        results += [
+            same(powers[head : head + 1], np.array([largest])),
+            compare(copy, expected, rtol=2.0**-10, atol=2.0**-24),
+        ]
+    return worst(*results)
+
+
+def check_prompt(recording: Recording, heads: Heads) -> Comparison:
+    """A prompt's second piece on matrix units; the bound of `check_matrix`."""
+    rows, in_use, begin = 80, 77, 70
+    if shape_on(recording.facts) is None:
+        raise NotHereError("no matrix units that multiply f16 and add f32")
+    needs_half(recording)
+    spare_software(recording)
+    recording = replace(recording, precision="f32", products="f16", body="matrix")
+    cut = prompt_cut(recording, rows, heads, ROOM)
+    if cut is None:
+        raise NotHereError(f"too little workgroup memory for heads of {heads.head_size}")
+    cache, keys, values = text_of(recording, heads)
+    qkv, extent = normal(6, rows, heads.qkv_size), extent_in_use(recording, rows, in_use)
+    positions = begin + np.arange(rows, dtype=np.uint32)
+    out, program = marked(recording, extent, heads.query_size), Program(recording)
+    attention_prompt(
+        program, activation(recording, qkv, extent), activation(recording, positions, extent),
+        cache, heads, cut, out=out,
+    )  # fmt: skip
+    program.run()
+    size = heads.head_size
+    expected = attention_decode_reference(
+        heads_of(qkv[:in_use, : heads.query_size], size), heads_of(keys, size),
+        heads_of(values, size), positions[:in_use], heads.scale, heads.window, heads.softcap,
+    ).reshape(in_use, -1)  # fmt: skip
+    found = recording.memory.read(out)
+    atol = 6 * 2**-11 * max(1.0, heads.scale * np.sqrt(size))
+    return worst(compare(found[:in_use], expected, atol=atol), untouched(found[in_use:]))
+
+
+def check_attention_decode(recording: Recording, heads: Heads) -> Comparison:
+    """Rows at the edges of blocks; 1e-5 covers the roundings of scores of 256 columns."""
+    cache, keys, values = text_of(recording, heads)
     positions = np.array([0, 63, 64, 127, 149, 9], np.uint32)
     qkv, extent = normal(6, 6, heads.qkv_size), extent_in_use(recording, 6, 5)
     out, program = marked(recording, extent, heads.query_size), Program(recording)
@@ -216,6 +290,11 @@ MATRIX_SHAPES = (
     Shape(2, 1, 128, 0.08),
     Shape(2, 1, 256, 0.0625),
 )
+PROMPT_HEADS = (
+    Heads(4, 2, 64, 0.125),
+    Heads(3, 1, 128, 0.09, window=50, softcap=5.0),
+    Heads(2, 1, 256, 0.0625),
+)
 HEADS = (Heads(4, 2, 64, 0.125), Heads(3, 1, 100, 0.1, window=64, softcap=2.0))
 LARGE_HEADS = Heads(2, 1, 320, 0.06)
 CHECKS = [
@@ -232,6 +311,16 @@ CHECKS = [
               partial(check_matrix, shape=shape, backward=backward))
         for backward in (False, True)
         for shape in MATRIX_SHAPES
+    ),
+    *(
+        Check("attention_matrix_prompt", f"77, {heads.n_heads} heads of {heads.head_size}",
+              partial(check_prompt, heads=heads))
+        for heads in PROMPT_HEADS
+    ),
+    *(
+        Check("head_halves", f"37, {heads.n_heads} heads of {heads.head_size}",
+              partial(check_head_halves, heads=heads))
+        for heads in (Heads(3, 1, 16, 1.0), Heads(2, 2, 64, 1.0, window=20))
     ),
     Check("kv_store", "2x48", check_kv_store),
     *(

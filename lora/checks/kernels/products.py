@@ -33,6 +33,7 @@ from lora.checks.tensors import (
     typed_marked,
 )
 from lora.forward.dropout import GroupDropout, mask, row_keys, scale_of
+from lora.forward.halve_rows import halve_rows
 from lora.forward.matmul import matmul
 from lora.forward.matmul_matrix import shape_on
 from lora.forward.matmul_paired import largest_of_rows
@@ -190,6 +191,23 @@ def check_largest_of_rows(recording: Recording) -> Comparison:
     return worst(same(found[:IN_USE], wanted[:IN_USE]), untouched(found[IN_USE:]))
 
 
+def check_halve_rows(recording: Recording) -> Comparison:
+    """Sizes exactly, copies to one of f16's neighbours: rows of other sizes by other powers."""
+    sizes = 2.0 ** np.linspace(-90, 90, ROWS).round()[:, None]
+    x = (normal(1, ROWS, 264) * sizes).astype(np.float32)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    sized = halve_rows(program, activation(recording, x, extent), label="checked")
+    assert sized.halves is not None and sized.largest is not None
+    program.run()
+    largest = np.abs(x[:IN_USE]).max(axis=1)
+    powers = 2.0 ** (4 - np.floor(np.log2(largest.astype(np.float64))))
+    found = recording.memory.read(sized.halves)[:IN_USE]
+    return worst(
+        same(recording.memory.read(sized.largest).view(np.float32)[:IN_USE], largest),
+        compare(found, x[:IN_USE] * powers[:, None], rtol=2.0**-11, atol=2.0**-25),
+    )
+
+
 def check_row_bounds(recording: Recording, kind: GGMLQuantizationType) -> Comparison:
     """Sums of positive numbers in f32: some hundred roundings of each, which partly cancel."""
     matrix, w = frozen(recording, kind, OUT_FEATURES, 256)
@@ -255,6 +273,8 @@ CHECKS = [
     Check("matmul_matrix", f"rows that are scaled, {MATRIX_TILES[-1].name}",
           partial(check_matmul, kind=Q4_K, columns=256, tile=MATRIX_TILES[-1], copied=True)),
     Check("row_bounds", f"{OUT_FEATURES}x256 Q4_0", partial(check_row_bounds, kind=Q4_0)),
+    Check("halve_rows", f"{IN_USE}x264", check_halve_rows),
+    Check("halve_rows", f"{IN_USE}x264", check_halve_rows),
     Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
     Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),
     Check("matmul_matrix", f"{PAIRED_TILES[-1].name} F16",

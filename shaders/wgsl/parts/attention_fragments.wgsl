@@ -15,6 +15,8 @@ context`; they read its constants:
         the jobs is of the first;
     out_rows, out_columns: of the sums that a subgroup holds, likewise;
     m, n, k, subgroup_lanes: of fragments;
+    cached: whether rows follow those of a text, all of whose keys lie from row 0 on; begin, the first one's
+        place among them, is then declared. Else keys are rows among the queries, example by example;
     emulated: whether the same runs in plain WGSL, for tests: a lane then holds every
         subgroup_lanes-th number of a fragment, and side a is read when it is needed.
 
@@ -76,24 +78,36 @@ fn unpacked(words: vec2<u32>) -> vec4<f32> {
 {# The condition that there is such an item; empty where all lanes have one. #}
 {% macro has_item(q) %}{% if items % lanes %}if (item_{{ q }} < {{ items }}u) {% endif %}{% endmacro %}
 
+{# The place of a query row among the keys. #}
+{% macro place_of(row) -%}
+{{ "(begin + %s)" % row if cached else row }}
+{%- endmacro %}
+
 {# The first key that a query row sees: from_{q}; none where the row is not the workgroup's. #}
 {% macro declare_from(q) %}
     var from_{{ q }} = 0xffffffffu;
     if (row_{{ q }} >= own && row_{{ q }} < last) {
-        from_{{ q }} = segments[row_{{ q }}].x;
+        from_{{ q }} = {{ "0u" if cached else "segments[row_%d].x" % q }};
 {% if window %}
-        if (row_{{ q }} >= {{ window }}u) { from_{{ q }} = max(from_{{ q }}, row_{{ q }} - {{ window - 1 }}u); }
+        let place = {{ place_of("row_%d" % q) }};
+        if (place >= {{ window }}u) { from_{{ q }} = max(from_{{ q }}, place - {{ window - 1 }}u); }
 {% endif %}
     }
 {% endmacro %}
 
-{# Of the example of row `part`: the end of its rows in the block, `stop`, and the first `key` of the walk. #}
+{# Of the example of row `part`: the end of the keys that its rows in the block see, `stop`, and the first `key` of the walk. #}
 {% macro begin_keys() %}
+{% if cached %}
+        let stop = begin + last;
+        var key = 0u;
+{% else %}
         let segment = segments[part];
         let stop = clamp(segment.y, part + 1u, last);
         var key = segment.x;
+{% endif %}
 {% if window %}
-        if (part + 1u > key + {{ window }}u) { key += (part + 1u - {{ window }}u - key) / walk * walk; }
+        let end_of_first = {{ place_of("part") }} + 1u;
+        if (end_of_first > key + {{ window }}u) { key += (end_of_first - {{ window }}u - key) / walk * walk; }
 {% endif %}
 {% endmacro %}
 
@@ -353,9 +367,12 @@ place of four numbers in `tiles`, with their `row` of the block, their `column` 
 
 {#
 Scores from products: the vec4 `{s}` becomes the scaled, and capped, score; with a cap `{t}` is its
-tanh.
+tanh. Of copies of a cache score_power takes out what q and k were multiplied by.
 #}
 {% macro scale_score(s, t) %}
+{% if cached %}
+            {{ s }} *= score_power;
+{% endif %}
 {% if softcap %}
             // Some drivers' tanh overflows; beyond ±10 it is ±1 in f32.
             let {{ t }} = tanh(clamp({{ s }} * {{ scale / softcap }}, vec4<f32>(-10.0), vec4<f32>(10.0)));

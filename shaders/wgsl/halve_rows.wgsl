@@ -1,0 +1,46 @@
+// halves[m, k] = x[m, k] · 2^e[m] in f16, as tiles of f16 hold it: 2^e brings the row's largest number to 2^4 … 2^5
+// (parts/row_power.wgsl); largest[m] = the bits of that number, as largest_of_rows.wgsl finds it.
+//
+// Bindings: x [rows, {{ columns }}], halves in eights [rows, {{ columns // 8 }}], largest u32 [rows]. One workgroup a row; no order matters.
+
+struct Extent { rows: u32 }
+
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> halves: array<vec4<u32>>;
+@group(0) @binding(3) var<storage, read_write> largest: array<u32>;
+{% from "parts/row_power.wgsl" import row_exponent %}
+
+const lanes = 256u;
+const eights = {{ columns // 8 }}u;
+var<workgroup> bits: atomic<u32>;
+
+@compute @workgroup_size(lanes)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = group.x + group.y * groups.x;
+    if (row >= extent.rows) { return; }
+    if (lane == 0u) { atomicStore(&bits, 0u); }
+    workgroupBarrier();
+    let begin = row * eights;
+    var own = vec4<u32>();
+    for (var eight = lane; eight < eights; eight += lanes) {
+        let at = 2u * (begin + eight);
+        own = max(own, bitcast<vec4<u32>>(abs(x[at])));
+        own = max(own, bitcast<vec4<u32>>(abs(x[at + 1u])));
+    }
+    atomicMax(&bits, max(max(own.x, own.y), max(own.z, own.w)));
+    workgroupBarrier();
+    let size = atomicLoad(&bits);
+    if (lane == 0u) { largest[row] = size; }
+    let power = bitcast<f32>(u32(127 + {{ row_exponent("size") }}) << 23u);
+    for (var eight = lane; eight < eights; eight += lanes) {
+        let a = power * x[2u * (begin + eight)];
+        let b = power * x[2u * (begin + eight) + 1u];
+        halves[begin + eight] =
+            vec4(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
+    }
+}
