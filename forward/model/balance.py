@@ -37,6 +37,12 @@ _BEFORE = ("mixer_norm", "feed_forward_norm")  # what they give is another multi
 # Bounds outside these are brought to 2^11 and 2^4: half of what f16 holds is left to adapters, and
 # bounds are loose by two or three powers of ten, most of it for a product of two.
 LEAST, LIMIT = 2.0**-4, 2.0**15
+# Only a norm reads what a block gives to it, so that its bound may be the limit; sums of 32
+# products, which are f16 in the plain body, stay below it, too. Behind a gated activation all gates
+# and ups are along one row at once in that bound: Gemma 3's matrices stay 2^3.9 … 2^6.2 below it by
+# their spectral norms (ten layers), its texts 2^15 … 2^23. It may pass the limit by 2^4 there, so
+# that small rows keep f16's bits; what passes 65,504 all the same is infinite: the loss shows it.
+_BEFORE_NORM, _GATED_BEFORE_NORM = LIMIT, 2.0**4 * LIMIT
 # The same of a matrix's largest weight, brought to 2^-6: the plain body sums 32 products in f16.
 _LEAST_WEIGHT, _MOST_WEIGHT = 2.0**-10, 2.0**4
 
@@ -182,11 +188,14 @@ def record_row_bounds(program: Program, part: MatrixPart, v: Tensor, bounds: Ten
     program.dispatch("row_bounds", constants, [part.words, v, bounds], rows)
 
 
-def _down(bounds: np.ndarray) -> int:
-    """As how many powers of two less than these bounds something is stored; often none."""
+def _down(bounds: np.ndarray, limit: float = LIMIT, to: float = 2.0**11) -> int:
+    """As how many powers of two less than these bounds something is stored; often none.
+
+    Bounds above `limit` are brought to `to`.
+    """
     most = float(bounds.max(initial=0.0))
-    if most > LIMIT:
-        return math.ceil(math.log2(min(most, 2.0**100))) - 11
+    if most > limit:
+        return math.ceil(math.log2(min(most, 2.0**100) / to))
     return math.floor(math.log2(max(most, 2.0**-100))) - 4 if 0.0 < most < LEAST else 0
 
 
@@ -195,12 +204,14 @@ def _found_of(layer: _Layer) -> LayerBalance:
     mixer, feed_forward = spec.mixer, spec.feed_forward
     source = _after_norm(layer, "mixer_norm")
     if isinstance(mixer, Attention):
-        _output(layer, "attn_output", _qkv(layer, mixer, source), "post_mixer_norm")
+        attended = _qkv(layer, mixer, source)
+        _output(layer, "attn_output", attended, "post_mixer_norm", _BEFORE_NORM)
     else:
         _others(layer, mixer.matrices, source)
     source = _after_norm(layer, "feed_forward_norm")
     if isinstance(feed_forward, GatedFeedForward):
-        _output(layer, "down", _gate_up(layer, feed_forward, source), "post_feed_forward_norm")
+        gated = _gate_up(layer, feed_forward, source)
+        _output(layer, "down", gated, "post_feed_forward_norm", _GATED_BEFORE_NORM)
     else:
         _others(layer, feed_forward.matrices, source)
     if spec.per_layer is not None:
@@ -262,11 +273,11 @@ def _gate_up(layer: _Layer, block: GatedFeedForward, source: _Source | None) -> 
     return _Source(product, None, up + layer.found.gated)
 
 
-def _output(layer: _Layer, group: str, source: _Source | None, norm: str) -> None:
+def _output(layer: _Layer, group: str, source: _Source | None, norm: str, limit: float) -> None:
     """Finds the power of what a block gives, where a norm follows that takes it out again."""
     sizes = layer.sizes(group, source)
     if sizes is not None and getattr(layer.weights, norm) is not None:
-        layer.found.norms[norm] = down = _down(sizes)
+        layer.found.norms[norm] = down = _down(sizes, limit, limit)
         layer.found.down[group][:] = down
 
 
