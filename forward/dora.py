@@ -26,10 +26,10 @@ from lora.shaders.tensor import Tensor
 
 _ROWS = 8  # of a team of lanes that finds lengths: all read A once
 _MOST_LANES, _CPU_LANES = 256, 16
-_MOST_STAGED = 16000  # bytes of rows in workgroup memory: larger ones fill a GPU by themselves
+_STAGING_TEAMS = 2  # of a workgroup that copies its rows into its memory first
+_MOST_STAGED = 16000  # bytes of these: rows that are longer fill a GPU by themselves
 _SUM_BYTES = 4608 + 16  # of workgroup memory: where lanes meet, what an eight reads behind rows
 _AT_ONCE = 8  # rows of A that a lane loads before it uses the first
-_MOST_TEAMS = 4
 _OTHER_BUFFERS = 3  # that it binds beside the weights
 
 
@@ -240,7 +240,7 @@ def _batches(recording: Recording, rows: Sequence[_Rows]) -> Iterator[Sequence[_
     """As many as a dispatch takes, of rows that are alike."""
     facts, most = recording.facts, 1
     constants = rows[0].constants
-    if not facts.is_cpu and _fits(facts, 1, constants["row_words"], constants["rank"]):
+    if _stages(facts, constants["row_words"], constants["rank"]):
         most = facts.most_storage_buffers - _OTHER_BUFFERS
     batch: list[_Rows] = []
     for one in rows:
@@ -292,20 +292,17 @@ def _teams(
     facts = recording.facts
     if facts.is_cpu:
         return 1, _CPU_LANES
-    staged = row_words if _fits(facts, 1, row_words, rank) else 0
-    most = min(_MOST_LANES, facts.most_lanes)
-    teams = max(
-        n
-        for n in range(1, _MOST_TEAMS + 1)
-        if n == 1 or (most >= 64 * n and _fits(facts, n, staged, rank))
-    )
+    teams = _STAGING_TEAMS if _stages(facts, row_words, rank) else 1
     fours = 2 * -(-matrix.in_features // 8)
-    lanes = range(most // teams // 16 * 16, 32, -16)
+    lanes = range(min(_MOST_LANES, facts.most_lanes) // teams // 16 * 16, 32, -16)
     return teams, min(lanes, key=lambda n: -(-fours // n) * n)
 
 
-def _fits(facts: DeviceFacts, teams: int, row_words: int, rank: int) -> bool:
-    """Whether a workgroup's memory has room for its teams' rows, and for what multiplies A's."""
-    rows = 4 * _ROWS * teams * row_words
-    least = _SUM_BYTES + 4 * _ROWS * teams * rank
-    return rows <= _MOST_STAGED and rows + least <= facts.workgroup_memory
+def _stages(facts: DeviceFacts, row_words: int, rank: int) -> bool:
+    """Whether rows are short: a GPU's workgroups have room for them, and for what multiplies A's.
+
+    Those of many matrices then share a dispatch.
+    """
+    rows, factors = (4 * _ROWS * _STAGING_TEAMS * n for n in (row_words, rank))
+    fits = rows + factors + _SUM_BYTES <= facts.workgroup_memory
+    return not facts.is_cpu and rows <= _MOST_STAGED and fits
