@@ -36,7 +36,7 @@ quickstart: $(VENV)/.vulkan
 test: lint $(DRIVEN)
 	$(BIN)/lora pull smollm2-135m
 	LORA_WEBGPU=wgpu $(QUICK) $$(cat $(DRIVEN)) -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
-		--cov --cov-report=term --durations=10
+		-p tests.support.covered_lines --durations=10
 	$(BIN)/python -m pytest tests/parity
 
 ## test-dawn: the tests of `make test` through Dawn, on a software driver with matrix units

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
-import threading
-from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import hypothesis
@@ -65,19 +62,10 @@ _PLACES = {Path(__file__).parent / file: place for place, file in enumerate(LONG
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Puts the longest files first; the rest stays in order. The judges' warnings are theirs.
-
-    Coverage is taken of the first case of each test: tracing costs Python as much time again, and
-    the others run the same lines on other sizes.
-    """
+    """Puts the longest files first; the rest stays in order. The judges' warnings are theirs."""
     items.sort(key=lambda item: _PLACES.get(item.path, len(_PLACES)))
     _mark_long(items, whole=config.args_source is pytest.Config.ArgsSource.TESTPATHS)
-    cases: Counter[str] = Counter()
     for item in items:
-        function = item.nodeid.partition("[")[0]
-        cases[function] += 1
-        if cases[function] > 1:
-            item.add_marker(pytest.mark.untraced)
         if item.get_closest_marker("parity"):
             item.add_marker(pytest.mark.filterwarnings("ignore"))
 
@@ -106,25 +94,6 @@ def pytest_collection_finish() -> None:
     gc.collect()
     gc.freeze()
     gc.set_threshold(20_000, 20, 20)
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
-    """Runs tests marked `untraced` without coverage, which takes Python four times as long.
-
-    pytest-cov 7.1 has a marker for this, `no_cover`, that does nothing in a worker of xdist: it
-    stops one collector there, and a second one, which lies under it, goes on in its place.
-    """
-    if item.get_closest_marker("untraced") is None:
-        return (yield)
-    tracer, in_threads = sys.gettrace(), threading.gettrace()
-    sys.settrace(None)
-    threading.settrace(None)  # type: ignore[arg-type]  # as Python's documentation has it
-    try:
-        return (yield)
-    finally:
-        sys.settrace(tracer)
-        threading.settrace(in_threads)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module", autouse=True)

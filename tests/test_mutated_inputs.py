@@ -17,7 +17,6 @@ def test_all_shares_are_given_out() -> None:
     assert sum(parser.share for parser in PARSERS) == pytest.approx(1.0)
 
 
-@pytest.mark.untraced  # reads the same some thousand times
 @pytest.mark.parametrize("parser", PARSERS, ids=lambda parser: parser.name)
 def test_mutated_inputs_are_read_or_refused(parser: Parser) -> None:
     n = round(_INPUTS * parser.share)

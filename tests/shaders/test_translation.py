@@ -68,7 +68,6 @@ def tint_refusals(texts: list[str], pipelines: list[bool]) -> list[tuple[int, st
     return [(index, message) for index, message in json.loads(done.stdout)]
 
 
-@pytest.mark.untraced  # renders some thousand texts
 def test_every_file_is_in_some_rendering() -> None:
     files = {path.relative_to(WGSL).as_posix() for path in WGSL.rglob("*.wgsl")}
     assert all_renderings().files == files
@@ -81,7 +80,6 @@ def test_the_few_that_cover_all_have_every_template() -> None:
     assert len(few) < len(renderings.templates)
 
 
-@pytest.mark.untraced  # renders some thousand texts
 def test_tint_takes_every_kernel() -> None:
     """And makes pipelines of all that a GPU of WebGPU's default limits asks for."""
     renderings = all_renderings()
@@ -105,7 +103,6 @@ def test_tint_takes_matrices_with_their_directives() -> None:
     assert [index for index, _ in refused] == [1]
 
 
-@pytest.mark.untraced  # renders some thousand texts
 def test_naga_translates_every_kernel_to_metal_and_hlsl() -> None:
     """But those on matrix units, which naga does not know: only Dawn runs them."""
     few = {

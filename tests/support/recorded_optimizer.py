@@ -19,6 +19,11 @@ def padded(n: int) -> int:
     return -(-n // 64) * 64
 
 
+def few_ranges(n: int, max_range: int | None) -> int | None:
+    """max_range, or what cuts n into four: each range's sum of squares is a kernel of its own."""
+    return max_range and max(max_range, n // 3)
+
+
 @dataclass(frozen=True)
 class Optimizer:
     """A recorded optimizer step and its tensors."""

@@ -39,7 +39,6 @@ FILES = {
 }
 
 
-@pytest.mark.untraced  # tracing takes several times as long as the reader
 @pytest.mark.parametrize("name", FILES)
 def test_one_sentence_at_once(tmp_path: Path, name: str) -> None:
     content, words = FILES[name]

@@ -51,7 +51,6 @@ def two_steps(session: TrainingSession) -> bytes:
     return session.parameters().tobytes()
 
 
-@pytest.mark.untraced  # does the same a hundred times
 def test_a_hundred_sessions_in_turn(config: Config, own_device: Device) -> None:
     """All memory comes back, the device's and the host's, and all train the same."""
     found, resident = set(), []
