@@ -1,7 +1,7 @@
-"""How many dispatches a submission should have: a step's time, waited for and not, over the most.
+"""How many dispatches a submission should have, and the first: a step's time, waited for and not.
 
     python benchmarks/submissions.py [--model SmolLM2-135M] [--batch-size 1] [--length 128]
-        [--most 512 128 32]
+        [--most 512 128 32] [--first 16 128]
 
 The settings take turns, so that a drift of the clocks meets all of them; medians count.
 """
@@ -28,9 +28,12 @@ from tests.support.synthetic_runs import as_examples, run_config
 UNCUT = 10**9
 
 
-def timed(session: TrainingSession, batches: list[Batch], most: int, waited: bool) -> float:
+Setting = tuple[int, int]  # the most dispatches of all submissions, and those of the first
+
+
+def timed(session: TrainingSession, batches: list[Batch], setting: Setting, waited: bool) -> float:
     """Seconds a step of some steps under a setting."""
-    program.MAX_SUBMISSION_DISPATCHES = most
+    program.MAX_SUBMISSION_DISPATCHES, program.FIRST_SUBMISSION_DISPATCHES = setting
     session.finished_steps(wait=True)
     start = time.perf_counter()
     for batch in batches:
@@ -47,6 +50,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--precision", nargs="+", default=["f32", "f16"])
     parser.add_argument("--most", type=int, nargs="+", default=[UNCUT, 512, 256, 128, 64, 32])
+    parser.add_argument("--first", type=int, nargs="+", default=[UNCUT, 16])
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--output", type=Path, help="a folder for submissions-*.json")
     options = parser.parse_args()
@@ -74,30 +78,35 @@ def time_session(
     """The same of a session that is open."""
     shake_adapter(session)
     batches = list(sequential_batches(session.workload.train_examples, case.batch_size))
-    for most in options.most:
-        timed(session, batches, most, True)
-    found: dict[tuple[int, bool], list[float]] = {}
+    settings = [(most, first) for most in options.most for first in options.first]
+    for setting in settings:
+        timed(session, batches, setting, True)
+    found: dict[tuple[Setting, bool], list[float]] = {}
     for _ in range(options.rounds):
-        for most in options.most:
+        for setting in settings:
             for waited in (True, False):
-                seconds = timed(session, batches, most, waited)
-                found.setdefault((most, waited), []).append(seconds)
+                seconds = timed(session, batches, setting, waited)
+                found.setdefault((setting, waited), []).append(seconds)
     middle = {key: 1e3 * statistics.median(values) for key, values in found.items()}
     n = sum(len(p.dispatches) for p in session.step_programs())
     print(f"\n{model} {case} {precision}, {n} dispatches a step, {describe(session.device)}\n")
     rows = [
-        ["uncut" if most == UNCUT else most, *(f"{middle[most, w]:.2f}" for w in (True, False))]
-        for most in options.most
+        [
+            *("uncut" if n == UNCUT else n for n in setting),
+            *(f"{middle[setting, w]:.2f}" for w in (True, False)),
+        ]
+        for setting in settings
     ]
-    print("\n".join(markdown_table(["most dispatches", "ms waited for", "ms not"], rows)))
+    header = ["most dispatches", "of the first", "ms waited for", "ms not"]
+    print("\n".join(markdown_table(header, rows)))
     if options.output:
         options.output.mkdir(parents=True, exist_ok=True)
         contents = {
             "model": model, "case": str(case), "precision": precision, "dispatches": n,
             "device": describe(session.device), "rounds": options.rounds,
             "ms": [
-                {"most": most, "waited": waited, "median": value}
-                for (most, waited), value in middle.items()
+                {"most": most, "first": first, "waited": waited, "median": value}
+                for ((most, first), waited), value in middle.items()
             ],
         }  # fmt: skip
         name = f"submissions-{model}-{case}-{precision}.json"

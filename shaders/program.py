@@ -15,6 +15,9 @@ from lora.shaders.webgpu import BindGroup, Commands, Encoder, Launch, Pipeline
 # A GPU begins with the first submission while the host still encodes the next; fewer dispatches to
 # a submission cost the host more than the device gains (benchmarks/submissions.py, docs/log.md).
 MAX_SUBMISSION_DISPATCHES = 128
+# The first of a program has so few that it is there soon, each after it half as many more again: a
+# GPU takes longer to run a dispatch than the host to encode one, but not much where it is small.
+FIRST_SUBMISSION_DISPATCHES = 16
 MAX_WORKGROUPS = 65_535  # of one dimension of a dispatch, by WebGPU's default limits
 _QUERIES = 4096  # timestamps in one query set, WebGPU's largest
 
@@ -220,18 +223,22 @@ class Program:
         return [command for command in self.commands if isinstance(command, Dispatch)]
 
     def _pieces(self) -> list[list[Dispatch | Copy]]:
-        """The commands in submissions: none takes too long, and the first is there soon.
+        """The commands in submissions: none takes too long, and a GPU's first is there soon.
 
         Drivers of desktops kill what takes long. A copy goes with the dispatch before it.
         """
         pieces: list[list[Dispatch | Copy]] = [[]]
-        most = self.recording.submissions.flops
+        most_flops, is_cpu = self.recording.submissions.flops, self.recording.facts.is_cpu
+        most = MAX_SUBMISSION_DISPATCHES
+        if not is_cpu:
+            most = min(most, FIRST_SUBMISSION_DISPATCHES)
         flops = dispatches = 0
         for command in self.commands:
             if isinstance(command, Dispatch):
-                if flops > most or dispatches == MAX_SUBMISSION_DISPATCHES:
+                if flops > most_flops or dispatches == most:
                     pieces.append([])
                     flops = dispatches = 0
+                    most = min(MAX_SUBMISSION_DISPATCHES, most + -(-most // 2))
                 flops += command.flops
                 dispatches += 1
             pieces[-1].append(command)

@@ -191,3 +191,19 @@ def test_submissions_have_so_many_dispatches(
     assert [len(piece) for piece in program._pieces()] == sizes
     program.run()
     assert recording.memory.read(totals)[:5].tolist() == [10, 10, 10, 10, 0]
+
+
+def test_a_gpus_first_submissions_are_short(
+    recording: Recording, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("lora.shaders.program.FIRST_SUBMISSION_DISPATCHES", 2)
+    monkeypatch.setattr("lora.shaders.program.MAX_SUBMISSION_DISPATCHES", 6)
+    for is_cpu, sizes in ((True, [6, 6, 6]), (False, [2, 3, 5, 6, 2])):
+        of = with_facts(recording, is_cpu=is_cpu)
+        values, totals = ones(of, 10), of.memory.empty((64,))
+        program = Program(of)
+        for slot in range(18):
+            sum_into(program, values, values.extent, totals, slot)
+        assert [len(piece) for piece in program._pieces()] == sizes
+        program.run()
+        assert of.memory.read(totals)[:19].tolist() == [10] * 18 + [0]
