@@ -55,6 +55,7 @@ class Tile:
     buffers: int = 1
     body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
     weight_time: ClassVar[float] = 0.0  # microseconds for each million weights, beside its steps
+    input_time: ClassVar[float] = 0.0  # and for each million numbers of x
     least_cut: ClassVar[int] = 0  # the shortest contraction that it computes in stretches
 
     @property
@@ -145,6 +146,20 @@ class PairedTile(MatrixTile):
         return f"paired {super().name}"
 
 
+@dataclass(frozen=True)
+class PreparedTile(PairedTile):
+    """As those, of pairs that are made beforehand, in scratch memory."""
+
+    body: ClassVar[str] = "prepared"
+    weight_time: ClassVar[float] = 2.0  # half a byte to four read and four written, at 3 TB/s
+    input_time: ClassVar[float] = 2.0
+
+    @property
+    def name(self) -> str:
+        """Its sizes, as files and tables name it: prepared paired matrix 128x64x32/32x32."""
+        return f"prepared {super().name}"
+
+
 class Plan(NamedTuple):
     """How one product is computed: its tile, the number of stretches and their length."""
 
@@ -217,6 +232,17 @@ PAIRED_TILES = (
     PairedTile(32, 64, 32, 32, 32, 0.70, 0.34),
 )
 
+# Pairs made beforehand: by arithmetic, a third of what the f16 body gives with plain loads (276
+# TFLOP/s on an H200), less where workgroups are small; not measured yet.
+PREPARED_TILES = (
+    PreparedTile(128, 128, 32, 64, 32, 2.00, 1.73),
+    PreparedTile(128, 64, 32, 64, 32, 1.30, 0.90),
+    PreparedTile(128, 64, 16, 64, 32, 0.80, 0.46),
+    PreparedTile(128, 64, 32, 32, 32, 1.20, 0.87),
+    PreparedTile(64, 64, 32, 32, 32, 0.70, 0.46),
+    PreparedTile(64, 64, 16, 32, 32, 0.45, 0.25),
+)
+
 
 def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]:
     """The tiles of one precision: f16 where `half`.
@@ -232,7 +258,7 @@ def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]
 
 def known_tiles(half: bool) -> tuple[Tile, ...]:
     """All tiles of one precision, of any body."""
-    on_units = (*MATRIX_TILES, *DECODED_TILES) if half else PAIRED_TILES
+    on_units = (*MATRIX_TILES, *DECODED_TILES) if half else (*PAIRED_TILES, *PREPARED_TILES)
     return (*tiles_of(half), *on_units)
 
 
@@ -263,6 +289,7 @@ class PlanSpace(NamedTuple):
         workgroups = -(-self.rows // tile.tile_rows) * -(-self.columns // tile.tile_columns)
         load = -(-workgroups * splits // self.multiprocessors)
         time = _PRODUCT + tile.weight_time * self.columns * self.contraction / 1e6
+        time += tile.input_time * self.rows * self.contraction / 1e6
         time += length / tile.depth * max(tile.latency, load * tile.work)
         if splits > 1:
             time += _REDUCE + _REDUCE_MILLION * self.rows * self.columns * splits / 1e6
