@@ -35,6 +35,11 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_at_most_twice_the_plain_error[32-to the input]",
         "test_at_most_twice_the_plain_error[32-forward]",
     ),
+    "tests/forward/test_matmul_prepared.py": (
+        "test_on_any_driver[two parts and a large rank]",
+        "test_on_any_driver[weights of f16, scaled and capped]",
+        "test_the_same_to_the_last_bit[in none]",
+    ),
     "tests/forward/test_matmul_powers.py": (
         "test_both_directions[matrix-f32]",
         "test_both_directions[matrix, one row-f16]",

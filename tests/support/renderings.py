@@ -280,7 +280,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
         yield _record(path, (MATRIX_GPU,), (F16,), lengths=_LONG)
         yield _record_tile(MATRIX_GPU, path, PAIRED_TILES[1], splits=1)
-        yield _record_tile(MATRIX_GPU, path, PREPARED_TILES[3], splits=1)
+        yield _record_tile(MATRIX_GPU, path, PREPARED_TILES[4], splits=1)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
         yield _record_tile(MATRIX_GPU, path, DECODED_TILES[0], splits=1)
 
