@@ -131,7 +131,7 @@ def paired_matrix(recording: Recording, tensor: GGUFTensor, padded: tuple[int, i
     [
         (Case(33, 32, 68, 100, ranges=((8, 44),), parts=(Type.F32,), bias=True, residual=True), 2),
         (Case(20, 19, 36, 64, rank=20, ranges=((4, 32),), parts=(Type.Q8_0, Type.F16)), 1),
-        (Case(40, 37, 36, 32, ranges=(), parts=(Type.F16,), scaled=True, softcap=7.0), 2),
+        (Case(40, 37, 36, 100, ranges=(), parts=(Type.F16,), scaled=True, softcap=7.0), 2),
     ],
     ids=["stretches", "two parts and a large rank", "weights of f16, scaled and capped"],
 )
