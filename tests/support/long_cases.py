@@ -90,5 +90,8 @@ LONG: Mapping[str, tuple[str, ...]] = {
     # same losses by all; pairs of f16 against float64.
     "tests/parity/test_export.py": ("test_adapter_on_the_f32_base[smollm2]",),
     "tests/parity/test_int_rows.py": ("test_whole_numbers_are_as_good_as_f32[gemma3]",),
-    "tests/parity/test_paired.py": ("test_against_peft[llama_head]",),
+    "tests/parity/test_paired.py": (
+        "test_against_peft[paired-llama_head]",
+        "test_against_peft[prepared-llama_head]",
+    ),
 }  # fmt: skip
