@@ -1,9 +1,10 @@
 """Single products with frozen matrices: TFLOP/s of every plan that the device has.
 
     python benchmarks/products.py [--sizes 4096x4096x4096,…] [--types F16,Q4_K] [--seconds 60]
-        [--precision f16] [--bodies matrix,paired,tiled] [--output FILE]
+        [--precision f16] [--bodies matrix,decoded,paired,prepared,tiled] [--output FILE]
 
-In f32 the plain body stands beside numbers in pairs of f16 on matrix units:
+In f32 the plain body stands beside numbers in pairs of f16 on matrix units, made on the way into
+tiles (paired) or beforehand (prepared):
 
     python benchmarks/products.py --precision f32 --sizes 4096x4096x4096 --types F32,Q4_K
 
@@ -84,7 +85,7 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES)
     parser.add_argument("--types", default="F16,Q4_K")
     parser.add_argument("--precision", choices=["f16", "f32"], default="f16")
-    parser.add_argument("--bodies", default="matrix,paired,tiled")
+    parser.add_argument("--bodies", default="matrix,decoded,paired,prepared,tiled")
     parser.add_argument("--seconds", type=float, default=60.0)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--output", type=Path)

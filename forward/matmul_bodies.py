@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from lora.forward.matmul_decoded import fits_decoded, record_decoded
 from lora.forward.matmul_matrix import fits_matrix, record_matrix
 from lora.forward.matmul_paired import fits_paired, record_paired
+from lora.forward.matmul_prepared import fits_prepared, record_prepared
 from lora.forward.matmul_tiled import record_tiled
 from lora.forward.matmul_wide import record_wide
 from lora.forward.part_product import PartProduct
@@ -18,6 +19,7 @@ from lora.forward.plans.matmul_plans import Request, plan_of
 from lora.forward.plans.matmul_tiles import (
     DECODED_TILES,
     PAIRED_TILES,
+    PREPARED_TILES,
     Plan,
     Tile,
     matrix_tiles_of,
@@ -65,6 +67,11 @@ def _paired_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
     return () if half else tuple(t for t in PAIRED_TILES if t.workgroup_bytes <= room)
 
 
+def _prepared_tiles(facts: DeviceFacts, half: bool) -> tuple[Tile, ...]:
+    room = facts.workgroup_memory
+    return () if half else tuple(t for t in PREPARED_TILES if t.workgroup_bytes <= room)
+
+
 def _for_units(one: PartProduct) -> bool:
     """Whether a product is recorded so for matrix units alone."""
     return bool(one.x_block) or one.dropout is not None or one.copied
@@ -84,6 +91,7 @@ BODIES: Mapping[str, Body] = {
     "matrix": Body(fits_matrix, _matrix_tiles, record_matrix),
     "decoded": Body(fits_decoded, _decoded_tiles, record_decoded),
     "paired": Body(fits_paired, _paired_tiles, record_paired),
+    "prepared": Body(fits_prepared, _prepared_tiles, record_prepared),
     "tiled": Body(_fits_tiled, _tiles, record_tiled),
 }
 

@@ -92,6 +92,7 @@ def record_matrix(
         **in_one_load(request, plan.tile.depth, as_stored=decoded),
         **fragments_on(program.recording.facts),
         "paired": False,
+        "prepared": False,
         "w_exact": False,
         "w_powered": request.constants["powered"] and not decoded,
     }

@@ -1,12 +1,14 @@
 """Products in f32 on matrix units, each number a pair of f16: the kernel of matmul_matrix.py.
 
 Ootomo and Yokota 2022, "Recovering single precision accuracy from Tensor Cores while surpassing the
-FP32 theoretical peak performance". parts/matmul_matrix_pairs.wgsl says how numbers are split.
+FP32 theoretical peak performance". parts/pairs.wgsl says how numbers are split. Tiles make the
+pairs on the way in; of many rows they may be made beforehand (matmul_prepared.py).
 """
 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 from lora.forward.matmul_matrix import EMULATED, fragments_on, in_one_load, shape_on
 from lora.forward.matmul_passes import record_passes
@@ -89,20 +91,34 @@ def largest_of_rows(
 def record_paired(program: Program, request: Request, plan: Plan | None) -> None:
     """Appends the sizes of x's rows, the product, and the norm after it."""
     assert plan is not None  # tiles are chosen
-    c, rows = request.constants, request.extent.maximum
-    x, exact = request.tensors[1], c["quantization"] == "f16"
-    if c["x_type"] != "f32" or (request.largest is None and not exact) or c["powered"]:
-        raise ValueError(f"{request.label}: pairs are of f32, and of weights whose sizes are known")
-    largest = program.recording.memory.row_scratch(rows)
+    check_pairs(request)
+    c, x = request.constants, request.tensors[1]
+    largest = program.recording.memory.row_scratch(request.extent.maximum)
     largest_of_rows(program, x, c["contraction"], request.place, out=largest, label=request.label)
-    scales = [largest] if exact or request.largest is None else [largest, request.largest]
+    scales = [largest] if request.largest is None else [largest, request.largest]
     more = {
         **in_one_load(request, plan.tile.depth),
         **fragments_on(program.recording.facts),
-        "paired": True,
-        "w_exact": exact,
-        "w_powered": False,
-        "carry": CARRY,
+        **paired_constants(request),
+        "prepared": False,
     }
     scaled = replace(request, tensors=[*request.tensors, *scales])
     record_passes(program, scaled, plan, "matmul_matrix", more)
+
+
+def check_pairs(request: Request) -> None:
+    """Raises ValueError for what is no product of pairs."""
+    c = request.constants
+    known = request.largest is not None or c["quantization"] == "f16"
+    if c["x_type"] != "f32" or not known or c["powered"]:
+        raise ValueError(f"{request.label}: pairs are of f32, and of weights whose sizes are known")
+
+
+def paired_constants(request: Request) -> dict[str, Any]:
+    """What the template must know of pairs; weights without sizes are of f16, which holds them."""
+    return {
+        "paired": True,
+        "w_exact": request.largest is None,
+        "w_powered": False,
+        "carry": CARRY,
+    }

@@ -69,7 +69,7 @@ class Recording:
     def paired_products(self) -> bool:
         """Whether products in f32 may run on matrix units, their numbers as pairs of f16."""
         if self.body is not None:
-            return self.body == "paired"
+            return self.body in ("paired", "prepared")
         facts, whole = self.facts, self.precision == "f32" and self.products is None
         real = facts.has_matrix_units and facts.info["adapter_type"] != "CPU"
         real &= "pairs" not in facts.distrusted

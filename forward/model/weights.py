@@ -19,9 +19,10 @@ from lora.shaders.tensor import Tensor
 # while all rows pass: a head of 30 MB in one part ran at half the speed (docs/log.md).
 CPU_PART_BYTES = 2 << 20
 MAX_PART_BYTES = 1 << 30
-# Bytes of a part decoded to f16, which scratch memory holds while products on matrix units read it:
-# a head of 1 GiB is several parts (docs/log.md).
+# Bytes of a part decoded to f16, in f32 to pairs of f16, which scratch memory holds while products
+# on matrix units read it: a head of 1 GiB is several parts (docs/log.md).
 MOST_DECODED = 256 << 20
+HALF_BYTES, PAIR_BYTES = 2, 4  # of a number
 WHOLE_ROWS = 8192  # parts are of so many times some: blocks of the gradient (cross_entropy.py)
 _BAND = 32  # rows of a workgroup that looks for the largest weights
 
@@ -132,18 +133,22 @@ def _most_rows(
     facts = recording.facts
     part_bytes = min(facts.max_binding, CPU_PART_BYTES if facts.is_cpu else MAX_PART_BYTES)
     most = part_bytes // (4 * quantization.row_words(in_features))
-    if decodes_beforehand(recording, quantization):
-        whole = min(most, MOST_DECODED // (2 * in_features)) // WHOLE_ROWS
+    decoded = decoded_bytes(recording, quantization)
+    if decoded:
+        whole = min(most, MOST_DECODED // (decoded * in_features)) // WHOLE_ROWS
         if n_rows > whole * WHOLE_ROWS > 0:  # parts alike, of which gradients may be in blocks
             n_parts = -(-n_rows // (whole * WHOLE_ROWS))
             return -(-n_rows // (n_parts * WHOLE_ROWS)) * WHOLE_ROWS
     return max(64, most // 64 * 64)
 
 
-def decodes_beforehand(recording: Recording, quantization: Quantization) -> bool:
-    """Whether products may decode parts of such a matrix before they read it."""
-    on_units = recording.half_products and recording.facts.has_matrix_units
-    return on_units and not recording.facts.is_cpu and quantization.name != "f16"
+def decoded_bytes(recording: Recording, quantization: Quantization) -> int:
+    """Bytes of a weight where products may decode parts of such a matrix before they read it; 0."""
+    if recording.facts.is_cpu or not recording.facts.has_matrix_units or quantization.name == "f16":
+        return 0
+    if recording.half_products:
+        return HALF_BYTES
+    return PAIR_BYTES if recording.paired_products else 0
 
 
 def largest_of(

@@ -55,6 +55,7 @@ class Tile:
     buffers: int = 1
     body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
     weight_time: ClassVar[float] = 0.0  # microseconds for each million weights, beside its steps
+    input_time: ClassVar[float] = 0.0  # and for each million numbers of x
     least_cut: ClassVar[int] = 0  # the shortest contraction that it computes in stretches
 
     @property
@@ -145,6 +146,20 @@ class PairedTile(MatrixTile):
         return f"paired {super().name}"
 
 
+@dataclass(frozen=True)
+class PreparedTile(PairedTile):
+    """As those, of pairs that are made beforehand, in scratch memory."""
+
+    body: ClassVar[str] = "prepared"
+    weight_time: ClassVar[float] = 2.0  # half a byte to four read and four written, at 3 TB/s
+    input_time: ClassVar[float] = 2.0
+
+    @property
+    def name(self) -> str:
+        """Its sizes, as files and tables name it: prepared paired matrix 128x64x32/32x32."""
+        return f"prepared {super().name}"
+
+
 class Plan(NamedTuple):
     """How one product is computed: its tile, the number of stretches and their length."""
 
@@ -206,15 +221,29 @@ DECODED_TILES = (
     DecodedTile(256, 128, 32, 64, 64, 1.50, 1.04),
 )
 
-# f32 on them: by arithmetic alone, three products for one of f16, not measured yet.
+# f32 on them: what an H200 took for the best tile (128x64x32/32x32: 44.6 TFLOP/s of 4096³ in Q4_K)
+# is about the least for as many products of the others.
 PAIRED_TILES = (
-    PairedTile(128, 128, 16, 64, 32, 1.20, 0.95),
-    PairedTile(128, 64, 16, 64, 32, 0.80, 0.50),
-    PairedTile(64, 128, 16, 64, 32, 0.80, 0.50),
-    PairedTile(128, 64, 32, 32, 32, 1.50, 1.15),
-    PairedTile(64, 64, 32, 32, 32, 0.90, 0.58),
-    PairedTile(64, 64, 16, 32, 32, 0.55, 0.32),
-    PairedTile(32, 64, 32, 32, 32, 0.70, 0.34),
+    PairedTile(128, 128, 16, 64, 32, 1.80, 1.55),
+    PairedTile(128, 64, 16, 64, 32, 1.10, 0.78),
+    PairedTile(64, 128, 16, 64, 32, 1.10, 0.78),
+    PairedTile(128, 64, 32, 32, 32, 1.70, 1.50),
+    PairedTile(64, 64, 32, 32, 32, 1.10, 0.78),
+    PairedTile(64, 64, 16, 32, 32, 0.65, 0.40),
+    PairedTile(32, 64, 32, 32, 32, 0.80, 0.40),
+)
+
+# Pairs made beforehand: by arithmetic, a third of what the f16 body gives with plain loads (276
+# TFLOP/s on an H200), less where workgroups are small. Subgroups of 64 × 32 hold some 250 registers
+# a lane with steps of 16, more than there are with 32. Not measured yet.
+PREPARED_TILES = (
+    PreparedTile(128, 128, 32, 64, 32, 2.20, 2.00),
+    PreparedTile(128, 128, 16, 64, 32, 1.10, 0.96),
+    PreparedTile(128, 64, 32, 64, 32, 1.40, 1.05),
+    PreparedTile(128, 64, 16, 64, 32, 0.80, 0.48),
+    PreparedTile(128, 64, 32, 32, 32, 1.20, 0.87),
+    PreparedTile(64, 64, 32, 32, 32, 0.70, 0.46),
+    PreparedTile(64, 64, 16, 32, 32, 0.45, 0.25),
 )
 
 
@@ -232,7 +261,7 @@ def tiles_of(half: bool, workgroup_bytes: int | None = None) -> tuple[Tile, ...]
 
 def known_tiles(half: bool) -> tuple[Tile, ...]:
     """All tiles of one precision, of any body."""
-    on_units = (*MATRIX_TILES, *DECODED_TILES) if half else PAIRED_TILES
+    on_units = (*MATRIX_TILES, *DECODED_TILES) if half else (*PAIRED_TILES, *PREPARED_TILES)
     return (*tiles_of(half), *on_units)
 
 
@@ -263,6 +292,7 @@ class PlanSpace(NamedTuple):
         workgroups = -(-self.rows // tile.tile_rows) * -(-self.columns // tile.tile_columns)
         load = -(-workgroups * splits // self.multiprocessors)
         time = _PRODUCT + tile.weight_time * self.columns * self.contraction / 1e6
+        time += tile.input_time * self.rows * self.contraction / 1e6
         time += length / tile.depth * max(tile.latency, load * tile.work)
         if splits > 1:
             time += _REDUCE + _REDUCE_MILLION * self.rows * self.columns * splits / 1e6
@@ -307,20 +337,21 @@ def choose_plan(space: PlanSpace) -> Plan:
 def candidates(space: PlanSpace) -> list[Plan]:
     """The few plans that are worth timing, the model's choice first.
 
-    At most two of one tile, since the model may be wrong about a tile on another device, and none
-    that it thinks twice as slow as its choice.
+    At most two of one tile, since the model may be wrong about a tile on another device, the best
+    of every body, and none that it thinks twice as slow as its choice.
     """
-    plans = ranked_plans(space)
-    slowest = 2 * space.microseconds(plans[0])
-    chosen: list[Plan] = []
-    of_tile: Counter[Tile] = Counter()
+    slowest = 2 * space.microseconds(choose_plan(space))
+    plans = [plan for plan in ranked_plans(space) if space.microseconds(plan) <= slowest]
+    best = {plan.tile.body: plan for plan in reversed(plans)}
+    chosen = [*best.values()]
+    of_tile = Counter(plan.tile for plan in chosen)
     for plan in plans:
-        if len(chosen) == MOST_CANDIDATES or space.microseconds(plan) > slowest:
+        if len(chosen) == MOST_CANDIDATES:
             break
-        if of_tile[plan.tile] < 2:
+        if of_tile[plan.tile] < 2 and plan not in best.values():
             of_tile[plan.tile] += 1
             chosen.append(plan)
-    return chosen
+    return sorted(chosen, key=plans.index)
 
 
 def cut(contraction: int, splits: int, depth: int) -> tuple[int, int]:

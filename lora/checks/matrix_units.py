@@ -106,7 +106,7 @@ def ask_child(device: Device, wanted: str | int) -> dict[str, str]:
 
 def kind_of(check: Check) -> str:
     """The kind of kernels on matrix units that a check is of."""
-    if check.case.startswith("paired"):
+    if "paired matrix" in check.case:
         return PAIRS
     return next((kind for name, kind in _KINDS.items() if check.kernel.startswith(name)), PRODUCTS)
 

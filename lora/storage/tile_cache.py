@@ -42,7 +42,10 @@ _TEMPLATES = (
     "matmul_*.wgsl",
     "decode_weights.wgsl",
     "largest_of_rows.wgsl",
+    "pair_*.wgsl",
     "parts/matmul_*.wgsl",
+    "parts/pairs.wgsl",
+    "parts/unpacked.wgsl",
     "parts/stored.wgsl",
     "decode/*.wgsl",
 )

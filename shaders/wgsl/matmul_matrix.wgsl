@@ -15,6 +15,9 @@
 // pairs of f16 (parts/matmul_matrix_pairs.wgsl), their products exact, sums f32: every {{ carry }} steps they are
 // added to others, counted from the first. The low-rank part is plain f32. x_largest [rows], w_largest [rows
 // of W, then its columns]: bits of the largest numbers.
+{% if prepared %}
+// x{{ "" if w_exact else " and W" }} were paired beforehand (pair_rows.wgsl{{ "" if w_exact else ", pair_weights.wgsl" }}): all upper halves, then all lower ones, of whole steps.
+{% endif %}
 {% else %}
 // The low-rank part comes first, then the weight, each in order of the contraction. Factors are rounded to
 // f16, products exact, sums f32.
@@ -45,7 +48,9 @@
 {% set stage_rows = subgroups_y * m %}
 {% set stage_columns = subgroups_x * n %}
 {% set stage_quads = stage_rows * stage_columns // 4 %}
-{% set whole = contraction % depth == 0 %}
+{# What was paired beforehand ends with whole steps, zeros beyond the contraction. #}
+{% set x_whole = contraction % depth == 0 or prepared %}
+{% set w_whole = contraction % depth == 0 or (prepared and not w_exact) %}
 {# The tiles of upper halves are followed by those of lower ones. #}
 {% set x_lower = tile_rows * x_step // 8 %}
 {% set w_lower = (depth if transposed else tile_columns) * w_step // 8 %}
@@ -67,10 +72,8 @@ var<workgroup> stage: array<vec4<f32>, {{ stage_quads }}>;
 {% set columns_fit = n_columns >= tile_columns and (not transposed or n_columns % 8 == 0) %}
 {% import "parts/matmul_matrix_sums.wgsl" as parts with context %}
 {% import "parts/matmul_matrix_pairs.wgsl" as pairs with context %}
-// Four numbers as the tiles hold them.
-fn packed(numbers: vec4<f32>) -> vec2<u32> {
-    return vec2(pack2x16float(numbers.xy), pack2x16float(numbers.zw));
-}
+{% from "parts/pairs.wgsl" import packing %}
+{{ packing() }}
 {{ parts.product_of_fragments() }}
 {% if paired %}
 {{ pairs.declare() }}
@@ -91,14 +94,16 @@ lane / {{ eights }}u
 {% endmacro %}
 {# What is fetched: eight numbers as the tiles hold them, or as they are. #}
 {% set scales_x = x_scaled and x_type == "f32" %}
-{% set x_held = "Eight" if paired or scales_x else "vec4<u32>" %}
+{% set x_held = "Pair" if prepared else "Eight" if paired or scales_x else "vec4<u32>" %}
 {% set w_pairs = paired and not w_exact %}
-{% set w_held = "Eight" if w_pairs else "vec4<u32>" %}
+{% set w_held = "vec4<u32>" if not w_pairs else "Pair" if prepared else "Eight" %}
 
-{% if whole %}
+{% if x_whole %}
 // Eight numbers of x from the quad `at` on.
 fn eight_of_x(at: u32) -> {{ x_held }} {
-{% if paired or scales_x %}
+{% if prepared %}
+    return Pair(x[at / 2u], x[at / 2u + {{ maximum_rows * x_stride // 8 }}u]);
+{% elif paired or scales_x %}
     return Eight(vec4<f32>(x[at]), vec4<f32>(x[at + 1u]));
 {% elif x_by_eights %}
     return x[at / 2u];
@@ -123,10 +128,13 @@ fn eight_of_x(at: u32, column: u32, last: u32) -> {{ x_held }} {
 
 // Eight weights of a row from column k on; {{ "rows" if transposed else "columns" }} beyond the contraction are zeros.
 fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
-{% if not whole %}
+{% if not w_whole %}
     if ({{ "row" if transposed else "k" }} >= contraction) { return {{ w_held }}(); }
 {% endif %}
-{% if w_by_eights %}
+{% if w_pairs and prepared %}
+    let at = (row * row_words + k / 2u) / 4u;
+    return Pair(weights[at], weights[at + {{ w_paired_rows * row_words // 4 }}u]);
+{% elif w_by_eights %}
     return weights[(row * row_words + k / 2u) / 4u];
 {% else %}
 {% if w_pairs and not transposed and contraction % 8 %}
@@ -152,7 +160,7 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% else %}
 {% set at = "(min(first_row + x_row + %du, last_row) * x_stride + x_column) / 4u + 2u * x_eight + (%s) / 4u" % (i * x_lines, x_from) %}
 {% endif %}
-{% if whole %}
+{% if x_whole %}
         fetched_x_{{ i }} = eight_of_x({{ at }});
 {% else %}
         fetched_x_{{ i }} = eight_of_x({{ at }}, {{ from }} + 8u * x_eight, last_x);
@@ -183,8 +191,9 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% for i in range(x_units) %}
 {% set to = "x_to + %du" % (i * x_lines * x_step // 8) %}
 {% if paired %}
-        x_tile[{{ to }}] = x_pair_{{ i }}.upper;
-        x_tile[{{ to }} + {{ x_lower }}u] = x_pair_{{ i }}.lower;
+{% set made = "%s_%d" % ("fetched_x" if prepared else "x_pair", i) %}
+        x_tile[{{ to }}] = {{ made }}.upper;
+        x_tile[{{ to }} + {{ x_lower }}u] = {{ made }}.lower;
 {% elif scales_x %}
         x_tile[{{ to }}] = vec4(packed(fetched_x_{{ i }}.a * x_power_{{ i }}), packed(fetched_x_{{ i }}.b * x_power_{{ i }}));
 {% else %}
@@ -194,8 +203,9 @@ fn eight_of_w(row: u32, k: u32) -> {{ w_held }} {
 {% for i in range(w_units) %}
 {% set to = "w_to + %du" % (i * w_lines * w_step // 8) %}
 {% if w_pairs %}
-        w_tile[{{ to }}] = w_pair_{{ i }}.upper;
-        w_tile[{{ to }} + {{ w_lower }}u] = w_pair_{{ i }}.lower;
+{% set made = "%s_%d" % ("fetched_w" if prepared else "w_pair", i) %}
+        w_tile[{{ to }}] = {{ made }}.upper;
+        w_tile[{{ to }} + {{ w_lower }}u] = {{ made }}.lower;
 {% else %}
         w_tile[{{ to }}] = fetched_w_{{ i }};
 {% endif %}
@@ -261,8 +271,8 @@ fn main(
     let first_row = {{ "min(own_row, %du)" % (maximum_rows - tile_rows) if rows_fit else "own_row" }};
     let first_column = {{ "min(own_column, %du)" % (n_columns - tile_columns) if columns_fit else "own_column" }};
     let last_row = extent.rows - 1u;
-    let x_column = {{ "place.x_column" if placed else "0u" }};
-{% if not whole %}
+    let x_column = {{ "place.x_column" if placed and not prepared else "0u" }};
+{% if not x_whole %}
     let last_x = (last_row * x_stride + x_column + contraction) / 4u - 1u;
 {% endif %}
 {% if emulated %}
@@ -288,7 +298,7 @@ fn main(
 {% for i in range(x_units) %}
     var fetched_x_{{ i }} = {{ x_held }}();
 {% set row = "first_row + x_row + %du" % (i * x_lines) %}
-{% if paired %}
+{% if paired and not prepared %}
     let x_power_{{ i }} = power(row_exponent({{ row }}));
 {% elif scales_x %}
     let x_power_{{ i }} = x_power({{ row }});
@@ -303,12 +313,12 @@ fn main(
 {% endif %}
 {% for i in range(w_units) %}
     var fetched_w_{{ i }} = {{ w_held }}();
-{% if w_pairs and not transposed %}
+{% if w_pairs and not prepared and not transposed %}
     let w_power_a{{ i }} = power(column_exponent(first_column + w_line + {{ i * w_lines }}u));
     let w_power_b{{ i }} = w_power_a{{ i }};
 {% endif %}
 {% endfor %}
-{% if w_pairs and transposed %}
+{% if w_pairs and not prepared and transposed %}
 {% for half in "ab" %}
     let w_power_{{ half }} = vec4(
 {% for c in range(4) %}
@@ -332,7 +342,7 @@ fn main(
 {% endif %}
 
     for (var at_k = first_k; at_k < last_k; at_k += depth) {
-{% if paired %}
+{% if paired and not prepared %}
 {{ make_pairs() }}
 {% endif %}
         workgroupBarrier();

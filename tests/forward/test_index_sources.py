@@ -108,6 +108,8 @@ SOURCES = {
         "x_largest": _LARGEST,
         "row_keys": _KEYS,
     },
+    "pair_rows.wgsl": {"largest": _LARGEST, "out": _HALVES},
+    "pair_weights.wgsl": {"weights": _WEIGHTS, "w_largest": _LARGEST, "out": _HALVES},
     "rmsnorm.wgsl": {"y": _HALVES, "largest": _LARGEST},
     "rmsnorm_backward.wgsl": {"slots": _INPUTS, "largest": _LARGEST, "halves": _HALVES},
     "rope.wgsl": {"positions": f"{_INPUTS}, {_STEP}"},
@@ -155,7 +157,8 @@ def test_nothing_else_writes_what_indexes() -> None:
         "forward/attention.py",  # tests that they are u32
         "forward/attention_prompt.py",  # sizes and eights of f16, as bits
         "forward/dropout.py", "forward/embedding_noise.py",  # keys that are hashed
-        "forward/matmul_decoded.py", "forward/plans/workbench.py",  # bits
+        "forward/matmul_decoded.py", "forward/matmul_prepared.py",  # bits
+        "forward/plans/workbench.py",  # the same
         "backward/scratch.py", "backward/rmsnorm.py",  # sizes of rows, as bits
         "forward/decoder/head.py", "forward/rmsnorm.py",  # the same
     }  # fmt: skip

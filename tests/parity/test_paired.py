@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from lora.forward.plans.matmul_plans import Request
-from lora.forward.plans.matmul_tiles import PairedTile, Plan, cut
+from lora.forward.plans.matmul_tiles import PairedTile, Plan, PreparedTile, cut
 from lora.shaders.device import Device
 from lora.shaders.memory import Memory
 from lora.shaders.recording import Recording
@@ -19,26 +19,28 @@ from tests.support.tiny_ours import gradients, open_session
 
 pytestmark = pytest.mark.parity
 
-TILE = PairedTile(32, 32, 16, 32, 16)  # that software drivers compile in seconds
+SIZES = (32, 32, 16, 32, 16)  # that software drivers compile in seconds
 
 
-@pytest.fixture
-def in_pairs(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=[PairedTile(*SIZES), PreparedTile(*SIZES)], ids=lambda tile: tile.body)
+def tile(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> PairedTile:
     """Sessions opened in the test record their products so; other kernels are the device's."""
+    tile: PairedTile = request.param
 
-    def plans(request: Request) -> Plan:
-        return Plan(TILE, *cut(request.constants["contraction"], 1, TILE.depth))
+    def plan(request: Request) -> Plan:
+        return Plan(tile, *cut(request.constants["contraction"], 1, tile.depth))
 
     def recording(device: Device, *, memory: Memory, precision: str, plans: Any) -> Recording:
-        return replace(plain(device, memory=memory, precision=precision), body="paired", plans=tile)
+        own = plain(device, memory=memory, precision=precision)
+        return replace(own, body=tile.body, plans=plan)
 
-    plain, tile = Device.recording, plans
+    plain = Device.recording
     monkeypatch.setattr(Device, "recording", recording)
+    return tile
 
 
-@pytest.mark.usefixtures("in_pairs")
 @pytest.mark.parametrize("name", ["llama_head"])
-def test_against_peft(name: str, tmp_path: Path) -> None:
+def test_against_peft(tile: PairedTile, name: str, tmp_path: Path) -> None:
     """The loss within 1e-5, the norm of all gradients within 1e-4; the same bytes again."""
     from tests.support.tiny_judge import judge
 
@@ -50,7 +52,8 @@ def test_against_peft(name: str, tmp_path: Path) -> None:
         training = session._programs.training
         assert training is not None
         used = [d.template for d in training.micro_batch.dispatches]
-        assert {"matmul_matrix", "largest_of_rows"} <= {*used} and "matmul_wide" not in used
+        sized = {"paired": {"largest_of_rows"}, "prepared": {"pair_rows", "pair_weights"}}
+        assert {"matmul_matrix", *sized[tile.body]} <= {*used} and "matmul_wide" not in used
         ours, again = gradients(session), gradients(session)
     assert set(ours.gradients) == set(theirs.gradients)
     norms = [

@@ -10,8 +10,8 @@ from lora.forward.matmul_bodies import BODIES
 from lora.shaders.recording import Recording
 
 # On matrix units, whose tiles software drivers compile for minutes: their tests are in
-# test_matmul_matrix.py, test_matmul_paired.py and test_decode_weights.py.
-_ON_UNITS = ("matrix", "decoded", "paired")
+# test_matmul_matrix.py, test_matmul_paired.py, test_matmul_prepared.py and test_decode_weights.py.
+_ON_UNITS = ("matrix", "decoded", "paired", "prepared")
 EXACT = [name for name in BODIES if name not in _ON_UNITS]
 
 

@@ -35,6 +35,11 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_at_most_twice_the_plain_error[32-to the input]",
         "test_at_most_twice_the_plain_error[32-forward]",
     ),
+    "tests/forward/test_matmul_prepared.py": (
+        "test_on_any_driver[two parts and a large rank]",
+        "test_on_any_driver[weights of f16, scaled and capped]",
+        "test_the_same_to_the_last_bit[in none]",
+    ),
     "tests/forward/test_matmul_powers.py": (
         "test_both_directions[matrix-f32]",
         "test_both_directions[matrix, one row-f16]",
@@ -85,5 +90,8 @@ LONG: Mapping[str, tuple[str, ...]] = {
     # same losses by all; pairs of f16 against float64.
     "tests/parity/test_export.py": ("test_adapter_on_the_f32_base[smollm2]",),
     "tests/parity/test_int_rows.py": ("test_whole_numbers_are_as_good_as_f32[gemma3]",),
-    "tests/parity/test_paired.py": ("test_against_peft[llama_head]",),
+    "tests/parity/test_paired.py": (
+        "test_against_peft[paired-llama_head]",
+        "test_against_peft[prepared-llama_head]",
+    ),
 }  # fmt: skip

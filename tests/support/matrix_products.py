@@ -174,9 +174,14 @@ def check(recording: Recording, case: Case) -> None:
         results.append(before)
     for program, tensor, wanted, magnitude in results:
         templates = {dispatch.template for dispatch in program.dispatches}
-        assert templates - {"matmul_reduce", "largest_of_rows"} == {"matmul_matrix"}
+        made = {"pair_rows", "pair_weights"}
+        assert templates - {"matmul_reduce", "largest_of_rows", *made} == {"matmul_matrix"}
+        exact = {kind.name for kind in case.parts} == {"F16"}
+        prepared = recording.body == "prepared"
+        of_pairs = {"pair_rows"} if exact else made
+        assert templates & made == (of_pairs if prepared else set())
         sized = not half or (case.x_type == "f32" and (program is forward or case.sized))
-        assert ("largest_of_rows" in templates) == sized
+        assert ("largest_of_rows" in templates) == (sized and not prepared)
         marks = np.full(tensor.shape, MARKER, np.float32)
         found = run_twice(program, tensor, marks).astype(np.float64)
         # A sum of some hundred f32, and decoded weights that lie on the edge between two f16.

@@ -29,6 +29,7 @@ from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
     MATRIX_TILES,
     PAIRED_TILES,
+    PREPARED_TILES,
     TILES,
     Plan,
     PlanSpace,
@@ -211,7 +212,7 @@ def _runs(folder: Path) -> Iterator[Run]:
     yield _record(tiled, (CPU,), (F16,))
     for index, tile in enumerate((*TILES, *HALF_TILES)):
         yield _record_tile(LARGE_GPU, tiled, tile, splits=(1, 3)[index % 2])
-    for index, tile in enumerate((*MATRIX_TILES, *PAIRED_TILES)):
+    for index, tile in enumerate((*MATRIX_TILES, *PAIRED_TILES, *PREPARED_TILES)):
         kind = (MATRIX_GPU, SMALL_MATRICES)[index // 2 % 2]
         if tile.workgroup_bytes <= kind.workgroup_memory:
             yield _record_tile(kind, tiled, tile, splits=(1, 3)[index % 2])
@@ -281,6 +282,7 @@ def _runs(folder: Path) -> Iterator[Run]:
         yield _record(path, (LARGE_GPU,), (F32, F16), lengths=_LONG)
         yield _record(path, (MATRIX_GPU,), (F16,), lengths=_LONG)
         yield _record_tile(MATRIX_GPU, path, PAIRED_TILES[1], splits=1)
+        yield _record_tile(MATRIX_GPU, path, PREPARED_TILES[4], splits=1)
         yield _record(path, (CPU,), (F32,), lengths=_LONG)
         yield _record_tile(MATRIX_GPU, path, DECODED_TILES[0], splits=1)
 

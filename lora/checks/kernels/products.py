@@ -21,6 +21,7 @@ from lora.checks.comparison import (
     worst,
 )
 from lora.checks.references.matmul import error_bound, matmul_reference
+from lora.checks.references.pairs import paired_numbers
 from lora.checks.references.rmsnorm import scaled_halves
 from lora.checks.tensors import (
     MARKER,
@@ -40,12 +41,14 @@ from lora.forward.matmul_paired import largest_of_rows
 from lora.forward.model.balance import record_row_bounds
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import record_largest
+from lora.forward.pairs import pair_rows, pair_weights
 from lora.forward.part_product import Place, SizedRows
 from lora.forward.plans.matmul_plans import Request
 from lora.forward.plans.matmul_tiles import (
     HALF_TILES,
     MATRIX_TILES,
     PAIRED_TILES,
+    PREPARED_TILES,
     TILES,
     MatrixTile,
     PairedTile,
@@ -232,6 +235,60 @@ def check_largest_weights(recording: Recording, kind: GGMLQuantizationType) -> C
     return compare(found, wanted, rtol=2.0**-23)
 
 
+def check_pair_rows(recording: Recording) -> Comparison:
+    """The exact sizes, and pairs to 2^-23 of each number and, where these are small, of a row's."""
+    x = normal(1, ROWS, 100)
+    extent, program = extent_in_use(recording, ROWS, IN_USE), Program(recording)
+    marks = np.full(ROWS, MARKER, np.float32).view(np.uint32)
+    largest = recording.memory.upload(marks)
+    out = recording.memory.upload(np.full((2, ROWS, 48), marks[0]))
+    place = Place(x_column=8, out_column=0)
+    x_tensor = activation(recording, x, extent)
+    pair_rows(program, x_tensor, 76, place, largest=largest, out=out, label="checked")
+    program.run()
+    found = recording.memory.read(largest).view(np.float32)
+    wanted = np.abs(x[:, 8:84]).max(axis=1)
+    words = recording.memory.read(out)
+    pairs = paired_numbers(words[:, :IN_USE], wanted[:IN_USE, None])
+    padded = np.pad(x[:IN_USE, 8:84].astype(np.float64), ((0, 0), (0, 20)))
+    return worst(
+        same(found[:IN_USE], wanted[:IN_USE]),
+        untouched(found[IN_USE:]),
+        compare(pairs, padded, bound=_pair_bound(padded, wanted[:IN_USE, None])),
+        untouched(words[:, IN_USE:].view(np.float32)),
+    )
+
+
+def check_pair_weights(
+    recording: Recording, kind: GGMLQuantizationType, by_columns: bool
+) -> Comparison:
+    """As those of rows, but decoded, so rounded twice more at most."""
+    matrix, w = frozen(recording, kind, OUT_FEATURES, 256)
+    part, program = matrix.parts[0], Program(recording)
+    largest = recording.memory.empty((OUT_FEATURES + 256,), "u32")
+    record_largest(program, part.words, part.quantization, largest)
+    out = recording.memory.empty((2, OUT_FEATURES + 4, 144), "u32")
+    name = part.quantization.name
+    pair_weights(
+        program, part.words, name, largest, by_columns=by_columns, out=out, label="checked"
+    )
+    program.run()
+    sizes = recording.memory.read(largest).view(np.float32)
+    size = np.ones((OUT_FEATURES + 4, 288))
+    if by_columns:
+        size[:, :256] = sizes[OUT_FEATURES:]
+    else:
+        size[:OUT_FEATURES] = sizes[:OUT_FEATURES, None]
+    padded = np.pad(w.astype(np.float64), ((0, 4), (0, 32)))
+    bound = _pair_bound(padded, size) + 2.0**-22 * np.abs(padded)
+    return compare(paired_numbers(recording.memory.read(out), size), padded, bound=bound)
+
+
+def _pair_bound(numbers: np.ndarray, largest: np.ndarray) -> np.ndarray:
+    """2^-23 of a number; of the smallest that f16's lower halves are steps of: 2^-24 / 2048."""
+    return 2.0**-23 * np.abs(numbers) + 2.0**-49 * largest
+
+
 Q4_0, Q4_K, Q6_K, F16 = (GGMLQuantizationType[name] for name in ("Q4_0", "Q4_K", "Q6_K", "F16"))
 CHECKS = [
     *(
@@ -258,7 +315,8 @@ CHECKS = [
     *(
         Check("matmul_matrix", f"{tile.name} in {splits}",
               partial(check_matmul, kind=Q4_K, columns=768, tile=tile, splits=splits))
-        for tile, splits in zip(PAIRED_TILES, (2, 1) * len(PAIRED_TILES), strict=False)
+        for tiles in (PAIRED_TILES, PREPARED_TILES)
+        for tile, splits in zip(tiles, (2, 1) * len(tiles), strict=False)
     ),
     *(
         Check(kernel, f"{OUT_FEATURES} powers, {'f32' if tile is None else tile.name}",
@@ -277,6 +335,15 @@ CHECKS = [
     Check("halve_rows", f"{IN_USE}x264", check_halve_rows),
     Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
     Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),
-    Check("matmul_matrix", f"{PAIRED_TILES[-1].name} F16",
-          partial(check_matmul, kind=F16, columns=100, tile=PAIRED_TILES[-1])),
+    *(
+        Check("matmul_matrix", f"{tile.name} F16",
+              partial(check_matmul, kind=F16, columns=100, tile=tile))
+        for tile in (PAIRED_TILES[-1], PREPARED_TILES[-1])
+    ),
+    Check("pair_rows", f"{ROWS}x76", check_pair_rows),
+    *(
+        Check("pair_weights", f"{OUT_FEATURES}x256 Q4_0, by {'columns' if by_columns else 'rows'}",
+              partial(check_pair_weights, kind=Q4_0, by_columns=by_columns))
+        for by_columns in (False, True)
+    ),
 ]  # fmt: skip

@@ -1,38 +1,19 @@
 {#
-matmul_matrix.wgsl with factors of f32, each a pair of f16: the number rounded to f16, and what that
-leaves, 2048 times as large, lest it be below f16's numbers (Ootomo and Yokota 2022, "Recovering single
-precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance"). A product is
-three of theirs; lower times lower would be below 2^-22 of it. Rows of x and columns of W are scaled by
-powers of two that bring their largest number to 2^14 … 2^15: f16 holds 65,504, and few bits below 2^-14.
+matmul_matrix.wgsl with factors of f32, each a pair of f16 (parts/pairs.wgsl). A product is three of theirs; lower times
+lower would be below 2^-22 of it. Rows of x and columns of the output in W are scaled by powers of two. `prepared`: both
+sides were paired beforehand, and are loaded as the tiles hold them.
 #}
-{% from "parts/unpacked.wgsl" import unpacking %}
+{% from "parts/pairs.wgsl" import scaling, pairing %}
 {% macro declare() %}
-{{ unpacking() }}
-
-struct Pair { upper: vec4<u32>, lower: vec4<u32> }
-
-// The power of two for what has these bits as its largest number's: zeros and numbers below 2^-112
-// take the largest, infinite ones and NaN what is right for the numbers beside them.
-fn exponent_for(largest: u32) -> i32 { return clamp(141 - i32(largest >> 23u), -126, 126); }
-
-fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(exponent + 127) << 23u); }
+{{ scaling() }}
+{% if not prepared %}
+{{ pairing() }}
+{% endif %}
 
 // number · 2^exponent, for exponents up to 252 either way.
 fn scaled(number: f32, exponent: i32) -> f32 {
     let half = exponent / 2;
     return number * power(half) * power(exponent - half);
-}
-
-// What f16 leaves of four numbers; nothing of those that are not finite.
-fn lower(numbers: vec4<f32>, upper: vec2<u32>) -> vec2<u32> {
-    let rest = 2048.0 * (numbers - unpacked(upper));
-    return packed(select(vec4<f32>(), rest, abs(rest) < vec4(65504.0)));
-}
-
-fn pair(a: vec4<f32>, b: vec4<f32>) -> Pair {
-    let first = packed(a);
-    let second = packed(b);
-    return Pair(vec4(first, second), vec4(lower(a, first), lower(b, second)));
 }
 
 // A whole sum. What is infinite or NaN is so by the upper halves: products of inf and a lower half of 0 are NaN.

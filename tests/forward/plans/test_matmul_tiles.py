@@ -21,6 +21,8 @@ from lora.forward.plans.matmul_tiles import (
     MATRIX_TILES,
     MOST_CANDIDATES,
     MOST_PARTIAL_SUMS,
+    PAIRED_TILES,
+    PREPARED_TILES,
     TILES,
     Plan,
     PlanSpace,
@@ -225,6 +227,23 @@ def test_a_heads_gradient_is_decoded_first_and_in_stretches() -> None:
     assert space.microseconds(plan) < 0.95 * min(
         space.microseconds(plan) for plan in ranked_plans(space) if plan.tile.body == "matrix"
     )
+
+
+def test_pairs_are_made_beforehand_for_many_rows() -> None:
+    """What both passes over x and W take is in the model; where rows are few it decides."""
+    tiles = (*TILES, *PAIRED_TILES, *PREPARED_TILES)
+    for rows, columns, contraction in ((4096, 4096, 4096), (512, 28672, 4096), (2048, 4096, 14336)):
+        plan = choose_plan(PlanSpace(rows, columns, contraction, tiles))
+        assert plan.tile.body == "prepared"
+    few = candidates(PlanSpace(512, 8192, 2048, tiles))
+    assert {plan.tile.body for plan in few} == {"prepared", "paired", "tiled"}
+    assert few[0] == choose_plan(PlanSpace(512, 8192, 2048, tiles))
+    space = PlanSpace(32, 4096, 4096, tiles)
+    assert choose_plan(space).tile.body != "prepared"
+    plan = Plan(PREPARED_TILES[0], 1, 4096)
+    passes = 2.0 * (32 + 4096) * 4096 / 1e6
+    work = 128 * max(plan.tile.latency, plan.tile.work)
+    assert space.microseconds(plan) == pytest.approx(7.0 + passes + work)
 
 
 @pytest.mark.parametrize("columns", [4, 4096])

@@ -21,7 +21,7 @@ from lora.forward.delta_matrix import CHUNK, delta_cut
 from lora.forward.lora_matrix import projection_cut
 from lora.forward.matmul_matrix import takes_units
 from lora.forward.plans.matmul_plans import ProductShape
-from lora.forward.plans.matmul_tiles import PAIRED_TILES, Plan
+from lora.forward.plans.matmul_tiles import PAIRED_TILES, PREPARED_TILES, PairedTile, Plan
 from lora.shaders import templates
 from lora.shaders.device import Device
 from lora.shaders.memory import CountingMemory
@@ -96,9 +96,11 @@ def test_of_kernels_that_are_wrong_the_others_stay(
     assert f"left alone ({kind}: an error of 2, above 0.1)" in caplog.messages[0]
 
 
-def test_a_tuned_plan_of_pairs_is_not_taken_where_they_are_wrong(card: Device) -> None:
+@pytest.mark.parametrize("tile", [PAIRED_TILES[0], PREPARED_TILES[0]], ids=lambda tile: tile.name)
+def test_a_tuned_plan_of_pairs_is_not_taken_where_they_are_wrong(
+    card: Device, tile: PairedTile
+) -> None:
     facts = replace(card.facts, workgroup_memory=49152)
-    tile = PAIRED_TILES[0]
     plan = Plan(tile, 1, 4 * tile.depth)
     sizes = 64, 64, plan.length
     product = ProductShape(*sizes, "q8_0", False, 0, 0, False, "write", "f32", "f32", False, False)
@@ -110,6 +112,9 @@ def test_a_tuned_plan_of_pairs_is_not_taken_where_they_are_wrong(card: Device) -
 def test_what_each_check_is_of() -> None:
     kinds = {(c.kernel, kind_of(c)) for c in ALL_CHECKS if "_matrix" in c.kernel}
     assert {("matmul_matrix", "products"), ("matmul_matrix", "pairs")} <= kinds
+    of_pairs = {c.case for c in ALL_CHECKS if "_matrix" in c.kernel and kind_of(c) == "pairs"}
+    for tile in (*PAIRED_TILES, *PREPARED_TILES):
+        assert any(case.startswith(tile.name) for case in of_pairs)
     assert {kind for kernel, kind in kinds if kernel.startswith("attention")} == {"attention"}
     assert {kind for kernel, kind in kinds if kernel.startswith("lora")} == {"low rank"}
     assert {k for kernel, k in kinds if kernel.startswith("gated")} == {"gated delta rule"}

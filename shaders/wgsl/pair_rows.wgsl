@@ -1,0 +1,60 @@
+// largest[m] = the bits of max_k |x[m, x_column + k]|, k < {{ columns }}: a NaN's are larger than those of infinity.
+// upper[m, k] + lower[m, k] / 2048 = x[m, x_column + k] times the power of two that largest[m] asks for (parts/pairs.wgsl);
+// zeros from column {{ columns }} to {{ padded_columns }}.
+// Bindings: x [rows, {{ x_stride }}], largest u32 [rows], out u32 [2, {{ maximum_rows }}, {{ padded_columns }} / 2]: upper, then lower, two f16
+// a word, four words an element{{ "; place" if placed }}. One workgroup a row, which it reads twice; no order matters.
+
+struct Extent { rows: u32 }
+
+@group(0) @binding(0) var<uniform> extent: Extent;
+@group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
+@group(0) @binding(2) var<storage, read_write> largest: array<u32>;
+@group(0) @binding(3) var<storage, read_write> out: array<vec4<u32>>;
+{% if placed %}
+struct Place { x_column: u32, out_column: u32 }
+@group(0) @binding(4) var<uniform> place: Place;
+{% endif %}
+
+{% from "parts/pairs.wgsl" import packing, scaling, pairing %}
+{{ packing() }}
+{{ scaling() }}
+{{ pairing() }}
+
+var<workgroup> bits: atomic<u32>;
+
+@compute @workgroup_size(256)
+fn main(
+    @builtin(workgroup_id) group: vec3<u32>,
+    @builtin(num_workgroups) groups: vec3<u32>,
+    @builtin(local_invocation_index) lane: u32,
+) {
+    let row = group.x + group.y * groups.x;
+    if (row >= extent.rows) { return; }
+    if (lane == 0u) { atomicStore(&bits, 0u); }
+    workgroupBarrier();
+    let begin = (row * {{ x_stride }}u + {{ "place.x_column" if placed else "0u" }}) / 4u;
+    var own = vec4<u32>();
+    for (var quad = lane; quad < {{ columns // 4 }}u; quad += 256u) {
+        own = max(own, bitcast<vec4<u32>>(abs(x[begin + quad])));
+    }
+    atomicMax(&bits, max(max(own.x, own.y), max(own.z, own.w)));
+    workgroupBarrier();
+    let found = atomicLoad(&bits);
+    if (lane == 0u) { largest[row] = found; }
+    let scale = power(exponent_for(found));
+    let first = row * {{ padded_columns // 8 }}u;
+    for (var eight = lane; eight < {{ padded_columns // 8 }}u; eight += 256u) {
+{% if columns == padded_columns %}
+        let made = pair(scale * x[begin + 2u * eight], scale * x[begin + 2u * eight + 1u]);
+{% else %}
+        let a = scale * x[begin + min(2u * eight, {{ columns // 4 - 1 }}u)];
+        let b = scale * x[begin + min(2u * eight + 1u, {{ columns // 4 - 1 }}u)];
+        let made = pair(
+            select(vec4<f32>(), a, 2u * eight < {{ columns // 4 }}u),
+            select(vec4<f32>(), b, 2u * eight + 1u < {{ columns // 4 }}u),
+        );
+{% endif %}
+        out[first + eight] = made.upper;
+        out[first + eight + {{ maximum_rows * padded_columns // 8 }}u] = made.lower;
+    }
+}
