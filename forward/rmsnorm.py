@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.norm import Norm
-from lora.forward.plans.stretches import Stretches, check_stretches
+from lora.forward.plans.stretches import Stretches, check_stretches, scaled_columns
 from lora.shaders.activations import activation, check_f32, check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -131,11 +131,9 @@ def rmsnorm(
         if stretches.residual is not None:
             check_shape("rmsnorm residual of x", stretches.residual, x.shape[0], width)
             tensors.append(stretches.residual)
-        if stretches.scales is not None and stretches.kept is not None:
-            check_shape("rmsnorm scales of x", stretches.scales, width)
-            check_shape("rmsnorm product", stretches.kept, x.shape[0], width)
-            kept_type = stretches.kept.dtype
-            tensors += [stretches.scales, stretches.kept]
+        scaled = scaled_columns("rmsnorm", stretches, x.shape[0], width)
+        kept_type = scaled[-1].dtype if scaled else None
+        tensors += scaled
     if sizes is not None:
         check_shape("rmsnorm sizes", sizes, x.shape[0])
         if y.dtype != "f16" or sizes.dtype != "u32" or stretches is not None or low is not None:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from lora.forward.heads import Rotation
-from lora.forward.plans.stretches import Stretches, stretch_constants
+from lora.forward.plans.stretches import Stretches, scaled_columns, stretch_constants
 from lora.shaders.activations import check_shape, extent_of
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
@@ -86,7 +86,7 @@ def rope(
     # Four pairs a lane as whole vectors, where heads and their rotated halves are made of these.
     unit = 4 if half % 4 == head_size % 4 == qkv.shape[1] % 4 == 0 else 1
     lanes = CPU_LANES if program.recording.facts.is_cpu else GPU_LANES
-    constants = {
+    constants: dict[str, Any] = {
         "unit": unit,
         "qkv_type": qkv.dtype,
         "lanes": lanes,
@@ -100,35 +100,30 @@ def rope(
     }
     tensors = [extent.uniform, qkv, positions, tables]
     units, label = half // unit * n_rotated_heads, "rope_backward" if inverse else "rope"
+    scaled: list[Tensor] = []
+    if isinstance(source, Stretches):
+        scaled = scaled_columns("rope", source, *qkv.shape)
+    constants["kept_type"] = scaled[-1].dtype if scaled else None
     if source is not None:
         if not turns_whole(rotation, head_size, qkv.shape[1]):
             raise ValueError(f"rope: heads of {head_size} with {half} pairs take no sums")
         units += (qkv.shape[1] - n_rotated_heads * head_size) // 4
-        tensors, label = [*tensors, source.partial], f"reduce_{label}"
-        if isinstance(source, Stretches) and source.scales is not None and source.kept is not None:
-            tensors += [source.scales, source.kept]
+        tensors, label = [*tensors, source.partial, *scaled], f"reduce_{label}"
     n_groups = -(-extent.maximum * units // lanes)
     program.dispatch("rope", constants, tensors, n_groups, label=label)
 
 
 def _source_constants(
     source: Stretches | HeadSums | None, qkv: Tensor, n_rotated_heads: int, head_size: int
-) -> dict[str, Any]:
+) -> dict[str, int]:
     """The template constants of what is turned: qkv itself, its stretches, or sums of heads."""
     rows, width = qkv.shape
     if not isinstance(source, HeadSums):
-        no_sums = {"n_heads": 0, "n_kv_heads": 0, "kept_type": None}
-        if source is None or source.scales is None or source.kept is None:
-            return {**no_sums, **stretch_constants("rope", source, rows, width)}
-        check_shape("rope scales", source.scales, width)
-        check_shape("rope product", source.kept, rows, width)
-        plain = replace(source, scales=None, kept=None)
-        kept_type = source.kept.dtype
-        return {**no_sums, **stretch_constants("rope", plain, rows, width), "kept_type": kept_type}
+        found = stretch_constants("rope", source, rows, width, scales=True)
+        return {**found, "n_heads": 0, "n_kv_heads": 0}
     n_heads, n_kv_heads = source.n_heads, source.n_kv_heads
     check_shape("rope sums", source.partial, rows, 2 * n_heads * head_size)
     fits = n_rotated_heads == n_heads + n_kv_heads and n_heads % n_kv_heads == 0
     if not fits or width != (n_heads + 2 * n_kv_heads) * head_size:
         raise ValueError(f"rope: sums of {n_heads} heads for {n_kv_heads} do not fit {qkv.shape}")
-    sums = {"n_heads": n_heads, "n_kv_heads": n_kv_heads, "kept_type": None}
-    return {"splits": 1, "maximum_rows": 0, **sums}
+    return {"splits": 1, "maximum_rows": 0, "n_heads": n_heads, "n_kv_heads": n_kv_heads}

@@ -28,9 +28,9 @@ class ProductShape:
     Attributes:
         rows: the most that the output can have, rounded up to whole smallest tiles.
         members: adapted ranges of the part.
-        half: whether the tiles are of f16.
         epilogue: with " scaled" where the columns are scaled, and what follows can't do that to
             stretches.
+        half: whether the tiles are of f16.
         normed: whether a norm or a gate follows, which may add stretches up.
 
     Dropout is none of it: what its masks cost depends little on the plan.

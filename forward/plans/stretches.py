@@ -35,16 +35,29 @@ def check_stretches(name: str, stretches: Stretches, rows: int, width: int) -> N
     check_shape(f"{name} stretches", stretches.partial, stretches.splits * rows, width)
 
 
+def scaled_columns(name: str, stretches: Stretches, rows: int, width: int) -> list[Tensor]:
+    """What a follower that scales columns binds for it, scales and then kept; empty for none."""
+    if stretches.scales is None or stretches.kept is None:
+        return []
+    check_shape(f"{name} scales", stretches.scales, width)
+    check_shape(f"{name} product", stretches.kept, rows, width)
+    return [stretches.scales, stretches.kept]
+
+
 def stretch_constants(
-    name: str, stretches: Stretches | None, rows: int, width: int
+    name: str, stretches: Stretches | None, rows: int, width: int, *, scales: bool = False
 ) -> dict[str, int]:
-    """The template constants of a product in stretches, or of one that is finished."""
+    """The template constants of a product in stretches, or of one that is finished.
+
+    Args:
+        scales: whether the follower scales columns (`scaled_columns`).
+    """
     if stretches is None:
         return {"splits": 1, "maximum_rows": 0}
     check_stretches(name, stretches, rows, width)
     if stretches.residual is not None:
         raise ValueError(f"{name}: a product in stretches has no residual of its own")
-    if stretches.scales is not None:
+    if stretches.scales is not None and not scales:
         raise ValueError(f"{name}: the columns of a product in stretches are not scaled")
     return {"splits": stretches.splits, "maximum_rows": rows}
 

@@ -45,6 +45,7 @@ _TEMPLATES = (
     "pair_*.wgsl",
     "parts/matmul_*.wgsl",
     "parts/pairs.wgsl",
+    "parts/row_largest.wgsl",
     "parts/unpacked.wgsl",
     "parts/stored.wgsl",
     "decode/*.wgsl",

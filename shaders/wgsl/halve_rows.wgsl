@@ -9,13 +9,13 @@ struct Extent { rows: u32 }
 @group(0) @binding(1) var<storage, read> x: array<vec4<f32>>;
 @group(0) @binding(2) var<storage, read_write> halves: array<vec4<u32>>;
 @group(0) @binding(3) var<storage, read_write> largest: array<u32>;
-{% from "parts/row_power.wgsl" import row_exponent %}
+{% from "parts/row_power.wgsl" import row_power %}
 
-const lanes = 256u;
 const eights = {{ columns // 8 }}u;
-var<workgroup> bits: atomic<u32>;
+{% from "parts/row_largest.wgsl" import declare_largest, find_largest %}
+{{ declare_largest() }}
 
-@compute @workgroup_size(lanes)
+@compute @workgroup_size(256)
 fn main(
     @builtin(workgroup_id) group: vec3<u32>,
     @builtin(num_workgroups) groups: vec3<u32>,
@@ -23,24 +23,15 @@ fn main(
 ) {
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
-    if (lane == 0u) { atomicStore(&bits, 0u); }
-    workgroupBarrier();
-    let begin = row * eights;
-    var own = vec4<u32>();
-    for (var eight = lane; eight < eights; eight += lanes) {
-        let at = 2u * (begin + eight);
-        own = max(own, bitcast<vec4<u32>>(abs(x[at])));
-        own = max(own, bitcast<vec4<u32>>(abs(x[at + 1u])));
-    }
-    atomicMax(&bits, max(max(own.x, own.y), max(own.z, own.w)));
-    workgroupBarrier();
-    let size = atomicLoad(&bits);
+    let begin = row * {{ columns // 4 }}u;
+{{ find_largest(columns // 4, 256) }}
+    let size = atomicLoad(&largest_bits);
     if (lane == 0u) { largest[row] = size; }
-    let power = bitcast<f32>(u32(127 + {{ row_exponent("size") }}) << 23u);
-    for (var eight = lane; eight < eights; eight += lanes) {
-        let a = power * x[2u * (begin + eight)];
-        let b = power * x[2u * (begin + eight) + 1u];
-        halves[begin + eight] =
+    let power = {{ row_power("size") }};
+    for (var eight = lane; eight < eights; eight += 256u) {
+        let a = power * x[begin + 2u * eight];
+        let b = power * x[begin + 2u * eight + 1u];
+        halves[row * eights + eight] =
             vec4(pack2x16float(a.xy), pack2x16float(a.zw), pack2x16float(b.xy), pack2x16float(b.zw));
     }
 }

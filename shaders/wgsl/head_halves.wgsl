@@ -8,7 +8,7 @@
 @group(0) @binding(5) var<storage, read> largest: array<u32>;
 @group(0) @binding(6) var<storage, read_write> halves: array<vec4<u32>>;
 @group(0) @binding(7) var<storage, read_write> sizes: array<u32>;
-{% from "parts/row_power.wgsl" import row_exponent %}
+{% from "parts/row_power.wgsl" import row_power %}
 {% set eights = head_size // 8 %}
 
 var<workgroup> bits: atomic<u32>;
@@ -34,7 +34,7 @@ fn main(
     workgroupBarrier();
     let size = atomicLoad(&bits);
     if (lane == 0u && number * stretch == rows.x) { sizes[head] = size; }
-    let power = bitcast<f32>(u32(127 + {{ row_exponent("size") }}) << 23u);
+    let power = {{ row_power("size") }};
     for (var unit = lane; unit < units; unit += lanes) {
         let place = place_of(head, unit);
         let row = number * stretch + place.x;

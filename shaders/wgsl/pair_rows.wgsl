@@ -20,7 +20,8 @@ struct Place { x_column: u32, out_column: u32 }
 {{ scaling() }}
 {{ pairing() }}
 
-var<workgroup> bits: atomic<u32>;
+{% from "parts/row_largest.wgsl" import declare_largest, find_largest %}
+{{ declare_largest() }}
 
 @compute @workgroup_size(256)
 fn main(
@@ -30,16 +31,9 @@ fn main(
 ) {
     let row = group.x + group.y * groups.x;
     if (row >= extent.rows) { return; }
-    if (lane == 0u) { atomicStore(&bits, 0u); }
-    workgroupBarrier();
     let begin = (row * {{ x_stride }}u + {{ "place.x_column" if placed else "0u" }}) / 4u;
-    var own = vec4<u32>();
-    for (var quad = lane; quad < {{ columns // 4 }}u; quad += 256u) {
-        own = max(own, bitcast<vec4<u32>>(abs(x[begin + quad])));
-    }
-    atomicMax(&bits, max(max(own.x, own.y), max(own.z, own.w)));
-    workgroupBarrier();
-    let found = atomicLoad(&bits);
+{{ find_largest(columns // 4, 256) }}
+    let found = atomicLoad(&largest_bits);
     if (lane == 0u) { largest[row] = found; }
     let scale = power(exponent_for(found));
     let first = row * {{ padded_columns // 8 }}u;

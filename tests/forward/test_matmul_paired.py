@@ -23,7 +23,7 @@ from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import extent_in_use, run_twice
-from tests.support.matrix_products import Case, check, with_tile
+from tests.support.matrix_products import Case, check, check_tiles_fit, with_tile
 from tests.support.quantized_tensors import (
     ALL_TYPES,
     dequantized,
@@ -326,14 +326,4 @@ def test_what_it_cannot_multiply_is_refused(recording: Recording) -> None:
 
 
 def test_tiles_fit_workgroups() -> None:
-    """Every lane of the two kinds of units fetches whole eights."""
-    for kind in (MATRIX_GPU, SMALL_MATRICES):
-        (shape,) = kind.matrix_shapes
-        for tile in PAIRED_TILES:
-            subgroups = tile.tile_rows // tile.lane_rows * (tile.tile_columns // tile.lane_columns)
-            lanes = subgroups * shape.most_lanes
-            assert lanes <= 256 and tile.workgroup_bytes <= 49152
-            assert tile.depth * tile.tile_rows % (8 * lanes) == 0
-            assert tile.depth * tile.tile_columns % (8 * lanes) == 0
-            assert CARRY % tile.depth == 0 and tile.depth % shape.k == 0
-    assert len({tile.name for tile in PAIRED_TILES}) == len(PAIRED_TILES)
+    check_tiles_fit(PAIRED_TILES, (MATRIX_GPU, SMALL_MATRICES))

@@ -15,7 +15,6 @@ from lora.backward.matmul import matmul_backward
 from lora.checks.references.pairs import paired_numbers
 from lora.forward.gguf.file import GGUFTensor
 from lora.forward.matmul import matmul
-from lora.forward.matmul_paired import CARRY
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import MOST_DECODED, load_matrix
 from lora.forward.pairs import pair_rows, pair_weights
@@ -28,7 +27,7 @@ from lora.shaders.memory import CountingMemory
 from lora.shaders.program import Program
 from lora.shaders.recording import Recording
 from tests.support.kernels import MARKER, extent_in_use, run_twice
-from tests.support.matrix_products import Case, check, with_tile
+from tests.support.matrix_products import Case, check, check_tiles_fit, with_tile
 from tests.support.quantized_tensors import (
     ALL_TYPES,
     dequantized,
@@ -304,15 +303,6 @@ def outer_of(memory: object) -> CountingMemory:
 
 
 def test_tiles_fit_workgroups() -> None:
-    """Every lane of the two kinds of units fetches whole eights; some leave room for two."""
-    for kind in (MATRIX_GPU, SMALL_MATRICES):
-        (shape,) = kind.matrix_shapes
-        for tile in PREPARED_TILES:
-            subgroups = tile.tile_rows // tile.lane_rows * (tile.tile_columns // tile.lane_columns)
-            lanes = subgroups * shape.most_lanes
-            assert lanes <= 256 and tile.workgroup_bytes <= 49152
-            assert tile.depth * tile.tile_rows % (8 * lanes) == 0
-            assert tile.depth * tile.tile_columns % (8 * lanes) == 0
-            assert CARRY % tile.depth == 0 and tile.depth % shape.k == 0
+    check_tiles_fit(PREPARED_TILES, (MATRIX_GPU, SMALL_MATRICES))
+    # Some leave room for two workgroups on a multiprocessor.
     assert sum(tile.workgroup_bytes <= 24576 for tile in PREPARED_TILES) >= 3
-    assert len({tile.name for tile in PREPARED_TILES}) == len(PREPARED_TILES)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +13,7 @@ from gguf import GGMLQuantizationType
 from lora.backward.matmul import Dropped, matmul_backward
 from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.matmul import matmul
-from lora.forward.matmul_paired import row_scales
+from lora.forward.matmul_paired import CARRY, row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.part_product import SizedRows
@@ -24,6 +25,7 @@ from lora.shaders.recording import Recording
 from tests.support.half_tensors import needs_halves
 from tests.support.kernels import MARKER, extent_in_use, run_twice
 from tests.support.quantized_tensors import dequantized, random_blocks, tensor_of
+from tests.support.renderings import Kind
 
 Q8_0 = GGMLQuantizationType.Q8_0
 SCALE = 1.5
@@ -195,3 +197,17 @@ def check(recording: Recording, case: Case) -> None:
         beyond = np.abs(found - wanted)[used] / bound[used]
         assert beyond.max() < 1, f"{beyond.max():.2f} times the bound, mean {beyond.mean():.2f}"
         assert (found[case.in_use :] == marks.astype(tensor.numpy_dtype)[0, 0]).all()
+
+
+def check_tiles_fit(tiles: Sequence[MatrixTile], kinds: Sequence[Kind]) -> None:
+    """Every lane of these kinds of units fetches whole eights; sums are carried between steps."""
+    for kind in kinds:
+        (shape,) = kind.matrix_shapes
+        for tile in tiles:
+            subgroups = tile.tile_rows // tile.lane_rows * (tile.tile_columns // tile.lane_columns)
+            lanes = subgroups * shape.most_lanes
+            assert lanes <= 256 and tile.workgroup_bytes <= 49152
+            assert tile.depth * tile.tile_rows % (8 * lanes) == 0
+            assert tile.depth * tile.tile_columns % (8 * lanes) == 0
+            assert CARRY % tile.depth == 0 and tile.depth % shape.k == 0
+    assert len({tile.name for tile in tiles}) == len(tiles)

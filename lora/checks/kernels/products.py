@@ -332,7 +332,6 @@ CHECKS = [
           partial(check_matmul, kind=Q4_K, columns=256, tile=MATRIX_TILES[-1], copied=True)),
     Check("row_bounds", f"{OUT_FEATURES}x256 Q4_0", partial(check_row_bounds, kind=Q4_0)),
     Check("halve_rows", f"{IN_USE}x264", check_halve_rows),
-    Check("halve_rows", f"{IN_USE}x264", check_halve_rows),
     Check("largest_of_rows", f"{ROWS}x64", check_largest_of_rows),
     Check("largest_weights", f"{OUT_FEATURES}x256 Q4_0", partial(check_largest_weights, kind=Q4_0)),
     *(
