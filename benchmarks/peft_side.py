@@ -209,7 +209,7 @@ def quantize_to_nf4(base: Any) -> None:
             module.in_features, module.out_features, bias=module.bias is not None,
             compute_dtype=torch.bfloat16, quant_type="nf4", device="meta",
         )  # fmt: skip
-        weight = module.weight.data.to("cpu")
+        weight = module.weight.data
         linear.weight = Params4bit(weight, requires_grad=False, quant_type="nf4").to(base.device)
         linear.bias = module.bias
         parent, _, child = name.rpartition(".")

@@ -22,8 +22,8 @@ from lora.shaders.tensor import Tensor
 
 # Steps of the contraction after which the sums of the units are added to others: units truncate,
 # which would make errors over a long contraction several times those of plain sums
-# (tests/forward/test_matmul_paired.py has the arithmetic).
-CARRY = 256
+# (tests/forward/test_matmul_paired.py has the arithmetic). Pairs have three products in one sum.
+CARRY = 128
 _OF_F16 = ("tiled", "matrix", "decoded")  # bodies whose tiles are of f16, under f16
 
 

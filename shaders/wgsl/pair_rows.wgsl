@@ -1,5 +1,5 @@
 // largest[m] = the bits of max_k |x[m, x_column + k]|, k < {{ columns }}: a NaN's are larger than those of infinity.
-// upper[m, k] + lower[m, k] / 2048 = x[m, x_column + k] times the power of two that largest[m] asks for (parts/pairs.wgsl);
+// upper[m, k] + lower[m, k] = x[m, x_column + k] times the power of two that largest[m] asks for (parts/pairs.wgsl);
 // zeros from column {{ columns }} to {{ padded_columns }}.
 // Bindings: x [rows, {{ x_stride }}], largest u32 [rows], out u32 [2, {{ maximum_rows }}, {{ padded_columns }} / 2]: upper, then lower, two f16
 // a word, four words an element{{ "; place" if placed }}. One workgroup a row, which it reads twice; no order matters.

@@ -1,4 +1,4 @@
-// upper[n, k] + lower[n, k] / 2048 = W[n, k] times the power of two that the largest number of its
+// upper[n, k] + lower[n, k] = W[n, k] times the power of two that the largest number of its
 // {{ "column" if by_columns else "row" }} asks for (parts/pairs.wgsl); zeros in rows from {{ rows }} and columns from {{ columns }} on.
 // Bindings: weights (words of W [{{ rows }}, {{ row_words }}]), w_largest u32 [rows + columns] of largest_weights.wgsl, out u32
 // [2, {{ padded_rows }}, {{ padded_columns }} / 2]: upper, then lower, two f16 a word, here four words an element. One lane eight columns.

@@ -152,7 +152,7 @@ def test_at_most_twice_the_plain_error(
             assert ours <= (2.0**-21 if alone else 2 * theirs), kind
 
 
-def test_infinities_and_nan_are_the_plain_ones(recording: Recording) -> None:
+def test_what_is_not_finite_stays_so(recording: Recording) -> None:
     """And zeros: in x, and in z of the low-rank part."""
     rng = np.random.default_rng(3)
     x, w = rng.normal(size=(12, 64)).astype(np.float32), rng.normal(size=(36, 64))
@@ -182,11 +182,11 @@ def test_infinities_and_nan_are_the_plain_ones(recording: Recording) -> None:
         found.append(run_twice(program, out))
     plain, paired = found
     assert np.isnan(plain).any() and np.isinf(plain).any()
-    differ = np.argwhere(np.isnan(plain) != np.isnan(paired))
-    assert not len(differ), [(at, plain[*at], paired[*at]) for at in differ[:5]]
-    infinite = np.isinf(plain) | np.isinf(paired)
-    assert (plain[infinite] == paired[infinite]).all()
+    # In pairs what is infinite is NaN, but for what is so by its scale or by the low-rank part.
     finite = np.isfinite(plain)
+    assert (finite == np.isfinite(paired)).all()
+    infinite = np.isinf(paired)
+    assert infinite.any() and (plain[infinite] == paired[infinite]).all()
     np.testing.assert_allclose(paired[finite], plain[finite], rtol=1e-4, atol=1e-5)
     assert (paired[0] == 0).all()
 
@@ -210,9 +210,19 @@ def truncated(sums: np.ndarray) -> np.ndarray:
     return np.where(too_far, np.nextafter(nearest, np.float32(0)), nearest).astype(np.float64)
 
 
+def halves(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What f16 makes of numbers of up to 8, and of what that leaves: as they are scaled."""
+    upper = (2.0**12 * numbers).astype(np.float16).astype(np.float64)
+    lower = (2.0**12 * numbers - upper).astype(np.float16).astype(np.float64)
+    return 2.0**-12 * upper, 2.0**-12 * lower
+
+
 @pytest.mark.parametrize("positive", [False, True], ids=["normal", "positive"])
 def test_units_that_truncate(positive: bool) -> None:
-    """Carried after CARRY steps, their sums are better than plain ones; never carried, worse."""
+    """Carried after CARRY steps, their sums are better than plain ones; never carried, worse.
+
+    Of each number's pair the halves are multiplied in turn, into the same sum.
+    """
     rng = np.random.default_rng(5)
     x, w = rng.normal(size=(2, 400, LONG)).astype(np.float32).astype(np.float64)
     if positive:
@@ -225,12 +235,14 @@ def test_units_that_truncate(positive: bool) -> None:
     plain = np.zeros(len(x), np.float32)
     for k in range(LONG):  # a fused multiply-add each
         plain = (plain + x[:, k] * w[:, k]).astype(np.float32)
+    left, right = halves(x), halves(w)
     found = {}
     for carry in (CARRY, LONG):
         total, sums = np.zeros(len(x), np.float32), np.zeros(len(x))
         for step in range(0, LONG, 16):
             at = slice(step, step + 16)
-            sums = truncated(sums + np.einsum("nk,nk->n", x[:, at], w[:, at]))
+            for a, b in ((0, 0), (1, 0), (0, 1)):
+                sums = truncated(sums + np.einsum("nk,nk->n", left[a][:, at], right[b][:, at]))
             if (step + 16) % carry == 0:
                 total, sums = (total + sums).astype(np.float32), np.zeros(len(x))
         found[carry] = error(total + sums)

@@ -45,7 +45,7 @@ BETWEEN = 2.0**-22  # what decoding in f32 may be off by
 
 def pair_bound(numbers: np.ndarray, largest: np.ndarray) -> np.ndarray:
     """Half a step of the lower half's 11 bits, and of the smallest step that f16 has."""
-    return 2.0**-23 * np.abs(numbers) + 2.0**-49 * largest
+    return 2.0**-23 * np.abs(numbers) + 2.0**-39 * largest
 
 
 # -- the pairs ----------------------------------------------------------------------------------

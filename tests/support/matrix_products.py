@@ -188,7 +188,8 @@ def check(recording: Recording, case: Case) -> None:
         found = run_twice(program, tensor, marks).astype(np.float64)
         # A sum of some hundred f32, and decoded weights that lie on the edge between two f16.
         # In pairs three roundings to 2^-23 of each product, their signs random; and a GPU's units
-        # truncate over the steps that are not carried yet (an H200 1.14 · 2^-20 at most).
+        # truncate over the steps that are not carried yet: some 24 times, where an H200 was off by
+        # 1.14 · 2^-20 after 16.
         truncated = not half and recording.facts.has_matrix_units
         bound = (2.0**-19 if truncated else 2.0**-20) * magnitude
         bound += 2.0**-11 * np.abs(wanted) * (case.out_type == "f16")

@@ -15,4 +15,4 @@ def paired_numbers(words: np.ndarray, largest: np.ndarray) -> np.ndarray:
     upper, lower = np.ascontiguousarray(words).view(np.float16).astype(np.float64)
     bits = largest.astype(np.float32).view(np.uint32)
     exponents = np.clip(141 - (bits >> 23).astype(np.int64), -126, 126)
-    return (upper + lower / 2048) * 2.0**-exponents
+    return (upper + lower) * 2.0**-exponents

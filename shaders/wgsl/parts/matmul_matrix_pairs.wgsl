@@ -1,6 +1,6 @@
 {#
 matmul_matrix.wgsl with factors of f32, each a pair of f16 (parts/pairs.wgsl). A product is three of theirs; lower times
-lower would be below 2^-22 of it. Rows of x and columns of the output in W are scaled by powers of two. `prepared`: both
+lower would be below 2^-22 of it. What is infinite becomes NaN, times a lower half of 0. Rows of x and columns of the output in W are scaled by powers of two. `prepared`: both
 sides were paired beforehand, and are loaded as the tiles hold them.
 #}
 {% from "parts/pairs.wgsl" import scaling, pairing %}
@@ -14,11 +14,6 @@ sides were paired beforehand, and are loaded as the tiles hold them.
 fn scaled(number: f32, exponent: i32) -> f32 {
     let half = exponent / 2;
     return number * power(half) * power(exponent - half);
-}
-
-// A whole sum. What is infinite or NaN is so by the upper halves: products of inf and a lower half of 0 are NaN.
-fn joined(sum: f32, rest: f32) -> f32 {
-    return select(sum, sum + rest / 2048.0, abs(sum) <= 3.4028234e38);
 }
 
 // The power of two of a row of x, of a column of the output.
@@ -47,12 +42,12 @@ fn factor_numbers(step: u32, column: u32) -> vec4<f32> {
 {% endif %}
 {% if not emulated %}
 
+// A number of a fragment in the tiles' memory.
+fn of_x_tile(at: u32) -> f32 { return bitcast<f32>(x_tile[at / 4u][at % 4u]); }
+fn of_w_tile(at: u32) -> f32 { return bitcast<f32>(w_tile[at / 4u][at % 4u]); }
+
 // A subgroup's fragment in the stage, number by number.
 fn stage_place(place: u32) -> u32 { return place / {{ n }}u * {{ stage_columns }}u + place % {{ n }}u; }
-fn staged(stage_from: u32, place: u32) -> f32 {
-    let at = 4u * stage_from + stage_place(place);
-    return stage[at / 4u][at % 4u];
-}
 fn stage_number(stage_from: u32, place: u32, number: f32) {
     let at = 4u * stage_from + stage_place(place);
     stage[at / 4u][at % 4u] = number;
@@ -61,7 +56,12 @@ fn stage_number(stage_from: u32, place: u32, number: f32) {
 
 {% endmacro %}
 
-{# total += sum, and sum begins anew. #}
+{# Fragments of a subgroup that the memory of either tile holds beside those of the others. #}
+{% set fragment_quads = m * n // 4 %}
+{% set x_places = x_lower * 2 // (subgroups_x * subgroups_y * fragment_quads) %}
+{% set w_places = w_lower * (2 if members or not w_exact else 1) // (subgroups_x * subgroups_y * fragment_quads) %}
+
+{# total += sum, and sum begins anew: through the memory of the tiles, as many fragments at a time as it holds. #}
 {% macro carry_sums() %}
 {% if emulated %}
             for (var at = 0u; at < {{ parts.fragments * parts.held }}u; at++) {
@@ -69,52 +69,49 @@ fn stage_number(stage_from: u32, place: u32, number: f32) {
                 sums[at] = 0.0;
             }
 {% else %}
-{% for i in range(row_fragments) %}
-{% for j in range(column_fragments) %}
-            subgroupMatrixStore<row_major>(&stage, stage_from, sum_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
-            workgroupBarrier();
-            sum_{{ i }}_{{ j }} = {{ parts.result_type }}();
-{% for h in range(parts.held) %}
-            total_{{ i }}_{{ j }}_{{ h }} += staged(stage_from, {{ h * subgroup_lanes }}u + team_lane);
+{% for first in range(0, parts.fragments, x_places + w_places) %}
+{% set together = range(first, [first + x_places + w_places, parts.fragments] | min) %}
+            workgroupBarrier(); // the tiles have been read
+{% for at in together %}
+{% set tile, place = ("x_tile", at - first) if at - first < x_places else ("w_tile", at - first - x_places) %}
+{% set fragment = "%d_%d" % (at // column_fragments, at % column_fragments) %}
+            subgroupMatrixStore<row_major>(&{{ tile }}, (team * {{ x_places if tile == "x_tile" else w_places }}u + {{ place }}u) * {{ fragment_quads }}u, sum_{{ fragment }}, {{ n // 4 }}u);
+            sum_{{ fragment }} = {{ parts.result_type }}();
 {% endfor %}
             workgroupBarrier();
+{% for at in together %}
+{% set tile, place = ("x_tile", at - first) if at - first < x_places else ("w_tile", at - first - x_places) %}
+{% for h in range(parts.held) %}
+            total_{{ at // column_fragments }}_{{ at % column_fragments }}_{{ h }} += of_{{ tile }}((team * {{ x_places if tile == "x_tile" else w_places }}u + {{ place }}u) * {{ m * n }}u + {{ h * subgroup_lanes }}u + team_lane);
+{% endfor %}
 {% endfor %}
 {% endfor %}
 {% endif %}
 {% endmacro %}
 
-{# What all sums make of a number, out of its scale. #}
-{% macro whole_number(i, j, place, sum, rest, total) -%}
+{# What a number is without its scale. #}
+{% macro unscaled(i, j, place, total) -%}
 {% set row = "first_row + left_row + %s + (%s) / %du" % (i, place, n) %}
 {% set column = "first_column + right_column + %s + (%s) %% %du" % (j, place, n) %}
-scaled(joined({{ total }} + {{ sum }}, {{ rest }}), -row_exponent({{ row }}){{ "" if w_exact else " - column_exponent(%s)" % column }})
+scaled({{ total }}, -row_exponent({{ row }}){{ "" if w_exact else " - column_exponent(%s)" % column }})
 {%- endmacro %}
 
 {# total becomes whole and unscaled. #}
 {% macro finish_sums() %}
+{{ carry_sums() }}
 {% if emulated %}
     for (var at = 0u; at < {{ parts.fragments * parts.held }}u; at++) {
         let place = at % {{ parts.held }}u * {{ subgroup_lanes }}u + team_lane;
         let i = at / {{ column_fragments * parts.held }}u * {{ m }}u;
         let j = at / {{ parts.held }}u % {{ column_fragments }}u * {{ n }}u;
-        totals[at] = {{ whole_number("i", "j", "place", "sums[at]", "rests[at]", "totals[at]") }};
+        totals[at] = {{ unscaled("i", "j", "place", "totals[at]") }};
     }
 {% else %}
 {% for i in range(row_fragments) %}
 {% for j in range(column_fragments) %}
-    {
-{% for kind in ["sum", "rest"] %}
-        subgroupMatrixStore<row_major>(&stage, stage_from, {{ kind }}_{{ i }}_{{ j }}, {{ stage_columns // 4 }}u);
-        workgroupBarrier();
 {% for h in range(parts.held) %}
-        let {{ kind }}_{{ h }} = staged(stage_from, {{ h * subgroup_lanes }}u + team_lane);
+    total_{{ i }}_{{ j }}_{{ h }} = {{ unscaled("%du" % (i * m), "%du" % (j * n), "%du + team_lane" % (h * subgroup_lanes), "total_%d_%d_%d" % (i, j, h)) }};
 {% endfor %}
-        workgroupBarrier();
-{% endfor %}
-{% for h in range(parts.held) %}
-        total_{{ i }}_{{ j }}_{{ h }} = {{ whole_number("%du" % (i * m), "%du" % (j * n), "%du + team_lane" % (h * subgroup_lanes), "sum_%d" % h, "rest_%d" % h, "total_%d_%d_%d" % (i, j, h)) }};
-{% endfor %}
-    }
 {% endfor %}
 {% endfor %}
 {% endif %}

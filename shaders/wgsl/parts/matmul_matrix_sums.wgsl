@@ -3,9 +3,8 @@ The sums of matmul_matrix.wgsl: fragments on matrix units, sum_I_J, one variable
 `sums` has all of a lane's numbers, so that there is little to compile: the offsets are the same.
 A file takes these with `import … with context`.
 
-Paired, factors are pairs of f16 (parts/matmul_matrix_pairs.wgsl): `sum` has the products of upper halves,
-`rest` those of an upper and a lower half, 2048 times as large. The units truncate where they add, so what
-`sum` has after `carry` steps is added to `total`, plain numbers of each lane.
+Paired, factors are pairs of f16 (parts/matmul_matrix_pairs.wgsl), whose three products have one sum. The units
+truncate where they add, so what it has after `carry` steps is added to `total`, plain numbers of each lane.
 #}
 {% set held = m * n // subgroup_lanes %}
 {% set left_type = "subgroup_matrix_left<f16, %d, %d>" % (k, m) %}
@@ -17,8 +16,6 @@ Paired, factors are pairs of f16 (parts/matmul_matrix_pairs.wgsl): `sum` has the
 {% set left_step = k // 8 %}
 {% set right_step = k * w_step // 8 if transposed else k // 8 %}
 {% set fragments = row_fragments * column_fragments %}
-{# The variables of a lane, or of a subgroup's fragments. #}
-{% set kinds = ["sum", "rest"] if paired else ["sum"] %}
 {% set result_type = "subgroup_matrix_result<f32, %d, %d>" % (n, m) %}
 
 {% macro product_of_fragments() %}
@@ -44,15 +41,14 @@ fn product(left: u32, right: u32, row: u32, column: u32) -> f32 {
 
 {% macro declare_sums() %}
 {% if emulated %}
-{% for kind in kinds + ["total"] * paired %}
-    var {{ kind }}s = array<f32, {{ fragments * held }}>();
-{% endfor %}
+    var sums = array<f32, {{ fragments * held }}>();
+{% if paired %}
+    var totals = array<f32, {{ fragments * held }}>();
+{% endif %}
 {% else %}
 {% for i in range(row_fragments) %}
 {% for j in range(column_fragments) %}
-{% for kind in kinds %}
-    var {{ kind }}_{{ i }}_{{ j }} = {{ result_type }}();
-{% endfor %}
+    var sum_{{ i }}_{{ j }} = {{ result_type }}();
 {% for h in range(held if paired else 0) %}
     var total_{{ i }}_{{ j }}_{{ h }} = 0.0;
 {% endfor %}
@@ -67,8 +63,8 @@ subgroupMatrixLoad<{{ left_type }}, row_major>(&x_tile, left_from + {{ i * left_
 {% macro load_right(j, step, half) -%}
 subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{ j * right_next + step * right_step + half }}u, {{ w_step // 8 }}u)
 {%- endmacro %}
-{% macro multiply(kind, i, j, left, right) -%}
-{{ kind }}_{{ i }}_{{ j }} = subgroupMatrixMultiplyAccumulate({{ left }}_{{ i }}, {{ right }}_{{ j }}, {{ kind }}_{{ i }}_{{ j }});
+{% macro multiply(i, j, left, right) -%}
+sum_{{ i }}_{{ j }} = subgroupMatrixMultiplyAccumulate({{ left }}_{{ i }}, {{ right }}_{{ j }}, sum_{{ i }}_{{ j }});
 {%- endmacro %}
 
 {# Multiplies the first `steps` of the tiles' depth into the fragments. `exact`: W has no lower halves. #}
@@ -83,9 +79,9 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
                 let right = right_from + j * {{ right_next }}u + step * {{ right_step }}u;
                 sums[at] += product(left, right, place / {{ n }}u, place % {{ n }}u);
 {% if paired %}
-                rests[at] += product(left + {{ x_lower }}u, right, place / {{ n }}u, place % {{ n }}u);
+                sums[at] += product(left + {{ x_lower }}u, right, place / {{ n }}u, place % {{ n }}u);
 {% if not exact %}
-                rests[at] += product(left, right + {{ w_lower }}u, place / {{ n }}u, place % {{ n }}u);
+                sums[at] += product(left, right + {{ w_lower }}u, place / {{ n }}u, place % {{ n }}u);
 {% endif %}
 {% endif %}
             }
@@ -105,14 +101,17 @@ subgroupMatrixLoad<{{ right_type }}, {{ right_order }}>(&w_tile, right_from + {{
             let lower_right_{{ j }} = {{ load_right(j, step, w_lower) }};
 {% endif %}
 {% for i in range(row_fragments) %}
-            {{ multiply("sum", i, j, "left", "right") }}
-{% if paired %}
-            {{ multiply("rest", i, j, "lower_left", "right") }}
-{% if not exact %}
-            {{ multiply("rest", i, j, "left", "lower_right") }}
-{% endif %}
-{% endif %}
+            {{ multiply(i, j, "left", "right") }}
 {% endfor %}
+{# One after the other, products into the same fragment would wait for each other. #}
+{% if paired %}
+{% for i in range(row_fragments) %}
+            {{ multiply(i, j, "lower_left", "right") }}
+{% endfor %}
+{% for i in range(row_fragments if not exact else 0) %}
+            {{ multiply(i, j, "left", "lower_right") }}
+{% endfor %}
+{% endif %}
 {% endfor %}
         }
 {% endfor %}

@@ -1,8 +1,9 @@
 {#
-Numbers of f32 as pairs of f16: the number rounded to f16, and what that leaves, 2048 times as large, lest it be below
-f16's numbers (Ootomo and Yokota 2022, "Recovering single precision accuracy from Tensor Cores while surpassing the FP32
-theoretical peak performance"). What is paired has been scaled by a power of two that brings the largest number of its row
-or column to 2^14 … 2^15: f16 holds 65,504, and few bits below 2^-14.
+Numbers of f32 as pairs of f16: the number rounded to f16, and what that leaves (Ootomo and Yokota 2022, "Recovering single
+precision accuracy from Tensor Cores while surpassing the FP32 theoretical peak performance"). What is paired has been
+scaled by a power of two that brings the largest number of its row or column to 2^14 … 2^15, of f16's 65,504. So, unlike
+there, what is left needs no scale of its own, and all products one sum: it is off by 2^-25 at most, f16's least being
+2^-24, and so by 2^-39 of the largest number.
 #}
 {% from "parts/unpacked.wgsl" import unpacking %}
 {% macro packing() %}
@@ -27,7 +28,7 @@ fn power(exponent: i32) -> f32 { return bitcast<f32>(u32(exponent + 127) << 23u)
 
 // What f16 leaves of four numbers; nothing of those that are not finite.
 fn lower(numbers: vec4<f32>, upper: vec2<u32>) -> vec2<u32> {
-    let rest = 2048.0 * (numbers - unpacked(upper));
+    let rest = numbers - unpacked(upper);
     return packed(select(vec4<f32>(), rest, abs(rest) < vec4(65504.0)));
 }
 
