@@ -13,17 +13,14 @@ from pathlib import Path
 import pytest
 
 import lora
+from tests.support.command_server import run_script
 from tests.support.tiny_run import write_run
 
 REPOSITORY = Path(__file__).parents[1]
 
 
 def run(name: str, *arguments: object) -> str:
-    done = subprocess.run(
-        [sys.executable, f"examples/{name}.py", *map(str, arguments)],
-        capture_output=True, text=True, cwd=REPOSITORY,
-        env=os.environ | {"PYTHONPATH": str(REPOSITORY)},
-    )  # fmt: skip
+    done = run_script(REPOSITORY / "examples" / f"{name}.py", *arguments)
     assert done.returncode == 0, done.stderr
     return done.stdout
 

@@ -14,17 +14,9 @@ from lora.commands.cli import app, main
 from lora.commands.options import key_of_option
 from lora.shaders.choice import Wanted
 from lora.shaders.errors import InputError
+from tests.support.command_server import run_lora as lora
 from tests.support.tiny_gguf import write_tiny_llama
 from tests.support.tiny_run import write_run
-
-
-def lora(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "lora", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | environment,
-    )
 
 
 def refused(result: subprocess.CompletedProcess, *words: str) -> None:
@@ -150,7 +142,11 @@ def test_version_and_help() -> None:
 
 
 def test_help_on_a_narrow_terminal() -> None:
-    shown = lora("chat", "-h", COLUMNS="44").stdout
+    # Of a process of its own: the options' table is as wide as the terminal when it begins.
+    shown = subprocess.run(
+        [sys.executable, "-m", "lora", "chat", "-h"],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "44"},
+    ).stdout  # fmt: skip
     for option in ("--max-tokens", "--max-length", "--repetition-penalty"):
         assert option in shown
     assert all(len(line) <= 44 for line in shown.splitlines())

@@ -23,6 +23,7 @@ from lora.commands.progress import Pace, TrainingProgress, binary_size, clock
 from lora.shaders.device import Device
 from lora.shaders.stages import stage, stages_told
 from lora.training.metrics import EvalResult, Metrics, Sample
+from tests.support.command_server import run_lora as lora
 from tests.support.tiny_run import write_run
 
 
@@ -302,13 +303,6 @@ main()
             pytest.fail("never acknowledged")
         rest = process.communicate("the step ends\n", timeout=120)[0]
     assert process.returncode == 130 and "--resume" in rest
-
-
-def lora(*arguments: object, **environment: str) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "lora", *map(str, arguments)],
-        capture_output=True, text=True, env=os.environ | environment,
-    )  # fmt: skip
 
 
 def test_training_without_a_config(tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from lora.training.checkpoint import checkpoints
 from lora.training.listeners import Listener
 from lora.training.metrics import Metrics
 from lora.training.output import check_output, owned_output
+from tests.support.command_server import run_lora
 from tests.support.tiny_run import write_run
 
 ADAPTER = "adapter_model.safetensors"
@@ -99,10 +100,7 @@ def test_dry_run_looks_at_the_directory(tmp_path: Path) -> None:
     """Before the model is loaded, with the status of wrong input."""
     path = write_run(tmp_path)
     (tmp_path / "run").write_text("a file")
-    done = subprocess.run(
-        [sys.executable, "-m", "lora", "train", str(path), "--dry-run"],
-        capture_output=True, text=True,
-    )  # fmt: skip
+    done = run_lora("train", path, "--dry-run")
     assert done.returncode == 2 and "is a file" in done.stderr and len(done.stderr) < 400
 
 
