@@ -37,7 +37,7 @@ test: lint $(DRIVEN)
 	$(BIN)/lora pull smollm2-135m
 	LORA_WEBGPU=wgpu $(QUICK) $$(cat $(DRIVEN)) -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
 		-p tests.support.covered_lines --durations=10
-	$(BIN)/python -m pytest tests/parity
+	LORA_WEBGPU=wgpu $$(cat $(DRIVEN)) -m pytest tests/parity
 
 ## test-dawn: the tests of `make test` through Dawn, on a software driver with matrix units
 test-dawn: $(VENV)/.dawn/ready $(VENV)/.vulkan
@@ -50,7 +50,7 @@ parity: $(VENV)/.parity $(DRIVEN)
 	$(BIN)/lora pull smollm2-135m
 	$(BIN)/lora pull gemma3-270m
 	LORA_WEBGPU=wgpu $(QUICK) $$(cat $(DRIVEN)) -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=5 $(TINY)
-	$(BIN)/python -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=5 \
+	LORA_WEBGPU=wgpu $$(cat $(DRIVEN)) -m pytest -m "parity and not long" $(LONGEST_FIRST) --durations=5 \
 		$(addprefix --ignore=,$(TINY)) $(JUDGED)
 
 ## parity-long: what test and parity leave out for time

@@ -17,7 +17,10 @@ from lora.backward import lora as backward_lora
 from lora.forward import attention as forward_attention
 from lora.forward import lora as forward_lora
 from lora.forward import matmul_wide
+from lora.forward.plans import matmul_tiles
+from lora.forward.plans.matmul_tiles import Tile
 
+_TILES = (Tile(16, 16, 8, 4, 4), Tile(16, 32, 8, 4, 4))
 _ROWS = 2  # of a lane: with one a loop over them could be forgotten
 
 
@@ -37,6 +40,13 @@ def short_kernels() -> Iterator[None]:
     with ExitStack() as stack:
         for module, values in (
             (matmul_wide, {"WIDE_ROWS": _ROWS}),
+            (
+                matmul_tiles,
+                {
+                    "TILES": _TILES,
+                    "HALF_TILES": tuple(replace(tile, item_bytes=2) for tile in _TILES),
+                },
+            ),
             (forward_lora, {"CPU_ROWS": _ROWS, "GPU_TUNINGS": projections}),
             (backward_lora, gradients),
             (
