@@ -2,8 +2,9 @@
 
 llvmpipe takes most of a tiny model's test to compile, and most of that for rows that a lane holds
 and columns that a turn of a loop has: the same lines again. Here there are as few as the templates
-allow. What changes decides speed alone: no sum gets another order, no bit another value. Kernels'
-own tests have what real runs have.
+allow. What changes decides speed alone: no sum gets another order, no bit another value; but where
+a device's products have tiles, these are small, and a long contraction may be cut otherwise.
+Kernels' own tests have what real runs have.
 """
 
 from __future__ import annotations
