@@ -2,6 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+# Of 7,600 modules a run imports some, which Python compiles then: to do it for all takes a third of the set-up.
+INSTALL := $(BIN)/pip install --quiet --no-compile
 # A file's kernels are compiled by one worker. tests/conftest.py puts the longest files first; those
 # of tests/parity come in the order of their names, the longest two among the first.
 LONGEST_FIRST := -n auto --dist loadfile --no-loadscope-reorder
@@ -33,7 +35,8 @@ quickstart: $(VENV)/.vulkan
 	$(BIN)/lora eval configs/quickstart.yaml --adapter runs/quickstart
 
 ## test: lint, types, and every test that needs no judge
-test: lint $(DRIVEN)
+test: $(VENV)/.test
+	$(MAKE) --no-print-directory -j2 lint $(DRIVEN)
 	$(BIN)/lora pull smollm2-135m
 	LORA_WEBGPU=wgpu $(QUICK) $$(cat $(DRIVEN)) -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
 		-p tests.support.covered_lines --durations=10
@@ -71,12 +74,12 @@ lint: $(VENV)/.test
 
 $(VENV)/.test: pyproject.toml constraints.txt
 	scripts/venv.sh $(PYTHON) $(VENV)
-	$(BIN)/pip install --quiet -e '.[test]' -c constraints.txt
+	$(INSTALL) -e '.[test]' -c constraints.txt
 	touch $@
 
 $(VENV)/.parity: $(VENV)/.test
-	$(BIN)/pip install --quiet torch==2.13.0 -c constraints.txt
-	$(BIN)/pip install --quiet -e '.[test,parity]' -c constraints.txt
+	$(INSTALL) torch==2.13.0 -c constraints.txt
+	$(INSTALL) -e '.[test,parity]' -c constraints.txt
 	touch $@
 
 $(VENV)/.vulkan: $(VENV)/.test scripts/vulkan.sh
