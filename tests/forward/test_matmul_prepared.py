@@ -208,6 +208,9 @@ def test_the_same_to_the_last_bit(
     recording: Recording, kind: Type, sizes: tuple[int, int], splits: int
 ) -> None:
     """Of numbers of all sizes, infinite ones and NaN among them: so test_matmul_paired.py holds."""
+    if recording.facts.is_cpu:
+        # llvmpipe's units take ten minutes to compile sums that are carried beside a low-rank part.
+        recording = replace(recording, facts=replace(recording.facts, matrix_shapes=()))
     rng = np.random.default_rng(2)
     x = rng.normal(size=(35, sizes[1])) * 10.0 ** rng.uniform(-25, 25, (35, 1))
     x[0], x[1, 7], x[2, 5], x[3, 9], x[4, 2] = 0.0, np.inf, -np.inf, np.nan, 1e-40
