@@ -41,10 +41,8 @@ def compile_one(name: str, case: Case) -> float:
         adapter = Path(folder) / "adapter"
         net = get_peft_model(base, config)
         net.save_pretrained(adapter)
-        milliseconds: float = peft(net.unload(), name, case, PEFT_VARIANTS["compile"], adapter)[
-            "ms"
-        ]
-        return milliseconds
+        timed = peft(net.unload(), name, case, PEFT_VARIANTS["compile"], adapter)
+        return float(timed["ms"])
 
 
 def main() -> None:
@@ -57,7 +55,10 @@ def main() -> None:
         ((name, case),) = cases
         print(f"{name} {case}: {compile_one(name, case):.1f} ms", flush=True)
         return
-    texts = [f"{name}:{case.batch_size}x{case.length}" for name, case in cases]
+    texts = [
+        f"{name}:{case.batch_size}x{case.length}{'p' if case.packed else ''}"
+        for name, case in cases
+    ]
     running = [
         subprocess.Popen([sys.executable, __file__, "--one", "--shapes", text]) for text in texts
     ]

@@ -40,9 +40,12 @@ print(json.dumps({"losses": losses, "files": files}))
 
 # Every module of lora with its file, and whatever lies in a room but has another name.
 _LIST_FILES = """
-import importlib, json, pkgutil, sys
+import importlib.util, json, pkgutil, sys
 import lora
-names = [m.name for m in pkgutil.walk_packages(lora.__path__, "lora.") if m.name != "lora.__main__"]
+left_out = {"lora.__main__"}
+if importlib.util.find_spec("wgpudawn") is None:
+    left_out.add("lora.shaders.dawn")
+names = [m.name for m in pkgutil.walk_packages(lora.__path__, "lora.") if m.name not in left_out]
 files = {name: importlib.import_module(name).__file__ for name in names}
 others = [n for n in sys.modules if n.split(".")[0] in ("forward", "backward", "optim", "shaders")]
 print(json.dumps({"files": files, "others": others}))

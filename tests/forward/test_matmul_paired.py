@@ -149,7 +149,10 @@ def test_at_most_twice_the_plain_error(
             # Of all sizes, few products count where there are few, and each of them is rounded
             # thrice: both numbers to 2^-23, and what lower times lower would be to 2^-22.
             alone = kind == "of all sizes" and contraction < 1000
-            assert ours <= (2.0**-21 if alone else 2 * theirs), kind
+            # Units that truncate do so three times a step, where plain kernels round once a term:
+            # of few terms the error is twice to three times theirs, of many a third.
+            most = 4 if contraction < 1000 and recording.facts.has_matrix_units else 2
+            assert ours <= (2.0**-21 if alone else most * theirs), kind
 
 
 def test_what_is_not_finite_stays_so(recording: Recording) -> None:

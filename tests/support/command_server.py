@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 _REPOSITORY = Path(__file__).parents[2]
+# A command loads the implementation of WebGPU that it takes, of which one may not be installed.
+_LEFT_TO_COMMANDS = ("lora.__main__", "lora.shaders.native", "lora.shaders.dawn")
 
 
 def run_lora(*arguments: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -81,7 +83,7 @@ def serve() -> None:
     from tests.support.short_kernels import short_kernels
 
     for module in pkgutil.walk_packages(lora.__path__, "lora."):
-        if not module.name.endswith("__main__"):
+        if module.name not in _LEFT_TO_COMMANDS:
             importlib.import_module(module.name)
     with short_kernels():
         for line in sys.stdin:

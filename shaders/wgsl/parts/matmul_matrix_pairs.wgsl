@@ -61,6 +61,15 @@ fn stage_number(stage_from: u32, place: u32, number: f32) {
 {% set x_places = x_lower * 2 // (subgroups_x * subgroups_y * fragment_quads) %}
 {% set w_places = w_lower * (2 if members or not w_exact else 1) // (subgroups_x * subgroups_y * fragment_quads) %}
 
+{# The tile whose memory a fragment passes, the `number`th of those that do so together, and where, in quads. #}
+{% macro passed_tile(number) -%}
+{{ "x_tile" if number < x_places else "w_tile" }}
+{%- endmacro %}
+{% macro passed_at(number) -%}
+{% set places, place = (x_places, number) if number < x_places else (w_places, number - x_places) %}
+(team * {{ places }}u + {{ place }}u) * {{ fragment_quads }}u
+{%- endmacro %}
+
 {# total += sum, and sum begins anew: through the memory of the tiles, as many fragments at a time as it holds. #}
 {% macro carry_sums() %}
 {% if emulated %}
@@ -73,16 +82,15 @@ fn stage_number(stage_from: u32, place: u32, number: f32) {
 {% set together = range(first, [first + x_places + w_places, parts.fragments] | min) %}
             workgroupBarrier(); // the tiles have been read
 {% for at in together %}
-{% set tile, place = ("x_tile", at - first) if at - first < x_places else ("w_tile", at - first - x_places) %}
 {% set fragment = "%d_%d" % (at // column_fragments, at % column_fragments) %}
-            subgroupMatrixStore<row_major>(&{{ tile }}, (team * {{ x_places if tile == "x_tile" else w_places }}u + {{ place }}u) * {{ fragment_quads }}u, sum_{{ fragment }}, {{ n // 4 }}u);
+            subgroupMatrixStore<row_major>(&{{ passed_tile(at - first) }}, {{ passed_at(at - first) }}, sum_{{ fragment }}, {{ n // 4 }}u);
             sum_{{ fragment }} = {{ parts.result_type }}();
 {% endfor %}
             workgroupBarrier();
 {% for at in together %}
-{% set tile, place = ("x_tile", at - first) if at - first < x_places else ("w_tile", at - first - x_places) %}
+{% set fragment = "%d_%d" % (at // column_fragments, at % column_fragments) %}
 {% for h in range(parts.held) %}
-            total_{{ at // column_fragments }}_{{ at % column_fragments }}_{{ h }} += of_{{ tile }}((team * {{ x_places if tile == "x_tile" else w_places }}u + {{ place }}u) * {{ m * n }}u + {{ h * subgroup_lanes }}u + team_lane);
+            total_{{ fragment }}_{{ h }} += of_{{ passed_tile(at - first) }}(4u * {{ passed_at(at - first) }} + {{ h * subgroup_lanes }}u + team_lane);
 {% endfor %}
 {% endfor %}
 {% endfor %}
