@@ -220,14 +220,13 @@ def halves(numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return 2.0**-12 * upper, 2.0**-12 * lower
 
 
-@pytest.mark.parametrize("positive", [False, True], ids=["normal", "positive"])
-def test_units_that_truncate(positive: bool) -> None:
-    """Carried after CARRY steps, their sums are better than plain ones; never carried, worse.
+def truncating_errors(terms: int, *, positive: bool) -> tuple[float, dict[int, float]]:
+    """Errors of 400 sums of so many products: plain ones', and the units' by how often carried.
 
-    Of each number's pair the halves are multiplied in turn, into the same sum.
+    Root mean squares. Of each number's pair the halves are multiplied in turn, into the same sum.
     """
     rng = np.random.default_rng(5)
-    x, w = rng.normal(size=(2, 400, LONG)).astype(np.float32).astype(np.float64)
+    x, w = rng.normal(size=(2, 400, terms)).astype(np.float32).astype(np.float64)
     if positive:
         x, w = np.abs(x), np.abs(w)
     exact = np.einsum("nk,nk->n", x, w)
@@ -236,21 +235,36 @@ def test_units_that_truncate(positive: bool) -> None:
         return float(np.sqrt(np.mean((sums - exact) ** 2)))
 
     plain = np.zeros(len(x), np.float32)
-    for k in range(LONG):  # a fused multiply-add each
+    for k in range(terms):  # a fused multiply-add each
         plain = (plain + x[:, k] * w[:, k]).astype(np.float32)
     left, right = halves(x), halves(w)
     found = {}
     for carry in (CARRY, LONG):
         total, sums = np.zeros(len(x), np.float32), np.zeros(len(x))
-        for step in range(0, LONG, 16):
+        for step in range(0, terms, 16):
             at = slice(step, step + 16)
             for a, b in ((0, 0), (1, 0), (0, 1)):
                 sums = truncated(sums + np.einsum("nk,nk->n", left[a][:, at], right[b][:, at]))
             if (step + 16) % carry == 0:
                 total, sums = (total + sums).astype(np.float32), np.zeros(len(x))
         found[carry] = error(total + sums)
-    print(f"plain {error(plain):.1e}, carried {found[CARRY]:.1e}, never carried {found[LONG]:.1e}")
-    assert found[CARRY] < error(plain) and found[LONG] > 3 * error(plain)
+    return error(plain), found
+
+
+@pytest.mark.parametrize("positive", [False, True], ids=["normal", "positive"])
+def test_units_that_truncate(positive: bool) -> None:
+    """Carried after CARRY steps, their sums are better than plain ones; never carried, worse."""
+    plain, found = truncating_errors(LONG, positive=positive)
+    print(f"plain {plain:.1e}, carried {found[CARRY]:.1e}, never carried {found[LONG]:.1e}")
+    assert found[CARRY] < plain / 2 and found[LONG] > 3 * plain
+
+
+@pytest.mark.parametrize(("terms", "most"), [(128, 4), (576, 2), (2048, 1)])
+def test_units_that_truncate_sums_of_few_terms(terms: int, most: float) -> None:
+    """They do so three times in 16 terms, of which plain ones round each once: to its nearest."""
+    plain, found = truncating_errors(terms, positive=False)
+    print(f"{terms}: {found[CARRY] / plain:.2f} of the plain error")
+    assert found[CARRY] < most * plain
 
 
 # -- the largest numbers -------------------------------------------------------------------------
