@@ -1,7 +1,7 @@
 {#
 matmul_matrix.wgsl with factors of f32, each a pair of f16 (parts/pairs.wgsl). A product is three of theirs; lower times
-lower would be below 2^-22 of it. What is infinite becomes NaN, times a lower half of 0. Rows of x and columns of the output in W are scaled by powers of two. `prepared`: both
-sides were paired beforehand, and are loaded as the tiles hold them.
+lower would be below 2^-22 of it. What is infinite becomes NaN, times a lower half of 0. Rows of x and columns of the
+output in W are scaled by powers of two. `prepared`: both sides were paired beforehand, and are loaded as the tiles hold them.
 #}
 {% from "parts/pairs.wgsl" import scaling, pairing %}
 {% macro declare() %}
