@@ -4,6 +4,10 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Of 7,600 modules a run imports some, which Python compiles then: to do it for all takes a third of the set-up.
 INSTALL := $(BIN)/pip install --quiet --no-compile
+# What Python has compiled is kept beside the packages, whatever the caller's environment says of it: each of
+# the tests' many processes would compile its 700 modules anew, for a second.
+export PYTHONDONTWRITEBYTECODE :=
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 # A file's kernels are compiled by one worker. tests/conftest.py puts the longest files first; those
 # of tests/parity come in the order of their names, the longest two among the first.
 LONGEST_FIRST := -n auto --dist loadfile --no-loadscope-reorder
