@@ -58,7 +58,7 @@ _PYTHONS_OWN_SECONDS = 0.15
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    """An environment in which Python keeps what it has compiled, as for whoever installs the package.
+    """An environment in which Python keeps what it compiled, as for whoever installs the package.
 
     CI's may say otherwise, and to compile 300 modules takes longer than what is measured.
     """
