@@ -165,6 +165,7 @@ def _gradients(recording: Recording, spec: LayerSpec, **how: Any) -> tuple[bytes
     return found[0].tobytes(), found[1].tobytes(), len(one.backward.dispatches)
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     "spec",
     [
@@ -179,6 +180,7 @@ def test_a_layer_whose_sources_others_overwrote(recording: Recording, spec: Laye
     assert _gradients(recording, spec) == _gradients(recording, spec, shares=True)
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(
     ("targets", "more"),
     [((), 1), (("down_proj",), 1), (("o_proj", "down_proj"), 1), (("q_proj", "up_proj"), 1)],

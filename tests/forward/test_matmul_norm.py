@@ -307,6 +307,7 @@ def test_stretches_that_do_not_fit_are_refused(recording: Recording) -> None:
         )
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize(("name", "precision"), [("llama_q8_0", "f32"), ("gemma2", "f16")])
 def test_a_step_is_the_same(
     name: str, precision: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

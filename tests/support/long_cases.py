@@ -10,8 +10,14 @@ from collections.abc import Mapping
 
 # Of a file, cases by the ends of their ids.
 LONG: Mapping[str, tuple[str, ...]] = {
+    # Of kernels that differ in numbers alone Tint takes one in `make test`.
+    "tests/shaders/test_translation.py": ("test_tint_takes_every_kernel[with all numbers]",),
     # Another window, split and tile of each kind; heads of 512 in the check of every kernel.
     "tests/backward/test_attention.py": (
+        "test_attention_backward[lengths1-shape1-tile1]",
+        "test_attention_backward[lengths2-shape2-tile2]",
+        "test_attention_backward[lengths11-shape11-tile11]",
+        "test_gradients_are_turned_back[True-8-last0]",
         "test_f16_tensors[lengths2-shape2-tile2]",
         "test_f16_tensors[lengths3-shape3-tile3]",
         "test_attention_backward[lengths0-shape0-tile0]",
@@ -23,6 +29,8 @@ LONG: Mapping[str, tuple[str, ...]] = {
     ),
     # Other pairs of groups, on plain kernels and on matrix units.
     "tests/backward/test_lora_pending.py": (
+        "test_dropout[True]",
+        "test_as_two_dispatches[7 rows, 3 in use]",
         "test_of_a_copy_in_f16[True-False]",
         "test_columns_that_are_scaled[65 rows, 40 in use]",
         "test_columns_that_are_scaled[65 rows, 0 in use]",
@@ -48,6 +56,8 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_the_same_to_the_last_bit[in none]",
     ),
     "tests/forward/test_matmul_powers.py": (
+        "test_both_directions[tiled, quantized, two parts-f16]",
+        "test_a_copy_in_f16_gives_the_bits_of_its_rows[matrix, f16, two parts]",
         "test_both_directions[tiled, quantized, two parts-f32]",
         "test_both_directions[matrix-f32]",
         "test_both_directions[matrix, one row-f16]",
@@ -55,14 +65,19 @@ LONG: Mapping[str, tuple[str, ...]] = {
     ),
     # Bits that don't depend on the place are looked at with plain kernels; values on units stay.
     "tests/forward/test_attention_matrix.py": (
+        "test_against_float64[lengths6-shape6-16]",
+        "test_against_float64[lengths4-shape4-64]",
         "test_an_example_gives_the_same_bits_wherever_it_lies_and_whatever_the_block",
     ),
-    # The same criterion and vocabulary on a CPU's lanes, others on a GPU's.
-    "tests/forward/test_cross_entropy.py": ("test_criteria[criterion2-9001-GPU's lanes]",),
     # A llama in f32; Gemma's steps in f16 by tests of precision.
     "tests/forward/test_matmul_norm.py": ("test_a_step_is_the_same[gemma2-f16]",),
     # Models whose one-row path has the kernels of those that stay.
     "tests/lora/generation/test_generator.py": (
+        "test_token_by_token[mistral3]",
+        "test_token_by_token_with_trained_rows[gemma2_q8_0-False]",
+        "test_token_by_token_under_dora[False]",
+        "test_without_an_adapter_on_a_cpu[gemma2_q8_0]",
+        "test_without_an_adapter_on_a_cpu[qwen3]",
         "test_token_by_token[gemma2_q8_0]",
         "test_token_by_token[qwen3]",
         "test_token_by_token[llama_odd]",
@@ -71,6 +86,7 @@ LONG: Mapping[str, tuple[str, ...]] = {
     ),
     # Plain tiles have the same powers; the kernels' own tests have them on units.
     "tests/lora/training/test_range.py": (
+        "test_loss_and_gradients[gemma3 up]",
         "test_loss_and_gradients[llama bias]",
         "test_loss_and_gradients[llama norms]",
         "test_loss_and_gradients[gemma3 outputs]",
@@ -79,6 +95,7 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_loss_and_gradients[qwen3 all]",
     ),
     "tests/lora/training/test_precision.py": (
+        "test_losses_and_gradients[llama_odd-wide]",
         "test_losses_and_gradients[gemma3-wide]",
         "test_losses_and_gradients[lfm2-wide]",
         "test_fifty_steps[tiled]",
@@ -111,11 +128,109 @@ LONG: Mapping[str, tuple[str, ...]] = {
     ),
     # The other type of heads of 64 and of 48 columns.
     "tests/backward/test_delta_matrix.py": (
+        "[True-DeltaSizes(key_heads=1, value_heads=4, head_size=64)-(0, 5, 150, 214, 300)]",
+        "[False-DeltaSizes(key_heads=4, value_heads=12, head_size=48)-(0, 1, 130)]",
         "[False-DeltaSizes(key_heads=1, value_heads=4, head_size=64)-(0, 5, 150, 214, 300)]",
         "[True-DeltaSizes(key_heads=4, value_heads=12, head_size=48)-(0, 1, 130)]",
     ),
     # Two seeds stay.
     "tests/test_order.py": (
         "test_files_are_the_same_under_some_seeds[five]",
+    ),
+    # Heads of the other size stay on each kind of device.
+    "tests/backward/test_gated_delta.py": (
+        "[gpu-DeltaSizes(key_heads=4, value_heads=4, head_size=20)]",
+        "[cpu-DeltaSizes(key_heads=4, value_heads=12, head_size=8)]",
+    ),
+    # Of every option, size and number of rows another case stays.
+    "tests/backward/test_lora_matrix.py": (
+        "test_against_float64[0/65x36 to 0-16, rank 8 in 2, copied]",
+        "test_against_float64[0/65x36 to 0-16, rank 8 in 2]",
+        "test_against_float64[0/65x36 to 0-16, rank 8 in 2, dropout 0.3]",
+        "test_against_float64[3/7x36 to 0-100, rank 16 in 4]",
+        "test_against_float64[40/65x260 to 8-40 100-164, rank 16 in 2, copied]",
+        "test_against_float64[40/65x260 to 8-40 100-164, rank 16 in 2]",
+        "test_against_float64[40/65x260 to 8-40 100-164, rank 16 in 2, DoRA]",
+        "test_against_float64[64/65x576 to 0-64 64-128, rank 8 in 4]",
+        "test_against_float64[35/37x2052 to 0-1032 1032-1044, rank 12 in 3, dropout 0.25]",
+        "test_against_float64[35/37x2052 to 0-1032 1032-1044, rank 12 in 4]",
+        "test_large_tiles_of_long_stretches[199/200x260 to 0-132 132-200, rank 8 in 1]",
+        "test_large_tiles_of_long_stretches[270/300x200 to 0-136 136-280, rank 8 in 2, copied]",
+        "test_many_rows_of_a_workgroup[200]",
+        "masks_are_those_of_plain_kernels[40/65x260 to 8-40 100-164, rank 16 in 2, dropout 0.1]",
+        "test_rows_of_f32_have_any_size[False]",
+    ),
+    # The loss's own and whole rows stay.
+    "tests/backward/test_matmul_blocks.py": (
+        "test_on_any_driver[parts]",
+    ),
+    # Two parts and one row stay.
+    "tests/backward/test_matmul_dropout.py": (
+        "test_on_any_driver[a large rank]",
+        "test_on_any_driver[stretches]",
+    ),
+    # Of f16's tiles every other one stays; all compute in f32.
+    "tests/forward/plans/test_matmul_tiles.py": (
+        "test_tiles_of_f16[tile12-True-1]",
+        "test_tiles_of_f16[tile10-False-1]",
+        "test_tiles_of_f16[tile8-False-1]",
+        "test_tiles_of_f16[tile6-False-1]",
+        "test_tiles_of_f16[tile4-False-1]",
+        "test_both_directions[tile13-True-1]",
+    ),
+    # Heads of 16, 32 and 64 stay, and pieces of each kind.
+    "tests/forward/test_attention_prompt.py": (
+        "test_against_float64[heads5-pieces5-64]",
+        "test_against_float64[heads3-pieces3-64]",
+        "test_against_float64[heads2-pieces2-32]",
+        "test_against_float64[heads4-pieces4-32]",
+    ),
+    # The other half.
+    "tests/forward/test_decode_weights.py": (
+        "test_the_same_to_the_last_bit[1]",
+    ),
+    # Each rank and each type stays once.
+    "tests/forward/test_dora.py": (
+        "test_matrices_that_are_alike_share_a_dispatch[5-Q6_K]",
+        "test_matrices_that_are_alike_share_a_dispatch[5-F16]",
+        "test_matrices_that_are_alike_share_a_dispatch[8-Q6_K]",
+    ),
+    # The kernels' own tests have these; of each kernel another check stays.
+    "tests/lora/checks/test_on_units.py": (
+        "[attention_matrix 67, 2/2 heads of 96]",
+        "[attention_matrix 67, 2/1 heads of 128]",
+        "[attention_matrix_backward 67, 2/1 heads of 128]",
+        "[attention_matrix_prompt 77, 3 heads of 128]",
+        "[lora_matrix rows that are scaled, 37x260 rank 8]",
+        "[lora_backward_matrix rows that are scaled, 37x260 rank 8]",
+        "[lora_matrix dropout, 37x260 rank 8]",
+        "[lora_backward_matrix 37x260 rank 8]",
+    ),
+    # Other models in f32; f16's tiles by tests of precision.
+    "tests/lora/training/test_default_limits.py": (
+        "test_a_step_within_the_default_limits[gemma3-False-f16]",
+    ),
+    # Default limits by test_default_limits.py.
+    "tests/lora/training/test_session.py": (
+        "test_the_whole_step_at_webgpus_default_limits",
+    ),
+    # A CPU's text stays, and a GPU's steps.
+    "tests/lora/training/test_sizes_per_layer.py": (
+        "test_text[gpu]",
+    ),
+    # A kill at each kind of moment stays.
+    "tests/lora/training/test_retries.py": (
+        "test_a_kill_in_the_middle_of_a_retry[4-1-saved1]",
+        "test_a_kill_in_the_middle_of_a_retry[8-2-saved4]",
+        "test_a_kill_in_the_middle_of_a_retry[9-0-saved5]",
+    ),
+    # The retry of several steps stays.
+    "tests/lora/training/test_device_loss.py": (
+        "test_retry_goes_on_byte_for_byte[steps0]",
+        "test_retry_goes_on_byte_for_byte[steps1]",
+    ),
+    # That of f16 stays.
+    "tests/lora/training/test_non_finite.py": (
+        "test_three_in_a_row_end_the_run_with_what_was_good[f32]",
     ),
 }  # fmt: skip

@@ -50,6 +50,21 @@ class Case:
     dora: bool = False
     copied: bool = False
 
+    def __str__(self) -> str:
+        """A test's id: "40/65x260 to 8-40 100-164, rank 16 in 2, dropout 0.1, copied"."""
+        ranges = " ".join(f"{first}-{last}" for first, last in self.ranges)
+        options = {
+            f"dropout {self.dropout}": self.dropout,
+            f"{len(self.member_scales)} scales": self.member_scales,
+            "DoRA": self.dora,
+            "copied": self.copied,
+        }
+        return ", ".join((
+            f"{self.in_use}/{self.rows}x{self.in_features} to {ranges}",
+            f"rank {self.rank} in {self.n_slices}",
+            *[name for name, given in options.items() if given],
+        ))  # fmt: skip
+
     @property
     def columns(self) -> np.ndarray:
         """Scales of d_y's columns, and inverse lengths: f32 [2, out_features], 1 without DoRA.

@@ -153,12 +153,21 @@ class Renderings:
     files: set[str] = field(default_factory=set)
 
     @cached_property
+    def unlike(self) -> dict[str, str]:
+        """Of those that are the same but for numbers one, with its text where these are 0."""
+        chosen = {_NUMBER.sub("0", text): text for text in self.templates}
+        defaults = [text for text in self.templates if text in self.within_defaults]
+        chosen |= {_NUMBER.sub("0", text): text for text in defaults}
+        return {text: without for without, text in chosen.items()}
+
+    @cached_property
     def covering(self) -> dict[str, str]:
         """So many of them that every line appears that any of them has, numbers aside."""
         seen: set[str] = set()
         chosen = {}
-        for text, template in self.templates.items():
-            lines = {f"{template} {line}" for line in _NUMBER.sub("0", text).splitlines()}
+        for text, without in self.unlike.items():
+            template = self.templates[text]
+            lines = {f"{template} {line}" for line in without.splitlines()}
             if not lines <= seen:
                 seen |= lines
                 chosen[text] = template

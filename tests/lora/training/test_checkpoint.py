@@ -92,6 +92,7 @@ def test_resumed_with_the_plans_of_then(
     assert (output / ADAPTER).read_bytes() == whole
 
 
+@pytest.mark.usefixtures("short")
 def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans were found for the other one, and its compiler may order sums as it likes."""
     run_training(open_session(config, gpu))
@@ -105,6 +106,7 @@ def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.M
     assert session.plans == own
 
 
+@pytest.mark.usefixtures("short")
 def test_products_that_the_checkpoint_does_not_know_are_said(
     config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -125,6 +127,7 @@ def test_products_that_the_checkpoint_does_not_know_are_said(
     assert session.plans == then | {unknown: own}
 
 
+@pytest.mark.usefixtures("short")
 def test_other_kernels_are_said(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,6 +148,7 @@ def test_other_kernels_are_said(
         resume(session, Path(session.config.output))
 
 
+@pytest.mark.usefixtures("short")
 def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:
     needs_halves(device.facts)
     config = write_run(tmp_path, train={"save_every": 4})
