@@ -1,0 +1,24 @@
+"""What tests/support/kernel_cover.py lists."""
+
+from __future__ import annotations
+
+from tests.support.kernel_cover import listed
+
+LONG = 20_000
+
+
+def test_the_longest_whose_lines_others_have() -> None:
+    """`b` goes, and then `c` must stay: nobody else has line 2 any more."""
+    kernels = {"a": {1: LONG}, "b": {2: LONG + 1}, "c": {3: LONG}}
+    lines = {1: [1], 2: [1, 2], 3: [2]}
+    assert listed(kernels, lines) == {"b": LONG + 1}
+
+
+def test_what_two_have_counts_for_who_is_left() -> None:
+    kernels = {"a": {1: LONG}, "b": {1: LONG, 2: LONG}, "c": {1: LONG, 3: LONG}}
+    lines = {1: [1], 2: [1], 3: [1]}
+    assert listed(kernels, lines) == {"b": LONG, "c": LONG}
+
+
+def test_little_text_is_not_worth_it() -> None:
+    assert listed({"a": {1: 9}, "b": {2: 9}}, {1: [1], 2: [1]}) == {}
