@@ -18,6 +18,8 @@ QUICK := GALLIVM_PERF=nopt LP_NATIVE_VECTOR_WIDTH=128 OPENBLAS_NUM_THREADS=1
 # Debian 12's Mesa (22.3) compiles kernels four times as slowly as that of `make test-dawn` (26.1): there the
 # tests take the newer one, on wgpu-native as elsewhere. The file holds the command that is to run them.
 DRIVEN := $(VENV)/.driven
+# It is fetched while packages are installed where that Debian is likely to ask for it.
+AHEAD := $(shell { . /etc/os-release; } 2>/dev/null && [ "$$ID" = debian ] && [ "$${VERSION_ID:-13}" -lt 13 ] && echo $(VENV)/.dawn/fetched)
 # Vectors of eight are subgroups of eight lanes, for which llvmpipe has matrix units.
 DAWN := LORA_WEBGPU=dawn VK_DRIVER_FILES=$(abspath $(VENV))/.dawn/driver.json LP_NATIVE_VECTOR_WIDTH=256
 DAWN_PYTHON := $(VENV)/.dawn/py/bin/python
@@ -39,7 +41,8 @@ quickstart: $(VENV)/.vulkan
 	$(BIN)/lora eval configs/quickstart.yaml --adapter runs/quickstart
 
 ## test: lint, types, and every test that needs no judge
-test: $(VENV)/.test
+test:
+	-$(MAKE) --no-print-directory -j2 $(VENV)/.test $(AHEAD)
 	$(MAKE) --no-print-directory -j2 lint $(DRIVEN)
 	$(BIN)/lora pull smollm2-135m
 	LORA_WEBGPU=wgpu $(QUICK) $$(cat $(DRIVEN)) -m pytest $(LONGEST_FIRST) --ignore=tests/parity \
@@ -90,7 +93,11 @@ $(VENV)/.vulkan: $(VENV)/.test scripts/vulkan.sh
 	scripts/vulkan.sh $(BIN)/python
 	touch $@
 
-$(VENV)/.dawn/ready: $(VENV)/.test scripts/dawn_driver.sh
+$(VENV)/.dawn/fetched: scripts/newer_mesa.sh
+	scripts/newer_mesa.sh $(VENV)/.dawn
+	touch $@
+
+$(VENV)/.dawn/ready: $(VENV)/.test $(VENV)/.dawn/fetched scripts/dawn_driver.sh
 	scripts/dawn_driver.sh $(BIN)/python $(VENV)/.dawn
 	touch $@
 

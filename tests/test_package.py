@@ -57,7 +57,7 @@ def run(*command: object, cwd: Path) -> str:
     left_out = {"PYTHONPATH"}
     if "/.dawn/" in os.environ.get("VK_DRIVER_FILES", ""):
         # A new environment's Python is the system's, whose glibc may be too old for the driver that
-        # scripts/dawn_driver.sh unpacks: what is installed runs on the system's driver there.
+        # scripts/newer_mesa.sh unpacks: what is installed runs on the system's driver there.
         left_out |= {"LORA_WEBGPU", "VK_DRIVER_FILES"}
     environment = {name: value for name, value in os.environ.items() if name not in left_out}
     result = subprocess.run(
