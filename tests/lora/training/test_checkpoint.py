@@ -15,11 +15,11 @@ import pytest
 
 from lora.config.schema import load_config
 from lora.forward.plans.matmul_plans import ProductShape, Request
-from lora.forward.plans.matmul_tiles import Plan, candidates
+from lora.forward.plans.matmul_tiles import Plan, candidates, cut
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.templates import render
-from lora.storage.tile_cache import TileCache
+from lora.storage.tile_cache import TileCache, Tuner
 from lora.training import checkpoint
 from lora.training.checkpoint import checkpoints, device_of_then
 from lora.training.resuming import resume
@@ -38,6 +38,22 @@ def first_choices(
 ) -> dict[ProductShape, Plan]:
     """What a tuner finds that agrees with the model."""
     return {r.product: candidates(r.space(device.facts))[0] for r in requests}
+
+
+def in_stretches(count: int) -> Tuner:
+    """A tuner that finds one tile best, and contractions cut into so many stretches."""
+
+    def tuner(
+        device: Device, requests: Sequence[Request], *, seconds: float
+    ) -> dict[ProductShape, Plan]:
+        plans = {}
+        for request in requests:
+            tile = request.tiles[0]
+            cuts = cut(request.constants["contraction"], count, tile.depth)
+            plans[request.product] = Plan(tile, *cuts)
+        return plans
+
+    return tuner
 
 
 @pytest.fixture
@@ -59,18 +75,20 @@ def stopped_after(output: Path, step: int) -> None:
     (output / ADAPTER).unlink()
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("tuning", ["auto", "off"])
 def test_resumed_with_the_plans_of_then(
     config: Path, gpu: Device, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte for byte, though the file of plans was deleted and others were found since."""
+    use_tuner(monkeypatch, in_stretches(2))
     session = open_session(config, gpu)
     output = run_training(session)
     whole = (output / ADAPTER).read_bytes()
     stopped_after(output, 4)
 
     TileCache(gpu).forget()
-    use_tuner(monkeypatch, first_choices)
+    use_tuner(monkeypatch, in_stretches(1))  # as the model has it, which is asked without tuning
     setting = f"train.tuning={tuning}"
     other = open_session(config, gpu, setting, f"output={tmp_path / 'other'}")
     assert other.plans != session.plans
