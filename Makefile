@@ -101,7 +101,8 @@ $(VENV)/.dawn/ready: $(VENV)/.test $(VENV)/.dawn/fetched scripts/dawn_driver.sh
 	scripts/dawn_driver.sh $(BIN)/python $(VENV)/.dawn
 	touch $@
 
-$(DRIVEN): $(VENV)/.vulkan scripts/old_mesa.sh
+# What is fetched anew is made ready anew; where nothing could be fetched the tests take the old one.
+$(DRIVEN): $(VENV)/.vulkan scripts/old_mesa.sh $(wildcard $(VENV)/.dawn/fetched)
 	if { scripts/old_mesa.sh $(BIN)/python && $(MAKE) $(VENV)/.dawn/ready; } >&2; \
 		then echo env VK_DRIVER_FILES=$(abspath $(VENV))/.dawn/driver.json $(DAWN_PYTHON); \
 		else echo $(BIN)/python; fi >$@
