@@ -11,9 +11,9 @@ and runs that others continue are for whoever reads it (`tests/support/long_case
 from __future__ import annotations
 
 import re
-import zlib
 from collections import Counter, defaultdict
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any
 
 import pytest
@@ -33,14 +33,19 @@ _test = ""
 _render = device.render
 
 
+def _key(text: str) -> int:
+    """Stands for a text: 64 bits, so that none of some ten thousand are taken for each other."""
+    return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
+
+
 def _noted_render(template: str, constants: dict[str, Any]) -> str:
     text = _render(template, constants)
-    key = zlib.crc32(text.encode())
+    key = _key(text)
     _kernels[_test][key] = len(text)
     if key not in _lines:
         plain = _NUMBER.sub("0", _COMMENT.sub("", text))
         lines = {line.strip() for line in plain.splitlines()}
-        _lines[key] = sorted(zlib.crc32(f"{template} {line}".encode()) for line in lines)
+        _lines[key] = sorted(_key(f"{template} {line}") for line in lines)
     return text
 
 
@@ -75,7 +80,7 @@ def pytest_runtest_protocol(item: pytest.Item) -> Any:
 
 
 def pytest_sessionfinish(session: pytest.Session) -> None:
-    """A worker hands over what it noted; keys are texts on their way."""
+    """A worker hands over what it noted, in types that execnet carries."""
     output = getattr(session.config, "workeroutput", None)
     if output is not None:
         kernels = [(test, list(own.items())) for test, own in _kernels.items()]
