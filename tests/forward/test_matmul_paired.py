@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 
 from lora.backward.matmul import matmul_backward
 from lora.forward.matmul import matmul
-from lora.forward.matmul_paired import CARRY
+from lora.forward.matmul_paired import carry_of
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.plans.matmul_plans import Request, noting
@@ -239,7 +239,7 @@ def truncating_errors(terms: int, *, positive: bool) -> tuple[float, dict[int, f
         plain = (plain + x[:, k] * w[:, k]).astype(np.float32)
     left, right = halves(x), halves(w)
     found = {}
-    for carry in (CARRY, LONG):
+    for carry in (carry_of(terms), LONG):
         total, sums = np.zeros(len(x), np.float32), np.zeros(len(x))
         for step in range(0, terms, 16):
             at = slice(step, step + 16)
@@ -253,18 +253,20 @@ def truncating_errors(terms: int, *, positive: bool) -> tuple[float, dict[int, f
 
 @pytest.mark.parametrize("positive", [False, True], ids=["normal", "positive"])
 def test_units_that_truncate(positive: bool) -> None:
-    """Carried after CARRY steps, their sums are better than plain ones; never carried, worse."""
+    """Carried now and then, their sums are better than plain ones; never carried, worse."""
     plain, found = truncating_errors(LONG, positive=positive)
-    print(f"plain {plain:.1e}, carried {found[CARRY]:.1e}, never carried {found[LONG]:.1e}")
-    assert found[CARRY] < plain / 2 and found[LONG] > 3 * plain
+    carried = found[carry_of(LONG)]
+    print(f"plain {plain:.1e}, carried {carried:.1e}, never carried {found[LONG]:.1e}")
+    assert carried < 0.75 * plain and found[LONG] > 3 * plain
 
 
-@pytest.mark.parametrize(("terms", "most"), [(128, 4), (576, 2), (2048, 1)])
+@pytest.mark.parametrize(("terms", "most"), [(128, 4), (576, 2), (2048, 1), (4096, 1.2)])
 def test_units_that_truncate_sums_of_few_terms(terms: int, most: float) -> None:
     """They do so three times in 16 terms, of which plain ones round each once: to its nearest."""
     plain, found = truncating_errors(terms, positive=False)
-    print(f"{terms}: {found[CARRY] / plain:.2f} of the plain error")
-    assert found[CARRY] < most * plain
+    carried = found[carry_of(terms)]
+    print(f"{terms}: {carried / plain:.2f} of the plain error")
+    assert carried < most * plain
 
 
 # -- the largest numbers -------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from gguf import GGMLQuantizationType
 from lora.backward.matmul import Dropped, matmul_backward
 from lora.forward.dropout import GroupDropout, mask, scale_of
 from lora.forward.matmul import matmul
-from lora.forward.matmul_paired import CARRY, row_scales
+from lora.forward.matmul_paired import carry_of, row_scales
 from lora.forward.model.factors import LoraFactors
 from lora.forward.model.weights import load_matrix
 from lora.forward.part_product import SizedRows
@@ -210,5 +210,6 @@ def check_tiles_fit(tiles: Sequence[MatrixTile], kinds: Sequence[Kind]) -> None:
             assert lanes <= 256 and tile.workgroup_bytes <= 49152
             assert tile.depth * tile.tile_rows % (8 * lanes) == 0
             assert tile.depth * tile.tile_columns % (8 * lanes) == 0
-            assert CARRY % tile.depth == 0 and tile.depth % shape.k == 0
+            assert all(carry_of(terms) % tile.depth == 0 for terms in (32, 4096))
+            assert tile.depth % shape.k == 0
     assert len({tile.name for tile in tiles}) == len(tiles)
