@@ -56,7 +56,7 @@ class Tile:
     body: ClassVar[str] = "tiled"  # a name of forward/matmul_bodies.py
     weight_time: ClassVar[float] = 0.0  # microseconds for each million weights, beside its steps
     input_time: ClassVar[float] = 0.0  # and for each million numbers of x
-    least_cut: ClassVar[int] = 0  # the shortest contraction that it computes in stretches
+    least_cut: ClassVar[int] = 0  # weights of the smallest matrix that it takes in stretches
 
     @property
     def workgroup_bytes(self) -> int:
@@ -121,8 +121,9 @@ class DecodedTile(MatrixTile):
 
     body: ClassVar[str] = "decoded"
     weight_time: ClassVar[float] = 0.9  # half a byte read and two written, at 3 TB/s
-    # Few rows of a head: a decoding of its own costs those of a layer more than it gives.
-    least_cut: ClassVar[int] = _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT
+    # A decoding of its own costs a smaller one more than it gives. The larger ones of few rows and
+    # columns fill a GPU in stretches alone: 512 × 4096 of 28,672 are 128 workgroups.
+    least_cut: ClassVar[int] = 8 << 20
 
     @property
     def name(self) -> str:
@@ -297,7 +298,7 @@ class PlanSpace(NamedTuple):
 
     def splits(self, tile: Tile) -> list[int]:
         """The numbers of stretches worth a thought, ascending."""
-        if self.contraction < tile.least_cut:
+        if self.columns * self.contraction < tile.least_cut:
             return [1]
         fine: set[int] = set()
         if self.contraction >= _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT:

@@ -216,7 +216,16 @@ def test_other_contractions_have_powers_of_two() -> None:
             splits = PlanSpace(128, 576, contraction, (tile,)).splits(tile)
             assert splits == [n for n in (1, 2, 4, 8) if contraction // n >= 96 or n == 1]
         for tile in DECODED_TILES:
-            assert PlanSpace(128, 576, contraction, (tile,)).splits(tile) == [1]
+            splits = PlanSpace(128, 576, contraction, (tile,)).splits(tile)
+            assert splits == ([1] if 576 * contraction < 8 << 20 else [1, 2, 4, 8])
+
+
+@pytest.mark.parametrize("contraction", [28672, 14336, 4096])
+def test_few_rows_of_a_large_matrix_are_decoded_first_and_in_stretches(contraction: int) -> None:
+    """Llama 8B at 1 × 512: 128 workgroups of its own a product would have, one a multiprocessor."""
+    few = candidates(PlanSpace(512, 4096, contraction, (*MATRIX_TILES, *DECODED_TILES)))
+    assert few[0].tile.body == "decoded" and few[0].splits == 2
+    assert {plan.tile.body for plan in few} == {"decoded", "matrix"}
 
 
 def test_a_heads_gradient_is_decoded_first_and_in_stretches() -> None:
