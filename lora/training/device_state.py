@@ -51,6 +51,8 @@ from lora.training.workload import Workload
 if TYPE_CHECKING:
     from lora.config.schema import TrainConfig
 
+_LEAST_SLICE_ROWS = 64  # of a micro-batch, whose gradients are a slice
+
 
 @dataclass(frozen=True)
 class Seams:
@@ -105,8 +107,11 @@ class SessionTensors:
         )  # fmt: skip
         probability = workload.config.adapter.dropout if workload.trains else 0.0
         config = workload.config
+        # A slice of fewer rows is memory that makes no step quicker.
+        of_rows = max(1, workload.maximum_rows // _LEAST_SLICE_ROWS)
         adapter = AdapterState.allocate(
-            recording, workload.layout, most_slices(recording.facts, probability > 0),
+            recording, workload.layout,
+            min(most_slices(recording.facts, probability > 0), of_rows),
             config.train.optimizer, config.adapter.loraplus_lr_ratio,
         )  # fmt: skip
         recording.memory.write(adapter.parameters, workload.initial)

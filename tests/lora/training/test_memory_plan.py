@@ -52,6 +52,25 @@ def config(tmp_path: Path) -> Config:
 EXAMPLES = [Example(np.full(50, 7, np.int32), np.arange(50) > 3, i) for i in range(3)]
 
 
+@pytest.mark.parametrize(
+    ("rows", "is_cpu", "slices"),
+    [(32, False, 1), (64, False, 1), (128, False, 2), (256, False, 4), (512, False, 4),
+     (512, True, 1)],
+)  # fmt: skip
+def test_few_rows_have_few_slices_of_the_gradient(
+    config: Config, rows: int, is_cpu: bool, slices: int
+) -> None:
+    """64 rows of a micro-batch each at least: a slice is as much memory as the adapter."""
+    data = config.data.model_copy(update={"max_length": rows})
+    train = config.train.model_copy(update={"batch_size": 1})
+    config = config.model_copy(update={"data": data, "train": train})
+    examples = [Example(np.full(rows, 7, np.int32), np.arange(rows) > 3, 0)]
+    workload = Workload.open(config, train=True, examples=examples)
+    facts = replace(Device().facts, is_cpu=is_cpu)
+    allocated = SessionPlan.of(facts, workload).allocated
+    assert allocated["gradients"] == slices * allocated["adapter"]
+
+
 @pytest.mark.parametrize("recompute", ["on", "off"])
 @pytest.mark.parametrize("is_cpu", [True, False])
 def test_a_plan_counts_what_is_taken(config: Config, recompute: str, is_cpu: bool) -> None:
