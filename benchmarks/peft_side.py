@@ -27,7 +27,7 @@ class Variant:
         dtype: of the base; PEFT keeps the adapter in float32.
         checkpointing: as transformers does it, a layer at a time.
         kernels: liger for Liger-Kernel's (Hsu et al. 2024), compile for torch.compile's, nf4 for a
-            base in bitsandbytes' NF4 (Dettmers et al. 2023, QLoRA).
+            base in bitsandbytes' NF4 (Dettmers et al. 2023, QLoRA), with Liger's or without.
     """
 
     dtype: str
@@ -41,8 +41,8 @@ class Variant:
         return f"PEFT {self.dtype}{more}" + (", checkpointing" if self.checkpointing else "")
 
 
-# In the order in which one model on the device serves all: once cast to bfloat16 it stays so, as it
-# keeps Liger's kernels and NF4's weights.
+# In the order in which one model on the device serves most: once cast to bfloat16 it stays so, as
+# it keeps Liger's kernels and NF4's weights (`serves`).
 PEFT_VARIANTS = {
     "float32": Variant("float32"),
     "float32-checkpointing": Variant("float32", True),
@@ -52,6 +52,7 @@ PEFT_VARIANTS = {
     "liger": Variant("bfloat16", kernels="liger"),
     "liger-checkpointing": Variant("bfloat16", True, "liger"),
     "nf4-checkpointing": Variant("bfloat16", True, "nf4"),
+    "nf4-liger-checkpointing": Variant("bfloat16", True, "nf4 with liger"),
 }
 
 
@@ -177,6 +178,11 @@ def padded(sequences: list[np.ndarray], device: Any) -> dict[str, Any]:
     return {key: value.to(device) for key, value in batch.items()}
 
 
+def serves(base: Any, variant: Variant) -> bool:
+    """Whether a base has no kernels or weights of other variants that this one is without."""
+    return base.__dict__.get("prepared_for", set()) <= {*variant.kernels.split(" with ")}
+
+
 def prepare(base: Any, variant: Variant) -> None:
     """Casts the base and puts a variant's kernels or weights into it, once."""
     import torch
@@ -186,15 +192,15 @@ def prepare(base: Any, variant: Variant) -> None:
     for parameter in base.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(getattr(torch, variant.dtype))
-    if variant.kernels in done:
-        return
-    if variant.kernels == "liger":
-        from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    wanted = {*variant.kernels.split(" with ")} & {"liger", "nf4"}
+    for kernels in sorted(wanted - done):
+        if kernels == "liger":
+            from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-        _apply_liger_kernel_to_instance(model=base)
-    elif variant.kernels == "nf4":
-        quantize_to_nf4(base)
-    done.add(variant.kernels)
+            _apply_liger_kernel_to_instance(model=base)
+        else:
+            quantize_to_nf4(base)
+        done.add(kernels)
 
 
 def quantize_to_nf4(base: Any) -> None:

@@ -27,7 +27,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from benchmarks.peft_side import LEARNING_RATE, PEFT_VARIANTS, load_base, make_base, peft
+from benchmarks.peft_side import LEARNING_RATE, PEFT_VARIANTS, load_base, make_base, peft, serves
 from benchmarks.sessions import Case, describe, shake_adapter, step_times, used_memory
 from benchmarks.synthetic import write_models
 from benchmarks.vs_peft_report import write_curves, write_report
@@ -214,6 +214,10 @@ def compare(
         base = load_base(path)
         clock.say(f"{name}: transformers' model loaded")
         for key, variant in PEFT_VARIANTS.items():
+            if key in options.variants and not serves(base, variant):
+                del base
+                base = load_base(path)
+                clock.say(f"{name}: transformers' model loaded anew")
             for case in cases if key in options.variants else ():
                 try:
                     keep(case, variant.label, peft(base, name, case, variant, adapter))

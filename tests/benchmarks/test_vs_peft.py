@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from benchmarks import vs_peft
+from benchmarks.peft_side import serves
 from benchmarks.sessions import Case, used_memory
 from benchmarks.vs_peft import PEFT_VARIANTS, parse_options, parse_shapes
 from benchmarks.vs_peft_report import LOSS_TOLERANCE, NORM_TOLERANCE, memory_lines, write_report
@@ -55,6 +57,30 @@ def test_variants() -> None:
     assert parse_options(["--peft", "float32,bfloat16"]).variants == ["float32", "bfloat16"]
     with pytest.raises(SystemExit):
         parse_options(["--peft", "float64"])
+
+
+@pytest.mark.parametrize(
+    ("done", "served"),
+    [
+        (set(), {"eager", "compile", "liger", "nf4", "nf4 with liger"}),
+        ({"liger"}, {"liger", "nf4 with liger"}),
+        ({"nf4"}, {"nf4", "nf4 with liger"}),
+        ({"liger", "nf4"}, {"nf4 with liger"}),
+    ],
+)
+def test_no_variant_runs_with_the_kernels_of_another(done: set[str], served: set[str]) -> None:
+    """Liger's kernels stay in a model: NF4 after them would be measured with them."""
+    base = SimpleNamespace(prepared_for=done)
+    variants = PEFT_VARIANTS.values()
+    assert {variant.kernels for variant in variants if serves(base, variant)} == served
+
+
+def test_the_head_alone_has_the_type_of_output_weight() -> None:
+    """Not each layer's attn_output.weight, whose name ends so, too."""
+    shape = SHAPES["Llama-8B"]
+    assert shape.type_of("output.weight").name == shape.type_of("blk.0.ffn_down.weight").name
+    assert shape.type_of("output.weight").name == "Q6_K"
+    assert shape.type_of("blk.0.attn_output.weight").name == "Q4_K"
 
 
 def test_the_largest_difference_is_relative_and_over_common_steps() -> None:

@@ -56,7 +56,8 @@ class Shape:
         """A tensor's type: of the longest ending that fits; norms are F32."""
         if "norm" in name or name.endswith(_NEVER_QUANTIZED):
             return Type.F32
-        fitting = [ending for ending in self.types if name.endswith(ending)]
+        # output.weight is the head's alone, not blk.0.attn_output.weight's.
+        fitting = [ending for ending in self.types if f".{name}".endswith(f".{ending}")]
         return Type[self.types[max(fitting, key=len)]]
 
     def own_metadata(self) -> dict[str, Any]:
