@@ -53,7 +53,7 @@ LONGEST_FILES = (
 # another one continues, too.
 AS_IN_RUNS = {
     "forward", "forward/plans", "backward", "optim", "shaders", "benchmarks", "lora/checks",
-    "lora/commands/test_devices.py", "lora/training/test_checkpoint.py",
+    "lora/commands/test_devices.py",
     "lora/training/test_mpi.py", "parity/test_export.py",
     "parity/test_half.py", "parity/test_head.py", "parity/test_int_rows.py",
     "parity/test_live.py", "parity/test_options_real.py", "parity/test_paired.py",

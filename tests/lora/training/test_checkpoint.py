@@ -27,7 +27,7 @@ from lora.training.run import run_training
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
 from tests.support.plans import gpu as gpu  # a fixture
-from tests.support.plans import second_choices, use_tuner
+from tests.support.plans import use_tuner
 from tests.support.tiny_run import write_run
 
 ADAPTER = "adapter_model.safetensors"
@@ -58,8 +58,8 @@ def in_stretches(count: int) -> Tuner:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a run with a checkpoint every two steps; it begins with the tuner's second choices."""
-    use_tuner(monkeypatch, second_choices)
+    """Of a run with a checkpoint every two steps; the tuner finds one small tile for all."""
+    use_tuner(monkeypatch, in_stretches(2))
     return write_run(tmp_path, train={"save_every": 2, "eval_every": 4, "keep_checkpoints": 9})
 
 
@@ -75,7 +75,6 @@ def stopped_after(output: Path, step: int) -> None:
     (output / ADAPTER).unlink()
 
 
-@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("tuning", ["auto", "off"])
 def test_resumed_with_the_plans_of_then(
     config: Path, gpu: Device, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -110,7 +109,6 @@ def test_resumed_with_the_plans_of_then(
     assert (output / ADAPTER).read_bytes() == whole
 
 
-@pytest.mark.usefixtures("short")
 def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     """Plans were found for the other one, and its compiler may order sums as it likes."""
     run_training(open_session(config, gpu))
@@ -124,7 +122,6 @@ def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.M
     assert session.plans == own
 
 
-@pytest.mark.usefixtures("short")
 def test_products_that_the_checkpoint_does_not_know_are_said(
     config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -145,7 +142,6 @@ def test_products_that_the_checkpoint_does_not_know_are_said(
     assert session.plans == then | {unknown: own}
 
 
-@pytest.mark.usefixtures("short")
 def test_other_kernels_are_said(
     tmp_path: Path, device: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,7 +162,6 @@ def test_other_kernels_are_said(
         resume(session, Path(session.config.output))
 
 
-@pytest.mark.usefixtures("short")
 def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:
     needs_halves(device.facts)
     config = write_run(tmp_path, train={"save_every": 4})
