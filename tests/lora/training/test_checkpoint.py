@@ -15,7 +15,7 @@ import pytest
 
 from lora.config.schema import load_config
 from lora.forward.plans.matmul_plans import ProductShape, Request
-from lora.forward.plans.matmul_tiles import Plan, candidates, cut
+from lora.forward.plans.matmul_tiles import Plan, cut
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.templates import render
@@ -27,21 +27,17 @@ from lora.training.run import run_training
 from lora.training.session import TrainingSession
 from tests.support.half_tensors import needs_halves
 from tests.support.plans import gpu as gpu  # a fixture
-from tests.support.plans import second_choices, use_tuner
+from tests.support.plans import use_tuner
 from tests.support.tiny_run import write_run
 
 ADAPTER = "adapter_model.safetensors"
 
 
-def first_choices(
-    device: Device, requests: Sequence[Request], *, seconds: float
-) -> dict[ProductShape, Plan]:
-    """What a tuner finds that agrees with the model."""
-    return {r.product: candidates(r.space(device.facts))[0] for r in requests}
-
-
 def in_stretches(count: int) -> Tuner:
-    """A tuner that finds one tile best, and contractions cut into so many stretches."""
+    """A tuner that finds one tile best, and contractions cut into so many stretches.
+
+    All tests here take one or two: of each product a driver compiles as many kernels.
+    """
 
     def tuner(
         device: Device, requests: Sequence[Request], *, seconds: float
@@ -58,8 +54,8 @@ def in_stretches(count: int) -> Tuner:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a run with a checkpoint every two steps; it begins with the tuner's second choices."""
-    use_tuner(monkeypatch, second_choices)
+    """Of a run with a checkpoint every two steps; it begins with what no model of tiles takes."""
+    use_tuner(monkeypatch, in_stretches(2))
     return write_run(tmp_path, train={"save_every": 2, "eval_every": 4, "keep_checkpoints": 9})
 
 
@@ -81,7 +77,6 @@ def test_resumed_with_the_plans_of_then(
     config: Path, gpu: Device, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte for byte, though the file of plans was deleted and others were found since."""
-    use_tuner(monkeypatch, in_stretches(2))
     session = open_session(config, gpu)
     output = run_training(session)
     whole = (output / ADAPTER).read_bytes()
@@ -116,7 +111,7 @@ def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.M
     run_training(open_session(config, gpu))
     info = {**gpu.facts.info, "description": "driver 2.0"}
     monkeypatch.setattr(gpu, "facts", replace(gpu.facts, info=info))
-    use_tuner(monkeypatch, first_choices)
+    use_tuner(monkeypatch, in_stretches(1))
     session = open_session(config, gpu)
     own = dict(session.plans)
     with pytest.warns(UserWarning, match=r"made with driver driver 1\.0 \(now driver 2\.0\): the"):
@@ -136,7 +131,7 @@ def test_products_that_the_checkpoint_does_not_know_are_said(
     del state["plans"][unknown.key]
     path.write_text(json.dumps(state))
     TileCache(gpu).forget()
-    use_tuner(monkeypatch, first_choices)
+    use_tuner(monkeypatch, in_stretches(1))
     session = open_session(config, gpu)
     own = session.plans[unknown]
     assert own != then[unknown]
@@ -175,6 +170,7 @@ def test_another_precision_is_refused(tmp_path: Path, device: Device) -> None:
         run_training(open_session(config, device, "train.precision=f16"), resuming=True)
 
 
+@pytest.mark.usefixtures("short")
 def test_another_implementation_is_said(
     config: Path, gpu: Device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -236,6 +232,7 @@ def test_a_resumed_run_takes_the_implementation_of_then(
     assert asked_with == opened
 
 
+@pytest.mark.usefixtures("short")
 def test_what_a_checkpoint_keeps_of_the_implementation(tmp_path: Path, device: Device) -> None:
     config = write_run(tmp_path, train={"steps": 2, "save_every": 2})
     path = checkpoints(run_training(open_session(config, device)))[-1]
