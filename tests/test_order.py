@@ -67,8 +67,9 @@ def write_all(trains: bool) -> dict[str, str]:
     if trains:
         from lora.training.checkpoint import save_checkpoint
         from lora.training.session import TrainingSession
+        from tests.support.short_kernels import short_kernels
 
-        with TrainingSession(config, started=datetime(2026, 1, 1)) as session:
+        with short_kernels(), TrainingSession(config, started=datetime(2026, 1, 1)) as session:
             next(iter(session.train()))
             save_checkpoint(session, here / "run")
     files = (path for path in sorted(here.rglob("*")) if path.is_file())

@@ -1,6 +1,7 @@
 """The direction of imports between rooms and between their wings, without a circle anywhere."""
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -77,6 +78,7 @@ def test_tests_and_benchmarks_share_through_support_alone() -> None:
                 assert not any(name.startswith("benchmarks.") for name in names), own
 
 
+@cache
 def at_top(path: Path) -> set[str]:
     """What importing a file of tests imports, files of tests/support followed."""
     body = [node for node in ast.parse(path.read_text()).body if not isinstance(node, ast.If)]

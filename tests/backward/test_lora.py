@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
@@ -118,14 +120,14 @@ def check(recording: Recording, case: Case, values: Values, recorded: Recorded) 
 
 
 def test_stretches_of_rows_go_to_their_slices(recording: Recording) -> None:
-    case = Case(70, 66, 36, 8, ((0, 36), (36, 48)), 4)
+    case = replace(CASES[2], rows=70, in_use=66)
     values = values_of(case)
     recorded = record(recording, case, values, start=0.0)
     recorded.program.run()
     for s, (first, last) in enumerate([(0, 17), (17, 34), (34, 51), (51, 66)]):
         x, d_y = values.x[first:last], values.d_y[first:last]
         _, d_a, d_b = gradients_reference(x, d_y, values.a, values.b, case.ranges, SCALE)
-        # Sums of at most 48 · 17 products of numbers around 1: far below a row's share.
+        # Sums of at most 100 · 17 products of numbers around 1: far below a row's share.
         np.testing.assert_allclose(recording.memory.read(recorded.slices[s].a), d_a, atol=2e-3)
         np.testing.assert_allclose(recording.memory.read(recorded.slices[s].b), d_b, atol=2e-3)
 
@@ -133,7 +135,7 @@ def test_stretches_of_rows_go_to_their_slices(recording: Recording) -> None:
 @pytest.mark.parametrize("is_cpu", [True, False], ids=["CPU's blocks", "GPU's blocks"])
 def test_two_runs_add_up_and_the_same_again_bit_for_bit(recording: Recording, is_cpu: bool) -> None:
     recording = with_facts(recording, is_cpu=is_cpu)
-    case = Case(65, 60, 100, 8, ((0, 36), (36, 48), (48, 60)), 2)
+    case = replace(CASES[5], in_use=60)
     values = values_of(case)
     results = []
     for _ in range(2):
@@ -228,7 +230,7 @@ def test_gradients_divided_in_other_ways(
 
 
 def test_gradients_are_added_to_what_is_there(recording: Recording) -> None:
-    case = Case(7, 0, 36, 8, ((0, 36),), 2)  # no row in use: nothing is added
+    case = replace(CASES[5], in_use=0)  # no row in use: nothing is added
     recorded = record(recording, case, values_of(case), start=3.0)
     recorded.program.run()
     for s in recorded.slices:

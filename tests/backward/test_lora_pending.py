@@ -196,6 +196,7 @@ def test_on_any_driver(recording: Recording) -> None:
         assert dispatch.template == "lora_backward_matrix" and pair.written() == expected
 
 
+@pytest.mark.usefixtures("short")  # as in runs: test_as_two_dispatches
 def test_halves(recording: Recording) -> None:
     needs_halves(recording.facts)
     recording = with_facts(recording, is_cpu=False)
@@ -206,6 +207,7 @@ def test_halves(recording: Recording) -> None:
     assert pair.written() == expected
 
 
+@pytest.mark.usefixtures("short")
 @pytest.mark.parametrize("on_units", [False, True])
 def test_dropout(recording: Recording, on_units: bool) -> None:
     recording = on_matrix_units(recording) if on_units else recording

@@ -52,6 +52,7 @@ def module_files() -> dict[str, Path]:
     return found
 
 
+@cache
 def imported_names(path: Path) -> set[str]:
     """What a file imports, dotted; `from a import b` gives both a and a.b."""
     found = set()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 
 from lora.shaders import device
+from lora.shaders.device import Device
 
 _COMMENT, _NUMBER = re.compile(r"//.*"), re.compile(r"\d+")
 _OUTPUT = "kernels' lines"
@@ -29,8 +30,9 @@ Lines = dict[int, list[int]]  # of each kernel
 
 _kernels: Kernels = defaultdict(dict)
 _lines: Lines = {}
+_texts: dict[tuple[str, str], tuple[int, int]] = {}  # by template and constants: key and size
 _test = ""
-_render = device.render
+_render, _make_pipeline = device.render, Device.pipeline
 
 
 def _key(text: str) -> int:
@@ -38,15 +40,28 @@ def _key(text: str) -> int:
     return int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "big")
 
 
+def _place(template: str, constants: dict[str, Any]) -> tuple[str, str]:
+    return template, repr(sorted(constants.items()))
+
+
 def _noted_render(template: str, constants: dict[str, Any]) -> str:
     text = _render(template, constants)
     key = _key(text)
     _kernels[_test][key] = len(text)
+    _texts[_place(template, constants)] = key, len(text)
     if key not in _lines:
         plain = _NUMBER.sub("0", _COMMENT.sub("", text))
         lines = {line.strip() for line in plain.splitlines()}
         _lines[key] = sorted(_key(f"{template} {line}") for line in lines)
     return text
+
+
+def _noted_pipeline(self: Device, template: str, constants: dict[str, Any]) -> Any:
+    """Of a test is also what the device that all share had from tests before it."""
+    pipeline = _make_pipeline(self, template, constants)
+    key, size = _texts[_place(template, constants)]  # rendered when the device first had it
+    _kernels[_test][key] = size
+    return pipeline
 
 
 def listed(kernels: Mapping[str, Mapping[int, int]], lines: Lines) -> dict[str, int]:
@@ -70,6 +85,7 @@ def listed(kernels: Mapping[str, Mapping[int, int]], lines: Lines) -> dict[str, 
 
 def pytest_configure(config: pytest.Config) -> None:
     device.render = _noted_render
+    Device.pipeline = _noted_pipeline  # type: ignore[method-assign]
 
 
 @pytest.hookimpl(wrapper=True)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,6 +22,7 @@ from lora.shaders.choice import UnavailableError
 from lora.shaders.device import Device
 from lora.shaders.recording import Recording
 from lora.shaders.webgpu import MatrixShape
+from tests.support.few_checks import a_few
 from tests.support.renderings import WGSL
 
 RUNNER = CliRunner()
@@ -41,8 +42,9 @@ def check(output: Path) -> tuple[int, dict[str, Any], list[str]]:
     return done.exit_code, json.loads(output.read_text()), done.output.splitlines()
 
 
-def test_every_kernel_has_a_check_and_passes_it() -> None:
-    results = list(run_checks(Device))
+@pytest.mark.parametrize("checks", [a_few(), ALL_CHECKS], ids=["a few", "all"])
+def test_every_kernel_has_a_check_and_passes_it(checks: Sequence[Check]) -> None:
+    results = list(run_checks(Device, checks))
     assert [(r.check, r.reason) for r in results if r.status == "failed"] == []
     used = {template for result in results for template in result.templates}
     # What only GPUs of some kinds run: its check is there, and compiles nothing on others.

@@ -15,7 +15,7 @@ import pytest
 
 from lora.config.schema import load_config
 from lora.forward.plans.matmul_plans import ProductShape, Request
-from lora.forward.plans.matmul_tiles import Plan, candidates, cut
+from lora.forward.plans.matmul_tiles import Plan, cut
 from lora.shaders.device import Device
 from lora.shaders.errors import InputError
 from lora.shaders.templates import render
@@ -33,15 +33,11 @@ from tests.support.tiny_run import write_run
 ADAPTER = "adapter_model.safetensors"
 
 
-def first_choices(
-    device: Device, requests: Sequence[Request], *, seconds: float
-) -> dict[ProductShape, Plan]:
-    """What a tuner finds that agrees with the model."""
-    return {r.product: candidates(r.space(device.facts))[0] for r in requests}
-
-
 def in_stretches(count: int) -> Tuner:
-    """A tuner that finds one tile best, and contractions cut into so many stretches."""
+    """A tuner that finds one tile best, and contractions cut into so many stretches.
+
+    All tests here take one or two: of each product a driver compiles as many kernels.
+    """
 
     def tuner(
         device: Device, requests: Sequence[Request], *, seconds: float
@@ -58,7 +54,7 @@ def in_stretches(count: int) -> Tuner:
 
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Of a run with a checkpoint every two steps; the tuner finds one small tile for all."""
+    """Of a run with a checkpoint every two steps; it begins with what no model of tiles takes."""
     use_tuner(monkeypatch, in_stretches(2))
     return write_run(tmp_path, train={"save_every": 2, "eval_every": 4, "keep_checkpoints": 9})
 
@@ -80,7 +76,6 @@ def test_resumed_with_the_plans_of_then(
     config: Path, gpu: Device, tuning: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Byte for byte, though the file of plans was deleted and others were found since."""
-    use_tuner(monkeypatch, in_stretches(2))
     session = open_session(config, gpu)
     output = run_training(session)
     whole = (output / ADAPTER).read_bytes()
@@ -114,7 +109,7 @@ def test_another_driver_is_said(config: Path, gpu: Device, monkeypatch: pytest.M
     run_training(open_session(config, gpu))
     info = {**gpu.facts.info, "description": "driver 2.0"}
     monkeypatch.setattr(gpu, "facts", replace(gpu.facts, info=info))
-    use_tuner(monkeypatch, first_choices)
+    use_tuner(monkeypatch, in_stretches(1))
     session = open_session(config, gpu)
     own = dict(session.plans)
     with pytest.warns(UserWarning, match=r"made with driver driver 1\.0 \(now driver 2\.0\): the"):
@@ -133,7 +128,7 @@ def test_products_that_the_checkpoint_does_not_know_are_said(
     del state["plans"][unknown.key]
     path.write_text(json.dumps(state))
     TileCache(gpu).forget()
-    use_tuner(monkeypatch, first_choices)
+    use_tuner(monkeypatch, in_stretches(1))
     session = open_session(config, gpu)
     own = session.plans[unknown]
     assert own != then[unknown]

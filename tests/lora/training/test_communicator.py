@@ -117,11 +117,14 @@ def test_two_are_as_one(
 
 
 @pytest.mark.parametrize(
-    ("is_cpu", "adapter"),
+    ("train", "adapter"),
     [
-        (False, {"dropout": 0.3, "loraplus_lr_ratio": 2.0, "trainable_tokens": [4, 9, 30]}),
-        (True, {"variant": "dora"}),
-        (True, {"targets": ["embed_tokens", "v_proj"]}),
+        (
+            {"neftune_noise_alpha": 5.0, "label_smoothing": 0.1},
+            {"dropout": 0.3, "loraplus_lr_ratio": 2.0, "trainable_tokens": [4, 9, 30]},
+        ),
+        ({}, {"variant": "dora"}),
+        ({}, {"targets": ["embed_tokens", "v_proj"]}),
     ],
     ids=["dropout, noise, tokens", "dora", "embedding"],
 )
@@ -129,15 +132,14 @@ def test_options_are_the_same_for_two(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     trained: Train,
-    is_cpu: bool,
+    train: dict[str, Any],
     adapter: dict[str, Any],
 ) -> None:
     """Masks and noise follow the example, whichever process has it; magnitudes are summed, too."""
     monkeypatch.setattr(exchange, "LEAST_PIECE", 1024)
-    noise = {} if is_cpu else {"neftune_noise_alpha": 5.0, "label_smoothing": 0.1}
-    train = {"tuning": "off", "batch_size": 2, "gradient_accumulation": 2, "steps": STEPS, **noise}
-    path = write_run(tmp_path, n_rows=14, train=train, adapter=adapter)
-    alone, (one, other) = trained(load_config(str(path)), is_cpu)
+    common = {"tuning": "off", "batch_size": 2, "gradient_accumulation": 2, "steps": STEPS}
+    path = write_run(tmp_path, n_rows=14, train=common | train, adapter=adapter)
+    alone, (one, other) = trained(load_config(str(path)))
     assert one.adapter.tobytes() == other.adapter.tobytes()
     for mine, theirs in zip(one.metrics, alone.metrics, strict=True):
         assert mine.loss == pytest.approx(theirs.loss, rel=1e-6)

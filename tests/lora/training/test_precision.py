@@ -203,8 +203,12 @@ def test_without_the_feature_it_is_refused(tmp_path: Path) -> None:
 
 def test_beyond_f16_the_step_is_refused_and_nothing_changes(tmp_path: Path) -> None:
     """An overflow shows in the norm: the adapter stays, and the message names the way out."""
-    config = config_of(tmp_path)
-    session = TrainingSession(config, examples=EXAMPLES)
+    model = TINY_MODELS["gemma3"]  # whose kernels test_recompute_changes_no_bit has
+    model.write_gguf(tmp_path / "model.gguf")
+    model.write_adapter(tmp_path / "adapter")
+    session = open_session(
+        model, tmp_path / "model.gguf", tmp_path / "adapter", precision="f16", recompute="on"
+    )
     modules = session.layout.to_modules(session.parameters())
     for path, (a, b) in modules.items():
         modules[path] = (a, np.full_like(b, 1e6))

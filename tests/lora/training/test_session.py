@@ -150,7 +150,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path: Path) -> None:
 def test_generation_agrees_with_evaluation(tmp_path: Path) -> None:
     """The greedy continuation, found token by token, is right where every argmax is."""
     path = write_run(tmp_path)
-    session, _ = trained(path, "train.epochs=60")
+    session, _ = trained(path, "train.epochs=25")
     for example in session.workload.train_examples[:4]:
         first = int(example.trained.argmax())
         result = session.evaluate([example])
