@@ -154,10 +154,16 @@ class Renderings:
 
     @cached_property
     def unlike(self) -> dict[str, str]:
-        """Of those that are the same but for numbers one, with its text where these are 0."""
-        chosen = {_NUMBER.sub("0", text): text for text in self.templates}
-        defaults = [text for text in self.templates if text in self.within_defaults]
-        chosen |= {_NUMBER.sub("0", text): text for text in defaults}
+        """Of those that are the same but for numbers one, with its lines where these are 0.
+
+        A line once: a loop that is unrolled further has no line that a compiler would refuse anew.
+        """
+        plain = {
+            text: "\n".join(dict.fromkeys(_NUMBER.sub("0", text).splitlines()))
+            for text in self.templates
+        }
+        chosen = {lines: text for text, lines in plain.items()}
+        chosen |= {lines: text for text, lines in plain.items() if text in self.within_defaults}
         return {text: without for without, text in chosen.items()}
 
     @cached_property

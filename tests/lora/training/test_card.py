@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
-import sys
 from pathlib import Path
 
 import huggingface_hub
@@ -15,6 +15,7 @@ from lora.config.schema import load_config
 from lora.forward.gguf.file import GGUFFile
 from lora.shaders.device import Device
 from lora.training.card import base_repository, model_card, write_card
+from tests.support.command_server import run_lora
 from tests.support.stand_in_hub import StandInHub
 from tests.support.stand_in_hub import hub as hub  # a fixture
 from tests.support.tiny_run import write_run
@@ -75,13 +76,17 @@ def test_a_card_of_someone_else_stays(tmp_path: Path) -> None:
     assert first == (tmp_path / "new" / "README.md").read_text() or "a/b" in first
 
 
+@pytest.fixture(autouse=True)
+def nobody_is_logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever runs the tests may be, by the environment."""
+    for name in [name for name in os.environ if name.startswith(("HF_", "HUGGING"))]:
+        monkeypatch.delenv(name)
+
+
 def train(
     path: Path, hub: StandInHub, *more: str, **environment: str
-) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, "-m", "lora", "train", str(path), *more],
-        capture_output=True, text=True, env=hub.environment(**environment), timeout=300,
-    )  # fmt: skip
+) -> subprocess.CompletedProcess[str]:
+    return run_lora("train", path, *more, **hub.environment(**environment))
 
 
 def test_the_adapter_is_pushed(tmp_path: Path, hub: StandInHub) -> None:

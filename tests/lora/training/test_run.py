@@ -16,16 +16,27 @@ import pytest
 from lora import InputError, TrainingSession, run_training
 from lora.config.schema import load_config
 from lora.training.checkpoint import checkpoints, started_at
+from tests.support.command_server import run_lora
 from tests.support.tiny_run import write_run
 
 ADAPTER = "adapter_model.safetensors"
+
+
+# The command with the kernels of this file's other runs, one of which goes on where it was killed.
+_LORA = """
+from lora.__main__ import main
+from tests.support.short_kernels import short_kernels
+with short_kernels():
+    main()
+"""
 
 
 @contextmanager
 def lora(*arguments: str) -> Iterator[subprocess.Popen]:
     """The command, under way; however the block is left, it is gone and its pipes are closed."""
     with subprocess.Popen(
-        [sys.executable, "-m", "lora", *arguments],
+        [sys.executable, "-c", _LORA, *arguments],
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -38,9 +49,8 @@ def lora(*arguments: str) -> Iterator[subprocess.Popen]:
 
 def finish(*arguments: str) -> None:
     """Runs the command to its end, which must be a good one."""
-    with lora(*arguments) as process:
-        printed = process.communicate()
-    assert process.returncode == 0, printed
+    done = run_lora(*arguments)
+    assert done.returncode == 0, done
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 90) -> None:
@@ -88,7 +98,7 @@ def test_the_files_of_a_run(tmp_path: Path) -> None:
 @pytest.mark.parametrize("layers", ["all", "{last: 1}"])
 def test_killed_and_resumed_equals_uninterrupted(tmp_path: Path, layers: str) -> None:
     """SIGKILL between two steps; byte for byte. With a frozen prefix, its cache is lost too."""
-    path = write_run(tmp_path, n_rows=40, train={"save_every": 3, "epochs": 3})
+    path = write_run(tmp_path, n_rows=40, train={"save_every": 3, "epochs": 2})
     common = [str(path), "--set", f"adapter.layers={layers}"]
     whole, killed = tmp_path / "whole", tmp_path / "killed"
     finish("train", *common, "--set", f"output={whole}")
