@@ -72,8 +72,8 @@ LONG: Mapping[str, tuple[str, ...]] = {
         "test_both_directions[matrix, stretches-f32]",
         "test_a_copy_in_f16_gives_the_bits_of_its_rows[matrix, one row]",
     ),
-    # Bits that don't depend on the place are looked at with plain kernels; values on units stay. The
-    # smallest kernels are for software that has units, on which `make test-dawn` runs them.
+    # Bits that don't depend on the place are looked at with plain kernels; values on units stay.
+    # The smallest kernels are for software that has units, on which `make test-dawn` runs them.
     "tests/forward/test_attention_matrix.py": (
         "test_against_float64[lengths6-shape6-16]",
         "test_against_float64[lengths4-shape4-64]",
