@@ -58,6 +58,10 @@ class Tile:
     input_time: ClassVar[float] = 0.0  # and for each million numbers of x
     least_cut: ClassVar[int] = 0  # weights of the smallest matrix that it takes in stretches
 
+    def may_cut(self, columns: int, contraction: int) -> bool:
+        """Whether it takes a matrix of so many outputs and terms in stretches."""
+        return columns * contraction >= self.least_cut
+
     @property
     def workgroup_bytes(self) -> int:
         """Workgroup memory of the tiles of both sides."""
@@ -298,7 +302,7 @@ class PlanSpace(NamedTuple):
 
     def splits(self, tile: Tile) -> list[int]:
         """The numbers of stretches worth a thought, ascending."""
-        if self.columns * self.contraction < tile.least_cut:
+        if not tile.may_cut(self.columns, self.contraction):
             return [1]
         fine: set[int] = set()
         if self.contraction >= _FINE_SPLITS[0] * _SHORTEST_FINE_SPLIT:

@@ -109,7 +109,7 @@ def plan_of_entry(facts: DeviceFacts, product: ProductShape, entry: Any) -> Plan
     covers = (splits - 1) * length < product.contraction <= splits * length
     if splits > 1 and splits * product.rows * product.columns > MOST_PARTIAL_SUMS:
         return None
-    if splits > 1 and product.contraction < tile.least_cut:
+    if splits > 1 and not tile.may_cut(product.columns, product.contraction):
         return None
     if not whole or not covers or tile.workgroup_bytes > facts.workgroup_memory:
         return None

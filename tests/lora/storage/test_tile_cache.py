@@ -24,9 +24,11 @@ from lora.forward.plans.matmul_tiles import (
     DECODED_TILES,
     PAIRED_TILES,
     Plan,
+    PlanSpace,
     candidates,
     choose_plan,
     cut,
+    ranked_plans,
 )
 from lora.forward.plans.tuning import TUNING_SECONDS
 from lora.shaders.device import Device
@@ -262,13 +264,19 @@ def test_plans_of_products_in_pairs(gpu: Device, monkeypatch: pytest.MonkeyPatch
     assert plan_of_entry(without, product, entry) is None
 
 
-def test_decoded_weights_go_in_stretches_along_a_vocabulary_alone(gpu: Device) -> None:
+def test_decoded_weights_go_in_stretches_where_they_are_many(gpu: Device) -> None:
+    """A plan that is kept is taken again where it would be chosen, and nowhere else."""
     facts = replace(gpu.facts, matrix_shapes=(EMULATED,), workgroup_memory=49152)
     (request, *_) = planned_requests(gpu.facts, [(256, 512, 1024)], "f16")
-    for contraction, taken in ((1024, False), (65536, True)):
-        product = replace(request.product, contraction=contraction)
+    for columns, contraction, taken in (
+        (512, 1024, False), (512, 8192, False), (4096, 1024, False),
+        (512, 16384, True), (4096, 4096, True), (512, 65536, True),
+    ):  # fmt: skip
+        product = replace(request.product, columns=columns, contraction=contraction)
         plan = Plan(DECODED_TILES[0], *cut(contraction, 4, 32))
         assert plan.splits == 4
+        space = PlanSpace(product.rows, columns, contraction, DECODED_TILES)
+        assert (plan in ranked_plans(space)) == taken
         assert plan_of_entry(facts, product, entry_of(plan)) == (plan if taken else None)
 
 
