@@ -27,18 +27,19 @@ class Variant:
         dtype: of the base; PEFT keeps the adapter in float32.
         checkpointing: as transformers does it, a layer at a time.
         kernels: liger for Liger-Kernel's (Hsu et al. 2024), compile for torch.compile's, nf4 for a
-            base in bitsandbytes' NF4 (Dettmers et al. 2023, QLoRA), with Liger's or without.
+            base in bitsandbytes' NF4 (Dettmers et al. 2023, QLoRA); none: eager.
     """
 
     dtype: str
     checkpointing: bool = False
-    kernels: str = "eager"
+    kernels: tuple[str, ...] = ()
 
     @property
     def label(self) -> str:
         """As tables name it."""
-        more = "" if self.kernels == "eager" else f", {self.kernels}"
-        return f"PEFT {self.dtype}{more}" + (", checkpointing" if self.checkpointing else "")
+        return ", ".join(
+            [f"PEFT {self.dtype}", *self.kernels, *["checkpointing"] * self.checkpointing]
+        )
 
 
 # In the order in which one model on the device serves most: once cast to bfloat16 it stays so, as
@@ -48,11 +49,11 @@ PEFT_VARIANTS = {
     "float32-checkpointing": Variant("float32", True),
     "bfloat16": Variant("bfloat16"),
     "bfloat16-checkpointing": Variant("bfloat16", True),
-    "compile": Variant("bfloat16", kernels="compile"),
-    "liger": Variant("bfloat16", kernels="liger"),
-    "liger-checkpointing": Variant("bfloat16", True, "liger"),
-    "nf4-checkpointing": Variant("bfloat16", True, "nf4"),
-    "nf4-liger-checkpointing": Variant("bfloat16", True, "nf4 with liger"),
+    "compile": Variant("bfloat16", kernels=("compile",)),
+    "liger": Variant("bfloat16", kernels=("liger",)),
+    "liger-checkpointing": Variant("bfloat16", True, ("liger",)),
+    "nf4-checkpointing": Variant("bfloat16", True, ("nf4",)),
+    "nf4-liger-checkpointing": Variant("bfloat16", True, ("nf4", "liger")),
 }
 
 
@@ -124,7 +125,8 @@ def peft(base: Any, name: str, case: Case, variant: Variant, adapter: Path) -> d
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, weight_decay=0.0)
     # Rows of several lengths would otherwise be compiled anew for each.
     dynamic = True if case.packed else None
-    forward = torch.compile(net, dynamic=dynamic) if variant.kernels == "compile" else net
+    compiles = "compile" in variant.kernels
+    forward = torch.compile(net, dynamic=dynamic) if compiles else net
     losses, norms = [], []
     sequences = case.data(name)
 
@@ -148,7 +150,7 @@ def peft(base: Any, name: str, case: Case, variant: Variant, adapter: Path) -> d
     peak = torch.cuda.max_memory_allocated() / 2**20 if on_gpu else None
     reserved = torch.cuda.max_memory_reserved() / 2**20 if on_gpu else None
     net.unload()
-    if variant.kernels == "compile":
+    if compiles:
         torch.compiler.reset()
     if variant.checkpointing:
         base.gradient_checkpointing_disable()
@@ -180,7 +182,7 @@ def padded(sequences: list[np.ndarray], device: Any) -> dict[str, Any]:
 
 def serves(base: Any, variant: Variant) -> bool:
     """Whether a base has no kernels or weights of other variants that this one is without."""
-    return base.__dict__.get("prepared_for", set()) <= {*variant.kernels.split(" with ")}
+    return base.__dict__.get("prepared_for", set()) <= {*variant.kernels}
 
 
 def prepare(base: Any, variant: Variant) -> None:
@@ -192,15 +194,13 @@ def prepare(base: Any, variant: Variant) -> None:
     for parameter in base.parameters():
         if parameter.is_floating_point():
             parameter.data = parameter.data.to(getattr(torch, variant.dtype))
-    wanted = {*variant.kernels.split(" with ")} & {"liger", "nf4"}
-    for kernels in sorted(wanted - done):
-        if kernels == "liger":
-            from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    if "liger" in variant.kernels and "liger" not in done:
+        from liger_kernel.transformers import _apply_liger_kernel_to_instance
 
-            _apply_liger_kernel_to_instance(model=base)
-        else:
-            quantize_to_nf4(base)
-        done.add(kernels)
+        _apply_liger_kernel_to_instance(model=base)
+    if "nf4" in variant.kernels and "nf4" not in done:
+        quantize_to_nf4(base)
+    done.update({"liger", "nf4"}.intersection(variant.kernels))
 
 
 def quantize_to_nf4(base: Any) -> None:

@@ -23,8 +23,8 @@ from lora.shaders.tensor import Tensor
 # Steps of the contraction after which the sums of the units are added to others: units truncate,
 # which would make errors over a long contraction several times those of plain sums
 # (tests/forward/test_matmul_paired.py has the arithmetic). Pairs have three products in one sum.
-# Plain sums of few terms are the better ones, which are carried more often: on an H200 that costs
-# a product of 4096³ a sixth of its time.
+# Plain sums of few terms err less, so that of these the units' are carried more often; everywhere
+# it would cost a product of 4096³ a sixth of its rate on an H200 (docs/log.md).
 CARRY, _CARRY_OF_FEW = 256, 128
 _FEW_TERMS = 4096  # fewer than these
 _OF_F16 = ("tiled", "matrix", "decoded")  # bodies whose tiles are of f16, under f16

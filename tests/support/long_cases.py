@@ -219,7 +219,6 @@ LONG: Mapping[str, tuple[str, ...]] = {
     "tests/forward/test_dora.py": (
         "test_matrices_that_are_alike_share_a_dispatch[5-Q6_K]",
         "test_matrices_that_are_alike_share_a_dispatch[5-F16]",
-        "test_matrices_that_are_alike_share_a_dispatch[8-Q6_K]",
         "test_matrices_that_are_alike_share_a_dispatch[8-Q4_1]",
     ),
     # The kernels' own tests have these; of each kernel another check stays.

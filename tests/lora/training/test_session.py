@@ -151,6 +151,7 @@ def test_generation_agrees_with_evaluation(tmp_path: Path) -> None:
     """The greedy continuation, found token by token, is right where every argmax is."""
     path = write_run(tmp_path)
     session, _ = trained(path, "train.epochs=25")
+    exact = []
     for example in session.workload.train_examples[:4]:
         first = int(example.trained.argmax())
         result = session.evaluate([example])
@@ -158,6 +159,8 @@ def test_generation_agrees_with_evaluation(tmp_path: Path) -> None:
         answer = session.generate(prompt, max_tokens=len(example.ids) - first)
         wanted = session.tokenizer.decode([int(token) for token in example.ids[first:]])
         assert (answer == wanted) == (result.n_exact == 1)
+        exact.append(answer == wanted)
+    assert {*exact} == {True, False}  # both happen
 
 
 def test_an_example_that_was_cut_is_never_exact(tmp_path: Path) -> None:
